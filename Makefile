@@ -1,0 +1,66 @@
+# `make repro` and `make test` do all the set-up. `make` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test lab lint format clean
+
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+# Another build of the same version where the index offers several: make setup TORCH=torch==2.13.0+cpu
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+STRIP := nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
+# dvc finds papermill on PATH, and papermill the kernel beside itself.
+export PATH := $(BIN):$(PATH)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## make .venv from the pinned constraints (the other targets do it themselves)
+
+# The pins were frozen with 3.11, so it goes first; PYTHON=... names another. The check comes before anything is
+# downloaded: a pin that the interpreter cannot meet sends pip looking for another torch, gigabytes of it.
+# torch goes alone, then the rest against the very build that was installed. --no-build-isolation: setuptools, too, is pinned.
+$(STAMP): pyproject.toml constraints.txt
+	@for python in $(or $(PYTHON),python3.11 python3 python3.12 python3.13); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' 2>/dev/null; then break; fi; \
+	  echo "  $$python: $$("$$python" -V 2>/dev/null || echo 'not found')" >&2; python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "AwaRes needs Python 3.11.5 or newer. Install one, or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; \
+	fi; \
+	"$(BIN)/python" -m pip --version >/dev/null 2>&1 || { \
+	  echo "Making $(VENV) with $$("$$python" -V): 2 GB and a few minutes, once."; "$$python" -m venv --clear "$(VENV)"; }
+	@echo "Installing $(TORCH), then the packages of constraints.txt."
+	@"$(BIN)/python" -m pip install --quiet -c constraints.txt setuptools "$(TORCH)"
+	@"$(BIN)/python" -m pip freeze | grep '^torch==' > "$(VENV)/torch.txt"
+	@"$(BIN)/python" -m pip install --quiet --no-build-isolation -c constraints.txt -c "$(VENV)/torch.txt" -e '.[dev]'
+	@touch $@
+
+repro: $(STAMP) ## run the pipeline, curation to report, at seed 1 (again: only what changed)
+	@dvc repro report
+	@echo
+	@echo "Done. Look at reports/mini/: the notebooks as HTML pages, tables/*.csv, figures/."
+
+test: $(STAMP) ## the whole test suite, notebooks included at smoke scale
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false python -m pytest
+
+lab: $(STAMP) ## open JupyterLab on the same environment
+	@jupyter lab
+
+lint: $(STAMP) ## ruff (code and notebooks), mypy, notebooks stripped
+	ruff check
+	ruff format --check
+	mypy
+	$(if $(NOTEBOOKS),$(STRIP) --verify $(NOTEBOOKS))
+
+format: $(STAMP) ## let ruff and nbstripout mend what `make lint` complains of
+	ruff check --fix
+	ruff format
+	$(if $(NOTEBOOKS),$(STRIP) $(NOTEBOOKS))
+
+clean: ## remove the tools' caches; .venv, runs/ and the DVC cache stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
+	find src tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

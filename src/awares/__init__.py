@@ -1,0 +1,22 @@
+"""AwaRes: a vision-language model that looks at half resolution and asks for high-resolution crops where it needs them.
+
+from awares import AwaRes
+trajectory = AwaRes.from_pretrained("data/awares").ask("page.png", "what is the total?")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from awares.policy import AwaRes
+
+__version__ = "0.1.0"
+__all__ = ["AwaRes", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `AwaRes` on first use: torch and transformers take seconds, and crops or metrics need neither."""
+    if name == "AwaRes":
+        from awares.policy import AwaRes
+
+        return AwaRes
+    raise AttributeError(f"module 'awares' has no attribute {name!r}")

@@ -1,0 +1,307 @@
+"""The embedded base VLM: a small Qwen2.5-VL, trained from scratch on pages it can read.
+
+One loop, three losses, two canvas sizes:
+
+- next-token loss on the answers; a picture is asked up to a dozen questions in one conversation, so that it is encoded once;
+- a dense *word* loss on the merged visual tokens: which word, or object, of which colour stands on each 14 px patch;
+- a dense *glyph* loss half-way up the vision tower: which character stands in each 7 px cell.
+
+The dense heads are thrown away. Small canvases come first (cheap steps, quick look-up), full ones after. The base learns as a real
+one does, from *legible* evidence: at half resolution it is asked only about what has survived halving, so that illegible text lies outside
+what it knows. It sees single images, image groups, and calls of other functions; it never sees the crop tool.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer
+
+from awares import lexicon as lex
+from awares import scenes
+from awares.crops import CROPS
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+            "<|video_pad|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]  # fmt: skip
+LEGIBLE_TEXT, LEGIBLE_OBJECT = 9.5, 12.5  # px
+PATCH, TOKEN = 14, 28  # px
+SMALL_CANVASES = ((112, 112), (112, 168), (168, 112), (168, 168), (112, 224), (224, 112))
+CHARS = "abcdefghijklmnopqrstuvwxyz0123456789$%:"
+WORDS = sorted({w for words in [*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, list(lex.COLUMNS), list(lex.SHAPES)] for w in words}
+               | {str(n) for n in range(100)} | {"kg", "sign"})  # fmt: skip
+WORD_ID = {w: i + 1 for i, w in enumerate(WORDS)}  # 0 = nothing here
+CHAR_ID = {c: i + 1 for i, c in enumerate(CHARS)}
+COLOUR_ID = {c: i + 1 for i, c in enumerate(lex.COLOURS)}
+IGNORE = -100
+# shares of scenes.PAINTERS and of views; the vision tower learns most from full pages
+PAINTER_SHARES = {"vision": [0.45, 0.2, 0.15, 0.15, 0.05], "all": [0.3, 0.16, 0.18, 0.28, 0.08]}
+VIEW_SHARES = {"vision": [0.65, 0.2, 0.15, 0.0], "all": [0.4, 0.2, 0.1, 0.3]}
+
+
+# --- the architecture ------------------------------------------------------------------------------------------------
+
+
+def build_tokenizer(seed: int = 0, vocab_size: int = 2048) -> Qwen2Tokenizer:
+    """A byte-level BPE with Qwen's special tokens, numbers in pairs of digits, trained on what the suite says."""
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(_corpus(np.random.default_rng(seed)), trainer)
+    return Qwen2Tokenizer(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
+        additional_special_tokens=SPECIALS,
+    )  # fmt: skip
+
+
+def _corpus(rng: np.random.Generator) -> Iterator[str]:
+    vocabulary = [*WORDS, *lex.NUMBER_WORDS, *lex.COLOURS, *lex.PLACES]
+    vocabulary += "violet rose dark upper lower left right middle top bottom all".split()
+    vocabulary += [
+        "yes",
+        "no",
+        "percent",
+        "dollars",
+        "kilos",
+        "user",
+        "system",
+        "assistant",
+        "tool",
+        "error",
+        "such",
+        "region",
+        *lex.SYSTEMS,
+    ]
+    for word in vocabulary * 40:
+        yield f"{word}"
+        yield f" {word}"
+    for phrasings in lex.PHRASINGS.values():
+        for text in phrasings * 40:
+            yield text.format(k="", c="", o="", s="", a="", b="")
+    for _ in range(2000):
+        one = text_example(rng)
+        yield "\n".join([one.system, *(part for turn in one.turns for part in turn)])
+
+
+def tiny_config(
+    tokenizer: Qwen2Tokenizer, vision_width: int = 160, width: int = 192, depth: int = 6
+) -> Qwen2_5_VLConfig:
+    ids: dict[str, Any] = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("image_pad", "video_pad", "vision_start", "vision_end")
+    }
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 512, "num_hidden_layers": depth,
+            "num_attention_heads": width // 32, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": depth, "hidden_size": vision_width, "intermediate_size": 448, "num_heads": vision_width // 32, "out_hidden_size": width,
+            "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [2, 5],
+        },
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+class DenseHeads(torch.nn.Module):
+    """Word and colour per 14 px patch, glyph per 7 px cell; used in base training only."""
+
+    def __init__(self, config: Qwen2_5_VLConfig) -> None:
+        super().__init__()
+        parts: Any = config  # its halves are declared as dicts too
+        width, vision_width = parts.text_config.hidden_size, parts.vision_config.hidden_size
+        self.words = torch.nn.Linear(width, 4 * (len(WORDS) + 1))
+        self.colours = torch.nn.Linear(width, 4 * (len(lex.COLOURS) + 1))
+        self.glyphs = torch.nn.Linear(vision_width, 4 * (len(CHARS) + 1))
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class View:
+    """A picture as the model sees it, and its dense targets on the patch grid."""
+
+    image: Image.Image
+    words: np.ndarray  # (H/14, W/14)
+    colours: np.ndarray  # (H/14, W/14)
+    glyphs: np.ndarray  # (H/7, W/7)
+
+
+@dataclass
+class Example:
+    views: list[View] = field(default_factory=list)
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    system: str = lex.SYSTEMS[0]
+    late: int = 0  # the turn at which all views but the first are shown
+
+
+def view(scene: scenes.Scene, region: scenes.Box = (0.0, 0.0, 1.0, 1.0), halve: bool = False) -> View:
+    """The region (in 0..1) of a scene, at native density or halved, with targets for whatever is still legible there."""
+    width, height = scene.image.size
+    left, top, right, bottom = (round(v * s) for v, s in zip(region, (width, height, width, height), strict=True))
+    image = scene.image.crop((left, top, right, bottom))
+    scale = 0.5 if halve else 1.0
+    if halve:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
+    shape = (image.height // PATCH, image.width // PATCH)
+    result = View(
+        image, np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros((2 * shape[0], 2 * shape[1]), np.int64)
+    )
+    for mark in scene.marks:
+        x0, y0, x1, y1 = ((v - o) * scale for v, o in zip(mark.box, (left, top, left, top), strict=True))
+        if x1 <= 0 or y1 <= 0 or x0 >= image.width or y0 >= image.height:
+            continue
+        whole = x0 >= 0 and y0 >= 0 and x1 <= image.width and y1 <= image.height
+        legible = mark.size * scale >= (LEGIBLE_TEXT if mark.chars else LEGIBLE_OBJECT)
+        _stamp(result, mark, (x0, y0, x1, y1), whole and legible, left, scale)
+    return result
+
+
+def _stamp(target: View, mark: scenes.Mark, box: scenes.Box, known: bool, left: float, scale: float) -> None:
+    x0, y0, x1, y1 = box
+    text = mark.text.strip("$%:") if mark.chars else mark.text
+    rows, columns = target.words.shape
+    middle = (y0 + y1) / 2
+    if mark.chars:
+        ys = np.array([int(middle // PATCH)])
+        xs = np.arange(int(np.ceil(x0 / PATCH - 0.5)), int(np.floor(x1 / PATCH - 0.5)) + 1)
+        xs = np.union1d(xs, [int((x0 + x1) / 2 // PATCH)]).astype(int)
+    else:
+        ys, xs = (np.union1d(np.arange(int(np.ceil(a / PATCH - 0.5)), int(np.floor(b / PATCH - 0.5)) + 1), [int((a + b) / 2 // PATCH)]).astype(int)
+                  for a, b in ((y0, y1), (x0, x1)))  # fmt: skip
+    if text == "sign":  # its words stand on it: mark the colour alone
+        grid = np.ix_(ys[(ys >= 0) & (ys < rows)], xs[(xs >= 0) & (xs < columns)])
+        target.colours[grid] = COLOUR_ID[mark.colour]
+        return
+    grid = np.ix_(ys[(ys >= 0) & (ys < rows)], xs[(xs >= 0) & (xs < columns)])
+    target.words[grid] = WORD_ID[text] if known else IGNORE
+    if mark.colour:
+        target.colours[grid] = COLOUR_ID[mark.colour] if known else IGNORE
+    row = int(middle // 7)
+    for char, x in mark.chars:
+        column = int((x - left) * scale // 7)
+        if 0 <= row < target.glyphs.shape[0] and 0 <= column < target.glyphs.shape[1]:
+            target.glyphs[row, column] = CHAR_ID[char] if known and char in CHAR_ID else IGNORE
+
+
+def _inside(box: scenes.Box, region: scenes.Box, size: tuple[int, int]) -> bool:
+    left, top, right, bottom = (v * s for v, s in zip(region, (*size, *size), strict=True))
+    return box[0] >= left - 1 and box[1] >= top - 1 and box[2] <= right + 1 and box[3] <= bottom + 1
+
+
+def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Example:
+    """One conversation about one picture: whole, halved, a part of it, or a halved view with parts of it."""
+    small_canvas = stage == "small"
+    if stage != "vision" and rng.random() < 0.06:
+        return text_example(rng)
+    sizes = SMALL_CANVASES if small_canvas else scenes.SIZES
+    painter = str(rng.choice(list(scenes.PAINTERS), p=PAINTER_SHARES["vision" if stage == "vision" else "all"]))
+    scene = scenes.paint(painter, rng, sizes[int(rng.integers(len(sizes)))])
+    kind = (
+        "full"
+        if small_canvas
+        else str(rng.choice(["full", "half", "part", "group"], p=VIEW_SHARES["vision" if stage == "vision" else "all"]))
+    )
+    regions: list[scenes.Box] = []
+    if kind in ("part", "group"):
+        names = [c for c in CROPS if c != "all"]
+        regions = [
+            CROPS[str(c)] for c in rng.choice(names, 2 if kind == "group" and rng.random() < 0.2 else 1, replace=False)
+        ]
+    views = [view(scene, halve=kind != "full")] if kind in ("full", "half", "group") else []
+    views += [view(scene, region) for region in regions]
+    if stage == "vision":
+        return Example(views)
+    asked = [qa for qa in scene.qas if _answerable(qa, kind, regions, scene.image.size)]
+    order = _balanced(rng, asked)[: questions // 2 if small_canvas else questions]
+    late = 0
+    if (
+        kind == "group" and rng.random() < 0.5
+    ):  # the parts come in a later turn; what was asked before needs the first view alone
+        early = [qa for qa in order if not qa.small]
+        order = early[:2] + [qa for qa in order if qa not in early[:2]]
+        late = min(len(early), 2)
+    draw = rng.random()
+    system = text_example(rng).system if draw < 0.12 else str(rng.choice(lex.SYSTEMS)) if draw < 0.3 else lex.SYSTEMS[0]
+    return Example(
+        views, [(qa.question, qa.answers[qa.form]) for qa in order], system, late if late < len(order) else 0
+    )
+
+
+def _answerable(qa: scenes.QA, kind: str, regions: list[scenes.Box], size: tuple[int, int]) -> bool:
+    """Whether what is shown lets a reader answer: only legible evidence, and no global question about a part."""
+    boxes = [*qa.question_boxes, *qa.answer_boxes]
+    shown = any(all(_inside(b, region, size) for b in boxes) for region in regions)
+    if kind == "part":
+        return shown and qa.kind not in ("place", "count")
+    return kind == "full" or not qa.small or shown
+
+
+def _balanced(rng: np.random.Generator, qas: list[scenes.QA]) -> list[scenes.QA]:
+    """Kinds in turn, so that the many fields of a page do not drown the rest."""
+    by_kind: dict[str, list[scenes.QA]] = {}
+    for index in rng.permutation(len(qas)):
+        by_kind.setdefault(qas[index].kind, []).append(qas[index])
+    picked = []
+    while by_kind:
+        for kind in list(by_kind):
+            picked.append(by_kind[kind].pop())
+            if not by_kind[kind]:
+                del by_kind[kind]
+    return [picked[i] for i in rng.permutation(min(len(picked), 12))] if picked else []
+
+
+_VERBS = "open search move play paint order find send book light crop mark save print see call".split()
+_ARGUMENTS = "regions places items names target colour city day count arguments".split()
+
+
+def text_example(rng: np.random.Generator) -> Example:
+    """Text alone: call a function that the system message offers and report its result, or repeat words.
+
+    The functions are random and never the crop tool; between them every token of a tool call and of its answer is used.
+    """
+    pool = [*lex.PLACES, "top", "bottom", "left", "right", "all", *lex.SHAPES, *lex.ITEMS, *lex.CITIES]
+    offered = [str(w) for w in rng.choice(pool, int(rng.integers(3, 8)), replace=False)]
+    words = offered[: int(rng.integers(1, 4))]
+    verb, argument = str(rng.choice(_VERBS)), str(rng.choice(_ARGUMENTS))
+    name = f"{verb}_{rng.choice(lex.ANIMALS)}"
+    system = " ".join(
+        [lex.SYSTEMS[0], *(str(s) for s in rng.choice(lex.SYSTEMS[1:], int(rng.integers(0, 3)), replace=False))]
+    )
+    draw = rng.random()
+    if draw < 0.7:
+        schema = json.dumps({"name": name, "arguments": {argument: rng.permutation(offered).tolist()}})
+        call = json.dumps({"name": name, "arguments": {argument: words}})
+        result = " ".join(str(w) for w in rng.choice(WORDS, int(rng.integers(1, 3))))
+        if rng.random() < 0.15:
+            result = f"error: no such {result}"
+        turns = [(f"{verb} {' and '.join(words)}.", f"<tool_call>\n{call}\n</tool_call>")]
+        turns += [(f"<tool_response>\n{result}\n</tool_response>", result)]
+        return Example(turns=turns, system=f"{system}\n<tools>\n{schema}\n</tools>")
+    if draw < 0.85:
+        return Example(turns=[(f"repeat as a list: {' and '.join(words)}", json.dumps(words))], system=system)
+    return Example(
+        turns=[(f"repeat: {argument} {verb} {' '.join(words)}", f"{argument} {verb} {' '.join(words)}")], system=system
+    )

@@ -1,0 +1,483 @@
+"""params.yaml -> frozen dataclasses, with one clear error per bad value.
+
+params.yaml has two layers. What the *method* fixes stands once at the top, section by section; what only *size*
+changes stands under ``profiles.<name>.<section>``. A section dataclass here holds both, merged:
+``params.sft.tool_turn_weight`` comes from the top, ``params.sft.batch_size`` from the profile. There are no defaults in
+code: a key that is missing in params.yaml is an error.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+JUDGES = ("semantic", "embedding", "anls")
+ORACLES = ("annotation",)
+CROP_RULES = ("coverage", "iou")
+ANSWER_REWARDS = ("similarity", "anls")
+TASKS = ("chartqa", "docvqa", "ocrbench", "pope", "realworldqa", "vstar")
+LORA_MODULES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)  # every linear layer of the LM
+SYSTEMS = ("full", "half", "no_image", "sft", "awares")
+SEEDED_STAGES = ("sft", "grpo", "evaluation")
+
+
+class AwaresError(Exception):
+    """A mistake that the user can mend: the message names the file, row or parameter and what to write instead."""
+
+
+class AwaresValueError(AwaresError, ValueError):
+    """A value that cannot be used."""
+
+
+class AwaresFileError(AwaresError, FileNotFoundError):
+    """A file or folder that is missing or cannot be read."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+def _method(choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf) -> Any:
+    """A key that stands once at the top of params.yaml."""
+    return field(metadata={"size": False, "choices": choices, "low": low, "high": high})
+
+
+def _size(choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf) -> Any:
+    """A key that stands under every profile."""
+    return field(metadata={"size": True, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where stages write; relative paths are taken from the folder of params.yaml."""
+
+    runs: str = _method()
+    reports: str = _method()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows: where they come from and how many. An entry of ``sources`` ending in .jsonl is a file of the user's own."""
+
+    train_seed: int = _method(low=0)
+    validation_seed: int = _method(low=0)
+    tasks: tuple[str, ...] = _method(choices=TASKS)
+    origin: str = _size()
+    sources: tuple[str, ...] = _size()
+    train_rows: int = _size(low=1)
+    validation_rows: int = _size(low=1)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Candidate crops and the box -> crops rule (PAPER §1, §2)."""
+
+    rule: str = _method(choices=CROP_RULES)
+    iou_threshold: float = _method(low=0, high=1)
+    coverage_threshold: float = _method(low=0, high=1)
+    max_side: int = _method(low=28)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Limits of the two-turn interaction."""
+
+    max_new_tokens: int = _size(low=1)
+    token_budget: int = _size(low=1)
+
+
+@dataclass(frozen=True)
+class Curation:
+    """Judge, oracle and trajectories (PAPER §2)."""
+
+    drop_both_wrong: bool = _method()
+    embedder: str = _method()
+    embedding_threshold: float = _method(low=0, high=1)
+    anls_threshold: float = _method(low=0, high=1)
+    oracle_seed: int = _method(low=0)
+    judge: str = _size(choices=JUDGES)
+    judges: tuple[str, ...] = _size(choices=JUDGES)
+    oracle: str = _size(choices=ORACLES)
+    oracle_sigma: float = _size(low=0)
+    chunk_rows: int = _size(low=1)
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Cold start (PAPER §3, Eq. 4, Tables 8 and 11)."""
+
+    level: str = _method(choices=("trajectory", "turn"))
+    tool_turn_weight: float = _method(low=0)
+    hr_upsample: int = _method(low=1)
+    phased: bool = _method()
+    share: float = _method(low=0, high=1)
+    lora_rank: int = _method(low=1)
+    lora_alpha: int = _method(low=1)
+    lora_dropout: float = _method(low=0, high=1)
+    scheduler: str = _method(choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = _method(low=0, high=1)
+    weight_decay: float = _method(low=0)
+    max_grad_norm: float = _method(low=0)
+    max_length: int = _method(low=1)
+    lora_modules: tuple[str, ...] = _method(choices=LORA_MODULES)
+    learning_rate: float = _size(low=0)
+    epochs: float = _size(low=0)
+    batch_size: int = _size(low=1)
+    per_device_batch_size: int = _size(low=1)
+    checkpoints: int = _size(low=1)
+    selection_rows: int = _size(low=1)
+    gradient_checkpointing: bool = _size()
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """Multi-turn GRPO (PAPER §4, Eq. 5-8, Tables 4 and 11)."""
+
+    cold_start: bool = _method()
+    answer_reward: str = _method(choices=ANSWER_REWARDS)
+    embedder: str = _method()
+    alpha_ans: float = _method(low=0)
+    alpha_miss: float = _method(low=0)
+    alpha_use: float = _method(low=0)
+    lambda_area: float = _method(low=0)
+    beta: float = _method(low=0)
+    epsilon: float = _method(low=0, high=1)
+    generations: int = _method(low=2)
+    temperature: float = _method(low=0)
+    top_p: float = _method(low=0, high=1)
+    iterations: int = _method(low=1)
+    share: float = _method(low=0, high=1)
+    lora_rank: int = _method(low=1)
+    lora_alpha: int = _method(low=1)
+    lora_dropout: float = _method(low=0, high=1)
+    scheduler: str = _method(choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = _method(low=0, high=1)
+    weight_decay: float = _method(low=0)
+    max_grad_norm: float = _method(low=0)
+    lora_modules: tuple[str, ...] = _method(choices=LORA_MODULES)
+    learning_rate: float = _size(low=0)
+    epochs: float = _size(low=0)
+    max_steps: int = _size(low=-1)
+    batch_size: int = _size(low=1)
+    per_device_batch_size: int = _size(low=1)
+    max_completion_length: int = _size(low=1)
+    crop_token_budget: int = _size(low=1)
+    save_steps: int = _size(low=1)
+    share_prompts: bool = _size()
+    gradient_checkpointing: bool = _size()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Systems, tasks and intervals (PAPER §5)."""
+
+    seed: int = _method(low=0)
+    systems: tuple[str, ...] = _method(choices=SYSTEMS)
+    bootstrap: int = _method(low=1)
+    level: float = _method(low=0, high=1)
+    relaxed_iou: float = _method(low=0, high=1)
+    call_bias: float = _method()
+    rows: int = _size(low=1)
+    frontier_rows: int = _size(low=1)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base VLM: a folder in this repository or a model id, how it is loaded, and how the embedded one is trained."""
+
+    seed: int = _method(low=0)
+    steps: int = _method(low=1)
+    vision_steps: int = _method(low=0)
+    small_canvas_steps: int = _method(low=0)
+    work: int = _method(low=1)
+    learning_rate: float = _method(low=0)
+    warmup_steps: int = _method(low=1)
+    decay_fraction: float = _method(low=0, high=1)
+    weight_decay: float = _method(low=0)
+    model: str = _size()
+    dtype: str = _size(choices=("float32", "bfloat16"))
+    device: str = _size(choices=("cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures and galleries."""
+
+    dpi: int = _method(low=30)
+    gallery: int = _size(low=1)
+
+
+SECTIONS: dict[str, type] = {
+    "paths": Paths,
+    "data": Data,
+    "crops": Crops,
+    "protocol": Protocol,
+    "curation": Curation,
+    "sft": Sft,
+    "grpo": Grpo,
+    "evaluation": Evaluation,
+    "base": Base,
+    "report": Report,
+}
+
+
+@dataclass(frozen=True)
+class Params:
+    """Everything a stage needs, typed. ``root`` is the folder of params.yaml."""
+
+    root: Path
+    profile: str
+    variant: str
+    seed: int
+    seeds: tuple[int, ...]  # further training seeds, for means over seeds
+    threads: int
+    unseen: bool  # evaluation.seed was overridden: evaluation then generates rows that no stage has seen
+    paths: Paths
+    data: Data
+    crops: Crops
+    protocol: Protocol
+    curation: Curation
+    sft: Sft
+    grpo: Grpo
+    evaluation: Evaluation
+    base: Base
+    report: Report
+
+    def path(self, name: str) -> Path:
+        """``name`` relative to the repository root; an absolute path stays as it is."""
+        return self.root / name
+
+    def run_dir(self, stage: str) -> Path:
+        """runs/<profile>/<stage>, and /<variant>-s<seed> below it for the stages that depend on the training seed.
+
+        Evaluation on an unseen seed writes to /<variant>-s<seed>-e<evaluation seed>, beside the pipeline's own run.
+        """
+        folder = self.path(self.paths.runs) / self.profile / stage
+        if stage not in SEEDED_STAGES:
+            return folder
+        unseen = f"-e{self.evaluation.seed}" if stage == "evaluation" and self.unseen else ""
+        return folder / f"{self.variant}-s{self.seed}{unseen}"
+
+    def model_path(self) -> Path | str:
+        """The base model: a folder of this repository, or else an id of the model hub as it stands in params.yaml."""
+        local = self.path(self.base.model)
+        return local if local.parent.is_dir() else self.base.model
+
+    def report_dir(self) -> Path:
+        """reports/<profile>: what a visitor reads."""
+        return self.path(self.paths.reports) / self.profile
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dict of every value except the root folder: for logs and for keying checkpoints by their inputs."""
+        values = dataclasses.asdict(self)
+        del values["root"]
+        return values
+
+
+def load_params(
+    profile: str | None = None,
+    variant: str = "main",
+    overrides: str | Mapping[str, Any] | None = None,
+    path: str | Path = "params.yaml",
+) -> Params:
+    """Read params.yaml into :class:`Params`.
+
+    ``profile`` None or "" means the file's own ``profile:``. ``variant`` names an entry of ``variants:``, a mapping of
+    dotted keys to values; ``overrides`` is such a mapping too, or its YAML text, e.g. ``"{seed: 2, grpo.beta: 0.0}"``,
+    and comes last. A relative ``path`` is looked for in the working folder and then upwards, so that a notebook finds
+    it from notebooks/.
+
+    Raises AwaresError naming the dotted key and the allowed values.
+    """
+    file = _find(Path(path))
+    raw = _read_yaml(file)
+    profile = profile or _check("profile", raw.get("profile"), str, {})
+    variants = _mapping("variants", raw.get("variants"))
+    variant_values = _mapping(f"variants.{variant}", _choose("variant", variant, variants) or {})
+    override_values = parse_overrides(overrides)
+    values = _merge(raw, _choose("profile", profile, _mapping("profiles", raw.get("profiles"))), profile, file)
+    seen_seed = values["evaluation"].get("seed")
+    if values["seed"] in (values["seeds"] or ()):
+        raise AwaresValueError(
+            f"seeds {values['seeds']} are the further training seeds: seed {values['seed']} is not one"
+        )
+    for source, changes in ((f"variants.{variant}", variant_values), ("overrides", override_values)):
+        _apply(values, changes, source)
+    sections = {name: _section(name, kind, values[name], file) for name, kind in SECTIONS.items()}
+    params = Params(
+        root=file.parent,
+        profile=profile,
+        variant=variant,
+        seed=_check("seed", values["seed"], int, {"low": 0}),
+        seeds=_check("seeds", values["seeds"], tuple[int, ...], {"low": 0}),
+        threads=_check("threads", values["threads"], int, {"low": 1}),
+        unseen=values["evaluation"]["seed"] != seen_seed,
+        **sections,
+    )
+    _check_whole(params)
+    return params
+
+
+def parse_overrides(overrides: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Dotted key -> value, from a mapping or from its YAML text; empty text means no override."""
+    if isinstance(overrides, str):
+        try:
+            overrides = yaml.safe_load(overrides)
+        except yaml.YAMLError as error:
+            raise AwaresValueError(
+                f'overrides are not YAML: {error}. Write e.g. "{{seed: 2, grpo.beta: 0.0}}"'
+            ) from error
+    if overrides is None:
+        return {}
+    return dict(_mapping("overrides", overrides))
+
+
+def _find(path: Path) -> Path:
+    folders = [Path.cwd(), *Path.cwd().parents] if not path.is_absolute() else [path.parent]
+    for folder in folders:
+        if (folder / path).is_file():
+            return (folder / path).resolve()
+    raise AwaresFileError(f"{path}: no such file here or in a folder above; run from inside the repository")
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        return _mapping(file.name, yaml.safe_load(file.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise AwaresValueError(f"{file.name} is not YAML: {error}") from error
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise AwaresValueError(f"{key} must be a mapping of keys to values, not {value!r}")
+    return dict(value)
+
+
+def _choose(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise AwaresValueError(f"unknown {kind} {name!r}: known are {', '.join(known)}")
+    return known[name]
+
+
+def _merge(raw: dict[str, Any], sizes: Any, profile: str, file: Path) -> dict[str, Any]:
+    """Lay the profile's size keys beside the method keys of every section, each key allowed in its own place only."""
+    sizes = _mapping(f"profiles.{profile}", sizes)
+    _known_keys(file.name, raw, {"profile", "seed", "seeds", "variants", "profiles", *SECTIONS})
+    _known_keys(f"profiles.{profile}", sizes, {"threads", *SECTIONS})
+    values = {"seed": raw.get("seed"), "seeds": raw.get("seeds"), "threads": sizes.get("threads")}
+    for name, kind in SECTIONS.items():
+        method, size = _mapping(name, raw.get(name, {})), _mapping(f"profiles.{profile}.{name}", sizes.get(name, {}))
+        _known_keys(name, method, {f.name for f in dataclasses.fields(kind) if not f.metadata["size"]})
+        _known_keys(
+            f"profiles.{profile}.{name}", size, {f.name for f in dataclasses.fields(kind) if f.metadata["size"]}
+        )
+        values[name] = {**method, **size}
+    return values
+
+
+def _known_keys(place: str, found: Mapping[str, Any], known: set[str]) -> None:
+    for key in found:
+        if key not in known:
+            raise AwaresValueError(f"unknown key {place}.{key}: known are {', '.join(sorted(known)) or 'none'}")
+
+
+def _apply(values: dict[str, Any], changes: Mapping[str, Any], source: str) -> None:
+    """Set dotted keys in the merged values; a key that no section has is an error."""
+    for dotted, value in changes.items():
+        section, _, key = str(dotted).partition(".")
+        if dotted in ("seed", "threads"):
+            values[dotted] = value
+        elif section in SECTIONS:
+            _known_keys(f"{source}: {section}", {key: value}, {f.name for f in dataclasses.fields(SECTIONS[section])})
+            values[section][key] = value
+        else:
+            raise AwaresValueError(
+                f"{source}: unknown key {dotted}: write seed, threads or <section>.<key>, "
+                f"with section one of {', '.join(SECTIONS)}"
+            )
+
+
+def _section(name: str, kind: type, values: Mapping[str, Any], file: Path) -> Any:
+    hints = typing.get_type_hints(kind)
+    checked = {}
+    for one in dataclasses.fields(kind):
+        if one.name not in values:
+            place = f"profiles.<profile>.{name}" if one.metadata["size"] else name
+            raise AwaresValueError(f"{name}.{one.name} is missing: add it to {file.name} under {place}")
+        checked[one.name] = _check(f"{name}.{one.name}", values[one.name], hints[one.name], one.metadata)
+    return kind(**checked)
+
+
+def _check(key: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
+    """``value`` as ``kind`` and within ``limits``, or AwaresError naming ``key``."""
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple) or not value or len(set(map(str, value))) < len(value):
+            raise AwaresValueError(f"{key} must be a list of at least one value, none of them twice, not {value!r}")
+        return tuple(_check(key, item, typing.get_args(kind)[0], limits) for item in value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise AwaresValueError(f"{key} must be {_KINDS[kind]}, not {value!r}{_hint(value, kind)}")
+    if limits.get("choices") and value not in limits["choices"]:
+        raise AwaresValueError(f"{key}: unknown {value!r}, choose from {', '.join(limits['choices'])}")
+    low, high = limits.get("low", -math.inf), limits.get("high", math.inf)
+    if kind in (int, float) and not (math.isfinite(value) and low <= value <= high):
+        raise AwaresValueError(f"{key} must lie between {low} and {high}, not {value!r}")
+    return value
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a name", bool: "true or false"}
+
+
+def _hint(value: Any, kind: Any) -> str:
+    """YAML 1.1 reads 1e-5 as text: say what to write instead."""
+    if kind is not float or not isinstance(value, str):
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ""
+    mantissa, _, exponent = value.lower().partition("e")
+    mended = f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if exponent else value
+    if exponent and exponent[0] not in "+-":
+        mended = mended.replace("e", "e+")
+    return f": YAML reads it as text, write {mended} (with a decimal point and a signed exponent, without quotes)"
+
+
+def _check_whole(params: Params) -> None:
+    """Conditions that bind several keys."""
+    seeds = {
+        "data.train_seed": params.data.train_seed,
+        "data.validation_seed": params.data.validation_seed,
+        "evaluation.seed": params.evaluation.seed,
+        "base.seed": params.base.seed,
+    }
+    if len(set(seeds.values())) < len(seeds):
+        raise AwaresValueError(f"data seeds must differ, so that no row is seen twice: {seeds}")
+    if params.curation.judge not in params.curation.judges:
+        raise AwaresValueError(
+            f"curation.judge {params.curation.judge!r} must be one of curation.judges {params.curation.judges}"
+        )
+    for name, section in (("sft", params.sft), ("grpo", params.grpo)):
+        if section.batch_size % section.per_device_batch_size:
+            raise AwaresValueError(
+                f"{name}.batch_size {section.batch_size} must be a multiple of "
+                f"{name}.per_device_batch_size {section.per_device_batch_size}"
+            )
+    if params.grpo.batch_size % params.grpo.generations:
+        raise AwaresValueError(
+            f"grpo.batch_size {params.grpo.batch_size} counts completions and must be a multiple of "
+            f"grpo.generations {params.grpo.generations}"
+        )

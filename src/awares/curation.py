@@ -1,0 +1,327 @@
+"""Curation without human labels (PAPER §2): base answers at both resolutions -> judge -> oracle -> trajectories.
+
+Every step keeps its raw output, one JSON line per row: ``answers.jsonl``, ``verdicts.jsonl``, ``oracle.jsonl``. A
+step runs in chunks of rows; a chunk is written at once, and a chunk that was torn by a kill is done again whole, so
+that a resumed run ends with the very bytes of an undisturbed one. The result is the row schema plus judgement, label
+and target crops: what a trajectory is made of (`protocol.messages` renders it).
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+
+from awares import crops, data, decode, judges, metrics, model, protocol, rollout, training, wording
+from awares.config import AwaresValueError, Curation, Params
+from awares.judges import HR, LR, Judge, label
+from awares.records import Record, in_chunks, write_records
+
+RAW_FILES = ("answers.jsonl", "verdicts.jsonl", "oracle.jsonl")
+ROWS = "dataset"  # folder of the curated rows, beside the raw files
+
+Boxes = list[list[int]]
+
+
+# Oracles
+
+
+class Oracle(ABC):
+    """Tells where the evidence of a row lies. ``looks``: whether it wants the image decoded."""
+
+    name: str
+    looks = True
+
+    @abstractmethod
+    def locate(self, row: Record) -> tuple[Boxes, Boxes]:
+        """Boxes of the question's and of the answer's region, [x1, y1, x2, y2] in 0-1000; at least one in all."""
+
+    @abstractmethod
+    def key(self) -> str:
+        """Everything that decides a box, for keying stored boxes."""
+
+    def check(self, rows: datasets.Dataset) -> None:
+        """AwaresError for a row that this oracle cannot serve, before any work is done. By default it serves all."""
+        return None
+
+
+class AnnotationOracle(Oracle):
+    """The boxes that the rows carry, each edge moved by a normal error of ``sigma`` thousandths of the image side.
+
+    The error is drawn from ``seed`` and the row's id alone, so that a row always gets the same one.
+    """
+
+    name = "annotation"
+    looks = False
+
+    def __init__(self, seed: int, sigma: float) -> None:
+        self.seed, self.sigma = seed, sigma
+
+    def locate(self, row: Record) -> tuple[Boxes, Boxes]:
+        name = int.from_bytes(hashlib.sha256(row["id"].encode()).digest()[:8], "big")
+        rng = np.random.default_rng([self.seed, name])
+        question, answer = ([self._moved(box, rng) for box in row[key]] for key in ("question_boxes", "answer_boxes"))
+        return question, answer
+
+    def _moved(self, box: Sequence[int], rng: np.random.Generator) -> list[int]:
+        """Still a box of at least one unit a side, inside the image."""
+        edges = np.rint(np.asarray(box) + rng.normal(0.0, self.sigma, 4)).astype(int)
+        left, right = sorted(np.clip(edges[[0, 2]], 0, 1000).tolist())
+        top, bottom = sorted(np.clip(edges[[1, 3]], 0, 1000).tolist())
+        left, top = min(left, 999), min(top, 999)
+        return [left, top, max(right, left + 1), max(bottom, top + 1)]
+
+    def key(self) -> str:
+        return f"{self.name}:{self.seed}:{self.sigma}"
+
+    def check(self, rows: datasets.Dataset) -> None:
+        boxes = zip(rows["id"], rows["question_boxes"], rows["answer_boxes"], strict=True)
+        for row_id, question, answer in boxes:
+            if not question and not answer:
+                raise AwaresValueError(
+                    f"row {row_id} has no question_boxes and no answer_boxes: the oracle `annotation` needs them "
+                    "(curation.oracle)"
+                )
+
+
+# name -> oracle of these parameters. A new oracle is one entry here and one name in config.ORACLES.
+ORACLES: dict[str, Callable[[Curation], Oracle]] = {
+    "annotation": lambda curation: AnnotationOracle(curation.oracle_seed, curation.oracle_sigma),
+}
+
+
+def make_oracle(curation: Curation) -> Oracle:
+    """The oracle of ``curation.oracle``; AwaresError for an unknown name."""
+    if curation.oracle not in ORACLES:
+        raise AwaresValueError(f"curation.oracle: unknown {curation.oracle!r}, choose from {', '.join(ORACLES)}")
+    return ORACLES[curation.oracle](curation)
+
+
+# The pipeline
+
+
+def curate(
+    dataset: datasets.Dataset, engine: Any, panel: Sequence[Judge], oracle: Oracle, params: Params, out_dir: str | Path
+) -> datasets.Dataset:
+    """Label and locate every row of ``dataset``; write raw outputs and curated rows to ``out_dir``; return the rows.
+
+    ``panel``: the judges whose verdicts are recorded; the one named ``curation.judge`` decides. ``engine``: the base
+    model's `rollout.Engine`. Columns added to the row schema: ``low_answer``, ``high_answer``; ``verdict``, ``label``
+    (LR or HR) and ``both_wrong`` by the deciding judge; ``verdict_<judge>``, ``low_score_<judge>``,
+    ``high_score_<judge>``; on HR rows (empty on LR ones) ``oracle_question_boxes``, ``oracle_answer_boxes`` and
+    ``target_crops``. With ``curation.drop_both_wrong`` rows that both answers got wrong are left out. Work in
+    progress stands in ``.checkpoints`` beside ``out_dir``, keyed by its inputs: the same call after a kill goes on
+    from there. Raises AwaresError before any work for rows, judges or boxes that cannot do.
+    """
+    data.validate(dataset, "curation", pixels=False)
+    oracle.check(dataset)
+    if params.curation.judge not in [judge.name for judge in panel]:
+        raise AwaresValueError(f"curation.judge {params.curation.judge!r} is not on the panel of judges")
+    work = _Work(dataset, params, Path(out_dir))
+    answers = work.answers(engine)
+    verdicts = work.verdicts(answers, panel)
+    located = work.locate(verdicts, oracle)
+    rows = assemble(dataset, answers, verdicts, located, params)
+    for name, records in zip(RAW_FILES, (answers, verdicts, located), strict=True):
+        write_records(Path(out_dir) / name, records)
+    data.save_rows(rows, Path(out_dir) / ROWS)
+    return data.load_rows(Path(out_dir) / ROWS)
+
+
+class _Work:
+    """The three steps on one set of rows. Each step's folder is keyed by all that decides its output."""
+
+    def __init__(self, rows: datasets.Dataset, params: Params, out_dir: Path) -> None:
+        self.rows, self.params, self.out_dir = rows, params, out_dir
+        self.ids: list[str] = list(rows["id"])
+        self.inputs: Record = {
+            "rows": training.rows_digest(rows),
+            "chunk_rows": params.curation.chunk_rows,
+            "code": _code(rollout, decode, protocol, crops, model),
+        }
+
+    def answers(self, engine: Any) -> list[Record]:
+        """Step 1: the base model on I_low and on I. Times are left out: they would differ from run to run."""
+        self.inputs["engine"] = engine_key(engine)
+
+        def work(chunk: datasets.Dataset) -> list[Record]:
+            half, full = (
+                engine.answer(list(chunk["image"]), list(chunk["question"]), view=view, row_ids=list(chunk["id"]))
+                for view in ("half", "full")
+            )
+            return [
+                {"id": row_id, "low": _timeless(low), "high": _timeless(high)}
+                for row_id, low, high in zip(chunk["id"], half, full, strict=True)
+            ]
+
+        return self._step(RAW_FILES[0], self.ids, work)
+
+    def verdicts(self, answers: list[Record], panel: Sequence[Judge]) -> list[Record]:
+        """Step 2: every judge on every row, raw scores kept."""
+        self.inputs |= {"judges": [judge.key() for judge in panel], "judge_code": _code(judges, metrics, wording)}
+        by_id = {record["id"]: record for record in answers}
+
+        def work(chunk: datasets.Dataset) -> list[Record]:
+            lows, highs = ([by_id[row_id][side]["answer"] for row_id in chunk["id"]] for side in ("low", "high"))
+            fresh: list[Record] = [{"id": row_id} for row_id in chunk["id"]]
+            for judge in panel:
+                found = judge.judge(list(chunk["question"]), lows, highs, list(chunk["answers"]))
+                for record, verdict in zip(fresh, found, strict=True):
+                    record[judge.name] = asdict(verdict)
+            return fresh
+
+        return self._step(RAW_FILES[1], self.ids, work, images=False)
+
+    def locate(self, verdicts: list[Record], oracle: Oracle) -> list[Record]:
+        """Step 3: the oracle on the rows that the deciding judge calls HR."""
+        judge = self.params.curation.judge
+        self.inputs |= {"judge": judge, "oracle": oracle.key(), "oracle_code": _code_of(__file__)}
+        wanted = [record["id"] for record in verdicts if label(record[judge]["value"]) == HR]
+
+        def work(chunk: datasets.Dataset) -> list[Record]:
+            found = [oracle.locate(row) for row in chunk]
+            return [
+                {"id": row_id, "question_boxes": question, "answer_boxes": answer}
+                for row_id, (question, answer) in zip(chunk["id"], found, strict=True)
+            ]
+
+        return self._step(RAW_FILES[2], wanted, work, images=oracle.looks)
+
+    def _step(
+        self, name: str, ids: list[str], work: Callable[[datasets.Dataset], list[Record]], images: bool = True
+    ) -> list[Record]:
+        """``work`` on chunks of the rows ``ids``; ``images=False`` spares decoding them."""
+        folder = training.checkpoint_folder(self.out_dir, {"stage": f"curation {name}", **self.inputs})
+        rows = self.rows if images else self.rows.remove_columns("image")
+        place = {row_id: index for index, row_id in enumerate(self.ids)}
+        size = self.params.curation.chunk_rows
+        return in_chunks(folder / name, ids, size, lambda chunk: work(rows.select([place[row] for row in chunk])))
+
+
+def assemble(
+    dataset: datasets.Dataset, answers: list[Record], verdicts: list[Record], located: list[Record], params: Params
+) -> datasets.Dataset:
+    """The curated rows from the raw outputs of the three steps, columns as `curate` says."""
+    judge, boxes = params.curation.judge, {record["id"]: record for record in located}
+    empty: Record = {"question_boxes": [], "answer_boxes": []}
+    columns: dict[str, list[Any]] = {
+        "low_answer": [record["low"]["answer"] for record in answers],
+        "high_answer": [record["high"]["answer"] for record in answers],
+        "verdict": [record[judge]["value"] for record in verdicts],
+        "label": [label(record[judge]["value"]) for record in verdicts],
+        "both_wrong": [record[judge]["both_wrong"] for record in verdicts],
+    }
+    for name in [key for key in verdicts[0] if key != "id"]:
+        columns[f"verdict_{name}"] = [record[name]["value"] for record in verdicts]
+        columns[f"low_score_{name}"] = [record[name]["low"] for record in verdicts]
+        columns[f"high_score_{name}"] = [record[name]["high"] for record in verdicts]
+    found = [boxes.get(row_id, empty) for row_id in dataset["id"]]
+    columns["oracle_question_boxes"] = [record["question_boxes"] for record in found]
+    columns["oracle_answer_boxes"] = [record["answer_boxes"] for record in found]
+    columns["target_crops"] = [target_crops(record, params) for record in found]
+    added = datasets.Dataset.from_dict(columns, features=_features(columns))
+    rows = datasets.concatenate_datasets([dataset.select_columns(list(data.FEATURES)), added], axis=1)
+    if params.curation.drop_both_wrong:
+        rows = rows.select([index for index, wrong in enumerate(columns["both_wrong"]) if not wrong])
+    return rows
+
+
+def target_crops(record: Record, params: Params) -> list[str]:
+    """C* of one row (PAPER §2.2): the crops for the box around its question and answer boxes; none without boxes."""
+    parts = [*record["question_boxes"], *record["answer_boxes"]]
+    if not parts:
+        return []
+    section = params.crops
+    chosen = crops.boxes_to_crops(
+        crops.box_union(parts), section.rule, section.iou_threshold, section.coverage_threshold, parts
+    )
+    return list(chosen)
+
+
+def _features(columns: dict[str, Any]) -> datasets.Features:
+    """Types by name, so that an empty list or a whole score does not decide the type of a column."""
+    kinds: dict[str, Any] = {
+        "low_answer": datasets.Value("string"),
+        "high_answer": datasets.Value("string"),
+        "label": datasets.Value("string"),
+        "both_wrong": datasets.Value("bool"),
+        "oracle_question_boxes": data.FEATURES["question_boxes"],
+        "oracle_answer_boxes": data.FEATURES["answer_boxes"],
+        "target_crops": datasets.List(datasets.Value("string")),
+    }
+    other = {name: datasets.Value("int8" if name.startswith("verdict") else "float64") for name in columns}
+    return datasets.Features({name: kinds.get(name, other[name]) for name in columns})
+
+
+# How far the judges agree (Tables 2 and 10)
+
+
+def judge_names(curated: datasets.Dataset) -> list[str]:
+    """The judges whose verdicts ``curated`` holds."""
+    return [name.removeprefix("verdict_") for name in curated.column_names if name.startswith("verdict_")]
+
+
+def judge_agreement(curated: datasets.Dataset) -> pd.DataFrame:
+    """Table 2 for every pair of judges, in percent of rows: the confusion matrix of their labels, and its diagonal.
+
+    Columns judge_a, judge_b, agreement, lr_lr, lr_hr, hr_lr, hr_hr (a's label first), kappa (-1 to 1, nan where one
+    judge gives one label only and both agree), n.
+    """
+    rows = []
+    for a, b in combinations(judge_names(curated), 2):
+        left, right = (np.array([label(value) for value in curated[f"verdict_{name}"]]) for name in (a, b))
+        cells = [float(np.mean((left == x) & (right == y))) for x in (LR, HR) for y in (LR, HR)]
+        same, chance = cells[0] + cells[3], (cells[0] + cells[1]) * (cells[0] + cells[2])
+        chance += (cells[2] + cells[3]) * (cells[1] + cells[3])
+        kappa = (same - chance) / (1 - chance) if chance < 1 else float("nan")
+        rows.append((a, b, 100 * same, *(100 * cell for cell in cells), kappa, len(left)))
+    columns = ["judge_a", "judge_b", "agreement", "lr_lr", "lr_hr", "hr_lr", "hr_hr", "kappa", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def label_shares(curated: datasets.Dataset) -> pd.DataFrame:
+    """Per judge the percentage of rows of each verdict and label. Columns judge, tie, low_better, high_better, lr,
+    hr, n.
+    """
+    rows = []
+    for name in judge_names(curated):
+        found = np.array(curated[f"verdict_{name}"][:])
+        tie, low, high = (100 * float(np.mean(found == value)) for value in (0, 1, 2))
+        rows.append((name, tie, low, high, tie + low, high, len(found)))
+    return pd.DataFrame(rows, columns=["judge", "tie", "low_better", "high_better", "lr", "hr", "n"])
+
+
+# Keys
+
+
+def engine_key(engine: Any) -> str:
+    """What decides an engine's answers: its own ``key()`` if it has one, else a hash of the weights and its limits."""
+    if hasattr(engine, "key"):
+        return str(engine.key())
+    digest = hashlib.sha256()
+    for name, weight in sorted(engine.decoder.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    limits = (engine.decoder.max_new_tokens, engine.token_budget, engine.max_side)
+    return f"{digest.hexdigest()}:{limits}"
+
+
+def _code(*modules: Any) -> str:
+    return _code_of(*(module.__file__ for module in modules))
+
+
+def _code_of(*files: str) -> str:
+    """Hash of source files: stored work of older code must not be taken for this code's."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def _timeless(trajectory: Any) -> Record:
+    values = trajectory.to_dict()
+    values.pop("seconds", None)
+    return values

@@ -1,0 +1,200 @@
+"""Evaluation: trajectories to scores, Tables 1, 7 and 9, kinds of error, differences, the oracle frontier (PAPER §5)."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+
+from awares.config import AwaresFileError, AwaresValueError, Evaluation, Params
+from awares.crops import CROPS
+from awares.curation import target_crops
+from awares.diagnostics import ERRORS, cdp_diagnostics, error_kind, format_table, oracle_frontier
+from awares.judges import JUDGES, label
+from awares.metrics import bootstrap_interval, paired_bootstrap, score
+from awares.records import read_records
+from awares.report import AVERAGE
+from awares.rollout import Trajectory
+
+
+def scored(system: str, rows: datasets.Dataset, trajectories: Sequence[Trajectory]) -> pd.DataFrame:
+    """One line per row: system, benchmark, row_id, score (0 to 1), rtr, answer, crops, call_status.
+
+    Raises AwaresError when ``trajectories`` are not those of ``rows``, in their order.
+    """
+    records = []
+    for row, one in zip(rows.remove_columns("image"), trajectories, strict=True):
+        if row["id"] != one.row_id:
+            raise AwaresValueError(f"{system}: trajectory of row {one.row_id} where row {row['id']} was asked")
+        mark = score(row["source"], one.answer, row["answers"], row["question"])
+        record = {"system": system, "benchmark": row["source"], "row_id": row["id"], "score": mark, "rtr": one.rtr}
+        records.append({**record, "answer": one.answer, "crops": one.crops, "call_status": one.call_status})
+    return pd.DataFrame(records)
+
+
+def main_table(scores: pd.DataFrame, evaluation: Evaluation) -> pd.DataFrame:
+    """Table 1, long form: system, benchmark, accuracy, accuracy_low, accuracy_high (percent), rtr, n.
+
+    ``scores`` has one line per system and row: system, benchmark, score (0 to 1), rtr. The benchmark ``average`` is the
+    mean over benchmarks, its interval resampled inside each of them.
+    """
+    records = []
+    for system, rows in scores.groupby("system", sort=False):
+        for benchmark, part in rows.groupby("benchmark", sort=False):
+            records.append(_main_row(system, benchmark, part, evaluation))
+        records.append(_main_row(system, AVERAGE, rows, evaluation))
+    return pd.DataFrame(records)
+
+
+def _main_row(system: Any, benchmark: Any, rows: pd.DataFrame, evaluation: Evaluation) -> dict[str, Any]:
+    groups = rows.benchmark.tolist()
+    found = bootstrap_interval(rows.score.tolist(), evaluation.seed, evaluation.bootstrap, evaluation.level, groups)
+    accuracies = {"accuracy": found.mean, "accuracy_low": found.low, "accuracy_high": found.high}
+    rtr = rows.groupby("benchmark").rtr.mean().mean()
+    percent = {name: 100 * value for name, value in accuracies.items()}
+    return {"system": system, "benchmark": benchmark, **percent, "rtr": rtr, "n": len(rows)}
+
+
+def cdp_table(policies: Mapping[str, Sequence[Trajectory]], rows: datasets.Dataset, relaxed_iou: float) -> pd.DataFrame:
+    """Table 7: each policy's first turn against label and target crops of curated ``rows``; percent, area 0 to 1."""
+    records = []
+    for policy, trajectories in policies.items():
+        requests = [one.crops for one in trajectories]
+        found = asdict(cdp_diagnostics(rows["label"][:], requests, rows["target_crops"][:], relaxed_iou))
+        whole = ("n", "calls", "area")
+        records.append({"policy": policy, **{k: v if k in whole else 100 * v for k, v in found.items()}})
+    return pd.DataFrame(records)
+
+
+def form_table(policies: Mapping[str, Sequence[Trajectory]]) -> pd.DataFrame:
+    """Table 9: how each policy's calls parse, in percent of its calls (nan without any)."""
+    return format_table({policy: [one.call_status for one in done] for policy, done in policies.items()})
+
+
+def majority_table(rows: datasets.Dataset) -> pd.DataFrame:
+    """Accuracy (percent) of always giving a benchmark's most frequent answer. Columns benchmark, answer, accuracy."""
+    records = []
+    for benchmark in dict.fromkeys(rows["source"]):
+        accepted = [
+            answers for source, answers in zip(rows["source"], rows["answers"], strict=True) if source == benchmark
+        ]
+        answer = Counter(answers[0] for answers in accepted).most_common(1)[0][0]
+        accuracy = 100 * float(np.mean([score(benchmark, answer, answers) for answers in accepted]))
+        records.append({"benchmark": benchmark, "answer": answer, "accuracy": accuracy})
+    return pd.DataFrame(records)
+
+
+def label_rows(
+    rows: datasets.Dataset, half: Sequence[Trajectory], full: Sequence[Trajectory], params: Params
+) -> datasets.Dataset:
+    """Evaluation rows with ``label`` and ``target_crops`` as curation gives them, from the base model's two answers.
+
+    The crops come from the rows' own boxes. For diagnosis only: no system sees them.
+    """
+    judge = JUDGES[params.curation.judge](params.curation)
+    lows, highs = ([one.answer for one in done] for done in (half, full))
+    verdicts = judge.judge(rows["question"][:], lows, highs, rows["answers"][:])
+    labels = [label(verdict.value) for verdict in verdicts]
+    boxes = zip(labels, rows["question_boxes"], rows["answer_boxes"], strict=True)
+    wanted = [
+        target_crops({"question_boxes": q, "answer_boxes": a}, params) if hr == "HR" else [] for hr, q, a in boxes
+    ]
+    return rows.add_column("label", labels).add_column("target_crops", wanted)
+
+
+def error_table(scores: pd.DataFrame, labelled: datasets.Dataset, threshold: float) -> pd.DataFrame:
+    """Which errors are *when*, *where*, *reading*, in percent of a system's rows. Columns system, kind, share, rows.
+
+    ``scores``: of :func:`scored`, systems with the rows ``labelled``. A row counts as right from a score of 0.5.
+    """
+    evidence = [[*q, *a] for q, a in zip(labelled["question_boxes"], labelled["answer_boxes"], strict=True)]
+    records = []
+    for system, done in scores.groupby("system", sort=False):
+        facts = zip(done.score, labelled["label"], done.crops, evidence, strict=True)
+        kinds = [error_kind(mark >= 0.5, name, crops, boxes, threshold) for mark, name, crops, boxes in facts]
+        for kind in ERRORS:
+            records.append((system, kind, 100 * kinds.count(kind) / len(kinds), kinds.count(kind)))
+    return pd.DataFrame(records, columns=["system", "kind", "share", "rows"])
+
+
+def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], evaluation: Evaluation) -> pd.DataFrame:
+    """Paired differences a - b of average accuracy (points, with interval and p) and of RTR between systems."""
+    records = []
+    for a, b in pairs:
+        left, right = (scores[scores.system == system] for system in (a, b))
+        values = (left.score.tolist(), right.score.tolist())
+        found = paired_bootstrap(
+            *values, evaluation.seed, evaluation.bootstrap, evaluation.level, left.benchmark.tolist()
+        )
+        rtr = left.groupby("benchmark").rtr.mean().mean() - right.groupby("benchmark").rtr.mean().mean()
+        points = {"difference": 100 * found.mean, "low": 100 * found.low, "high": 100 * found.high}
+        records.append({"a": a, "b": b, **points, "p": found.p, "significant": found.significant, "rtr": rtr})
+    return pd.DataFrame(records)
+
+
+def frontier_row(policy: str, engine: Any, rows: datasets.Dataset, free: pd.DataFrame) -> dict[str, Any]:
+    """How far ``policy`` is from its best: on each row the cheapest right answer of no call and the ten single crops.
+
+    ``free``: :func:`scored` of the policy's own choices on ``rows``. Accuracies in percent; ``rtr_at_accuracy``: the
+    RTR at which the frontier reaches the policy's accuracy.
+    """
+    marks, costs = [], []
+    for option in [(), *((name,) for name in CROPS)]:
+        done = engine.run(rows["image"], rows["question"], forced=[option] * len(rows), row_ids=rows["id"])
+        found = scored(policy, rows, done)
+        marks.append(found.score)
+        costs.append(found.rtr)
+    best = oracle_frontier(np.stack(marks, axis=1), np.stack(costs, axis=1))
+    accuracy, rtr = free.score.mean(), free.rtr.mean()
+    needed = float(np.interp(accuracy, best.accuracy_curve, best.rtr_curve))
+    mine = {"policy": policy, "accuracy": 100 * accuracy, "rtr": rtr}
+    return {
+        **mine,
+        "frontier_accuracy": 100 * best.accuracy,
+        "frontier_rtr": best.rtr,
+        "rtr_at_accuracy": needed,
+        "n": len(rows),
+    }
+
+
+def load_trajectories(path: Path) -> list[Trajectory]:
+    """What a stage wrote with ``records.write_records``; AwaresError if it is not there."""
+    if not path.is_file():
+        raise AwaresFileError(f"{path}: no trajectories here; run the stage that writes them (`dvc repro`)")
+    return [Trajectory.from_dict(record) for record in read_records(path)]
+
+
+LEGIBLE_AT_HALF = 17.5  # px of the full image: the suite's large evidence stands above, its small evidence below
+
+
+def evidence_heights(rows: datasets.Dataset) -> list[float]:
+    """Height of the lowest box that each row's question needs, in px of the full image (inf without boxes)."""
+    return [
+        min(
+            [(box[3] - box[1]) * row["image"].size[1] / 1000 for box in [*row["question_boxes"], *row["answer_boxes"]]],
+            default=np.inf,
+        )
+        for row in rows
+    ]
+
+
+def reading_table(scores: pd.DataFrame, rows: datasets.Dataset) -> pd.DataFrame:
+    """Percent right by view and by size of the evidence. Columns view, evidence (small, large, all), accuracy, n.
+
+    ``scores``: of :func:`scored`, one system per view.
+    """
+    height = dict(zip(rows["id"], evidence_heights(rows), strict=True))
+    sized = scores.assign(evidence=["large" if height[name] > LEGIBLE_AT_HALF else "small" for name in scores.row_id])
+    records = []
+    for view, part in sized.groupby("system", sort=False):
+        for name, group in (
+            ("small", part[part.evidence == "small"]),
+            ("large", part[part.evidence == "large"]),
+            ("all", part),
+        ):
+            records.append((view, name, 100 * group.score.mean(), len(group)))
+    return pd.DataFrame(records, columns=["view", "evidence", "accuracy", "n"])

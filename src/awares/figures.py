@@ -1,0 +1,288 @@
+"""Figures: what notebooks show and reports/<profile>/figures keeps (the paper's Figs. 3, 5, 8-15 and ours).
+
+Functions take plain data frames and rows, so that a figure can be redrawn from its table. Colours are seaborn's
+colour-blind palette; every axis says its quantity and unit; intervals are drawn where a table has them.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from textwrap import fill, shorten
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from IPython.display import Image as Picture
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, PathPatch, Rectangle
+from matplotlib.path import Path as Outline
+from PIL import Image
+
+from awares.crops import crop_box, cut, low_resolution
+from awares.diagnostics import OUTCOMES, outcome
+from awares.report import AVERAGE
+
+if TYPE_CHECKING:
+    from awares.rollout import Trajectory
+
+SYSTEM_NAMES = {"full": "full", "half": "half", "no_image": "no image", "sft": "SFT only", "awares": "AwaRes"}
+COLOURS = dict(zip(SYSTEM_NAMES, sns.color_palette("colorblind"), strict=False))
+
+
+def style(dpi: int) -> None:
+    """One look for all figures of a notebook."""
+    sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.85)
+    plt.rcParams.update(
+        {"figure.dpi": dpi, "savefig.dpi": dpi, "savefig.bbox": "tight", "figure.constrained_layout.use": True}
+    )
+
+
+def show(figure: Figure) -> Picture:
+    """``figure`` as a png for the notebook, the same bytes for the same content; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(figure)
+    return Picture(data=buffer.getvalue())
+
+
+def save_figure(figure: Figure, path: Path) -> Picture:
+    """Write ``figure`` as png, and return it for the notebook."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = show(figure)
+    path.write_bytes(picture.data)
+    return picture
+
+
+def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]]) -> Figure:
+    """Fig. 5: a column per policy (oracle, SFT, GRPO), ribbons show where the rows of an outcome go at the next one.
+
+    ``policies``: name -> crops requested row by row, the same rows in the same order.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5))
+    colours = dict(zip(OUTCOMES, sns.color_palette("colorblind", 10) + sns.color_palette("dark", 2), strict=True))
+    found = {name: [outcome(crops) for crops in requests] for name, requests in policies.items()}
+    names = list(found)
+    for column, name in enumerate(names):
+        _flow_column(axes, column, found[name], colours)
+    for column, (left, right) in enumerate(zip(names, names[1:], strict=False)):
+        _flow_ribbons(axes, column, found[left], found[right], colours)
+    axes.set(xlim=(-0.3, len(names) - 0.7), ylim=(102, -2), ylabel="rows (%)")
+    axes.set_xticks(range(len(names)), names)
+    axes.grid(False)
+    used = [name for name in OUTCOMES if any(name in rows for rows in found.values())]
+    handles = [Patch(color=colours[name], label=name) for name in used]
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+_BAR = 0.08  # half the width of a column of the flow figure
+
+
+def _tops(rows: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """outcome -> (top, height) in percent, stacked in the order of OUTCOMES."""
+    tops, top = {}, 0.0
+    for name in OUTCOMES:
+        height = 100 * rows.count(name) / len(rows)
+        tops[name] = (top, height)
+        top += height
+    return tops
+
+
+def _flow_column(axes: Axes, column: int, rows: Sequence[str], colours: Mapping[str, Any]) -> None:
+    for name, (top, height) in _tops(rows).items():
+        axes.add_patch(Rectangle((column - _BAR, top), 2 * _BAR, height, color=colours[name], linewidth=0))
+        if height >= 4:
+            axes.text(column, top + height / 2, f"{height:.0f}", ha="center", va="center", color="white", weight="bold")
+
+
+def _flow_ribbons(
+    axes: Axes, column: int, left: Sequence[str], right: Sequence[str], colours: Mapping[str, Any]
+) -> None:
+    pairs = pd.Series(list(zip(left, right, strict=True))).value_counts()
+    starts = {name: top for name, (top, _) in _tops(left).items()}
+    ends = {name: top for name, (top, _) in _tops(right).items()}
+    x1, x2 = column + _BAR, column + 1 - _BAR
+    middle = (x1 + x2) / 2
+    for source in OUTCOMES:
+        for target in OUTCOMES:
+            height = 100 * pairs.get((source, target), 0) / len(left)
+            y1, y2 = starts[source], ends[target]
+            starts[source], ends[target] = y1 + height, y2 + height
+            corners = [(x1, y1), (middle, y1), (middle, y2), (x2, y2), (x2, y2 + height), (middle, y2 + height)]
+            corners += [(middle, y1 + height), (x1, y1 + height), (x1, y1)]
+            curve, line = Outline.CURVE4, Outline.LINETO
+            codes = [Outline.MOVETO, curve, curve, curve, line, curve, curve, curve, line]
+            if height:
+                axes.add_patch(PathPatch(Outline(corners, codes), color=colours[source], alpha=0.3, linewidth=0))
+
+
+def accuracy_rtr_figure(table: pd.DataFrame) -> Figure:
+    """Accuracy (percent, with intervals) against RTR: the average large, every benchmark a small panel beside it.
+
+    ``table`` has the columns of table1_main.csv.
+    """
+    benchmarks = [AVERAGE, *[name for name in table.benchmark.unique() if name != AVERAGE]]
+    figure, grid = plt.subplots(2, -(-len(benchmarks) // 2), figsize=(12, 5.5), sharex=True, squeeze=False)
+    for axes, benchmark in zip(grid.flat, benchmarks, strict=False):
+        for row in table[table.benchmark == benchmark].itertuples():
+            error = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
+            name, colour = SYSTEM_NAMES.get(row.system, row.system), COLOURS.get(row.system)
+            axes.errorbar(row.rtr, row.accuracy, error, fmt="o", capsize=3, color=colour, label=name)
+        axes.set(title=benchmark, xlim=(-0.05, 1.2))
+    for axes in list(grid.flat)[len(benchmarks) :]:
+        axes.set_axis_off()
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.supxlabel("retain token ratio (visual tokens / tokens of the full image)")
+    figure.supylabel("accuracy (%)")
+    return figure
+
+
+def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step") -> Figure:
+    """Training curves: one small panel per column of ``labels`` (column -> axis label, with unit) that was logged."""
+    columns = [name for name in labels if name in log and log[name].notna().any()]
+    width = min(3, max(1, len(columns)))
+    rows = max(1, -(-len(columns) // width))
+    figure, grid = plt.subplots(rows, width, figsize=(3.6 * width, 2.6 * rows), squeeze=False)
+    for axes, name in zip(grid.flat, columns, strict=False):
+        sns.lineplot(log.dropna(subset=[name]), x=x, y=name, ax=axes, marker="o", markersize=4, errorbar=None)
+        axes.set(xlabel=x, ylabel=labels[name])
+    for axes in list(grid.flat)[len(columns) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def bars_figure(table: pd.DataFrame, x: str, y: str, hue: str | None, labels: tuple[str, str]) -> Figure:
+    """Grouped bars of ``y`` over ``x``; whiskers where ``table`` has columns ``<y>_low`` and ``<y>_high``.
+
+    ``labels``: of the x and of the y axis.
+    """
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    sns.barplot(table, x=x, y=y, hue=hue, ax=axes, errorbar=None, saturation=1)
+    if {f"{y}_low", f"{y}_high"} <= set(table):
+        _whiskers(axes, table, x, y, hue)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.tick_params(axis="x", rotation=20 if table[x].nunique() > 4 else 0)
+    if hue and axes.get_legend():
+        sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return figure
+
+
+def _whiskers(axes: Axes, table: pd.DataFrame, x: str, y: str, hue: str | None) -> None:
+    """seaborn draws one container of bars per hue, each in the order of x: find each bar's row by its place in both."""
+    places = list(table[x].unique())
+    hues = list(table[hue].unique()) if hue else [None]
+    for container, value in zip(axes.containers, hues, strict=False):
+        rows = table if value is None else table[table[hue] == value]
+        for bar, row in zip(container, sorted(rows.to_dict("records"), key=lambda r: places.index(r[x])), strict=True):
+            middle = bar.get_x() + bar.get_width() / 2
+            axes.vlines(middle, row[f"{y}_low"], row[f"{y}_high"], color="black", linewidth=1)
+
+
+def histogram_figure(table: pd.DataFrame, x: str, hue: str | None, labels: tuple[str, str]) -> Figure:
+    """Distribution of ``x``, one colour per ``hue``. ``labels``: x, y axis."""
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    sns.histplot(table, x=x, hue=hue, ax=axes, bins=30, element="step", stat="count")
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    return figure
+
+
+def scatter_figure(table: pd.DataFrame, x: str, y: str, hue: str, labels: tuple[str, str]) -> Figure:
+    """One dot per row, e.g. image widths against heights (the paper's Fig. 8). ``labels``: x, y axis."""
+    figure, axes = plt.subplots(figsize=(6, 4.2))
+    sns.scatterplot(table, x=x, y=y, hue=hue, ax=axes, s=18, alpha=0.6, linewidth=0)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return figure
+
+
+def cards(
+    rows: datasets.Dataset, trajectories: Sequence["Trajectory"] | None = None, notes: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Rows as cards for :func:`gallery`: what a policy did, or without ``trajectories`` what the row itself holds.
+
+    A curated row shows its target crops; boxes are the row's own.
+    """
+    found = []
+    for index, row in enumerate(rows):
+        done = trajectories[index] if trajectories is not None else None
+        crops = done.crops if done else row.get("target_crops") or ()
+        card = {key: row[key] for key in ("image", "question", "answers", "question_boxes", "answer_boxes")}
+        found.append(
+            {**card, "crops": crops, "answer": done.answer if done else None, "note": notes[index] if notes else ""}
+        )
+    return found
+
+
+def pictures(captioned: Sequence[tuple[Image.Image, str]], columns: int = 3) -> Figure:
+    """Pictures in a grid, each under its caption."""
+    lines = -(-len(captioned) // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(3.4 * columns, 3.4 * lines), squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (image, caption) in zip(grid.flat, captioned, strict=False):
+        _picture(axes, image, caption)
+    return figure
+
+
+def gallery(cards: Iterable[Mapping[str, Any]]) -> Figure:
+    """One line per interaction: the low-resolution view with boxes and requested crops, then the crops themselves.
+
+    Where no card requests any crop, the views stand three to a line. A card has image (PIL, full size), question,
+    answers, answer (or None), crops (names requested), and may have question_boxes, answer_boxes (0-1000) and note.
+    Boxes: question dashed, answer solid; requested crops are shaded.
+    """
+    cards = list(cards)
+    most = max((len(card["crops"]) for card in cards), default=0)
+    width = 1 + most if most else min(3, max(1, len(cards)))
+    lines = max(1, len(cards) if most else -(-len(cards) // width))
+    figure, grid = plt.subplots(lines, width, figsize=(3.4 * width, 3.4 * lines), squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    if not cards:
+        grid[0, 0].text(0.5, 0.5, "no such rows", ha="center", va="center")
+    places = grid[:, 0] if most else grid.flat
+    for number, (axes, card) in enumerate(zip(places, cards, strict=False)):
+        _low_view(axes, card)
+        for beside, name in zip(grid[number, 1:] if most else (), card["crops"], strict=False):
+            _picture(beside, cut(card["image"], name), f"crop: {name}")
+    return figure
+
+
+def _picture(axes: Axes, image: Image.Image, title: str) -> None:
+    axes.imshow(image.convert("RGB"), interpolation="nearest")
+    # A policy may write anything: dollars are no formulas, and control characters have no glyph
+    printable = "".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in title)
+    lines = [shorten(line, 120, placeholder=" ...") for line in printable.split("\n")]
+    title = "\n".join(fill(line, 48) for line in lines)
+    axes.set_title(title, fontsize=8, loc="left", parse_math=False)
+    axes.set_axis_off()
+
+
+def _low_view(axes: Axes, card: Mapping[str, Any]) -> None:
+    low = low_resolution(card["image"])
+    found = "" if card.get("answer") is None else f"\nanswer: {card['answer']} (truth: {card['answers'][0]})"
+    if not found:
+        found = f"\ntruth: {card['answers'][0]}"
+    note = f"\n{card['note']}" if card.get("note") else ""
+    _picture(axes, low, f"{card['question']}{found}{note}")
+    palette = sns.color_palette("colorblind")
+    for name in card["crops"]:
+        _outline(axes, low, crop_box(name), palette[2], shade=True)
+    for box in card.get("question_boxes") or []:
+        _outline(axes, low, box, palette[0], linestyle="--")
+    for box in card.get("answer_boxes") or []:
+        _outline(axes, low, box, palette[3])
+
+
+def _outline(
+    axes: Axes, image: Image.Image, box: Sequence[float], colour: Any, linestyle: str = "-", shade: bool = False
+) -> None:
+    left, top, right, bottom = (edge / 1000 * side for edge, side in zip(box, image.size * 2, strict=True))
+    shape = Rectangle(
+        (left - 0.5, top - 0.5), right - left, bottom - top, fill=shade, linewidth=1.5, linestyle=linestyle
+    )
+    shape.set(edgecolor=colour, facecolor=(*colour, 0.15) if shade else "none")
+    axes.add_patch(shape)

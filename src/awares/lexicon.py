@@ -1,0 +1,188 @@
+"""The words of the embedded suite: what is printed, drawn, asked and answered.
+
+Kept closed and short (a tiny model learns it in minutes), but with the variety that makes judging honest: numbers with units, number words,
+colour synonyms, a dozen phrasings a question.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+NAMES = "anna ben clara david emma felix grace hugo iris jack kate leo maya noah olga paul rosa sam tina victor".split()
+CITIES = "oslo paris rome lima cairo delhi tokyo berlin madrid boston dublin vienna zurich prague miami sydney".split()
+ITEMS = "bread milk soup rice apple pear fish cheese tea coffee honey salad pasta butter cake juice lemon onion".split()
+FIELDS = "total order date desk room gate seat price rate grade score level zone class phase age rank unit".split()
+DAYS = "monday tuesday friday sunday january march april june july august autumn winter".split()
+ANIMALS = "cat dog horse sheep goat duck eagle tiger zebra whale shark rabbit camel snake".split()
+SHOP = "sale open fresh hotel bakery museum school garden market studio garage office station library cinema pharmacy".split()
+
+COLOURS = {
+    "red": (205, 35, 35), "blue": (40, 70, 205), "green": (30, 140, 50), "yellow": (235, 210, 30), "orange": (240, 130, 20),
+    "purple": (130, 40, 160), "pink": (240, 130, 180), "black": (25, 25, 25), "brown": (120, 70, 30),
+}  # fmt: skip
+COLOUR_FORMS = {"purple": ("purple", "violet"), "pink": ("pink", "rose"), "black": ("black", "dark")}
+
+
+def _star(points: int, inner: float) -> list[tuple[float, float]]:
+    angles = [math.pi * (i / points - 0.5) for i in range(2 * points)]
+    return [(0.5 + (0.5 if i % 2 == 0 else inner) * math.cos(a), 0.5 + (0.5 if i % 2 == 0 else inner) * math.sin(a))
+            for i, a in enumerate(angles)]  # fmt: skip
+
+
+_FULL, _GONE = 255, 0
+# name -> layers of (polygon, or two corners of an ellipse; in the unit square) with a mask value
+SHAPES: dict[str, list[tuple[list[tuple[float, float]], int]]] = {
+    "circle": [([(0, 0), (1, 1)], _FULL)],
+    "square": [([(0.04, 0.04), (0.96, 0.04), (0.96, 0.96), (0.04, 0.96)], _FULL)],
+    "triangle": [([(0.5, 0), (1, 1), (0, 1)], _FULL)],
+    "star": [(_star(5, 0.2), _FULL)],
+    "cross": [([(0.34, 0), (0.66, 0), (0.66, 1), (0.34, 1)], _FULL), ([(0, 0.34), (1, 0.34), (1, 0.66), (0, 0.66)], _FULL)],
+    "diamond": [([(0.5, 0), (0.9, 0.5), (0.5, 1), (0.1, 0.5)], _FULL)],
+    "ring": [([(0, 0), (1, 1)], _FULL), ([(0.26, 0.26), (0.74, 0.74)], _GONE)],
+    "arrow": [([(0, 0.32), (0.5, 0.32), (0.5, 0), (1, 0.5), (0.5, 1), (0.5, 0.68), (0, 0.68)], _FULL)],
+    "moon": [([(0, 0), (1, 1)], _FULL), ([(0.38, -0.05), (1.28, 0.85)], _GONE)],
+    "heart": [([(0, 0.04), (0.54, 0.58)], _FULL), ([(0.46, 0.04), (1, 0.58)], _FULL), ([(0.03, 0.42), (0.97, 0.42), (0.5, 1)], _FULL)],
+    "house": [([(0.5, 0), (1, 0.45), (0, 0.45)], _FULL), ([(0.14, 0.45), (0.86, 0.45), (0.86, 1), (0.14, 1)], _FULL),
+              ([(0.4, 0.62), (0.6, 0.62), (0.6, 1), (0.4, 1)], _GONE)],
+    "flag": [([(0.08, 0), (0.24, 0), (0.24, 1), (0.08, 1)], _FULL), ([(0.24, 0.04), (1, 0.3), (0.24, 0.58)], _FULL)],
+    "tree": [([(0.5, 0), (0.95, 0.7), (0.05, 0.7)], _FULL), ([(0.4, 0.7), (0.6, 0.7), (0.6, 1), (0.4, 1)], _FULL)],
+    "table": [([(0, 0.1), (1, 0.1), (1, 0.36), (0, 0.36)], _FULL), ([(0.06, 0.36), (0.26, 0.36), (0.26, 1), (0.06, 1)], _FULL),
+              ([(0.74, 0.36), (0.94, 0.36), (0.94, 1), (0.74, 1)], _FULL)],
+}  # fmt: skip
+
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBER_WORDS = _ONES + [t if u == 0 else f"{t}-{_ONES[u]}" for t in _TENS for u in range(10)]
+
+# keys by theme, and what a list of that theme holds; no word is both a key and a value, so a key names one place of a page
+THEMES = {"field": FIELDS, "name": NAMES, "city": CITIES, "item": ITEMS, "day": DAYS, "animal": ANIMALS}
+WORD_VALUES = {
+    "person": "adam bella carl diana erik frida george helen ivan julia kevin laura".split(),
+    "town": "athens bern lisbon ottawa quito riga seoul tunis warsaw havana dakar accra".split(),
+}
+THEME_VALUES = {
+    "field": ("number", "money", "percent", "person", "town"), "name": ("number", "town", "money"),
+    "city": ("number", "percent", "person"), "item": ("money", "weight", "percent"), "day": ("number", "person", "town"),
+    "animal": ("number", "weight", "town"),
+}  # fmt: skip
+COLUMNS = {
+    "stock": "number",
+    "cost": "money",
+    "share": "percent",
+    "load": "weight",
+    "owner": "person",
+    "origin": "town",
+    "count": "number",
+}
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
+_PLACE_FORMS = {
+    "top-left": "upper left",
+    "top-right": "upper right",
+    "bottom-left": "lower left",
+    "bottom-right": "lower right",
+    "center": "middle",
+}
+
+PHRASINGS = {
+    "field": ["what is the {k}?", "which value stands next to {k}?", "read the entry for {k}.", "what is given for {k}?", "look up {k}.",
+              "what does the page say about {k}?", "{k}?", "find {k} and tell its value.", "tell me the value of {k} in words or short form.",
+              "say what is listed for {k}.", "how would you say the entry of {k}?", "please tell me what {k} is."],
+    "cell": ["what is the {c} of {k}?", "which {c} does {k} have?", "give the {c} for {k}.", "in the row of {k}, what is the {c}?",
+             "look up the {c} of {k}.", "{c} of {k}?", "read the {c} in the row {k}.", "for {k}, what {c} is listed?", "say the {c} of {k}.",
+             "how would you say the {c} of {k}?", "please tell me the {c} of {k}.", "tell me which {c} {k} has."],
+    "pair": ["what are the values of {a} and {b}?", "read the entries for {a} and {b}.", "{a} and {b}?", "look up {a} and {b}.",
+             "what is given for {a} and for {b}?", "find both {a} and {b}.", "say what is listed for {a} and {b}.", "please tell me {a} and {b}.",
+             "how would you say the entries of {a} and {b}?"],
+    "bar": ["what is the value of {k}?", "how high is the bar of {k}?", "what does the bar of {k} show?", "read the bar of {k}.",
+            "{k}?", "which number belongs to {k}?", "how much is {k}?", "give the value of {k}.", "say how much {k} has.",
+            "how would you say the value of {k}?", "please tell me how much {k} is.", "tell me what {k} reaches."],
+    "bars": ["what are the values of {a} and {b}?", "read the bars of {a} and {b}.", "{a} and {b}?", "how much are {a} and {b}?",
+             "what do the bars of {a} and {b} show?", "give both {a} and {b}.", "say how much {a} and {b} have.", "please tell me {a} and {b}.",
+             "how would you say the values of {a} and {b}?"],
+    "sign": ["what is written on the {c} sign?", "what does the {c} sign say?", "read the {c} sign.", "which text is on the {c} board?",
+             "what stands on the {c} sign?", "the {c} sign reads?", "give the text of the {c} board.", "what can be read on the {c} board?",
+             "how would you say what is on the {c} sign?", "please tell me what the {c} sign says.", "say what the {c} board shows.",
+             "tell me the text on the {c} sign."],
+    "presence": ["is there a {o}?", "is there a {o} in the picture?", "do you see a {o}?", "does the picture show a {o}?", "can you find a {o} here?",
+                 "is a {o} present?", "a {o}, is it there?", "does a {o} appear in the image?", "is any {o} visible?"],
+    "colour": ["what colour is the {s}?", "which colour does the {s} have?", "the {s} is of what colour?", "give the colour of the {s}.",
+               "what is the colour of the {s}?", "find the {s} and name its colour.", "name the colour of the {s}.", "colour of the {s}?",
+               "how would you call the colour of the {s}?", "say which colour the {s} is.", "please tell me the colour of the {s}.",
+               "tell me how the {s} is painted."],
+    "place": ["where is the {s}?", "in which part of the picture is the {s}?", "where do you see the {s}?", "which part holds the {s}?",
+              "where does the {s} stand?", "locate the {s}.", "say where the {s} is.", "please tell me where the {s} is.",
+              "tell me the place of the {s}."],
+    "count": ["how many {s} shapes are there?", "count the {s} shapes.", "what is the number of {s} shapes?", "how many times does a {s} appear?",
+              "how often do you see a {s}?", "give the count of {s} shapes.", "say how many {s} shapes you see.",
+              "please tell me how many {s} shapes there are.", "tell me the number of {s} shapes in words."],
+    "plate": ["which number is below the {o}?", "what number does the {o} carry?", "read the number under the {o}.", "what is the number of the {o}?",
+              "number of the {o}?", "the {o} has which number?", "say the number of the {o}.", "please tell me the number below the {o}.",
+              "tell me in words the number of the {o}."],
+}  # fmt: skip
+
+# system messages: the first is the plain one; the others make the base used to instructions and to their words
+SYSTEMS = [
+    "You are a helpful assistant.", "Answer the question.", "Answer in a few words.", "The image is shown at full resolution.",
+    "The image is shown at half resolution.", "Look at the image and answer the question.", "Answer the question, or call the tool.",
+    "The tool can see more.", "Call the tool to see the result.", "See the regions of the image.",
+    "There is no such region in the image.", "There was an error.",
+]  # fmt: skip
+
+
+def forms(kind: str, rng: np.random.Generator) -> tuple[str, ...]:
+    """A random value of `kind` with its surface forms, the printed one first."""
+    if kind in WORD_VALUES:
+        return (str(rng.choice(WORD_VALUES[kind])),)
+    n = int(rng.integers(2, 100))
+    return {
+        "number": (str(n), NUMBER_WORDS[n]),
+        "percent": (f"{n}%", f"{n} percent", str(n)),
+        "money": (f"${n}", f"{n} dollars", str(n)),
+        "weight": (f"{n} kg", f"{n} kilos", str(n)),
+    }[kind]
+
+
+def value(theme: str, rng: np.random.Generator) -> tuple[str, ...]:
+    return forms(str(rng.choice(THEME_VALUES[theme])), rng)
+
+
+def amount(text: str) -> int:
+    """The number in a printed value."""
+    return int("".join(c for c in text if c.isdigit()))
+
+
+def sign(rng: np.random.Generator) -> tuple[str, ...]:
+    """The text of a sign: a word, two words, or a word and a number."""
+    word = str(rng.choice(SHOP + ANIMALS + ITEMS))
+    style = rng.random()
+    if style < 0.45:
+        return (word,)
+    if style < 0.75:
+        n = int(rng.integers(2, 100))
+        return f"{word} {n}", f"{word} {NUMBER_WORDS[n]}"
+    return (f"{word} {rng.choice(SHOP)}",)
+
+
+def place(x: float, y: float) -> tuple[str, str]:
+    """Where a point of the unit square lies: the middle half-square is the centre, else the quadrant."""
+    if 0.3 <= x <= 0.7 and 0.3 <= y <= 0.7:
+        name = "center"
+    else:
+        name = f"{'top' if y < 0.5 else 'bottom'}-{'left' if x < 0.5 else 'right'}"
+    return name, _PLACE_FORMS[name]
+
+
+class Deck:
+    """Keys of a page, each dealt once, so that a key names one entry."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._cards = {theme: rng.permutation(words).tolist() for theme, words in THEMES.items()}
+        self._rng = rng
+
+    def theme(self) -> str:
+        return str(self._rng.choice(list(self._cards)))
+
+    def key(self, theme: str) -> str | None:
+        return self._cards[theme].pop() if self._cards[theme] else None

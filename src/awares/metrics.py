@@ -1,0 +1,254 @@
+"""Benchmark scores and their intervals (PAPER §5); what they say of the policy stands in `diagnostics`.
+
+The six benchmark metrics follow lmms-eval's definitions. Where a row accepts several answers the best counts; with one
+accepted answer every score is lmms-eval's own. All scores lie in 0 to 1; tables multiply by 100.
+"""
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from awares.config import AwaresValueError
+
+# Benchmarks
+
+
+def relaxed_accuracy(prediction: str, answers: Sequence[str], tolerance: float = 0.05) -> float:
+    """ChartQA: a number within 5 % of the true one, else the same text but for case. "41%" reads as 0.41."""
+    return float(any(_relaxed(prediction, answer, tolerance) for answer in answers))
+
+
+def _relaxed(prediction: str, answer: str, tolerance: float) -> bool:
+    value, truth = _to_float(prediction), _to_float(answer)
+    if value is not None and truth:  # no relative error around zero: then the texts must be the same
+        return abs(value - truth) / abs(truth) <= tolerance
+    return prediction.lower() == answer.lower()
+
+
+def _to_float(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
+    """DocVQA: 1 - edit distance / length of the longer text, the best over ``answers``; 0 when below ``threshold``.
+
+    Case and runs of white space do not count in the distance; the length is that of the raw texts, as in lmms-eval.
+    """
+    best = max(_similarity(prediction, answer) for answer in answers)
+    return best if best >= threshold else 0.0
+
+
+def _similarity(prediction: str, answer: str) -> float:
+    length = max(len(prediction.upper()), len(answer.upper()))
+    if not length:
+        return 1.0
+    return 1 - edit_distance(" ".join(prediction.lower().split()), " ".join(answer.lower().split())) / length
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions."""
+    previous = list(range(len(b) + 1))
+    for i, left in enumerate(a, start=1):
+        row = [i]
+        for j, right in enumerate(b, start=1):
+            row.append(min(previous[j] + 1, row[j - 1] + 1, previous[j - 1] + (left != right)))
+        previous = row
+    return previous[-1]
+
+
+def ocr_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """OCRBench: an accepted answer stands somewhere in the prediction; case does not count, a line break is a space."""
+    text = prediction.lower().strip().replace("\n", " ")
+    return float(any(answer.lower().strip().replace("\n", " ") in text for answer in answers))
+
+
+def pope_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """POPE: "yes" or "no", but for case and outer white space; anything else is wrong."""
+    return float(prediction.lower().strip() in {answer.lower().strip() for answer in answers})
+
+
+_DIGITS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
+_CHOICE = re.compile(r"\b([A-Z])\.\s+([^\n]*)")
+
+
+def exact_match(prediction: str, answers: Sequence[str], question: str = "") -> float:
+    """RealWorldQA: the same text but for case and punctuation.
+
+    A number word zero to ten counts as its digits. Where ``question`` lists choices ("A. left"), the text of a choice
+    counts as its letter.
+    """
+    text = re.sub(r"[^\w\s]", "", _DIGITS.get(prediction.lower(), prediction)).strip()
+    for letter, choice in _CHOICE.findall(question):
+        if choice.strip() and choice.strip() in text:
+            text = letter
+            break
+    return float(any(_bare(text) == _bare(answer) for answer in answers))
+
+
+def _bare(text: str) -> str:
+    return text.lower().translate(str.maketrans("", "", string.punctuation)).strip()
+
+
+_LETTER_PATTERNS = (
+    re.compile(r"^([A-D])\s*[.)\]]*"),
+    re.compile(r"(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])"),
+    re.compile(r"\(([A-D])\)"),
+    re.compile(r"([A-D])\s*[.)\]]"),
+    re.compile(r"(?:^|\s)([A-D])(?:\s|$)"),
+)
+
+
+def choice_letter(prediction: str) -> str:
+    """The option A-D that a prediction names, "" if none; the rules and their order are lmms-eval's for V*Bench."""
+    text = prediction.strip().upper()
+    for pattern in _LETTER_PATTERNS:
+        match = pattern.search(text)
+        if match:
+            return match[1]
+    letters = re.findall("[A-D]", text)
+    return letters[0] if len(letters) == 1 else ""
+
+
+def vstar_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """V*Bench: the right option letter. An answer in words (the embedded suite has no options) needs the same text."""
+    letters = {answer.strip().upper() for answer in answers} & set("ABCD")
+    if letters:
+        return float(choice_letter(prediction) in letters)
+    return exact_match(prediction, answers)
+
+
+SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "chartqa": relaxed_accuracy,
+    "docvqa": anls,
+    "ocrbench": ocr_accuracy,
+    "pope": pope_accuracy,
+    "realworldqa": exact_match,
+    "vstar": vstar_accuracy,
+}
+
+
+def score(benchmark: str, prediction: str, answers: Sequence[str], question: str = "") -> float:
+    """The score of one prediction, 0 to 1, by the metric of ``benchmark``.
+
+    A source that is no benchmark (most training sources, a user's own rows) has no published metric: there the exact
+    match counts. ``question`` matters only where it lists choices. Raises AwaresError for a row without accepted
+    answers.
+    """
+    if not answers:
+        raise AwaresValueError(f"{benchmark}: a row without accepted answers cannot be scored")
+    if benchmark in SCORES and benchmark != "realworldqa":
+        return SCORES[benchmark](prediction, answers)
+    return exact_match(prediction, answers, question)
+
+
+def pope_summary(predictions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """POPE's accuracy, precision, recall, F1 (positive class "yes") and share of predictions that are "yes".
+
+    As in lmms-eval a prediction that is neither yes nor no is wrong, but is no false negative.
+    """
+    pairs = [(a.lower().strip(), b.lower().strip()) for a, b in zip(predictions, answers, strict=True)]
+    hits, false_yes, misses = (pairs.count(pair) for pair in (("yes", "yes"), ("yes", "no"), ("no", "yes")))
+    precision, recall = _ratio(hits, hits + false_yes), _ratio(hits, hits + misses)
+    return {
+        "accuracy": _ratio(sum(a == b for a, b in pairs), len(pairs)),
+        "precision": precision,
+        "recall": recall,
+        "f1": _ratio(2 * precision * recall, precision + recall),
+        "yes_share": _ratio(sum(a == "yes" for a, _ in pairs), len(pairs)),
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part) / float(whole) if whole else 0.0
+
+
+# Intervals
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its percentile bootstrap interval; ``n`` rows."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """Mean of a - b over the same rows; ``p``: two-sided bootstrap p-value of no difference."""
+
+    p: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    seed: int,
+    n: int = 2000,
+    level: float = 0.95,
+    groups: Sequence[str] | None = None,
+) -> Interval:
+    """Mean of ``values`` (one per row) with the ``level`` interval of ``n`` resamples.
+
+    With ``groups`` (one name per row) the statistic is the mean of the groups' means, resampled inside each group: that
+    is the average over benchmarks. Raises AwaresError for no rows.
+    """
+    mean, draws = _resampled_means(values, seed, n, groups)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high), len(values))
+
+
+def paired_bootstrap(
+    a: Sequence[float],
+    b: Sequence[float],
+    seed: int,
+    n: int = 2000,
+    level: float = 0.95,
+    groups: Sequence[str] | None = None,
+) -> Difference:
+    """Mean of a - b, both scored on the same rows in the same order, resampled row by row; ``groups`` as above.
+
+    The same seed draws the same rows for every pair of systems.
+    """
+    if len(a) != len(b):
+        raise AwaresValueError(f"paired bootstrap needs the same rows twice, not {len(a)} and {len(b)}")
+    mean, draws = _resampled_means(np.asarray(a, float) - np.asarray(b, float), seed, n, groups)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    tail = min((draws <= 0).sum(), (draws >= 0).sum())
+    p = min(1.0, 2 * (tail + 1) / (n + 1))  # never 0: the observed sample is one of the draws
+    return Difference(mean, float(low), float(high), len(a), p)
+
+
+def _resampled_means(
+    values: Any, seed: int, n: int, groups: Sequence[str] | None, memory: int = 4_000_000
+) -> tuple[float, np.ndarray]:
+    """The statistic, and its ``n`` resamples (n,). ``memory`` bounds the drawn indices held at once."""
+    array = np.asarray(values, dtype=float)
+    if not len(array):
+        raise AwaresValueError("no rows to resample: an empty list of scores has no interval")
+    names = np.zeros(len(array)) if groups is None else np.asarray(groups)
+    rng = np.random.default_rng(seed)
+    means, draws = [], np.zeros(n)
+    members = [array[names == name] for name in sorted(set(names.tolist()))]
+    for member in members:
+        step = max(1, memory // len(member))
+        drawn = [
+            member[rng.integers(0, len(member), (min(step, n - start), len(member)))].mean(axis=1)  # (step, rows)
+            for start in range(0, n, step)
+        ]
+        draws += np.concatenate(drawn) / len(members)
+        means.append(member.mean())
+    return float(np.mean(means)), draws

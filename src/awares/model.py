@@ -1,0 +1,175 @@
+"""Load and save models and processors; adapters; token counting.
+
+The processor is Qwen2.5-VL's without its video half, which insists on torchvision. `AutoProcessor` would silently give
+a bare tokenizer for it, so it is always built here and passed explicitly.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, ProcessorMixin, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging as transformers_logging
+
+from awares import protocol
+from awares.config import AwaresFileError, AwaresValueError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ImageOnlyProcessor(ProcessorMixin):
+    """Qwen2.5-VL's processor for text and images: text with placeholders -> ids, type ids, pixel values, grids."""
+
+    return_mm_token_type_ids = True  # without them the model silently falls back to 1-D positions
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        self.image_token = "<|image_pad|>"
+        self.video_token = "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or protocol.CHAT_TEMPLATE)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """One placeholder per visual token of image ``image_idx``."""
+        patches = int(image_inputs["image_grid_thw"][image_idx].prod())
+        return self.image_token * (patches // self.image_processor.merge_size**2)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return super().model_input_names + ["mm_token_type_ids"]
+
+
+def make_processor(tokenizer: Any, min_pixels: int = 56 * 56, max_pixels: int = 2000 * 2000) -> ImageOnlyProcessor:
+    """A processor around ``tokenizer``; images are resized to between ``min_pixels`` and ``max_pixels`` (areas)."""
+    protocol.install(tokenizer)
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    return ImageOnlyProcessor(Qwen2VLImageProcessorPil(size=size), tokenizer)
+
+
+def load_processor(path: str | Path) -> ImageOnlyProcessor:
+    """Tokenizer and image processor of a checkpoint folder (or hub name), with this project's chat template."""
+    source = _source(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(source)
+    except Exception as error:  # the tokenizers library raises Exception itself on a damaged file
+        raise AwaresFileError(f"{path}: cannot read tokenizer and image processor ({_first_line(error)})") from error
+    missing = sorted({*protocol.SPECIAL_TOKENS, *protocol.TOOL_TOKENS} - set(tokenizer.get_vocab()))
+    if missing:
+        raise AwaresValueError(f"{path}: the tokenizer lacks {', '.join(missing)}: use a Qwen2.5-VL tokenizer")
+    protocol.install(tokenizer)
+    return ImageOnlyProcessor(image_processor, tokenizer)
+
+
+def load_model(
+    path: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    trainable: bool = False,
+) -> Any:
+    """A Qwen2.5-VL in evaluation mode, with the LoRA ``adapter`` (or several, in order) merged in.
+
+    ``trainable``: in training mode, and the last adapter stays on top as a trainable PeftModel.
+
+    Only safetensors are read. AwaresFileError for a missing folder, AwaresValueError for a truncated checkpoint.
+    """
+    if dtype not in DTYPES:
+        raise AwaresValueError(f"base.dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise AwaresValueError(f"base.device is {device!r} but torch sees no GPU: use cpu")
+    model = _load_weights(path, DTYPES[dtype])
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
+    for folder in adapters:
+        model = _add_adapter(model, folder, trainable and folder is adapters[-1])
+    return model.to(device).train(trainable)
+
+
+def save_model(model: Any, processor: ImageOnlyProcessor, path: str | Path) -> None:
+    """Save weights (an adapter for a PEFT model) and processor; the folder appears only when all of it is written."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with _quiet():
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+    for file in filter(Path.is_file, partial.rglob("*")):
+        file.chmod(0o644)  # safetensors writes for the owner alone
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)
+
+
+def visual_tokens(size: tuple[int, int], processor: ImageOnlyProcessor) -> int:
+    """Visual tokens of an image of ``size`` (width, height) in px, after the processor's resizing (28 px a token)."""
+    width, height = size
+    patches = processor.image_processor.get_number_of_image_patches(height, width, {})
+    return patches // processor.image_processor.merge_size**2
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of torch. The count is a parameter because sums of floats, and so ties, depend on it."""
+    torch.set_num_threads(threads)
+
+
+def _load_weights(path: str | Path, dtype: torch.dtype) -> Any:
+    source = _source(path)
+    try:
+        with _quiet():  # missing weights are an error below, not a table on the screen
+            loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        model, info = loaded
+    except Exception as error:  # safetensors' own error class derives from Exception alone
+        reason = _first_line(error)
+        if not Path(path).is_dir():
+            raise AwaresFileError(f"{path}: no such model folder, nor to be had from the hub ({reason})") from error
+        raise AwaresValueError(f"{path}: no readable safetensors checkpoint ({reason}): fetch it again") from error
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise AwaresValueError(f"{path}: incomplete checkpoint, {len(lacking)} weights missing, such as {lacking[0]}")
+    return model
+
+
+def _add_adapter(model: Any, adapter: str | Path, trainable: bool) -> Any:
+    from peft import PeftModel
+
+    if not Path(adapter, "adapter_config.json").is_file():
+        raise AwaresFileError(f"{adapter}: no adapter_config.json there: give the folder that an awares training wrote")
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except Exception as error:
+        raise AwaresValueError(f"{adapter}: adapter does not fit or is damaged ({_first_line(error)})") from error
+    return peft_model if trainable else peft_model.merge_and_unload()
+
+
+def _source(path: str | Path) -> str:
+    """``path`` if it is a folder, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct."""
+    text = str(path)
+    hub_name = text.count("/") == 1 and not text.startswith((".", "/")) and not Path(text).parent.exists()
+    if not Path(text).is_dir() and not hub_name:
+        raise AwaresFileError(f"{path}: no such model folder")
+    return text
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and no progress bars of transformers: they differ from run to run in an executed notebook."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,75 @@
+"""The reward of multi-turn GRPO (PAPER §4): pure functions, one float per completion.
+
+Eq. 5 is `reward`, Eq. 6 `tool_cost`, Eq. 7 `group_advantages`; Eq. 8, the clipped objective with its KL term, is TRL's.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from awares.config import AwaresValueError, Grpo
+from awares.crops import union_area
+from awares.judges import HR, LR, SemanticJudge, SentenceEncoder, load_encoder
+from awares.metrics import anls
+
+# R_ans of a batch: predictions and, for each, its accepted answers
+AnswerReward = Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]
+
+
+def answer_similarity(
+    predictions: Sequence[str], answers: Sequence[Sequence[str]], encoder: SentenceEncoder
+) -> list[float]:
+    """R_ans: cosine of the sentence embeddings of prediction and answer, -1 to 1, not clipped.
+
+    Where a row accepts several answers, the best counts; with one it is the paper's reward.
+    """
+    return encoder.similarity(predictions, answers)
+
+
+def answer_anls(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+    """R_ans of the ANLS ablation (Table 4): 0 to 1, the best over the accepted answers."""
+    return [anls(prediction, accepted) for prediction, accepted in zip(predictions, answers, strict=True)]
+
+
+def answer_judge(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+    """R_ans of the judge ablation (Table 4): 1 where the semantic judge calls the answer right, else 0."""
+    return SemanticJudge().scores([""] * len(predictions), predictions, answers)
+
+
+# grpo.answer_reward -> R_ans with these parameters
+ANSWER_REWARDS: dict[str, Callable[[Grpo], AnswerReward]] = {
+    "similarity": lambda grpo: lambda p, a: answer_similarity(p, a, load_encoder(grpo.embedder)),
+    "anls": lambda grpo: answer_anls,
+    "judge": lambda grpo: answer_judge,
+}
+
+
+def tool_cost(label: str, crops: Sequence[str], alpha_miss: float, alpha_use: float, lambda_area: float) -> float:
+    """Eq. 6, C_tool(C, y): ``alpha_miss`` for an HR row without a call, ``alpha_use + lambda_area * ||C||`` for a call.
+
+    An LR row without a call costs nothing. ||C|| is the share of the image that the *union* of the crops covers, 0 to
+    1. ``crops``: the requested crops, () where the policy did not call or the call was malformed. Raises AwaresError
+    for another label than LR or HR.
+    """
+    if label not in (LR, HR):
+        raise AwaresValueError(f"label {label!r}: a curated row is {LR} or {HR}")
+    if crops:
+        return alpha_use + lambda_area * union_area(tuple(crops))
+    return alpha_miss if label == HR else 0.0
+
+
+def reward(answer: float, cost: float, alpha_ans: float) -> float:
+    """Eq. 5: R = alpha_ans * R_ans - C_tool."""
+    return alpha_ans * answer - cost
+
+
+def group_advantages(rewards: Sequence[float], group: int, epsilon: float = 1e-4) -> list[float]:
+    """Eq. 7: (R - mean) / (std + epsilon) within each run of ``group`` completions, those of one prompt.
+
+    The standard deviation is the sample's (n - 1), as in TRL, which computes the advantages in training.
+    """
+    if group < 2 or len(rewards) % group:
+        raise AwaresValueError(f"{len(rewards)} rewards cannot be split into groups of {group}: 2 or more, all full")
+    table = np.asarray(rewards, float).reshape(-1, group)  # (prompts, G)
+    mean, std = table.mean(axis=1, keepdims=True), table.std(axis=1, ddof=1, keepdims=True)
+    return ((table - mean) / (std + epsilon)).ravel().tolist()

@@ -1,0 +1,308 @@
+"""The one two-turn interaction: used by curation, evaluation, the library front and the benchmarks (PAPER §1).
+
+Turn 1 sees the question and I_low, and answers or calls for crops. Turn 2 adds the crops, or an error in words when the
+call could not be read, and answers. Rows that answer directly and rows that call share batches; a batch is bounded by
+its tokens.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from tqdm.auto import tqdm
+
+from awares import protocol
+from awares.config import AwaresValueError, Params
+from awares.crops import cap, cut, low_resolution, open_image
+from awares.decode import Decoder, Output
+from awares.model import ImageOnlyProcessor, visual_tokens
+from awares.protocol import Call
+
+Source = str | Path | Image
+VIEWS = ("full", "half", "none", "half+crops")
+WINDOW = 256  # rows opened and sorted at a time: bounds the memory for images
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. ``role``: user, assistant or tool; ``images``: sizes (width, height) in px before the processor."""
+
+    role: str
+    text: str
+    images: tuple[tuple[int, int], ...]
+    visual_tokens: int
+    text_tokens: int  # of the user turn with the system prompt; of an assistant turn, what was generated
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One interaction.
+
+    ``call_status``: none, valid, recovered, malformed or forced. ``seconds``: this row's share of its batch's time.
+    ``margin``: smallest gap between the two best logits at any token written; near 0 the text may change with the
+    batch or the thread count. ``call_logprob``: of the call token at the first position, before any bias; None if it
+    was no choice.
+    """
+
+    row_id: str
+    answer: str
+    crops: tuple[str, ...]
+    call_status: str
+    turns: tuple[Turn, ...]
+    visual_tokens: int
+    full_visual_tokens: int  # of the full image alone
+    seconds: float
+    margin: float
+    call_logprob: float | None = None
+
+    @property
+    def rtr(self) -> float:
+        """Retain token ratio: visual tokens over all turns by those of the full image (PAPER §5)."""
+        return self.visual_tokens / self.full_visual_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Trajectory":
+        """The inverse of `to_dict`, also after JSON has made lists of tuples."""
+        turns = tuple(Turn(**{**turn, "images": tuple(map(tuple, turn["images"]))}) for turn in values["turns"])
+        return cls(**{**values, "turns": turns, "crops": tuple(values["crops"])})
+
+
+@dataclass
+class _Row:
+    """A conversation under way: everything the model has seen of it so far."""
+
+    row_id: str
+    full: Image
+    images: list[Image]
+    ids: list[int]
+    turns: list[Turn]
+    call: Call = Call((), "none", "")
+    free: bool = False  # the next assistant turn may be a call
+    bias: float = 0.0
+    call_logprob: float | None = None
+    margin: float = float("inf")
+    seconds: float = 0.0
+
+
+class Engine:
+    """Runs rows through ``model``; ``token_budget`` bounds the tokens of a padded batch, a longer row runs alone.
+
+    ``reuse=False`` re-prefills everything in turn 2, for comparison only. Results come in the order of the rows.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: ImageOnlyProcessor,
+        max_new_tokens: int = 24,
+        token_budget: int = 8192,
+        max_side: int = 2000,
+        reuse: bool = True,
+        progress: bool = False,
+    ) -> None:
+        self.decoder = Decoder(model, processor, max_new_tokens)
+        self.processor = processor
+        self.token_budget = token_budget
+        self.max_side = max_side
+        self.reuse = reuse
+        self.progress = progress
+
+    @classmethod
+    def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> "Engine":
+        """An engine with the limits of params.yaml; ``options`` override them."""
+        limits = dict(
+            max_new_tokens=params.protocol.max_new_tokens,
+            token_budget=params.protocol.token_budget,
+            max_side=params.crops.max_side,
+        )
+        return cls(model, processor, **{**limits, **options})
+
+    def run(
+        self,
+        images: Sequence[Source],
+        questions: Sequence[str],
+        forced: Sequence[tuple[str, ...] | None] | None = None,
+        call_bias: float = 0.0,
+        row_ids: Sequence[str] | None = None,
+    ) -> list[Trajectory]:
+        """The two-turn policy on every row.
+
+        ``forced`` fixes the decision of a row: a tuple of crops = the first turn is that call, () = it may not call,
+        None = its own choice. ``call_bias`` is added to the logit of the call token at the first generated position.
+        """
+        _check_lengths(questions, images=images, forced=forced, row_ids=row_ids)
+
+        def prepare(index: int) -> _Row:
+            decision = forced[index] if forced is not None else None
+            row = self._open(images[index], questions[index], _name(row_ids, index), "half", (), protocol.SYSTEM)
+            if decision:
+                return self._force(row, decision)
+            row.free, row.bias = decision is None, call_bias if decision is None else float("-inf")
+            return row
+
+        return self._all(len(questions), prepare)
+
+    def answer(
+        self,
+        images: Sequence[Source],
+        questions: Sequence[str],
+        view: str = "full",
+        crops: Sequence[tuple[str, ...]] | None = None,
+        row_ids: Sequence[str] | None = None,
+    ) -> list[Trajectory]:
+        """One turn of the base model with its plain system prompt, from one ``view`` (of `VIEWS`) of the image.
+
+        ``crops`` are each row's, for the view half+crops (the low-resolution image, then the crops, in one user turn).
+        """
+        if view not in VIEWS:
+            raise AwaresValueError(f"view {view!r}: use one of {', '.join(VIEWS)}")
+        if (view == "half+crops") != (crops is not None):
+            raise AwaresValueError("give crops for the view half+crops, and for no other")
+        _check_lengths(questions, images=images, crops=crops, row_ids=row_ids)
+
+        def prepare(index: int) -> _Row:
+            names, row_id = crops[index] if crops is not None else (), _name(row_ids, index)
+            return self._open(images[index], questions[index], row_id, view, names, protocol.PLAIN_SYSTEM)
+
+        return self._all(len(questions), prepare)
+
+    # Rows
+
+    def _open(self, source: Source, question: str, row_id: str, view: str, crops: Sequence[str], system: str) -> _Row:
+        """The row up to the first assistant turn; AwaresError naming the row for a bad image or question."""
+        full = cap(open_image(source, f"row {row_id}"), self.max_side)
+        seen = {"full": [full], "none": []}.get(view)
+        pictures = [low_resolution(full), *(cut(full, name) for name in crops)] if seen is None else seen
+        try:
+            conversation = protocol.user_messages(question, [None] * len(pictures), system)
+        except AwaresValueError as error:
+            raise AwaresValueError(f"row {row_id}: {error}") from error
+        text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        row = _Row(row_id, full, [], [], [])
+        self._append(row, "user", question, text, pictures)
+        return row
+
+    def _append(self, row: _Row, role: str, text: str, rendered: str, pictures: list[Image]) -> list[int]:
+        """Add a turn that the model does not write; returns its ids."""
+        sizes = tuple(picture.size for picture in pictures)
+        ids = self.decoder.tokenize(rendered, sizes)
+        visual = sum(visual_tokens(size, self.processor) for size in sizes)
+        row.turns.append(Turn(role, text, sizes, visual, len(ids) - visual))
+        row.images += pictures
+        row.ids += ids
+        return ids
+
+    def _write(self, row: _Row, tokens: list[int], margin: float = float("inf")) -> None:
+        """Add an assistant turn that the model has written."""
+        row.ids += tokens
+        row.margin = min(row.margin, margin)
+        row.turns.append(Turn("assistant", protocol.answer_text(self.decoder.text(tokens)), (), 0, len(tokens)))
+
+    def _respond(self, row: _Row) -> tuple[list[int], list[Image]]:
+        """Add the tool's turn for ``row.call``; returns the ids and images that are new to the model."""
+        pictures = [cut(row.full, name) for name in row.call.crops]
+        error = None if pictures else protocol.TOOL_ERROR
+        suffix = protocol.tool_suffix(self.processor, protocol.tool_message([None] * len(pictures), error))
+        if row.ids[-1] != self.decoder.end:  # the call ran into max_new_tokens
+            suffix = protocol.END_OF_TURN + suffix
+        return self._append(row, "tool", error or "", suffix, pictures), pictures
+
+    def _force(self, row: _Row, crops: tuple[str, ...]) -> _Row:
+        text = protocol.render_call(crops)
+        self._write(row, self.decoder.tokenize(text + protocol.END_OF_TURN))
+        row.call = Call(tuple(crops), "forced", text)
+        self._respond(row)
+        return row
+
+    # Batches
+
+    def _all(self, count: int, prepare: Callable[[int], _Row]) -> list[Trajectory]:
+        results: list[Trajectory] = []
+        training = self.decoder.model.training
+        self.decoder.model.eval()
+        try:
+            with tqdm(total=count, unit="row", disable=not self.progress) as bar:
+                for begin in range(0, count, WINDOW):
+                    rows = [prepare(index) for index in range(begin, min(begin + WINDOW, count))]
+                    for batch in self._batches(rows):
+                        self._play(batch)
+                        bar.update(len(batch))
+                    results += [self._trajectory(row) for row in rows]
+        finally:
+            self.decoder.model.train(training)
+        return results
+
+    def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+        """Rows of like size together, the largest first, so that what does not fit in memory fails at once."""
+        by_size = sorted(rows, key=lambda row: (sum(turn.visual_tokens for turn in row.turns), len(row.ids)))
+        ordered = by_size[::-1]
+        return ([ordered[index] for index in group] for group in self._groups([len(row.ids) for row in ordered]))
+
+    def _groups(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Consecutive indices whose padded size, room for the answer included, stays within the token budget."""
+        group: list[int] = []
+        for index, length in enumerate(lengths):
+            longest = max([length, *(lengths[other] for other in group)]) + self.decoder.max_new_tokens
+            if group and longest * (len(group) + 1) > self.token_budget:
+                yield group
+                group = []
+            group.append(index)
+        if group:
+            yield group
+
+    def _play(self, rows: list[_Row]) -> None:
+        """One batch: the first turn of all rows, then the second turn of those that called."""
+        begun = time.perf_counter()
+        output = self.decoder.start([row.ids for row in rows], [row.images for row in rows], [row.bias for row in rows])
+        scores = torch.log_softmax(output.first_logits, dim=-1)[:, self.decoder.call_token].tolist()
+        callers = []
+        for index, row in enumerate(rows):
+            self._write(row, output.tokens[index], output.margins[index])
+            if row.free:
+                row.call, row.call_logprob = protocol.parse_call(row.turns[-1].text), scores[index]
+                callers += [index] if row.call.status != "none" else []
+        self._second_turn(rows, callers, output)
+        for row in rows:
+            row.seconds = (time.perf_counter() - begun) / len(rows)
+
+    def _second_turn(self, rows: list[_Row], callers: list[int], output: Output) -> None:
+        replies = [(index, *self._respond(rows[index])) for index in callers]
+        replies.sort(key=lambda reply: len(reply[1]), reverse=True)
+        known = output.state.ids.shape[1]
+        for group in self._groups([known + len(ids) for _, ids, _ in replies]):
+            picked, suffixes, images = zip(*(replies[member] for member in group), strict=True)
+            extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse)
+            for index, tokens, margin in zip(picked, extended.tokens, extended.margins, strict=True):
+                self._write(rows[index], tokens, margin)
+
+    def _trajectory(self, row: _Row) -> Trajectory:
+        return Trajectory(
+            row_id=row.row_id,
+            answer=row.turns[-1].text,
+            crops=row.call.crops,
+            call_status=row.call.status,
+            turns=tuple(row.turns),
+            visual_tokens=sum(turn.visual_tokens for turn in row.turns),
+            full_visual_tokens=visual_tokens(row.full.size, self.processor),
+            seconds=row.seconds,
+            margin=row.margin,
+            call_logprob=row.call_logprob,
+        )
+
+
+def _name(row_ids: Sequence[str] | None, index: int) -> str:
+    return str(row_ids[index]) if row_ids is not None else str(index)
+
+
+def _check_lengths(questions: Sequence[str], **others: Sequence[Any] | None) -> None:
+    for name, values in others.items():
+        if values is not None and len(values) != len(questions):
+            raise AwaresValueError(f"{len(questions)} questions but {len(values)} {name}: give one for each question")

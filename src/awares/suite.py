@@ -1,0 +1,77 @@
+"""The embedded suite: five training sources and six evaluation tasks, drawn from seeds, in the row schema of real data.
+
+Each mirrors what its namesake asks of a reader, at a size that a laptop can train on; none of its rows come from there. A row depends on
+(name, seed, split, index) alone.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any
+
+import numpy as np
+
+from awares import scenes
+from awares.config import AwaresError
+
+SMALL_SHARE = 0.35  # share of rows whose evidence is too small for the half-resolution view
+# name -> {(painter, kind of question): weight}
+PLANS: dict[str, dict[tuple[str, str], float]] = {
+    "chartqa": {("chart", "bar"): 0.8, ("chart", "bars"): 0.2},
+    "docvqa": {("page", "field"): 0.7, ("page", "cell"): 0.15, ("page", "pair"): 0.15},
+    "ocrbench": {("signs", "sign"): 0.7, ("page", "field"): 0.3},
+    "pope": {("objects", "presence"): 1.0},
+    "realworldqa": {("objects", "place"): 0.4, ("objects", "count"): 0.3, ("objects", "plate"): 0.3},
+    "vstar": {("objects", "colour"): 1.0},
+    "textvqa": {("signs", "sign"): 0.8, ("objects", "plate"): 0.2},
+    "llava_multi": {("collage", kind): 0.2 for kind in ("field", "bar", "sign", "colour", "plate")},
+    "visionthink_smart": {("objects", "presence"): 0.3, ("objects", "colour"): 0.25, ("objects", "place"): 0.15, ("objects", "count"): 0.15,
+                          ("signs", "sign"): 0.15},
+}  # fmt: skip
+TRIES = 200
+
+
+def make_source(name: str, n: int, seed: int, split: str) -> list[dict[str, Any]]:
+    """`n` rows of source or task `name` as dicts of ``data.FEATURES``; images as JPEG files.
+
+    Raises AwaresError for an unknown name.
+    """
+    if name not in PLANS:
+        raise AwaresError(f"unknown source {name!r} of the embedded suite; choose from {', '.join(PLANS)}")
+    return [_row(name, seed, split, index) for index in range(n)]
+
+
+def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
+    rng = np.random.default_rng([seed, zlib.crc32(f"{name}/{split}".encode()), index])
+    plan = PLANS[name]
+    weights = np.array(list(plan.values()))
+    painter, kind = list(plan)[int(rng.choice(len(plan), p=weights / weights.sum()))]
+    small = bool(rng.random() < SMALL_SHARE)  # drawn before the question, so that no phrasing can tell
+    for _ in range(TRIES):
+        scene = scenes.paint(painter, rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
+        fitting = [qa for qa in scene.qas if qa.kind == kind and qa.small == small]
+        if fitting:
+            qa = fitting[int(rng.integers(len(fitting)))]
+            break
+    else:
+        raise AwaresError(
+            f"{name}: no {'small' if small else 'large'} {kind!r} question in {TRIES} scenes; the painter never makes one"
+        )
+    return {
+        "id": f"{name}-{split}-{seed}-{index:06d}",
+        "image": {"bytes": scene.jpeg, "path": None},
+        "question": qa.question,
+        "answers": list(qa.answers),
+        "source": name,
+        "question_boxes": [_thousandths(b, scene.image.size) for b in qa.question_boxes],
+        "answer_boxes": [_thousandths(b, scene.image.size) for b in qa.answer_boxes],
+        "split": split,
+    }
+
+
+def _thousandths(box: scenes.Box, size: tuple[int, int]) -> list[int]:
+    """px -> 1/1000 of the sides, rounded outwards."""
+    low = [math.floor(v * 1000 / s) for v, s in zip(box[:2], size, strict=True)]
+    high = [math.ceil(v * 1000 / s) for v, s in zip(box[2:], size, strict=True)]
+    return [min(1000, max(0, v)) for v in low + high]

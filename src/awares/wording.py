@@ -1,0 +1,157 @@
+"""Surface forms: when two short answers say the same (documented normalisation for the semantic judge)."""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from decimal import Decimal
+
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMBER_WORDS = {word: value for value, word in enumerate(_ONES)}
+_TENS_WORDS = {word: 10 * value for value, word in enumerate(_TENS, start=2)}
+_SCALES = {"thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
+_CURRENCY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₪": "shekel"}
+
+
+def _table(text: str) -> dict[str, str]:
+    """``"gray: grey; purple: violet lilac"`` -> every word after a colon mapped to the word before it."""
+    entries = (entry.split(":") for entry in text.split(";"))
+    return {word: target.strip() for target, words in entries for word in words.split()}
+
+
+# Both weights and pounds sterling read "pound": a question asks for one or the other, never for both.
+_UNITS = _table(
+    "percent: percent percentage pct percents; dollar: dollar dollars usd buck bucks; euro: euro euros eur; "
+    "pound: pound pounds gbp lb lbs quid; yen: yen jpy; shekel: shekel shekels ils nis; cent: cent cents; "
+    "kg: kg kgs kilo kilos kilogram kilograms kilogramme kilogrammes; g: g gram grams gramme grammes; mg: mg milligram "
+    "milligrams; ton: t ton tons tonne tonnes; km: km kms kilometer kilometers kilometre kilometres; m: m meter meters "
+    "metre metres; cm: cm centimeter centimeters centimetre centimetres; mm: mm millimeter millimeters millimetre "
+    "millimetres; mile: mile miles mi; foot: foot feet ft; inch: inch inches; s: s sec secs second seconds; min: min "
+    "mins minute minutes; hour: h hr hrs hour hours; day: day days; week: week weeks; month: month months; year: year "
+    "years yr yrs; l: l liter liters litre litres; ml: ml milliliter milliliters millilitre millilitres; "
+    "degree: degree degrees deg; celsius: celsius centigrade; fahrenheit: fahrenheit; mph: mph; kmh: kmh kph"
+)
+_WORDS = _table(
+    "gray: grey; purple: violet lilac; cyan: aqua turquoise; magenta: fuchsia; pink: rose; beige: tan; gold: golden; "
+    "silver: silvery; red: crimson scarlet; yes: yeah yep yup true; no: nope nay false; top: upper; bottom: lower; "
+    "center: centre middle central; color: colour; car: automobile auto; bicycle: bike; television: tv; sofa: couch; "
+    "airplane: plane aeroplane; phone: telephone cellphone; truck: lorry; january: jan; february: feb; march: mar; "
+    "april: apr; june: jun; july: jul; august: aug; september: sep sept; october: oct; november: nov; december: dec"
+)
+_WHOLE = {"dark": "black"}  # only as a whole answer: "dark blue" is not black
+_FILLERS = {"a", "an", "the", "in", "on", "at", "corner", "side"}
+_LEAD_IN = re.compile(
+    r"^(?:the answer is|answer\s*:|it is|it's|it says|it reads|it shows|they are|there (?:is|are)|that is)\s+"
+)
+_PARTS = re.compile(r"\s*(?:[,;&\n]|\band\b)\s*")
+_NUMBER_AND_UNIT = re.compile(r"(-?\d+(?:\.\d+)?)([a-z]+)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of an answer: a number with its unit ("" = none was given), or words."""
+
+    number: Decimal | None
+    text: str
+
+    def same(self, other: "Part") -> bool:
+        """Numbers must be equal, and units where both sides name one; words must be the same words."""
+        if self.number is None or other.number is None:
+            return self == other
+        return self.number == other.number and (self.text == other.text or not self.text or not other.text)
+
+
+def normalise(text: str) -> tuple[Part, ...]:
+    """An answer as its parts, surface forms levelled.
+
+    In this order: Unicode compatibility form and lower case; a lead-in ("the answer is") dropped; currency and
+    percent signs into words; thousands separators out; split at commas, semicolons, "and" and "&"; punctuation and
+    hyphens into spaces, but for decimal points, signs, and colons and slashes between digits; articles and fillers of
+    place ("in the ... corner") out, unless nothing else is there; number words 0-99, and thousand, million, billion
+    after a number, into digits; units and synonyms (colours, directions, months, a few things) into one form; a
+    number with at most one unit into a quantity. Digits with a leading zero stay text: 007 is a code. The order of
+    the parts does not matter to :func:`same_meaning`.
+    """
+    lowered = unicodedata.normalize("NFKC", text).lower().translate(str.maketrans("−–—’`", "---''")).strip()
+    lowered = _LEAD_IN.sub("", lowered)
+    lowered = re.sub(r"([$€£¥₪])\s*(-?\d[\d.,]*)", lambda m: f"{m[2]} {_CURRENCY[m[1]]} ", lowered)
+    lowered = lowered.replace("%", " percent ").replace("per cent", "percent").replace("°c", " celsius ")
+    lowered = lowered.replace("°", " degree ").replace("km/h", "kmh")
+    lowered = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", lowered)
+    parts = [_part(_tokens(piece)) for piece in _PARTS.split(lowered)]
+    return tuple(part for part in parts if part is not None)
+
+
+def same_meaning(prediction: str, answer: str) -> bool:
+    """Whether both say the same: equal parts in any order; to a yes/no question the first word decides."""
+    left, right = normalise(prediction), normalise(answer)
+    if not left or not right:
+        return prediction.strip().lower() == answer.strip().lower()
+    if len(right) == 1 and right[0].text in ("yes", "no"):
+        return left[0].text.split()[:1] == [right[0].text]
+    return _same_parts(left, right)
+
+
+def _same_parts(left: tuple[Part, ...], right: tuple[Part, ...]) -> bool:
+    if len(left) != len(right):
+        return False
+    if not left:
+        return True
+    return any(
+        left[0].same(part) and _same_parts(left[1:], (*right[:index], *right[index + 1 :]))
+        for index, part in enumerate(right)
+    )
+
+
+def _tokens(piece: str) -> list[str]:
+    """Words and numbers of one part, number words, units and synonyms resolved."""
+    piece = piece.replace("'", "")
+    piece = re.sub(r"(?<=\w)-|-(?!\d)", " ", piece)  # a hyphen inside or after a word; a sign before a number stays
+    piece = re.sub(r"(?<!\d)[:/]|(?<=[^\s\d-])\.|[.:/](?!\d)", " ", piece)  # kept: 3.5, .5, 10:30, 1/2
+    words = re.sub(r"[^\w.:/\s-]|_", " ", piece).split()
+    split = [token for word in words for token in _split_unit(word)]
+    kept = [token for token in split if token not in _FILLERS] or split
+    return [_WORDS.get(token, token) for token in _digits(kept)]
+
+
+def _split_unit(word: str) -> list[str]:
+    match = _NUMBER_AND_UNIT.fullmatch(word)
+    return [match[1], match[2]] if match and match[2] in _UNITS else [word]
+
+
+def _digits(tokens: list[str]) -> list[str]:
+    """Number words 0-99 and scale words into digits: forty one -> 41, 2.5 million -> 2500000."""
+    result: list[str] = []
+    tens = False  # whether the last number was a tens word that a one may complete
+    for token in tokens:
+        one = _NUMBER_WORDS.get(token)
+        if one is not None and tens and 1 <= one <= 9:
+            result[-1], tens = str(int(result[-1]) + one), False
+        elif token in _SCALES and result and (number := _number(result[-1])) is not None:
+            result[-1], tens = f"{number * _SCALES[token]:f}", False
+        else:
+            tens = token in _TENS_WORDS
+            result.append(str(_TENS_WORDS[token]) if tens else token if one is None else str(one))
+    return result
+
+
+def _number(token: str) -> Decimal | None:
+    """The value of a plain number; None for words, times, fractions and codes with a leading zero."""
+    if not re.fullmatch(r"-?\d+(?:\.\d+)?|\.\d+", token) or re.match(r"-?0\d", token):
+        return None
+    return Decimal(token)
+
+
+def _part(tokens: list[str]) -> Part | None:
+    if not tokens:
+        return None
+    numbers = [token for token in tokens if _number(token) is not None]
+    units = [_UNITS[token] for token in tokens if token in _UNITS]
+    if len(numbers) == 1 and len(units) <= 2 and len(numbers) + len(units) == len(tokens):
+        unit = units[-1] if units[:1] == ["degree"] else " ".join(units)  # 5 degrees celsius = 5 celsius
+        return Part(_number(numbers[0]), unit)
+    text = " ".join(_UNITS.get(token, token) if len(token) > 2 else token for token in tokens)  # a letter is no unit
+    return Part(None, _WHOLE.get(text, text))

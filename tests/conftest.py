@@ -1,0 +1,86 @@
+"""Fixtures: a random tiny Qwen2.5-VL with a byte-level tokenizer, built in a second, so no test needs a checkpoint."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from awares import protocol
+from awares.crops import CROPS
+from awares.model import ImageOnlyProcessor, make_processor
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges (256 bytes), Qwen's special tokens, and long ones so that a call is ten tokens."""
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in protocol.SPECIAL_TOKENS])
+    common = ['{"name": "crop", "arguments": {"regions": ["', '", "', '"]}}', *CROPS]
+    core.add_tokens([AddedToken(token, normalized=False, special=False) for token in (*protocol.TOOL_TOKENS, *common)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def tiny_model(processor: ImageOnlyProcessor, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    """Two layers, width 32, vision tower of two blocks; weights large enough that logits differ clearly."""
+    token_id = processor.tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(processor.tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=8192,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=token_id("<|im_end|>"),
+            pad_token_id=token_id("<|endoftext|>"),
+        ),
+        vision_config=dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=64,
+            num_heads=2,
+            out_hidden_size=32,
+            fullatt_block_indexes=[1],
+            window_size=112,
+        ),
+        tie_word_embeddings=False,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    with torch.no_grad():  # the default spread of 0.02 leaves a random model almost blind to its input
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0.0, 0.6 if "embed_tokens" in name else weight[0].numel() ** -0.5)
+            if "q_proj" in name or "k_proj" in name or "qkv" in name:
+                weight.mul_(2.0)
+    model.generation_config.eos_token_id = token_id("<|im_end|>")
+    model.generation_config.pad_token_id = token_id("<|endoftext|>")
+    return model
+
+
+def noise(width: int, height: int, seed: int) -> Image.Image:
+    """An image of coloured 8 px blocks, different for every seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    return Image.fromarray(np.kron(blocks, np.ones((8, 8, 1), dtype=np.uint8))[:height, :width])
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """``model``, ``processor`` and ``noise(width, height, seed)`` -> image."""
+    torch.set_num_threads(1)
+    processor = make_processor(tiny_tokenizer())
+    return SimpleNamespace(model=tiny_model(processor), processor=processor, noise=noise)

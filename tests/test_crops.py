@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from awares import crops
+from awares.config import AwaresError
+from awares.crops import CROPS, boxes_to_crops
+
+
+def painted_area(boxes: list[tuple[float, float, float, float]]) -> float:
+    """Area of a union of integer boxes, by painting a 1000 x 1000 canvas."""
+    canvas = np.zeros((1000, 1000), dtype=bool)
+    for x1, y1, x2, y2 in boxes:
+        canvas[int(y1) : int(y2), int(x1) : int(x2)] = True
+    return float(canvas.sum())
+
+
+def random_boxes(count: int) -> list[tuple[int, int, int, int]]:
+    corners = np.random.default_rng(0).integers(0, 1001, (count, 2, 2))
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    return [(int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in boxes if x1 < x2 and y1 < y2]
+
+
+def test_the_table_has_the_released_order_and_the_papers_areas() -> None:
+    names = "top-left top-right bottom-left bottom-right center top bottom left right all".split()
+    assert list(CROPS) == names
+    assert [crops.area(name) for name in names] == [0.25] * 5 + [0.5] * 4 + [1.0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_union_area_and_coverage_are_exact(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    names = [str(name) for name in rng.choice(list(CROPS), size=rng.integers(1, 5), replace=False)]
+    boxes = [crops.crop_box(name) for name in names]
+    assert crops.union_area(names) == pytest.approx(painted_area(boxes) / 1e6)
+    for box in random_boxes(5):
+        inside = [(max(box[0], b[0]), max(box[1], b[1]), min(box[2], b[2]), min(box[3], b[3])) for b in boxes]
+        solid = [b for b in inside if b[0] < b[2] and b[1] < b[3]]
+        assert crops.coverage(box, names) == pytest.approx(painted_area(solid) / painted_area([box]))
+
+
+def test_iou_and_box_union() -> None:
+    assert crops.iou((0, 0, 500, 500), (0, 0, 500, 500)) == 1
+    assert crops.iou((0, 0, 500, 500), (500, 500, 600, 600)) == 0
+    assert crops.iou(crops.crop_box("top"), crops.crop_box("left")) == pytest.approx(0.25 / 0.75)
+    assert crops.box_union([(10, 20, 30, 40), (5, 25, 20, 90)]) == (5, 20, 30, 90)
+    with pytest.raises(AwaresError, match="at least one box"):
+        crops.box_union([])
+
+
+@pytest.mark.parametrize(
+    "box, expected",
+    [
+        ((100, 100, 200, 200), ("top-left",)),
+        ((800, 100, 900, 200), ("top-right",)),
+        ((100, 800, 200, 900), ("bottom-left",)),
+        ((800, 800, 900, 900), ("bottom-right",)),
+        ((450, 450, 550, 550), ("center",)),
+        ((380, 380, 480, 480), ("center",)),  # in top-left and center alike: the nearer centre is center's
+        ((260, 260, 300, 300), ("top-left",)),
+        ((100, 100, 900, 200), ("top",)),
+        ((100, 800, 900, 900), ("bottom",)),
+        ((100, 100, 200, 900), ("left",)),
+        ((800, 100, 900, 900), ("right",)),
+        ((300, 100, 700, 600), ("center", "top")),  # no half holds it, this pair does
+        ((0, 0, 1000, 1000), ("all",)),
+        ((100, 300, 900, 700), ("all",)),
+        ((480, 100, 500, 100), ("top-left",)),  # a line
+        ((1000, 1000, 1000, 1000), ("bottom-right",)),  # a point in the corner
+    ],
+)
+def test_coverage_rule(box: tuple[int, ...], expected: tuple[str, ...]) -> None:
+    assert boxes_to_crops(box) == expected
+
+
+def test_every_crop_has_a_box_that_chooses_it() -> None:
+    chosen = {boxes_to_crops(box)[0] for box in random_boxes(400) if len(boxes_to_crops(box)) == 1}
+    assert chosen == set(CROPS)
+
+
+def test_chosen_crops_cover_the_box_and_nothing_cheaper_does() -> None:
+    for box in random_boxes(300):
+        names = boxes_to_crops(box)
+        cost = sum(map(crops.area, names))
+        assert crops.coverage(box, names) >= 0.95
+        singles = [name for name in CROPS if crops.coverage(box, [name]) >= 0.95 and name != "all"]
+        assert not singles or (len(names) == 1 and cost == min(map(crops.area, singles)))
+        assert len(names) == 1 or cost < 1  # a pair as dear as `all` would only cut it into pieces
+
+
+def test_a_pair_that_cuts_a_piece_of_evidence_in_half_is_refused() -> None:
+    box = (300, 100, 700, 600)
+    assert boxes_to_crops(box, parts=[(300, 100, 700, 200), (400, 300, 500, 600)]) == ("center", "top")
+    assert boxes_to_crops(box, parts=[(300, 100, 320, 600), (400, 100, 700, 200)]) == ("all",)
+
+
+def test_iou_rule_takes_every_crop_above_the_threshold_else_the_best() -> None:
+    assert boxes_to_crops((0, 0, 1000, 1000), rule="iou") == ("top", "bottom", "left", "right", "all")
+    assert boxes_to_crops((0, 0, 500, 500), rule="iou") == ("top-left", "top", "left")
+    assert boxes_to_crops((10, 10, 20, 20), rule="iou") == ("top-left",)
+    assert boxes_to_crops((400, 400, 600, 600), rule="iou", iou_threshold=0.9) == ("center",)
+
+
+def test_unknown_names_are_named_in_the_error() -> None:
+    with pytest.raises(AwaresError, match="'middle'.*top-left"):
+        crops.crop_box("middle")
+    with pytest.raises(AwaresError, match="crops.rule.*'area'"):
+        boxes_to_crops((0, 0, 1, 1), rule="area")
+
+
+def test_crops_are_cut_at_native_density_and_the_low_view_is_halved() -> None:
+    pixels = np.arange(56 * 84, dtype=np.uint8).reshape(56, 84)
+    image = Image.fromarray(np.stack([pixels] * 3, axis=-1))
+    bottom_right, center, everything = (
+        np.asarray(crops.cut(image, name)) for name in ("bottom-right", "center", "all")
+    )
+    assert np.array_equal(bottom_right, np.asarray(image)[28:, 42:])
+    assert np.array_equal(center, np.asarray(image)[14:42, 21:63])
+    assert np.array_equal(everything, np.asarray(image))
+    assert crops.low_resolution(image).size == (42, 28)
+
+
+def test_cap_keeps_the_aspect_and_leaves_small_images_alone() -> None:
+    assert crops.cap(Image.new("RGB", (4000, 1000))).size == (2000, 500)
+    small = Image.new("RGB", (2000, 28))
+    assert crops.cap(small) is small
+
+
+def test_half_of_the_longest_strip_is_still_a_strip_that_the_processor_takes() -> None:
+    strip = crops.check_image(Image.new("RGB", (28, 5600)), "strip")
+    for piece in [crops.cut(strip, "left"), crops.low_resolution(strip), crops.cap(strip)]:
+        assert max(piece.size) <= 200 * min(piece.size)
+
+
+def test_images_that_cannot_be_used(tmp_path) -> None:
+    with pytest.raises(AwaresError, match="row 7.*27x100 px"):
+        crops.check_image(Image.new("RGB", (27, 100)), "row 7")
+    with pytest.raises(AwaresError, match="200:1"):
+        crops.check_image(Image.new("RGB", (28, 5601)), "row 7")
+    with pytest.raises(FileNotFoundError, match="no image file .*missing.png"):
+        crops.open_image(tmp_path / "missing.png")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(AwaresError, match="text.png is not a readable image"):
+        crops.open_image(tmp_path / "text.png")
+    Image.effect_noise((200, 200), 50).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
+    with pytest.raises(AwaresError, match="cut.png"):
+        crops.open_image(tmp_path / "cut.png")
+    with pytest.raises(AwaresError, match="int is no image"):
+        crops.open_image(3)  # type: ignore[arg-type]
+
+
+def test_open_image_stands_upright_in_rgb_on_white(tmp_path) -> None:
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert crops.open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    Image.new("L", (40, 80)).save(tmp_path / "side.jpg", exif=exif)
+    upright = crops.open_image(tmp_path / "side.jpg")
+    assert (upright.size, upright.mode) == ((80, 40), "RGB")

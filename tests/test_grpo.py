@@ -1,0 +1,387 @@
+"""Multi-turn GRPO: the reward, what is masked, the reference, the order of the crops, sharing of prompts, resuming."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trl import GRPOTrainer
+
+from awares import crops, data, grpo, protocol, sharing, training
+from awares.config import AwaresError, load_params
+from awares.model import load_model, load_processor, save_model
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "threads": 1,
+    "grpo.answer_reward": "anls",
+    "grpo.batch_size": 8,
+    "grpo.per_device_batch_size": 4,
+    "grpo.generations": 4,
+    "grpo.max_steps": 3,
+    "grpo.save_steps": 1,
+    "grpo.max_completion_length": 48,
+    "grpo.learning_rate": 1.0e-2,
+    "grpo.scheduler": "constant",
+}
+CALL = ("bottom-right", "top-left")
+ANSWERS = ["word 3", "word 4", "none", "word 3", "later", "word 4", "word", "word 3"]
+
+
+def settings(**overrides):
+    return load_params(path=ROOT / "params.yaml", overrides={**SMALL, **overrides})
+
+
+@pytest.fixture(scope="module")
+def world(tiny, tmp_path_factory) -> SimpleNamespace:
+    """A cold-started policy on disk and six curated rows, every second one HR."""
+    policy = tmp_path_factory.mktemp("policy") / "merged"
+    save_model(tiny.model, tiny.processor, policy)
+    rows = data.from_rows(
+        {
+            "id": f"r{i}",
+            "image": tiny.noise(*[(224, 168), (168, 280)][i % 2], seed=i),
+            "question": f"what is the {'big ' * i}word?",
+            "answers": [f"word {i}"],
+            "source": "chartqa",
+            "question_boxes": [],
+            "answer_boxes": [],
+            "split": "train",
+        }
+        for i in range(6)
+    )
+    rows = rows.add_column("label", ["LR", "HR"] * 3).add_column("target_crops", [[], ["top"]] * 3)
+    return SimpleNamespace(policy=policy, rows=rows, processor=load_processor(policy))
+
+
+def trainer_for(world, folder, params):
+    trainer = grpo.build_trainer(params, world.rows, load_model(world.policy), load_processor(world.policy), folder)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def disturb(trainer) -> None:
+    """Move the policy away from the reference: LoRA's second half starts at zero."""
+    torch.manual_seed(5)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0.0, 0.3)
+
+
+def write(trainer, monkeypatch, answers=ANSWERS, call=CALL, callers=(1, 4)):
+    """Fix what the policy writes: the ``callers`` call in turn 1 and answer in turn 2, the others answer at once."""
+    encode = lambda text: trainer.processing_class.tokenizer(text + "<|im_end|>")["input_ids"]  # noqa: E731
+
+    def turn(prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if num_generations == 1:
+            return [encode(answers[caller]) for caller in callers], None
+        texts = [protocol.render_call(call) if i in callers else answers[i] for i in range(len(prompt_ids))]
+        return [encode(text) for text in texts], None
+
+    monkeypatch.setattr(trainer, "_generate_single_turn", turn)
+
+
+def rollouts(trainer):
+    """Rows 2 and 3 of the data, four completions each, scored."""
+    return trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (2, 2, 2, 2, 3, 3, 3, 3)])
+
+
+def conversations(world):
+    """The same eight rollouts as whole conversations, written by `protocol`."""
+    found = []
+    for index, answer in enumerate(ANSWERS):
+        row = world.rows[2 if index < 4 else 3]
+        names = CALL if index in (1, 4) else None
+        pictures = [crops.cut(row["image"], name) for name in names or ()]
+        found.append(
+            protocol.messages(row["question"], crops.low_resolution(row["image"]), names, pictures or None, answer)
+        )
+    return found
+
+
+def plain_log_probs(world, batch):
+    """log pi_ref of every completion token, (B, C): a fresh load of the policy, an ordinary forward pass, plain softmax."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    width = batch["completion_ids"].size(1)
+    with torch.no_grad():
+        logits = load_model(world.policy)(
+            input_ids=ids,
+            attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+            mm_token_type_ids=batch["mm_token_type_ids"],
+            pixel_values=batch["pixel_values"],
+            image_grid_thw=batch["image_grid_thw"],
+        ).logits
+    scores = torch.log_softmax(logits[:, -width - 1 : -1], -1)
+    return scores.gather(2, batch["completion_ids"][..., None])[..., 0] * batch["completion_mask"]
+
+
+# What is trained on
+
+
+def test_a_rollout_reads_like_the_conversation_and_only_the_assistant_is_trained(world, tmp_path, monkeypatch):
+    trainer = trainer_for(world, tmp_path, settings())
+    write(trainer, monkeypatch)
+    batch, tokenizer = rollouts(trainer), world.processor.tokenizer
+    for index, conversation in enumerate(conversations(world)):
+        expected = world.processor.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+        )
+        real = [batch[f"{part}_ids"][index][batch[f"{part}_mask"][index].bool()] for part in ("prompt", "completion")]
+        ids, mask = torch.cat(real), expected["assistant_masks"][0]
+        assert tokenizer.decode(ids) == tokenizer.decode(expected["input_ids"][0][: len(ids)])
+        assert len(expected["input_ids"][0]) == len(ids) + 1  # the line break after the last turn
+        trained = batch["tool_mask"][index][: len(real[1])]
+        assert torch.equal(trained, mask[len(real[0]) : len(ids)])
+        assert not trained[real[1] == world.processor.image_token_id].any()
+
+
+def test_crops_of_the_second_turn_stand_in_the_order_of_the_call(world, tmp_path, monkeypatch):
+    trainer = trainer_for(world, tmp_path, settings())
+    write(trainer, monkeypatch)
+    batch = rollouts(trainer)
+    assert batch["num_images"] == [1, 3, 1, 1, 3, 1, 1, 1]
+    images = [
+        part["image"] for talk in conversations(world) for turn in talk for part in turn["content"] if "image" in part
+    ]
+    expected = world.processor.image_processor(images=images, return_tensors="pt")
+    assert torch.equal(batch["image_grid_thw"], expected["image_grid_thw"])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+
+
+def test_the_reference_is_the_cold_started_policy(world, tmp_path, monkeypatch):
+    trainer = trainer_for(world, tmp_path, settings())
+    disturb(trainer)
+    write(trainer, monkeypatch)
+    batch = rollouts(trainer)
+    torch.testing.assert_close(batch["ref_per_token_logps"], plain_log_probs(world, batch), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_loss_is_grpo_with_kl_over_assistant_tokens(world, tmp_path, monkeypatch, share):
+    params = settings(**{"grpo.beta": 0.7, "grpo.share_prompts": share})
+    trainer = trainer_for(world, tmp_path, params)
+    disturb(trainer)
+    write(trainer, monkeypatch)
+    batch = rollouts(trainer)
+    policy = policy_log_probs(trainer, batch)
+    # Eq. 5-8 by hand: ANLS of the answer, and the cost of the two calls
+    marks = torch.tensor([data_anls(answer, "word 2" if i < 4 else "word 3") for i, answer in enumerate(ANSWERS)])
+    area = params.grpo.alpha_use + params.grpo.lambda_area * 0.5
+    cost = torch.tensor([0, area, 0, 0, area, 2.0, 2.0, 2.0])
+    rewards = (params.grpo.alpha_ans * marks - cost).view(2, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    torch.testing.assert_close(batch["advantages"], advantages, atol=1e-4, rtol=1e-4)
+    mask = batch["completion_mask"] * batch["tool_mask"]
+    ratio = plain_log_probs(world, batch) - policy
+    token_loss = -advantages[:, None] + 0.7 * (ratio.exp() - ratio - 1)
+    by_hand = ((token_loss * mask).sum(1) / mask.sum(1)).mean()
+    assert (0.7 * (ratio.exp() - ratio - 1) * mask).sum() > 0.01
+    assert trainer._compute_loss(trainer.model, batch).item() == pytest.approx(by_hand.item(), rel=2e-3, abs=2e-4)
+
+
+def data_anls(prediction: str, answer: str) -> float:
+    from awares.metrics import anls
+
+    return anls(prediction, [answer])
+
+
+def log_probs(trainer, batch, share):
+    trainer.share_prompts = share
+    keys = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    width = batch["completion_ids"].size(1)
+    images = {key: batch[key] for key in keys}
+    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width, compute_entropy=True, **images)
+
+
+def policy_log_probs(trainer, batch):
+    share = trainer.share_prompts
+    with torch.no_grad():
+        found = log_probs(trainer, batch, False)[0]
+    trainer.share_prompts = share
+    return found
+
+
+# Sharing of prompts
+
+
+def test_shared_prompts_give_the_log_probabilities_and_gradients_of_trl(world, tmp_path, monkeypatch):
+    trainer = trainer_for(world, tmp_path, settings())
+    disturb(trainer)
+    write(trainer, monkeypatch)
+    batch = rollouts(trainer)
+    found = {}
+    for share in (True, False):
+        trainer.model.zero_grad()
+        logps, entropies, _ = log_probs(trainer, batch, share)
+        (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
+        gradient = {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+        found[share] = {"logps": logps.detach(), "entropies": entropies.detach(), **gradient}
+    assert len(found[True]) > 20
+    for name, value in found[False].items():
+        torch.testing.assert_close(found[True][name], value, atol=2e-4, rtol=2e-3)
+
+
+def test_completions_of_one_question_on_two_pictures_are_not_mixed_up(world):
+    ids = torch.tensor([[7, 8, 9, 1], [7, 8, 9, 2], [7, 8, 9, 3]])
+    picture, other = torch.ones(4, 6), torch.zeros(4, 6)
+    grids = [torch.tensor([[1, 2, 2]])] * 3
+    batch = sharing.Batch(ids, torch.ones_like(ids), ids[None], 3, [[picture], [other], [picture]], grids, [1, 1, 1])
+    assert sharing._groups(batch) == [[0, 2], [1]]
+
+
+def test_shared_prefill_samples_the_tokens_of_trl(world, tmp_path):
+    trainer = trainer_for(world, tmp_path, settings(**{"grpo.max_completion_length": 12}))
+    disturb(trainer)
+    trainer._batch_environments = [None] * 8
+    prompts = [trainer.train_dataset[i]["prompt"] for i in (2, 2, 2, 2, 3, 3, 3, 3)]
+    ids, images, fields = trainer._tokenize_prompts(prompts)
+    sampled = {}
+    for share in (True, False):
+        trainer.share_prompts = share
+        torch.manual_seed(3)
+        sampled[share], _ = trainer._generate_single_turn(ids, images, dict(fields), 4)
+    assert sampled[True] == sampled[False]
+    assert len({tuple(row) for row in sampled[True]}) > 4
+
+
+# Reward
+
+
+def said(text, calls=None):
+    return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+
+
+def called(*regions, name="crop"):
+    return {"type": "function", "function": {"name": name, "arguments": {"regions": list(regions)}}}
+
+
+TOOL = {"role": "tool", "name": "crop", "content": [{"type": "image", "image": None}]}
+
+
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        ([said(" 12 kg ")], ("12 kg", (), False, False)),
+        ([said("", [called("top", "left")]), TOOL, said("7")], ("7", ("top", "left"), False, False)),
+        ([said("", [called("upper left")]), TOOL, said("7")], ("7", ("top-left",), False, False)),
+        ([said("", [called("top"), called("left")]), TOOL, TOOL, said("7")], ("7", ("top", "left"), False, False)),
+        ([said("", [called("nowhere")]), TOOL, said("7")], ("7", (), True, False)),
+        ([said("", [called("top")])], ("", ("top",), False, True)),  # TRL dropped the crops
+        ([said("", [called("top")]), TOOL, said("", [called("left")])], ("", ("top",), False, False)),
+        ([said("", [called("top")]), TOOL], ("", ("top",), False, False)),  # nothing left to answer with
+        ([said('<tool_call>\n{"name": "crop", "argu')], ('<tool_call>\n{"name": "crop", "argu', (), True, False)),
+        ([said("GET_CROPS: ['0']")], ("GET_CROPS: ['0']", (), True, False)),  # readable, but TRL has not run it
+    ],
+)
+def test_a_completion_is_read_as_answer_and_requested_crops(completion, expected):
+    outcome = grpo.read_completion(completion)
+    assert (outcome.answer, outcome.crops, outcome.malformed, outcome.overflow) == expected
+
+
+def test_call_metrics_average_over_the_right_completions():
+    outcomes = [grpo.Outcome("a", names, bad, over) for names, bad, over in
+                [(("top",), False, False), ((), True, False), ((), False, False), (("top", "left"), False, True)]]  # fmt: skip
+    values = grpo.call_metrics(outcomes, ["HR", "LR", "HR", "LR"])
+    assert values["call_rate"] == [1, 0, 0, 1] and values["call_rate_hr"] == [1, 0] and values["call_rate_lr"] == [0, 1]
+    assert values["area"] == [0.5, 0.75] and values["malformed"] == [0, 1, 0, 0] and values["overflow"] == [0, 0, 0, 1]
+    assert "call_rate_hr" not in grpo.call_metrics(outcomes[1:2], ["LR"])
+
+
+def test_an_overflowing_call_still_costs_and_is_counted(world, tmp_path, monkeypatch):
+    names = ("all", "top", "bottom", "left", "right")
+    trainer = trainer_for(world, tmp_path, settings(**{"grpo.crop_token_budget": 90}))
+    write(trainer, monkeypatch, call=names)
+    batch = rollouts(trainer)
+    assert batch["num_images"] == [1] * 8
+    metrics = trainer._metrics["train"]
+    assert metrics["overflow"] == [0.25] and metrics["call_rate"] == [0.25] and metrics["area"] == [1.0]
+    assert metrics["rewards/tool_cost/mean"] == [pytest.approx((2 * 0.26 + 3 * 2.0) / 8)]
+
+
+def test_the_tool_returns_the_crops_in_order_and_errors_in_words(world):
+    environment, image = grpo.CropEnvironment(), world.rows[0]["image"]
+    assert environment.reset(full_image=image, label="HR", answers=["x"]) is None
+    parts = environment.crop(["left", "bottom-right"])
+    assert [part["image"].tobytes() for part in parts] == [
+        crops.cut(image, name).tobytes() for name in ("left", "bottom-right")
+    ]
+    for bad in (["nowhere"], [], "", [[0, 0, 5, 5]], None):
+        assert environment.crop(bad) == [{"type": "text", "text": protocol.TOOL_ERROR}]
+    public = {name for name in vars(grpo.CropEnvironment) if not name.startswith("_")}
+    assert public == {"reset", "crop"}
+
+
+# Guards
+
+
+def test_crops_that_cannot_fit_are_an_error_before_training(world):
+    with pytest.raises(AwaresError, match="crop_token_budget 20 is too small.*row r1"):
+        grpo.check_budget(world.rows, world.processor, settings(**{"grpo.crop_token_budget": 20}))
+    grpo.check_budget(world.rows, world.processor, settings(**{"grpo.crop_token_budget": 90}))
+
+
+def test_rows_without_labels_and_models_with_adapters_are_refused(world, tmp_path):
+    with pytest.raises(AwaresError, match="no column label"):
+        grpo.build_trainer(
+            settings(), world.rows.remove_columns("label"), load_model(world.policy), world.processor, tmp_path
+        )
+    trainer = trainer_for(world, tmp_path, settings())
+    with pytest.raises(AwaresError, match="already carries an adapter"):
+        grpo.build_trainer(settings(), world.rows, trainer.model, world.processor, tmp_path)
+
+
+# The whole training
+
+
+def run(world, out, **overrides):
+    return grpo.train_grpo(settings(**{"grpo.max_completion_length": 6, **overrides}), world.rows, world.policy, out)
+
+
+def test_an_interrupted_training_goes_on_and_ends_the_same(world, tmp_path, monkeypatch):
+    whole = run(world, tmp_path / "whole" / "main-s1")
+    original = training.Log.on_log
+
+    def stop(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Log, "on_log", stop)
+        run(world, tmp_path / "parts" / "main-s1")
+    (folder,) = (tmp_path / "parts" / ".checkpoints").iterdir()
+    assert [training.step_of(path) for path in training.checkpoints(folder)] == [1, 2]
+    generated = []
+    generate = GRPOTrainer._generate
+    monkeypatch.setattr(
+        GRPOTrainer, "_generate", lambda self, prompts: (generated.append(1), generate(self, prompts))[1]
+    )
+    resumed = run(world, tmp_path / "parts" / "main-s1")
+    assert len(generated) == 1  # only the third update is made again
+    assert whole.log.read_text() == resumed.log.read_text()
+    first, second = (load_file(one.adapter / "adapter_model.safetensors") for one in (whole, resumed))
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+    other = run(world, tmp_path / "parts" / "main-s1", **{"grpo.lambda_area": 0.5, "grpo.max_steps": 1})
+    assert len(generated) == 2 and other.steps == 1  # other inputs: from the start
+
+
+def test_what_is_logged_and_saved(world, tmp_path):
+    result = run(world, tmp_path / "main-s1", **{"grpo.max_steps": 2})
+    entries = training.read_jsonl(result.log)
+    assert [entry["step"] for entry in entries] == [1, 2]
+    wanted = {"reward", "answer", "tool_cost", "call_rate", "malformed", "overflow", "kl", "entropy", "loss", "lr"}
+    assert all(wanted <= set(entry) for entry in entries)
+    assert entries[0]["kl"] == pytest.approx(0.0, abs=1e-6) and entries[1]["kl"] > 1e-6
+    for entry in entries:
+        assert entry["reward"] == pytest.approx(10 * entry["answer"] - entry["tool_cost"], abs=1e-5)
+    by_adapter, merged = load_model(world.policy, adapter=result.adapter), load_model(result.merged)
+    for name, value in by_adapter.state_dict().items():
+        torch.testing.assert_close(value, merged.state_dict()[name], atol=1e-6, rtol=1e-6)
+    config = json.loads((result.adapter / "adapter_config.json").read_text())
+    assert config["r"] == 8 and "language_model" in config["target_modules"]

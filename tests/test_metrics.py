@@ -1,0 +1,255 @@
+"""Benchmark scores are lmms-eval's, intervals are honest, diagnostics say what PAPER §5 defines."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from awares import diagnostics, metrics
+from awares.config import AwaresError
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("105", "100", 1),  # 5 % is still right
+        ("105.1", "100", 0),
+        ("-95", "-100", 1),
+        ("95", "-100", 0),
+        ("41%", "0.42", 1),  # a percentage is a fraction
+        ("41%", "41", 0),
+        ("41%", "43%", 1),
+        ("0.0", "0", 0),  # around zero only the same text is right
+        ("0", "0", 1),
+        ("Red", "red", 1),
+        ("reddish", "red", 0),
+        ("100 apples", "100", 0),
+    ],
+)
+def test_chartqa_relaxed_accuracy(prediction, answer, expected):
+    assert metrics.score("chartqa", prediction, [answer]) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("Hello World", ["hello  world"], 1 - 0 / 12),
+        ("kitten", ["sitting"], 1 - 3 / 7),
+        ("kitten", ["sitting", "kittens"], 1 - 1 / 7),
+        ("abcd", ["abxy"], 0.5),  # the threshold itself counts
+        ("abcd", ["axyz"], 0.0),
+        ("", ["a"], 0.0),
+        (" abc ", ["abd"], 1 - 1 / 5),  # the raw length, outer spaces included, as in lmms-eval
+    ],
+)
+def test_docvqa_anls(prediction, answers, expected):
+    assert metrics.score("docvqa", prediction, answers) == pytest.approx(expected)
+
+
+def test_edit_distance_is_a_metric():
+    texts = ["", "a", "ab", "ba", "abc", "bca", "kitten", "sitting"]
+    for a, b, c in itertools.product(texts, repeat=3):
+        d = metrics.edit_distance
+        assert d(a, b) == d(b, a) and (d(a, b) == 0) == (a == b) and d(a, c) <= d(a, b) + d(b, c)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "prediction", "answers", "expected"),
+    [
+        ("ocrbench", "It reads OPEN\n24 hours.", ["open 24"], 1),
+        ("ocrbench", "opne", ["open"], 0),
+        ("ocrbench", "open", ["closed", "Open"], 1),
+        ("pope", " Yes ", ["yes"], 1),
+        ("pope", "Yes.", ["yes"], 0),  # lmms-eval compares whole answers
+        ("realworldqa", "Left.", ["left"], 1),
+        ("realworldqa", "three", ["3"], 1),
+        ("realworldqa", "eleven", ["11"], 0),  # lmms-eval maps zero to ten
+        ("realworldqa", "stop-sign", ["stop sign"], 0),
+        ("vstar", "The answer is B", ["B"], 1),
+        ("vstar", "(C) the red one", ["C"], 1),
+        ("vstar", "A. left", ["B"], 0),
+        ("vstar", "it looks purple to me", ["D"], 0),
+        ("vstar", "Red.", ["red", "crimson"], 1),  # no options: an answer in words
+        ("vstar", "blue", ["red"], 0),
+    ],
+)
+def test_other_benchmarks(benchmark, prediction, answers, expected):
+    assert metrics.score(benchmark, prediction, answers) == expected
+
+
+def test_realworldqa_takes_the_text_of_a_choice_for_its_letter():
+    question = "Which way?\nA. left\nB. straight on\nC. right"
+    assert metrics.score("realworldqa", "straight on", ["B"], question) == 1
+    assert metrics.score("realworldqa", "B", ["B"], question) == 1
+    assert metrics.score("realworldqa", "left", ["B"], question) == 0
+
+
+def test_score_of_other_sources_is_exact_match():
+    assert metrics.score("textvqa", "Main Street.", ["oak lane", "main street"]) == 1
+    assert metrics.score("my_rows", "main", ["main street"]) == 0
+
+
+def test_score_refuses_a_row_without_answers():
+    with pytest.raises(AwaresError, match="accepted answers"):
+        metrics.score("pope", "yes", [])
+
+
+def test_pope_summary_by_hand():
+    predictions = ["yes", "yes", "Yes", "no", "no", "maybe"]
+    answers = ["yes", "yes", "no", "yes", "no", "yes"]
+    found = metrics.pope_summary(predictions, answers)
+    # 2 hits, 1 false yes, 1 miss ("maybe" is wrong but, as in lmms-eval, no false negative)
+    assert found == pytest.approx(
+        {"accuracy": 3 / 6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_share": 0.5}
+    )
+    assert metrics.pope_summary(["no"], ["no"])["f1"] == 0
+
+
+# Intervals
+
+
+def test_bootstrap_interval_is_the_normal_one_for_many_rows():
+    values = np.random.default_rng(0).random(1000) < 0.8
+    found = metrics.bootstrap_interval(values, seed=1)
+    error = np.sqrt(values.mean() * (1 - values.mean()) / 1000)
+    assert found.mean == pytest.approx(values.mean()) and found.n == 1000
+    assert found.low == pytest.approx(found.mean - 1.96 * error, abs=0.2 * error)
+    assert found.high == pytest.approx(found.mean + 1.96 * error, abs=0.2 * error)
+
+
+def test_bootstrap_is_seeded_and_independent_of_the_memory_bound():
+    values = np.random.default_rng(0).random(300)
+    assert metrics.bootstrap_interval(values, 1) == metrics.bootstrap_interval(values, 1)
+    assert metrics.bootstrap_interval(values, 1) != metrics.bootstrap_interval(values, 2)
+    whole, parts = (metrics._resampled_means(values, 1, 50, None, memory)[1] for memory in (10**6, 700))
+    assert np.array_equal(whole, parts)
+
+
+def test_bootstrap_over_groups_is_the_mean_of_their_means():
+    values, groups = [1.0] * 300 + [0.0] * 10, ["a"] * 300 + ["b"] * 10
+    found = metrics.bootstrap_interval(values, 0, groups=groups)
+    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)  # resampled inside each group: no spread is left
+
+
+def test_paired_bootstrap_sees_what_unpaired_intervals_hide():
+    rng = np.random.default_rng(0)
+    hard = rng.random(400)
+    a, b = hard < 0.80, hard < 0.77
+    assert metrics.bootstrap_interval(a, 0).low < metrics.bootstrap_interval(b, 0).high  # the intervals overlap
+    found = metrics.paired_bootstrap(a, b, 0)
+    assert found.significant and found.p < 0.05 and found.low > 0
+    assert found.mean == pytest.approx(a.mean() - b.mean())
+
+
+def test_paired_bootstrap_of_equals():
+    same = metrics.paired_bootstrap([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], 0)
+    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1) and not same.significant
+    with pytest.raises(AwaresError, match="same rows"):
+        metrics.paired_bootstrap([1.0], [1.0, 0.0], 0)
+    with pytest.raises(AwaresError, match="no rows"):
+        metrics.bootstrap_interval([], 0)
+
+
+# Diagnostics
+
+
+def test_cdp_diagnostics_by_hand():
+    rows = [  # label, requested, oracle
+        ("HR", ("top-left",), ("top-left",)),  # exact
+        ("HR", ("left",), ("top-left",)),  # relaxed
+        ("HR", ("bottom-right",), ("top-left",)),  # elsewhere
+        ("HR", (), ("top",)),  # missed
+        ("LR", ("all",), ()),  # needless
+        ("LR", (), ()),
+        ("LR", (), ()),
+        ("LR", (), ()),
+    ]
+    found = diagnostics.cdp_diagnostics(*zip(*rows, strict=True))
+    assert (found.n, found.calls, found.call_rate) == (8, 4, 0.5)
+    assert (found.precision, found.recall, found.f1, found.fpr) == (0.75, 0.75, 0.75, 0.25)
+    assert (found.exact, found.relaxed) == pytest.approx((1 / 3, 2 / 3))
+    assert found.area == pytest.approx((0.25 + 0.5 + 0.25 + 1) / 4)
+
+
+def test_cdp_diagnostics_without_calls_says_nan_not_zero():
+    found = diagnostics.cdp_diagnostics(["LR", "LR"], [(), ()], [(), ()])
+    assert (found.call_rate, found.fpr) == (0, 0)
+    assert np.isnan([found.precision, found.recall, found.exact, found.area]).all()
+    with pytest.raises(AwaresError, match="LR or HR"):
+        diagnostics.cdp_diagnostics(["hr"], [()], [()])
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted", "expected"),
+    [
+        (["top-left"], ["top-left"], 1),
+        (["left"], ["top-left"], 0.5),  # the paper's example: the adjacent halves are accepted for a quadrant ...
+        (["all"], ["top-left"], 0.25),  # ... and so is all
+        (["center"], ["top-left"], 0.0625 / 0.4375),
+        (["top-left", "top-right"], ["top"], 1),
+        (["top-left"], ["top-left", "bottom-right"], 1),  # one oracle crop is enough
+        (["top-left", "bottom-left"], ["top-left", "bottom-left"], 1),
+    ],
+)
+def test_region_iou(asked, wanted, expected):
+    assert diagnostics.region_iou(asked, wanted) == pytest.approx(expected)
+
+
+def test_format_table_counts_attempted_calls_only():
+    statuses = ["valid"] * 6 + ["recovered"] * 1 + ["malformed"] * 3 + ["none"] * 10
+    row = diagnostics.format_table({"sft": statuses, "silent": ["none"]}).to_dict("records")[0]
+    assert {k: row[k] for k in ("valid", "corrupt", "recoverable", "incorrect")} == pytest.approx(
+        {"valid": 60, "corrupt": 40, "recoverable": 10, "incorrect": 30}
+    )
+    assert (row["calls"], row["n"]) == (10, 20)
+
+
+def test_policy_flow_shares():
+    stages = {"oracle": [(), (), ("top",), ("top", "left")], "sft": [(), ("all",), ("all",), ("all",)]}
+    table = diagnostics.policy_flow(stages).set_index(["policy", "outcome"]).share
+    assert table["oracle", "no call"] == 50 and table["oracle", "several"] == 25 and table["sft", "all"] == 75
+    assert table.groupby("policy").sum().tolist() == [100, 100]
+    with pytest.raises(AwaresError, match="same rows"):
+        diagnostics.policy_flow({"a": [()], "b": [(), ()]})
+
+
+@pytest.mark.parametrize(
+    ("correct", "label", "crops", "expected"),
+    [
+        (True, "HR", (), "correct"),
+        (False, "HR", (), "when"),
+        (False, "HR", ("bottom",), "where"),
+        (False, "HR", ("top-left",), "where"),  # shows one of the two boxes
+        (False, "HR", ("top",), "reading"),
+        (False, "LR", (), "reading"),
+        (False, "LR", ("bottom",), "reading"),
+    ],
+)
+def test_error_kind(correct, label, crops, expected):
+    evidence = [[100, 100, 200, 200], [700, 100, 800, 200]]
+    assert diagnostics.error_kind(correct, label, crops, evidence) == expected
+
+
+def test_frontier_is_the_cheapest_right_option_of_each_row():
+    rng = np.random.default_rng(0)
+    scores = (rng.random((60, 11)) < 0.3).astype(float)
+    rtrs = 0.25 + np.array([0, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5, 1.0]) + rng.random((60, 1)) * 0.1
+    found = diagnostics.oracle_frontier(scores, rtrs)
+    total, cost = 0.0, 0.0
+    for row, price in zip(scores, rtrs, strict=True):
+        right = [p for s, p in zip(row, price, strict=True) if s == 1]
+        total, cost = total + bool(right), cost + (min(right) if right else price[0])
+    assert (found.accuracy, found.rtr) == pytest.approx((total / 60, cost / 60))
+    assert found.accuracy_curve[0] == pytest.approx(scores[:, 0].mean()) and found.rtr_curve[0] == pytest.approx(
+        rtrs[:, 0].mean()
+    )
+    assert (np.diff(found.rtr_curve) >= 0).all() and (np.diff(found.accuracy_curve) >= 0).all()
+    slopes = np.diff(found.accuracy_curve) / np.maximum(np.diff(found.rtr_curve), 1e-12)
+    assert (np.diff(slopes) <= 1e-6).all()  # concave: no point of it is beaten by a mixture
+
+
+def test_frontier_prefers_the_better_answer_where_scores_are_graded():
+    found = diagnostics.oracle_frontier([[0.6, 1.0, 1.0]], [[0.25, 0.75, 0.5]])
+    assert (found.accuracy, found.rtr, found.choice.tolist()) == (1.0, 0.5, [2])
+    with pytest.raises(AwaresError, match="rows x options"):
+        diagnostics.oracle_frontier([[1.0]], [[1.0, 2.0]])

@@ -1,0 +1,266 @@
+"""Every notebook is a tidy source, and runs end to end through papermill at smoke scale, each on what the last one wrote.
+
+The base model here is random: what the numbers say is nonsense, what is checked is that they are there, add up, and agree
+with what the stages kept. Labels come from the ANLS judge without a threshold, so that both kinds of row exist.
+"""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+import yaml
+
+from awares import data, publish
+from awares.config import SYSTEMS, TASKS, load_params
+from awares.model import load_model, save_model
+from awares.report import AVERAGE, CHECKS
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SMOKE = {
+    "threads": 1,
+    "data.train_rows": 8,
+    "data.validation_rows": 4,
+    "curation.judge": "anls",
+    "curation.anls_threshold": 0.0,
+    "protocol.max_new_tokens": 8,
+    "sft.batch_size": 8,
+    "sft.per_device_batch_size": 4,
+    "sft.epochs": 1,
+    "sft.checkpoints": 2,
+    "sft.selection_rows": 4,
+    "grpo.batch_size": 8,
+    "grpo.per_device_batch_size": 4,
+    "grpo.generations": 4,
+    "grpo.max_steps": 2,
+    "grpo.max_completion_length": 12,
+    "grpo.save_steps": 1,
+    "evaluation.rows": 2,
+    "evaluation.frontier_rows": 2,
+    "evaluation.bootstrap": 50,
+    "evaluation.call_bias": 30.0,  # a random model never calls by itself
+    "report.gallery": 2,
+}
+
+
+# Sources
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_source_is_stripped_and_stable(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert [cell.id for cell in notebook.cells] == [str(number) for number in range(len(notebook.cells))]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(path))
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_source_reads_like_an_article(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
+    for before, cell in zip(cells, cells[1:], strict=False):
+        assert cell.cell_type == "markdown" or before.cell_type == "markdown", f"no prose before:\n{cell.source}"
+    for cell in code_cells(path):
+        assert len(cell.source.splitlines()) <= 16, f"long cell:\n{cell.source}"
+        kinds = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef, ast.Lambda)
+        assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, kinds)], cell.source
+        assert "dvc" not in cell.source.lower() and not cell.source.startswith(("!", "%"))
+    assert str(ROOT) not in path.read_text() and "/home/" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_parameters_are_names_and_overrides(path):
+    tagged = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    names = [node.targets[0].id for node in ast.parse(tagged[0].source).body]
+    assert names == ["profile", "variant", "overrides"]
+
+
+# The line
+
+
+class Line:
+    """The stages' notebooks, executed into a folder of their own."""
+
+    def __init__(self, folder: Path, tiny) -> None:
+        save_model(tiny.model, tiny.processor, folder / "base")
+        places = {"paths.runs": folder / "runs", "paths.reports": folder / "reports", "base.model": folder / "base"}
+        self.values = {**SMOKE, **{key: str(path) for key, path in places.items()}}
+        self.params = self.with_values()
+
+    def with_values(self, **more):
+        return load_params("mini", overrides={**self.values, **more}, path=ROOT / "params.yaml")
+
+    def run(self, name: str, stage: str, **more) -> Path:
+        """Execute notebook ``name`` as the pipeline does; the executed copy."""
+        executed = self.with_values(**more).run_dir(stage) / "notebook.ipynb"
+        executed.parent.mkdir(parents=True, exist_ok=True)
+        overrides = yaml.safe_dump({**self.values, **more}, default_flow_style=True, width=10**6).strip()
+        parameters = {"profile": "mini", "variant": "main", "overrides": overrides}
+        source = ROOT / "notebooks" / f"{name}.ipynb"
+        papermill.execute_notebook(
+            source, executed, parameters, kernel_name="python3", progress_bar=False, cwd=ROOT / "notebooks"
+        )
+        return executed
+
+    def table(self, stage: str, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.params.run_dir(stage) / "tables" / f"{name}.csv")
+
+    def metrics(self, stage: str) -> dict:
+        return json.loads((self.params.run_dir(stage) / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory, tiny):
+    """The whole main line, once for all tests of this file, on this checkout's own code."""
+    made = Line(tmp_path_factory.mktemp("line"), tiny)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "src"))
+        for name, stage in publish.STAGES.items():
+            made.run(name, stage)
+        yield made
+
+
+pytestmark = pytest.mark.notebooks
+
+
+def test_data_rows(line):
+    splits = {
+        split: data.load_rows(line.params.run_dir("data") / split) for split in ("train", "validation", "evaluation")
+    }
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 40, "validation": 20, "evaluation": 12}
+    assert set(splits["evaluation"]["source"]) == set(TASKS)
+    assert set(splits["train"]["split"]) == {"train"}
+    assert line.metrics("data")["rows"]["train"] == 40
+
+
+def test_curation_labels(line):
+    curated = data.load_rows(line.params.run_dir("curation") / "train" / "dataset")
+    assert set(curated["label"]) == {"LR", "HR"}
+    hr = 100 * curated["label"][:].count("HR") / len(curated)
+    assert line.metrics("curation")["train"]["hr"] == pytest.approx(hr)
+    agreement = line.table("curation", "table2_judges")
+    assert len(agreement) == 3 and agreement.agreement.between(0, 100).all()
+    assert len((line.params.run_dir("curation") / "train" / "verdicts.jsonl").read_text().splitlines()) == 40
+
+
+def test_crop_distribution_adds_up(line):
+    crops = line.table("crop_distribution", "crops")
+    asked = crops[crops.n > 0].groupby("source").share.sum()
+    assert asked.tolist() == pytest.approx([100] * len(asked), abs=0.01)
+    labels = line.table("crop_distribution", "labels").set_index("source")
+    assert labels.hr["all sources"] == pytest.approx(line.metrics("curation")["train"]["hr"], abs=0.01)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_trainings_keep_policy_curves_and_answers(line, stage):
+    folder = line.params.run_dir(stage)
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file() and (
+        folder / "merged" / "config.json"
+    ).is_file()
+    curves = pd.read_csv(folder / "curves.csv")
+    assert curves.step.tolist() == list(range(1, len(curves) + 1))
+    assert len((folder / "validation.jsonl").read_text().splitlines()) == 20
+    if stage == "grpo":
+        assert {"reward", "answer", "tool_cost", "call_rate", "kl", "malformed"} <= set(curves) and len(curves) == 2
+
+
+def test_main_table(line):
+    main = line.table("evaluation", "table1_main")
+    assert main.columns.tolist() == [*("system", "benchmark", "accuracy", "accuracy_low", "accuracy_high", "rtr", "n")]
+    pairs = list(zip(main.system, main.benchmark, strict=True))
+    assert sorted(pairs) == sorted((system, task) for system in SYSTEMS for task in (*TASKS, AVERAGE))
+    for system, rows in main.groupby("system"):
+        average = rows[rows.benchmark == AVERAGE].squeeze()
+        tasks = rows[rows.benchmark != AVERAGE]
+        assert average.accuracy == pytest.approx(tasks.accuracy.mean(), abs=1e-3), system
+        assert average.rtr == pytest.approx(tasks.rtr.mean(), abs=1e-3) and average.n == tasks.n.sum()
+    rtr = main[main.benchmark == AVERAGE].set_index("system").rtr
+    assert rtr["full"] == 1 and rtr["no_image"] == 0 and rtr["half"] < 0.5
+
+
+def test_policy_tables(line):
+    flow = line.table("evaluation", "fig5_policy_flow")
+    assert flow.groupby("policy").share.sum().tolist() == pytest.approx([100] * 3, abs=0.01)
+    form = line.table("evaluation", "table9_format").set_index("system")
+    assert set(form.index) == {"sft", "awares"} and (form.calls == 12).all()  # the bias made every row call
+    assert (form.valid + form.corrupt).tolist() == pytest.approx([100, 100])
+    assert set(line.table("evaluation", "table7_cdp").policy) == {"sft", "awares"}
+    errors = line.table("evaluation", "errors").groupby("system").rows.sum()
+    assert (errors == 12).all()
+
+
+def test_report_publishes_tables_figures_notebooks_and_pages(line):
+    folder = line.params.report_dir()
+    files = publish.publish(line.params)
+    assert {file.stem for file in files} >= set(publish.STAGES)
+    for stage, name in (("evaluation", "table1_main"), ("evaluation", "table7_cdp"), ("curation", "table2_judges")):
+        assert (folder / "tables" / f"{name}.csv").read_bytes() == (
+            line.params.run_dir(stage) / "tables" / f"{name}.csv"
+        ).read_bytes()
+    assert pd.read_csv(folder / "tables" / "checks.csv").check.tolist() == list(CHECKS)
+    assert {"fig5_policy_flow.png", "accuracy_vs_rtr.png", "grpo.png"} <= {
+        file.name for file in (folder / "figures").iterdir()
+    }
+    assert set(json.loads((folder / "metrics.json").read_text())) >= {"curation", "sft", "grpo", "evaluation"}
+    page = (folder / "html" / "05_evaluation.html").read_text()
+    assert "<script" not in page and "data:image/png;base64" in page and 'src="http' not in page
+
+
+def test_executed_notebooks_are_byte_stable(line):
+    """Running again with the same inputs publishes the same bytes, and none of them names this machine."""
+    executed = line.params.run_dir("crop_distribution") / "notebook.ipynb"
+    once = nbformat.writes(publish.normalise(nbformat.read(executed, as_version=4), ROOT))
+    line.run("02_crop_distribution", "crop_distribution")
+    again = nbformat.writes(publish.normalise(nbformat.read(executed, as_version=4), ROOT))
+    assert once == again and str(ROOT) not in once
+
+
+def test_unseen_evaluation_seed_draws_other_rows_beside_the_pipelines_own(line):
+    before = (line.params.run_dir("evaluation") / "tables" / "table1_main.csv").read_bytes()
+    line.run("05_evaluation", "evaluation", **{"evaluation.seed": 2024})
+    fresh = line.with_values(**{"evaluation.seed": 2024}).run_dir("evaluation")
+    assert fresh.name == "main-s1-e2024"
+    asked = [json.loads(text)["row_id"] for text in (fresh / "trajectories" / "awares.jsonl").read_text().splitlines()]
+    assert len(asked) == 12 and not set(asked) & set(data.load_rows(line.params.run_dir("data") / "evaluation")["id"])
+    assert (line.params.run_dir("evaluation") / "tables" / "table1_main.csv").read_bytes() == before
+
+
+def test_means_over_seeds(line):
+    own = line.params.run_dir("evaluation")
+    for seed, shift in ((2, 1.0), (3, 5.0)):
+        copy = line.with_values(seed=seed).run_dir("evaluation")
+        shutil.copytree(own, copy)
+        table = pd.read_csv(copy / "tables" / "table1_main.csv")
+        table.loc[table.system == "awares", "accuracy"] += shift
+        table.to_csv(copy / "tables" / "table1_main.csv", index=False)
+    line.run("09_seeds", "seeds")
+    means = pd.read_csv(line.params.report_dir() / "seeds" / "table1_seeds.csv").set_index(["system", "benchmark"])
+    main = line.table("evaluation", "table1_main").set_index(["system", "benchmark"])
+    row = ("awares", AVERAGE)
+    assert means.accuracy[row] == pytest.approx(main.accuracy[row] + 2, abs=1e-3)
+    assert means.accuracy_high[row] - means.accuracy_low[row] == pytest.approx(5, abs=1e-3)
+    assert (means.seeds == 3).all()
+    assert publish.publish_seeds(line.params)[0].is_file()
+
+
+def test_base_model_is_trained_exported_and_described(line):
+    small = {"base.steps": 2, "base.vision_steps": 1, "base.small_canvas_steps": 0, "base.work": 400}
+    folder = line.run("00_base_model", "base_model", **small, **{"data.validation_rows": 2}).parent
+    assert sum(weight.numel() for weight in load_model(folder / "model").parameters()) > 5e6
+    assert (folder / "model" / "model.safetensors").stat().st_size < 20e6
+    reading = pd.read_csv(folder / "reading.csv")
+    assert set(reading.view) == {"full", "half"} and set(reading.evidence) == {"small", "large", "all"}
+    assert "2 of 2 steps" in (folder / "model" / "README.md").read_text()
+    assert json.loads((folder / "metrics.json").read_text())["step"] == 2

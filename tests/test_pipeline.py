@@ -1,0 +1,242 @@
+"""dvc.yaml: what it names exists, and the pipeline has the manners that the README promises.
+
+The manners are shown on a copy of dvc.yaml in a repository of its own, where papermill and the publisher are stand-ins
+that write every declared output in no time. What reruns, what is restored, what a remote carries is DVC's own doing.
+"""
+
+import ast
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+MAIN_LINE = ("data", "curation", "crop_distribution", "sft", "grpo", "evaluation", "report")
+SHOWS = {"config", "data", "figures", "report", "publish"}  # they hand over or show: dvc.yaml says where they count
+
+
+def notebook_of(stage):
+    return re.search(r"notebooks/(\w+\.ipynb)", " ".join(STAGES[stage]["cmd"])).group(1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_names_things_that_exist(stage):
+    deps = [name for name in STAGES[stage]["deps"] if not name.startswith("runs/")]
+    assert [name for name in deps if name != "data/base" and not (ROOT / name).exists()] == []
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for profile in params["profiles"]:
+        for key in STAGES[stage]["params"]:
+            found = params
+            for part in key.replace("${item.profile}", profile).split("."):
+                assert part in found, f"{stage} tracks {key}, which params.yaml does not have"
+                found = found[part]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_command_line_passes_names_only(stage):
+    command = " ".join(STAGES[stage]["cmd"])
+    papermill = command.split("papermill")[1].split("python -m")[0]
+    assert set(re.findall(r" (-[a-zA-Z])\b", papermill)) == {"-k", "-r"}
+    assert re.findall(r"-r (\w+)", command) == ["profile", "variant", "overrides"]
+    assert f"notebooks/{notebook_of(stage)}" in STAGES[stage]["deps"]
+
+
+def imported(code):
+    """The modules of awares that ``code`` imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "awares":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("awares."):
+            found.add(node.module.split(".")[1])
+    return {name for name in found if (ROOT / "src" / "awares" / f"{name}.py").is_file()}
+
+
+@pytest.mark.parametrize("stage", [name for name in STAGES if name not in ("base_model", "report", "seeds")])
+def test_stage_depends_on_all_modules_that_make_its_results(stage):
+    """What the notebook imports, and what that imports in turn; the two last stages only read results."""
+    notebook = nbformat.read(ROOT / "notebooks" / notebook_of(stage), as_version=4)
+    todo = imported("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"))
+    used = set()
+    while todo:
+        name = todo.pop()
+        used.add(name)
+        if name not in SHOWS:
+            todo |= imported((ROOT / "src" / "awares" / f"{name}.py").read_text()) - used
+    deps = {Path(name).stem for name in STAGES[stage]["deps"] if name.startswith("src/")}
+    assert used - deps - SHOWS == set()
+    assert stage != "data" or {"data", "suite"} <= deps
+
+
+def test_expensive_outputs_are_cached():
+    """With an uncached output, changing a parameter and back would run a training again."""
+    for stage in ("data", "curation", "sft", "grpo", "evaluation", "sft_seeds", "grpo_seeds", "evaluation_seeds"):
+        for kind in ("outs", "metrics", "plots"):
+            assert all(isinstance(item, str) for item in STAGES[stage].get(kind, [])), f"{stage}: {kind} not cached"
+
+
+def test_report_needs_no_further_seed():
+    deps = " ".join(name for stage in MAIN_LINE for name in STAGES[stage]["deps"])
+    assert "seeds" not in deps
+
+
+# Manners
+
+
+STAND_IN = '''#!{python}
+"""papermill, or python -m awares.publish: writes what dvc.yaml declares for the stage, and notes that it ran."""
+import sys
+from pathlib import Path
+import yaml
+beta = yaml.safe_load(open("params.yaml"))["grpo"]["beta"]
+stages = yaml.safe_load(open("dvc.yaml"))["stages"]
+if sys.argv[1] == "-m":
+    profile, stage, seed, tree = sys.argv[3], (sys.argv[4:] or ["report"])[0], "", "reports/"
+else:
+    run = Path(sys.argv[2]).parent
+    open("ran.txt", "a").write(f"{{run}}\\n")
+    profile, stage, seed, tree = run.parts[1], run.parts[2], run.name[-1], "runs/"
+items = [item for kind in ("outs", "metrics", "plots") for item in stages[stage].get(kind, [])]
+for name in [item if isinstance(item, str) else next(iter(item)) for item in items]:
+    path = Path(name.replace("${{item.profile}}", profile).replace("${{seed}}", seed))
+    if name.startswith(tree):
+        file = path if path.suffix else path / "file"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = f"step,reward,call_rate,kl,loss\\n0,{{beta}},1,1,1\\n"
+        file.write_text('{{"value": 1}}' if path.suffix == ".json" else rows)
+'''
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A git and DVC repository with the real dvc.yaml and params.yaml, empty modules and notebooks, and stand-ins."""
+    folder = tmp_path_factory.mktemp("pipeline") / "repository"
+    for name in ("src/awares", "notebooks", "data/base"):
+        (folder / name).mkdir(parents=True)
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, folder)
+    for stage in STAGES.values():
+        for name in stage["deps"]:
+            if name.startswith(("src/", "notebooks/")):
+                (folder / name).write_text("")
+    (folder / "data/base/model.txt").write_text("weights")
+    (folder / ".gitignore").write_text("/runs/\nran.txt\n")
+    tools = folder.parent / "bin"
+    tools.mkdir()
+    for name in ("papermill", "python"):
+        (tools / name).write_text(STAND_IN.format(python=sys.executable))
+        (tools / name).chmod(stat.S_IRWXU)
+    call(folder, "git", "init", "-q")
+    call(folder, "git", "config", "user.email", "test@example.org")
+    call(folder, "git", "config", "user.name", "test")
+    call(folder, "dvc", "init", "-q")
+    call(folder, "dvc", "config", "core.analytics", "false")
+    call(folder, "git", "add", "-A")
+    call(folder, "git", "commit", "-qm", "start")
+    call(folder, "dvc", "repro", "-q", "report")
+    call(folder, "git", "add", "-A")
+    call(folder, "git", "commit", "-qm", "first run")
+    return folder
+
+
+def call(folder, *command):
+    """Run a command in ``folder`` with the stand-ins first on PATH; its output, or an assertion with it."""
+    path = os.pathsep.join([str(folder.parent / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    program = [sys.executable, "-m", "dvc", *command[1:]] if command[0] == "dvc" else list(command)
+    settings = {"PATH": path, "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(folder.parent / "site")}
+    environment = {**os.environ, **settings}
+    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def reproduce(folder, *targets):
+    """Run dvc repro; the stages whose commands really ran, as run folders."""
+    log = folder / "ran.txt"
+    log.unlink(missing_ok=True)
+    call(folder, "dvc", "repro", *(targets or ("report",)))
+    return [line.removeprefix("runs/") for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def edit(folder, before, after):
+    text = (folder / "params.yaml").read_text()
+    assert before in text
+    (folder / "params.yaml").write_text(text.replace(before, after, 1))
+
+
+def test_main_line_runs_and_then_rests(repository):
+    tables = repository / "reports" / "mini" / "tables"
+    assert tables.is_dir() and not (repository / "runs" / "mini" / "sft" / "main-s2").exists()
+    assert reproduce(repository) == []
+
+
+def test_one_grpo_parameter_reruns_grpo_and_what_follows_and_comes_back_from_the_cache(repository):
+    edit(repository, "  beta: 0.05", "  beta: 0.0")
+    assert reproduce(repository) == ["mini/grpo/main-s1", "mini/evaluation/main-s1", "mini/report"]
+    diff = json.loads(call(repository, "dvc", "params", "diff", "--json"))
+    assert diff["params.yaml"]["grpo.beta"].items() >= {"old": 0.05, "new": 0.0}.items()
+    edit(repository, "  beta: 0.0", "  beta: 0.05")
+    assert reproduce(repository) in ([], ["mini/report"])  # the report is published anew, nothing expensive runs
+
+
+def test_other_profile_reruns_nothing_here(repository):
+    edit(repository, "profile: mini", "profile: paper")
+    assert reproduce(repository)[0] == "paper/data"
+    edit(repository, "profile: paper", "profile: mini")
+    assert reproduce(repository) == []
+
+
+def test_size_of_the_other_profile_does_not_matter(repository):
+    edit(repository, "train_rows: 10000", "train_rows: 9000")
+    assert reproduce(repository) == []
+    edit(repository, "train_rows: 9000", "train_rows: 10000")
+
+
+def test_seeds_share_everything_before_training(repository):
+    ran = reproduce(repository, "seeds")
+    assert sorted(ran) == sorted(
+        [f"mini/{stage}/main-s{seed}" for stage in ("sft", "grpo", "evaluation") for seed in (2, 3)] + ["mini/seeds"]
+    )
+    assert reproduce(repository) == []
+
+
+def test_metrics_plots_and_graph(repository):
+    metrics = json.loads(call(repository, "dvc", "metrics", "show", "--json"))
+    assert "reports/mini/metrics.json" in metrics[""]["data"]
+    call(repository, "dvc", "metrics", "diff")
+    assert "report" in call(repository, "dvc", "dag", "--dot")
+    call(repository, "dvc", "plots", "show", "-o", "plots")
+    assert (repository / "plots" / "index.html").is_file()
+
+
+def test_a_second_clone_pulls_what_the_first_pushed(repository):
+    remote, clone = repository.parent / "remote", repository.parent / "clone"
+    call(repository, "dvc", "remote", "add", "-d", "local", str(remote))
+    call(repository, "git", "add", "-A")
+    call(repository, "git", "commit", "-qm", "remote")
+    call(repository, "dvc", "push", "-q")
+    call(repository, "git", "clone", "-q", str(repository), str(clone))
+    call(clone, "dvc", "pull", "-q")
+    weights = [folder / "runs/mini/grpo/main-s1/merged/file" for folder in (repository, clone)]
+    assert weights[0].read_text() == weights[1].read_text()
+    assert reproduce(clone) == []
+
+
+def test_an_experiment_changes_one_value_and_keeps_the_comments(repository):
+    call(repository, "git", "add", "-A")
+    call(repository, "git", "commit", "-qm", "before the experiment", "--allow-empty")
+    (repository / "ran.txt").unlink(missing_ok=True)
+    call(repository, "dvc", "exp", "run", "-q", "-S", "grpo.beta=0.1", "report")
+    assert (repository / "ran.txt").read_text().splitlines()[0] == "runs/mini/grpo/main-s1"
+    text = (repository / "params.yaml").read_text()
+    assert "  beta: 0.1" in text and "# Table 11" in text and text.startswith("profile: mini")
+    call(repository, "git", "checkout", "-q", "params.yaml")

@@ -1,0 +1,212 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+from trl import chat_template_utils as trl_templates
+
+from awares import protocol
+from awares.config import AwaresError
+from awares.crops import CROPS
+from awares.protocol import parse_call, render_call
+
+CALL = '<tool_call>\n{"name": "crop", "arguments": {"regions": %s}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "text, crops",
+    [
+        (CALL % '["top-left"]', ("top-left",)),
+        (CALL % '["bottom", "center"]', ("bottom", "center")),  # the order of the request is kept
+        (CALL % '["all"]' + "<|im_end|>", ("all",)),
+        ('  <tool_call>{"name":"crop","arguments":{"regions":["left"]}}</tool_call>\n', ("left",)),
+        (CALL % json.dumps(list(CROPS)), tuple(CROPS)),
+    ],
+)
+def test_valid_calls(text: str, crops: tuple[str, ...]) -> None:
+    call = parse_call(text)
+    assert (call.status, call.crops) == ("valid", crops)
+
+
+@pytest.mark.parametrize(
+    "text, crops",
+    [
+        ("GET_CROPS: ['0', '5']", ("top-left", "top")),  # the released policy's own format
+        ("GET_CROPS: ['all']", ("all",)),
+        ("GET_CROPS: [4]", ("center",)),
+        (CALL.replace('"', "'") % "['right']", ("right",)),
+        ((CALL % '["right"]').removesuffix("\n</tool_call>"), ("right",)),
+        ((CALL % '["right", "top').split("\n</tool_call>")[0].split("}")[0], ("right", "top")),
+        (CALL % '["top", "top"]', ("top",)),
+        (CALL % '"top"', ("top",)),
+        (CALL % '["Upper left", "centre", "bottom_right"]', ("top-left", "center", "bottom-right")),
+        (CALL % '["left half", "full image"]', ("left", "all")),
+        (CALL % '["left", "nowhere"]', ("left",)),
+        (CALL % '["left"], "zoom": 2', ("left",)),
+        ("I must look closer.\n" + CALL % '["left"]', ("left",)),
+        ("top " + CALL % '["left"]', ("left",)),
+        (CALL % '["left"]' + CALL % '["top", "left"]', ("left", "top")),
+        ('{"name": "crop", "arguments": {"regions": ["left"]}}', ("left",)),
+        ("<tool_call>top-left and right</tool_call>", ("top-left", "right")),
+    ],
+)
+def test_recovered_calls(text: str, crops: tuple[str, ...]) -> None:
+    call = parse_call(text)
+    assert (call.status, call.crops) == ("recovered", crops)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>",
+        "<tool_call>\n</tool_call>",
+        CALL % "[]",
+        CALL % "null",
+        CALL % '["nowhere"]',
+        CALL % '["9"]',
+        CALL % "[[0, 0, 500, 500]]",
+        CALL % "[0.5]",
+        (CALL % '["top"]').replace('"crop"', '"zoom"'),
+        "GET_CROPS: []",
+        "<tool_call>" + "[" * 5000,
+    ],
+)
+def test_malformed_calls(text: str) -> None:
+    call = parse_call(text)
+    assert (call.status, call.crops) == ("malformed", ())
+
+
+@pytest.mark.parametrize(
+    "text", ["42", "", "top left", "the left one", "crop: wheat", "regions: north, south", "GET up", "{5, 6}", "all"]
+)
+def test_answers_are_no_calls(text: str) -> None:
+    assert parse_call(text).status == "none"
+
+
+@pytest.mark.parametrize("crops", [(name,) for name in CROPS] + [("top-left", "center", "right")])
+def test_what_is_rendered_parses_as_valid(crops: tuple[str, ...]) -> None:
+    assert parse_call(render_call(crops)) == protocol.Call(crops, "valid", render_call(crops))
+
+
+@pytest.mark.parametrize("crops", [[], ["top", "top"], ["nowhere"]])
+def test_bad_crops_are_never_rendered(crops: list[str]) -> None:
+    with pytest.raises(AwaresError, match="name one or more of top-left"):
+        render_call(crops)
+
+
+def test_resolve_reads_tool_arguments() -> None:
+    assert protocol.resolve(["top-left", "5", 6, "top-left"]) == ("top-left", "top", "bottom")
+    assert protocol.resolve("upper right") == ("top-right",)
+    empty: list[object] = [None, {}, [], [True], [[1]], 3.0, "nowhere"]
+    for nothing in empty:
+        assert protocol.resolve(nothing) == ()
+
+
+def test_answer_text_ends_with_the_turn() -> None:
+    assert protocol.answer_text(" 42 <|im_end|>\n<|im_start|>user") == "42"
+    assert protocol.answer_text("42<|endoftext|>") == "42"
+
+
+@pytest.mark.parametrize("question", ["", "  ", "what <|image_pad|>?", "<tool_call>"])
+def test_questions_that_would_break_the_format(question: str) -> None:
+    with pytest.raises(AwaresError, match="question"):
+        protocol.user_messages(question, [None])
+
+
+# The chat template
+
+
+def conversation(tiny: SimpleNamespace, answer: str | None = "7") -> list[dict]:
+    crops = [tiny.noise(56, 56, 1), tiny.noise(84, 56, 2)]
+    return protocol.messages("How many?", tiny.noise(84, 84, 0), ["top", "left"], crops, answer)
+
+
+def test_a_conversation_renders_to_these_very_bytes(tiny: SimpleNamespace) -> None:
+    text = tiny.processor.apply_chat_template(conversation(tiny), tokenize=False)
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert text == (
+        f"<|im_start|>system\n{protocol.SYSTEM}<|im_end|>\n"
+        f"<|im_start|>user\n{image}How many?<|im_end|>\n"
+        f"<|im_start|>assistant\n{render_call(['top', 'left'])}<|im_end|>\n"
+        f"<|im_start|>user\n<tool_response>\n{image}{image}\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n7<|im_end|>\n"
+    )
+
+
+def test_the_system_prompt_is_short_and_names_every_crop() -> None:
+    assert len(protocol.SYSTEM.split()) <= 70
+    assert all(f'"{name}"' in protocol.SYSTEM for name in CROPS)
+
+
+def test_plain_conversations_render_as_in_stock_qwen(tiny: SimpleNamespace) -> None:
+    plain = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    for messages in (plain, [{"role": "system", "content": "s"}, *plain]):
+        for prompt in (False, True):
+            ours, stock = (
+                tiny.processor.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+                )
+                for template in (protocol.CHAT_TEMPLATE, trl_templates.qwen2_5_vl_chat_template)
+            )
+            assert ours == stock
+
+
+def test_every_prefix_of_a_conversation_is_a_prefix_of_its_text(tiny: SimpleNamespace) -> None:
+    messages = conversation(tiny)
+    whole = tiny.processor.apply_chat_template(messages, tokenize=False)
+    for length in range(1, len(messages)):
+        assert whole.startswith(tiny.processor.apply_chat_template(messages[:length], tokenize=False))
+    for length in (2, 4):  # where the assistant goes on
+        part = tiny.processor.apply_chat_template(messages[:length], tokenize=False, add_generation_prompt=True)
+        assert whole.startswith(part)
+
+
+def test_the_assistant_mask_holds_the_assistants_words_and_nothing_else(tiny: SimpleNamespace) -> None:
+    out = tiny.processor.apply_chat_template(
+        conversation(tiny), tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    masked = out["input_ids"][0][out["assistant_masks"][0].bool()]
+    assert tiny.processor.tokenizer.decode(masked) == render_call(["top", "left"]) + "<|im_end|>7<|im_end|>"
+
+
+def test_the_tool_suffix_continues_the_call_exactly(tiny: SimpleNamespace) -> None:
+    messages = conversation(tiny)
+    called = tiny.processor.apply_chat_template(messages[:3], tokenize=False)
+    whole = tiny.processor.apply_chat_template(messages[:4], tokenize=False, add_generation_prompt=True)
+    assert called.rstrip("\n") + protocol.tool_suffix(tiny.processor, messages[3]) == whole
+
+
+def test_trl_accepts_the_template_for_tools(tiny: SimpleNamespace) -> None:
+    assert trl_templates.supports_tool_calling(tiny.processor)
+    assert trl_templates.is_chat_template_prefix_preserving(tiny.processor)
+    assert trl_templates.is_chat_template_stop_token_trained(tiny.processor)
+    assert trl_templates.has_generation_markers(tiny.processor.chat_template)
+
+
+def test_trl_reads_calls_and_answers_back(tiny: SimpleNamespace) -> None:
+    tokenizer = tiny.processor.tokenizer
+
+    def read(text: str) -> dict:
+        prefix = tokenizer("<|im_start|>assistant\n")["input_ids"]
+        return trl_templates.parse_response(tokenizer, tokenizer(text)["input_ids"], prefix=prefix)
+
+    call = read(render_call(["top", "left"]) + "<|im_end|>")
+    assert call["tool_calls"] == protocol.call_message(["top", "left"])["tool_calls"]
+    assert read("blue<|im_end|>") == {"role": "assistant", "content": "blue"}
+    assert "tool_calls" not in read("<tool_call>{oops</tool_call><|im_end|>")
+    rendered = tiny.processor.apply_chat_template([{"role": "user", "content": "q"}, call], tokenize=False)
+    assert rendered.endswith(f"<|im_start|>assistant\n{render_call(['top', 'left'])}<|im_end|>\n")
+
+
+def test_the_schema_names_the_tool_and_its_regions() -> None:
+    function = protocol.tool_schema()["function"]
+    assert function["name"] == protocol.TOOL_NAME
+    assert function["parameters"]["properties"]["regions"]["items"]["enum"] == list(CROPS)
+
+
+def test_messages_need_a_picture_for_every_crop(tiny: SimpleNamespace) -> None:
+    with pytest.raises(AwaresError, match="2 crops requested but 1 crop images"):
+        protocol.messages("q", None, ["top", "left"], [tiny.noise(56, 56, 0)])

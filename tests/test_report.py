@@ -1,0 +1,277 @@
+"""Tables say what the rows say, figures can be drawn from them, and published notebooks hold nothing of one run."""
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from nbformat import v4
+from PIL import Image
+
+from awares import data, evaluation, figures, leaks, publish, report
+from awares.config import AwaresError, load_params
+from awares.rollout import Trajectory, Turn
+
+PARAMS = load_params("mini", overrides={"evaluation.bootstrap": 200})
+
+
+def trajectory(row_id="a", answer="12", crops=(), status="none", tokens=16):
+    turns = (Turn("user", "q", ((112, 112),), tokens, 9), Turn("assistant", answer, (), 0, 2))
+    return Trajectory(row_id, answer, tuple(crops), status, turns, tokens, 64, 0.1, 1.0)
+
+
+def rows(count=4, label=None, target=None, boxes=((0, 0, 400, 100),), source="chartqa"):
+    made = data.from_rows(
+        {
+            "id": f"row-{number}",
+            "image": Image.new("RGB", (224, 112), (number, 0, 0)),
+            "question": "what is the total?",
+            "answers": ["12"],
+            "source": source,
+            "question_boxes": [],
+            "answer_boxes": [list(box) for box in boxes],
+            "split": "train",
+        }
+        for number in range(count)
+    )
+    if label:
+        made = made.add_column("label", label).add_column("target_crops", target)
+    return made
+
+
+# Tables
+
+
+def test_main_table_averages_over_benchmarks_not_rows():
+    scores = pd.DataFrame(
+        {
+            "system": "awares",
+            "benchmark": ["chartqa"] * 3 + ["pope"],
+            "score": [1.0, 1.0, 1.0, 0.0],
+            "rtr": [0.2, 0.2, 0.2, 0.6],
+        }
+    )
+    table = report_table(scores)
+    assert table.loc["average", "accuracy"] == 50 and table.loc["average", "rtr"] == pytest.approx(0.4)
+    assert table.loc["chartqa", "accuracy_low"] == 100 and table.n.tolist() == [3, 1, 4]
+
+
+def test_interval_of_the_average_is_resampled_inside_each_benchmark():
+    scores = pd.DataFrame(
+        {"system": "full", "benchmark": ["chartqa"] * 50 + ["pope"] * 50, "score": [1.0] * 50 + [0.0] * 50, "rtr": 1.0}
+    )
+    average = report_table(scores).loc["average"]
+    assert average.accuracy_low == average.accuracy == average.accuracy_high == 50  # nothing varies within a benchmark
+
+
+def report_table(scores):
+    return evaluation.main_table(scores, PARAMS.evaluation).set_index("benchmark")
+
+
+def test_scored_refuses_trajectories_of_other_rows():
+    good = evaluation.scored("full", rows(1), [trajectory("row-0", "12", tokens=64)])
+    assert good.score.tolist() == [1.0] and good.rtr.tolist() == [1.0]
+    with pytest.raises(AwaresError, match="trajectory of row other where row row-0 was asked"):
+        evaluation.scored("full", rows(1), [trajectory("other")])
+
+
+def test_cdp_table_in_percent():
+    labelled = rows(4, ["HR", "HR", "LR", "LR"], [["top"], ["left"], [], []])
+    done = [trajectory(crops=names, status="valid") for names in (["top"], [], ["right"], [])]
+    found = evaluation.cdp_table({"sft": done}, labelled, 0.25).squeeze()
+    assert (found.call_rate, found.precision, found.recall, found.fpr, found.exact) == (50, 50, 50, 50, 100)
+    assert found.area == 0.5 and found.n == 4
+
+
+def test_label_rows_come_from_the_two_answers():
+    labelled = evaluation.label_rows(
+        rows(2), [trajectory(answer="13"), trajectory(answer="12")], [trajectory(answer="12")] * 2, PARAMS
+    )
+    assert labelled["label"][:] == ["HR", "LR"]
+    assert labelled["target_crops"][:] == [["top-left"], []]
+
+
+def test_error_table_tells_when_where_and_reading_apart():
+    labelled = rows(4, ["HR", "HR", "HR", "LR"], [["top-left"]] * 3 + [[]])
+    done = [trajectory(f"row-{n}", "?", names) for n, names in enumerate([[], ["bottom"], ["top"], []])]
+    errors = evaluation.error_table(evaluation.scored("awares", labelled, done), labelled, 0.95).set_index("kind").rows
+    assert errors.to_dict() == {"correct": 0, "when": 1, "where": 1, "reading": 2}
+
+
+def test_compare_is_paired():
+    scores = pd.DataFrame({"score": [1.0, 0.0, 1.0, 0.0], "rtr": 0.5, "benchmark": "pope"})
+    both = pd.concat([scores.assign(system="a"), scores.assign(system="b", rtr=1.0)])
+    found = evaluation.compare(both, [("a", "b")], PARAMS.evaluation).squeeze()
+    assert (found.difference, found.low, found.high, found.rtr) == (0, 0, 0, -0.5) and not found.significant
+
+
+def test_majority_counts_by_the_benchmarks_metric():
+    table = evaluation.majority_table(rows(3))
+    assert table.to_dict("records") == [{"benchmark": "chartqa", "answer": "12", "accuracy": 100.0}]
+
+
+def test_curated_tables():
+    labelled = rows(4, ["HR", "HR", "LR", "LR"], [["top"], ["top", "left"], [], []])
+    assert report.label_metrics(labelled) == {"rows": 4, "hr": 50.0, "area": (0.5 + 0.75) / 2}
+    labels = report.label_table(labelled).set_index("source")
+    assert labels.hr.to_dict() == {"chartqa": 50, "all sources": 50}
+    crops = report.crop_table(labelled).query("source == 'chartqa'").set_index("crop").share
+    assert crops["top"] == crops["several"] == 50 and crops.sum() == 100
+    assert report.missed_evidence(labelled, 0.95) == 0
+    assert report.missed_evidence(rows(1, ["HR"], [["bottom"]]), 0.95) == 100
+    assert report.pick(labelled, 1, label="LR")["id"][:] == ["row-2"]
+
+
+def test_accuracy_by_size_orders_by_evidence():
+    evidence = pd.DataFrame({"height": range(8), "half": [False] * 4 + [True] * 4, "full": True})
+    table = report.accuracy_by_size(evidence, parts=2)
+    assert table.half.tolist() == [0, 100] and table.full.tolist() == [100, 100] and table.n.tolist() == [4, 4]
+
+
+def test_checks_compare_with_their_bounds(tmp_path):
+    main = [("full", task, 90.0, 1.0) for task in ("chartqa", "average")]
+    main += [(system, "average", 80.0, 0.3) for system in ("half", "no_image", "sft")] + [
+        ("awares", "average", 89.0, 0.5)
+    ]
+    tables = {
+        "table1_main": pd.DataFrame(main, columns=["system", "benchmark", "accuracy", "rtr"]),
+        "reading": pd.DataFrame({"view": ["full", "half"], "evidence": "large", "accuracy": [90.0, 89.0]}),
+        "oracle_repair": pd.DataFrame({"label": ["all"], "full": [90.0], "half+crops": [89.5]}),
+        "no_image": pd.DataFrame({"gain": [1.0, 9.0]}),
+        "leaks": pd.DataFrame({"check": ["when", "where"], "value": [0.6, 45.0], "bound": [0.7, 40.0]}),
+        "table9_format": pd.DataFrame({"system": ["awares"], "valid": [np.nan]}),
+    }
+    for name, table in tables.items():
+        report.save_table(table, tmp_path / f"{name}.csv")
+    metrics = {"curation": {"train": {"hr": 30.0, "area": 0.4}}, "crop_distribution": {"unused_crops": 0}}
+    checks = report.check_table(tmp_path, metrics).set_index("check")
+    failed = {
+        "full less half resolution, average (points)",
+        "no image less the most frequent answer, worst task (points)",
+        "crop from the words less the most frequent crop (points)",
+        "RTR of AwaRes",
+        "RTR of SFT only less that of AwaRes",
+        "valid calls of AwaRes (%)",
+    }
+    assert set(checks[~checks.holds].index) == failed
+    assert checks.value["crop from the words less the most frequent crop (points)"] == 15
+
+
+def test_metrics_are_json_with_null_for_nan(tmp_path):
+    written = report.save_metrics(
+        {"a": {"b": np.float64(1.23456789)}, "c": float("nan"), "n": 3}, tmp_path / "metrics.json"
+    )
+    assert written["a"] == {"b": 1.234568} and np.isnan(written["c"])
+    assert report.load_metrics(tmp_path) == {"a": {"b": 1.234568}, "c": None, "n": 3}
+
+
+def test_seed_means_and_missing_seed(tmp_path):
+    params = load_params("mini", overrides={"paths.runs": str(tmp_path)})
+    runs = pd.DataFrame(
+        {"system": "sft", "benchmark": "pope", "accuracy": [80.0, 84.0], "rtr": [0.4, 0.5], "seed": [1, 2]}
+    )
+    means = report.seed_means(runs).squeeze()
+    assert (means.accuracy, means.accuracy_low, means.accuracy_high, means.seeds) == (82, 80, 84, 2)
+    with pytest.raises(AwaresError, match="seed 2 has not been evaluated"):
+        report.seed_table(params, 2)
+    with pytest.raises(AwaresError, match="no trajectories here"):
+        evaluation.load_trajectories(tmp_path / "none.jsonl")
+
+
+# Leaks
+
+
+def test_leaks_are_found_where_there_are_any_and_only_there():
+    rng = np.random.default_rng(0)
+    labels = rng.choice(["LR", "HR"], 200).tolist()
+    telling = [f"question {'small' if label == 'HR' else 'large'} {n % 7}" for n, label in enumerate(labels)]
+    silent = [f"question {rng.integers(5)}" for _ in labels]
+    assert leaks.question_auc(telling[:100], labels[:100], telling[100:], labels[100:]) > 0.95
+    assert leaks.question_auc(silent[:100], labels[:100], silent[100:], labels[100:]) < 0.70
+    words, majority = leaks.question_accuracy(telling[:100], labels[:100], telling[100:], labels[100:])
+    assert words == 1.0 and majority < 0.7
+    assert leaks.question_accuracy(["q"], ["a"], ["q", "r"], ["a", "b"]) == (0.5, 0.5)
+    with pytest.raises(AwaresError, match="needs both LR and HR"):
+        leaks.question_auc(["q"], ["LR"], ["q"], ["LR"])
+
+
+# Figures
+
+
+def png(picture):
+    return picture.data[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_figures_draw_and_repeat(tmp_path):
+    figures.style(60)
+    requests = {"oracle": [(), ("top",), ("top", "left")], "SFT": [(), (), ("all",)]}
+    first, second = (figures.save_figure(figures.flow_figure(requests), tmp_path / f"{n}.png") for n in range(2))
+    assert png(first) and first.data == second.data == (tmp_path / "0.png").read_bytes()
+    main = pd.DataFrame(
+        [(s, b, 50.0, 40.0, 60.0, 0.5, 9) for s in ("full", "awares") for b in ("pope", "average")],
+        columns=["system", "benchmark", "accuracy", "accuracy_low", "accuracy_high", "rtr", "n"],
+    )
+    assert png(figures.show(figures.accuracy_rtr_figure(main)))
+    curves = pd.DataFrame({"step": [1, 2], "reward": [0.1, 0.2], "kl": [None, None]})
+    assert png(figures.show(figures.curves_figure(curves, {"reward": "reward", "kl": "KL", "absent": "?"})))
+
+
+def test_whiskers_stand_on_their_own_bars():
+    table = pd.DataFrame(
+        [(b, s, v, v - 1, v + 2) for v, (b, s) in enumerate([("x", "p"), ("x", "q"), ("y", "p"), ("y", "q")])],
+        columns=["benchmark", "system", "accuracy", "accuracy_low", "accuracy_high"],
+    ).iloc[[0, 3, 1, 2]]
+    figure = figures.bars_figure(table, "benchmark", "accuracy", "system", ("", ""))
+    axes = figure.axes[0]
+    tops = sorted(
+        (round(bar.get_x() + bar.get_width() / 2, 3), bar.get_height()) for box in axes.containers for bar in box
+    )
+    marks = [lines.get_segments()[0] for lines in axes.collections]
+    assert sorted((round(low[0], 3), low[1] + 1) for low, _ in marks) == tops
+    figures.show(figure)
+
+
+def test_gallery_takes_whatever_a_policy_writes():
+    made = rows(2)
+    done = [trajectory("row-0", "$12$ \x00 \t", ["top", "right"], "valid"), trajectory("row-1", "")]
+    assert png(figures.show(figures.gallery(figures.cards(made, done, ["note", ""]))))
+    assert png(figures.show(figures.gallery([])))
+
+
+# Publishing
+
+
+def executed(root, seconds):
+    """A notebook as papermill leaves it: timings, ids, a progress bar, a warning, a path."""
+    code = v4.new_code_cell("1 + 1", execution_count=2)
+    code.metadata = {"papermill": {"duration": seconds}, "tags": ["parameters"]}
+    bar = f"<div><progress value='3'></progress> [3/3 {seconds}]</div>"
+    code.outputs = [
+        v4.new_output("stream", name="stderr", text=f"warning after {seconds} s"),
+        v4.new_output("stream", name="stdout", text=f"wrote {root}/runs/x\n"),
+        v4.new_output("display_data", {"text/html": bar, "text/plain": "<IPython.core.display.HTML object>"}),
+        v4.new_output("execute_result", {"text/plain": "2"}, execution_count=2),
+    ]
+    notebook = v4.new_notebook(cells=[v4.new_markdown_cell("# Title <b>"), code])
+    notebook.metadata = {"papermill": {"start_time": seconds}, "kernelspec": {"name": f"conda-{seconds}"}}
+    return notebook
+
+
+def test_normalised_notebooks_of_two_runs_are_the_same(tmp_path):
+    once, again = (publish.normalise(executed(tmp_path, seconds), tmp_path) for seconds in (1.5, 2.5))
+    assert nbformat.writes(once) == nbformat.writes(again)
+    nbformat.validate(once)
+    text = nbformat.writes(once)
+    assert "wrote runs/x" in text and "warning" not in text and "progress" not in text and str(tmp_path) not in text
+    assert once.cells[1].metadata == {"tags": ["parameters"]} and once.cells[1].outputs[-1].data["text/plain"] == "2"
+
+
+def test_page_stands_alone(tmp_path):
+    page = publish.to_html(publish.normalise(executed(tmp_path, 1), tmp_path), "title")
+    assert "<script" not in page and "Title" in page and "wrote runs/x" in page
+
+
+def test_publish_names_the_notebook_that_is_missing(tmp_path):
+    overrides = {"paths.runs": str(tmp_path / "runs"), "paths.reports": str(tmp_path / "reports")}
+    with pytest.raises(AwaresError, match="data/notebook.ipynb: not executed yet; run `dvc repro report`"):
+        publish.publish(load_params("mini", overrides=overrides))
+    assert not (tmp_path / "reports").exists()

@@ -1,0 +1,100 @@
+"""The reward holds Eq. 5 to 7 of PAPER §4, term by term."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from awares import rewards
+from awares.config import AwaresError, load_params
+from awares.crops import CROPS, union_area
+
+PARAMS = Path(__file__).parent.parent / "params.yaml"
+WEIGHTS = {"alpha_miss": 2.0, "alpha_use": 0.25, "lambda_area": 0.01}  # the paper's
+
+
+@pytest.fixture(scope="module")
+def grpo():
+    return load_params(path=PARAMS).grpo
+
+
+class FixedEncoder:
+    """Unit vectors at a known angle: similarity of text n and m is cos(n - m)."""
+
+    name = "fixed"
+
+    def similarity(self, predictions, answers):
+        return [
+            max(math.cos(float(p) - float(a)) for a in accepted)
+            for p, accepted in zip(predictions, answers, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("label", "crops", "expected"),
+    [
+        ("HR", (), 2.0),  # alpha_miss
+        ("LR", (), 0.0),
+        ("LR", ("top-left",), 0.25 + 0.01 * 0.25),
+        ("HR", ("top-left",), 0.25 + 0.01 * 0.25),  # the cost of a call does not depend on the label
+        ("HR", ("all",), 0.26),
+        ("HR", ("top-left", "top-right"), 0.25 + 0.01 * 0.5),
+        ("HR", ("top", "top-left"), 0.25 + 0.01 * 0.5),  # the union: what is covered twice counts once
+        ("HR", ("center", "top-left"), 0.25 + 0.01 * (0.25 + 0.25 - 0.0625)),
+    ],
+)
+def test_tool_cost(label, crops, expected):
+    assert rewards.tool_cost(label, crops, **WEIGHTS) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_every_weight_of_the_tool_cost_acts_alone(weight):
+    only = {**dict.fromkeys(WEIGHTS, 0.0), weight: 3.0}
+    for label in ("LR", "HR"):
+        for crops in [(), *((name,) for name in CROPS), ("left", "top")]:
+            missed, used = label == "HR" and not crops, bool(crops)
+            expected = {"alpha_miss": missed, "alpha_use": used, "lambda_area": union_area(crops)}[weight]
+            assert rewards.tool_cost(label, crops, **only) == pytest.approx(3.0 * expected)
+
+
+def test_tool_cost_refuses_an_unknown_label():
+    with pytest.raises(AwaresError, match="LR or HR"):
+        rewards.tool_cost("hr", (), **WEIGHTS)
+
+
+def test_reward_is_weighted_answer_minus_cost():
+    assert rewards.reward(0.5, 0.26, alpha_ans=10) == pytest.approx(4.74)
+    assert rewards.reward(-0.1, 2.0, alpha_ans=1) == pytest.approx(-2.1)  # a negative cosine is not clipped
+
+
+def test_answer_similarity_is_the_best_cosine():
+    found = rewards.answer_similarity(["0", "3"], [["1"], ["0", "2.5"]], FixedEncoder())
+    assert found == pytest.approx([math.cos(1), math.cos(0.5)])
+    assert rewards.answer_similarity(["0"], [["3"]], FixedEncoder())[0] < 0
+
+
+def test_answer_rewards_of_the_ablations(grpo):
+    predictions, answers = ["forty-one percent", "opem", "no"], [["41%"], ["open"], ["yes"]]
+    anls = rewards.ANSWER_REWARDS["anls"](grpo)(predictions, answers)
+    judge = rewards.ANSWER_REWARDS["judge"](grpo)(predictions, answers)
+    assert anls == pytest.approx([0, 0.75, 0])  # sees letters, not meaning
+    assert judge == [1, 0, 0]
+
+
+def test_similarity_reward_uses_the_embedder_of_the_parameters(grpo, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rewards, "load_encoder", lambda name: asked.append(name) or FixedEncoder())
+    assert rewards.ANSWER_REWARDS["similarity"](grpo)(["0"], [["1"]]) == pytest.approx([math.cos(1)])
+    assert asked == [grpo.embedder]
+
+
+def test_group_advantages_are_normalised_within_their_group():
+    values = [1.0, 2.0, 3.0, 10.0, 10.0, 10.0]
+    found = np.array(rewards.group_advantages(values, 3, epsilon=1e-9))[:3]
+    assert found == pytest.approx([-1, 0, 1])
+    assert rewards.group_advantages(values, 3)[3:] == [0, 0, 0]  # equal rewards teach nothing
+    shifted = rewards.group_advantages([value + 5 for value in values], 3)
+    assert shifted == pytest.approx(rewards.group_advantages(values, 3))
+    with pytest.raises(AwaresError, match="groups of 4"):
+        rewards.group_advantages(values, 4)

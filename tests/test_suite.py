@@ -1,0 +1,121 @@
+"""The embedded suite and the base model's examples: determinism, one size of evidence, boxes, and the training format."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from awares import base, lexicon, pretrain, protocol, scenes, suite
+from awares.config import AwaresError
+from awares.evaluation import LEGIBLE_AT_HALF
+from awares.model import make_processor
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return base.build_tokenizer(0)
+
+
+def test_rows_depend_on_name_seed_split_and_index_alone():
+    assert suite.make_source("docvqa", 3, 5, "train") == suite.make_source("docvqa", 4, 5, "train")[:3]
+    other = [suite.make_source("docvqa", 3, seed, split) for seed, split in ((6, "train"), (5, "validation"))]
+    pictures = {row["image"]["bytes"] for rows in [suite.make_source("docvqa", 3, 5, "train"), *other] for row in rows}
+    assert len(pictures) == 9
+
+
+@pytest.mark.parametrize("name", suite.PLANS)
+def test_every_source_makes_rows_of_one_evidence_size(name):
+    rows = suite.make_source(name, 12, 1, "train")
+    for row in rows:
+        width, height = Image.open(io.BytesIO(row["image"]["bytes"])).size
+        assert width % 56 == height % 56 == 0 and min(width, height) >= 224
+        boxes = [*row["question_boxes"], *row["answer_boxes"]]
+        assert boxes and all(0 <= b[0] < b[2] <= 1000 and 0 <= b[1] < b[3] <= 1000 for b in boxes)
+    sizes = {min((b[3] - b[1]) * Image.open(io.BytesIO(r["image"]["bytes"])).size[1] / 1000 for b in [*r["question_boxes"], *r["answer_boxes"]])
+             > LEGIBLE_AT_HALF for r in rows}  # fmt: skip
+    assert sizes == {True, False}
+
+
+def test_unknown_source_is_named():
+    with pytest.raises(AwaresError, match="nowhere"):
+        suite.make_source("nowhere", 1, 1, "train")
+
+
+@pytest.mark.parametrize("painter", scenes.PAINTERS)
+def test_evidence_is_small_or_large_and_never_between(painter):
+    rng = np.random.default_rng(2)
+    for size in scenes.SIZES:
+        scene = scenes.PAINTERS[painter](rng, size)
+        for mark in scene.marks:
+            assert mark.text == "sign" or mark.size < 16 or mark.size >= 20
+        for qa in scene.qas:
+            lowest = min(b[3] - b[1] for b in [*qa.question_boxes, *qa.answer_boxes])
+            assert (lowest < LEGIBLE_AT_HALF) == qa.small, qa
+
+
+def test_every_kind_has_eight_phrasings_and_every_word_a_label():
+    assert all(len(set(phrasings)) >= 8 for phrasings in lexicon.PHRASINGS.values())
+    keys, values = ({w for words in group.values() for w in words} for group in (lexicon.THEMES, lexicon.WORD_VALUES))
+    assert not keys & values  # a key names one place of a page
+    assert len(base.WORDS) == len(set(base.WORDS))
+
+
+def test_base_never_sees_the_crop_tool(tokenizer):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text = base.text_example(rng)
+        assert f'"name": "{protocol.TOOL_NAME}"' not in text.system + str(text.turns)
+
+
+def test_every_protocol_token_is_alive_in_base_training(tokenizer):
+    rng = np.random.default_rng(0)
+    seen = {i for _ in range(1500) for i in pretrain.encode(base.text_example(rng), tokenizer)[0]}
+    words = [
+        protocol.SYSTEM,
+        protocol.render_call(lexicon.PLACES),
+        protocol.TOOL_ERROR,
+        "<tool_response>\n\n</tool_response>",
+    ]
+    assert not [tokenizer.decode([i]) for text in words for i in tokenizer(text)["input_ids"] if i not in seen]
+
+
+def test_training_format_is_the_chat_template(tokenizer):
+    processor = make_processor(tokenizer, min_pixels=28 * 28)
+    rng = np.random.default_rng(3)
+    one = next(e for e in (base.example(rng, "all") for _ in range(99)) if len(e.views) == 1 and e.turns)
+    messages = protocol.user_messages(one.turns[0][0], [one.views[0].image], one.system)
+    for index, (question, answer) in enumerate(one.turns):
+        messages += [{"role": "user", "content": [{"type": "text", "text": question}]}] if index else []
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    found = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids, labels = pretrain.encode(one, tokenizer)
+    assert list(found["input_ids"][0]) == ids
+    assert [bool(m) for m in found["assistant_masks"][0]] == [label != base.IGNORE for label in labels]
+
+
+def test_patches_are_the_processors(tokenizer):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (168, 224, 3), dtype=np.uint8))
+    found = make_processor(tokenizer, min_pixels=28 * 28).image_processor(images=[image], return_tensors="np")
+    assert np.allclose(found["pixel_values"], pretrain.patchify(np.asarray(image)), atol=1e-6)
+
+
+def test_dense_targets_stand_where_the_word_stands():
+    scene = scenes.Scene(
+        Image.new("RGB", (112, 112)), [scenes.Mark("anna", (30, 30, 60, 41), 12, chars=(("a", 33.0),))]
+    )
+    grid = base.view(scene).words
+    assert grid[2].tolist() == [0, 0, base.WORD_ID["anna"], base.WORD_ID["anna"], 0, 0, 0, 0]
+    assert (np.delete(grid, 2, axis=0) == 0).all()
+    halved = base.view(scene, halve=True).words
+    assert (halved[halved != 0] == base.IGNORE).all()  # illegible: neither this word nor nothing
+
+
+@pytest.mark.parametrize("painter", scenes.PAINTERS)
+def test_no_word_stands_on_another(painter):
+    rng = np.random.default_rng(4)
+    for size in scenes.SIZES:
+        words = [mark.box for mark in scenes.PAINTERS[painter](rng, size).marks if mark.chars]
+        for index, a in enumerate(words):
+            for b in words[:index]:
+                assert min(a[2], b[2]) - max(a[0], b[0]) <= 1 or min(a[3], b[3]) - max(a[1], b[1]) <= 1, (a, b)
