@@ -29,6 +29,15 @@ class State:
     images: list[list[Image]]  # of each row, in order of appearance
     grids: list[Tensor]  # of each row: (images, 3), patches in time, height, width
     cache: DynamicCache  # T - 1 positions: the last token has not been fed
+    positions: Tensor | None = None  # (3, B, T) where visual tokens are left out; None: the model computes them
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Visual tokens of a row after pruning: as the system's ratio counts them, and the mean over the LM's layers."""
+
+    nominal: int
+    layer_mean: float
 
 
 @dataclass
@@ -39,6 +48,7 @@ class Output:
     first_logits: Tensor  # (B, vocabulary), of the first generated position, before any bias
     margins: list[float]  # of each row: the smallest gap between its two best logits; near 0 the choice is a float tie
     state: State
+    kept: list[Kept] | None = None  # of each row, if the decoder prunes
 
 
 class FirstToken(LogitsProcessor):
@@ -98,9 +108,16 @@ class Decoder:
 
     @torch.no_grad()
     def start(
-        self, rows: Sequence[list[int]], images: Sequence[list[Image]], call_bias: Sequence[float] | None = None
+        self,
+        rows: Sequence[list[int]],
+        images: Sequence[list[Image]],
+        call_bias: Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
     ) -> Output:
-        """Generate from B rows of ids (images expanded) and their images, in the order of their placeholders."""
+        """Generate from B rows of ids (images expanded) and their images, in the order of their placeholders.
+
+        ``names``: the rows' ids, for a decoder that draws by row.
+        """
         ids, mask, types = self._pad(rows)
         features, grids = self._encode(images)
         state = State(ids, mask, types, [list(row) for row in images], grids, DynamicCache(config=self.model.config))
@@ -144,20 +161,21 @@ class Decoder:
         first = FirstToken(self.call_token, bias)
         # rope_deltas is left on the model by the last call and would be taken for this batch's
         self.model.model.rope_deltas = None
-        images: dict[str, Any] = {}
-        if any(len(grid) for grid in state.grids):
-            images["image_grid_thw"] = torch.cat(state.grids)  # of old images too: positions need them
+        inputs: dict[str, Any] = {"mm_token_type_ids": state.types}
+        if state.positions is not None:
+            inputs = {"position_ids": state.positions}
+        elif any(len(grid) for grid in state.grids):
+            inputs["image_grid_thw"] = torch.cat(state.grids)  # of old images too: positions need them
         if features:
             encoded: Any = tuple(features)
-            images["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded)}
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded)}
         result = self.model.generate(
             input_ids=state.ids,
             attention_mask=state.mask,
-            mm_token_type_ids=state.types,
             past_key_values=state.cache,
             generation_config=self.config,
             logits_processor=LogitsProcessorList([first]),
-            **images,
+            **inputs,
         )
         self.model.model.rope_deltas = None
         return self._output(result.sequences, known, state, result.past_key_values, first)

@@ -7,7 +7,7 @@ its tokens.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Trajectory:
     ``call_status``: none, valid, recovered, malformed or forced. ``seconds``: this row's share of its batch's time.
     ``margin``: smallest gap between the two best logits at any token written; near 0 the text may change with the
     batch or the thread count. ``call_logprob``: of the call token at the first position, before any bias; None if it
-    was no choice.
+    was no choice. ``layer_visual_tokens``: of a system that drops tokens inside the language model, their mean over its
+    layers; ``visual_tokens`` is then what the system's ratio counts.
     """
 
     row_id: str
@@ -58,11 +59,18 @@ class Trajectory:
     seconds: float
     margin: float
     call_logprob: float | None = None
+    layer_visual_tokens: float | None = None
 
     @property
     def rtr(self) -> float:
         """Retain token ratio: visual tokens over all turns by those of the full image (PAPER §5)."""
         return self.visual_tokens / self.full_visual_tokens
+
+    @property
+    def layer_rtr(self) -> float:
+        """RTR as the mean over the language model's layers; ``rtr`` where no layer drops tokens."""
+        tokens = self.visual_tokens if self.layer_visual_tokens is None else self.layer_visual_tokens
+        return tokens / self.full_visual_tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -90,6 +98,7 @@ class _Row:
     call_logprob: float | None = None
     margin: float = float("inf")
     seconds: float = 0.0
+    layer_visual_tokens: float | None = None
 
 
 class Engine:
@@ -261,7 +270,11 @@ class Engine:
     def _play(self, rows: list[_Row]) -> None:
         """One batch: the first turn of all rows, then the second turn of those that called."""
         begun = time.perf_counter()
-        output = self.decoder.start([row.ids for row in rows], [row.images for row in rows], [row.bias for row in rows])
+        bias, names = [row.bias for row in rows], [row.row_id for row in rows]
+        output = self.decoder.start([row.ids for row in rows], [row.images for row in rows], bias, names)
+        for row, kept in zip(rows, output.kept or (), strict=False):
+            row.turns[-1] = replace(row.turns[-1], visual_tokens=kept.nominal)
+            row.layer_visual_tokens = kept.layer_mean
         scores = torch.log_softmax(output.first_logits, dim=-1)[:, self.decoder.call_token].tolist()
         callers = []
         for index, row in enumerate(rows):
@@ -295,6 +308,7 @@ class Engine:
             seconds=row.seconds,
             margin=row.margin,
             call_logprob=row.call_logprob,
+            layer_visual_tokens=row.layer_visual_tokens,
         )
 
 

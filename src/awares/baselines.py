@@ -1,0 +1,256 @@
+"""The systems of the comparison by name: each takes a `Job` and answers its rows with trajectories (PAPER §6).
+
+A name is that of a function registered with `system`, with the share of visual tokens kept in percent behind it where
+the function takes one: ``visionzip_50``, ``fastv_36.4``. A new system is one such function::
+
+    @system("low_contrast")
+    def low_contrast(job: Job) -> list[Trajectory]:
+        pale = [ImageEnhance.Contrast(image).enhance(0.5) for image in job.rows["image"]]
+        return job.engine.answer(pale, job.rows["question"], row_ids=job.rows["id"])
+
+and is then scored as the others are: ``evaluation.scored(name, rows, answer(name, Job(engine, rows)))``.
+"""
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from awares import pruning
+from awares.config import AwaresValueError
+from awares.crops import CROPS, area
+from awares.decode import Decoder
+from awares.pruned_decode import LayerPruned, Plan, Seen, VisionPruned
+from awares.pruning import Selection
+from awares.rollout import Engine, Trajectory
+
+DEPTH = 28  # decoder layers of Qwen2.5-VL-7B, which the layers below refer to
+FASTV_LAYER = 2
+SPARSEVLM_LAYERS = (2, 6, 15)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a system is to answer, and with what.
+
+    ``engine``: holds the weights that the system asks for (`System.model`). ``rows``: columns id, image, question (and
+    label, target_crops for oracle_crop). ``policy``: the policy's trajectories of these rows, for random_crop.
+    """
+
+    engine: Engine
+    rows: Any  # datasets.Dataset or a mapping of columns
+    policy: Sequence[Trajectory] | None = None
+    seed: int = 0
+    call_bias: float = 0.0
+
+
+@dataclass(frozen=True)
+class System:
+    """``answer(job)``, or ``answer(job, ratio)`` if ``takes_ratio``. ``model``: whose weights: base, sft or awares."""
+
+    name: str
+    answer: Callable[..., list[Trajectory]]
+    model: str
+    takes_ratio: bool
+
+
+SYSTEMS: dict[str, System] = {}
+
+
+def system(name: str, model: str = "base", takes_ratio: bool = False) -> Callable[[Any], Any]:
+    """Register the decorated function as the system ``name``; AwaresValueError if that name is taken."""
+
+    def register(function: Callable[..., list[Trajectory]]) -> Callable[..., list[Trajectory]]:
+        if name in SYSTEMS:
+            raise AwaresValueError(f"system {name!r} is there already: choose another name")
+        SYSTEMS[name] = System(name, function, model, takes_ratio)
+        return function
+
+    return register
+
+
+def parse(name: str) -> tuple[System, float | None]:
+    """``visionzip_50`` -> (VisionZip, 0.5), ``full`` -> (full, None). AwaresValueError with all names for another."""
+    match = re.fullmatch(r"(.+)_(\d+(?:\.\d+)?)", name)
+    if name in SYSTEMS:
+        found, ratio = SYSTEMS[name], None
+    elif match and match[1] in SYSTEMS:
+        found, ratio = SYSTEMS[match[1]], float(match[2]) / 100
+    else:
+        raise AwaresValueError(f"system {name!r}: use one of {', '.join(_forms())} (50 = percent of tokens kept)")
+    if found.takes_ratio and not (ratio and ratio <= 1):
+        raise AwaresValueError(f"system {name!r} keeps a share of the tokens: write {found.name}_50 for 50 percent")
+    if ratio is not None and not found.takes_ratio:
+        raise AwaresValueError(f"system {name!r}: {found.name} takes no percentage, write {found.name}")
+    return found, ratio
+
+
+def answer(name: str, job: Job) -> list[Trajectory]:
+    """The trajectories of the system ``name``, in the order of ``job.rows``."""
+    found, ratio = parse(name)
+    return found.answer(job) if ratio is None else found.answer(job, ratio)
+
+
+def _forms() -> list[str]:
+    return [f"{one.name}_50" if one.takes_ratio else one.name for one in SYSTEMS.values()]
+
+
+# The base model and the policies
+
+
+@system("full")
+def full(job: Job) -> list[Trajectory]:
+    """The base model on the full image."""
+    return _one_turn(job, job.engine, "full")
+
+
+@system("half")
+def half(job: Job) -> list[Trajectory]:
+    """The base model on the half-resolution image."""
+    return _one_turn(job, job.engine, "half")
+
+
+@system("no_image")
+def no_image(job: Job) -> list[Trajectory]:
+    """The base model on the question alone."""
+    return _one_turn(job, job.engine, "none")
+
+
+@system("sft", model="sft")
+@system("awares", model="awares")
+def policy(job: Job) -> list[Trajectory]:
+    """A trained policy, by its own decisions."""
+    return _two_turns(job, None)
+
+
+# Training-free pruning before the language model
+
+
+@system("visionzip", takes_ratio=True)
+def visionzip(job: Job, ratio: float) -> list[Trajectory]:
+    """VisionZip: dominant tokens by the attention they receive, the others merged into a few contextual ones."""
+    return _before(job, lambda seen: pruning.visionzip(seen.scores, seen.keys, seen.features, ratio))
+
+
+@system("holov", takes_ratio=True)
+def holov(job: Job, ratio: float) -> list[Trajectory]:
+    """HoloV: quotas for contiguous chunks by attention and diversity, inside a chunk the top by attention."""
+    return _before(job, lambda seen: _kept(seen, pruning.holov(seen.scores, seen.features, ratio)))
+
+
+@system("random_token", takes_ratio=True)
+def random_token(job: Job, ratio: float) -> list[Trajectory]:
+    """The pruners' control: tokens drawn at random, by the row's id."""
+    return _before(job, lambda seen: _kept(seen, pruning.random_tokens(len(seen.scores), ratio, seen.name, job.seed)))
+
+
+# Training-free pruning inside the language model
+
+
+@system("fastv", takes_ratio=True)
+def fastv(job: Job, ratio: float) -> list[Trajectory]:
+    """FastV: behind layer 2 of 28 (scaled to depth) the share r is left, by the last text token's attention there.
+
+    r is the share left at the end; `Trajectory.layer_rtr` is larger, since the first layers hold every token.
+    """
+    return _inside(job, lambda depth: fastv_plan(ratio, depth))
+
+
+@system("sparsevlm", takes_ratio=True)
+def sparsevlm(job: Job, ratio: float) -> list[Trajectory]:
+    """SparseVLM: pruning behind layers 2, 6 and 15 of 28 (scaled to depth) by the raters' attention, with recycling.
+
+    r is the *mean over the layers*, as in its paper, which counts retained tokens so; each stage keeps the same share
+    of what the one before had left. Recycled tokens count. `Trajectory.rtr` and `.layer_rtr` differ by rounding only.
+    """
+    return _inside(job, lambda depth: sparsevlm_plan(ratio, depth))
+
+
+def fastv_plan(ratio: float, depth: int) -> Plan:
+    """Where FastV drops tokens in a language model of ``depth`` layers; AwaresValueError for fewer than two."""
+    return Plan({_layers((FASTV_LAYER,), depth)[0]: ratio}, pruning.fastv, "last")
+
+
+def sparsevlm_plan(ratio: float, depth: int) -> Plan:
+    """Where SparseVLM drops tokens; AwaresValueError where ``ratio`` is below the share of the first, full layers."""
+    shares = pruning.geometric_schedule(ratio, _layers(SPARSEVLM_LAYERS, depth), depth)
+    return Plan(shares, pruning.sparsevlm, "mean")
+
+
+# Controls of the policy
+
+
+@system("random_crop", model="awares")
+def random_crop(job: Job) -> list[Trajectory]:
+    """The policy calls where it did, but each of its crops is replaced by a random one of the same area.
+
+    The crops of a call stay different, so the tokens stay the same; ``job.seed`` and the row's id decide.
+    """
+    if job.policy is None or [one.row_id for one in job.policy] != list(job.rows["id"]):
+        raise AwaresValueError("random_crop needs the policy's trajectories of the same rows: give Job.policy")
+    return _two_turns(job, [_random_crops(one.crops, one.row_id, job.seed) for one in job.policy])
+
+
+@system("oracle_crop", model="awares")
+def oracle_crop(job: Job) -> list[Trajectory]:
+    """The policy's answers with the decisions of curation: the target crops of a row with label HR, no call for LR."""
+    try:
+        labels, targets = job.rows["label"], job.rows["target_crops"]
+    except KeyError as error:
+        raise AwaresValueError(f"oracle_crop: rows lack the column {error}: take evaluation.label_rows'") from error
+    return _two_turns(
+        job, [tuple(crops) if label == "HR" else () for label, crops in zip(labels, targets, strict=True)]
+    )
+
+
+# Helpers
+
+
+def _one_turn(job: Job, engine: Engine, view: str) -> list[Trajectory]:
+    return engine.answer(job.rows["image"], job.rows["question"], view, row_ids=job.rows["id"])
+
+
+def _two_turns(job: Job, forced: list[tuple[str, ...]] | None) -> list[Trajectory]:
+    columns = job.rows["image"], job.rows["question"]
+    return job.engine.run(*columns, forced=forced, call_bias=job.call_bias, row_ids=job.rows["id"])
+
+
+def _before(job: Job, select: Callable[[Seen], Selection]) -> list[Trajectory]:
+    return _with_decoder(job, VisionPruned, select)
+
+
+def _inside(job: Job, plan: Callable[[int], Plan]) -> list[Trajectory]:
+    return _with_decoder(job, LayerPruned, plan)
+
+
+def _with_decoder(job: Job, kind: Callable[..., Decoder], how: Any) -> list[Trajectory]:
+    """The full view through a decoder of its own; model, batches and limits are those of the job's engine."""
+    engine, plain = copy.copy(job.engine), job.engine.decoder
+    engine.decoder = kind(plain.model, plain.processor, plain.max_new_tokens, how)
+    return _one_turn(job, engine, "full")
+
+
+def _kept(seen: Seen, kept: Any) -> Selection:
+    kept = kept.to(seen.features.device)
+    return Selection(kept, seen.features[kept])
+
+
+def _layers(layers: Sequence[int], depth: int) -> list[int]:
+    scaled = pruning.scaled_layers(layers, DEPTH, depth)
+    if not scaled:
+        raise AwaresValueError(f"pruning inside a language model of {depth} layer(s): it needs two or more")
+    return scaled
+
+
+def _random_crops(crops: Sequence[str], row_id: str, seed: int) -> tuple[str, ...]:
+    name = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8], "big")
+    rng = np.random.default_rng([seed, name])
+    drawn: list[str] = []
+    for crop in crops:
+        alike = [other for other in CROPS if area(other) == area(crop) and other not in drawn]
+        drawn.append(alike[rng.integers(len(alike))])
+    return tuple(drawn)
