@@ -26,15 +26,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def tiny_model(processor: ImageOnlyProcessor, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """Two layers, width 32, vision tower of two blocks; weights large enough that logits differ clearly."""
+def tiny_model(processor: ImageOnlyProcessor, seed: int = 0, layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
+    """Two ``layers``, width 32, vision tower of two blocks; weights large enough that logits differ clearly."""
     token_id = processor.tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(processor.tokenizer),
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=8192,
@@ -84,3 +84,9 @@ def tiny() -> SimpleNamespace:
     torch.set_num_threads(1)
     processor = make_processor(tiny_tokenizer())
     return SimpleNamespace(model=tiny_model(processor), processor=processor, noise=noise)
+
+
+@pytest.fixture(scope="session")
+def deep(tiny: SimpleNamespace) -> SimpleNamespace:
+    """``tiny`` with a language model of seven layers, for what happens between them."""
+    return SimpleNamespace(model=tiny_model(tiny.processor, layers=7), processor=tiny.processor, noise=noise)

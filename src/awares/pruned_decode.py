@@ -215,9 +215,10 @@ class Dropping:
     def kept(self) -> list[Kept]:
         """Of each row, after the generation."""
         ends = [*list(self.counts)[1:], len(self.model.layers)]
-        spans = [end - begin for begin, end in zip(self.counts, ends, strict=True)]
-        means = sum(count * span for count, span in zip(self.counts.values(), spans, strict=True)) / sum(spans)
-        nominal = means.round() if self.plan.nominal == "mean" else list(self.counts.values())[-1]
+        spans = torch.tensor([end - begin for begin, end in zip(self.counts, ends, strict=True)])
+        counts = torch.stack(list(self.counts.values())).cpu()  # (stages, B)
+        means = (counts * spans[:, None]).sum(dim=0) / spans.sum()
+        nominal = means.round() if self.plan.nominal == "mean" else counts[-1]
         return [Kept(int(n), mean) for n, mean in zip(nominal.tolist(), means.tolist(), strict=True)]
 
     def _note_query(self, index: int, module: Any, inputs: Any, output: Tensor) -> None:

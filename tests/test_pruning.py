@@ -1,0 +1,306 @@
+"""Token selection on hand-made attention maps, features and quotas."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
+
+from awares import pruning
+from awares.config import AwaresError
+from awares.pruning import Selection
+
+RATIOS = (0.05, 0.2, 0.364, 0.5, 0.7, 0.99, 1.0)
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Budgets, order and ties
+
+
+@pytest.mark.parametrize(
+    "count, ratio, kept", [(100, 0.5, 50), (25, 0.5, 13), (25, 0.7, 18), (3, 0.01, 1), (7, 1.0, 7)]
+)
+def test_a_budget_is_the_rounded_share_and_never_empty(count: int, ratio: float, kept: int) -> None:
+    assert pruning.budget(count, ratio) == kept
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.5, 1.01, float("nan")])
+def test_a_ratio_that_is_no_share_is_named(ratio: float) -> None:
+    with pytest.raises(AwaresError, match="retained ratio"):
+        pruning.budget(10, ratio)
+
+
+def test_top_gives_ascending_indices_and_ties_go_to_the_lowest() -> None:
+    assert pruning.top(torch.tensor([1.0, 5.0, 3.0, 5.0]), 2).tolist() == [1, 3]
+    assert pruning.top(torch.tensor([2.0, 7.0, 2.0, 2.0, 2.0]), 3).tolist() == [0, 1, 2]
+    assert pruning.top(torch.zeros(1000), 4).tolist() == [0, 1, 2, 3]  # an unstable sort shows on many
+
+
+def test_rows_that_keep_different_numbers_are_padded_left_again() -> None:
+    keep = torch.tensor([[0, 0, 1, 0, 1, 1], [1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 1]]).bool()
+    index, mask = pruning.pack_left(keep)
+    assert mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]]
+    assert [row[flag.bool()].tolist() for row, flag in zip(index, mask, strict=True)] == [[2, 4, 5], [0, 2, 3, 5], [5]]
+
+
+# Attention received
+
+
+def naive_received(query: Tensor, key: Tensor, lengths: list[int], scale: float) -> list[float]:
+    scores, begin = [], 0
+    for length in lengths:
+        maps = []
+        for head in range(query.shape[1]):
+            q, k = query[begin : begin + length, head], key[begin : begin + length, head]
+            maps.append(torch.softmax(q @ k.T * scale, dim=1))
+        scores += sum(maps).sum(dim=0).div(len(maps)).tolist()
+        begin += length
+    return scores
+
+
+@pytest.mark.parametrize("rows", [1, 3, 512])
+def test_received_is_mean_over_heads_and_sum_over_the_queries_of_the_same_segment(rows: int, monkeypatch) -> None:
+    monkeypatch.setattr(pruning, "ROWS", rows)
+    query, key, lengths = rand(11, 2, 4), rand(11, 2, 4, seed=1), [4, 1, 6]
+    found = pruning.received(query, key, lengths, 0.5)
+    assert found.tolist() == pytest.approx(naive_received(query, key, lengths, 0.5), abs=1e-5)
+    assert [part.sum().item() for part in found.split(lengths)] == pytest.approx([4, 1, 6], abs=1e-4)
+
+
+def test_a_patch_that_all_others_look_at_takes_all_of_their_attention() -> None:
+    query, key = torch.ones(8, 2, 4), torch.zeros(8, 2, 4)
+    key[5] = 50.0
+    assert pruning.received(query, key, [8], 1.0).tolist() == pytest.approx([0] * 5 + [8] + [0] * 2)
+
+
+def test_groups_are_pooled_and_brought_from_window_order_to_raster_order() -> None:
+    """A 5 x 6 grid of groups in windows of 4 x 4: in window order group 4 of the raster comes after row three's fourth."""
+    grid = torch.tensor([[1, 10, 12]])
+    order, _ = get_vision_window_index(grid, spatial_merge_size=2, window_size=112, patch_size=14)
+    assert order[:8].tolist() == [0, 1, 2, 3, 6, 7, 8, 9]  # not the raster: a window's second row
+    raster = torch.arange(30.0)
+    patches = raster[order].repeat_interleave(4) + torch.tensor([-1.5, 1.5, -0.5, 0.5]).repeat(30)
+    pooled = pruning.pool_groups(patches, 4)
+    assert pooled.tolist() == raster[order].tolist()
+    assert pruning.raster_order(pooled, order).tolist() == raster.tolist()
+    vectors = raster[:, None].expand(30, 3)
+    assert torch.equal(pruning.raster_order(vectors[order], order), vectors)
+
+
+# VisionZip
+
+
+def test_visionzip_on_a_hand_made_map() -> None:
+    """20 tokens, r = 0.5: nine dominant, one contextual target, which is the first of the rest."""
+    scores = torch.zeros(20)
+    scores[[3, 4, 5, 8, 9, 10, 15, 16, 19]] = torch.arange(9, 0, -1.0)
+    features = rand(20, 6)
+    found = pruning.visionzip(scores, rand(20, 4), features, 0.5)
+    assert found.kept.tolist() == [0, 3, 4, 5, 8, 9, 10, 15, 16, 19]
+    rest = [0, 1, 2, 6, 7, 11, 12, 13, 14, 17, 18]
+    assert torch.allclose(found.vectors[0], features[rest].mean(dim=0), atol=1e-6)
+    assert torch.equal(found.vectors[1:], features[found.kept[1:]])  # dominant tokens stay as they were
+
+
+def test_visionzip_targets_stand_at_even_stride_and_take_in_the_most_similar() -> None:
+    scores = torch.tensor([float(n < 36) for n in range(80)])  # 36 dominant, 4 contextual, 44 in the rest
+    keys = torch.zeros(80, 4)
+    for n in range(36, 80):
+        keys[n, (n * 7) % 4] = 1.0 + n  # the length must not count
+    targets = [36, 47, 58, 69]
+    found = pruning.visionzip(scores, keys, features := rand(80, 5), 0.5)
+    assert found.kept.tolist() == [*range(36), *targets]
+    for place, target in zip(range(36, 40), targets, strict=True):
+        group = [n for n in range(36, 80) if n % 4 == target % 4]
+        assert len(group) == 11
+        assert torch.allclose(found.vectors[place], features[group].mean(dim=0), atol=1e-5)
+
+
+def test_visionzip_gives_equal_similarities_to_the_lowest_target_and_a_target_to_itself() -> None:
+    found = pruning.visionzip(torch.zeros(60), torch.ones(60, 4), features := rand(60, 5), 0.5)
+    dominant, targets = list(range(27)), [27, 38, 49]
+    assert found.kept.tolist() == [*dominant, *targets]
+    first = [27, *(n for n in range(28, 60) if n not in targets)]
+    assert torch.allclose(found.vectors[27], features[first].mean(dim=0), atol=1e-5)
+    assert torch.allclose(found.vectors[28:], features[[38, 49]], atol=1e-6)
+
+
+# HoloV
+
+
+def test_quotas_are_proportional_and_overflow_goes_to_the_others() -> None:
+    assert pruning.quotas([1, 1, 2], [10, 10, 10], 12) == [3, 3, 6]
+    assert pruning.quotas([1, 1, 8], [10, 10, 10], 20) == [5, 5, 10]  # 16 would overflow a chunk of 10
+    assert pruning.quotas([1, 2, 8], [10, 3, 4], 12) == [5, 3, 4]  # the overflow overflows again
+    assert pruning.quotas([0, 0, 1], [4, 4, 4], 6) == [1, 1, 4]
+    assert pruning.quotas([1, 1, 1], [4, 4, 4], 7) == [3, 2, 2]  # ties to the first
+
+
+def test_quotas_always_add_up_and_fit() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        sizes = rng.integers(1, 30, rng.integers(1, 9)).tolist()
+        weights = (rng.random(len(sizes)) ** 4 * rng.integers(0, 2, len(sizes))).tolist()
+        total = int(rng.integers(1, sum(sizes) + 1))
+        found = pruning.quotas(weights, sizes, total)
+        assert sum(found) == total
+        assert all(0 <= share <= size for share, size in zip(found, sizes, strict=True))
+
+
+def test_holov_follows_attention_where_the_chunks_are_equally_diverse() -> None:
+    """Two chunks of 8 with three quarters of the attention in the second: 2 and 6 of 8, the best of each."""
+    scores = torch.tensor([1, 1, 1, 1, 2, 2, 0, 0, 3, 3, 3, 3, 3, 6, 3, 0.0])
+    features = rand(8, 5).repeat(2, 1)
+    kept = pruning.holov(scores, features, 0.5, chunks=2, diversity=0.0)
+    assert kept.tolist() == [4, 5, 8, 9, 10, 11, 12, 13]
+
+
+def test_holov_gives_a_diverse_chunk_more_than_a_flat_one() -> None:
+    scores = torch.ones(40)
+    features = torch.cat([torch.ones(20, 6) + 1e-3 * rand(20, 6), rand(20, 6, seed=1)])
+    even = pruning.holov(scores, features, 0.5, chunks=2, diversity=0.0)
+    diverse = pruning.holov(scores, features, 0.5, chunks=2, diversity=1.0)
+    assert [(even < 20).sum().item(), (diverse < 20).sum().item()] == [10, 5]
+    assert len(diverse) == 20
+
+
+def test_holov_never_overflows_a_chunk() -> None:
+    scores = torch.full((24,), 1e-6)
+    scores[8:16] = 100.0  # this chunk would get all 12
+    kept = pruning.holov(scores, torch.ones(24, 3), 0.5, chunks=3, diversity=0.0)
+    assert len(kept) == 12 == len(set(kept.tolist()))
+    assert set(range(8, 16)) <= set(kept.tolist())
+
+
+# The control
+
+
+def test_random_tokens_depend_on_name_and_seed_alone() -> None:
+    first = pruning.random_tokens(100, 0.5, "row-1")
+    assert torch.equal(first, pruning.random_tokens(100, 0.5, "row-1"))
+    assert not torch.equal(first, pruning.random_tokens(100, 0.5, "row-2"))
+    assert not torch.equal(first, pruning.random_tokens(100, 0.5, "row-1", seed=1))
+    assert first.tolist() == sorted(set(first.tolist())) and len(first) == 50
+    drawn = torch.cat([pruning.random_tokens(10, 0.5, str(n)) for n in range(2000)]).bincount()
+    assert (drawn / 2000 - 0.5).abs().max() < 0.05  # every place alike
+
+
+# Inside the language model
+
+
+def test_attention_of_some_tokens_is_the_mean_over_heads_with_shared_keys() -> None:
+    query, key = rand(4, 3, 5), rand(2, 7, 5, seed=1)
+    allowed = torch.ones(3, 7, dtype=torch.bool).tril(4)
+    allowed[:, 0] = False
+    found = pruning.attention_of(query, key, allowed, 0.3)
+    maps = [
+        torch.softmax((query[head] @ key[head // 2].T * 0.3).masked_fill(~allowed, -torch.inf), 1) for head in range(4)
+    ]
+    assert torch.allclose(found, sum(maps) / 4, atol=1e-6)
+    assert found[0, 5] == 0 and found[0, 0] == 0
+
+
+def test_fastv_keeps_what_the_last_text_token_attends_to() -> None:
+    attention = torch.tensor([[9.0, 9, 9, 0, 0, 0], [0, 1, 0, 4, 1, 2]])
+    found = pruning.fastv(attention, hidden := rand(6, 3), 4)
+    assert found.kept.tolist() == [1, 3, 4, 5]
+    assert torch.equal(found.vectors, hidden[found.kept])
+
+
+def test_raters_attend_to_the_image_at_least_as_much_as_the_mean() -> None:
+    attention = torch.tensor([[0.1, 0.1], [0.4, 0.2], [0.0, 0.1], [0.3, 0.3]])
+    assert pruning.raters(attention).tolist() == [False, True, False, True]
+    assert pruning.raters(torch.full((7, 3), 0.1)).all()  # all alike: all of them
+
+
+def test_sparsevlm_listens_to_the_raters_alone_and_recycles_the_best_of_the_pruned() -> None:
+    """20 tokens to 12: one cluster of the best three of the nine that are pruned (30 %, rounded up)."""
+    attention = torch.zeros(3, 20)
+    attention[0] = torch.arange(20.0) / 100  # the only rater; the others love the low tokens, but hardly look
+    attention[1:, 0] = 0.01
+    hidden = rand(20, 4)
+    found = pruning.sparsevlm(attention, hidden, 12)
+    pruned_best = [6, 7, 8]
+    assert len(found.kept) == 12
+    (centre,) = set(found.kept.tolist()) - set(range(9, 20))
+    assert centre in pruned_best
+    assert torch.allclose(found.vectors[0], hidden[pruned_best].mean(dim=0), atol=1e-6)
+    assert torch.equal(found.vectors[1:], hidden[9:20])
+
+
+@pytest.mark.parametrize("lost, clusters", [(1, 1), (33, 1), (34, 2), (90, 3)])
+def test_one_cluster_for_ten_recycled_tokens_and_one_more(lost: int, clusters: int) -> None:
+    attention = torch.arange(100.0, 0, -1)[None].repeat(2, 1)  # the first tokens are best
+    found = pruning.sparsevlm(attention, rand(100, 4), 100 - lost)
+    best = 100 - lost - clusters
+    assert len(found.kept) == 100 - lost
+    assert found.kept[:best].tolist() == list(range(best)) and int(found.kept[best]) >= best
+
+
+def test_clusters_of_two_clouds_are_the_clouds() -> None:
+    points = torch.cat([0.1 * rand(6, 3), 5 + 0.1 * rand(5, 3, seed=1)])
+    centres, labels = pruning.cluster(points, 2)
+    assert centres[0] < 6 <= centres[1]
+    assert labels.tolist() == [0] * 6 + [1] * 5
+    same, labels = pruning.cluster(torch.ones(4, 3), 2)  # no cluster may stay empty
+    assert same.tolist() == [0, 1] and set(labels.tolist()) == {0, 1}
+
+
+def test_layers_scale_with_the_depth() -> None:
+    assert pruning.scaled_layers((2, 6, 15), 28, 28) == [2, 6, 15]
+    assert pruning.scaled_layers((2, 6, 15), 28, 36) == [3, 8, 19]
+    assert pruning.scaled_layers((2, 6, 15), 28, 6) == [1, 2, 3]
+    assert pruning.scaled_layers((2,), 28, 2) == [1] and pruning.scaled_layers((2,), 28, 1) == []
+
+
+@pytest.mark.parametrize("depth, layers", [(28, (2, 6, 15)), (6, (1, 2, 3)), (7, (1, 2, 4))])
+@pytest.mark.parametrize("ratio", [0.36, 0.5, 0.7, 1.0])
+def test_the_schedule_meets_the_ratio_in_the_mean_over_layers(
+    depth: int, layers: tuple[int, ...], ratio: float
+) -> None:
+    shares = pruning.geometric_schedule(ratio, layers, depth)
+    held = [1.0 if layer < layers[0] else shares[max(s for s in layers if s <= layer)] for layer in range(depth)]
+    assert np.mean(held) == pytest.approx(ratio, abs=1e-9)
+    assert list(shares) == list(layers) and held == sorted(held, reverse=True)
+
+
+def test_a_schedule_below_the_share_of_the_full_layers_is_refused() -> None:
+    with pytest.raises(AwaresError, match=r"above 0\.167"):
+        pruning.geometric_schedule(0.16, (1, 2, 3), 6)
+
+
+# What holds for all
+
+
+def choices(count: int, ratio: float) -> dict[str, Selection]:
+    scores, keys, features, attention = rand(count).abs(), rand(count, 4), rand(count, 6), rand(5, count).abs()
+    kept = {
+        "holov": pruning.holov(scores, features, ratio),
+        "random": pruning.random_tokens(count, ratio, "a"),
+    }
+    merged = {
+        "visionzip": pruning.visionzip(scores, keys, features, ratio),
+        "fastv": pruning.fastv(attention, features, pruning.budget(count, ratio)),
+        "sparsevlm": pruning.sparsevlm(attention, features, pruning.budget(count, ratio)),
+    }
+    return merged | {name: Selection(index, features[index]) for name, index in kept.items()}
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("count", [1, 2, 9, 25, 144, 601])
+def test_every_choice_meets_its_budget_with_ascending_indices(count: int, ratio: float) -> None:
+    for name, found in choices(count, ratio).items():
+        kept = found.kept.tolist()
+        assert len(kept) == pruning.budget(count, ratio) == len(found.vectors), name
+        assert kept == sorted(set(kept)) and 0 <= kept[0] and kept[-1] < count, name
+        assert not found.vectors.isnan().any(), name
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 144])
+def test_ratio_one_changes_nothing(count: int) -> None:
+    for name, found in choices(count, 1.0).items():
+        assert found.kept.tolist() == list(range(count)), name
+        assert torch.equal(found.vectors, rand(count, 6)), name
