@@ -1,0 +1,553 @@
+"""The compared systems against their claims: shorter sequences, same positions, nothing changed at ratio 1."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import ImageEnhance
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface
+
+from awares import baselines, crops, protocol, pruned_decode, pruning
+from awares.baselines import SYSTEMS, Job
+from awares.config import AwaresError
+from awares.decode import Decoder, Output
+from awares.pruned_decode import LayerPruned, VisionPruned
+from awares.pruning import Selection
+from awares.rollout import Engine, Trajectory
+
+BEFORE, INSIDE = ("visionzip", "holov", "random_token"), ("fastv", "sparsevlm")
+PRUNERS = (*BEFORE, *INSIDE)
+SIZES = [(224, 168), (140, 280), (280, 112), (224, 224), (168, 196)]  # px; no two grids alike
+TIE = 1e-4
+
+
+def job(tiny: SimpleNamespace, count: int = 5, tokens: int = 8, **options: Any) -> Job:
+    rows = {
+        "id": [f"row-{n}" for n in range(count)],
+        "image": [tiny.noise(*SIZES[n % len(SIZES)], n) for n in range(count)],
+        "question": ["what" + " else" * n for n in range(count)],
+    }
+    return Job(Engine(tiny.model, tiny.processor, max_new_tokens=tokens, **options), rows)
+
+
+def prompts(
+    tiny: SimpleNamespace, decoder: Decoder, of: Job
+) -> tuple[list[list[int]], list[list[Any]], None, list[str]]:
+    """What the engine hands to a decoder for the full view."""
+    ids = []
+    for image, question in zip(of.rows["image"], of.rows["question"], strict=True):
+        text = tiny.processor.apply_chat_template(
+            protocol.user_messages(question, [None]), tokenize=False, add_generation_prompt=True
+        )
+        ids.append(decoder.tokenize(text, [image.size]))
+    return ids, [[image] for image in of.rows["image"]], None, of.rows["id"]
+
+
+def pruned_decoder(of: Job, name: str, monkeypatch: pytest.MonkeyPatch) -> Decoder:
+    """The decoder that the system ``name`` answers with."""
+    made: list[Decoder] = []
+
+    def catch(one: Job, engine: Engine, view: str) -> list[Trajectory]:
+        made.append(engine.decoder)
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines, "_one_turn", catch)
+        baselines.answer(name, of)
+    return made[0]
+
+
+# Ratio 1 and the masked reference
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    assert torch.equal(torch.isinf(a), torch.isinf(b))
+    return (a - b).nan_to_num().abs().max().item()
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_ratio_one_reproduces_the_full_models_logits_and_tokens(deep: SimpleNamespace, name: str, monkeypatch) -> None:
+    of = job(deep)
+    plain = Decoder(deep.model, deep.processor, 8)
+    pruned = pruned_decoder(of, f"{name}_100", monkeypatch)
+    full, found = (decoder.start(*prompts(deep, decoder, of)) for decoder in (plain, pruned))
+    assert difference(full.first_logits, found.first_logits) < 1e-4
+    assert full.tokens == found.tokens or min(full.margins) < TIE
+    assert [kept.nominal for kept in found.kept] == [48, 50, 40, 64, 42]
+
+
+@contextmanager
+def recorded(method: str, monkeypatch: pytest.MonkeyPatch, owner: Any = pruning) -> Iterator[list[Any]]:
+    """Results of ``owner.method`` from here on."""
+    calls, original = [], getattr(owner, method)
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        calls.append(original(*arguments, **options))
+        return calls[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, watched)
+        yield calls
+
+
+def greedy(model: Any, batch: dict[str, Any], tokens: int, suppress: list[int]) -> tuple[Tensor, list[int]]:
+    """First logits and greedy tokens of one row, everything recomputed for each token; no cache."""
+    written: list[int] = []
+    first = None
+    for _ in range(tokens):
+        longer = {key: value.clone() for key, value in batch.items()}
+        for token in written:
+            new = torch.tensor([[token]])
+            longer["input_ids"] = torch.cat([longer["input_ids"], new], dim=1)
+            longer["attention_mask"] = torch.cat([longer["attention_mask"], torch.ones_like(new)], dim=1)
+            longer["position_ids"] = torch.cat([longer["position_ids"], longer["position_ids"][..., -1:] + 1], dim=2)
+        with torch.no_grad():
+            logits = model(**longer, use_cache=False).logits[0, -1].float()
+        logits[suppress] = float("-inf")
+        first = logits if first is None else first
+        written.append(int(logits.argmax()))
+    assert first is not None
+    return first, written
+
+
+def single(tiny: SimpleNamespace, of: Job, row: int) -> dict[str, Tensor]:
+    """One row as the processor makes it, with its full mRoPE positions."""
+    messages = protocol.user_messages(of.rows["question"][row], [of.rows["image"][row]])
+    batch = tiny.processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    positions, _ = tiny.model.model.get_rope_index(
+        batch["input_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"], attention_mask=batch["attention_mask"]
+    )
+    return {**batch, "position_ids": positions}
+
+
+def matches(output: Output, row: int, first: Tensor, written: list[int]) -> None:
+    assert (output.first_logits[row] - first).abs().nan_to_num().max() < 1e-4
+    if output.margins[row] > TIE:
+        tokens = output.tokens[row]
+        assert tokens == written[: len(tokens)] and len(tokens) > 1
+
+
+@pytest.mark.parametrize("name", ["holov_50", "random_token_70", "visionzip_36.4"])
+def test_leaving_tokens_out_equals_masking_them_at_their_old_positions(
+    deep: SimpleNamespace, name: str, monkeypatch
+) -> None:
+    """Also what is written after them: five rows of different lengths in one batch, against one masked row each."""
+    of = job(deep)
+    decoder: Any = pruned_decoder(of, name, monkeypatch)
+    chosen: list[Selection] = []
+    select = decoder.select
+    decoder.select = lambda seen: chosen.append(select(seen)) or chosen[-1]
+    output = decoder.start(*prompts(deep, decoder, of))
+    suppress = decoder.config.suppress_tokens
+    for row, selection in enumerate(chosen):
+        batch = single(deep, of, row)
+        places = batch["mm_token_type_ids"][0].nonzero().flatten()
+        batch["attention_mask"][0, places] = 0
+        batch["attention_mask"][0, places[selection.kept]] = 1
+        with torch.no_grad():
+            (features,) = deep.model.get_image_features(
+                batch.pop("pixel_values"), batch["image_grid_thw"]
+            ).pooler_output
+        features[selection.kept] = selection.vectors  # VisionZip's merged tokens
+        embeds = deep.model.get_input_embeddings()
+        hook = embeds.register_forward_hook(
+            lambda _, inputs, out, places=places, features=features: out.index_copy(1, places, features[None])
+        )
+        matches(output, row, *greedy(deep.model, batch, 8, suppress))
+        hook.remove()
+
+
+@contextmanager
+def blocked(model: Any, drops: dict[int, tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
+    """From each layer on no token sees the dropped ones, and merged ones get their vectors: (dropped, merged, vectors)."""
+
+    def before(index: int) -> Callable[..., Any]:
+        def hook(layer: Any, inputs: Any, options: dict[str, Any]) -> Any:
+            hidden = inputs[0]
+            if index in drops:
+                hidden = hidden.index_copy(1, drops[index][1], drops[index][2][None])
+            length = hidden.shape[1]
+            allowed = torch.ones(length, length, dtype=torch.bool).tril()
+            for stage, (dropped, _, _) in drops.items():
+                if stage <= index:
+                    allowed[:, dropped] = False
+            allowed |= torch.eye(length, dtype=torch.bool)  # a dropped token may see itself: nobody looks at it
+            return (hidden, *inputs[1:]), {**options, "attention_mask": allowed[None, None]}
+
+        return hook
+
+    hooks = [
+        layer.register_forward_pre_hook(before(index), with_kwargs=True)
+        for index, layer in enumerate(model.model.language_model.layers)
+        if index >= min(drops)
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", ["fastv_50", "fastv_20", "sparsevlm_70", "sparsevlm_40"])
+def test_dropping_between_layers_equals_masking_from_there_on(deep: SimpleNamespace, name: str, monkeypatch) -> None:
+    of = job(deep)
+    decoder: Any = pruned_decoder(of, name, monkeypatch)
+    chosen: list[Selection] = []
+    plan, choose = decoder.plan, decoder.plan.choose
+    decoder.plan = type(plan)(plan.shares, lambda *given: chosen.append(choose(*given)) or chosen[-1], plan.nominal)
+    output = decoder.start(*prompts(deep, decoder, of))
+    stages = list(plan.shares)
+    assert len(chosen) == len(stages) * 5 and stages == ([1] if "fastv" in name else [1, 2, 4])
+    for row in range(5):
+        batch = single(deep, of, row)
+        left = batch["mm_token_type_ids"][0].nonzero().flatten()
+        drops = {}
+        for number, stage in enumerate(stages):
+            selection = chosen[number * 5 + row]
+            kept = left[selection.kept]
+            drops[stage] = (left[~torch.isin(left, kept)], kept, selection.vectors)
+            left = kept
+        with blocked(deep.model, drops):
+            matches(output, row, *greedy(deep.model, batch, 8, decoder.config.suppress_tokens))
+
+
+# What the pruners look at
+
+
+def test_scores_are_the_last_blocks_attention_in_raster_order(deep: SimpleNamespace, monkeypatch) -> None:
+    """Against the whole maps, noted by an attention function registered with transformers, un-permuted by hand."""
+    maps: list[tuple[Any, Tensor]] = []
+
+    def noting(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
+        weights = torch.softmax(query @ key.transpose(2, 3) * options["scaling"], dim=-1)
+        maps.append((module, weights[0]))
+        return (weights @ value).transpose(1, 2), weights
+
+    of = job(deep)
+    decoder: Any = pruned_decoder(of, "visionzip_50", monkeypatch)
+    views: list[Any] = []
+    decoder.select = lambda seen: views.append(seen) or Selection(torch.arange(len(seen.scores)), seen.features)
+    decoder.start(*prompts(deep, decoder, of))
+
+    visual = deep.model.model.visual
+    AttentionInterface.register("noting", noting)
+    plain = visual.config._attn_implementation
+    visual.set_attn_implementation("noting")
+    try:
+        decoder._encode([[image] for image in of.rows["image"]])
+    finally:
+        visual.set_attn_implementation(plain)
+    last = [weights for module, weights in maps if module is visual.blocks[-1].attn]
+    assert len(last) == len(views) == 5
+    for view, weights, (width, height) in zip(views, last, SIZES, strict=True):
+        received = weights.mean(dim=0).sum(dim=0).view(-1, 4).mean(dim=1)
+        rows, columns = height // 28, width // 28
+        order = [
+            (top + y) * columns + left + x
+            for top in range(0, rows, 4)
+            for left in range(0, columns, 4)
+            for y in range(min(4, rows - top))
+            for x in range(min(4, columns - left))
+        ]
+        assert order != sorted(order)
+        raster = torch.empty(rows * columns)
+        raster[order] = received
+        assert torch.allclose(view.scores, raster, atol=1e-4)
+
+
+def test_the_one_odd_cell_of_an_image_is_odd_at_its_raster_place(deep: SimpleNamespace, monkeypatch) -> None:
+    """Keys and features alike, on a grid of 7 x 10 cells, whose windows are 4 x 4 (scores: the test above)."""
+    of = job(deep)
+    decoder: Any = pruned_decoder(of, "visionzip_50", monkeypatch)
+    views: list[Any] = []
+    decoder.select = lambda seen: views.append(seen) or Selection(torch.arange(len(seen.scores)), seen.features)
+    for row, column in [(0, 5), (3, 9), (6, 2)]:
+        image = deep.noise(280, 196, 0).convert("L").point(lambda _: 20).convert("RGB")
+        image.paste((255, 230, 0), (28 * column, 28 * row, 28 * column + 28, 28 * row + 28))
+        of.rows["image"], of.rows["question"], of.rows["id"] = [image], ["q"], ["a"]
+        decoder.start(*prompts(deep, decoder, of))
+        seen = views[-1]
+        for values in (seen.keys, seen.features):
+            odd = (values - values.median(dim=0).values).norm(dim=1).argmax()
+            assert int(odd) == row * 10 + column
+
+
+def test_raters_and_last_token_are_those_of_the_whole_attention_map(deep: SimpleNamespace, monkeypatch) -> None:
+    """The weights handed to the choice, against eager attention of the layer before, recorded by transformers."""
+    of = job(deep)
+    decoder: Any = pruned_decoder(of, "fastv_50", monkeypatch)
+    given: list[Tensor] = []
+    plan = decoder.plan
+    decoder.plan = type(plan)(plan.shares, lambda a, h, n: given.append(a) or pruning.fastv(a, h, n), plan.nominal)
+    decoder.start(*prompts(deep, decoder, of))
+    plain = deep.model.config._attn_implementation
+    deep.model.set_attn_implementation("eager")
+    try:
+        for row in range(5):
+            batch = single(deep, of, row)
+            with torch.no_grad():
+                maps = deep.model(**batch, output_attentions=True).attentions
+            types = batch["mm_token_type_ids"][0].bool()
+            last = int(types.nonzero().max())  # the image's last token itself is no text
+            expected = maps[min(plan.shares) - 1][0].mean(dim=0)[last + 1 :][:, types]
+            assert torch.allclose(given[row], expected, atol=1e-5)
+    finally:
+        deep.model.set_attn_implementation(plain)
+
+
+# Really shorter
+
+
+def lengths(model: Any) -> tuple[list[list[int]], list[Any]]:
+    """Input lengths of every decoder layer from now on, a list a layer; and the hooks."""
+    seen: list[list[int]] = [[] for _ in model.model.language_model.layers]
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, __, options, n=n: seen[n].append(options["hidden_states"].shape[1]), with_kwargs=True
+        )
+        for n, layer in enumerate(model.model.language_model.layers)
+    ]
+    return seen, hooks
+
+
+@pytest.mark.parametrize(
+    "name, shares", [("holov_50", [0.5] * 7), ("fastv_50", [1.0] + [0.5] * 6), ("sparsevlm_50", None)]
+)
+def test_every_layer_gets_a_sequence_that_is_really_shorter(deep: SimpleNamespace, name: str, shares: Any) -> None:
+    of = job(deep, count=1)
+    seen, hooks = lengths(deep.model)
+    (done,) = baselines.answer(name, of)
+    for hook in hooks:
+        hook.remove()
+    text = done.turns[0].text_tokens
+    if shares is None:
+        plan = baselines.sparsevlm_plan(0.5, 7)
+        shares = [1.0 if n < 1 else plan.shares[max(s for s in plan.shares if s <= n)] for n in range(7)]
+    assert [layer[0] - text for layer in seen] == [pruning.budget(48, share) for share in shares]
+    assert all(step == 1 for layer in seen for step in layer[1:])
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_floating_point_operations_fall_with_the_ratio(deep: SimpleNamespace, name: str, monkeypatch) -> None:
+    of = job(deep, count=2, tokens=1)
+    operations = []
+    for percent in (100, 70, 50, 30):
+        decoder = pruned_decoder(of, f"{name}_{percent}", monkeypatch)
+        counter = FlopCounterMode(deep.model.model.language_model, display=False)
+        with counter:
+            decoder.start(*prompts(deep, decoder, of))
+        operations.append(counter.flop_counts[next(key for key in counter.flop_counts if key != "Global")])
+    sums = [sum(counts.values()) for counts in operations]
+    assert sums == sorted(sums, reverse=True) and len(set(sums)) == 4
+    visual, whole = 24 + 50, sums[0]  # the longest row: its layers' work is at least linear in its tokens
+    assert sums[2] < 0.8 * whole and visual
+
+
+# Accounts
+
+
+@pytest.mark.parametrize("percent", [50, 70])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_the_nominal_rtr_is_the_ratio_and_the_layers_mean_stands_beside_it(
+    deep: SimpleNamespace, name: str, percent: int
+) -> None:
+    done = baselines.answer(f"{name}_{percent}", job(deep))
+    for one in done:
+        assert one.rtr == pytest.approx(percent / 100, abs=0.02)
+        assert one.turns[0].visual_tokens == one.visual_tokens and one.turns[0].images
+        expected = (1 + 6 * one.rtr) / 7 if name == "fastv" else percent / 100
+        assert one.layer_rtr == pytest.approx(expected, abs=1e-6 if name == "fastv" else 0.02)
+        assert Trajectory.from_dict(one.to_dict()) == one
+    plain = baselines.answer("full", job(deep))
+    assert [one.full_visual_tokens for one in done] == [one.visual_tokens for one in plain]
+    assert all(one.layer_rtr == one.rtr == 1 for one in plain)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_batches_of_one_and_of_many_give_the_same(deep: SimpleNamespace, name: str) -> None:
+    together = baselines.answer(f"{name}_50", job(deep, count=8))
+    alone = baselines.answer(f"{name}_50", job(deep, count=8, token_budget=1))
+    for one, other in zip(together, alone, strict=True):
+        assert one.row_id == other.row_id and one.turns[0] == other.turns[0]
+        assert one.answer == other.answer or one.margin < TIE
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_pruning_changes_what_the_model_computes_and_leaves_nothing_behind(
+    deep: SimpleNamespace, name: str, monkeypatch
+) -> None:
+    of = job(deep)
+    plain = Decoder(deep.model, deep.processor, 4)
+    before = plain.start(*prompts(deep, plain, of))
+    pruned = pruned_decoder(of, f"{name}_50", monkeypatch).start(*prompts(deep, plain, of))
+    assert difference(before.first_logits, pruned.first_logits) > 1e-2
+    assert torch.equal(plain.start(*prompts(deep, plain, of)).first_logits, before.first_logits)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in deep.model.modules())
+
+
+def test_hooks_are_gone_after_an_error_too(deep: SimpleNamespace, monkeypatch) -> None:
+    of = job(deep)
+    for name, target in (("visionzip_50", "get_image_features"), ("fastv_50", "forward")):
+        decoder = pruned_decoder(of, name, monkeypatch)
+        given = prompts(deep, decoder, of)
+        with monkeypatch.context() as patch:
+            owner = deep.model if target == "get_image_features" else deep.model.model.language_model.norm
+            patch.setattr(owner, target, lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                decoder.start(*given)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in deep.model.modules())
+
+
+def test_random_tokens_are_the_rows_own_whatever_else_is_in_the_batch(deep: SimpleNamespace, monkeypatch) -> None:
+    of = job(deep, count=4)
+    with recorded("random_tokens", monkeypatch) as first:
+        baselines.answer("random_token_50", of)
+    turned = Job(of.engine, {key: values[::-1] for key, values in of.rows.items()})
+    with recorded("random_tokens", monkeypatch) as second:
+        baselines.answer("random_token_50", turned)
+    assert {tuple(kept.tolist()) for kept in first} == {tuple(kept.tolist()) for kept in second}
+    with recorded("random_tokens", monkeypatch) as third:
+        baselines.answer("random_token_50", Job(of.engine, of.rows, seed=1))
+    assert {tuple(kept.tolist()) for kept in first}.isdisjoint({tuple(kept.tolist()) for kept in third})
+
+
+def test_a_pruned_decoder_takes_no_second_turn(deep: SimpleNamespace, monkeypatch) -> None:
+    of = job(deep, count=1)
+    of.engine.decoder = pruned_decoder(of, "fastv_50", monkeypatch)
+    with pytest.raises(AwaresError, match=r"Engine\.answer"):
+        of.engine.run(of.rows["image"], of.rows["question"], forced=[None], call_bias=99.0)
+
+
+def test_a_row_without_an_image_is_answered_as_it_is(deep: SimpleNamespace, monkeypatch) -> None:
+    of = job(deep, count=2)
+    plain = of.engine.answer(of.rows["image"], of.rows["question"], "none")
+    for name in ("holov_50", "sparsevlm_50"):
+        of.engine.decoder = pruned_decoder(of, name, monkeypatch)
+        found = of.engine.answer(of.rows["image"], of.rows["question"], "none")
+        assert [one.answer for one in found] == [one.answer for one in plain]
+        assert all(one.visual_tokens == 0 for one in found)
+
+
+def test_several_images_of_a_row_are_pruned_each_or_together(deep: SimpleNamespace, monkeypatch) -> None:
+    """The view half+crops has two images: before the language model each keeps half, inside it half of all."""
+    of = job(deep, count=2)
+    for name in ("holov_50", "fastv_50"):
+        of.engine.decoder = pruned_decoder(of, name, monkeypatch)
+        found = of.engine.answer(of.rows["image"], of.rows["question"], "half+crops", crops=[("top",), ("left", "all")])
+        assert [len(one.turns[0].images) for one in found] == [2, 3]
+        plain = Engine(deep.model, deep.processor, max_new_tokens=2)
+        whole = plain.answer(of.rows["image"], of.rows["question"], "half+crops", crops=[("top",), ("left", "all")])
+        for one, other in zip(found, whole, strict=True):
+            assert abs(one.visual_tokens - other.visual_tokens / 2) <= 1.5
+
+
+def test_too_shallow_a_model_or_too_small_a_ratio_is_named(tiny: SimpleNamespace) -> None:
+    with pytest.raises(AwaresError, match=r"above 0\.5"):
+        baselines.answer("sparsevlm_50", job(tiny))
+    with pytest.raises(AwaresError, match="two or more"):
+        baselines.fastv_plan(0.5, 1)
+    assert len(baselines.answer("sparsevlm_70", job(tiny, count=2))) == 2
+
+
+# Controls of the policy
+
+
+def test_random_crops_call_where_the_policy_did_at_the_same_price(tiny: SimpleNamespace) -> None:
+    of = job(tiny, count=6)
+    wanted = [("top-left",), (), ("top", "center"), ("all",), ("left",), ("bottom-right", "top-right")]
+    columns = of.rows["image"], of.rows["question"]
+    made = of.engine.run(*columns, forced=wanted, row_ids=of.rows["id"])
+    done = baselines.answer("random_crop", Job(of.engine, of.rows, policy=made))
+    assert [one.row_id for one in done] == of.rows["id"]
+    for one, other in zip(done, made, strict=True):
+        assert list(map(crops.area, one.crops)) == list(map(crops.area, other.crops))
+        assert len(set(one.crops)) == len(one.crops)
+    assert sum(one.crops != other.crops for one, other in zip(done, made, strict=True)) >= 2
+    again = baselines.answer("random_crop", Job(of.engine, of.rows, policy=made))
+    assert [one.crops for one in again] == [one.crops for one in done]
+    other_seed = baselines.answer("random_crop", Job(of.engine, of.rows, policy=made, seed=5))
+    assert [one.crops for one in other_seed] != [one.crops for one in done]
+    with pytest.raises(AwaresError, match=r"Job\.policy"):
+        baselines.answer("random_crop", Job(of.engine, of.rows, policy=made[::-1]))
+    with pytest.raises(AwaresError, match=r"Job\.policy"):
+        baselines.answer("random_crop", of)
+
+
+def test_oracle_crops_are_the_target_crops_of_the_rows_labelled_hr(tiny: SimpleNamespace) -> None:
+    of = job(tiny, count=3)
+    labelled = of.rows | {"label": ["HR", "LR", "HR"], "target_crops": [["left"], ["all"], ["top", "center"]]}
+    done = baselines.answer("oracle_crop", Job(of.engine, labelled))
+    assert [one.crops for one in done] == [("left",), (), ("top", "center")]
+    assert [one.call_status for one in done] == ["forced", "none", "forced"]
+    with pytest.raises(AwaresError, match="label_rows"):
+        baselines.answer("oracle_crop", of)
+
+
+# The registry
+
+
+def test_names_hold_a_ratio_where_the_system_takes_one() -> None:
+    assert baselines.parse("visionzip_50") == (SYSTEMS["visionzip"], 0.5)
+    assert baselines.parse("random_token_36.4")[1] == pytest.approx(0.364)
+    assert baselines.parse("random_crop") == (SYSTEMS["random_crop"], None)
+    assert baselines.parse("fastv_100")[1] == 1.0
+
+
+@pytest.mark.parametrize("name, told", [("vision_zip_50", "visionzip_50, holov_50"), ("nosuch", "full, half")])
+def test_an_unknown_name_lists_the_names(name: str, told: str) -> None:
+    with pytest.raises(AwaresError, match=told):
+        baselines.parse(name)
+
+
+@pytest.mark.parametrize(
+    "name, told", [("fastv", "fastv_50"), ("fastv_0", "fastv_50"), ("holov_101", "holov_50"), ("full_50", "write full")]
+)
+def test_a_ratio_that_is_missing_wrong_or_not_wanted_is_named(name: str, told: str) -> None:
+    with pytest.raises(AwaresError, match=told):
+        baselines.parse(name)
+
+
+def test_the_issues_names_are_there() -> None:
+    for name in ("full", "half", "no_image", "sft", "awares", "random_crop", "oracle_crop"):
+        assert baselines.parse(name)[1] is None
+    assert {SYSTEMS[name].model for name in PRUNERS} == {"base"}
+    assert SYSTEMS["oracle_crop"].model == SYSTEMS["random_crop"].model == SYSTEMS["awares"].model == "awares"
+
+
+def test_base_and_policy_systems_are_the_engines_own(tiny: SimpleNamespace) -> None:
+    of = job(tiny, count=3)
+    columns = of.rows["image"], of.rows["question"]
+    for name, view in {"full": "full", "half": "half", "no_image": "none"}.items():
+        expected = of.engine.answer(*columns, view, row_ids=of.rows["id"])
+        assert [one.turns for one in baselines.answer(name, of)] == [one.turns for one in expected]
+    expected = of.engine.run(*columns, row_ids=of.rows["id"])
+    assert [one.turns for one in baselines.answer("awares", of)] == [one.turns for one in expected]
+
+
+def test_a_new_system_is_one_small_function(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "SYSTEMS", dict(SYSTEMS))
+
+    @baselines.system("pale", takes_ratio=True)
+    def pale(of: Job, ratio: float) -> list[Trajectory]:
+        dim = [ImageEnhance.Contrast(image).enhance(ratio) for image in of.rows["image"]]
+        return of.engine.answer(dim, of.rows["question"], row_ids=of.rows["id"])
+
+    of = job(tiny, count=2)
+    done = baselines.answer("pale_25", of)
+    assert [one.row_id for one in done] == of.rows["id"] and all(one.rtr == 1 for one in done)
+    with pytest.raises(AwaresError, match="pale_50"):
+        baselines.parse("nosuch")
+    with pytest.raises(AwaresError, match="already"):
+        baselines.system("pale")(pale)
+
+
+def test_a_decoder_of_its_own_does_not_stay_on_the_engine(deep: SimpleNamespace) -> None:
+    of = job(deep, count=1)
+    baselines.answer("holov_50", of)
+    assert type(of.engine.decoder) is Decoder
+    assert issubclass(VisionPruned, pruned_decode.Pruned) and issubclass(LayerPruned, pruned_decode.Pruned)
