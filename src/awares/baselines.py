@@ -145,7 +145,11 @@ def holov(job: Job, ratio: float) -> list[Trajectory]:
 @system("random_token", takes_ratio=True)
 def random_token(job: Job, ratio: float) -> list[Trajectory]:
     """The pruners' control: tokens drawn at random, by the row's id."""
-    return _before(job, lambda seen: _kept(seen, pruning.random_tokens(len(seen.scores), ratio, seen.name, job.seed)))
+
+    def draw(seen: Seen) -> Selection:
+        return _kept(seen, pruning.random_tokens(len(seen.features), ratio, seen.name, job.seed))
+
+    return _before(job, draw, attention=False)
 
 
 # Training-free pruning inside the language model
@@ -219,18 +223,18 @@ def _two_turns(job: Job, forced: list[tuple[str, ...]] | None) -> list[Trajector
     return job.engine.run(*columns, forced=forced, call_bias=job.call_bias, row_ids=job.rows["id"])
 
 
-def _before(job: Job, select: Callable[[Seen], Selection]) -> list[Trajectory]:
-    return _with_decoder(job, VisionPruned, select)
+def _before(job: Job, select: Callable[[Seen], Selection], attention: bool = True) -> list[Trajectory]:
+    return _with_decoder(job, VisionPruned, select, attention)
 
 
 def _inside(job: Job, plan: Callable[[int], Plan]) -> list[Trajectory]:
     return _with_decoder(job, LayerPruned, plan)
 
 
-def _with_decoder(job: Job, kind: Callable[..., Decoder], how: Any) -> list[Trajectory]:
+def _with_decoder(job: Job, kind: Callable[..., Decoder], *how: Any) -> list[Trajectory]:
     """The full view through a decoder of its own; model, batches and limits are those of the job's engine."""
     engine, plain = copy.copy(job.engine), job.engine.decoder
-    engine.decoder = kind(plain.model, plain.processor, plain.max_new_tokens, how)
+    engine.decoder = kind(plain.model, plain.processor, plain.max_new_tokens, *how)
     return _one_turn(job, engine, "full")
 
 

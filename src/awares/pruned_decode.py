@@ -45,7 +45,7 @@ class Pruned(Decoder):
 
 @dataclass(frozen=True)
 class Seen:
-    """One image after the vision tower, N visual tokens in raster order."""
+    """One image after the vision tower, N visual tokens in raster order; the last block's part is empty if not asked."""
 
     features: Tensor  # (N, width), what the language model would get
     scores: Tensor  # (N,), attention received in the last block, pooled over each merge group
@@ -54,7 +54,10 @@ class Seen:
 
 
 class VisionPruned(Pruned):
-    """Leaves out what ``select`` does not keep of each image, before the language model sees it."""
+    """Leaves out what ``select`` does not keep of each image, before the language model sees it.
+
+    ``attention=False``: ``select`` does not need the last block, which then costs nothing.
+    """
 
     def __init__(
         self,
@@ -62,9 +65,10 @@ class VisionPruned(Pruned):
         processor: ImageOnlyProcessor,
         max_new_tokens: int,
         select: Callable[[Seen], Selection],
+        attention: bool = True,
     ) -> None:
         super().__init__(model, processor, max_new_tokens)
-        self.select = select
+        self.select, self.attention = select, attention
 
     @torch.no_grad()
     def start(
@@ -75,22 +79,28 @@ class VisionPruned(Pruned):
         names: Sequence[str] | None = None,
     ) -> Output:
         """Generate as `Decoder.start` does, from the visual tokens that are kept."""
-        ids, mask, types = self._pad(rows)
-        visual = self.model.model.visual
-        with last_block(visual) as tapped:
-            features, grids = self._encode(images)
         titles = [f"{names[b] if names else b}/{n}" for b, row in enumerate(images) for n in range(len(row))]
-        views = look(visual, tapped, torch.cat(grids), features, titles) if features else []
+        views, grids = self._see(images, titles)
         chosen = [self.select(view) for view in views]
+        ids, mask, types = self._pad(rows)
         keep = mask.bool()
-        keep[types.bool()] = _kept_flags(chosen, features).to(keep.device)
-        state = self._shorten(State(ids, mask, types, [list(row) for row in images], grids, self._cache()), keep)
+        keep[types.bool()] = torch.cat([torch.zeros(0).to(keep), *map(_kept_flags, chosen, views)])
+        cache = DynamicCache(config=self.model.config)
+        state = self._shorten(State(ids, mask, types, [list(row) for row in images], grids, cache), keep)
         output = self._generate(state, [one.vectors for one in chosen], call_bias)
         output.kept = [Kept(count, float(count)) for count in state.types.sum(dim=1).tolist()]
         return output
 
-    def _cache(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config)
+    def _see(self, images: Sequence[list[Image]], titles: Sequence[str]) -> tuple[list[Seen], list[Tensor]]:
+        """A view of every image, in order; and every row's grids."""
+        visual = self.model.model.visual
+        with last_block(visual) as tapped:
+            features, grids = self._encode(images)
+        if self.attention and features:
+            scores, keys = look(visual, tapped, torch.cat(grids), [len(one) for one in features])
+        else:
+            scores = keys = [torch.empty(0)] * len(features)
+        return [Seen(*one) for one in zip(features, scores, keys, titles, strict=True)], grids
 
     def _shorten(self, state: State, keep: Tensor) -> State:
         """The tokens ``keep`` (B, T) of ``state``, each at its position in the full sequence."""
@@ -121,28 +131,26 @@ def last_block(visual: Any) -> Iterator[dict[str, Any]]:
 
 
 def look(
-    visual: Any, tapped: Mapping[str, Any], grids: Tensor, features: Sequence[Tensor], names: Sequence[str]
-) -> list[Seen]:
-    """What a pruner may see of each image. ``tapped``: of `last_block`; ``grids`` (images, 3)."""
+    visual: Any, tapped: Mapping[str, Any], grids: Tensor, counts: Sequence[int]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Scores and keys of `Seen` for each image. ``tapped``: of `last_block`; ``grids`` (images, 3); ``counts``: N of each."""
     attention, unit = visual.blocks[-1].attn, visual.spatial_merge_unit
     query, key, _ = tapped["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # (S, heads, head_dim)
     turned = apply_rotary_pos_emb_vision(query, key, *tapped["position_embeddings"])
-    scores = pruning.received(*turned, tapped["cu_seqlens"].diff().tolist(), attention.scaling)
+    received = pruning.received(*turned, tapped["cu_seqlens"].diff().tolist(), attention.scaling)
     order, _ = get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, visual.patch_size)
-    counts = [len(one) for one in features]
-    parts = [
-        pruning.raster_order(pruning.pool_groups(values, unit), order).split(counts)
-        for values in (scores, key.float().mean(dim=1))
-    ]
-    return [Seen(*one) for one in zip(features, *parts, names, strict=True)]
+    scores, keys = (
+        pruning.raster_order(pruning.pool_groups(values, unit), order).split(list(counts))
+        for values in (received, key.float().mean(dim=1))
+    )
+    return scores, keys
 
 
-def _kept_flags(chosen: Sequence[Selection], features: Sequence[Tensor]) -> Tensor:
-    """One flag for each visual token of all images, in order."""
-    flags = [torch.zeros(len(one), dtype=torch.bool, device=one.device) for one in features]
-    for flag, selection in zip(flags, chosen, strict=True):
-        flag[selection.kept] = True
-    return torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool)
+def _kept_flags(selection: Selection, view: Seen) -> Tensor:
+    """One flag for each visual token of an image."""
+    flags = torch.zeros(len(view.features), dtype=torch.bool, device=view.features.device)
+    flags[selection.kept] = True
+    return flags
 
 
 # Inside the language model
