@@ -4,6 +4,7 @@ import html
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,11 @@ def load_paper(path: str | Path = FILE) -> Paper:
     slip or a count of lost cells that does not fit the cells.
     """
     file = find_file(Path(path))
+    return _parsed(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _parsed(file: Path, _changed: int) -> Paper:
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # text as printed: 79.70, not 79.7
     except yaml.YAMLError as error:
@@ -148,7 +154,9 @@ def _rows(place: str, found: Mapping[str, Any], units: Mapping[str, str]) -> dic
     keys = [index for index, unit in enumerate(units.values()) if unit == "name"]
     for number, cells in enumerate(found["cells"], start=1):
         if not isinstance(cells, list) or len(cells) != len(units):
-            raise AwaresValueError(f"{place}, row {number} ({_start(cells)}): {len(units)} cells wanted, {_size(cells)}")
+            raise AwaresValueError(
+                f"{place}, row {number} ({_start(cells)}): {len(units)} cells wanted, {_size(cells)}"
+            )
         printed = tuple(None if cell in LOST else cell for cell in cells)
         name = " / ".join(str(printed[index]) for index in keys)
         for column, cell in zip(units, printed, strict=True):
