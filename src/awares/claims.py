@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import pandas as pd
@@ -237,6 +238,9 @@ def _policies(name: str, raw: Any) -> dict[str, dict[str, str]]:
             raise AwaresValueError(f"{name}, policy {policy}: a mapping of {', '.join(KINDS)} to paths is wanted")
         if unknown := set(paths) - {*KINDS, "judge"}:
             raise AwaresValueError(f"{name}, policy {policy}: unknown key {', '.join(sorted(unknown))}")
+        for path in paths.values():
+            if unknown := {part for _, part, _, _ in Formatter().parse(path) if part} - {"seed", "main"}:
+                raise AwaresValueError(f"{name}, policy {policy}: unknown part {{{unknown.pop()}}} in {path}")
     return raw
 
 
