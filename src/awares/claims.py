@@ -12,7 +12,7 @@ Kinds, with S(p) the measure of policy p (awares.measures):
     order        the smallest step S(of[i]) - S(of[i+1]) down the list
     closer       |S(b) - S(to)| - |S(a) - S(to)|: how much nearer a is to `to` than b is
     correlation  of measures x and y over the rows of a
-    cell         one cell of a published table of ours, with the interval that stands beside it
+    cell         one cell of a csv below reports/<profile>, with the interval that stands beside it
     cell_ratio   two of them, a / b, the interval from the ends of theirs
 """
 
@@ -153,8 +153,8 @@ def decide(claim: Claim, runs: Runs) -> Finding:
 
 
 def _from_cells(claim: Claim, params: Params) -> Finding:
-    """From reports/<profile>/tables; the interval of column c stands in c_low and c_high."""
-    file = params.report_dir() / "tables" / f"{claim.table}.csv"
+    """From a csv below reports/<profile>; the interval of column c stands in c_low and c_high."""
+    file = params.report_dir() / claim.table
     if not file.is_file():
         raise MissingRows(f"{file.relative_to(params.root) if file.is_relative_to(params.root) else file} is not there")
     table = pd.read_csv(file)
