@@ -121,7 +121,7 @@ def test_bootstrap_is_seeded_and_independent_of_the_memory_bound():
     values = np.random.default_rng(0).random(300)
     assert metrics.bootstrap_interval(values, 1) == metrics.bootstrap_interval(values, 1)
     assert metrics.bootstrap_interval(values, 1) != metrics.bootstrap_interval(values, 2)
-    whole, parts = (metrics._resampled_means(values, 1, 50, None, memory)[1] for memory in (10**6, 700))
+    whole, parts = (metrics.resampled_means(values, 1, 50, None, memory)[1] for memory in (10**6, 700))
     assert np.array_equal(whole, parts)
 
 
@@ -148,6 +148,20 @@ def test_paired_bootstrap_of_equals():
         metrics.paired_bootstrap([1.0], [1.0, 0.0], 0)
     with pytest.raises(AwaresError, match="no rows"):
         metrics.bootstrap_interval([], 0)
+
+
+def test_a_resampled_share_is_that_of_the_rows_that_count():
+    values, wholes = [1, 0, 0, 1, 0], [1, 0, 1, 1, 0]
+    share, draws = metrics.resampled_means(values, 0, 500, wholes=wholes)
+    assert share == pytest.approx(2 / 3) and np.isnan(draws).any()  # now and then no drawn row counts
+    rng = np.random.default_rng(0).integers(0, 5, (500, 5))
+    with np.errstate(invalid="ignore"):
+        expected = np.array(values)[rng].sum(1) / np.array(wholes)[rng].sum(1)
+    assert np.array_equal(draws, expected, equal_nan=True)
+    scores = np.random.default_rng(1).random(200)
+    mean, plain = metrics.resampled_means(scores, 3, 100)
+    same, counted = metrics.resampled_means(scores, 3, 100, wholes=np.ones(200))
+    assert mean == pytest.approx(same) and plain == pytest.approx(counted)
 
 
 # Diagnostics

@@ -301,7 +301,7 @@ def load_params(
 
     Raises AwaresError naming the dotted key and the allowed values.
     """
-    file = _find(Path(path))
+    file = find_file(Path(path))
     raw = _read_yaml(file)
     profile = profile or _check("profile", raw.get("profile"), str, {})
     variants = _mapping("variants", raw.get("variants"))
@@ -344,7 +344,8 @@ def parse_overrides(overrides: str | Mapping[str, Any] | None) -> dict[str, Any]
     return dict(_mapping("overrides", overrides))
 
 
-def _find(path: Path) -> Path:
+def find_file(path: Path) -> Path:
+    """A relative ``path`` in the working folder or the nearest folder above that has it; AwaresError if none does."""
     folders = [Path.cwd(), *Path.cwd().parents] if not path.is_absolute() else [path.parent]
     for folder in folders:
         if (folder / path).is_file():

@@ -40,24 +40,37 @@ def cdp_diagnostics(
     labels: Sequence[str], crops: Sequence[Crops], oracle_crops: Sequence[Crops], relaxed_iou: float = 0.25
 ) -> CdpDiagnostics:
     """Diagnostics of the first-turn action; one label (LR/HR), requested set and oracle set per row (PAPER §5)."""
+    parts = decision_parts(labels, crops, oracle_crops, relaxed_iou)
+    shares = {name: _share(part.sum(), whole.sum()) for name, (part, whole) in parts.items()}
+    return CdpDiagnostics(n=len(labels), calls=sum(bool(asked) for asked in crops), **shares)
+
+
+def decision_parts(
+    labels: Sequence[str], crops: Sequence[Crops], oracle_crops: Sequence[Crops], relaxed_iou: float = 0.25
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every share of `CdpDiagnostics` as what each row adds to its numerator and to its denominator, (N,) each.
+
+    So a share can be resampled row by row. Raises AwaresError for no rows and for another label than LR or HR.
+    """
     rows = list(zip(labels, crops, oracle_crops, strict=True))
     if not rows or any(name not in ("LR", "HR") for name in labels):
         raise AwaresValueError("CDP diagnostics need at least one row, each labelled LR or HR")
-    hits = [(set(asked), set(wanted)) for name, asked, wanted in rows if asked and name == "HR"]
-    calls, hr = sum(bool(asked) for asked in crops), sum(name == "HR" for name in labels)
-    precision, recall = _share(len(hits), calls), _share(len(hits), hr)
-    return CdpDiagnostics(
-        n=len(rows),
-        calls=calls,
-        call_rate=_share(calls, len(rows)),
-        precision=precision,
-        recall=recall,
-        f1=_share(2 * len(hits), calls + hr),
-        fpr=_share(calls - len(hits), len(rows) - hr),
-        exact=_share(sum(asked == wanted for asked, wanted in hits), len(hits)),
-        relaxed=_share(sum(region_iou(asked, wanted) >= relaxed_iou for asked, wanted in hits), len(hits)),
-        area=_share(sum(union_area(tuple(asked)) for asked in crops if asked), calls),
-    )
+    hr = np.array([name == "HR" for name in labels], float)
+    call = np.array([bool(asked) for asked in crops], float)
+    hit = hr * call
+    exact = np.array([name == "HR" and bool(asked) and set(asked) == set(wanted) for name, asked, wanted in rows])
+    near = [name == "HR" and bool(asked) and region_iou(asked, wanted) >= relaxed_iou for name, asked, wanted in rows]
+    area = np.array([union_area(tuple(asked)) if asked else 0.0 for asked in crops])
+    return {
+        "call_rate": (call, np.ones(len(rows))),
+        "precision": (hit, call),
+        "recall": (hit, hr),
+        "f1": (2 * hit, call + hr),
+        "fpr": (call - hit, 1 - hr),
+        "exact": (exact.astype(float), hit),
+        "relaxed": (np.array(near, float), hit),
+        "area": (area, call),
+    }
 
 
 def region_iou(asked: Iterable[str], wanted: Iterable[str]) -> float:
@@ -78,7 +91,7 @@ def _ordered(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _share(part: float, whole: float) -> float:
-    return float(part) / whole if whole else float("nan")
+    return float(part) / float(whole) if whole else float("nan")
 
 
 def format_table(statuses: Mapping[str, Sequence[str]]) -> pd.DataFrame:

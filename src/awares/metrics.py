@@ -206,7 +206,7 @@ def bootstrap_interval(
     With ``groups`` (one name per row) the statistic is the mean of the groups' means, resampled inside each group: that
     is the average over benchmarks. Raises AwaresError for no rows.
     """
-    mean, draws = _resampled_means(values, seed, n, groups)
+    mean, draws = resampled_means(values, seed, n, groups)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high), len(values))
 
@@ -225,30 +225,49 @@ def paired_bootstrap(
     """
     if len(a) != len(b):
         raise AwaresValueError(f"paired bootstrap needs the same rows twice, not {len(a)} and {len(b)}")
-    mean, draws = _resampled_means(np.asarray(a, float) - np.asarray(b, float), seed, n, groups)
+    mean, draws = resampled_means(np.asarray(a, float) - np.asarray(b, float), seed, n, groups)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
     p = min(1.0, 2 * (tail + 1) / (n + 1))  # never 0: the observed sample is one of the draws
     return Difference(mean, float(low), float(high), len(a), p)
 
 
-def _resampled_means(
-    values: Any, seed: int, n: int, groups: Sequence[str] | None, memory: int = 4_000_000
+def resampled_means(
+    values: Any,
+    seed: int,
+    n: int,
+    groups: Sequence[str] | None = None,
+    memory: int = 4_000_000,
+    wholes: Any = None,
 ) -> tuple[float, np.ndarray]:
-    """The statistic, and its ``n`` resamples (n,). ``memory`` bounds the drawn indices held at once."""
+    """The statistic behind every interval, and its ``n`` resamples (n,): the mean of ``values``, ``groups`` as above.
+
+    With ``wholes`` (one number per row, >= 0) it is sum(values) / sum(wholes), a share among the rows that count, and
+    nan where no drawn row counts. The same seed draws the same rows, whatever the values. ``memory`` bounds the drawn
+    indices held at once.
+    """
     array = np.asarray(values, dtype=float)
     if not len(array):
         raise AwaresValueError("no rows to resample: an empty list of scores has no interval")
+    weights = None if wholes is None else np.asarray(wholes, dtype=float)
     names = np.zeros(len(array)) if groups is None else np.asarray(groups)
     rng = np.random.default_rng(seed)
     means, draws = [], np.zeros(n)
-    members = [array[names == name] for name in sorted(set(names.tolist()))]
+    members = [np.flatnonzero(names == name) for name in sorted(set(names.tolist()))]
     for member in members:
         step = max(1, memory // len(member))
         drawn = [
-            member[rng.integers(0, len(member), (min(step, n - start), len(member)))].mean(axis=1)  # (step, rows)
+            _mean(array, weights, member[rng.integers(0, len(member), (min(step, n - start), len(member)))])
             for start in range(0, n, step)
         ]
         draws += np.concatenate(drawn) / len(members)
-        means.append(member.mean())
+        means.append(_mean(array, weights, member))
     return float(np.mean(means)), draws
+
+
+def _mean(values: np.ndarray, wholes: np.ndarray | None, rows: np.ndarray) -> Any:
+    """Over the last axis of the indices ``rows``."""
+    if wholes is None:
+        return values[rows].mean(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return values[rows].sum(axis=-1) / wholes[rows].sum(axis=-1)

@@ -1,0 +1,401 @@
+"""Verdicts follow from effect and interval alone, on rows that stages wrote; what is not there leaves a claim undecided."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from awares import claims, data, diagnostics, evaluation, records
+from awares.config import TASKS, AwaresError, find_file, load_params
+from awares.measures import Runs
+from awares.rollout import Trajectory, Turn
+
+PER_TASK = 20
+POLICIES = {
+    "full": {"evaluation": "evaluation/main-s{main}/trajectories/full.jsonl"},
+    "awares": {
+        "evaluation": "evaluation/main-s{seed}/trajectories/awares.jsonl",
+        "validation": "grpo/main-s{seed}/validation.jsonl",
+    },
+    "sft": {"validation": "sft/main-s{seed}/validation.jsonl"},
+    "oracle": {"validation": "curation/validation/dataset"},
+    "pruner": {"evaluation": "systems/pruner/scores.csv"},
+    "judge_anls": {"curation": "curation/train/dataset", "judge": "anls"},
+    "judge_other": {"curation": "curation/train/dataset", "judge": "other"},
+}
+CLAIM = {"id": "x", "claim": "words", "section": "4.5", "tables": ["table1"], "quantity": "words", "margin": 0}
+ACCURACY = {"kind": "difference", "measure": "accuracy", "a": "awares", "b": "full"}
+
+
+def row(name, source, split):
+    image = Image.new("RGB", (56, 56))
+    boxes = {"question_boxes": [], "answer_boxes": [[0, 0, 400, 400]]}
+    return {"id": name, "image": image, "question": "q?", "answers": ["yes"], "source": source, **boxes, "split": split}
+
+
+def trajectory(name, right, crops=(), status="none", tokens=16, text="yes"):
+    turns = (Turn("user", "q", ((28, 28),), tokens, 9), Turn("assistant", text, (), 0, 2))
+    return Trajectory(name, "yes" if right else "no", tuple(crops), status, turns, tokens, 64, 0.1, 1.0)
+
+
+class World:
+    """Runs and reports in a folder of their own, as the stages would leave them."""
+
+    def __init__(self, folder):
+        paths = {"paths.runs": str(folder / "runs"), "paths.reports": str(folder / "reports")}
+        self.params = load_params("mini", overrides={**paths, "evaluation.bootstrap": 500})
+        self.folder, self.runs = folder, folder / "runs" / "mini"
+        made = [row(f"{task}-{n}", task, "evaluation") for n in range(PER_TASK) for task in TASKS]
+        self.rows = data.from_rows(made)
+        data.save_rows(self.rows, self.runs / "data" / "evaluation")
+
+    def policy(self, path, marks, **more):
+        """Answers to the evaluation rows; ``marks``: right or wrong, one per row."""
+        done = [trajectory(name, mark, **more) for name, mark in zip(self.rows["id"], marks, strict=True)]
+        records.write_records(self.runs / path, [one.to_dict() for one in done])
+        return done
+
+    def curated(self, split, labels, target, verdicts=()):
+        made = data.from_rows(row(f"{split}-{n}", "chartqa", split) for n in range(len(labels)))
+        made = made.add_column("label", labels).add_column("target_crops", target)
+        for judge, values in dict(verdicts).items():
+            made = made.add_column(f"verdict_{judge}", values)
+        data.save_rows(made, self.runs / "curation" / split / "dataset")
+
+    def turns(self, path, requests, statuses):
+        done = zip(requests, statuses, strict=True)
+        made = [trajectory(f"validation-{n}", True, crops, status) for n, (crops, status) in enumerate(done)]
+        records.write_records(self.runs / path, [one.to_dict() for one in made])
+
+    def decide(self, **claim):
+        """The one line of claims_table for a claim of these keys."""
+        file = self.folder / "claims.yaml"
+        file.write_text(yaml.safe_dump({"policies": POLICIES, "claims": [{**CLAIM, **claim}]}), encoding="utf-8")
+        return claims.claims_table(self.params, file).squeeze()
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def marks(share, seed=0):
+    return np.random.default_rng(seed).random(PER_TASK * len(TASKS)) < share
+
+
+# The verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "holds", "margin", "expected"),
+    [
+        (0.1, 2.0, "above", 0, "holds"),
+        (-2.0, -0.1, "above", 0, "does not hold"),
+        (-0.1, 2.0, "above", 0, "undecided"),
+        (0.0, 2.0, "above", 0, "undecided"),  # the margin itself is not left out
+        (-0.4, 2.0, "above", -0.5, "holds"),
+        (-2.0, -0.1, "below", 0, "holds"),
+        (0.1, 2.0, "below", 0, "does not hold"),
+        (0.3, 0.3, "below", 0.3, "undecided"),
+        (-0.9, 0.9, "within", 1, "holds"),
+        (-1.1, 0.9, "within", 1, "undecided"),
+        (1.1, 3.0, "within", 1, "does not hold"),
+        (-3.0, -1.1, "within", 1, "does not hold"),
+        (-3.0, 3.0, "within", 1, "undecided"),
+        (np.nan, np.nan, "above", 0, "undecided"),
+        (np.nan, np.nan, "within", 1, "undecided"),
+    ],
+)
+def test_verdict_from_interval_side_and_margin(low, high, holds, margin, expected):
+    assert claims.verdict(low, high, holds, margin) == expected
+
+
+def test_a_difference_holds_fails_or_stays_open(world):
+    world.policy("evaluation/main-s1/trajectories/full.jsonl", marks(0.5))
+    world.policy("evaluation/main-s1/trajectories/awares.jsonl", marks(0.9, 1))
+    found = world.decide(**ACCURACY, holds="above")
+    assert (found.verdict, found.seeds, found.note) == ("holds", 1, "") and found.effect > found.low > 0
+    assert world.decide(**ACCURACY, holds="below").verdict == "does not hold"
+    assert world.decide(**{**ACCURACY, "margin": float(found.effect)}, holds="above").verdict == "undecided"
+    assert world.decide(**{**ACCURACY, "benchmarks": ["pope"]}, holds="above").effect != found.effect
+
+
+def test_the_interval_is_that_of_the_differences_table(world):
+    full = world.policy("evaluation/main-s1/trajectories/full.jsonl", marks(0.8))
+    mine = world.policy("evaluation/main-s1/trajectories/awares.jsonl", marks(0.7, 1))
+    scores = pd.concat([evaluation.scored(n, world.rows, d) for n, d in (("full", full), ("awares", mine))])
+    expected = evaluation.compare(scores, [("awares", "full")], world.params.evaluation).squeeze()
+    found = world.decide(**ACCURACY, holds="above")
+    assert (found.effect, found.low, found.high) == pytest.approx((expected.difference, expected.low, expected.high))
+
+
+def test_what_has_not_been_run_is_undecided_and_named(world):
+    world.policy("evaluation/main-s1/trajectories/full.jsonl", marks(0.5))
+    found = world.decide(**ACCURACY, holds="above")
+    assert (found.verdict, found.seeds) == ("undecided", 0) and np.isnan([found.effect, found.low, found.high]).all()
+    assert found.note.endswith("evaluation/main-s1/trajectories/awares.jsonl is not there")
+
+
+def test_seeds_in_common_are_pooled_and_widen_the_interval(world):
+    world.policy("evaluation/main-s1/trajectories/full.jsonl", marks(0.7))
+    for seed, share in ((1, 0.7), (2, 0.95), (3, 0.45)):
+        world.policy(f"evaluation/main-s{seed}/trajectories/awares.jsonl", marks(share))
+    found = world.decide(**ACCURACY, holds="above")
+    one_by_one = [100 * (marks(share).mean() - marks(0.7).mean()) for share in (0.7, 0.95, 0.45)]
+    assert found.seeds == 3 and found.effect == pytest.approx(np.mean(one_by_one))
+    assert found.high - found.low > 15  # rows alone would leave a few points: the seeds differ by fifty
+    assert found.verdict == "undecided"
+
+
+def test_only_seeds_that_both_have_count(world):
+    world.curated("validation", ["HR", "LR"] * 10, [["top"], []] * 10)
+    for seed in (1, 2):
+        world.turns(f"grpo/main-s{seed}/validation.jsonl", [["top"], []] * 10, ["valid", "none"] * 10)
+    calls = {"kind": "difference", "measure": "call_rate", "a": "awares", "b": "sft", "holds": "below"}
+    world.turns("sft/main-s3/validation.jsonl", [["top"]] * 20, ["valid"] * 20)
+    assert "no training seed in common" in world.decide(**calls).note
+    world.turns("sft/main-s2/validation.jsonl", [["top"]] * 20, ["valid"] * 20)
+    found = world.decide(**calls)
+    assert (found.seeds, found.effect, found.verdict) == (1, -50, "holds")
+    assert world.decide(**{**calls, "b": "oracle"}).seeds == 2  # the oracle was not trained
+
+
+# The kinds
+
+
+def test_rtr_and_the_worst_of_several(world):
+    world.policy("evaluation/main-s1/trajectories/full.jsonl", marks(1), tokens=64)
+    world.policy("evaluation/main-s1/trajectories/awares.jsonl", marks(1), tokens=32, text="a long answer")
+    pruner = evaluation.scored("pruner", world.rows, world.policy("x.jsonl", marks(1), tokens=48))
+    (world.runs / "systems" / "pruner").mkdir(parents=True)
+    pruner.to_csv(world.runs / "systems" / "pruner" / "scores.csv", index=False)
+    both = {"kind": "difference", "measure": "rtr", "a": "awares", "b": ["full", "pruner"]}
+    assert world.decide(**both, holds="below").effect == -0.25  # the thriftiest is the hardest to undercut
+    assert world.decide(**both, holds="above").effect == -0.5
+    assert world.decide(kind="level", measure="rtr", a="awares", holds="below", margin=0.51).verdict == "holds"
+    length = {"kind": "ratio", "measure": "characters", "a": "awares", "holds": "above", "margin": 2}
+    assert world.decide(**length, b="full").effect == pytest.approx(13 / 3)
+    assert world.decide(**length, b="pruner").note.endswith("systems/pruner/scores.csv does not tell characters")
+
+
+def decisions(world):
+    rng = np.random.default_rng(4)
+    labels = rng.choice(["LR", "HR"], 60).tolist()
+    target = [[["top"], ["left"], ["all"]][n % 3] if name == "HR" else [] for n, name in enumerate(labels)]
+    options = [[], ["top"], ["left"], ["bottom-right"], ["all"]]
+    requests = [options[n] for n in rng.integers(0, 5, 60)]
+    world.curated("validation", labels, target)
+    statuses = [("valid" if n % 4 else "recovered") if names else "none" for n, names in enumerate(requests)]
+    world.turns("grpo/main-s1/validation.jsonl", requests, statuses)
+    return labels, requests, target
+
+
+def test_levels_are_the_diagnostics(world):
+    labels, requests, target = decisions(world)
+    expected = dataclasses.asdict(diagnostics.cdp_diagnostics(labels, requests, target))
+    level = {"kind": "level", "a": "awares", "holds": "above"}
+    for name in ("call_rate", "precision", "recall", "f1", "fpr", "exact", "relaxed", "area"):
+        found = world.decide(**level, measure=name)
+        assert found.effect == pytest.approx(expected[name] * (1 if name == "area" else 100))
+        assert found.low < found.effect < found.high
+    calls = [names for names in requests if names]
+    assert world.decide(**level, measure="whole_of_calls").effect == pytest.approx(
+        100 * calls.count(["all"]) / len(calls)
+    )
+    assert world.decide(**level, measure="whole_image").effect == pytest.approx(100 * calls.count(["all"]) / 60)
+    done = evaluation.load_trajectories(world.runs / "grpo/main-s1/validation.jsonl")
+    form = evaluation.form_table({"awares": done}).valid.item()
+    assert world.decide(**level, measure="valid").effect == pytest.approx(form) and form < 100
+    assert world.decide(**{**level, "a": "oracle"}, measure="hr").effect == pytest.approx(100 * labels.count("HR") / 60)
+    assert "does not tell valid" in world.decide(**{**level, "a": "oracle"}, measure="valid").note
+
+
+def test_correlation_of_call_and_label(world):
+    labels, requests, _ = decisions(world)
+    related = {"kind": "correlation", "x": "call_rate", "y": "hr", "holds": "above"}
+    call, hr = np.array([bool(names) for names in requests]), np.array([name == "HR" for name in labels])
+    found = world.decide(**related, a="awares")
+    assert found.effect == pytest.approx(np.corrcoef(call, hr)[0, 1]) and found.verdict == "undecided"
+    perfect = world.decide(**related, a="oracle")
+    assert (perfect.effect, perfect.verdict) == (pytest.approx(1), "holds")
+
+
+def test_order_and_closer(world):
+    world.curated("validation", ["HR"] * 8 + ["LR"] * 32, [["top"]] * 8 + [[]] * 32)
+    for path, calls in (("sft/main-s1", 30), ("grpo/main-s1", 12)):
+        requests = [["top"]] * calls + [[]] * (40 - calls)
+        world.turns(f"{path}/validation.jsonl", requests, ["valid"] * calls + ["none"] * (40 - calls))
+    steps = {"kind": "order", "measure": "call_rate", "holds": "above"}
+    found = world.decide(**steps, of=["sft", "awares", "oracle"])
+    assert (found.effect, found.verdict) == (10, "holds")
+    assert world.decide(**steps, of=["oracle", "awares", "sft"]).verdict == "does not hold"
+    near = {"kind": "closer", "measure": "call_rate", "to": "oracle", "holds": "above"}
+    assert world.decide(**near, a="awares", b="sft").effect == pytest.approx(55 - 10)
+    assert world.decide(**near, a="sft", b="awares").verdict == "does not hold"
+
+
+def test_agreement_of_judges(world):
+    labels = ["HR", "LR", "LR", "HR"] * 10
+    verdicts = {"anls": [2, 0, 2, 0] * 10, "other": [2, 1, 0, 2] * 10}
+    world.curated("train", labels, [["top"] if name == "HR" else [] for name in labels], verdicts)
+    agree = {"kind": "level", "measure": "agreement", "holds": "above", "margin": 95}
+    assert world.decide(**agree, a="judge_anls").effect == 50
+    perfect = world.decide(**agree, a="judge_other")
+    assert (perfect.low, perfect.high, perfect.verdict) == (100, 100, "holds")
+
+
+def test_a_policy_that_never_calls_decides_nothing_about_its_calls(world):
+    world.curated("validation", ["HR", "LR"] * 10, [["top"], []] * 10)
+    world.turns("grpo/main-s1/validation.jsonl", [[]] * 20, ["none"] * 20)
+    found = world.decide(kind="level", measure="precision", a="awares", holds="above")
+    assert found.verdict == "undecided" and np.isnan(found.effect) and "too few rows" in found.note
+    world.turns("sft/main-s1/validation.jsonl", [["top"]] + [[]] * 19, ["valid"] + ["none"] * 19)
+    once = world.decide(kind="level", measure="precision", a="sft", holds="above")
+    assert once.verdict == "undecided" and once.effect == 100 and np.isnan(once.low)
+
+
+def test_cells_of_our_own_tables(world):
+    file = world.params.report_dir() / "latency" / "table5_latency.csv"
+    faster = {
+        "kind": "cell_ratio",
+        "table": "latency/table5_latency.csv",
+        "column": "seconds",
+        "holds": "above",
+        "margin": 1,
+    }
+    faster |= {"row": {"system": "visionthink", "batch": 1}, "over": {"system": "awares", "batch": 1}}
+    assert world.decide(**faster).note.endswith("latency/table5_latency.csv is not there")
+    file.parent.mkdir(parents=True)
+    table = pd.DataFrame(
+        [("awares", 1, 0.5, 0.4, 0.6), ("awares", "best", 0.1, 0.1, 0.1), ("visionthink", 1, 2.0, 1.5, 2.5)],
+        columns=["system", "batch", "seconds", "seconds_low", "seconds_high"],
+    )
+    table.to_csv(file, index=False)
+    found = world.decide(**faster)
+    assert (found.effect, found.low, found.high) == pytest.approx((4, 2.5, 6.25)) and found.verdict == "holds"
+    one = {**faster, "kind": "cell", "row": {"system": "awares", "batch": "best"}, "holds": "below"}
+    assert world.decide(**{key: value for key, value in one.items() if key != "over"}).verdict == "holds"
+    assert "has no seconds for system half" in world.decide(**{**faster, "row": {"system": "half"}}).note
+    with pytest.raises(AwaresError, match="2 rows for system awares, one wanted"):
+        world.decide(**{**faster, "over": {"system": "awares"}})
+    with pytest.raises(AwaresError, match="table5_latency.csv: column millis, millis_low, millis_high missing"):
+        world.decide(**{**faster, "column": "millis"})
+
+
+# Files that are there and are wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="rtr"), "scores.csv: column rtr missing; scores have benchmark, row_id, score, rtr"),
+        (lambda t: t.assign(score=2.0), "scores.csv, row chartqa-0: score is 2.0, not a number from 0 to 1"),
+        (lambda t: t.assign(rtr=np.nan), "scores.csv, row chartqa-0: rtr is nan"),
+        (lambda t: t.assign(rtr="much"), "scores.csv, row chartqa-0: rtr is much"),
+        (lambda t: pd.concat([t, t.head(1)]), "scores.csv: row chartqa-0 stands twice"),
+        (lambda t: t.iloc[::-1], "hold different rows"),
+        (lambda t: t.head(3), "hold different rows"),
+    ],
+)
+def test_malformed_scores_are_errors(world, change, message):
+    done = world.policy("evaluation/main-s1/trajectories/full.jsonl", marks(1))
+    file = world.runs / "systems" / "pruner" / "scores.csv"
+    file.parent.mkdir(parents=True)
+    change(evaluation.scored("pruner", world.rows, done)).to_csv(file, index=False)
+    with pytest.raises(AwaresError, match=message):
+        world.decide(kind="difference", measure="rtr", a="full", b="pruner", holds="above")
+
+
+def test_other_malformed_inputs_are_errors(world):
+    file = world.runs / "systems" / "pruner" / "scores.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("", encoding="utf-8")
+    level = {"kind": "level", "measure": "rtr", "holds": "above"}
+    with pytest.raises(AwaresError, match="scores.csv is not a table"):
+        world.decide(**level, a="pruner")
+    place = world.runs / "evaluation" / "main-s1" / "trajectories" / "full.jsonl"
+    records.write_records(place, [{"row_id": "chartqa-0"}])
+    with pytest.raises(AwaresError, match="full.jsonl: a line is no trajectory"):
+        world.decide(**level, a="full")
+    records.write_records(place, [trajectory("other", True).to_dict()])
+    with pytest.raises(AwaresError, match="not those of the rows that are there"):
+        world.decide(**level, a="full")
+
+
+# claims.yaml
+
+
+def test_the_claims_of_the_paper():
+    policies, found = claims.load_claims()
+    assert len(found) >= 25 and len({claim.id for claim in found}) == len(found)
+    assert {claim.kind for claim in found} >= {"level", "difference", "ratio", "order", "closer", "correlation"}
+    used = {name for claim in found for name in claim.policies}
+    assert used == set(policies), "a policy that no claim is about"
+
+
+def test_no_verdict_stands_in_the_file():
+    raw = yaml.safe_load(find_file(Path(claims.FILE)).read_text(encoding="utf-8"))
+    assert set(raw) == {"policies", "claims"}
+    for claim in raw["claims"]:
+        assert not {"verdict", "effect", "low", "high", "seeds"} & set(claim)
+        assert not {claims.HOLDS, claims.FAILS, claims.UNDECIDED} & set(map(str, claim.values()))
+
+
+def test_without_any_run_every_claim_is_undecided_and_says_why(world):
+    folder = world.folder / "tables"
+    table = claims.save_claims(world.params, folder)
+    assert list(pd.read_csv(folder / "claims.csv").columns) == claims.COLUMNS == list(table.columns)
+    assert set(table.verdict) == {"undecided"} and table.effect.isna().all() and (table.seeds == 0).all()
+    notes = pd.read_csv(folder / "claims_notes.csv")
+    assert len(notes) == len(table) and notes.note.str.endswith("is not there").all()
+
+
+BASE = {**CLAIM, **ACCURACY, "holds": "above"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"verdict": "holds"}, "verdict missing or unknown"),
+        ({"kind": "guess"}, "unknown kind 'guess', choose from level, difference"),
+        ({"holds": "mostly"}, "unknown holds 'mostly'"),
+        ({"section": "13"}, "unknown section '13'"),
+        ({"section": 4.5}, "section must be text, not 4.5"),
+        ({"tables": ["table12"]}, "unknown tables 'table12'"),
+        ({"measure": "luck"}, "unknown measure 'luck'"),
+        ({"a": "gpt"}, "unknown policy 'gpt'"),
+        ({"a": "oracle"}, "policy oracle has no path for evaluation rows"),
+        ({"b": []}, "there is nothing to compare with"),
+        ({"margin": "0"}, "margin must be a number"),
+        ({"benchmarks": ["mmmu"]}, "unknown benchmarks 'mmmu'"),
+        ({"measure": "recall", "benchmarks": ["pope"]}, "benchmarks missing or unknown"),
+        ({"holds": "within"}, "within needs a margin above 0"),
+        ({"quantity": ""}, "quantity must be text"),
+    ],
+)
+def test_a_fault_names_the_claim(world, change, message):
+    with pytest.raises(AwaresError, match=rf"claim 1 \(x\): .*{message}"):
+        world.decide(**{**BASE, **change})
+
+
+def test_faults_of_the_whole_file(tmp_path):
+    file = tmp_path / "claims.yaml"
+    for raw, message in (
+        ({"claims": []}, "must hold policies"),
+        ({"policies": POLICIES, "claims": [BASE, BASE]}, "id 'x' stands twice"),
+        ({"policies": POLICIES, "claims": [BASE, {**BASE, "id": "y"}]}, "claim 'words' stands twice"),
+        ({"policies": {"full": {"test": "x"}}, "claims": []}, "policy full: unknown key test"),
+        ({"policies": {"full": {"evaluation": "{variant}/x"}}, "claims": []}, "policy full: unknown part"),
+    ):
+        file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+        with pytest.raises(AwaresError, match=message):
+            claims.load_claims(file)
+
+
+def test_policies_need_a_path(world):
+    with pytest.raises(AwaresError, match="policy sft has no evaluation rows"):
+        Runs(world.params, POLICIES).path("sft", "evaluation", 1)
