@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares import protocol
@@ -82,6 +88,7 @@ class Decoder:
             suppress_tokens=[processor.image_token_id, processor.video_token_id],
             return_dict_in_generate=True,
         )
+        self.criteria = StoppingCriteriaList()  # shown (B, T) ids after every token; they may end rows
 
     def tokenize(self, text: str, sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Ids of rendered chat text; each image placeholder is repeated for all visual tokens of its size (w, h)."""
@@ -157,6 +164,7 @@ class Decoder:
             past_key_values=state.cache,
             generation_config=self.config,
             logits_processor=LogitsProcessorList([first]),
+            stopping_criteria=self.criteria,
             **images,
         )
         self.model.model.rope_deltas = None
