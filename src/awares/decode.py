@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares import protocol
@@ -102,6 +108,7 @@ class Decoder(Codec):
             suppress_tokens=[processor.image_token_id, processor.video_token_id],
             return_dict_in_generate=True,
         )
+        self.criteria = StoppingCriteriaList()  # shown (B, T) ids after every token; they may end rows
 
     @torch.no_grad()
     def start(
@@ -164,6 +171,7 @@ class Decoder(Codec):
             past_key_values=state.cache,
             generation_config=self.config,
             logits_processor=LogitsProcessorList([first]),
+            stopping_criteria=self.criteria,
             **images,
         )
         self.model.model.rope_deltas = None

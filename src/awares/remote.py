@@ -75,14 +75,14 @@ class RemoteEngine(Interaction):
         images: Sequence[Source],
         questions: Sequence[str],
         forced: Sequence[tuple[str, ...] | None] | None = None,
-        call_bias: float = 0.0,
+        call_bias: float | Sequence[float] = 0.0,
         row_ids: Sequence[str] | None = None,
     ) -> list[Trajectory]:
         """As `rollout.Engine.run`. AwaresRequestError lists rows without a reply; the same call again goes on.
 
         ``call_bias`` other than 0 is an AwaresError: logit_bias holds at every position and would change the answers.
         """
-        if call_bias:
+        if any([call_bias] if isinstance(call_bias, float | int) else call_bias):
             raise AwaresValueError(
                 f"call_bias {call_bias!r}: a server biases a token at every position, not at the first one only: "
                 "use 0, or the in-process engine"
