@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from awares import protocol
 from awares.config import AwaresError
@@ -43,6 +43,8 @@ class Job:
     max_tokens: int
     question: str = ""
     call_bias: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit at every position
+    show_ids: bool = False  # tell the prompt's ids with the answer
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     sent: str = ""  # what the client has been told of the answer
@@ -92,7 +94,11 @@ class Chat:
         images = [read_image(url, self.settings, min_side=1) for url in urls]
         ids = self.engine.decoder.tokenize(self._render(request), [image.size for image in images])
         size = check_size(len(ids) + limit, self.engine, self.settings)
-        return {"ids": ids, "images": images, "size": size, "max_tokens": limit}
+        beyond = [token for token in request.logit_bias if token >= len(self.engine.processor.tokenizer)]
+        if beyond:
+            raise ApiError(400, f"logit_bias: no token {beyond[0]}", None, "logit_bias")
+        asked = {"logit_bias": request.logit_bias, "show_ids": request.return_token_ids}
+        return {"ids": ids, "images": images, "size": size, "max_tokens": limit, **asked}
 
     def _render(self, request: ChatRequest) -> str:
         conversation: list[dict[str, Any]] = []
@@ -112,7 +118,25 @@ class Chat:
         model = self.engine.decoder.model.eval()
         decoder = Decoder(model, self.engine.processor, max(job.max_tokens for job in jobs))
         decoder.criteria = StoppingCriteriaList([Rows(jobs, decoder)])
+        decoder.processors = LogitsProcessorList([Biases(jobs)])
         decoder.start([job.ids for job in jobs], [job.images for job in jobs])
+
+
+class Biases(LogitsProcessor):
+    """Adds each row's ``logit_bias``."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        pairs = [(row, *pair) for row, job in enumerate(jobs) for pair in job.logit_bias.items()]
+        self.rows, self.tokens = [row for row, _, _ in pairs], [token for _, token, _ in pairs]
+        self.values = torch.tensor([value for _, _, value in pairs])
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """``scores`` (B, vocabulary) -> the same, biased."""
+        if not self.rows:
+            return scores
+        biased = scores.clone()
+        biased[self.rows, self.tokens] += self.values.to(scores)
+        return biased
 
 
 class Rows(StoppingCriteria):
@@ -137,7 +161,7 @@ class Rows(StoppingCriteria):
         text = self.decoder.text(tokens[:-1] if ended else tokens)
         if ended or len(tokens) >= job.max_tokens:
             reason = "stop" if ended else "length"
-            job.tell(Completion(text, reason, len(job.ids), len(tokens)))
+            job.tell(Completion(text, reason, len(job.ids), len(tokens), prompt_ids=job.ids if job.show_ids else None))
         else:
             job.write(text)
 
@@ -153,6 +177,9 @@ class Policy:
         urls = [url for message in request.messages for url in message.urls()]
         if len(request.messages) != 1 or request.messages[0].role != "user" or len(urls) != 1:
             raise ApiError(400, "send one user message with one image and a question", None, "messages")
+        for name in ("logit_bias", "return_token_ids"):
+            if getattr(request, name):
+                raise ApiError(400, f"{name} belongs to the chat mode; this server runs in policy mode", None, name)
         most = min(self.settings.max_tokens, self.engine.decoder.max_new_tokens)
         limit = request.limit(most, most)
         question = request.messages[0].text()

@@ -109,6 +109,7 @@ class Decoder(Codec):
             return_dict_in_generate=True,
         )
         self.criteria = StoppingCriteriaList()  # shown (B, T) ids after every token; they may end rows
+        self.processors = LogitsProcessorList()  # change (B, vocabulary) scores at every position
 
     @torch.no_grad()
     def start(
@@ -170,7 +171,7 @@ class Decoder(Codec):
             mm_token_type_ids=state.types,
             past_key_values=state.cache,
             generation_config=self.config,
-            logits_processor=LogitsProcessorList([first]),
+            logits_processor=LogitsProcessorList([first, *self.processors]),
             stopping_criteria=self.criteria,
             **images,
         )

@@ -11,6 +11,7 @@ import base64
 import io
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
@@ -38,8 +39,9 @@ class RemoteEngine(Interaction):
     tells its ids (vLLM does), else by their number. Every later prompt is compared by number.
 
     Where the results differ from the in-process engine's: ``seconds`` is the time that the row's own requests took, in
-    the server's queue too; ``margin`` is infinite and ``call_logprob`` None, since the server tells no logits; the
-    assistant's tokens are counted by tokenizing its text anew; the call token is barred from the whole turn of a row
+    the server's queue too; ``margin`` is infinite and ``call_logprob`` None, since the server tells no logits; in
+    turn 2 the server tokenizes the text of turn 1 anew, so a call that the model spelt with other tokens than its tokenizer
+    would is read back with the tokenizer's; the call token is barred from the whole turn of a row
     that may not call, not from its first position only.
     """
 
@@ -125,6 +127,8 @@ class RemoteEngine(Interaction):
         reply = await send(request)
         row.seconds += reply.seconds
         self._write(row, self._tokens(reply))
+        if reply.completion_tokens is not None:  # else counted by tokenizing the text anew, which may come out shorter
+            row.turns[-1] = replace(row.turns[-1], text_tokens=reply.completion_tokens)
 
     def _request(self, row: _Row, urls: Sequence[str]) -> Request:
         barred = [self.processor.image_token_id, self.processor.video_token_id]

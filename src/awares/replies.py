@@ -37,7 +37,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """``text`` of the first choice; ``finish``: stop, length, ...; ``prompt_tokens``: None if the server counts none.
+    """``text`` of the first choice; ``finish``: stop, length, ...; the token counts are None if the server tells none.
 
     ``raw``: the whole body. ``seconds``: of the attempt that succeeded; a recorded reply keeps its own.
     """
@@ -45,6 +45,7 @@ class Reply:
     text: str
     finish: str
     prompt_tokens: int | None
+    completion_tokens: int | None
     raw: dict[str, Any]
     seconds: float
 
@@ -117,12 +118,13 @@ def read_reply(body: Any, seconds: float) -> Reply:
     try:
         choice = body["choices"][0]
         text, finish = choice["message"]["content"], choice.get("finish_reason")
-        counted = (body.get("usage") or {}).get("prompt_tokens")
+        usage = body.get("usage") or {}
+        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise Again(f"the body is no chat completion: {str(body)[:200]}") from error
     if not isinstance(text, str):
         raise Lost(f"a reply without text (finish_reason {finish!r})")
-    return Reply(text, str(finish), counted, body, seconds)
+    return Reply(text, str(finish), *counts, body, seconds)
 
 
 def read_json(content: bytes) -> Any:

@@ -132,6 +132,19 @@ class ChatRequest(_Strict):
     top_p: float = 1.0  # of no effect on greedy decoding, and so are the two below
     seed: int | None = None
     user: str | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}  # chat mode only, and so is the next
+    return_token_ids: bool = False  # vLLM's, and so are the three below, heeded with these values and no others
+    skip_special_tokens: Literal[False] = False
+    spaces_between_special_tokens: Literal[False] = False
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] = 1.0
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _ids(cls, value: Any) -> Any:
+        """JSON has no keys but strings."""
+        if not isinstance(value, dict) or not all(isinstance(key, str) and key.isdecimal() for key in value):
+            raise ValueError("map token ids to numbers from -100 to 100")
+        return {int(key): bias for key, bias in value.items()}
 
     @field_validator("temperature")
     @classmethod
@@ -226,6 +239,7 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     extra: dict[str, Any] | None = None
+    prompt_ids: list[int] | None = None  # for a request with return_token_ids
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's ``usage``, with the visual tokens in an object of its own."""
@@ -244,7 +258,8 @@ class Reply:
         """A ``chat.completion``."""
         message = {"role": "assistant", "content": done.text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": done.finish_reason, "logprobs": None}
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": done.usage()}
+        ids = {} if done.prompt_ids is None else {"prompt_token_ids": done.prompt_ids}
+        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": done.usage(), **ids}
 
     def chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> str:
         """A ``chat.completion.chunk`` with one choice, as a server-sent event."""
