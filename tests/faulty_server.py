@@ -6,6 +6,7 @@ body), so that a restarted server goes on counting.
 """
 
 import asyncio
+import base64
 import json
 import socket
 import sys
@@ -35,7 +36,7 @@ async def play(step: str, text: str, request: Request) -> Response:
     if name == "slow":
         await asyncio.sleep(float(value))
     if name == "say":
-        return JSONResponse(completion(value.replace(";", ",")))
+        return JSONResponse(completion(base64.b64decode(value).decode()))
     if name == "key":
         return JSONResponse(completion(request.headers.get("authorization")))
     if name == "null":

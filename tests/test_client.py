@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -75,7 +76,7 @@ def faulty(process: Faulty, monkeypatch: pytest.MonkeyPatch) -> Faulty:
 @pytest.fixture
 def client(faulty: Faulty, tmp_path: Path) -> Callable[..., ChatClient]:
     def make(cache: str | None = "replies.jsonl", **options: Any) -> ChatClient:
-        limits = {"concurrency": 4, "timeout": 5.0, "attempts": 3, "first_wait": 0.01, **options}
+        limits = {"concurrency": 4, "timeout": 60.0, "attempts": 3, "first_wait": 0.01, **options}
         return ChatClient(Server(faulty.url, "m", **limits), tmp_path / cache if cache else None)
 
     return make
@@ -97,24 +98,31 @@ def test_replies_come_in_order_raw_bodies_kept_and_concurrency_is_bounded(client
     assert 1 < faulty.peak() <= 4
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "503", "408", "half", "torn", "garbage", "other", "slow=2"])
+@pytest.mark.parametrize("fault", ["429", "500", "503", "408", "half", "torn", "garbage", "other"])
 def test_what_may_pass_is_tried_again(client, faulty: Faulty, fault: str) -> None:
     text = f"passing {fault}|{fault},{fault},ok"
-    (reply,) = client(timeout=0.5).ask([request(text)])
+    (reply,) = client().ask([request(text)])
     assert reply.text == f"reply to {text}" and faulty.counts()[text] == 3
 
 
+def test_an_answer_that_takes_too_long_is_asked_for_again(client, faulty: Faulty) -> None:
+    patient, text = client(timeout=2.0, attempts=2), "late|slow=20,ok"
+    assert patient.ask([request(text)])[0].text == f"reply to {text}" and faulty.counts()[text] == 2
+    with pytest.raises(AwaresRequestError, match="row r: no answer within 2 s .2 attempts"):
+        patient.ask([request("too late|slow=20")])
+
+
 def test_what_cannot_pass_is_lost_at_once_and_costs_no_other_row(client, faulty: Faulty) -> None:
-    asked = requests("lost a", "lost b|400", "lost c|500", "lost d|null", "lost e|half", "lost f", "lost g|slow=2")
-    with pytest.raises(AwaresRequestError, match="5 of 7 rows have no reply.*run again") as caught:
-        client(timeout=0.5).ask(asked)
-    assert [failure.row_id for failure in caught.value.failures] == ["r1", "r2", "r3", "r4", "r6"]
-    for reason in ("row r1: status 400", "row r2: status 500", "without text", "not JSON", "no answer within 0.5 s"):
+    asked = requests("lost a", "lost b|400", "lost c|500", "lost d|null", "lost e|half", "lost f")
+    with pytest.raises(AwaresRequestError, match="4 of 6 rows have no reply.*run again") as caught:
+        client().ask(asked)
+    assert [failure.row_id for failure in caught.value.failures] == ["r1", "r2", "r3", "r4"]
+    for reason in ("row r1: status 400", "row r2: status 500", "without text", "not JSON"):
         assert reason in str(caught.value)
-    tries = {"lost a": 1, "lost b|400": 1, "lost c|500": 3, "lost d|null": 1, "lost e|half": 3, "lost g|slow=2": 3}
+    tries = {"lost a": 1, "lost b|400": 1, "lost c|500": 3, "lost d|null": 1, "lost e|half": 3}
     assert {text: faulty.counts()[text] for text in tries} == tries
-    values = client(timeout=0.5, attempts=1).ask(asked, return_failures=True)
-    assert [isinstance(value, Failure) for value in values] == [False, True, True, True, True, False, True]
+    values = client(attempts=1).ask(asked, return_failures=True)
+    assert [isinstance(value, Failure) for value in values] == [False, True, True, True, True, False]
     assert faulty.counts()["lost a"] == faulty.counts()["lost f"] == 1 and faulty.counts()["lost b|400"] == 2
 
 
@@ -191,17 +199,19 @@ def test_it_works_inside_a_running_event_loop(client) -> None:
 
 
 def test_a_server_that_disappears_and_comes_back_loses_nothing(client, faulty: Faulty, tmp_path: Path) -> None:
-    asked = requests(*(f"restart {i}|slow=0.15" for i in range(30)))
-    away = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time, os; time.sleep(0.6); os.kill(int(sys.argv[1]), 9)"]
-        + [str(faulty.process.pid)]
-    )
-    back = asyncio.new_event_loop()
-    back.run_in_executor(None, lambda: (faulty.process.wait(), time.sleep(1.0), faulty.start()))
-    replies = client(attempts=8, first_wait=0.2).ask(asked)
-    away.wait()
-    back.run_until_complete(back.shutdown_default_executor())
-    back.close()
+    asked = requests(*(f"restart {i}|slow=0.5" for i in range(24)))
+
+    def outage() -> None:
+        while lines(tmp_path / "replies.jsonl") < 5:
+            time.sleep(0.01)
+        faulty.stop()
+        time.sleep(1.0)
+        faulty.start()
+
+    away = threading.Thread(target=outage)
+    away.start()
+    replies = client(attempts=20, first_wait=0.2, longest_wait=2.0).ask(asked)
+    away.join()
     assert [reply.text for reply in replies] == [f"reply to {one.messages[0]['content']}" for one in asked]
     twice = sum(faulty.counts()[one.messages[0]["content"]] > 1 for one in asked)
     assert 1 <= twice <= 4  # those that were under way when it went
