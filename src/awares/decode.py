@@ -89,6 +89,7 @@ class Decoder:
             return_dict_in_generate=True,
         )
         self.criteria = StoppingCriteriaList()  # shown (B, T) ids after every token; they may end rows
+        self.processors = LogitsProcessorList()  # change (B, vocabulary) scores at every position
 
     def tokenize(self, text: str, sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Ids of rendered chat text; each image placeholder is repeated for all visual tokens of its size (w, h)."""
@@ -163,7 +164,7 @@ class Decoder:
             mm_token_type_ids=state.types,
             past_key_values=state.cache,
             generation_config=self.config,
-            logits_processor=LogitsProcessorList([first]),
+            logits_processor=LogitsProcessorList([first, *self.processors]),
             stopping_criteria=self.criteria,
             **images,
         )

@@ -152,6 +152,10 @@ class Engine:
 
         return self._all(len(questions), prepare)
 
+    def prompt_length(self, image: Source, question: str) -> int:
+        """Tokens of a row's first turn, visual ones included; AwaresError for a row that `run` would refuse."""
+        return len(self._open(image, question, "0", "half", (), protocol.SYSTEM).ids)
+
     def answer(
         self,
         images: Sequence[Source],

@@ -31,7 +31,7 @@ from awares.batching import MODES, Batcher, Event, Job
 from awares.config import AwaresValueError
 from awares.policy import Adapters, AwaRes
 from awares.rollout import Engine
-from awares.wire import ApiError, ChatRequest, Completion, Reply, ServeSettings, event, parse_request
+from awares.wire import ApiError, Completion, Reply, ServeSettings, event
 
 API_KEY = "AWARES_API_KEY"
 PREPARING = 2  # requests whose images are decoded at a time: an image unpacks to many times its bytes
@@ -49,12 +49,12 @@ class Service:
         self.preparing = asyncio.Semaphore(PREPARING)
         self.key = api_key()
         self.live = 0
+        self.served = 0
         self.closing = False
 
-    def check_key(self, header: str | None) -> None:
+    def check_key(self, header: bytes) -> None:
         """ApiError (401) unless ``header`` is ``Bearer <key>``; compared in constant time."""
-        given = (header or "").removeprefix("Bearer ").encode()
-        if self.key is not None and not hmac.compare_digest(given, self.key):
+        if self.key is not None and not hmac.compare_digest(header, b"Bearer " + self.key):
             raise ApiError(401, "wrong or missing API key: send Authorization: Bearer <key>", "invalid_api_key")
 
     def admit(self) -> None:
@@ -68,16 +68,11 @@ class Service:
         """Seconds until the queue, at its present pace, is through."""
         return str(min(60, max(1, math.ceil(self.live * self.batcher.seconds_per_job))))
 
-    async def job(self, request: Request) -> tuple[ChatRequest, Job]:
+    async def job(self, request: Request) -> Job:
         """Read, check and prepare a request; the job is not in the queue yet."""
-        wanted = parse_request(await read_body(request, self.settings.body_bytes))
-        if wanted.model != self.settings.model:
-            raise ApiError(
-                404, f"no model {wanted.model!r}: this is {self.settings.model!r}", "model_not_found", "model"
-            )
+        body = await read_body(request, self.settings.body_bytes)
         async with self.preparing:
-            fields = await run_in_threadpool(self.mode.prepare, wanted)
-        return wanted, Job(**fields)
+            return Job(**await run_in_threadpool(self.mode.prepare, body))
 
 
 def api_key() -> bytes | None:
@@ -85,7 +80,7 @@ def api_key() -> bytes | None:
     key = os.environ.get(API_KEY)
     if key is not None and not key.strip():
         raise AwaresValueError(f"{API_KEY} is empty: set a key, or unset the variable to serve without one")
-    return key.encode() if key is not None else None
+    return key.strip().encode() if key is not None else None
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -113,19 +108,18 @@ class Gate:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             return await self.app(scope, receive, send)
         try:
-            self.service.check_key(Request(scope).headers.get("authorization"))
-            if scope["method"] == "POST":
-                self.service.admit()
+            self.service.check_key(dict(scope["headers"]).get(b"authorization", b""))
+            self.service.admit()
         except ApiError as error:
             return await refuse(error, self.service)(scope, receive, send)
-        counted = scope["method"] == "POST"
-        self.service.live += counted
+        state = scope.setdefault("state", {})
+        self.service.live += 1
         try:
             await self.app(scope, receive, send)
         finally:
-            self.service.live -= counted
-            if job := scope.get("state", {}).get("job"):
-                job.gone = True  # nobody listens from here on
+            self.service.live -= 1
+            if "listener" in state:
+                state["listener"].close()
 
 
 def refuse(error: ApiError, service: Service) -> JSONResponse:
@@ -163,7 +157,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def health() -> JSONResponse:
         batcher = service.batcher
         ready = batcher.thread.is_alive() and not service.closing
-        counts = {"waiting": len(batcher.waiting), "running": batcher.running, "served": batcher.served}
+        counts = {"waiting": len(batcher.waiting), "running": batcher.running, "served": service.served}
         values = {"status": "ready" if ready else "closing", "model": service.settings.model, **counts}
         return JSONResponse(values, 200 if ready else 503)
 
@@ -205,20 +199,16 @@ async def answer(request: Request, service: Service) -> Response:
     deadline = asyncio.get_running_loop().time() + service.settings.timeout
     try:
         async with asyncio.timeout_at(deadline):
-            wanted, job = await service.job(request)
+            job = await service.job(request)
     except TimeoutError:
         raise late(service) from None
-    request.state.job = job
+    listener = request.state.listener = Listener(job, request, deadline, service)
     service.batcher.put(job)
-    listener = Listener(job, request, deadline, service)
     first = await listener.next()
     reply = Reply(service.settings.model)
-    if wanted.stream:
-        include_usage = wanted.stream_options.include_usage
+    if isinstance(first, str) or job.stream:
         headers = {"Cache-Control": "no-cache"}
-        return StreamingResponse(stream(first, listener, reply, include_usage), 200, headers, "text/event-stream")
-    while isinstance(first, str):
-        first = await listener.next()
+        return StreamingResponse(stream(first, listener, reply, job.include_usage), 200, headers, "text/event-stream")
     return JSONResponse(reply.completion(first))
 
 
@@ -229,6 +219,11 @@ class Listener:
         self.job, self.deadline, self.service = job, deadline, service
         self.hung_up = asyncio.create_task(hang_up(request))
 
+    def close(self) -> None:
+        """The job gives up its place in the queue, and its row in a batch."""
+        self.job.gone = True
+        self.hung_up.cancel()
+
     async def next(self) -> str | Completion:
         """The next event; ApiError for a failure or when the time is up, ClientDisconnect when nobody is there."""
         coming: asyncio.Task[Event] = asyncio.create_task(self.job.events.get())
@@ -236,13 +231,11 @@ class Listener:
         await asyncio.wait({coming, self.hung_up}, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
         if not coming.done():
             coming.cancel()
-            self.job.gone = True
             raise ClientDisconnect if self.hung_up.done() else late(self.service)
         found = coming.result()
-        if not isinstance(found, str):
-            self.hung_up.cancel()
         if isinstance(found, ApiError):
             raise found
+        self.service.served += isinstance(found, Completion)
         return found
 
 
@@ -267,6 +260,8 @@ async def stream(first: str | Completion, listener: Listener, reply: Reply, incl
             found = await listener.next()
     except ApiError as error:  # the status line has been sent: the error goes the way of the text
         yield event(error.body())
+        return
+    except ClientDisconnect:
         return
     if len(found.text) > len(told):
         yield reply.chunk({"content": found.text[len(told) :]})
