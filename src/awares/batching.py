@@ -37,9 +37,8 @@ from awares.wire import (
 )
 
 log = logging.getLogger(__name__)
-Event = (
-    str | Completion | ApiError
-)  # a piece of the answer's text; the whole answer, which is the last event; a failure
+# A piece of the answer's text; the whole answer; a failure. After one of the latter two nothing comes.
+Event = str | Completion | ApiError
 
 
 @dataclass(eq=False)
@@ -123,8 +122,9 @@ class Chat:
 
 def _template_parts(message: Message) -> list[dict[str, Any]]:
     """The parts in their order, images as placeholders; a placeholder in the text would be taken for an image."""
+    text = "".join(part.text for part in message.content if part.type == "text")
     for token in ("<|image_pad|>", "<|video_pad|>"):
-        if token in message.text():
+        if token in text:
             raise ApiError(400, f"a message's text holds {token}: send the image itself", None, "messages")
     return [part.model_dump() if part.type == "text" else {"type": "image"} for part in message.content]
 
@@ -266,6 +266,7 @@ class Batcher:
         self.changed = threading.Condition()  # guards ``waiting`` and ``stopping``
         self.stopping = False
         self.running = 0
+        self.batches = 0
         self.seconds_per_job = 0.0
         self.thread = threading.Thread(target=self._work, name="awares-model", daemon=True)
 
@@ -291,6 +292,7 @@ class Batcher:
                 self.running = len(batch)
                 self._answer(batch)
                 self.running = 0
+                self.batches += 1
                 self.seconds_per_job = (time.monotonic() - begun) / len(batch)
 
     def _gather(self) -> list[Job]:

@@ -49,6 +49,7 @@ class Service:
         self.preparing = asyncio.Semaphore(PREPARING)
         self.key = api_key()
         self.live = 0
+        self.listeners: set[Listener] = set()
         self.served = 0
         self.closing = False
 
@@ -67,6 +68,11 @@ class Service:
     def retry_after(self) -> str:
         """Seconds until the queue, at its present pace, is through."""
         return str(min(60, max(1, math.ceil(self.live * self.batcher.seconds_per_job))))
+
+    def give_up(self) -> None:
+        """End the requests that a shutdown has no more time for."""
+        for listener in self.listeners:
+            listener.job.tell(ApiError(503, "the server stopped before the answer was written", "shutting_down"))
 
     async def job(self, request: Request) -> Job:
         """Read, check and prepare a request; the job is not in the queue yet."""
@@ -157,8 +163,15 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def health() -> JSONResponse:
         batcher = service.batcher
         ready = batcher.thread.is_alive() and not service.closing
-        counts = {"waiting": len(batcher.waiting), "running": batcher.running, "served": service.served}
-        values = {"status": "ready" if ready else "closing", "model": service.settings.model, **counts}
+        values = {
+            "status": "ready" if ready else "closing",
+            "model": service.settings.model,
+            "requests": service.live,  # admitted and not answered yet: being read, waiting or running
+            "waiting": len(batcher.waiting),
+            "running": batcher.running,
+            "served": service.served,
+            "batches": batcher.batches,
+        }
         return JSONResponse(values, 200 if ready else 503)
 
     @app.get("/v1/models")
@@ -206,7 +219,7 @@ async def answer(request: Request, service: Service) -> Response:
     service.batcher.put(job)
     first = await listener.next()
     reply = Reply(service.settings.model)
-    if isinstance(first, str) or job.stream:
+    if isinstance(first, str) or job.stream:  # the former only with the latter
         headers = {"Cache-Control": "no-cache"}
         return StreamingResponse(stream(first, listener, reply, job.include_usage), 200, headers, "text/event-stream")
     return JSONResponse(reply.completion(first))
@@ -218,9 +231,11 @@ class Listener:
     def __init__(self, job: Job, request: Request, deadline: float, service: Service) -> None:
         self.job, self.deadline, self.service = job, deadline, service
         self.hung_up = asyncio.create_task(hang_up(request))
+        service.listeners.add(self)
 
     def close(self) -> None:
         """The job gives up its place in the queue, and its row in a batch."""
+        self.service.listeners.discard(self)
         self.job.gone = True
         self.hung_up.cancel()
 
@@ -289,7 +304,7 @@ class Server(uvicorn.Server):
         print(f"{self.service.settings.model} at {self.url}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, a second one ends the process at once."""
+        """The first signal drains, a second one waits for nothing."""
         if self.service.closing or self.loop is None:
             return super().handle_exit(sig, frame)
         self.service.closing = True
@@ -302,6 +317,7 @@ class Server(uvicorn.Server):
         deadline = asyncio.get_running_loop().time() + self.service.settings.shutdown
         while self.service.live and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
+        self.service.give_up()
         self.should_exit = True
 
 
@@ -331,7 +347,7 @@ def serve(
             print(f"warning: {host} is reachable from outside and {API_KEY} is not set", file=sys.stderr)
         shown = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(
-            app, http="h11", ws="none", log_level="warning", access_log=False, timeout_graceful_shutdown=5
+            app, http="h11", ws="none", log_level="warning", access_log=False, timeout_graceful_shutdown=2
         )
         Server(config, service, f"http://{shown}:{sock.getsockname()[1]}/v1").run([sock])
 

@@ -78,7 +78,7 @@ class _Strict(BaseModel):
 
 class ImageUrl(_Strict):
     url: str
-    detail: Literal["auto", "high"] = "auto"
+    detail: Literal["auto", "high"] = "auto"  # the policy chooses its own detail, and the raw model sees all there is
 
 
 class TextPart(_Strict):
@@ -99,7 +99,6 @@ class Message(_Strict):
 
     role: Literal["system", "user", "assistant"]
     content: list[Part]
-    name: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -181,11 +180,11 @@ def parse_request(body: bytes, kind: type[Asked], model: str) -> Asked:
     A field that is null counts as absent.
     """
     try:
-        values = json.loads(body, parse_constant=_no_constant)
+        values = _cleaned(json.loads(body, parse_constant=_no_constant))
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}", "invalid_json") from error
+        raise ApiError(400, f"the body is no valid JSON: {error}", "invalid_json") from error
     try:
-        request = kind.model_validate(_without_nulls(values))
+        request = kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         param = _param(first["loc"])
@@ -202,10 +201,13 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _without_nulls(value: Any) -> Any:
+def _cleaned(value: Any) -> Any:
+    """``value`` without nulls; ValueError for half a surrogate pair, which JSON can hold and a tokenizer cannot."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {_cleaned(key): _cleaned(item) for key, item in value.items() if item is not None}
+    if isinstance(value, str):
+        value.encode()
+    return [_cleaned(item) for item in value] if isinstance(value, list) else value
 
 
 def _param(place: tuple[int | str, ...]) -> str | None:
