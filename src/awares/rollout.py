@@ -132,6 +132,10 @@ class Interaction(ABC):
 
         return self._all([_name(row_ids, index) for index in range(len(questions))], prepare)
 
+    def prompt_length(self, image: Source, question: str) -> int:
+        """Tokens of a row's first turn, visual ones included; AwaresError for a row that `run` would refuse."""
+        return len(self._open(image, question, "0", "half", (), protocol.SYSTEM).ids)
+
     def answer(
         self,
         images: Sequence[Source],

@@ -31,7 +31,7 @@ from awares.batching import MODES, Batcher, Event, Job
 from awares.config import AwaresValueError
 from awares.policy import Adapters, AwaRes
 from awares.rollout import Engine
-from awares.wire import ApiError, ChatRequest, Completion, Reply, ServeSettings, event, parse_request
+from awares.wire import ApiError, Completion, Reply, ServeSettings, event
 
 API_KEY = "AWARES_API_KEY"
 PREPARING = 2  # requests whose images are decoded at a time: an image unpacks to many times its bytes
@@ -49,12 +49,13 @@ class Service:
         self.preparing = asyncio.Semaphore(PREPARING)
         self.key = api_key()
         self.live = 0
+        self.listeners: set[Listener] = set()
+        self.served = 0
         self.closing = False
 
-    def check_key(self, header: str | None) -> None:
+    def check_key(self, header: bytes) -> None:
         """ApiError (401) unless ``header`` is ``Bearer <key>``; compared in constant time."""
-        given = (header or "").removeprefix("Bearer ").encode()
-        if self.key is not None and not hmac.compare_digest(given, self.key):
+        if self.key is not None and not hmac.compare_digest(header, b"Bearer " + self.key):
             raise ApiError(401, "wrong or missing API key: send Authorization: Bearer <key>", "invalid_api_key")
 
     def admit(self) -> None:
@@ -68,16 +69,16 @@ class Service:
         """Seconds until the queue, at its present pace, is through."""
         return str(min(60, max(1, math.ceil(self.live * self.batcher.seconds_per_job))))
 
-    async def job(self, request: Request) -> tuple[ChatRequest, Job]:
+    def give_up(self) -> None:
+        """End the requests that a shutdown has no more time for."""
+        for listener in self.listeners:
+            listener.job.tell(ApiError(503, "the server stopped before the answer was written", "shutting_down"))
+
+    async def job(self, request: Request) -> Job:
         """Read, check and prepare a request; the job is not in the queue yet."""
-        wanted = parse_request(await read_body(request, self.settings.body_bytes))
-        if wanted.model != self.settings.model:
-            raise ApiError(
-                404, f"no model {wanted.model!r}: this is {self.settings.model!r}", "model_not_found", "model"
-            )
+        body = await read_body(request, self.settings.body_bytes)
         async with self.preparing:
-            fields = await run_in_threadpool(self.mode.prepare, wanted)
-        return wanted, Job(**fields)
+            return Job(**await run_in_threadpool(self.mode.prepare, body))
 
 
 def api_key() -> bytes | None:
@@ -85,7 +86,7 @@ def api_key() -> bytes | None:
     key = os.environ.get(API_KEY)
     if key is not None and not key.strip():
         raise AwaresValueError(f"{API_KEY} is empty: set a key, or unset the variable to serve without one")
-    return key.encode() if key is not None else None
+    return key.strip().encode() if key is not None else None
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -113,19 +114,18 @@ class Gate:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             return await self.app(scope, receive, send)
         try:
-            self.service.check_key(Request(scope).headers.get("authorization"))
-            if scope["method"] == "POST":
-                self.service.admit()
+            self.service.check_key(dict(scope["headers"]).get(b"authorization", b""))
+            self.service.admit()
         except ApiError as error:
             return await refuse(error, self.service)(scope, receive, send)
-        counted = scope["method"] == "POST"
-        self.service.live += counted
+        state = scope.setdefault("state", {})
+        self.service.live += 1
         try:
             await self.app(scope, receive, send)
         finally:
-            self.service.live -= counted
-            if job := scope.get("state", {}).get("job"):
-                job.gone = True  # nobody listens from here on
+            self.service.live -= 1
+            if "listener" in state:
+                state["listener"].close()
 
 
 def refuse(error: ApiError, service: Service) -> JSONResponse:
@@ -163,8 +163,15 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def health() -> JSONResponse:
         batcher = service.batcher
         ready = batcher.thread.is_alive() and not service.closing
-        counts = {"waiting": len(batcher.waiting), "running": batcher.running, "served": batcher.served}
-        values = {"status": "ready" if ready else "closing", "model": service.settings.model, **counts}
+        values = {
+            "status": "ready" if ready else "closing",
+            "model": service.settings.model,
+            "requests": service.live,  # admitted and not answered yet: being read, waiting or running
+            "waiting": len(batcher.waiting),
+            "running": batcher.running,
+            "served": service.served,
+            "batches": batcher.batches,
+        }
         return JSONResponse(values, 200 if ready else 503)
 
     @app.get("/v1/models")
@@ -205,20 +212,16 @@ async def answer(request: Request, service: Service) -> Response:
     deadline = asyncio.get_running_loop().time() + service.settings.timeout
     try:
         async with asyncio.timeout_at(deadline):
-            wanted, job = await service.job(request)
+            job = await service.job(request)
     except TimeoutError:
         raise late(service) from None
-    request.state.job = job
+    listener = request.state.listener = Listener(job, request, deadline, service)
     service.batcher.put(job)
-    listener = Listener(job, request, deadline, service)
     first = await listener.next()
     reply = Reply(service.settings.model)
-    if wanted.stream:
-        include_usage = wanted.stream_options.include_usage
+    if isinstance(first, str) or job.stream:  # the former only with the latter
         headers = {"Cache-Control": "no-cache"}
-        return StreamingResponse(stream(first, listener, reply, include_usage), 200, headers, "text/event-stream")
-    while isinstance(first, str):
-        first = await listener.next()
+        return StreamingResponse(stream(first, listener, reply, job.include_usage), 200, headers, "text/event-stream")
     return JSONResponse(reply.completion(first))
 
 
@@ -228,6 +231,13 @@ class Listener:
     def __init__(self, job: Job, request: Request, deadline: float, service: Service) -> None:
         self.job, self.deadline, self.service = job, deadline, service
         self.hung_up = asyncio.create_task(hang_up(request))
+        service.listeners.add(self)
+
+    def close(self) -> None:
+        """The job gives up its place in the queue, and its row in a batch."""
+        self.service.listeners.discard(self)
+        self.job.gone = True
+        self.hung_up.cancel()
 
     async def next(self) -> str | Completion:
         """The next event; ApiError for a failure or when the time is up, ClientDisconnect when nobody is there."""
@@ -236,13 +246,11 @@ class Listener:
         await asyncio.wait({coming, self.hung_up}, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
         if not coming.done():
             coming.cancel()
-            self.job.gone = True
             raise ClientDisconnect if self.hung_up.done() else late(self.service)
         found = coming.result()
-        if not isinstance(found, str):
-            self.hung_up.cancel()
         if isinstance(found, ApiError):
             raise found
+        self.service.served += isinstance(found, Completion)
         return found
 
 
@@ -267,6 +275,8 @@ async def stream(first: str | Completion, listener: Listener, reply: Reply, incl
             found = await listener.next()
     except ApiError as error:  # the status line has been sent: the error goes the way of the text
         yield event(error.body())
+        return
+    except ClientDisconnect:
         return
     if len(found.text) > len(told):
         yield reply.chunk({"content": found.text[len(told) :]})
@@ -294,7 +304,7 @@ class Server(uvicorn.Server):
         print(f"{self.service.settings.model} at {self.url}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, a second one ends the process at once."""
+        """The first signal drains, a second one waits for nothing."""
         if self.service.closing or self.loop is None:
             return super().handle_exit(sig, frame)
         self.service.closing = True
@@ -307,6 +317,7 @@ class Server(uvicorn.Server):
         deadline = asyncio.get_running_loop().time() + self.service.settings.shutdown
         while self.service.live and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
+        self.service.give_up()
         self.should_exit = True
 
 
@@ -336,7 +347,7 @@ def serve(
             print(f"warning: {host} is reachable from outside and {API_KEY} is not set", file=sys.stderr)
         shown = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(
-            app, http="h11", ws="none", log_level="warning", access_log=False, timeout_graceful_shutdown=5
+            app, http="h11", ws="none", log_level="warning", access_log=False, timeout_graceful_shutdown=2
         )
         Server(config, service, f"http://{shown}:{sock.getsockname()[1]}/v1").run([sock])
 

@@ -11,8 +11,9 @@ import json
 import math
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -27,20 +28,21 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # OpenAI's; Pillow's other readers are
 class ServeSettings:
     """Limits of the server; AwaresValueError naming the one that is out of range.
 
-    ``image_bytes``: of one decoded data URL; ``image_pixels``: width times height; ``images``: per request;
-    ``prompt_tokens``: visual tokens included, the model's own limit comes on top; ``queue``: requests held at a time,
-    waiting or running; ``timeout``: seconds from the first byte of a request to its answer; ``window``: seconds that an
-    idle server waits for a first request's neighbours; ``shutdown``: seconds for what is in flight at SIGTERM.
+    ``model``: the name that clients give. Per request: ``image_bytes`` of one image, ``image_pixels`` (width times
+    height) of all together, number of ``images``, ``body_bytes``, ``max_tokens`` of the answer, ``timeout`` in seconds
+    from its head to its answer. ``tokens``: of prompt and answer, visual ones included; the model's own limit comes on
+    top. ``queue``: requests held at a time, waiting or running. ``window``: seconds that a batch which is not full
+    waits for more. ``shutdown``: seconds for what is under way at SIGTERM.
     """
 
     model: str = "awares"
     image_bytes: int = 20 * 2**20
     image_pixels: int = 50_000_000
     images: int = 16
-    body_bytes: int = 64 * 2**20
-    prompt_tokens: int = 16384
+    body_bytes: int = 32 * 2**20
+    tokens: int = 16384
     max_tokens: int = 1024
-    queue: int = 256
+    queue: int = 128
     timeout: float = 120.0
     window: float = 0.01
     shutdown: float = 30.0
@@ -76,7 +78,7 @@ class _Strict(BaseModel):
 
 class ImageUrl(_Strict):
     url: str
-    detail: Literal["auto", "high"] = "auto"
+    detail: Literal["auto", "high"] = "auto"  # the policy chooses its own detail, and the raw model sees all there is
 
 
 class TextPart(_Strict):
@@ -97,7 +99,6 @@ class Message(_Strict):
 
     role: Literal["system", "user", "assistant"]
     content: list[Part]
-    name: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -113,12 +114,15 @@ class Message(_Strict):
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
 
 
+Asked = TypeVar("Asked", bound="ChatRequest")
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
 
 
 class ChatRequest(_Strict):
-    """The body of POST /v1/chat/completions. Greedy decoding only: what would change that is refused."""
+    """The body of POST /v1/chat/completions, as far as both modes heed it. Decoding is greedy, or the request refused."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
@@ -126,25 +130,11 @@ class ChatRequest(_Strict):
     max_completion_tokens: int | None = Field(None, ge=1)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    call_bias: float = Field(0.0, allow_inf_nan=False)
     temperature: float = 0.0
     n: Literal[1] = 1
     top_p: float = 1.0  # of no effect on greedy decoding, and so are the two below
     seed: int | None = None
     user: str | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}  # chat mode only, and so is the next
-    return_token_ids: bool = False  # vLLM's, and so are the three below, heeded with these values and no others
-    skip_special_tokens: Literal[False] = False
-    spaces_between_special_tokens: Literal[False] = False
-    repetition_penalty: Annotated[float, Field(ge=1, le=1)] = 1.0
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _ids(cls, value: Any) -> Any:
-        """JSON has no keys but strings."""
-        if not isinstance(value, dict) or not all(isinstance(key, str) and key.isdecimal() for key in value):
-            raise ValueError("map token ids to numbers from -100 to 100")
-        return {int(key): bias for key, bias in value.items()}
 
     @field_validator("temperature")
     @classmethod
@@ -161,14 +151,40 @@ class ChatRequest(_Strict):
         return asked
 
 
-def parse_request(body: bytes) -> ChatRequest:
-    """The request in ``body``; ApiError (400) naming the first field that is wrong. A null counts as absent."""
+class PolicyRequest(ChatRequest):
+    """``call_bias``: the dial; added to the logit of the call token at the first position."""
+
+    call_bias: float = Field(0.0, allow_inf_nan=False)
+
+
+class RawRequest(ChatRequest):
+    """OpenAI's ``logit_bias``, and of vLLM's own fields those that say what this server does anyway."""
+
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    return_token_ids: bool = False  # the prompt's ids come with the answer
+    skip_special_tokens: Literal[False] = False
+    spaces_between_special_tokens: Literal[False] = False
+    repetition_penalty: float = Field(1.0, ge=1, le=1)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _ids(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not all(key.isdecimal() for key in value):
+            raise ValueError("map token ids to numbers from -100 to 100")
+        return {int(key): bias for key, bias in value.items()}  # JSON has no keys but strings
+
+
+def parse_request(body: bytes, kind: type[Asked], model: str) -> Asked:
+    """The request in ``body``; ApiError 400 names the first field that is wrong, 404 is for another model's name.
+
+    A field that is null counts as absent.
+    """
     try:
-        values = json.loads(body, parse_constant=_no_constant)
+        values = _cleaned(json.loads(body, parse_constant=_no_constant))
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}", "invalid_json") from error
+        raise ApiError(400, f"the body is no valid JSON: {error}", "invalid_json") from error
     try:
-        return ChatRequest.model_validate(_without_nulls(values))
+        request = kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         param = _param(first["loc"])
@@ -176,16 +192,22 @@ def parse_request(body: bytes) -> ChatRequest:
         if first["type"] == "extra_forbidden":
             reason = "this server does not support this field"
         raise ApiError(400, f"{param or 'body'}: {reason}", param=param) from error
+    if request.model != model:
+        raise ApiError(404, f"no model {request.model!r}: this is {model!r}", "model_not_found", "model")
+    return request
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _without_nulls(value: Any) -> Any:
+def _cleaned(value: Any) -> Any:
+    """``value`` without nulls; ValueError for half a surrogate pair, which JSON can hold and a tokenizer cannot."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {_cleaned(key): _cleaned(item) for key, item in value.items() if item is not None}
+    if isinstance(value, str):
+        value.encode()
+    return [_cleaned(item) for item in value] if isinstance(value, list) else value
 
 
 def _param(place: tuple[int | str, ...]) -> str | None:
@@ -197,34 +219,45 @@ def _param(place: tuple[int | str, ...]) -> str | None:
     return text.removeprefix(".") or None
 
 
-def read_image(url: str, settings: ServeSettings, min_side: int = MIN_SIDE) -> Image.Image:
-    """An upright RGB image from a base64 data URL; ApiError 400 when it cannot be read, 413 when it is too large."""
+def read_images(urls: Sequence[str], settings: ServeSettings, min_side: int = MIN_SIDE) -> list[Image.Image]:
+    """Upright RGB images from base64 data URLs; ApiError 400 when one cannot be read, 413 when they are too large."""
+    if len(urls) > settings.images:
+        raise ApiError(400, f"{len(urls)} images, but a request may have {settings.images}", None, "messages")
+    images: list[Image.Image] = []
+    for url in urls:
+        pixels = settings.image_pixels - sum(image.width * image.height for image in images)
+        images.append(_read_image(url, settings.image_bytes, pixels, min_side))
+    return images
+
+
+def _read_image(url: str, most_bytes: int, most_pixels: int, min_side: int) -> Image.Image:
     header, comma, data = url.partition(",")
     if not header.startswith("data:image/") or not header.endswith(";base64") or not comma:
-        raise ApiError(
-            400, f"image_url {url[:40]!r}: give a data URL, data:image/png;base64,...; nothing else is fetched"
-        )
-    if len(data) * 3 // 4 - 2 > settings.image_bytes:
-        raise ApiError(413, f"an image has more than {settings.image_bytes} bytes", "image_too_large")
+        message = f"image_url {url[:40]!r}: give a data URL, data:image/png;base64,...; nothing else is fetched"
+        raise ApiError(400, message, "invalid_image", "messages")
+    if len(data) * 3 // 4 - 2 > most_bytes:
+        raise ApiError(413, f"an image has more than {most_bytes} bytes", "image_too_large", "messages")
     try:
         raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ApiError(400, f"image_url: not base64 ({error})", "invalid_image") from error
-    return _decode(raw, settings, min_side)
+        raise ApiError(400, f"image_url: not base64 ({error})", "invalid_image", "messages") from error
+    return _decode(raw, most_pixels, min_side)
 
 
-def _decode(raw: bytes, settings: ServeSettings, min_side: int) -> Image.Image:
+def _decode(raw: bytes, most_pixels: int, min_side: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
-            if image.width * image.height > settings.image_pixels:  # known from the header, before anything is unpacked
-                size = f"{image.width}x{image.height}"
-                raise ApiError(413, f"an image has {size} px: at most {settings.image_pixels} px", "image_too_large")
+            if image.width * image.height > most_pixels:  # known from the header, before anything is unpacked
+                size = f"{image.width}x{image.height} px where {most_pixels} px are left"
+                raise ApiError(413, f"images too large: one has {size}", "image_too_large", "messages")
             return check_image(ImageOps.exif_transpose(image), "image", min_side)
+    except ApiError:
+        raise
     except AwaresError as error:
-        raise error if isinstance(error, ApiError) else ApiError(400, str(error), "invalid_image") from error
+        raise ApiError(400, str(error), "invalid_image", "messages") from error
     except Exception as error:  # Pillow's decoders raise a dozen types on hostile bytes, struct.error among them
         reason = f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})"
-        raise ApiError(400, f"image_url: {reason}", "invalid_image") from error
+        raise ApiError(400, f"image_url: {reason}", "invalid_image", "messages") from error
 
 
 # Answers
@@ -239,7 +272,7 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     extra: dict[str, Any] | None = None
-    prompt_ids: list[int] | None = None  # for a request with return_token_ids
+    prompt_ids: list[int] | None = None  # where the request wants them
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's ``usage``, with the visual tokens in an object of its own."""
