@@ -111,15 +111,11 @@ def test_a_second_run_needs_no_server(rigged: SimpleNamespace, remote) -> None: 
 def test_a_row_that_may_not_call_does_not_write_the_call_token(rigged: SimpleNamespace, remote) -> None:  # noqa: F811
     """With the token barred at every position by logit_bias; the server is not rigged against it."""
     row = remote()._open(rigged.noise(56, 56, 0), "q", "r", "half", (), protocol.SYSTEM)
-    settings = [remote()._request(replace_bias(row, bias), [data_url(row.images[0])]).settings for bias in (0.0, -1.0)]
-    call = str(rigged.processor.tokenizer.convert_tokens_to_ids(protocol.TOOL_CALL))
-    assert [call in setting["logit_bias"] for setting in settings] == [False, True]
-    assert str(rigged.processor.image_token_id) in settings[0]["logit_bias"]
-
-
-def replace_bias(row: Any, bias: float) -> Any:
-    row.bias = bias
-    return row
+    free = remote()._request(row, [data_url(row.images[0])]).settings["logit_bias"]
+    row.bias = float("-inf")
+    barred = remote()._request(row, [data_url(row.images[0])]).settings["logit_bias"]
+    call = rigged.processor.tokenizer.convert_tokens_to_ids(protocol.TOOL_CALL)
+    assert barred == {**free, str(call): -100.0} and str(rigged.processor.image_token_id) in free
 
 
 # What is sent
@@ -170,23 +166,25 @@ def read_url(url: str) -> Image.Image:
 # A server that is not ours
 
 
-def test_a_server_that_renders_another_prompt_is_found_out_before_any_row(tiny: SimpleNamespace, remote) -> None:
+def test_a_server_that_renders_another_prompt_is_found_out_before_any_row(
+    tiny: SimpleNamespace, remote, tmp_path: Path
+) -> None:
     tokenizer = tiny_tokenizer()
     other = make_processor(tokenizer)
     swapped = protocol.CHAT_TEMPLATE.replace("</tool_response>", "X").replace("<tool_response>", "</tool_response>")
     tokenizer.chat_template = other.chat_template = swapped.replace("X", "<tool_response>")  # as many tokens as before
     with pytest.raises(AwaresRequestError, match="renders another prompt.*--chat-template-content-format openai"):
         remote(processor=other).run([tiny.noise(112, 112, 0)], ["q"])
-    assert not (Path(remote().client.replies.path).stat().st_size)
+    assert not (tmp_path / "replies.jsonl").exists()
 
 
 def test_a_server_with_other_image_limits_is_found_out_before_its_reply_is_recorded(
-    tiny: SimpleNamespace, remote
+    tiny: SimpleNamespace, remote, tmp_path: Path
 ) -> None:
     other = make_processor(tiny_tokenizer(), max_pixels=112 * 112)  # the probe's images are below the limit
     with pytest.raises(AwaresRequestError, match="the server counts .* prompt tokens where we count"):
         remote(processor=other).run([tiny.noise(448, 448, 0)], ["q"])
-    assert not (Path(remote().client.replies.path).stat().st_size)
+    assert not (tmp_path / "replies.jsonl").exists()
 
 
 def test_a_server_that_tells_no_tokens_must_be_trusted_by_name(tiny: SimpleNamespace, remote, tmp_path: Path) -> None:
