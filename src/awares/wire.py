@@ -29,10 +29,10 @@ class ServeSettings:
     """Limits of the server; AwaresValueError naming the one that is out of range.
 
     ``model``: the name that clients give. Per request: ``image_bytes`` of one image, ``image_pixels`` (width times
-    height) of all together, number of ``images``, ``body_bytes``, ``max_tokens`` of the answer, ``timeout`` in seconds
-    from its head to its answer. ``tokens``: of prompt and answer, visual ones included; the model's own limit comes on
-    top. ``queue``: requests held at a time, waiting or running. ``window``: seconds that a batch which is not full
-    waits for more. ``shutdown``: seconds for what is under way at SIGTERM.
+    height) of all together, number of ``images``, ``body_bytes``, ``prompt_tokens`` (visual ones included; in policy
+    mode of the first turn), ``max_tokens`` of the answer, ``timeout`` in seconds from its head to its answer.
+    ``queue``: requests held at a time, waiting or running. ``window``: seconds that a batch which is not full waits for
+    more. ``shutdown``: seconds for what is under way at SIGTERM.
     """
 
     model: str = "awares"
@@ -40,7 +40,7 @@ class ServeSettings:
     image_pixels: int = 50_000_000
     images: int = 16
     body_bytes: int = 32 * 2**20
-    tokens: int = 16384
+    prompt_tokens: int = 16384
     max_tokens: int = 1024
     queue: int = 128
     timeout: float = 120.0
