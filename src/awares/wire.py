@@ -255,6 +255,8 @@ def _decode(raw: bytes, most_pixels: int, min_side: int) -> Image.Image:
         raise
     except AwaresError as error:
         raise ApiError(400, str(error), "invalid_image", "messages") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, whatever ours is
+        raise ApiError(413, "images too large: one has far too many pixels", "image_too_large", "messages") from error
     except Exception as error:  # Pillow's decoders raise a dozen types on hostile bytes, struct.error among them
         reason = f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})"
         raise ApiError(400, f"image_url: {reason}", "invalid_image", "messages") from error
