@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import copy
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,6 +38,7 @@ from awares.serve import make_app, serve
 from awares.wire import ApiError, Completion, ServeSettings, read_images
 
 KEY = "sesame-5c1f"
+FOR_EVER = 10**6  # tokens: an answer that nobody ends takes an hour
 TIE = 1e-4  # where the two best logits are nearer than this, rounding may choose
 START = """
 import json, sys, torch
@@ -65,9 +68,9 @@ class Running:
         with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=60) as reply:
             return json.load(reply)
 
-    def until(self, holds: Callable[[dict[str, Any]], bool], seconds: float = 300) -> None:
+    def until(self, holds: Callable[[dict[str, Any]], bool]) -> None:
         """Waits for a state of /health; fails when it does not come."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 300
         while not holds(state := self.health()):
             assert time.monotonic() < end, state
             time.sleep(0.05)
@@ -102,31 +105,52 @@ def server(
         process.stdout.close()
 
 
+def save(tiny: SimpleNamespace, path: Path, endless: bool) -> Path:
+    """The tiny model with room for long answers; ``endless`` never ends a turn, for what must not be over by itself."""
+    model = copy.deepcopy(tiny.model)
+    model.config.text_config.max_position_embeddings = 2 * FOR_EVER
+    if endless:
+        model.lm_head.weight.data[tiny.processor.tokenizer.convert_tokens_to_ids(protocol.END_OF_TURN)] = 0
+    save_model(model, tiny.processor, path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def folder(tiny: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    save_model(tiny.model, tiny.processor, path)
-    return path
+    return save(tiny, tmp_path_factory.mktemp("models") / "tiny", endless=False)
+
+
+@pytest.fixture(scope="module")
+def endless(tiny: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny, tmp_path_factory.mktemp("models") / "endless", endless=True)
 
 
 @pytest.fixture(scope="module")
 def policy(folder: Path) -> Iterator[Running]:
     """Small limits and a key."""
-    limits = {"image_bytes": 150_000, "image_pixels": 300_000, "body_bytes": 300_000, "tokens": 4000, "window": 0.05}
+    limits = {
+        "image_bytes": 150_000,
+        "image_pixels": 300_000,
+        "body_bytes": 300_000,
+        "prompt_tokens": 4000,
+        "window": 0.05,
+    }
     with server(folder, KEY, limits, max_new_tokens=12) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def chat(folder: Path) -> Iterator[Running]:
-    with server(folder, None, {"max_tokens": 6000, "images": 4}, mode="chat", max_new_tokens=12) as running:
+    limits = {"max_tokens": FOR_EVER, "images": 4, "timeout": 1200}
+    with server(folder, None, limits, mode="chat", max_new_tokens=12) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def slow(folder: Path) -> Iterator[Running]:
-    """An answer takes far longer than a request may, and two requests fill the server."""
-    with server(folder, None, {"timeout": 4, "queue": 2}, max_new_tokens=7000) as running:
+def slow(endless: Path) -> Iterator[Running]:
+    """No answer comes in time, and two requests fill the server."""
+    limits = {"timeout": 4, "queue": 2, "max_tokens": FOR_EVER}
+    with server(endless, None, limits, max_new_tokens=FOR_EVER) as running:
         yield running
 
 
@@ -282,14 +306,15 @@ def bad_images(tiny: SimpleNamespace) -> dict[str, tuple[Any, int, str]]:
     good = encode(tiny.noise(112, 112, 0))
     broken = bytearray(good)
     broken[60:90] = bytes(30)
-    bomb = struct.pack(">II", 60000, 60000)
+    bomb = b"IHDR" + struct.pack(">II", 60000, 60000) + good[24:29]
+    bomb = good[:12] + bomb + struct.pack(">I", zlib.crc32(bomb)) + good[33:]
     return {
         "truncated": (good[: len(good) // 2], 400, "readable"),
         "broken": (bytes(broken), 400, "readable"),
         "noise": (np.random.default_rng(0).bytes(500), 400, "readable"),
         "empty": (b"", 400, "readable"),
         "a format that is not read": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", 400, "readable"),
-        "declares more pixels than it has bytes": (good[:16] + bomb + good[24:], 413, "60000x60000"),
+        "declares more pixels than it has bytes": (bomb, 413, "far too many pixels"),
         "no base64": ("data:image/png;base64,@@@@", 400, "base64"),
         "an address": ("http://127.0.0.1/a.png", 400, "data URL"),
         "a file": ("file:///etc/hostname", 400, "data URL"),
@@ -297,7 +322,7 @@ def bad_images(tiny: SimpleNamespace) -> dict[str, tuple[Any, int, str]]:
         "too small": (tiny.noise(20, 112, 0), 400, "28"),
         "a strip": (Image.new("RGB", (8000, 30)), 400, "200:1"),
         "too many bytes": (np.random.default_rng(0).bytes(160_000), 413, "150000"),
-        "too many pixels": (Image.new("RGB", (600, 600)), 413, "300000"),
+        "more pixels than are left": (Image.new("RGB", (600, 600)), 413, "300000"),
     }
 
 
@@ -424,6 +449,11 @@ def raw(tiny: SimpleNamespace, messages: list[dict[str, Any]], limit: int) -> tu
     return decoder.text(output.tokens[0]).removesuffix(protocol.END_OF_TURN), output.tokens[0], ids, output.margins[0]
 
 
+def unending(tiny: SimpleNamespace) -> dict[str, int]:
+    """The bias that keeps a turn from ending before its limit."""
+    return {str(tiny.processor.tokenizer.convert_tokens_to_ids(protocol.END_OF_TURN)): -100}
+
+
 def conversations(tiny: SimpleNamespace) -> list[list[dict[str, Any]]]:
     first = {"role": "user", "content": [picture(tiny.noise(84, 56, 0)), text("what?")]}
     crops = [text("<tool_response>\n"), picture(tiny.noise(14, 30, 1)), picture(tiny.noise(56, 112, 2)), text("\n!")]
@@ -489,8 +519,9 @@ def test_a_turn_that_ends_early_leaves_its_neighbours_alone_and_keeps_control_to
 def test_a_chat_stream_comes_as_it_is_written(tiny: SimpleNamespace, chat: Running) -> None:
     messages: Any = conversations(tiny)[1]
     client = chat.client()
-    whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=150)
-    stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=150, stream=True)
+    long: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 150, "logit_bias": unending(tiny)}
+    whole = client.chat.completions.create(**long)
+    stream = client.chat.completions.create(**long, stream=True)
     pieces, seen_running = [], False
     for chunk in stream:
         pieces.append(chunk.choices[0].delta.content or "")
@@ -506,7 +537,7 @@ def test_chat_refuses_what_it_would_have_to_ignore(tiny: SimpleNamespace, chat: 
     cases: list[tuple[dict[str, Any], str]] = [
         ({"extra_body": {"call_bias": 1}}, "call_bias"),
         ({"temperature": 1}, "temperature"),
-        ({"max_tokens": 6001}, "max_tokens"),
+        ({"max_tokens": FOR_EVER + 1}, "max_tokens"),
         ({"messages": five}, "messages"),
         ({"messages": forged}, "messages"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages[0].role"),
@@ -522,11 +553,13 @@ def test_chat_refuses_what_it_would_have_to_ignore(tiny: SimpleNamespace, chat: 
 
 def test_a_stream_whose_reader_leaves_ends_its_row(tiny: SimpleNamespace, chat: Running) -> None:
     messages: Any = conversations(tiny)[1]
-    stream = chat.client().chat.completions.create(model="tiny", messages=messages, max_tokens=6000, stream=True)
+    stream = chat.client().chat.completions.create(
+        model="tiny", messages=messages, max_tokens=FOR_EVER, logit_bias=unending(tiny), stream=True
+    )
     next(chunk for chunk in stream if chunk.choices[0].delta.content)
     assert chat.health()["running"] == 1
     stream.close()
-    chat.until(lambda state: state["requests"] == 0 and state["running"] == 0, seconds=60)
+    chat.until(lambda state: state["requests"] == 0 and state["running"] == 0)
 
 
 def test_what_arrives_during_a_long_batch_is_answered_after_it(tiny: SimpleNamespace, chat: Running) -> None:
@@ -534,7 +567,9 @@ def test_what_arrives_during_a_long_batch_is_answered_after_it(tiny: SimpleNames
     client = chat.client()
 
     def ask(limit: int) -> int:
-        reply = client.chat.completions.create(model="tiny", messages=messages, max_tokens=limit)
+        reply = client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=limit, logit_bias=unending(tiny)
+        )
         assert reply.usage is not None
         return reply.usage.completion_tokens
 
@@ -546,12 +581,11 @@ def test_what_arrives_during_a_long_batch_is_answered_after_it(tiny: SimpleNames
 
 
 def test_a_job_that_fails_in_its_batch_fails_alone(engine: Engine) -> None:
-    """Nothing that can be sent gets this far; a job is made by hand whose prompt speaks of an image that it lacks."""
+    """Nothing that can be sent gets this far; a job is made by hand whose prompt has no place for its image."""
     good = engine.decoder.tokenize("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
-    bad = [*good[:5], engine.processor.image_token_id, *good[5:]]
 
     async def run() -> list[Any]:
-        jobs = [Job([], len(ids) + 4, 4, ids=ids) for ids in (good, bad, good)]
+        jobs = [Job(images, len(good) + 4, 4, ids=good) for images in ([], [Image.new("RGB", (56, 56))], [])]
         batcher = Batcher(Chat(engine, ServeSettings()), ServeSettings(window=0.2))
         for job in jobs:
             batcher.put(job)
@@ -573,7 +607,7 @@ def test_what_takes_too_long_gets_504_and_gives_its_place_back(tiny: SimpleNames
     begun = time.monotonic()
     error = refused(slow, **question(tiny.noise(56, 56, 0)))
     assert (error.status_code, error.code) == (504, "timeout") and time.monotonic() - begun >= 4
-    slow.until(lambda state: state["requests"] == 0 and state["running"] == 0, seconds=60)
+    slow.until(lambda state: state["requests"] == 0 and state["running"] == 0)
     status, reply = read_reply(slow.send("Content-Length: 500", b'{"model": "ti'))  # nor may a body take its time
     assert status == 504 and reply["error"]["code"] == "timeout"
 
@@ -589,36 +623,37 @@ def test_a_full_server_says_when_to_come_back(tiny: SimpleNamespace, slow: Runni
     slow.until(lambda state: state["requests"] == 0)
 
 
-def test_a_client_that_hangs_up_frees_the_model(tiny: SimpleNamespace, folder: Path) -> None:
-    with server(folder, None, {"timeout": 600, "shutdown": 0.5}, max_new_tokens=7000) as running:
+def test_a_client_that_hangs_up_frees_the_model(tiny: SimpleNamespace, endless: Path) -> None:
+    limits = {"timeout": 1200, "shutdown": 0.5, "max_tokens": FOR_EVER}
+    with server(endless, None, limits, max_new_tokens=FOR_EVER) as running:
         body = json.dumps(question(tiny.noise(56, 56, 0))).encode()
         with running.send(f"Content-Length: {len(body)}", body):
             running.until(lambda state: state["running"] == 1)
-        running.until(lambda state: state["requests"] == 0 and state["running"] == 0, seconds=60)
+        running.until(lambda state: state["requests"] == 0 and state["running"] == 0)
         assert running.health()["served"] == 0
         with running.send(f"Content-Length: {len(body)}", body) as connection:  # longer than a shutdown may take
             running.until(lambda state: state["running"] == 1)
             running.process.send_signal(signal.SIGTERM)
-            assert running.process.wait(timeout=120) == 0
+            assert running.process.wait(timeout=300) == 0
             status, reply = read_reply(connection)
             assert status == 503 and reply["error"]["code"] == "shutting_down"
 
 
 def test_sigterm_finishes_what_is_under_way_and_refuses_the_rest(tiny: SimpleNamespace, folder: Path) -> None:
     with (
-        server(folder, None, {"max_tokens": 6000, "timeout": 600}, mode="chat") as running,
+        server(folder, None, {"timeout": 1200, "shutdown": 600}, mode="chat") as running,
         ThreadPoolExecutor(1) as pool,
     ):
         messages: Any = conversations(tiny)[1]
         ask = running.client().chat.completions.create
-        under_way = pool.submit(ask, model="tiny", messages=messages, max_tokens=300)
+        under_way = pool.submit(ask, model="tiny", messages=messages, max_tokens=600, logit_bias=unending(tiny))
         running.until(lambda state: state["running"] == 1)
         running.process.send_signal(signal.SIGTERM)
         error = refused(running, model="tiny", messages=messages)
         assert (error.status_code, error.code) == (503, "shutting_down") and error.response.headers["retry-after"]
         reply = under_way.result()
-        assert reply.usage is not None and reply.usage.completion_tokens == 300
-        assert running.process.wait(timeout=60) == 0
+        assert reply.usage is not None and reply.usage.completion_tokens == 600
+        assert running.process.wait(timeout=300) == 0
         assert "Traceback" not in running.log.read_text()
         with pytest.raises(openai.APIConnectionError):
             ask(model="tiny", messages=messages)

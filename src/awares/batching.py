@@ -108,7 +108,7 @@ class Chat:
         conversation: Any = [{"role": turn.role, "content": _template_parts(turn)} for turn in request.messages]
         text = self.engine.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         ids = self.engine.decoder.tokenize(text, [image.size for image in images])
-        size = check_size(len(ids) + limit, self.engine, self.settings)
+        size = check_size(len(ids), limit, self.engine, self.settings)
         how = {"logit_bias": request.logit_bias, "show_ids": request.return_token_ids, **answer_form(request)}
         return {"ids": ids, "images": images, "size": size, "max_tokens": limit, **how}
 
@@ -191,9 +191,10 @@ class Policy:
         limit = request.limit(longest, min(self.settings.max_tokens, longest))
         image = cap(read_images(message.urls(), self.settings)[0], self.engine.max_side)
         try:
-            size = check_size(self.engine.prompt_length(image, message.text()) + longest, self.engine, self.settings)
+            prompt = self.engine.prompt_length(image, message.text())
         except AwaresValueError as error:
             raise ApiError(400, str(error).removeprefix("row 0: "), None, "messages") from error
+        size = check_size(prompt, longest, self.engine, self.settings)
         how = {"question": message.text(), "call_bias": request.call_bias, **answer_form(request)}
         return {"images": [image], "size": size, "max_tokens": limit, **how}
 
@@ -247,13 +248,14 @@ def spent(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def check_size(tokens: int, engine: Engine, settings: ServeSettings) -> int:
-    """``tokens``, of prompt and answer together; ApiError (400) when the server or the model cannot hold them."""
-    limit = min(settings.tokens, engine.decoder.model.config.get_text_config().max_position_embeddings)
-    if tokens > limit:
-        message = f"prompt and answer take {tokens} tokens, visual ones included, but this server holds {limit}"
+def check_size(prompt: int, room: int, engine: Engine, settings: ServeSettings) -> int:
+    """Tokens of a prompt and its answer together; ApiError (400) when the server or the model cannot hold them."""
+    longest = engine.decoder.model.config.get_text_config().max_position_embeddings
+    if prompt > settings.prompt_tokens or prompt + room > longest:
+        limit = min(settings.prompt_tokens, longest - room)
+        message = f"the prompt has {prompt} tokens, visual ones included, but here it may have {limit}"
         raise ApiError(400, message, "context_length_exceeded", "messages")
-    return tokens
+    return prompt + room
 
 
 class Batcher:

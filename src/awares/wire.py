@@ -29,10 +29,10 @@ class ServeSettings:
     """Limits of the server; AwaresValueError naming the one that is out of range.
 
     ``model``: the name that clients give. Per request: ``image_bytes`` of one image, ``image_pixels`` (width times
-    height) of all together, number of ``images``, ``body_bytes``, ``max_tokens`` of the answer, ``timeout`` in seconds
-    from its head to its answer. ``tokens``: of prompt and answer, visual ones included; the model's own limit comes on
-    top. ``queue``: requests held at a time, waiting or running. ``window``: seconds that a batch which is not full
-    waits for more. ``shutdown``: seconds for what is under way at SIGTERM.
+    height) of all together, number of ``images``, ``body_bytes``, ``prompt_tokens`` (visual ones included; in policy
+    mode of the first turn), ``max_tokens`` of the answer, ``timeout`` in seconds from its head to its answer.
+    ``queue``: requests held at a time, waiting or running. ``window``: seconds that a batch which is not full waits for
+    more. ``shutdown``: seconds for what is under way at SIGTERM.
     """
 
     model: str = "awares"
@@ -40,7 +40,7 @@ class ServeSettings:
     image_pixels: int = 50_000_000
     images: int = 16
     body_bytes: int = 32 * 2**20
-    tokens: int = 16384
+    prompt_tokens: int = 16384
     max_tokens: int = 1024
     queue: int = 128
     timeout: float = 120.0
@@ -255,6 +255,8 @@ def _decode(raw: bytes, most_pixels: int, min_side: int) -> Image.Image:
         raise
     except AwaresError as error:
         raise ApiError(400, str(error), "invalid_image", "messages") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, whatever ours is
+        raise ApiError(413, "images too large: one has far too many pixels", "image_too_large", "messages") from error
     except Exception as error:  # Pillow's decoders raise a dozen types on hostile bytes, struct.error among them
         reason = f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})"
         raise ApiError(400, f"image_url: {reason}", "invalid_image", "messages") from error
