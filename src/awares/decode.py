@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares import protocol
@@ -70,28 +76,14 @@ class FirstToken(LogitsProcessor):
         return scores
 
 
-class Decoder:
-    """Greedy decoding of a Qwen2.5-VL ``model`` (a PEFT model counts with its adapter on)."""
+class Codec:
+    """Chat text <-> token ids: all of decoding that needs no model, for a model behind a server too."""
 
-    def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int) -> None:
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA layers stay in place
+    def __init__(self, processor: ImageOnlyProcessor) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.max_new_tokens = max_new_tokens
         self.call_token = self.tokenizer.convert_tokens_to_ids(protocol.TOOL_CALL)
         self.end = self.tokenizer.convert_tokens_to_ids(protocol.END_OF_TURN)
-        self.pad = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-        self.config = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,  # a checkpoint's own generation settings must not leak in
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.end,
-            pad_token_id=self.pad,
-            # a placeholder that the model writes itself would be taken for an image
-            suppress_tokens=[processor.image_token_id, processor.video_token_id],
-            return_dict_in_generate=True,
-        )
 
     def tokenize(self, text: str, sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Ids of rendered chat text; each image placeholder is repeated for all visual tokens of its size (w, h)."""
@@ -105,6 +97,29 @@ class Decoder:
     def text(self, tokens: Sequence[int]) -> str:
         """Generated ids as text, control tokens kept."""
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+class Decoder(Codec):
+    """Greedy decoding of a Qwen2.5-VL ``model`` (a PEFT model counts with its adapter on)."""
+
+    def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int) -> None:
+        super().__init__(processor)
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA layers stay in place
+        self.max_new_tokens = max_new_tokens
+        self.pad = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        self.config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,  # a checkpoint's own generation settings must not leak in
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.end,
+            pad_token_id=self.pad,
+            # a placeholder that the model writes itself would be taken for an image
+            suppress_tokens=[processor.image_token_id, processor.video_token_id],
+            return_dict_in_generate=True,
+        )
+        self.criteria = StoppingCriteriaList()  # shown (B, T) ids after every token; they may end rows
+        self.processors = LogitsProcessorList()  # change (B, vocabulary) scores at every position
 
     @torch.no_grad()
     def start(
@@ -174,7 +189,8 @@ class Decoder:
             attention_mask=state.mask,
             past_key_values=state.cache,
             generation_config=self.config,
-            logits_processor=LogitsProcessorList([first]),
+            logits_processor=LogitsProcessorList([first, *self.processors]),
+            stopping_criteria=self.criteria,
             **inputs,
         )
         self.model.model.rope_deltas = None

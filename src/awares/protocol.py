@@ -155,6 +155,12 @@ def tool_message(images: Sequence[Image | None], error: str | None = None) -> di
     return {"role": "tool", "name": TOOL_NAME, "content": content}
 
 
+def tool_as_user(message: dict[str, Any]) -> dict[str, Any]:
+    """The tool's answer as a user message that renders to the same text, for servers that refuse images in tool turns."""
+    content = [_text("<tool_response>\n"), *message["content"], _text("\n</tool_response>")]
+    return {"role": "user", "content": content}
+
+
 def user_messages(question: str, images: Sequence[Image | None], system: str = PLAIN_SYSTEM) -> list[dict[str, Any]]:
     """System and user turn: images first, then the question. ``None`` is an image placeholder."""
     check_question(question)

@@ -6,6 +6,7 @@ its tokens.
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from awares import protocol
 from awares.config import AwaresValueError, Params
 from awares.crops import cap, cut, low_resolution, open_image
-from awares.decode import Decoder, Output
+from awares.decode import Codec, Decoder, Output
 from awares.model import ImageOnlyProcessor, visual_tokens
 from awares.protocol import Call
 
@@ -92,6 +93,7 @@ class _Row:
     images: list[Image]
     ids: list[int]
     turns: list[Turn]
+    messages: list[dict[str, Any]]  # the same as chat messages, image placeholders without their images
     call: Call = Call((), "none", "")
     free: bool = False  # the next assistant turn may be a call
     bias: float = 0.0
@@ -101,63 +103,47 @@ class _Row:
     layer_visual_tokens: float | None = None
 
 
-class Engine:
-    """Runs rows through ``model``; ``token_budget`` bounds the tokens of a padded batch, a longer row runs alone.
+class Interaction(ABC):
+    """The two-turn interaction, whoever writes the assistant's turns: `Engine` here, `remote.RemoteEngine` a server.
 
-    ``reuse=False`` re-prefills everything in turn 2, for comparison only. Results come in the order of the rows.
+    A subclass says in ``_all`` how rows are played.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: ImageOnlyProcessor,
-        max_new_tokens: int = 24,
-        token_budget: int = 8192,
-        max_side: int = 2000,
-        reuse: bool = True,
-        progress: bool = False,
-    ) -> None:
-        self.decoder = Decoder(model, processor, max_new_tokens)
-        self.processor = processor
-        self.token_budget = token_budget
+    def __init__(self, codec: Codec, max_side: int) -> None:
+        self.codec = codec
+        self.processor = codec.processor
         self.max_side = max_side
-        self.reuse = reuse
-        self.progress = progress
-
-    @classmethod
-    def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> "Engine":
-        """An engine with the limits of params.yaml; ``options`` override them."""
-        limits = dict(
-            max_new_tokens=params.protocol.max_new_tokens,
-            token_budget=params.protocol.token_budget,
-            max_side=params.crops.max_side,
-        )
-        return cls(model, processor, **{**limits, **options})
 
     def run(
         self,
         images: Sequence[Source],
         questions: Sequence[str],
         forced: Sequence[tuple[str, ...] | None] | None = None,
-        call_bias: float = 0.0,
+        call_bias: float | Sequence[float] = 0.0,
         row_ids: Sequence[str] | None = None,
     ) -> list[Trajectory]:
         """The two-turn policy on every row.
 
         ``forced`` fixes the decision of a row: a tuple of crops = the first turn is that call, () = it may not call,
-        None = its own choice. ``call_bias`` is added to the logit of the call token at the first generated position.
+        None = its own choice. ``call_bias``, one for all or one per row, is added to the logit of the call token at the
+        first generated position.
         """
-        _check_lengths(questions, images=images, forced=forced, row_ids=row_ids)
+        biases = [call_bias] * len(questions) if isinstance(call_bias, float | int) else call_bias
+        _check_lengths(questions, images=images, forced=forced, call_bias=biases, row_ids=row_ids)
 
         def prepare(index: int) -> _Row:
             decision = forced[index] if forced is not None else None
             row = self._open(images[index], questions[index], _name(row_ids, index), "half", (), protocol.SYSTEM)
             if decision:
                 return self._force(row, decision)
-            row.free, row.bias = decision is None, call_bias if decision is None else float("-inf")
+            row.free, row.bias = decision is None, biases[index] if decision is None else float("-inf")
             return row
 
-        return self._all(len(questions), prepare)
+        return self._all([_name(row_ids, index) for index in range(len(questions))], prepare)
+
+    def prompt_length(self, image: Source, question: str) -> int:
+        """Tokens of a row's first turn, visual ones included; AwaresError for a row that `run` would refuse."""
+        return len(self._open(image, question, "0", "half", (), protocol.SYSTEM).ids)
 
     def answer(
         self,
@@ -181,7 +167,7 @@ class Engine:
             names, row_id = crops[index] if crops is not None else (), _name(row_ids, index)
             return self._open(images[index], questions[index], row_id, view, names, protocol.PLAIN_SYSTEM)
 
-        return self._all(len(questions), prepare)
+        return self._all([_name(row_ids, index) for index in range(len(questions))], prepare)
 
     # Rows
 
@@ -195,14 +181,14 @@ class Engine:
         except AwaresValueError as error:
             raise AwaresValueError(f"row {row_id}: {error}") from error
         text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        row = _Row(row_id, full, [], [], [])
+        row = _Row(row_id, full, [], [], [], conversation)
         self._append(row, "user", question, text, pictures)
         return row
 
     def _append(self, row: _Row, role: str, text: str, rendered: str, pictures: list[Image]) -> list[int]:
         """Add a turn that the model does not write; returns its ids."""
         sizes = tuple(picture.size for picture in pictures)
-        ids = self.decoder.tokenize(rendered, sizes)
+        ids = self.codec.tokenize(rendered, sizes)
         visual = sum(visual_tokens(size, self.processor) for size in sizes)
         row.turns.append(Turn(role, text, sizes, visual, len(ids) - visual))
         row.images += pictures
@@ -213,27 +199,83 @@ class Engine:
         """Add an assistant turn that the model has written."""
         row.ids += tokens
         row.margin = min(row.margin, margin)
-        row.turns.append(Turn("assistant", protocol.answer_text(self.decoder.text(tokens)), (), 0, len(tokens)))
+        text = self.codec.text(tokens)
+        row.turns.append(Turn("assistant", protocol.answer_text(text), (), 0, len(tokens)))
+        row.messages.append({"role": "assistant", "content": text.removesuffix(protocol.END_OF_TURN)})
 
     def _respond(self, row: _Row) -> tuple[list[int], list[Image]]:
         """Add the tool's turn for ``row.call``; returns the ids and images that are new to the model."""
         pictures = [cut(row.full, name) for name in row.call.crops]
         error = None if pictures else protocol.TOOL_ERROR
-        suffix = protocol.tool_suffix(self.processor, protocol.tool_message([None] * len(pictures), error))
-        if row.ids[-1] != self.decoder.end:  # the call ran into max_new_tokens
+        row.messages.append(protocol.tool_message([None] * len(pictures), error))
+        suffix = protocol.tool_suffix(self.processor, row.messages[-1])
+        if row.ids[-1] != self.codec.end:  # the call ran into max_new_tokens
             suffix = protocol.END_OF_TURN + suffix
         return self._append(row, "tool", error or "", suffix, pictures), pictures
 
     def _force(self, row: _Row, crops: tuple[str, ...]) -> _Row:
         text = protocol.render_call(crops)
-        self._write(row, self.decoder.tokenize(text + protocol.END_OF_TURN))
+        self._write(row, self.codec.tokenize(text + protocol.END_OF_TURN))
         row.call = Call(tuple(crops), "forced", text)
         self._respond(row)
         return row
 
+    @abstractmethod
+    def _all(self, names: Sequence[str], prepare: Callable[[int], _Row]) -> list[Trajectory]:
+        """Play the rows ``prepare(0)``, ``prepare(1)``, ... to their end; one trajectory for each of ``names``."""
+
+    def _trajectory(self, row: _Row) -> Trajectory:
+        return Trajectory(
+            row_id=row.row_id,
+            answer=row.turns[-1].text,
+            crops=row.call.crops,
+            call_status=row.call.status,
+            turns=tuple(row.turns),
+            visual_tokens=sum(turn.visual_tokens for turn in row.turns),
+            full_visual_tokens=visual_tokens(row.full.size, self.processor),
+            seconds=row.seconds,
+            margin=row.margin,
+            call_logprob=row.call_logprob,
+            layer_visual_tokens=row.layer_visual_tokens,
+        )
+
+
+class Engine(Interaction):
+    """Runs rows through ``model``; ``token_budget`` bounds the tokens of a padded batch, a longer row runs alone.
+
+    ``reuse=False`` re-prefills everything in turn 2, for comparison only. Results come in the order of the rows.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: ImageOnlyProcessor,
+        max_new_tokens: int = 24,
+        token_budget: int = 8192,
+        max_side: int = 2000,
+        reuse: bool = True,
+        progress: bool = False,
+    ) -> None:
+        self.decoder = Decoder(model, processor, max_new_tokens)
+        super().__init__(self.decoder, max_side)
+        self.token_budget = token_budget
+        self.reuse = reuse
+        self.progress = progress
+
+    @classmethod
+    def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> "Engine":
+        """An engine with the limits of params.yaml; ``options`` override them."""
+        limits = dict(
+            max_new_tokens=params.protocol.max_new_tokens,
+            token_budget=params.protocol.token_budget,
+            max_side=params.crops.max_side,
+        )
+        return cls(model, processor, **{**limits, **options})
+
     # Batches
 
-    def _all(self, count: int, prepare: Callable[[int], _Row]) -> list[Trajectory]:
+    def _all(self, names: Sequence[str], prepare: Callable[[int], _Row]) -> list[Trajectory]:
+        count = len(names)
         results: list[Trajectory] = []
         training = self.decoder.model.training
         self.decoder.model.eval()
@@ -295,21 +337,6 @@ class Engine:
             extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse)
             for index, tokens, margin in zip(picked, extended.tokens, extended.margins, strict=True):
                 self._write(rows[index], tokens, margin)
-
-    def _trajectory(self, row: _Row) -> Trajectory:
-        return Trajectory(
-            row_id=row.row_id,
-            answer=row.turns[-1].text,
-            crops=row.call.crops,
-            call_status=row.call.status,
-            turns=tuple(row.turns),
-            visual_tokens=sum(turn.visual_tokens for turn in row.turns),
-            full_visual_tokens=visual_tokens(row.full.size, self.processor),
-            seconds=row.seconds,
-            margin=row.margin,
-            call_logprob=row.call_logprob,
-            layer_visual_tokens=row.layer_visual_tokens,
-        )
 
 
 def _name(row_ids: Sequence[str] | None, index: int) -> str:

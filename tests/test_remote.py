@@ -1,0 +1,229 @@
+"""The remote engine against a real server process: its trajectories equal the in-process engine's, token for token."""
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import tiny_tokenizer
+from PIL import Image
+from test_client import Faulty
+from test_rollout import NAMES, ORDERS, TIE, engine, rigged, rows_of  # noqa: F401  (rigged is a fixture)
+
+from awares import crops, protocol
+from awares.client import AwaresRequestError, ChatClient, Server
+from awares.config import AwaresError
+from awares.model import make_processor
+from awares.remote import RemoteEngine, data_url
+from awares.rollout import Engine, Trajectory
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Address of a server process with the very model of the fixture ``tiny``."""
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent / 'src'}{os.pathsep}{HERE}"}
+    environment.pop("AWARES_API_KEY", None)
+    command = [sys.executable, str(HERE / "rigged_server.py"), str(2000 * 2000)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout
+    yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def remote(url: str, tiny: SimpleNamespace, tmp_path: Path, monkeypatch) -> Callable[..., RemoteEngine]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def make(url: str = url, processor: Any = tiny.processor, cache: str = "replies.jsonl", **options) -> RemoteEngine:
+        server = Server(url, "tiny", attempts=2, first_wait=0.01)
+        return RemoteEngine(ChatClient(server, tmp_path / cache), processor, **{"max_new_tokens": 16, **options})
+
+    return make
+
+
+def told(trajectory: Trajectory) -> dict[str, Any]:
+    """All but the times, and what only logits tell."""
+    untold = ("seconds", "margin", "call_logprob", "call_gap")
+    return {name: value for name, value in trajectory.to_dict().items() if name not in untold}
+
+
+def assert_same(found: list[Trajectory], expected: list[Trajectory]) -> None:
+    """Equal in all that a server can tell, but for rows in which rounding may choose a token."""
+    for one, other in zip(found, expected, strict=True):
+        assert told(one) == told(other) or other.margin < TIE
+    assert sum(other.margin < TIE for other in expected) <= len(expected) // 4
+
+
+# The same interaction
+
+
+def test_trajectories_equal_the_in_process_engines(rigged: SimpleNamespace, remote) -> None:  # noqa: F811
+    images = rows_of(rigged, ORDERS)
+    found = remote().run(images, ORDERS)
+    assert_same(found, engine(rigged).run(images, ORDERS))
+    assert {trajectory.call_status for trajectory in found} == {"none", "valid", "malformed"}
+    assert max(len(trajectory.crops) for trajectory in found) == 3
+    assert all(trajectory.seconds > 0 and trajectory.margin == float("inf") for trajectory in found)
+
+
+def test_a_call_that_runs_out_of_tokens_is_closed_the_same_way(rigged: SimpleNamespace, remote) -> None:  # noqa: F811
+    image, order = [rigged.noise(112, 168, 0)], ["do top-left,right"]
+    found = remote(max_new_tokens=5).run(image, order)
+    assert found[0].call_status == "recovered"
+    assert_same(found, engine(rigged, max_new_tokens=5).run(image, order))
+
+
+def test_forced_decisions_equal_the_in_process_engines(rigged: SimpleNamespace, remote) -> None:  # noqa: F811
+    forced = [("center", "bottom"), (), None, ("all",), ("left",)]
+    questions = ["plain a", "plain b", "do top", "plain c", "do right"]
+    images = rows_of(rigged, questions)
+    found = remote().run(images, questions, forced=forced, row_ids=list("abcde"))
+    assert_same(found, engine(rigged).run(images, questions, forced=forced, row_ids=list("abcde")))
+    assert [trajectory.call_status for trajectory in found] == ["forced", "none", "valid", "forced", "forced"]
+
+
+@pytest.mark.parametrize("view", ["full", "half", "none", "half+crops"])
+def test_single_turns_equal_the_in_process_engines(rigged: SimpleNamespace, remote, view: str) -> None:  # noqa: F811
+    questions = [f"what is {number}?" for number in range(4)]
+    images = rows_of(rigged, questions)
+    chosen = [tuple(NAMES[index : index + 2]) for index in range(4)] if view == "half+crops" else None
+    found = remote(max_side=160).answer(images, questions, view=view, crops=chosen)
+    assert_same(found, engine(rigged, max_side=160).answer(images, questions, view=view, crops=chosen))
+
+
+def test_a_second_run_needs_no_server(rigged: SimpleNamespace, remote) -> None:  # noqa: F811
+    images = rows_of(rigged, ORDERS)
+    first = remote().run(images, ORDERS)
+    assert remote("http://127.0.0.1:9/v1").run(images, ORDERS) == first
+    with pytest.raises(AwaresRequestError, match="the probe before the first row failed: connection failed"):
+        remote("http://127.0.0.1:9/v1").run(images, [*ORDERS[1:], "new"])
+    assert remote().run([], []) == []
+
+
+def test_a_row_that_may_not_call_does_not_write_the_call_token(rigged: SimpleNamespace, remote) -> None:  # noqa: F811
+    """With the token barred at every position by logit_bias; the server is not rigged against it."""
+    row = remote()._open(rigged.noise(56, 56, 0), "q", "r", "half", (), protocol.SYSTEM)
+    free = remote()._request(row, [data_url(row.images[0])]).settings["logit_bias"]
+    row.bias = float("-inf")
+    barred = remote()._request(row, [data_url(row.images[0])]).settings["logit_bias"]
+    call = rigged.processor.tokenizer.convert_tokens_to_ids(protocol.TOOL_CALL)
+    assert barred == {**free, str(call): -100.0} and str(rigged.processor.image_token_id) in free
+
+
+# What is sent
+
+
+@pytest.mark.parametrize("names", [["top"], ["center", "bottom-left"], ["left", "top", "all"], []])
+def test_the_user_turn_with_crops_renders_to_the_text_of_the_tool_turn(tiny: SimpleNamespace, names: list[str]) -> None:
+    message = protocol.tool_message([None] * len(names), None if names else protocol.TOOL_ERROR)
+    conversation = [*protocol.user_messages("q", [None]), {"role": "assistant", "content": "a"}]
+    rendered = [
+        tiny.processor.apply_chat_template([*conversation, last], tokenize=False, add_generation_prompt=True)
+        for last in (message, protocol.tool_as_user(message))
+    ]
+    assert rendered[0] == rendered[1] and rendered[0].count("<|image_pad|>") == 1 + len(names)
+
+
+def say(text: str) -> str:
+    """The step that makes the faulty server answer ``text``."""
+    return "say=" + base64.b64encode(text.encode()).decode()
+
+
+def test_turn_two_resends_turn_one_byte_for_byte_and_crops_without_loss(
+    tiny: SimpleNamespace, remote, tmp_path: Path
+) -> None:
+    faulty = Faulty(tmp_path / "log.jsonl")
+    image, call = tiny.noise(224, 168, 3), protocol.render_call(["right", "top-left"])
+    try:
+        (found,) = remote(faulty.url, check=False).run([image], [f"where?|{say(call)}"])
+        first, second = [arrival["body"] for arrival in faulty.arrivals()]
+    finally:
+        faulty.stop()
+    assert found.crops == ("right", "top-left") and found.answer == "reply to \n</tool_response>".strip()
+    low, both = first.pop("messages"), second.pop("messages")
+    assert json.dumps(both[:2]) == json.dumps(low) and first == second
+    assert [message["role"] for message in both] == ["system", "user", "assistant", "user"]
+    assert both[2]["content"] == call
+    assert [part["type"] for part in both[3]["content"]] == ["text", "image_url", "image_url", "text"]
+    sent = [read_url(part["image_url"]["url"]) for part in both[3]["content"][1:3]]
+    assert [piece.tobytes() for piece in sent] == [crops.cut(image, name).tobytes() for name in found.crops]
+    assert read_url(both[1]["content"][0]["image_url"]["url"]).tobytes() == crops.low_resolution(image).tobytes()
+    assert (first["skip_special_tokens"], first["repetition_penalty"], first["temperature"]) == (False, 1.0, 0.0)
+
+
+def read_url(url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+# A server that is not ours
+
+
+def test_a_server_that_renders_another_prompt_is_found_out_before_any_row(
+    tiny: SimpleNamespace, remote, tmp_path: Path
+) -> None:
+    tokenizer = tiny_tokenizer()
+    other = make_processor(tokenizer)
+    swapped = protocol.CHAT_TEMPLATE.replace("</tool_response>", "X").replace("<tool_response>", "</tool_response>")
+    tokenizer.chat_template = other.chat_template = swapped.replace("X", "<tool_response>")  # as many tokens as before
+    with pytest.raises(AwaresRequestError, match="renders another prompt.*--chat-template-content-format openai"):
+        remote(processor=other).run([tiny.noise(112, 112, 0)], ["q"])
+    assert not (tmp_path / "replies.jsonl").exists()
+
+
+def test_a_server_with_other_image_limits_is_found_out_before_its_reply_is_recorded(
+    tiny: SimpleNamespace, remote, tmp_path: Path
+) -> None:
+    other = make_processor(tiny_tokenizer(), max_pixels=112 * 112)  # the probe's images are below the limit
+    with pytest.raises(AwaresRequestError, match="the server counts .* prompt tokens where we count"):
+        remote(processor=other).run([tiny.noise(448, 448, 0)], ["q"])
+    assert not (tmp_path / "replies.jsonl").exists()
+
+
+def test_a_server_that_tells_no_tokens_must_be_trusted_by_name(tiny: SimpleNamespace, remote, tmp_path: Path) -> None:
+    faulty = Faulty(tmp_path / "log.jsonl")
+    try:
+        with pytest.raises(AwaresRequestError, match="tells no prompt tokens to check: pass check=False"):
+            remote(faulty.url).run([tiny.noise(112, 112, 0)], ["q"])
+        (found,) = remote(faulty.url, check=False).run([tiny.noise(112, 112, 0)], ["q"])
+    finally:
+        faulty.stop()
+    assert found.answer == "reply to q"
+    assert found.turns[1].text_tokens == len(tiny.processor.tokenizer("reply to q<|im_end|>")["input_ids"])
+
+
+def test_lost_rows_are_named_and_the_others_kept(tiny: SimpleNamespace, remote, tmp_path: Path) -> None:
+    faulty, image = Faulty(tmp_path / "log.jsonl"), tiny.noise(112, 112, 0)
+    questions = ["a", "b|500", f"c|{say('<|image_pad|>')}", "d"]
+    try:
+        with pytest.raises(AwaresRequestError, match="2 of 4 rows") as caught:
+            remote(faulty.url, check=False).run([image] * 4, questions, row_ids=list("uvwx"))
+        remote(faulty.url, check=False).run([image] * 2, ["a", "d"])
+        assert faulty.counts()["a"] == faulty.counts()["d"] == 1
+    finally:
+        faulty.stop()
+    assert [failure.row_id for failure in caught.value.failures] == ["v", "w"]
+    assert "row w: the model wrote an image placeholder" in str(caught.value)
+
+
+def test_bad_input_is_named_before_anything_is_sent(tiny: SimpleNamespace, remote) -> None:
+    good, nowhere = tiny.noise(56, 56, 0), remote("http://127.0.0.1:9/v1", check=False)
+    with pytest.raises(AwaresError, match="call_bias 2.0: a server biases a token at every position"):
+        nowhere.run([good], ["q"], call_bias=2.0)
+    with pytest.raises(AwaresError, match="row a: 20x56 px"):
+        nowhere.run([Image.new("RGB", (20, 56))], ["q"], row_ids=["a"])
+    with pytest.raises(AwaresError, match="1 questions but 2 images"):
+        nowhere.run([good, good], ["q"])
+    with pytest.raises(AwaresError, match="view 'low'"):
+        nowhere.answer([good], ["q"], view="low")
+    assert "tiny" in nowhere.key() and nowhere.key() != remote(max_side=160).key()
+    assert isinstance(nowhere, RemoteEngine) and not isinstance(nowhere, Engine)
