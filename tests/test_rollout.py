@@ -352,9 +352,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     shapes: list[tuple[int, int]] = []
     generate = Decoder._generate
 
-    def watched(self, state, features, bias):
+    def watched(self, state, features, *rest):
         shapes.append((state.ids.shape[0], state.ids.shape[1] + self.max_new_tokens))
-        return generate(self, state, features, bias)
+        return generate(self, state, features, *rest)
 
     monkeypatch.setattr(Decoder, "_generate", watched)
     return shapes

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from awares import protocol
 from awares.config import AwaresValueError, Params
 from awares.crops import cap, cut, low_resolution, open_image
-from awares.decode import Decoder, Output
+from awares.decode import Decoder, Lap, Orders, Output
 from awares.model import ImageOnlyProcessor, visual_tokens
 from awares.protocol import Call
 
@@ -75,6 +75,18 @@ class Trajectory:
         return cls(**{**values, "turns": turns, "crops": tuple(values["crops"])})
 
 
+@dataclass(frozen=True)
+class Script:
+    """What a row must do, for timing: its call is written token by token and answered in a second turn, like a free one.
+
+    ``crops``: what its first turn calls for; () = it answers at once. ``answer_tokens``: tokens of the last turn, the
+    end of the turn included; None = what the model writes.
+    """
+
+    crops: tuple[str, ...] = ()
+    answer_tokens: int | None = None
+
+
 @dataclass
 class _Row:
     """A conversation under way: everything the model has seen of it so far."""
@@ -86,6 +98,7 @@ class _Row:
     turns: list[Turn]
     call: Call = Call((), "none", "")
     free: bool = False  # the next assistant turn may be a call
+    script: Script = Script()
     bias: float = 0.0
     call_logprob: float | None = None
     margin: float = float("inf")
@@ -95,7 +108,8 @@ class _Row:
 class Engine:
     """Runs rows through ``model``; ``token_budget`` bounds the tokens of a padded batch, a longer row runs alone.
 
-    ``reuse=False`` re-prefills everything in turn 2, for comparison only. Results come in the order of the rows.
+    ``reuse=False`` re-prefills everything in turn 2, for comparison only; ``lap`` is the decoder's, for timing. Results
+    come in the order of the rows.
     """
 
     def __init__(
@@ -107,8 +121,9 @@ class Engine:
         max_side: int = 2000,
         reuse: bool = True,
         progress: bool = False,
+        lap: Lap | None = None,
     ) -> None:
-        self.decoder = Decoder(model, processor, max_new_tokens)
+        self.decoder = Decoder(model, processor, max_new_tokens, lap)
         self.processor = processor
         self.token_budget = token_budget
         self.max_side = max_side
@@ -132,17 +147,24 @@ class Engine:
         forced: Sequence[tuple[str, ...] | None] | None = None,
         call_bias: float = 0.0,
         row_ids: Sequence[str] | None = None,
+        scripts: Sequence[Script] | None = None,
     ) -> list[Trajectory]:
         """The two-turn policy on every row.
 
         ``forced`` fixes the decision of a row: a tuple of crops = the first turn is that call, () = it may not call,
         None = its own choice. ``call_bias`` is added to the logit of the call token at the first generated position.
+        ``scripts`` instead make the rows *write* what they say, for timing.
         """
-        _check_lengths(questions, images=images, forced=forced, row_ids=row_ids)
+        if forced is not None and scripts is not None:
+            raise AwaresValueError("give forced or scripts, not both")
+        _check_lengths(questions, images=images, forced=forced, row_ids=row_ids, scripts=scripts)
 
         def prepare(index: int) -> _Row:
             decision = forced[index] if forced is not None else None
             row = self._open(images[index], questions[index], _name(row_ids, index), "half", (), protocol.SYSTEM)
+            if scripts is not None:
+                row.script, row.bias = scripts[index], float("-inf")
+                return row
             if decision:
                 return self._force(row, decision)
             row.free, row.bias = decision is None, call_bias if decision is None else float("-inf")
@@ -157,20 +179,24 @@ class Engine:
         view: str = "full",
         crops: Sequence[tuple[str, ...]] | None = None,
         row_ids: Sequence[str] | None = None,
+        answer_tokens: Sequence[int] | None = None,
     ) -> list[Trajectory]:
         """One turn of the base model with its plain system prompt, from one ``view`` (of `VIEWS`) of the image.
 
         ``crops`` are each row's, for the view half+crops (the low-resolution image, then the crops, in one user turn).
+        ``answer_tokens`` make each row write that many tokens, the end of the turn included, for timing.
         """
         if view not in VIEWS:
             raise AwaresValueError(f"view {view!r}: use one of {', '.join(VIEWS)}")
         if (view == "half+crops") != (crops is not None):
             raise AwaresValueError("give crops for the view half+crops, and for no other")
-        _check_lengths(questions, images=images, crops=crops, row_ids=row_ids)
+        _check_lengths(questions, images=images, crops=crops, row_ids=row_ids, answer_tokens=answer_tokens)
 
         def prepare(index: int) -> _Row:
             names, row_id = crops[index] if crops is not None else (), _name(row_ids, index)
-            return self._open(images[index], questions[index], row_id, view, names, protocol.PLAIN_SYSTEM)
+            row = self._open(images[index], questions[index], row_id, view, names, protocol.PLAIN_SYSTEM)
+            row.script = Script((), answer_tokens[index] if answer_tokens is not None else None)
+            return row
 
         return self._all(len(questions), prepare)
 
@@ -261,7 +287,10 @@ class Engine:
     def _play(self, rows: list[_Row]) -> None:
         """One batch: the first turn of all rows, then the second turn of those that called."""
         begun = time.perf_counter()
-        output = self.decoder.start([row.ids for row in rows], [row.images for row in rows], [row.bias for row in rows])
+        orders = [self._order(row) for row in rows]
+        output = self.decoder.start(
+            [row.ids for row in rows], [row.images for row in rows], [row.bias for row in rows], orders
+        )
         scores = torch.log_softmax(output.first_logits, dim=-1)[:, self.decoder.call_token].tolist()
         callers = []
         for index, row in enumerate(rows):
@@ -269,9 +298,18 @@ class Engine:
             if row.free:
                 row.call, row.call_logprob = protocol.parse_call(row.turns[-1].text), scores[index]
                 callers += [index] if row.call.status != "none" else []
+            elif row.script.crops:
+                row.call = Call(row.script.crops, "forced", row.turns[-1].text)
+                callers.append(index)
         self._second_turn(rows, callers, output)
         for row in rows:
             row.seconds = (time.perf_counter() - begun) / len(rows)
+
+    def _order(self, row: _Row) -> Orders:
+        """What the script of ``row`` has the model write in the first turn."""
+        if not row.script.crops:
+            return row.script.answer_tokens
+        return self.decoder.tokenize(protocol.render_call(row.script.crops) + protocol.END_OF_TURN)
 
     def _second_turn(self, rows: list[_Row], callers: list[int], output: Output) -> None:
         replies = [(index, *self._respond(rows[index])) for index in callers]
@@ -279,7 +317,8 @@ class Engine:
         known = output.state.ids.shape[1]
         for group in self._groups([known + len(ids) for _, ids, _ in replies]):
             picked, suffixes, images = zip(*(replies[member] for member in group), strict=True)
-            extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse)
+            orders = [rows[index].script.answer_tokens for index in picked]
+            extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse, orders)
             for index, tokens, margin in zip(picked, extended.tokens, extended.margins, strict=True):
                 self._write(rows[index], tokens, margin)
 
