@@ -112,9 +112,7 @@ def trajectory_flops(trajectory: Trajectory, config: Any, processor: ImageOnlyPr
     A batch that shares the system prompt does less, one that pads does more. The last token of a turn is not fed in
     it: with reuse the second turn's prefill begins with it.
     """
-    views = [
-        sum(vision_flops(grid_of(size, processor), config) for size in turn.images) for turn in trajectory.turns
-    ]
+    views = [sum(vision_flops(grid_of(size, processor), config) for size in turn.images) for turn in trajectory.turns]
     user, first, *rest = ((turn.visual_tokens + turn.text_tokens) for turn in trajectory.turns)
     vision, prefill, decode = (
         [views[0], 0.0],

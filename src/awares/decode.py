@@ -6,8 +6,9 @@ ones pass through the vision tower, and of the tokens only the new ones through 
 """
 
 import os.path
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from awares.model import ImageOnlyProcessor, visual_tokens
 Orders = list[int] | int | None  # of one row and turn: write these ids, or this many tokens, or what the model likes
 Lap = Callable[[str, int], None]  # called with the phase (of `PHASES`) that has just ended, and its turn: 1 or 2
 PHASES = ("preprocess", "vision", "prefill", "decode")
+VISION_PATCHES = 4096  # 14 px patches encoded at a time, more only for a larger image: bounds memory, fits caches
 SHARE_FROM = 256  # tokens that sharing a prefix must save: less costs more than the pass of its own that it takes
 
 
@@ -114,9 +116,7 @@ class Decoder:
     ``lap`` hears of the end of each phase, for timing: all that the host does before the model is ``preprocess``.
     """
 
-    def __init__(
-        self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int, lap: Lap | None = None
-    ) -> None:
+    def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int, lap: Lap | None = None) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA layers stay in place
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -295,9 +295,22 @@ class Decoder:
             return [], [torch.zeros(len(row), 3, dtype=torch.long, device=self.model.device) for row in images]
         pixels = self.processor.image_processor(flat, return_tensors="pt").to(self.model.device)
         self._lap("preprocess", turn)
-        encoded = self.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"])
+        grids, features = pixels["image_grid_thw"], []
+        for patches, part in _portions(pixels["pixel_values"], grids):
+            features += self.model.get_image_features(patches, part).pooler_output
         self._lap("vision", turn)
-        return list(encoded.pooler_output), list(pixels["image_grid_thw"].split([len(row) for row in images]))
+        return features, list(grids.split([len(row) for row in images]))
+
+
+def _portions(patches: Tensor, grids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole images, as many at a time as stay within `VISION_PATCHES`: the patches of each and its grids."""
+    counts = grids.prod(dim=1).tolist()
+    begin = 0
+    for index, together in enumerate(accumulate(counts)):
+        if index + 1 == len(counts) or together - sum(counts[:begin]) + counts[index + 1] > VISION_PATCHES:
+            first = sum(counts[:begin])
+            yield patches[first:together], grids[begin : index + 1]
+            begin = index + 1
 
 
 def _select(cache: DynamicCache, rows: Tensor) -> DynamicCache:
