@@ -287,7 +287,7 @@ class Decoder:
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
         return ids, mask, (ids == self.processor.image_token_id).to(mask.dtype)
 
-    def _encode(self, images: Sequence[list[Image]], turn: int) -> tuple[list[Tensor], list[Tensor]]:
+    def _encode(self, images: Sequence[list[Image]], turn: int = 1) -> tuple[list[Tensor], list[Tensor]]:
         """Vision features of every image, in order, each (visual tokens, width); and every row's grids (images, 3)."""
         flat = [image for row in images for image in row]
         if not flat:

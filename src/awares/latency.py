@@ -47,6 +47,7 @@ class Workload:
     questions: Sequence[str]
     row_ids: Sequence[str]
     scripts: Mapping[str, Sequence[Script]]
+    call_bias: float = 0.0
 
 
 class Stopwatch:
@@ -124,7 +125,7 @@ def play(engine: Engine, system: str, workload: Workload) -> list[Trajectory]:
     images, questions, ids = workload.images, workload.questions, workload.row_ids
     scripts = workload.scripts.get(system)
     if system in POLICIES:
-        return engine.run(images, questions, row_ids=ids, scripts=scripts)
+        return engine.run(images, questions, call_bias=workload.call_bias, row_ids=ids, scripts=scripts)
     tokens = [script.answer_tokens for script in scripts] if scripts else None
     return engine.answer(images, questions, system, row_ids=ids, answer_tokens=tokens)
 
@@ -132,6 +133,16 @@ def play(engine: Engine, system: str, workload: Workload) -> list[Trajectory]:
 def escalations(trajectories: Sequence[Trajectory]) -> list[Script]:
     """Where a policy called for crops the whole image instead; what is then written is up to the model."""
     return [Script(("all",) if one.call_status != "none" else ()) for one in trajectories]
+
+
+def escalated(engine: Engine, rows: Any, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """``trajectories`` of a policy on ``rows``, those that called played again with the whole image as the crop."""
+    scripts = escalations(trajectories)
+    callers = [index for index, script in enumerate(scripts) if script.crops]
+    some = rows.select(callers)
+    again = engine.run(some["image"], some["question"], row_ids=some["id"], scripts=[scripts[i] for i in callers])
+    found = dict(zip(callers, again, strict=True))
+    return [found.get(index, one) for index, one in enumerate(trajectories)]
 
 
 # Measuring
@@ -166,8 +177,8 @@ def best_budgets(times: pd.DataFrame) -> dict[str, int]:
     """The token budget at which each system is fastest, rows running alone left out."""
     batched = times[times.token_budget != LOOP]
     middle = batched.groupby(["system", "token_budget"], sort=False).seconds.median().reset_index()
-    fastest = middle.loc[middle.groupby("system", sort=False).seconds.idxmin()]
-    return dict(zip(fastest.system, fastest.token_budget.astype(int), strict=True))
+    fastest = middle.loc[middle.groupby("system").seconds.idxmin()].set_index("system").token_budget
+    return {system: int(fastest[system]) for system in SYSTEMS if system in fastest.index}
 
 
 def time_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:

@@ -289,7 +289,7 @@ class Engine:
         begun = time.perf_counter()
         orders = [self._order(row) for row in rows]
         output = self.decoder.start(
-            [row.ids for row in rows], [row.images for row in rows], [row.bias for row in rows], orders
+            [row.ids for row in rows], [row.images for row in rows], [row.bias for row in rows], orders=orders
         )
         scores = torch.log_softmax(output.first_logits, dim=-1)[:, self.decoder.call_token].tolist()
         callers = []
@@ -318,7 +318,7 @@ class Engine:
         for group in self._groups([known + len(ids) for _, ids, _ in replies]):
             picked, suffixes, images = zip(*(replies[member] for member in group), strict=True)
             orders = [rows[index].script.answer_tokens for index in picked]
-            extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse, orders)
+            extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse, orders=orders)
             for index, tokens, margin in zip(picked, extended.tokens, extended.margins, strict=True):
                 self._write(rows[index], tokens, margin)
 

@@ -43,7 +43,7 @@ SHAPES = {
     "qwen2.5-vl-3b": Shape(2048, 11008, 36, 16, 2, 151936, True),
 }
 MINI = "mini"  # the embedded base model's architecture
-MINI_IMAGES = 0.25  # of the benchmarks' sides: about the size of the embedded suite's pages
+MINI_IMAGES = 0.4  # of the benchmarks' sides: about the size of the embedded suite's pages
 
 
 @dataclass(frozen=True)
