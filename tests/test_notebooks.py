@@ -5,6 +5,7 @@ with what the stages kept. Labels come from the ANLS judge without a threshold, 
 """
 
 import ast
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 
 from awares import data, publish
 from awares.config import SYSTEMS, TASKS, load_params
+from awares.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.model import load_model, save_model
 from awares.report import AVERAGE, CHECKS
 
@@ -43,6 +45,9 @@ SMOKE = {
     "evaluation.rows": 2,
     "evaluation.frontier_rows": 2,
     "evaluation.bootstrap": 50,
+    "latency.rows": 6,
+    "latency.repetitions": 2,
+    "latency.batch_tokens": [4096],
     "evaluation.call_bias": 30.0,  # a random model never calls by itself
     "report.gallery": 2,
 }
@@ -235,6 +240,29 @@ def test_unseen_evaluation_seed_draws_other_rows_beside_the_pipelines_own(line):
     asked = [json.loads(text)["row_id"] for text in (fresh / "trajectories" / "awares.jsonl").read_text().splitlines()]
     assert len(asked) == 12 and not set(asked) & set(data.load_rows(line.params.run_dir("data") / "evaluation")["id"])
     assert (line.params.run_dir("evaluation") / "tables" / "table1_main.csv").read_bytes() == before
+
+
+def test_latency(line):
+    line.run("07_latency", "latency")
+    folder = line.params.report_dir() / "latency"
+    table = pd.read_csv(folder / "table5_latency.csv", dtype={"batch": str})
+    assert sorted(zip(table.system, table.batch, strict=True)) == sorted(
+        itertools.product(SYSTEMS_TIMED, ("1", "best"))
+    )
+    place = table.set_index(["system", "batch"])
+    assert (place.ratio.loc["full"] == 1).all() and (place.speedup.xs("1", level="batch") == 1).all()
+    assert (place.ms_low <= place.ms).all() and (place.ms <= place.ms_high).all() and (place.ms > 0).all()
+    parts = place[["preprocess", "vision", "prefill", "decode"]].sum(axis=1)
+    assert (parts / place.ms).between(0.5, 1.5).all()  # medians of parts do not add up to the median of the whole
+    assert (place.loc["awares"].prefill_2_gflops <= 0.6 * place.loc["awares_naive"].prefill_2_gflops).all()
+    assert (place.loc["awares"].gflops < place.loc["awares_naive"].gflops).all()
+    written = (line.params.run_dir("evaluation") / "trajectories" / "half.jsonl").read_text().splitlines()
+    answers = [len(json.loads(text)["answer"]) for text in written]
+    lengths = pd.read_csv(folder / "table6_response_length.csv").query("system == 'half'")
+    assert (lengths.characters * lengths.n).sum() == pytest.approx(sum(answers), abs=0.01)
+    times = pd.read_csv(line.params.run_dir("latency") / "times.csv")
+    assert len(times) == 2 * 2 * len(SYSTEMS_TIMED) and (times.rows == 6).all()
+    assert (folder / "accuracy_time.png").is_file() and publish.publish_latency(line.params)[0].is_file()
 
 
 def test_means_over_seeds(line):

@@ -15,7 +15,7 @@ from awares import AwaRes, crops, decode, protocol
 from awares.config import AwaresError
 from awares.decode import Decoder
 from awares.model import save_model, visual_tokens
-from awares.rollout import Engine, Trajectory
+from awares.rollout import Engine, Script, Trajectory
 
 NAMES = list(crops.CROPS)
 
@@ -352,9 +352,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     shapes: list[tuple[int, int]] = []
     generate = Decoder._generate
 
-    def watched(self, state, features, bias):
+    def watched(self, state, features, *rest):
         shapes.append((state.ids.shape[0], state.ids.shape[1] + self.max_new_tokens))
-        return generate(self, state, features, bias)
+        return generate(self, state, features, *rest)
 
     monkeypatch.setattr(Decoder, "_generate", watched)
     return shapes
@@ -492,3 +492,92 @@ def test_an_adapter_folder_finds_its_base_beside_itself(tiny: SimpleNamespace, t
     by_hand = AwaRes.from_pretrained(tmp_path / "base", tmp_path / "adapter", max_new_tokens=8).ask(image, "q")
     plain = AwaRes.from_pretrained(tmp_path / "base", max_new_tokens=8).ask(image, "q")
     assert by_name.answer == by_hand.answer != plain.answer
+
+
+# What batches share, and what rows are ordered to write
+
+
+def test_a_batch_passes_the_common_beginning_through_the_model_once(tiny: SimpleNamespace, monkeypatch) -> None:
+    """And then gives what padding alone gives: first logits, tokens, and what a second turn makes of the cache."""
+    rng = np.random.default_rng(3)
+    decoder = Decoder(tiny.model, tiny.processor, max_new_tokens=5)
+    images = [[image] for image in random_images(tiny, rng, 6)]
+    rows = [prompt_ids(tiny, decoder, "q" * int(rng.integers(1, 40)), row[0]) for row in images]
+    new = [random_images(tiny, rng, count) for count in (1, 2)]
+    suffixes = [suffix_ids(tiny, decoder, crop_images) for crop_images in new]
+    fed: list[int] = []
+    embed = tiny.model.get_input_embeddings()
+    hook = embed.register_forward_hook(lambda module, inputs, output: fed.append(inputs[0].numel()))
+    shared = decoder.start(rows, images)
+    saved = fed[:]
+    after = decoder.extend(shared.state, [4, 1], suffixes, new)
+    monkeypatch.setattr(decode, "SHARE_FROM", 10**9)
+    fed.clear()
+    padded = decoder.start(rows, images)
+    hook.remove()
+    common = rows[0].index(tiny.processor.image_token_id)
+    assert saved[0] == common and saved[0] + saved[1] == fed[0] - 5 * common
+    assert difference(shared.first_logits, padded.first_logits) < 1e-4
+    assert all(map(same, shared.tokens, padded.tokens, padded.margins))
+    fresh = decoder.extend(padded.state, [4, 1], suffixes, new, reuse=False)
+    assert difference(after.first_logits, fresh.first_logits) < 1e-4
+
+
+def test_equal_rows_without_images_keep_a_token_of_their_own(tiny: SimpleNamespace) -> None:
+    decoder = Decoder(tiny.model, tiny.processor, max_new_tokens=4)
+    row = decoder.tokenize("<|im_start|>user\n" + "long " * 80 + "<|im_end|>\n<|im_start|>assistant\n")
+    together, alone = decoder.start([row] * 3, [[]] * 3), decoder.start([row], [[]])
+    assert difference(together.first_logits, alone.first_logits.expand(3, -1)) < 1e-4
+
+
+def test_images_are_encoded_in_portions_of_whole_images(tiny: SimpleNamespace, monkeypatch) -> None:
+    rng = np.random.default_rng(5)
+    decoder = Decoder(tiny.model, tiny.processor, max_new_tokens=2)
+    images = [random_images(tiny, rng, count) for count in (2, 0, 3, 1)]
+    whole, grids = decoder._encode(images)
+    calls: list[int] = []
+    encode = tiny.model.get_image_features
+
+    def watched(patches: Tensor, grid: Tensor) -> Any:
+        calls.append(len(patches))
+        return encode(patches, grid)
+
+    monkeypatch.setattr(tiny.model, "get_image_features", watched)
+    monkeypatch.setattr(decode, "VISION_PATCHES", 40)
+    parts, same_grids = decoder._encode(images)
+    sizes = [int(grid.prod()) for row in grids for grid in row]
+    assert sum(calls) == sum(sizes) and len(calls) > 1
+    assert all(count <= 40 or count in sizes for count in calls)
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(whole, parts, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(grids, same_grids, strict=True))
+
+
+def test_scripts_make_rows_write_calls_and_lengths_at_the_price_of_writing_them(tiny: SimpleNamespace) -> None:
+    image = tiny.noise(224, 168, 0)
+    scripts = [Script(("top-left", "right"), 5), Script((), 9), Script((), 1), Script(("all",))]
+    played = Engine(tiny.model, tiny.processor, max_new_tokens=16)
+    done = played.run([image] * 4, ["q?"] * 4, scripts=scripts)
+    called = protocol.render_call(["top-left", "right"])
+    assert [one.crops for one in done] == [("top-left", "right"), (), (), ("all",)]
+    assert [one.turns[-1].text_tokens for one in done[:3]] == [5, 9, 1]
+    assert done[0].turns[1].text == called and len(done[0].turns) == 4 and done[0].call_status == "forced"
+    assert done[0].turns[1].text_tokens == len(played.decoder.tokenize(called + protocol.END_OF_TURN))
+    forced = played.run([image], ["q?"], forced=[("all",)])[0]  # the same call, given and not written
+    assert (done[3].answer, done[3].turns[2:]) == (forced.answer, forced.turns[2:])
+    wordy = played.answer([image], ["q?"], answer_tokens=[12])[0]
+    assert wordy.turns[-1].text_tokens == 12
+    with pytest.raises(AwaresError, match="17 tokens ordered, max_new_tokens is 16"):
+        played.answer([image], ["q?"], answer_tokens=[17])
+    with pytest.raises(AwaresError, match="not both"):
+        played.run([image], ["q?"], forced=[()], scripts=[Script()])
+
+
+def test_laps_tell_every_phase_of_both_turns_in_order(tiny: SimpleNamespace) -> None:
+    heard: list[tuple[str, int]] = []
+    timed = Engine(tiny.model, tiny.processor, max_new_tokens=16, lap=lambda phase, turn: heard.append((phase, turn)))
+    image = tiny.noise(112, 112, 0)
+    timed.run([image, image], ["q?", "q?"], scripts=[Script(("top",), 2), Script((), 2)])
+    assert heard == [(phase, turn) for turn in (1, 2) for phase in decode.PHASES]
+    heard.clear()
+    timed.answer([image], ["q?"], view="none", answer_tokens=[2])
+    assert heard == [("preprocess", 1), ("prefill", 1), ("decode", 1)]

@@ -31,7 +31,7 @@ LORA_MODULES = (
     "down_proj",
 )  # every linear layer of the LM
 SYSTEMS = ("full", "half", "no_image", "sft", "awares")
-SEEDED_STAGES = ("sft", "grpo", "evaluation")
+SEEDED_STAGES = ("sft", "grpo", "evaluation", "latency")
 
 
 class AwaresError(Exception):
@@ -194,6 +194,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """Timing of the systems side by side (PAPER §5, latency)."""
+
+    seed: int = _method(low=0)
+    rows: int = _size(low=1)
+    repetitions: int = _size(low=1)
+    batch_tokens: tuple[int, ...] = _size(low=2)
+
+
+@dataclass(frozen=True)
 class Base:
     """The base VLM: a folder in this repository or a model id, how it is loaded, and how the embedded one is trained."""
 
@@ -228,6 +238,7 @@ SECTIONS: dict[str, type] = {
     "sft": Sft,
     "grpo": Grpo,
     "evaluation": Evaluation,
+    "latency": Latency,
     "base": Base,
     "report": Report,
 }
@@ -252,6 +263,7 @@ class Params:
     sft: Sft
     grpo: Grpo
     evaluation: Evaluation
+    latency: Latency
     base: Base
     report: Report
 

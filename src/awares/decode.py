@@ -5,8 +5,10 @@ the model did not write (the tool's answer) and goes on from the rows' old key-v
 ones pass through the vision tower, and of the tokens only the new ones through the language model (PAPER §1, turn 2).
 """
 
-from collections.abc import Sequence
+import os.path
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +24,14 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares import protocol
+from awares.config import AwaresValueError
 from awares.model import ImageOnlyProcessor, visual_tokens
+
+Orders = list[int] | int | None  # of one row and turn: write these ids, or this many tokens, or what the model likes
+Lap = Callable[[str, int], None]  # called with the phase (of `PHASES`) that has just ended, and its turn: 1 or 2
+PHASES = ("preprocess", "vision", "prefill", "decode")
+VISION_PATCHES = 4096  # 14 px patches encoded at a time, more only for a larger image: bounds memory, fits caches
+SHARE_FROM = 256  # tokens that sharing a prefix must save: less costs more than the pass of its own that it takes
 
 
 @dataclass
@@ -76,6 +85,47 @@ class FirstToken(LogitsProcessor):
         return scores
 
 
+class Ordered(LogitsProcessor):
+    """Makes B rows write what ``orders`` say, at the price of writing it: for timing, and for models with random weights.
+
+    A number orders that many tokens, the last of them the end of the turn. AwaresError for more than ``limit`` tokens.
+    """
+
+    def __init__(self, orders: Sequence[Orders], end: int, limit: int, device: Any) -> None:
+        longest = max((order if isinstance(order, int) else len(order or ()) for order in orders), default=0)
+        if longest > limit:
+            raise AwaresValueError(f"{longest} tokens ordered, max_new_tokens is {limit}: raise it")
+        must, open_ended = torch.full((len(orders), limit), -1), torch.zeros(len(orders), limit, dtype=torch.bool)
+        for row, order in enumerate(orders):
+            if isinstance(order, int):
+                open_ended[row, : order - 1] = True
+                must[row, order - 1] = end
+            elif order:
+                must[row, : len(order)] = torch.tensor(order)
+        self.must, self.open_ended, self.end, self.step = must.to(device), open_ended.to(device), end, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        must, open_ended = self.must[:, self.step, None], self.open_ended[:, self.step, None]  # (B, 1)
+        self.step += 1
+        token = torch.arange(scores.shape[1], device=scores.device)
+        barred = ((must >= 0) & (token != must)) | (open_ended & (token == self.end))
+        # an ordered token counts 0: it may be one that the model is never let to write
+        return scores.masked_fill(barred, float("-inf")).masked_fill(token == must, 0.0)
+
+
+class PrefillEnd(LogitsProcessor):
+    """Calls ``lap`` at the first step: what came before it was the prefill."""
+
+    def __init__(self, lap: Callable[[], None]) -> None:
+        self.lap, self.done = lap, False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.done:
+            self.lap()
+        self.done = True
+        return scores
+
+
 class Codec:
     """Chat text <-> token ids: all of decoding that needs no model, for a model behind a server too."""
 
@@ -100,10 +150,17 @@ class Codec:
 
 
 class Decoder(Codec):
-    """Greedy decoding of a Qwen2.5-VL ``model`` (a PEFT model counts with its adapter on)."""
+    """Greedy decoding of a Qwen2.5-VL ``model`` (a PEFT model counts with its adapter on).
 
-    def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int) -> None:
+    ``lap`` hears of the end of each phase, for timing: all that the host does before the model is ``preprocess``.
+    """
+
+    vision_patches: float = VISION_PATCHES  # 14 px patches that pass through the vision tower together
+    shares_prefix = True  # whether `start` may pass what all rows begin with through the model once
+
+    def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int, lap: Lap | None = None) -> None:
         super().__init__(processor)
+        self.lap = lap
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA layers stay in place
         self.max_new_tokens = max_new_tokens
         self.pad = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -128,15 +185,26 @@ class Decoder(Codec):
         images: Sequence[list[Image]],
         call_bias: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
+        orders: Sequence[Orders] | None = None,
     ) -> Output:
         """Generate from B rows of ids (images expanded) and their images, in the order of their placeholders.
 
+        What all rows begin with, up to the first image, passes through the language model once (the system prompt).
         ``names``: the rows' ids, for a decoder that draws by row.
         """
-        ids, mask, types = self._pad(rows)
-        features, grids = self._encode(images)
-        state = State(ids, mask, types, [list(row) for row in images], grids, DynamicCache(config=self.model.config))
-        return self._generate(state, features, call_bias)
+        features, grids = self._encode(images, 1)
+        shared = self._shared(rows) if self.shares_prefix else 0
+        ids, mask, types = self._pad([row[shared:] for row in rows])
+        cache = DynamicCache(config=self.model.config)
+        if shared:
+            prefix = torch.tensor([rows[0][:shared]], device=ids.device)
+            cache = self._prefix_cache(prefix, len(rows))
+            ids = torch.cat([prefix.expand(len(rows), -1), ids], dim=1)
+            mask = torch.cat([mask.new_ones(len(rows), shared), mask], dim=1)
+            types = torch.cat([types.new_zeros(len(rows), shared), types], dim=1)
+        return self._generate(
+            State(ids, mask, types, [list(row) for row in images], grids, cache), features, call_bias, orders
+        )
 
     @torch.no_grad()
     def extend(
@@ -146,6 +214,7 @@ class Decoder(Codec):
         suffixes: Sequence[list[int]],
         images: Sequence[list[Image]],
         reuse: bool = True,
+        orders: Sequence[Orders] | None = None,
     ) -> Output:
         """Append ``suffixes`` (ids) and new ``images`` to the rows ``picked`` of ``state`` and generate.
 
@@ -155,9 +224,12 @@ class Decoder(Codec):
         kept = [[*state.images[row], *new] for row, new in zip(picked, images, strict=True)]
         if not reuse:
             sequences = [state.ids[row][state.mask[row].bool()].tolist() for row in picked]
-            return self.start([old + new for old, new in zip(sequences, suffixes, strict=True)], kept)
+            ids, mask, types = self._pad([old + new for old, new in zip(sequences, suffixes, strict=True)])
+            features, grids = self._encode(kept, 2)
+            fresh = State(ids, mask, types, kept, grids, DynamicCache(config=self.model.config))
+            return self._generate(fresh, features, None, orders, 2)
         ids, mask, types = self._pad(suffixes)
-        features, new_grids = self._encode(images)
+        features, new_grids = self._encode(images, 2)
         grids = [torch.cat([state.grids[row], new]) for row, new in zip(picked, new_grids, strict=True)]
         longer = State(
             torch.cat([state.ids[rows], ids], dim=1),
@@ -167,13 +239,23 @@ class Decoder(Codec):
             grids,
             _select(state.cache, rows),
         )
-        return self._generate(longer, features, None)
+        return self._generate(longer, features, None, orders, 2)
 
-    def _generate(self, state: State, features: list[Tensor], call_bias: Sequence[float] | None) -> Output:
+    def _generate(
+        self,
+        state: State,
+        features: list[Tensor],
+        call_bias: Sequence[float] | None,
+        orders: Sequence[Orders] | None = None,
+        turn: int = 1,
+    ) -> Output:
         """Feed what ``state.cache`` does not hold yet, then decode until every row has ended its turn."""
         known = state.ids.shape[1]
         bias = torch.tensor([0.0] * len(state.ids) if call_bias is None else list(call_bias))
         first = FirstToken(self.call_token, bias)
+        steps: list[LogitsProcessor] = [PrefillEnd(lambda: self._lap("prefill", turn)), first]
+        if orders and any(order is not None for order in orders):
+            steps.append(Ordered(orders, self.end, self.max_new_tokens, state.ids.device))
         # rope_deltas is left on the model by the last call and would be taken for this batch's
         self.model.model.rope_deltas = None
         inputs: dict[str, Any] = {"mm_token_type_ids": state.types}
@@ -189,11 +271,12 @@ class Decoder(Codec):
             attention_mask=state.mask,
             past_key_values=state.cache,
             generation_config=self.config,
-            logits_processor=LogitsProcessorList([first, *self.processors]),
+            logits_processor=LogitsProcessorList([*steps, *self.processors]),
             stopping_criteria=self.criteria,
             **inputs,
         )
         self.model.model.rope_deltas = None
+        self._lap("decode", turn)
         return self._output(result.sequences, known, state, result.past_key_values, first)
 
     def _output(self, ids: Tensor, known: int, state: State, cache: DynamicCache, first: FirstToken) -> Output:
@@ -208,6 +291,27 @@ class Decoder(Codec):
         longer = State(ids, mask, types, state.images, state.grids, cache)
         return Output(tokens, first.logits, gaps.amin(dim=1).tolist(), longer)
 
+    def _lap(self, phase: str, turn: int) -> None:
+        if self.lap:
+            self.lap(phase, turn)
+
+    def _shared(self, rows: Sequence[list[int]]) -> int:
+        """How many ids all ``rows`` begin with, none of them an image's and not a whole row; 0 where it saves little."""
+        common = os.path.commonprefix(list(rows))
+        if self.processor.image_token_id in common:
+            common = common[: common.index(self.processor.image_token_id)]
+        shared = min(len(common), min(map(len, rows)) - 1)
+        return shared if shared * (len(rows) - 1) >= SHARE_FROM else 0
+
+    def _prefix_cache(self, prefix: Tensor, rows: int) -> DynamicCache:
+        """The cache of text ids (1, P), seen by ``rows`` rows. At the start of a row text has the same positions in all."""
+        cache = DynamicCache(config=self.model.config)
+        self.model.model.language_model(input_ids=prefix, past_key_values=cache, use_cache=True)
+        layers: list[Any] = cache.layers
+        return DynamicCache(
+            [(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)) for layer in layers]
+        )
+
     def _pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and type ids of B rows, left padded, each (B, longest)."""
         longest = max(len(row) for row in rows)
@@ -215,14 +319,30 @@ class Decoder(Codec):
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
         return ids, mask, (ids == self.processor.image_token_id).to(mask.dtype)
 
-    def _encode(self, images: Sequence[list[Image]]) -> tuple[list[Tensor], list[Tensor]]:
+    def _encode(self, images: Sequence[list[Image]], turn: int = 1) -> tuple[list[Tensor], list[Tensor]]:
         """Vision features of every image, in order, each (visual tokens, width); and every row's grids (images, 3)."""
         flat = [image for row in images for image in row]
         if not flat:
+            self._lap("preprocess", turn)
             return [], [torch.zeros(len(row), 3, dtype=torch.long, device=self.model.device) for row in images]
         pixels = self.processor.image_processor(flat, return_tensors="pt").to(self.model.device)
-        encoded = self.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"])
-        return list(encoded.pooler_output), list(pixels["image_grid_thw"].split([len(row) for row in images]))
+        self._lap("preprocess", turn)
+        grids, features = pixels["image_grid_thw"], []
+        for patches, part in _portions(pixels["pixel_values"], grids, self.vision_patches):
+            features += self.model.get_image_features(patches, part).pooler_output
+        self._lap("vision", turn)
+        return features, list(grids.split([len(row) for row in images]))
+
+
+def _portions(patches: Tensor, grids: Tensor, limit: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole images, as many at a time as stay within ``limit``: the patches of each and its grids."""
+    counts = grids.prod(dim=1).tolist()
+    begin = 0
+    for index, together in enumerate(accumulate(counts)):
+        if index + 1 == len(counts) or together - sum(counts[:begin]) + counts[index + 1] > limit:
+            first = sum(counts[:begin])
+            yield patches[first:together], grids[begin : index + 1]
+            begin = index + 1
 
 
 def _select(cache: DynamicCache, rows: Tensor) -> DynamicCache:

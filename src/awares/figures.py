@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from awares.rollout import Trajectory
 
 SYSTEM_NAMES = {"full": "full", "half": "half", "no_image": "no image", "sft": "SFT only", "awares": "AwaRes"}
+SYSTEM_NAMES |= {"awares_naive": "AwaRes, naive re-prefill", "escalate_full": "whole image on a call"}
 COLOURS = dict(zip(SYSTEM_NAMES, sns.color_palette("colorblind"), strict=False))
 
 
@@ -137,6 +138,37 @@ def accuracy_rtr_figure(table: pd.DataFrame) -> Figure:
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside right upper")
     figure.supxlabel("retain token ratio (visual tokens / tokens of the full image)")
     figure.supylabel("accuracy (%)")
+    return figure
+
+
+def accuracy_time_figure(table: pd.DataFrame) -> Figure:
+    """Accuracy (percent, with intervals) against milliseconds a row (with quartiles), a panel for each ``batch``.
+
+    ``table`` has system, batch, ms and accuracy, both with columns ``_low`` and ``_high``.
+    """
+    batches = list(table.batch.unique())
+    figure, grid = plt.subplots(1, len(batches), figsize=(4.5 * len(batches), 3.8), sharey=True, squeeze=False)
+    for axes, batch in zip(grid.flat, batches, strict=True):
+        for row in table[table.batch == batch].itertuples():
+            aside = [[row.ms - row.ms_low], [row.ms_high - row.ms]]
+            height = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
+            name, colour = SYSTEM_NAMES[row.system], COLOURS[row.system]
+            axes.errorbar(row.ms, row.accuracy, height, aside, fmt="o", capsize=3, color=colour, label=name)
+        axes.set(title=f"batch: {batch}", xlabel="time a row (ms)", xlim=(0, None))
+    grid[0, 0].set_ylabel("accuracy (%), mean of the tasks")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def stacked_figure(table: pd.DataFrame, x: str, parts: Mapping[str, str], ylabel: str) -> Figure:
+    """A column for each value of ``x``, stacked from the columns ``parts`` (column -> name in the legend)."""
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    bottom = [0.0] * len(table)
+    for column, name in parts.items():
+        axes.bar(table[x], table[column], bottom=bottom, label=name)
+        bottom = [below + value for below, value in zip(bottom, table[column], strict=True)]
+    axes.set(ylabel=ylabel)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
 
 

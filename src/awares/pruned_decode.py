@@ -27,13 +27,16 @@ from transformers.vision_utils import get_vision_window_index
 
 from awares import pruning
 from awares.config import AwaresValueError
-from awares.decode import Decoder, Kept, Output, State
+from awares.decode import Decoder, Kept, Orders, Output, State
 from awares.model import ImageOnlyProcessor
 from awares.pruning import Selection
 
 
 class Pruned(Decoder):
     """A decoder that answers in one turn: what it left out is not there for a second one."""
+
+    vision_patches = float("inf")  # the last block is noted for all images at once
+    shares_prefix = False  # what is dropped is counted over whole sequences
 
     def extend(self, *arguments: Any, **options: Any) -> Output:
         """Always AwaresValueError."""
@@ -77,6 +80,7 @@ class VisionPruned(Pruned):
         images: Sequence[list[Image]],
         call_bias: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
+        orders: Sequence[Orders] | None = None,
     ) -> Output:
         """Generate as `Decoder.start` does, from the visual tokens that are kept."""
         titles = [f"{names[b] if names else b}/{n}" for b, row in enumerate(images) for n in range(len(row))]
@@ -87,7 +91,7 @@ class VisionPruned(Pruned):
         keep[types.bool()] = torch.cat([torch.zeros(0).to(keep), *map(_kept_flags, chosen, views)])
         cache = DynamicCache(config=self.model.config)
         state = self._shorten(State(ids, mask, types, [list(row) for row in images], grids, cache), keep)
-        output = self._generate(state, [one.vectors for one in chosen], call_bias)
+        output = self._generate(state, [one.vectors for one in chosen], call_bias, orders)
         output.kept = [Kept(count, float(count)) for count in state.types.sum(dim=1).tolist()]
         return output
 
@@ -95,7 +99,7 @@ class VisionPruned(Pruned):
         """A view of every image, in order; and every row's grids."""
         visual = self.model.model.visual
         with last_block(visual) as tapped:
-            features, grids = self._encode(images)
+            features, grids = self._encode(images, 1)
         if self.attention and features:
             scores, keys = look(visual, tapped, torch.cat(grids), [len(one) for one in features])
         else:
@@ -182,9 +186,9 @@ class LayerPruned(Pruned):
             raise AwaresValueError("dropping tokens between layers needs full attention, not sliding windows")
         self.plan = plan(len(self.language_model.layers))
 
-    def _generate(self, state: State, features: list[Tensor], call_bias: Sequence[float] | None) -> Output:
+    def _generate(self, state: State, *arguments: Any, **options: Any) -> Output:
         with Dropping(self.language_model, self.plan, state) as dropping:
-            output = super()._generate(state, features, call_bias)
+            output = super()._generate(state, *arguments, **options)
         output.kept = dropping.kept()
         return output
 

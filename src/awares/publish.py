@@ -4,7 +4,8 @@ An executed notebook differs on every run (ids, timings, progress bars). What is
 something and drops the rest, so that two runs with the same numbers give the same bytes.
 
     python -m awares.publish mini         # what the report stage of dvc.yaml runs last
-    python -m awares.publish mini seeds   # and the stage over training seeds
+    python -m awares.publish mini seeds     # and the stages beside it
+    python -m awares.publish mini latency
 """
 
 import re
@@ -49,9 +50,18 @@ def publish(params: Params) -> list[Path]:
 
 def publish_seeds(params: Params) -> list[Path]:
     """Publish the notebook over training seeds beside its tables, in reports/<profile>/seeds."""
-    path = params.run_dir("seeds") / "notebook.ipynb"
-    _require(path, "seeds")
-    return publish_one(path, params.report_dir() / "seeds", "09_seeds", params.root)
+    return _publish_beside(params, "seeds", "09_seeds")
+
+
+def publish_latency(params: Params) -> list[Path]:
+    """Publish the latency notebook beside its tables, in reports/<profile>/latency."""
+    return _publish_beside(params, "latency", "07_latency")
+
+
+def _publish_beside(params: Params, stage: str, name: str) -> list[Path]:
+    path = params.run_dir(stage) / "notebook.ipynb"
+    _require(path, stage)
+    return publish_one(path, params.report_dir() / stage, name, params.root)
 
 
 def _require(path: Path, stage: str) -> None:
@@ -117,11 +127,12 @@ def clear(folder: Path) -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m awares.publish [profile [seeds]]``."""
+    """``python -m awares.publish [profile [seeds or latency]]``."""
     profile, what = [*arguments, "", ""][:2]
     try:
         params = load_params(profile)
-        for file in publish_seeds(params) if what == "seeds" else publish(params):
+        publisher = {"seeds": publish_seeds, "latency": publish_latency}.get(what, publish)
+        for file in publisher(params):
             print(file.relative_to(params.root))
     except AwaresError as error:
         print(f"awares.publish: {error}", file=sys.stderr)

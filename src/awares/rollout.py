@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from awares import protocol
 from awares.config import AwaresValueError, Params
 from awares.crops import cap, cut, low_resolution, open_image
-from awares.decode import Codec, Decoder, Output
+from awares.decode import Codec, Decoder, Lap, Orders, Output
 from awares.model import ImageOnlyProcessor, visual_tokens
 from awares.protocol import Call
 
@@ -84,6 +84,18 @@ class Trajectory:
         return cls(**{**values, "turns": turns, "crops": tuple(values["crops"])})
 
 
+@dataclass(frozen=True)
+class Script:
+    """What a row must do, for timing: its call is written token by token and answered in a second turn, like a free one.
+
+    ``crops``: what its first turn calls for; () = it answers at once. ``answer_tokens``: tokens of the last turn, the
+    end of the turn included; None = what the model writes.
+    """
+
+    crops: tuple[str, ...] = ()
+    answer_tokens: int | None = None
+
+
 @dataclass
 class _Row:
     """A conversation under way: everything the model has seen of it so far."""
@@ -96,6 +108,7 @@ class _Row:
     messages: list[dict[str, Any]]  # the same as chat messages, image placeholders without their images
     call: Call = Call((), "none", "")
     free: bool = False  # the next assistant turn may be a call
+    script: Script = Script()
     bias: float = 0.0
     call_logprob: float | None = None
     margin: float = float("inf")
@@ -121,19 +134,25 @@ class Interaction(ABC):
         forced: Sequence[tuple[str, ...] | None] | None = None,
         call_bias: float | Sequence[float] = 0.0,
         row_ids: Sequence[str] | None = None,
+        scripts: Sequence[Script] | None = None,
     ) -> list[Trajectory]:
         """The two-turn policy on every row.
 
         ``forced`` fixes the decision of a row: a tuple of crops = the first turn is that call, () = it may not call,
         None = its own choice. ``call_bias``, one for all or one per row, is added to the logit of the call token at the
-        first generated position.
+        first generated position. ``scripts`` instead make the rows *write* what they say, for timing.
         """
+        if forced is not None and scripts is not None:
+            raise AwaresValueError("give forced or scripts, not both")
         biases = [call_bias] * len(questions) if isinstance(call_bias, float | int) else call_bias
-        _check_lengths(questions, images=images, forced=forced, call_bias=biases, row_ids=row_ids)
+        _check_lengths(questions, images=images, forced=forced, call_bias=biases, row_ids=row_ids, scripts=scripts)
 
         def prepare(index: int) -> _Row:
             decision = forced[index] if forced is not None else None
             row = self._open(images[index], questions[index], _name(row_ids, index), "half", (), protocol.SYSTEM)
+            if scripts is not None:
+                row.script, row.bias = scripts[index], float("-inf")
+                return row
             if decision:
                 return self._force(row, decision)
             row.free, row.bias = decision is None, biases[index] if decision is None else float("-inf")
@@ -152,20 +171,24 @@ class Interaction(ABC):
         view: str = "full",
         crops: Sequence[tuple[str, ...]] | None = None,
         row_ids: Sequence[str] | None = None,
+        answer_tokens: Sequence[int] | None = None,
     ) -> list[Trajectory]:
         """One turn of the base model with its plain system prompt, from one ``view`` (of `VIEWS`) of the image.
 
         ``crops`` are each row's, for the view half+crops (the low-resolution image, then the crops, in one user turn).
+        ``answer_tokens`` make each row write that many tokens, the end of the turn included, for timing.
         """
         if view not in VIEWS:
             raise AwaresValueError(f"view {view!r}: use one of {', '.join(VIEWS)}")
         if (view == "half+crops") != (crops is not None):
             raise AwaresValueError("give crops for the view half+crops, and for no other")
-        _check_lengths(questions, images=images, crops=crops, row_ids=row_ids)
+        _check_lengths(questions, images=images, crops=crops, row_ids=row_ids, answer_tokens=answer_tokens)
 
         def prepare(index: int) -> _Row:
             names, row_id = crops[index] if crops is not None else (), _name(row_ids, index)
-            return self._open(images[index], questions[index], row_id, view, names, protocol.PLAIN_SYSTEM)
+            row = self._open(images[index], questions[index], row_id, view, names, protocol.PLAIN_SYSTEM)
+            row.script = Script((), answer_tokens[index] if answer_tokens is not None else None)
+            return row
 
         return self._all([_name(row_ids, index) for index in range(len(questions))], prepare)
 
@@ -243,7 +266,8 @@ class Interaction(ABC):
 class Engine(Interaction):
     """Runs rows through ``model``; ``token_budget`` bounds the tokens of a padded batch, a longer row runs alone.
 
-    ``reuse=False`` re-prefills everything in turn 2, for comparison only. Results come in the order of the rows.
+    ``reuse=False`` re-prefills everything in turn 2, for comparison only; ``lap`` is the decoder's, for timing. Results
+    come in the order of the rows.
     """
 
     def __init__(
@@ -255,8 +279,9 @@ class Engine(Interaction):
         max_side: int = 2000,
         reuse: bool = True,
         progress: bool = False,
+        lap: Lap | None = None,
     ) -> None:
-        self.decoder = Decoder(model, processor, max_new_tokens)
+        self.decoder = Decoder(model, processor, max_new_tokens, lap)
         super().__init__(self.decoder, max_side)
         self.token_budget = token_budget
         self.reuse = reuse
@@ -313,7 +338,8 @@ class Engine(Interaction):
         """One batch: the first turn of all rows, then the second turn of those that called."""
         begun = time.perf_counter()
         bias, names = [row.bias for row in rows], [row.row_id for row in rows]
-        output = self.decoder.start([row.ids for row in rows], [row.images for row in rows], bias, names)
+        orders = [self._order(row) for row in rows]
+        output = self.decoder.start([row.ids for row in rows], [row.images for row in rows], bias, names, orders)
         for row, kept in zip(rows, output.kept or (), strict=False):
             row.turns[-1] = replace(row.turns[-1], visual_tokens=kept.nominal)
             row.layer_visual_tokens = kept.layer_mean
@@ -324,9 +350,18 @@ class Engine(Interaction):
             if row.free:
                 row.call, row.call_logprob = protocol.parse_call(row.turns[-1].text), scores[index]
                 callers += [index] if row.call.status != "none" else []
+            elif row.script.crops:
+                row.call = Call(row.script.crops, "forced", row.turns[-1].text)
+                callers.append(index)
         self._second_turn(rows, callers, output)
         for row in rows:
             row.seconds = (time.perf_counter() - begun) / len(rows)
+
+    def _order(self, row: _Row) -> Orders:
+        """What the script of ``row`` has the model write in the first turn."""
+        if not row.script.crops:
+            return row.script.answer_tokens
+        return self.decoder.tokenize(protocol.render_call(row.script.crops) + protocol.END_OF_TURN)
 
     def _second_turn(self, rows: list[_Row], callers: list[int], output: Output) -> None:
         replies = [(index, *self._respond(rows[index])) for index in callers]
@@ -334,7 +369,8 @@ class Engine(Interaction):
         known = output.state.ids.shape[1]
         for group in self._groups([known + len(ids) for _, ids, _ in replies]):
             picked, suffixes, images = zip(*(replies[member] for member in group), strict=True)
-            extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse)
+            orders = [rows[index].script.answer_tokens for index in picked]
+            extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse, orders=orders)
             for index, tokens, margin in zip(picked, extended.tokens, extended.margins, strict=True):
                 self._write(rows[index], tokens, margin)
 

@@ -1,0 +1,275 @@
+"""`awares bench --shape qwen2.5-vl-7b`: the systems' speed at the paper's size, with random weights (no download).
+
+What is timed:
+
+- *Interactions.* For each benchmark, rows of its typical image size and of the paper's response lengths go through the
+  engine that evaluation uses, outputs ordered token by token, at batch 1 and at the best of the given token budgets, all
+  jobs interleaved. Time runs from the PIL image to the text: resizing, cutting and patching, vision tower, prefill, decoding.
+- *SFT step.* The second of two optimiser steps of our SFT trainer at ``sft.batch_size``, from the end of the first to its
+  own: data preparation, forward and backward passes of all micro-batches, update. No checkpoint is written.
+- *GRPO step.* The same of our GRPO trainer at ``grpo.batch_size`` completions: rollouts, reference and policy passes,
+  update. A random model never calls and never ends a turn, so each completion is ``--completion-tokens`` long; the
+  reward is ANLS, so that no second model runs beside.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+
+from awares import costs, grpo, latency, sft, shapes
+from awares.config import AwaresError, AwaresValueError, Params, load_params
+from awares.latency import LOOP
+from awares.rollout import Trajectory
+
+PACKAGES = ("awares", "torch", "transformers", "trl", "peft")
+SOURCE_ROWS = ("chartqa", "docvqa", "pope", "realworldqa", "ocrbench")  # whose sizes the training rows have, in turn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``awares bench``."""
+    add = parser.add_argument
+    add("--shape", default="qwen2.5-vl-7b", choices=[*shapes.SHAPES, shapes.MINI], help="architecture, random weights")
+    add("--scale", type=float, default=1.0, help="shrink the shape to about this share of its parameters")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    add("--benchmarks", nargs="+", default=list(shapes.BENCHMARKS), choices=list(shapes.BENCHMARKS), metavar="NAME")
+    add("--rows", type=int, default=16, help="rows of a benchmark")
+    add("--repetitions", type=int, default=5)
+    add("--batch-tokens", nargs="+", type=int, default=[32768], help="token budgets to try, beside batch 1")
+    add("--seed", type=int, default=1, help="of the weights and of the order of the jobs")
+    add("--gpu", choices=list(costs.GPUS), help="whose roofline to compare with (default: told from the device's name)")
+    add("--train", action="store_true", help="time an SFT and a GRPO step, too")
+    add("--completion-tokens", type=int, default=32, help="of a turn in the GRPO step")
+    add("--overrides", default="", help="of params.yaml in the training steps, e.g. '{sft.batch_size: 16}'")
+    add("--out", type=Path, default=Path("bench"), help="folder for latency.csv, times.csv, training.csv, machine.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m awares.bench``; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="awares bench", description=__doc__.splitlines()[0] if __doc__ else None)
+    add_arguments(parser)
+    try:
+        run(parser.parse_args(argv))
+    except AwaresError as error:
+        print(f"awares bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(options: argparse.Namespace) -> pd.DataFrame:
+    """Measure, write ``options.out``, print the tables; returns that of the interactions. AwaresError for what cannot run."""
+    check(options)
+    dtype = "bfloat16" if options.device == "cuda" else "float32"
+    named = machine(options, dtype)
+    options.out.mkdir(parents=True, exist_ok=True)
+    table, times = interactions(options, dtype)
+    _write(table, options.out / "latency.csv", named)
+    _write(times, options.out / "times.csv", named)
+    (options.out / "machine.json").write_text(json.dumps(named, indent=2) + "\n")
+    print(json.dumps(named, indent=2), _shown(table), sep="\n\n")
+    if options.train:
+        steps = training_steps(options, dtype)
+        _write(steps, options.out / "training.csv", named)
+        print(f"\n{_shown(steps)}")
+    return table
+
+
+def check(options: argparse.Namespace) -> None:
+    """AwaresError naming the mend for sizes that cannot work here."""
+    for name in ("rows", "repetitions", "completion_tokens"):
+        if getattr(options, name) < 1:
+            raise AwaresValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if any(budget <= LOOP for budget in options.batch_tokens):
+        raise AwaresValueError("--batch-tokens must be above 1: batch 1 is always measured")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise AwaresValueError(
+            "--device cuda, but torch sees no CUDA GPU: use --device cpu with --scale or --shape mini"
+        )
+    if options.device == "cpu" and options.shape != shapes.MINI and options.scale > 0.05:
+        raise AwaresValueError(
+            f"--shape {options.shape} at --scale {options.scale} needs a CUDA GPU, and torch sees none to use: "
+            "shrink it (--scale 0.001), or take --shape mini"
+        )
+
+
+def machine(options: argparse.Namespace, dtype: str) -> dict[str, str]:
+    """Hardware, versions and shape, for the tables."""
+    gpu = options.device == "cuda"
+    device = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()} CPU"
+    threads = {} if gpu else {"threads": str(torch.get_num_threads())}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name != "awares"}
+    shape = {"shape": options.shape, "scale": str(options.scale), "dtype": dtype}
+    return {"device": device, **threads, **shape, "python": platform.python_version(), **versions}
+
+
+# Interactions
+
+
+def interactions(options: argparse.Namespace, dtype: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The table of all benchmarks (time, ratios, phases, counts, roofline), and the single times."""
+    model, processor = shapes.build(options.shape, options.scale, dtype, options.device, options.seed)
+    work = {
+        name: shapes.workload(name, options.rows, shapes.image_size(name, options.shape, options.scale))
+        for name in options.benchmarks
+    }
+    limits = {"max_new_tokens": shapes.longest_turn(list(work.values()), processor)}
+    tables, raw = [], []
+    for name, rows in work.items():
+        models, budgets = dict.fromkeys(latency.SYSTEMS, model), [LOOP, *options.batch_tokens]
+        jobs = latency.jobs(models, processor, rows, budgets, **limits)
+        times, done = latency.measure(jobs, options.repetitions, options.seed, options.device)
+        counts = latency.count_table(done, model.config, processor, model.dtype.itemsize)
+        table = latency.time_table(times).merge(counts, on="system")
+        table["roofline_ms"] = [
+            _roofline(done[row.system], row.batch, row.system, model, processor, options) for row in table.itertuples()
+        ]
+        table.insert(0, "benchmark", name)
+        table.insert(1, "image", "{}x{}".format(*rows.images[0].size))
+        tables.append(table)
+        raw.append(times.assign(benchmark=name))
+    return pd.concat(tables, ignore_index=True), pd.concat(raw, ignore_index=True)
+
+
+def _roofline(
+    done: Sequence[Trajectory], batch: Any, system: Any, model: Any, processor: Any, options: argparse.Namespace
+) -> float:
+    """Least ms a row at this batch (rows alone, or all of them at once); nan without a GPU to count for."""
+    gpu = gpu_of(options)
+    if gpu is None:
+        return float("nan")
+    groups = [[one] for one in done] if batch == "1" else [list(done)]
+    reuse, size = system != "awares_naive", model.dtype.itemsize
+    parts = [costs.roofline_seconds(group, model.config, processor, gpu, reuse, size) for group in groups]
+    return 1000 * sum(sum(part.values()) for part in parts) / len(done)
+
+
+def gpu_of(options: argparse.Namespace) -> costs.Gpu | None:
+    """``--gpu``, else the known GPU that the device's name holds; None for others and on a CPU."""
+    if options.gpu:
+        return costs.GPUS[options.gpu]
+    name = torch.cuda.get_device_name().lower() if options.device == "cuda" else ""
+    return next((gpu for key, gpu in costs.GPUS.items() if key in name), None)
+
+
+# Training steps
+
+
+class Clock(TrainerCallback):
+    """The time at the end of every optimiser step, and what TRL had counted as seen tokens by then."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.ends, self.memory = device, [], latency.PeakMemory(device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def training_steps(options: argparse.Namespace, dtype: str) -> pd.DataFrame:
+    """One SFT and one GRPO step: batch layout, tokens, seconds, tokens/s, peak memory (MB)."""
+    overrides = (
+        f"{{base.device: {options.device}, base.dtype: {dtype}, sft.epochs: 2, sft.checkpoints: 1, grpo.max_steps: 2, "
+    )
+    overrides += f"grpo.max_completion_length: {options.completion_tokens}, grpo.answer_reward: anls}}"
+    values = {**_mapping(overrides), **_mapping(options.overrides)}
+    params = load_params("paper", overrides=values)
+    return pd.DataFrame([_sft_step(options, params, dtype), _grpo_step(options, params, dtype)])
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    from awares.config import parse_overrides
+
+    return parse_overrides(text)
+
+
+def training_rows(count: int, options: argparse.Namespace) -> datasets.Dataset:
+    """Curated rows of typical sizes; the share that is HR is the oracle's (Fig. 5: 80.8 % LR)."""
+    records = []
+    for index in range(count):
+        size = shapes.image_size(SOURCE_ROWS[index % len(SOURCE_ROWS)], options.shape, options.scale)
+        call = index % 5 == 0
+        record: dict[str, Any] = {
+            "id": str(index),
+            "image": Image.new("RGB", size, "white"),
+            "question": shapes.QUESTION,
+        }
+        record |= {"answers": ["forty-two"], "label": "HR" if call else "LR"}
+        records.append({**record, "target_crops": [shapes.CALLS[index % len(shapes.CALLS)][0]] if call else []})
+    features = {"id": datasets.Value("string"), "image": datasets.Image(), "question": datasets.Value("string")}
+    texts = datasets.List(datasets.Value("string"))
+    features |= {"answers": texts, "label": datasets.Value("string"), "target_crops": texts}
+    return datasets.Dataset.from_list(records, features=datasets.Features(features))
+
+
+def _sft_step(options: argparse.Namespace, params: Params, dtype: str) -> dict[str, Any]:
+    model, processor = shapes.build(options.shape, options.scale, dtype, options.device, options.seed)
+    rows = training_rows(params.sft.batch_size, options)
+    samples = sft.plan(rows, processor, params)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = sft.build_trainer(params, rows, samples, model, processor, Path(folder))
+        seconds, memory = _second_step(trainer, options.device)
+    tokens = sum(sample.length for sample in samples[params.sft.batch_size :])
+    layout = f"{params.sft.batch_size} samples, {params.sft.per_device_batch_size} at a time"
+    return _step("sft", layout, tokens, seconds, memory)
+
+
+def _grpo_step(options: argparse.Namespace, params: Params, dtype: str) -> dict[str, Any]:
+    model, processor = shapes.build(options.shape, options.scale, dtype, options.device, options.seed)
+    section = params.grpo
+    rows = training_rows(2 * section.batch_size // section.generations, options)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = grpo.build_trainer(params, rows, model, processor, Path(folder))
+        seconds, memory = _second_step(trainer, options.device)
+    seen = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+    layout = f"{section.batch_size} completions, G {section.generations}, {section.per_device_batch_size} at a time"
+    return _step("grpo", layout, seen[1] - seen[0], seconds, memory)
+
+
+def _second_step(trainer: Any, device: str) -> tuple[float, float]:
+    """Train two steps; (seconds of the second one, peak memory in bytes)."""
+    gc.collect()
+    clock = Clock(device)
+    trainer.add_callback(clock)
+    trainer.args.save_strategy = "no"
+    trainer.train()
+    if len(clock.ends) != 2:
+        raise AwaresValueError(f"training: {len(clock.ends)} steps where 2 were laid out: check --overrides")
+    return clock.ends[1] - clock.ends[0], clock.memory.read()
+
+
+def _step(name: str, layout: str, tokens: float, seconds: float, memory: float) -> dict[str, Any]:
+    rate = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    return {"step": name, "layout": layout, **rate, "peak_memory_mb": memory / 1e6}
+
+
+# Output
+
+
+def _write(table: pd.DataFrame, path: Path, named: dict[str, str]) -> None:
+    table.round(6).assign(**named).to_csv(path, index=False, lineterminator="\n")
+
+
+def _shown(table: pd.DataFrame) -> str:
+    columns = [
+        name for name in table if not str(name).endswith(("_low", "_high")) and name not in ("rows", "image", "calls")
+    ]
+    return table[columns].to_string(index=False, float_format=lambda value: f"{value:.3g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Timing the systems side by side: one interleaved run, phases, ratios with spread, counted work (PAPER §5, latency).
+
+Every repetition runs all jobs in a new random order, so that a machine that slows down slows all of them alike; what is
+compared are ratios within a repetition. `awares.bench` and notebooks/07_latency use it.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL.Image import Image
+
+from awares import costs
+from awares.config import AwaresValueError
+from awares.decode import PHASES, Lap
+from awares.model import ImageOnlyProcessor
+from awares.rollout import Engine, Script, Trajectory
+
+# full, half: the base model's one turn; awares: cache reuse; awares_naive: the second turn prefills everything again;
+# escalate_full: a row that calls gets the whole image (VisionThink's interaction)
+SYSTEMS = ("full", "half", "awares", "awares_naive", "escalate_full")
+POLICIES = ("awares", "awares_naive", "escalate_full")
+LOOP = 1  # token budget under which every row runs alone
+Work = Callable[[Lap | None], list[Trajectory]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is timed: a system's way through all rows, in batches of ``token_budget`` tokens."""
+
+    system: str
+    token_budget: int
+    work: Work
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rows for all systems. ``scripts``: system -> what each row must do; a system without any does as it likes."""
+
+    images: Sequence[Image]
+    questions: Sequence[str]
+    row_ids: Sequence[str]
+    scripts: Mapping[str, Sequence[Script]]
+    call_bias: float = 0.0
+
+
+class Stopwatch:
+    """Seconds by (phase, turn), for the engine's ``lap``; on a GPU every lap waits for the work that was queued."""
+
+    def __init__(self, device: str) -> None:
+        self.gpu = device.startswith("cuda")
+        self.seconds = {(phase, turn): 0.0 for turn in (1, 2) for phase in PHASES}
+        self.last = self._now()
+
+    def __call__(self, phase: str, turn: int) -> None:
+        now = self._now()
+        self.seconds[phase, turn] += now - self.last
+        self.last = now
+
+    def _now(self) -> float:
+        if self.gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class PeakMemory:
+    """High water of memory since the start, in bytes: of tensors on a GPU, else of the process (Linux; nan elsewhere)."""
+
+    def __init__(self, device: str) -> None:
+        self.gpu = device.startswith("cuda")
+        gc.collect()
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        elif self._supported():
+            Path("/proc/self/clear_refs").write_text("5")  # resets the process's high-water mark
+
+    def read(self) -> float:
+        """Bytes."""
+        if self.gpu:
+            return float(torch.cuda.max_memory_allocated())
+        if not self._supported():
+            return float("nan")
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return 1024.0 * int(status["VmHWM"].split()[0])
+
+    @staticmethod
+    def _supported() -> bool:
+        return Path("/proc/self/clear_refs").exists()
+
+
+# Jobs
+
+
+def jobs(
+    models: Mapping[str, Any],
+    processor: ImageOnlyProcessor,
+    workload: Workload,
+    budgets: Sequence[int],
+    **limits: Any,
+) -> list[Job]:
+    """One job for each system of ``models`` (system -> model) and token budget. ``limits`` go to the engine."""
+    unknown = [system for system in models if system not in SYSTEMS]
+    if unknown:
+        raise AwaresValueError(f"system {unknown[0]!r}: use one of {', '.join(SYSTEMS)}")
+
+    def job(system: str, budget: int) -> Job:
+        def work(lap: Lap | None) -> list[Trajectory]:
+            reuse = system != "awares_naive"
+            engine = Engine(models[system], processor, token_budget=budget, reuse=reuse, lap=lap, **limits)
+            return play(engine, system, workload)
+
+        return Job(system, budget, work)
+
+    return [job(system, budget) for budget in budgets for system in models]
+
+
+def play(engine: Engine, system: str, workload: Workload) -> list[Trajectory]:
+    """All rows of ``workload`` as ``system`` answers them."""
+    images, questions, ids = workload.images, workload.questions, workload.row_ids
+    scripts = workload.scripts.get(system)
+    if system in POLICIES:
+        return engine.run(images, questions, call_bias=workload.call_bias, row_ids=ids, scripts=scripts)
+    tokens = [script.answer_tokens for script in scripts] if scripts else None
+    return engine.answer(images, questions, system, row_ids=ids, answer_tokens=tokens)
+
+
+def escalations(trajectories: Sequence[Trajectory]) -> list[Script]:
+    """Where a policy called for crops the whole image instead; what is then written is up to the model."""
+    return [Script(("all",) if one.call_status != "none" else ()) for one in trajectories]
+
+
+def escalated(engine: Engine, rows: Any, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """``trajectories`` of a policy on ``rows``, those that called played again with the whole image as the crop."""
+    scripts = escalations(trajectories)
+    callers = [index for index, script in enumerate(scripts) if script.crops]
+    some = rows.select(callers)
+    again = engine.run(some["image"], some["question"], row_ids=some["id"], scripts=[scripts[i] for i in callers])
+    found = dict(zip(callers, again, strict=True))
+    return [found.get(index, one) for index, one in enumerate(trajectories)]
+
+
+# Measuring
+
+
+def measure(
+    work: Sequence[Job], repetitions: int, seed: int, device: str
+) -> tuple[pd.DataFrame, dict[str, list[Trajectory]]]:
+    """Run every job once to warm up (there the peak memory is read), then ``repetitions`` times in shuffled order.
+
+    Returns one line per job and repetition (system, token_budget, repetition, rows, seconds, peak_memory in bytes, and
+    the seconds of every phase, e.g. prefill_2 of the second turn), and each system's trajectories at its first budget.
+    """
+    records, done, peaks = [], {}, []
+    for job in work:
+        memory = PeakMemory(device)
+        done.setdefault(job.system, job.work(None))
+        peaks.append(memory.read())
+    rng = np.random.default_rng(seed)
+    for repetition in range(repetitions):
+        for index in rng.permutation(len(work)):
+            job, watch = work[index], Stopwatch(device)
+            rows = len(job.work(watch))
+            parts = {f"{phase}_{turn}": value for (phase, turn), value in watch.seconds.items()}
+            record = {"system": job.system, "token_budget": job.token_budget, "repetition": repetition, "rows": rows}
+            seconds = sum(parts.values())
+            records.append({**record, "seconds": seconds, "peak_memory": peaks[index], **parts})
+    return pd.DataFrame(records), done
+
+
+def best_budgets(times: pd.DataFrame) -> dict[str, int]:
+    """The token budget at which each system is fastest, rows running alone left out."""
+    batched = times[times.token_budget != LOOP]
+    middle = batched.groupby(["system", "token_budget"], sort=False).seconds.median().reset_index()
+    fastest = middle.loc[middle.groupby("system").seconds.idxmin()].set_index("system").token_budget
+    return {system: int(fastest[system]) for system in SYSTEMS if system in fastest.index}
+
+
+def time_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
+    """Milliseconds a row at batch 1 and at each system's best batch, and the ratio to ``reference`` at the same.
+
+    Median over repetitions with quartiles (``_low``, ``_high``); ``ratio`` is taken within each repetition. ``speedup``:
+    how many times the rows per second of batch 1. Phases are medians of both turns, ``prefill_2`` of the second alone.
+    """
+    best, records = best_budgets(times), []
+    alone = _by_repetition(times, dict.fromkeys(best, LOOP))
+    for batch, budgets in (("1", dict.fromkeys(best, LOOP)), ("best", best)):
+        seconds = _by_repetition(times, budgets)
+        for system, budget in budgets.items():
+            part = times[(times.system == system) & (times.token_budget == budget)]
+            rows = part.rows.iloc[0]
+            record = {"system": system, "batch": batch, "token_budget": budget, "rows": rows}
+            record |= quartiles("ms", 1000 * seconds[system] / rows)
+            record |= quartiles("ratio", seconds[system] / seconds[reference])
+            record |= quartiles("speedup", alone[system] / seconds[system])
+            for phase in PHASES:
+                record[phase] = 1000 * (part[f"{phase}_1"] + part[f"{phase}_2"]).median() / rows
+            record["prefill_2"] = 1000 * part.prefill_2.median() / rows
+            records.append({**record, "peak_memory_mb": part.peak_memory.iloc[0] / 1e6})
+    return pd.DataFrame(records)
+
+
+def quartiles(name: str, values: Any) -> dict[str, float]:
+    """``name``: the median of ``values``; ``name``_low and ``name``_high: its quartiles."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {name: float(middle), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _by_repetition(times: pd.DataFrame, budgets: Mapping[str, int]) -> pd.DataFrame:
+    """Seconds of each system at its budget: one line per repetition, one column per system."""
+    chosen = times[
+        [budgets.get(system) == budget for system, budget in zip(times.system, times.token_budget, strict=True)]
+    ]
+    return chosen.pivot(index="repetition", columns="system", values="seconds")
+
+
+# Counting
+
+
+def count_table(
+    done: Mapping[str, Sequence[Trajectory]], config: Any, processor: ImageOnlyProcessor, bytes_per_value: int
+) -> pd.DataFrame:
+    """Per system, means over rows: visual tokens, RTR, GFLOPs by part, their ratio to full's, cache in MB.
+
+    ``prefill_2_gflops`` is a mean over the rows that have a second turn; nan without any.
+    """
+    records = []
+    for system, trajectories in done.items():
+        found = [costs.trajectory_flops(one, config, processor, system != "awares_naive") for one in trajectories]
+        tokens = [sum(turn.visual_tokens + turn.text_tokens for turn in one.turns) - 1 for one in trajectories]
+        second = [one.prefill[1] for one in found if one.prefill[1]]
+        record = {
+            "system": system,
+            "visual_tokens": np.mean([one.visual_tokens for one in trajectories]),
+            "rtr": np.mean([one.rtr for one in trajectories]),
+            "calls": np.mean([one.call_status != "none" for one in trajectories]),
+            **{f"{part}_gflops": np.mean([sum(getattr(one, part)) for one in found]) / 1e9 for part in PHASES[1:]},
+            "prefill_2_gflops": np.mean(second) / 1e9 if second else float("nan"),
+            "gflops": np.mean([one.total for one in found]) / 1e9,
+            "cache_mb": costs.cache_bytes(1, config, bytes_per_value) * np.mean(tokens) / 1e6,
+        }
+        records.append(record)
+    table = pd.DataFrame(records)
+    full = table.gflops[table.system == "full"]
+    return table.assign(gflops_ratio=table.gflops / (full.iloc[0] if len(full) else float("nan")))
+
+
+def response_table(done: Mapping[str, Sequence[Trajectory]], benchmarks: Sequence[str]) -> pd.DataFrame:
+    """Response length per system and benchmark: characters of the answer (mean, sd), tokens written in all turns."""
+    records = []
+    for system, trajectories in done.items():
+        lengths = pd.DataFrame(
+            {
+                "benchmark": list(benchmarks),
+                "characters": [len(one.answer) for one in trajectories],
+                "tokens": [sum(turn.text_tokens for turn in one.turns[1::2]) for one in trajectories],
+            }
+        )
+        for benchmark, part in lengths.groupby("benchmark", sort=False):
+            spread = part.characters.std(ddof=0)
+            record = {"system": system, "benchmark": benchmark, "characters": part.characters.mean()}
+            records.append({**record, "characters_sd": spread, "tokens": part.tokens.mean(), "n": len(part)})
+    return pd.DataFrame(records)

@@ -1,0 +1,229 @@
+"""The harness on a made-up machine whose speed is known, the systems on a tiny model, and `awares bench` end to end."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from awares import base, bench, costs, latency, shapes, suite
+from awares.config import TASKS
+from awares.data import from_rows
+from awares.decode import PHASES
+from awares.latency import Job, Workload
+from awares.model import make_processor, visual_tokens
+from awares.rollout import Engine, Script
+
+ROOT = Path(__file__).parent.parent
+
+
+# The harness
+
+
+def sleeper(seconds: float, order: list[str], name: str) -> Any:
+    def work(lap: Any) -> list[Any]:
+        order.append(name)
+        time.sleep(seconds)
+        if lap:
+            lap("decode", 1)
+        return [None] * 2
+
+    return work
+
+
+def test_every_repetition_runs_all_jobs_in_another_order() -> None:
+    order: list[str] = []
+    jobs = [Job(f"job{i}", 1, sleeper(0.0, order, f"job{i}")) for i in range(5)]
+    latency.measure(jobs, 6, seed=0, device="cpu")
+    rounds = [order[at : at + 5] for at in range(0, len(order), 5)]
+    assert len(rounds) == 7 and all(sorted(one) == sorted(rounds[0]) for one in rounds)
+    assert len({tuple(one) for one in rounds[1:]}) > 3
+    again: list[str] = []
+    latency.measure([Job(f"job{i}", 1, sleeper(0.0, again, f"job{i}")) for i in range(5)], 6, seed=0, device="cpu")
+    assert again == order
+
+
+def test_times_ratios_and_the_best_batch() -> None:
+    order: list[str] = []
+    speeds = {("full", 1): 0.04, ("full", 100): 0.02, ("full", 200): 0.03, ("half", 1): 0.02, ("half", 100): 0.01}
+    speeds[("half", 200)] = 0.005
+    jobs = [Job(system, budget, sleeper(seconds, order, system)) for (system, budget), seconds in speeds.items()]
+    times, _ = latency.measure(jobs, 3, seed=1, device="cpu")
+    assert latency.best_budgets(times) == {"full": 100, "half": 200}
+    # what sleeping adds differs from run to run: the arithmetic is checked on the exact values
+    exact = times.assign(seconds=[speeds[key] for key in zip(times.system, times.token_budget, strict=True)])
+    assert (times.seconds - exact.seconds).min() >= 0 and (times.decode_1 == times.seconds).all()
+    table = latency.time_table(exact).set_index(["system", "batch"])
+    assert table.ms.to_dict() == pytest.approx(
+        {("full", "1"): 20, ("half", "1"): 10, ("full", "best"): 10, ("half", "best"): 2.5}
+    )
+    assert table.ratio[("half", "best")] == pytest.approx(0.25) and table.speedup[("half", "best")] == pytest.approx(4)
+    assert table.token_budget[("half", "best")] == 200 and (table.ratio.loc["full"] == 1).all()
+
+
+def test_ratios_are_taken_within_a_repetition() -> None:
+    """A machine that slows down threefold half-way leaves the ratio as it is."""
+    records = []
+    for repetition, drift in enumerate((1.0, 1.1, 3.0)):
+        for system, seconds in (("full", 2.0), ("half", 1.0)):
+            for budget in (1, 64):
+                record = {"system": system, "token_budget": budget, "repetition": repetition, "rows": 4}
+                phases = {f"{phase}_{turn}": 0.0 for phase in PHASES for turn in (1, 2)}
+                records.append({**record, "seconds": seconds * drift, "peak_memory": 0.0, **phases})
+    table = latency.time_table(pd.DataFrame(records)).set_index(["system", "batch"])
+    half = table.loc[("half", "1")]
+    assert (half.ratio, half.ratio_low, half.ratio_high) == (0.5, 0.5, 0.5)
+    assert half.ms_low < half.ms < half.ms_high
+
+
+def test_peak_memory_sees_what_was_held_and_let_go() -> None:
+    memory = latency.PeakMemory("cpu")
+    before = memory.read()
+    held = torch.ones(64 * 2**20 // 4)
+    del held
+    assert memory.read() - before > 60e6
+    assert latency.PeakMemory("cpu").read() < memory.read() + 1
+
+
+# The systems
+
+
+@pytest.fixture(scope="module")
+def embedded() -> SimpleNamespace:
+    """The embedded architecture with random weights, two rows of each task, and AwaRes at the paper's call rate."""
+    torch.set_num_threads(1)
+    model, processor = shapes.build("mini", 1.0, "float32", "cpu")
+    rows = from_rows([row for task in TASKS for row in suite.make_source(task, 2, 11, "evaluation")])
+    plan = shapes.workload("chartqa", len(rows), (112, 112)).scripts
+    work = Workload(rows["image"], rows["question"], rows["id"], plan)
+    models = dict.fromkeys(latency.SYSTEMS, model)
+    jobs = latency.jobs(models, processor, work, (8192,), max_new_tokens=shapes.longest_turn([work], processor))
+    done = {job.system: job.work(None) for job in jobs}
+    return SimpleNamespace(model=model, processor=processor, work=work, done=done)
+
+
+def test_systems_do_what_they_are_named_for(embedded: SimpleNamespace) -> None:
+    done = embedded.done
+    assert all(one.rtr == 1 for one in done["full"]) and all(one.rtr < 0.5 for one in done["half"])
+    calls = [one.crops for one in done["awares"]]
+    assert 0 < sum(map(bool, calls)) < len(calls) and [one.crops for one in done["awares_naive"]] == calls
+    for one, other in zip(done["awares"], done["awares_naive"], strict=True):
+        assert one.turns == other.turns or one.margin < 1e-4
+    assert {one.crops for one in done["escalate_full"]} == {(), ("all",)}
+    assert all(one.rtr > 1 for one in done["escalate_full"] if one.crops)
+
+
+def test_must_show_counted_work_on_the_suite(embedded: SimpleNamespace) -> None:
+    """Issue 3: the second prefill with reuse <= 60 % of the naive way's FLOPs; FLOPs a row below full resolution's."""
+    table = latency.count_table(embedded.done, embedded.model.config, embedded.processor, 4).set_index("system")
+    assert table.prefill_2_gflops["awares"] <= 0.6 * table.prefill_2_gflops["awares_naive"]
+    assert table.gflops["awares"] < table.gflops["full"]
+    assert table.gflops["half"] < table.gflops["awares"] < table.gflops["awares_naive"]
+    for one in embedded.done["awares"]:
+        if one.crops:
+            reused, naive = (
+                costs.trajectory_flops(one, embedded.model.config, embedded.processor, reuse) for reuse in (True, False)
+            )
+            assert reused.prefill[1] <= 0.6 * naive.prefill[1] and reused.vision[1] < naive.vision[1]
+    assert table.visual_tokens["awares"] == np.mean([one.visual_tokens for one in embedded.done["awares"]])
+    lengths = latency.response_table(embedded.done, [name.split("-")[0] for name in embedded.work.row_ids])
+    assert lengths.n.sum() == len(latency.SYSTEMS) * len(embedded.work.row_ids)
+    half = lengths[lengths.system == "half"]
+    assert (half.tokens == shapes.answer_tokens(shapes.BENCHMARKS["chartqa"].awares)).all()
+
+
+def test_escalation_plays_only_the_callers_again(embedded: SimpleNamespace) -> None:
+    rows = from_rows([row for task in TASKS for row in suite.make_source(task, 1, 12, "evaluation")])
+    engine = Engine(embedded.model, embedded.processor, max_new_tokens=40)
+    scripts = [Script(("top",), 2), Script((), 3)] * 3
+    first = engine.run(rows["image"], rows["question"], row_ids=rows["id"], scripts=scripts)
+    again = latency.escalated(engine, rows, first)
+    assert [one.crops for one in again] == [("all",), ()] * 3
+    assert again[1::2] == first[1::2] and [one.row_id for one in again] == rows["id"][:]
+
+
+# Shapes and the command
+
+
+def test_published_sizes() -> None:
+    """Parameters of the matrices as the published checkpoints have them, counted without building a model."""
+    tokenizer = base.build_tokenizer()
+    for shape, billions in (("qwen2.5-vl-7b", 8.29), ("qwen2.5-vl-3b", 3.75)):
+        config: Any = shapes.config_of(shape, 1.0, tokenizer)
+        lookup = 0 if config.tie_word_embeddings else config.text_config.vocab_size * config.text_config.hidden_size
+        assert (sum(costs.parameters(config)) + lookup) / 1e9 == pytest.approx(billions, rel=0.01)
+        assert config.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
+        assert config.text_config.hidden_size // config.text_config.num_attention_heads == shapes.HEAD
+    small = shapes.config_of("qwen2.5-vl-7b", 0.001, tokenizer)
+    assert sum(costs.parameters(small)) < 0.003 * 8.29e9
+
+
+@pytest.mark.parametrize("name", shapes.BENCHMARKS)
+def test_workloads_follow_the_paper(name: str) -> None:
+    rows = 50
+    work = shapes.workload(name, rows, (112, 112))
+    calls = {system: sum(bool(script.crops) for script in scripts) for system, scripts in work.scripts.items()}
+    assert calls["awares"] == pytest.approx(0.278 * rows, abs=1) and calls["escalate_full"] == 18 and not calls["full"]
+    assert work.scripts["awares"] == work.scripts["awares_naive"]
+    assert len(work.images) == rows and bool(work.scripts["awares"][0].crops)  # a single row is one that calls
+    processor = make_processor(base.build_tokenizer())
+    size = shapes.image_size(name, "qwen2.5-vl-7b", 1.0)
+    assert visual_tokens(size, processor) > 350
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    return [*"--device cpu --rows 3 --repetitions 2 --batch-tokens 4096 --out".split(), str(folder), *more]
+
+
+def test_bench_measures_counts_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = "--shape qwen2.5-vl-7b --scale 0.0001 --benchmarks pope --gpu h200".split()
+    assert bench.main(options(tmp_path, *arguments)) == 0
+    table = pd.read_csv(tmp_path / "latency.csv", dtype={"batch": str})
+    assert set(table.system) == set(latency.SYSTEMS) and set(table.batch) == {"1", "best"} and len(table) == 10
+    assert (table.roofline_ms > 0).all() and (table.roofline_ms < table.ms).all()  # no CPU beats an H200
+    named = json.loads((tmp_path / "machine.json").read_text())
+    assert named["torch"] == torch.__version__ and (table.torch == torch.__version__).all()
+    assert {"device", "scale", "dtype", "transformers"} <= set(table) and str(ROOT) not in json.dumps(named)
+    assert len(pd.read_csv(tmp_path / "times.csv")) == 2 * 2 * 5
+    printed = capsys.readouterr().out
+    assert "escalate_full" in printed and "torch" in printed
+
+
+def test_bench_times_a_step_of_each_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sizes = "{sft.batch_size: 4, sft.per_device_batch_size: 2, grpo.batch_size: 4, grpo.generations: 2, "
+    sizes += "grpo.per_device_batch_size: 2, protocol.max_new_tokens: 64}"
+    more = ["--train", "--completion-tokens", "6", "--overrides", sizes, "--benchmarks", "pope", "--shape", "mini"]
+    assert bench.main(options(tmp_path, *more)) == 0
+    steps = pd.read_csv(tmp_path / "training.csv").set_index("step")
+    assert list(steps.index) == ["sft", "grpo"] and (steps.seconds > 0).all()
+    assert steps.layout["sft"] == "4 samples, 2 at a time"
+    assert (steps.tokens > 4 * 100).all() and (steps.tokens / steps.seconds / steps.tokens_per_second).round(3).eq(
+        1
+    ).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shape", "qwen2.5-vl-7b"], "--scale 0.001"),
+        (["--shape", "mini", "--batch-tokens", "1"], "above 1"),
+        (["--shape", "mini", "--rows", "0"], "at least 1"),
+        (["--shape", "qwen2.5-vl-3b", "--scale", "-1"], "scale -1.0 must lie above 0"),
+    ],
+)
+def test_bench_says_what_to_mend(tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:
+    assert bench.main([*options(tmp_path / "out"), *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "latency.csv").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_bench_without_a_gpu(tmp_path: Path, capsys: Any) -> None:
+    assert bench.main(["--device", "cuda", "--out", str(tmp_path)]) == 1
+    assert "no CUDA GPU" in capsys.readouterr().err
