@@ -22,7 +22,7 @@ from awares.config import AwaresValueError, Params
 from awares.decode import Codec
 from awares.model import ImageOnlyProcessor
 from awares.replies import Lost, Reply, Request
-from awares.rollout import Interaction, Source, Trajectory, _Row
+from awares.rollout import Interaction, Script, Source, Trajectory, _Row
 
 NEVER = -100.0  # the API's lowest logit_bias: the token is not written
 MEND = (
@@ -79,17 +79,18 @@ class RemoteEngine(Interaction):
         forced: Sequence[tuple[str, ...] | None] | None = None,
         call_bias: float | Sequence[float] = 0.0,
         row_ids: Sequence[str] | None = None,
+        scripts: Sequence[Script] | None = None,
     ) -> list[Trajectory]:
         """As `rollout.Engine.run`. AwaresRequestError lists rows without a reply; the same call again goes on.
 
-        ``call_bias`` other than 0 is an AwaresError: logit_bias holds at every position and would change the answers.
+        ``scripts`` are an AwaresError, and ``call_bias`` other than 0 is: logit_bias holds at every position and would change the answers.
         """
         if any([call_bias] if isinstance(call_bias, float | int) else call_bias):
             raise AwaresValueError(
                 f"call_bias {call_bias!r}: a server biases a token at every position, not at the first one only: "
                 "use 0, or the in-process engine"
             )
-        return super().run(images, questions, forced, row_ids=row_ids)
+        return super().run(images, questions, forced, row_ids=row_ids, scripts=scripts)
 
     # Rows
 
@@ -98,7 +99,10 @@ class RemoteEngine(Interaction):
 
         def opened(index: int) -> _Row:
             with self._opening:  # two rows may share one image that is not loaded yet
-                return prepare(index)
+                row = prepare(index)
+            if row.script != Script():
+                raise AwaresValueError("a server cannot be told what to write: time with the in-process engine")
+            return row
 
         async def talk(index: int, send: Send) -> Trajectory:
             row = await asyncio.to_thread(opened, index)
