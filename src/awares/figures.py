@@ -140,6 +140,40 @@ def accuracy_rtr_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) -> Figure:
+    """The dial: accuracy against RTR as the call bias grows, the trained policy (bias 0) ringed.
+
+    ``dial`` has the columns of dial.csv: left its rows "all" with intervals and Table 1's (``main``) full and half, right
+    its rows "frontier" under the oracle frontier of the same policies (frontier_curve.csv).
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axes, part in ((left, "all"), (right, "frontier")):
+        for system, rows in dial[dial.rows == part].groupby("system", sort=False):
+            _dial_curve(axes, rows, SYSTEM_NAMES.get(system, system), COLOURS.get(system), interval=part == "all")
+        axes.set(xlabel="retain token ratio (visual tokens / tokens of the full image)")
+    for row in main[(main.benchmark == AVERAGE) & main.system.isin(["full", "half"])].itertuples():
+        error = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
+        name, colour = SYSTEM_NAMES[row.system], COLOURS[row.system]
+        left.errorbar(row.rtr, row.accuracy, error, fmt="s", capsize=3, color=colour, label=name)
+    for system, rows in frontier.groupby("system", sort=False):
+        name = f"{SYSTEM_NAMES.get(system, system)}: oracle frontier"
+        right.plot(rows.rtr, rows.accuracy, linestyle="--", color=COLOURS.get(system), label=name)
+    counts = dial.groupby("rows").n.first()
+    left.set(ylabel="accuracy (%), average over tasks", title=f"all {counts['all']} rows")
+    right.set(title=f"the {counts['frontier']} rows of the frontier")
+    for axes in (left, right):
+        axes.legend(loc="best")
+    return figure
+
+
+def _dial_curve(axes: Axes, rows: pd.DataFrame, name: str, colour: Any, interval: bool) -> None:
+    axes.plot(rows.rtr, rows.accuracy, marker="o", markersize=4, color=colour, label=name)
+    if interval:
+        axes.fill_between(rows.rtr, rows.accuracy_low, rows.accuracy_high, color=colour, alpha=0.15, linewidth=0)
+    trained = rows[rows.call_bias == 0]
+    axes.plot(trained.rtr, trained.accuracy, "o", markersize=10, markerfacecolor="none", color=colour)
+
+
 def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step") -> Figure:
     """Training curves: one small panel per column of ``labels`` (column -> axis label, with unit) that was logged."""
     columns = [name for name in labels if name in log and log[name].notna().any()]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from awares import protocol
@@ -45,7 +46,8 @@ class Trajectory:
     ``call_status``: none, valid, recovered, malformed or forced. ``seconds``: this row's share of its batch's time.
     ``margin``: smallest gap between the two best logits at any token written; near 0 the text may change with the
     batch or the thread count. ``call_logprob``: of the call token at the first position, before any bias; None if it
-    was no choice.
+    was no choice. ``call_gap``: there, the call token's logit less the best other one, before any bias: the first token
+    is the call token where ``call_gap + call_bias > 0``.
     """
 
     row_id: str
@@ -58,6 +60,7 @@ class Trajectory:
     seconds: float
     margin: float
     call_logprob: float | None = None
+    call_gap: float | None = None
 
     @property
     def rtr(self) -> float:
@@ -88,6 +91,7 @@ class _Row:
     free: bool = False  # the next assistant turn may be a call
     bias: float = 0.0
     call_logprob: float | None = None
+    call_gap: float | None = None
     margin: float = float("inf")
     seconds: float = 0.0
 
@@ -263,11 +267,13 @@ class Engine:
         begun = time.perf_counter()
         output = self.decoder.start([row.ids for row in rows], [row.images for row in rows], [row.bias for row in rows])
         scores = torch.log_softmax(output.first_logits, dim=-1)[:, self.decoder.call_token].tolist()
+        gaps = _call_gaps(output.first_logits, self.decoder.call_token)
         callers = []
         for index, row in enumerate(rows):
             self._write(row, output.tokens[index], output.margins[index])
             if row.free:
-                row.call, row.call_logprob = protocol.parse_call(row.turns[-1].text), scores[index]
+                row.call = protocol.parse_call(row.turns[-1].text)
+                row.call_logprob, row.call_gap = scores[index], gaps[index]
                 callers += [index] if row.call.status != "none" else []
         self._second_turn(rows, callers, output)
         for row in rows:
@@ -295,7 +301,15 @@ class Engine:
             seconds=row.seconds,
             margin=row.margin,
             call_logprob=row.call_logprob,
+            call_gap=row.call_gap,
         )
+
+
+def _call_gaps(logits: Tensor, token: int) -> list[float]:
+    """Of every row of ``logits`` (B, vocabulary): the logit of ``token`` less the best other one."""
+    others = logits.clone()
+    others[:, token] = float("-inf")
+    return (logits[:, token] - others.amax(dim=-1)).tolist()
 
 
 def _name(row_ids: Sequence[str] | None, index: int) -> str:
