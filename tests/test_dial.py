@@ -20,13 +20,18 @@ REQUESTS = ("top-left", "center,bottom", "oops", "all")
 
 
 class Spelling(decode.FirstToken):
-    """A row that begins with the call token goes on with a call of its own; what comes first is left to the model."""
+    """A row that begins with the call token goes on with a call of its own; what comes first is left to the model,
+
+    whose call token is lifted by ``lift``, so that it calls on half of the rows.
+    """
 
     tokenizer: Any = None
+    lift = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.logits is None:
             self.known = input_ids.shape[1]
+            scores[:, self.token] += self.lift
         scores = super().__call__(input_ids, scores)
         written = input_ids.shape[1] - self.known
         for row, ids in enumerate(input_ids):
@@ -60,10 +65,17 @@ def rows() -> datasets.Dataset:
 
 
 @pytest.fixture
-def engine(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Engine:
+def engine(tiny: SimpleNamespace, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(Spelling, "tokenizer", tiny.processor.tokenizer)
     monkeypatch.setattr(decode, "FirstToken", Spelling)
-    return Engine(tiny.model, tiny.processor, max_new_tokens=16)
+    made = Engine(tiny.model, tiny.processor, max_new_tokens=16)
+    gaps = sorted(gaps_of(Engine(tiny.model, tiny.processor, max_new_tokens=1), rows))
+    monkeypatch.setattr(Spelling, "lift", -(gaps[3] + gaps[4]) / 2)
+    return made
+
+
+def gaps_of(engine: Engine, rows: datasets.Dataset) -> list[float]:
+    return [one.call_gap for one in run(engine, rows, 0.0) if one.call_gap is not None]
 
 
 def run(engine: Engine, rows: datasets.Dataset, bias: float) -> list[Trajectory]:
@@ -82,8 +94,9 @@ def said(one: Trajectory) -> tuple[Any, ...]:
 
 
 def test_derived_is_what_the_engine_does_at_every_bias(engine: Engine, rows: datasets.Dataset) -> None:
-    never = run(engine, rows, -math.inf)
-    biases = between([one.call_gap for one in never if one.call_gap is not None])
+    gaps = gaps_of(engine, rows)
+    assert sum(gap > 0 for gap in gaps) == 4
+    biases = between(gaps)
     assert len(biases) > 5
     ran = {bias: [said(one) for one in run(engine, rows, bias)] for bias in biases}
     for start in (biases[0], biases[3], biases[-1]):  # from whatever run one has
@@ -96,7 +109,7 @@ def test_derived_is_what_the_engine_does_at_every_bias(engine: Engine, rows: dat
 
 def test_no_answer_is_computed_twice(engine: Engine, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     free = run(engine, rows, 0.0)
-    biases = between([one.call_gap for one in free if one.call_gap is not None])
+    biases = between(gaps_of(engine, rows))
     ran: list[str] = []
     engine_run = Engine.run
 
@@ -130,7 +143,7 @@ def test_trajectories_without_a_choice_are_refused(engine: Engine, rows: dataset
 
 def test_table_holds_table_1_and_rtr_grows_with_the_bias(engine: Engine, rows: datasets.Dataset) -> None:
     free = run(engine, rows, 0.0)
-    biases = [*between([one.call_gap for one in free if one.call_gap is not None]), 0.0]
+    biases = [*between(gaps_of(engine, rows)), 0.0]
     table = evaluation.dial_table("sft", rows, evaluation.dial(engine, rows, free, 0.0, biases), EVALUATION)
     assert table.call_bias.is_monotonic_increasing and table.rtr.is_monotonic_increasing
     assert table.rtr.iloc[0] == 0.25 < table.rtr.iloc[-1] and table.call_rate.iloc[0] == 0
@@ -164,8 +177,9 @@ def test_figure_draws_both_sets_of_rows() -> None:
     main = pd.DataFrame({"system": ["full", "half"], "benchmark": AVERAGE, "accuracy": 60.0, "rtr": [1.0, 0.25]})
     figure = figures.dial_figure(dial, frontier, main.assign(accuracy_low=50.0, accuracy_high=70.0))
     left, right = figure.axes
-    assert [text.get_text() for text in left.get_legend().get_texts()] == ["SFT only", "AwaRes", "full", "half"]
-    assert "SFT only: oracle frontier" in [text.get_text() for text in right.get_legend().get_texts()]
+    names = [axes.get_legend_handles_labels()[1] for axes in (left, right)]
+    assert names[0] == ["SFT only", "AwaRes", "full", "half"] and names[1][-1] == "SFT only: oracle frontier"
+    assert all(axes.get_legend() for axes in (left, right))
     assert left.get_title() == "all 9 rows" and "retain token ratio" in right.get_xlabel()
     assert figures.show(figure).data[:4] == b"\x89PNG"
 

@@ -265,7 +265,7 @@ def gallery(cards: Iterable[Mapping[str, Any]]) -> Figure:
     """One line per interaction: the low-resolution view with boxes and requested crops, then the crops themselves.
 
     Where no card requests any crop, the views stand three to a line. A card has image (PIL, full size), question,
-    answers, answer (or None), crops (names requested), and may have question_boxes, answer_boxes (0-1000) and note.
+    crops (names requested), and may have answers, answer, question_boxes, answer_boxes (0-1000) and note.
     Boxes: question dashed, answer solid; requested crops are shaded.
     """
     cards = list(cards)
@@ -297,9 +297,9 @@ def _picture(axes: Axes, image: Image.Image, title: str) -> None:
 
 def _low_view(axes: Axes, card: Mapping[str, Any]) -> None:
     low = low_resolution(card["image"])
-    found = "" if card.get("answer") is None else f"\nanswer: {card['answer']} (truth: {card['answers'][0]})"
-    if not found:
-        found = f"\ntruth: {card['answers'][0]}"
+    answer = "" if card.get("answer") is None else f"answer: {card['answer']}"
+    truth = f"truth: {card['answers'][0]}" if card.get("answers") else ""
+    found = f"\n{answer} ({truth})" if answer and truth else f"\n{answer or truth}"
     note = f"\n{card['note']}" if card.get("note") else ""
     _picture(axes, low, f"{card['question']}{found}{note}")
     palette = sns.color_palette("colorblind")

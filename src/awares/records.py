@@ -24,7 +24,7 @@ def in_chunks(path: Path, ids: Sequence[str], size: int, work: Callable[[list[st
     depend on the kill. Raises AwaresError when the file holds other rows, or when another process is writing it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path):
+    with alone(path):
         records = _whole_chunks(path, list(ids), size)
         starts = range(len(records), len(ids), size)
         for start in tqdm(starts, desc=path.stem, unit="chunk", disable=not len(starts), leave=False):
@@ -65,6 +65,14 @@ def append_records(path: str | Path, records: Sequence[Record]) -> None:
         os.fsync(file.fileno())
 
 
+def drop_torn_line(path: str | Path) -> None:
+    """Cut off what follows the last line break of a JSONL file: a kill has torn it. No file is no error."""
+    file = Path(path)
+    if file.is_file():
+        whole = file.read_bytes().rfind(b"\n") + 1
+        os.truncate(file, whole)
+
+
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
     """Replace the file by ``records``, whole or not at all."""
     partial = Path(path).with_name(f".{Path(path).name}.partial")
@@ -89,7 +97,7 @@ def _lines(records: Sequence[Record]) -> bytes:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Hold ``path``: a killed `dvc` may leave its stage running, and a second one must not write beside it."""
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         try:
