@@ -49,6 +49,8 @@ SMOKE = {
     "latency.repetitions": 2,
     "latency.batch_tokens": [4096],
     "evaluation.call_bias": 30.0,  # a random model never calls by itself
+    "evaluation.dial_biases": [-30.0, 0.0],
+    "evaluation.dial_rows": 8,
     "report.gallery": 2,
 }
 
@@ -206,6 +208,30 @@ def test_policy_tables(line):
     assert (errors == 12).all()
 
 
+def test_dial_holds_table_1_and_moves_one_way(line):
+    dial = line.table("evaluation", "dial")
+    assert set(zip(dial.system, dial.rows, dial.call_bias, dial.n, strict=True)) == {
+        (system, rows, bias, n)
+        for system in ("sft", "awares")
+        for rows, n in (("all", 8), ("frontier", 2))
+        for bias in (-30.0, 0.0, 30.0)
+    }
+    assert ((dial.accuracy_low <= dial.accuracy) & (dial.accuracy <= dial.accuracy_high)).all()
+    assert dial.groupby(["system", "rows"]).rtr.apply(lambda rtr: rtr.is_monotonic_increasing).all()
+    stored = line.params.run_dir("evaluation") / "trajectories" / "awares.jsonl"
+    free = [json.loads(text) for text in stored.read_text().splitlines()][:8]
+    turned = dial[(dial.system == "awares") & (dial.rows == "all") & (dial.call_bias == 30)].squeeze()
+    tasks = pd.DataFrame({"task": [one["row_id"].split("-")[0] for one in free]})
+    tasks["rtr"] = [one["visual_tokens"] / one["full_visual_tokens"] for one in free]
+    assert turned.rtr == pytest.approx(tasks.groupby("task").rtr.mean().mean(), abs=1e-3)
+    assert turned.call_rate == pytest.approx(100 * sum(bool(one["crops"]) for one in free) / 8)
+    curve = line.table("evaluation", "frontier_curve")
+    best = line.table("evaluation", "frontier").set_index("policy")
+    for system, part in curve.groupby("system"):
+        assert part.rtr.is_monotonic_increasing and part.accuracy.is_monotonic_increasing
+        assert part.accuracy.iloc[-1] == pytest.approx(best.frontier_accuracy[system], abs=1e-3)
+
+
 def test_report_publishes_tables_figures_notebooks_and_pages(line):
     folder = line.params.report_dir()
     files = publish.publish(line.params)
@@ -215,7 +241,7 @@ def test_report_publishes_tables_figures_notebooks_and_pages(line):
             line.params.run_dir(stage) / "tables" / f"{name}.csv"
         ).read_bytes()
     assert pd.read_csv(folder / "tables" / "checks.csv").check.tolist() == list(CHECKS)
-    assert {"fig5_policy_flow.png", "accuracy_vs_rtr.png", "grpo.png"} <= {
+    assert {"fig5_policy_flow.png", "accuracy_vs_rtr.png", "dial.png", "grpo.png"} <= {
         file.name for file in (folder / "figures").iterdir()
     }
     assert set(json.loads((folder / "metrics.json").read_text())) >= {"curation", "sft", "grpo", "evaluation"}

@@ -189,8 +189,10 @@ class Evaluation:
     level: float = _method(low=0, high=1)
     relaxed_iou: float = _method(low=0, high=1)
     call_bias: float = _method()
+    dial_biases: tuple[float, ...] = _method()
     rows: int = _size(low=1)
     frontier_rows: int = _size(low=1)
+    dial_rows: int = _size(low=1)
 
 
 @dataclass(frozen=True)
@@ -489,6 +491,11 @@ def _check_whole(params: Params) -> None:
                 f"{name}.batch_size {section.batch_size} must be a multiple of "
                 f"{name}.per_device_batch_size {section.per_device_batch_size}"
             )
+    if params.evaluation.dial_rows < params.evaluation.frontier_rows:
+        raise AwaresValueError(
+            f"evaluation.dial_rows {params.evaluation.dial_rows} must be at least evaluation.frontier_rows "
+            f"{params.evaluation.frontier_rows}: the dial is drawn under the frontier, on the same rows"
+        )
     if params.grpo.batch_size % params.grpo.generations:
         raise AwaresValueError(
             f"grpo.batch_size {params.grpo.batch_size} counts completions and must be a multiple of "

@@ -1,4 +1,5 @@
-"""Evaluation: trajectories to scores, Tables 1, 7 and 9, kinds of error, differences, the oracle frontier (PAPER §5)."""
+"""Evaluation: trajectories to scores, Tables 1, 7 and 9, kinds of error, differences, the dial and the oracle
+frontier (PAPER §5)."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import pandas as pd
 from awares.config import AwaresFileError, AwaresValueError, Evaluation, Params
 from awares.crops import CROPS
 from awares.curation import target_crops
-from awares.diagnostics import ERRORS, cdp_diagnostics, error_kind, format_table, oracle_frontier
+from awares.diagnostics import ERRORS, Frontier, cdp_diagnostics, error_kind, format_table, oracle_frontier
 from awares.judges import JUDGES, label
 from awares.metrics import bootstrap_interval, paired_bootstrap, score
 from awares.records import read_records
@@ -136,19 +137,23 @@ def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], evaluation: 
     return pd.DataFrame(records)
 
 
-def frontier_row(policy: str, engine: Any, rows: datasets.Dataset, free: pd.DataFrame) -> dict[str, Any]:
-    """How far ``policy`` is from its best: on each row the cheapest right answer of no call and the ten single crops.
-
-    ``free``: :func:`scored` of the policy's own choices on ``rows``. Accuracies in percent; ``rtr_at_accuracy``: the
-    RTR at which the frontier reaches the policy's accuracy.
-    """
+def frontier(policy: str, engine: Any, rows: datasets.Dataset) -> Frontier:
+    """The oracle frontier of ``policy`` on ``rows``: it answers each with no call and with each of the ten single crops."""
     marks, costs = [], []
     for option in [(), *((name,) for name in CROPS)]:
         done = engine.run(rows["image"], rows["question"], forced=[option] * len(rows), row_ids=rows["id"])
         found = scored(policy, rows, done)
         marks.append(found.score)
         costs.append(found.rtr)
-    best = oracle_frontier(np.stack(marks, axis=1), np.stack(costs, axis=1))
+    return oracle_frontier(np.stack(marks, axis=1), np.stack(costs, axis=1))
+
+
+def frontier_row(policy: str, best: Frontier, free: pd.DataFrame) -> dict[str, Any]:
+    """How far ``policy`` is from its ``best``: on each row the cheapest right answer of no call and the ten crops.
+
+    ``free``: :func:`scored` of the policy's own choices on the rows of ``best``. Accuracies in percent;
+    ``rtr_at_accuracy``: the RTR at which the frontier reaches the policy's accuracy.
+    """
     accuracy, rtr = free.score.mean(), free.rtr.mean()
     needed = float(np.interp(accuracy, best.accuracy_curve, best.rtr_curve))
     mine = {"policy": policy, "accuracy": 100 * accuracy, "rtr": rtr}
@@ -157,8 +162,57 @@ def frontier_row(policy: str, engine: Any, rows: datasets.Dataset, free: pd.Data
         "frontier_accuracy": 100 * best.accuracy,
         "frontier_rtr": best.rtr,
         "rtr_at_accuracy": needed,
-        "n": len(rows),
+        "n": len(free),
     }
+
+
+def frontier_curve(policy: str, best: Frontier) -> pd.DataFrame:
+    """The oracle frontier as a curve: columns system, rtr, accuracy (percent), from no call anywhere to the best."""
+    return pd.DataFrame({"system": policy, "rtr": best.rtr_curve, "accuracy": 100 * best.accuracy_curve})
+
+
+def dial(
+    engine: Any, rows: datasets.Dataset, free: Sequence[Trajectory], call_bias: float, biases: Sequence[float]
+) -> dict[float, list[Trajectory]]:
+    """What a policy does on ``rows`` at each of ``biases``, as :meth:`Engine.run` would: bias -> trajectories.
+
+    ``free``: its own run on these rows at ``call_bias``. The bias decides whether the first token is the call token, and
+    nothing after it, so a row has two trajectories. ``free`` has one; the other is run where some bias asks for it,
+    and ``call_gap`` tells which one a bias gives. Raises AwaresError for trajectories that had no choice.
+    """
+    own = [_calls(one, call_bias) for one in free]
+    asked = {bias: [_calls(one, bias) for one in free] for bias in biases}
+    known = dict(zip(enumerate(own), free, strict=True))  # (row, whether it begins with the call token) -> trajectory
+    for call, forcing in ((False, -np.inf), (True, np.inf)):
+        wanted = {index for choices in asked.values() for index, choice in enumerate(choices) if choice is call}
+        missing = sorted(wanted - {index for index, choice in enumerate(own) if choice is call})
+        some = rows.select(missing)
+        done = engine.run(some["image"], some["question"], call_bias=forcing, row_ids=some["id"])
+        known |= {(index, call): one for index, one in zip(missing, done, strict=True)}
+    return {bias: [known[key] for key in enumerate(choices)] for bias, choices in asked.items()}
+
+
+def _calls(one: Trajectory, bias: float) -> bool:
+    if one.call_gap is None:
+        raise AwaresValueError(f"row {one.row_id}: no call_gap, the first decision was no choice: run the row unforced")
+    return one.call_gap + bias > 0
+
+
+def dial_table(
+    system: str, rows: datasets.Dataset, runs: Mapping[float, Sequence[Trajectory]], evaluation: Evaluation
+) -> pd.DataFrame:
+    """Accuracy against tokens over the dial, one line per bias, the smallest first.
+
+    Columns system, call_bias, accuracy, accuracy_low, accuracy_high (percent, averaged over benchmarks as in Table 1),
+    rtr, call_rate (percent of rows that asked for crops), n. ``runs``: of :func:`dial`.
+    """
+    records = []
+    for bias, done in sorted(runs.items()):
+        average = _main_row(system, AVERAGE, scored(system, rows, done), evaluation)
+        calls = 100 * float(np.mean([bool(one.crops) for one in done]))
+        records.append({**average, "call_bias": bias, "call_rate": calls})
+    columns = ["system", "call_bias", "accuracy", "accuracy_low", "accuracy_high", "rtr", "call_rate", "n"]
+    return pd.DataFrame(records)[columns]
 
 
 def load_trajectories(path: Path) -> list[Trajectory]:

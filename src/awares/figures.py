@@ -172,6 +172,40 @@ def stacked_figure(table: pd.DataFrame, x: str, parts: Mapping[str, str], ylabel
     return figure
 
 
+def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) -> Figure:
+    """The dial: accuracy against RTR as the call bias grows, the trained policy (bias 0) ringed.
+
+    ``dial`` has the columns of dial.csv: left its rows "all" with intervals and Table 1's (``main``) full and half, right
+    its rows "frontier" under the oracle frontier of the same policies (frontier_curve.csv).
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axes, part in ((left, "all"), (right, "frontier")):
+        for system, rows in dial[dial.rows == part].groupby("system", sort=False):
+            _dial_curve(axes, rows, SYSTEM_NAMES.get(system, system), COLOURS.get(system), interval=part == "all")
+        axes.set(xlabel="retain token ratio (visual tokens / tokens of the full image)")
+    for row in main[(main.benchmark == AVERAGE) & main.system.isin(["full", "half"])].itertuples():
+        error = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
+        name, colour = SYSTEM_NAMES[row.system], COLOURS[row.system]
+        left.errorbar(row.rtr, row.accuracy, error, fmt="s", capsize=3, color=colour, label=name)
+    for system, rows in frontier.groupby("system", sort=False):
+        name = f"{SYSTEM_NAMES.get(system, system)}: oracle frontier"
+        right.plot(rows.rtr, rows.accuracy, linestyle="--", color=COLOURS.get(system), label=name)
+    counts = dial.groupby("rows").n.first()
+    left.set(ylabel="accuracy (%), average over tasks", title=f"all {counts['all']} rows")
+    right.set(title=f"the {counts['frontier']} rows of the frontier")
+    for axes in (left, right):
+        axes.legend(loc="best")
+    return figure
+
+
+def _dial_curve(axes: Axes, rows: pd.DataFrame, name: str, colour: Any, interval: bool) -> None:
+    axes.plot(rows.rtr, rows.accuracy, marker="o", markersize=4, color=colour, label=name)
+    if interval:
+        axes.fill_between(rows.rtr, rows.accuracy_low, rows.accuracy_high, color=colour, alpha=0.15, linewidth=0)
+    trained = rows[rows.call_bias == 0]
+    axes.plot(trained.rtr, trained.accuracy, "o", markersize=10, markerfacecolor="none", color=colour)
+
+
 def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step") -> Figure:
     """Training curves: one small panel per column of ``labels`` (column -> axis label, with unit) that was logged."""
     columns = [name for name in labels if name in log and log[name].notna().any()]
@@ -263,7 +297,7 @@ def gallery(cards: Iterable[Mapping[str, Any]]) -> Figure:
     """One line per interaction: the low-resolution view with boxes and requested crops, then the crops themselves.
 
     Where no card requests any crop, the views stand three to a line. A card has image (PIL, full size), question,
-    answers, answer (or None), crops (names requested), and may have question_boxes, answer_boxes (0-1000) and note.
+    crops (names requested), and may have answers, answer, question_boxes, answer_boxes (0-1000) and note.
     Boxes: question dashed, answer solid; requested crops are shaded.
     """
     cards = list(cards)
@@ -295,9 +329,9 @@ def _picture(axes: Axes, image: Image.Image, title: str) -> None:
 
 def _low_view(axes: Axes, card: Mapping[str, Any]) -> None:
     low = low_resolution(card["image"])
-    found = "" if card.get("answer") is None else f"\nanswer: {card['answer']} (truth: {card['answers'][0]})"
-    if not found:
-        found = f"\ntruth: {card['answers'][0]}"
+    answer = "" if card.get("answer") is None else f"answer: {card['answer']}"
+    truth = f"truth: {card['answers'][0]}" if card.get("answers") else ""
+    found = f"\n{answer} ({truth})" if answer and truth else f"\n{answer or truth}"
     note = f"\n{card['note']}" if card.get("note") else ""
     _picture(axes, low, f"{card['question']}{found}{note}")
     palette = sns.color_palette("colorblind")

@@ -2,14 +2,59 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from awares.config import AwaresFileError
+from awares.config import AwaresFileError, load_params
 from awares.model import load_model, load_processor
 from awares.rollout import Engine, Source, Trajectory
 
 Adapters = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a policy lies: a model folder (or hub name) and the adapters merged into it, in order; ``name``: to show."""
+
+    name: str
+    path: Path | str
+    adapters: tuple[Path, ...] = ()
+
+
+def shipped(root: Path | None = None) -> Checkpoint:
+    """The policy that comes with the repository: data/base with data/policy/sft and data/policy/grpo, in this order.
+
+    ``root``: the repository, by default the one that this file stands in. AwaresFileError when it is not all there.
+    """
+    data = (root or Path(__file__).resolve().parents[2]) / "data"
+    adapters = tuple(data / "policy" / stage for stage in ("sft", "grpo"))
+    files = [data / "base" / "config.json", *(folder / "adapter_config.json" for folder in adapters)]
+    missing = [str(file.parent.relative_to(data.parent)) for file in files if not file.is_file()]
+    if missing:
+        raise AwaresFileError(
+            f"no policy ships here ({', '.join(missing)} missing): name one with --model PATH, or train one with "
+            "`make repro` and ask it with --run mini"
+        )
+    return Checkpoint("shipped", data / "base", adapters)
+
+
+def of_run(name: str) -> Checkpoint:
+    """The policy that a run of the pipeline has left: ``profile``, ``profile/stage`` or ``profile/stage/variant-sN``.
+
+    The stage is sft or grpo (default), the third part that of params.yaml's own variant and seed. AwaresError when there
+    is no such run.
+    """
+    profile, _, rest = name.partition("/")
+    stage, _, which = rest.partition("/")
+    params = load_params(profile)
+    stage = stage or "grpo"
+    folder = params.run_dir(stage) if not which else params.run_dir(stage).with_name(which)
+    if stage not in ("sft", "grpo") or not (folder / "merged" / "config.json").is_file():
+        raise AwaresFileError(
+            f"{folder / 'merged'}: no policy of run {name!r} there: run `make repro`, or name another, such as mini/sft"
+        )
+    return Checkpoint(f"run {profile}/{stage}/{folder.name}", folder / "merged")
 
 
 class AwaRes:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from awares import protocol
@@ -46,8 +47,9 @@ class Trajectory:
     ``call_status``: none, valid, recovered, malformed or forced. ``seconds``: this row's share of its batch's time.
     ``margin``: smallest gap between the two best logits at any token written; near 0 the text may change with the
     batch or the thread count. ``call_logprob``: of the call token at the first position, before any bias; None if it
-    was no choice. ``layer_visual_tokens``: of a system that drops tokens inside the language model, their mean over its
-    layers; ``visual_tokens`` is then what the system's ratio counts.
+    was no choice. ``call_gap``: there, the call token's logit less the best other one, before any bias: the first token
+    is the call token where ``call_gap + call_bias > 0``. ``layer_visual_tokens``: of a system that drops tokens inside
+    the language model, their mean over its layers; ``visual_tokens`` is then what the system's ratio counts.
     """
 
     row_id: str
@@ -60,6 +62,7 @@ class Trajectory:
     seconds: float
     margin: float
     call_logprob: float | None = None
+    call_gap: float | None = None
     layer_visual_tokens: float | None = None
 
     @property
@@ -111,6 +114,7 @@ class _Row:
     script: Script = Script()
     bias: float = 0.0
     call_logprob: float | None = None
+    call_gap: float | None = None
     margin: float = float("inf")
     seconds: float = 0.0
     layer_visual_tokens: float | None = None
@@ -259,6 +263,7 @@ class Interaction(ABC):
             seconds=row.seconds,
             margin=row.margin,
             call_logprob=row.call_logprob,
+            call_gap=row.call_gap,
             layer_visual_tokens=row.layer_visual_tokens,
         )
 
@@ -344,11 +349,13 @@ class Engine(Interaction):
             row.turns[-1] = replace(row.turns[-1], visual_tokens=kept.nominal)
             row.layer_visual_tokens = kept.layer_mean
         scores = torch.log_softmax(output.first_logits, dim=-1)[:, self.decoder.call_token].tolist()
+        gaps = _call_gaps(output.first_logits, self.decoder.call_token)
         callers = []
         for index, row in enumerate(rows):
             self._write(row, output.tokens[index], output.margins[index])
             if row.free:
-                row.call, row.call_logprob = protocol.parse_call(row.turns[-1].text), scores[index]
+                row.call = protocol.parse_call(row.turns[-1].text)
+                row.call_logprob, row.call_gap = scores[index], gaps[index]
                 callers += [index] if row.call.status != "none" else []
             elif row.script.crops:
                 row.call = Call(row.script.crops, "forced", row.turns[-1].text)
@@ -373,6 +380,13 @@ class Engine(Interaction):
             extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse, orders=orders)
             for index, tokens, margin in zip(picked, extended.tokens, extended.margins, strict=True):
                 self._write(rows[index], tokens, margin)
+
+
+def _call_gaps(logits: Tensor, token: int) -> list[float]:
+    """Of every row of ``logits`` (B, vocabulary): the logit of ``token`` less the best other one."""
+    others = logits.clone()
+    others[:, token] = float("-inf")
+    return (logits[:, token] - others.amax(dim=-1)).tolist()
 
 
 def _name(row_ids: Sequence[str] | None, index: int) -> str:

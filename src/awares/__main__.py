@@ -1,0 +1,7 @@
+"""``python -m awares``: the same as the command ``awares``."""
+
+import sys
+
+from awares.cli import main
+
+sys.exit(main())
