@@ -61,14 +61,19 @@ class FirstToken(LogitsProcessor):
 
 
 class Decoder:
-    """Greedy decoding of a Qwen2.5-VL ``model`` (a PEFT model counts with its adapter on)."""
+    """Greedy decoding of a Qwen2.5-VL ``model`` (a PEFT model counts with its adapter on).
 
-    def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int) -> None:
+    ``opening``: the text that every call begins with; the bias and the log-probability of a call are its first token's.
+    """
+
+    def __init__(
+        self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int, opening: str = protocol.TOOL_CALL
+    ) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA layers stay in place
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_new_tokens = max_new_tokens
-        self.call_token = self.tokenizer.convert_tokens_to_ids(protocol.TOOL_CALL)
+        self.call_token = self.tokenizer(opening, add_special_tokens=False)["input_ids"][0]
         self.end = self.tokenizer.convert_tokens_to_ids(protocol.END_OF_TURN)
         self.pad = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self.config = GenerationConfig(

@@ -20,7 +20,7 @@ from awares.config import AwaresValueError, Params
 from awares.crops import cap, cut, low_resolution, open_image
 from awares.decode import Decoder, Output
 from awares.model import ImageOnlyProcessor, visual_tokens
-from awares.protocol import Call
+from awares.protocol import OURS, Call, Protocol, get_protocol
 
 Source = str | Path | Image
 VIEWS = ("full", "half", "none", "half+crops")
@@ -95,7 +95,8 @@ class _Row:
 class Engine:
     """Runs rows through ``model``; ``token_budget`` bounds the tokens of a padded batch, a longer row runs alone.
 
-    ``reuse=False`` re-prefills everything in turn 2, for comparison only. Results come in the order of the rows.
+    ``reuse=False`` re-prefills everything in turn 2, for comparison only. ``protocol``: ours or released, by name or with
+    a prompt of one's own (`protocol.get_protocol`). Results come in the order of the rows.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class Engine:
         max_side: int = 2000,
         reuse: bool = True,
         progress: bool = False,
+        protocol: str | Protocol = OURS,
     ) -> None:
-        self.decoder = Decoder(model, processor, max_new_tokens)
+        self.protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
+        self.decoder = Decoder(model, processor, max_new_tokens, self.protocol.opening)
         self.processor = processor
         self.token_budget = token_budget
         self.max_side = max_side
@@ -118,10 +121,11 @@ class Engine:
     @classmethod
     def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> "Engine":
         """An engine with the limits of params.yaml; ``options`` override them."""
-        limits = dict(
+        limits: dict[str, Any] = dict(
             max_new_tokens=params.protocol.max_new_tokens,
             token_budget=params.protocol.token_budget,
             max_side=params.crops.max_side,
+            protocol=protocol.from_params(params),
         )
         return cls(model, processor, **{**limits, **options})
 
@@ -142,7 +146,7 @@ class Engine:
 
         def prepare(index: int) -> _Row:
             decision = forced[index] if forced is not None else None
-            row = self._open(images[index], questions[index], _name(row_ids, index), "half", (), protocol.SYSTEM)
+            row = self._open(images[index], questions[index], _name(row_ids, index), "half", (), self.protocol.system)
             if decision:
                 return self._force(row, decision)
             row.free, row.bias = decision is None, call_bias if decision is None else float("-inf")
@@ -210,13 +214,14 @@ class Engine:
         """Add the tool's turn for ``row.call``; returns the ids and images that are new to the model."""
         pictures = [cut(row.full, name) for name in row.call.crops]
         error = None if pictures else protocol.TOOL_ERROR
-        suffix = protocol.tool_suffix(self.processor, protocol.tool_message([None] * len(pictures), error))
+        suffix = protocol.tool_suffix(self.processor, self.protocol.reply([None] * len(pictures), error))
         if row.ids[-1] != self.decoder.end:  # the call ran into max_new_tokens
             suffix = protocol.END_OF_TURN + suffix
-        return self._append(row, "tool", error or "", suffix, pictures), pictures
+        role = "tool" if self.protocol.name == "ours" else "user"
+        return self._append(row, role, error or "", suffix, pictures), pictures
 
     def _force(self, row: _Row, crops: tuple[str, ...]) -> _Row:
-        text = protocol.render_call(crops)
+        text = self.protocol.render_call(crops)
         self._write(row, self.decoder.tokenize(text + protocol.END_OF_TURN))
         row.call = Call(tuple(crops), "forced", text)
         self._respond(row)
@@ -267,7 +272,7 @@ class Engine:
         for index, row in enumerate(rows):
             self._write(row, output.tokens[index], output.margins[index])
             if row.free:
-                row.call, row.call_logprob = protocol.parse_call(row.turns[-1].text), scores[index]
+                row.call, row.call_logprob = protocol.parse_call(row.turns[-1].text, self.protocol), scores[index]
                 callers += [index] if row.call.status != "none" else []
         self._second_turn(rows, callers, output)
         for row in rows:

@@ -205,17 +205,13 @@ def _select(params: Params, declared: str) -> Selection:
     """`select`; ``declared`` is the text of the sources file, so that an edited one counts."""
     names = [name for name in params.data.sources if not name.endswith(".jsonl")]
     preflight(params)
-    seen = [
-        record["phash"]
-        for task in sources.read_sources(params, "evaluation")
-        for record in _good(collect(params, "evaluation", task))
-    ]
+    seen = benchmark_hashes(params)
     collected = {name: collect(params, "training", name) for name in names}
     limit = params.data.duplicate_distance
-    clean = {name: _apart(_good(one), seen, limit) for name, one in collected.items()}
+    clean = {name: apart(_good(one), seen, limit) for name, one in collected.items()}
     held = {name: _held_out(clean[name], params) for name in names}
     held_hashes = [record["phash"] for records in held.values() for record in records]
-    free = {name: _apart(clean[name], held_hashes, limit) for name in names}
+    free = {name: apart(clean[name], held_hashes, limit) for name in names}
     train = {name: _ranked(free[name], params.data.train_seed)[: params.data.train_rows] for name in names}
     counts = [_count(collected[name], clean[name], free[name], held[name], train[name]) for name in names]
     for name, taken in (*held.items(), *train.items()):
@@ -239,12 +235,18 @@ def preflight(params: Params) -> None:
                     raise AwaresValueError(f"{source.place}, row 0: {error}") from error
 
 
+def benchmark_hashes(params: Params) -> list[str]:
+    """The perceptual hashes of every image of every benchmark in the sources file, evaluated or not."""
+    tasks = sources.read_sources(params, "evaluation")
+    return [record["phash"] for task in tasks for record in _good(collect(params, "evaluation", task))]
+
+
 def _good(collected: Collected) -> list[Record]:
     return [record for record in collected.records if record["state"] == "row"]
 
 
-def _apart(records: list[Record], hashes: Sequence[str], limit: int) -> list[Record]:
-    """The records whose image is none of those behind ``hashes``."""
+def apart(records: list[Record], hashes: Sequence[str], limit: int) -> list[Record]:
+    """The records whose image differs from all of those behind ``hashes`` by more than ``limit`` bits."""
     far = distances([record["phash"] for record in records], hashes) > limit
     return [record for record, keep in zip(records, far, strict=True) if keep]
 
