@@ -203,3 +203,23 @@ def everything(root: Path, count: int = 16, tests: int = 4) -> Path:
 
 def opened(content: bytes) -> Pictures.Image:
     return Pictures.open(io.BytesIO(content))
+
+
+def released(root: Path, count: int, seed: int) -> None:
+    """NimrodShabtay1986/AwaRes in the schema that data/sources.yaml assumes; every second row calls."""
+    features = Features(images=List(Image()), messages=List({"role": TEXT, "content": TEXT}))
+    rows = []
+    for i in range(count):
+        calls = i % 2 == 1
+        said = [
+            "<image>What is this?",
+            f"GET_CROPS: ['{i % 9}', '5']" if i != 3 else "GET_CROPS: ['all']",
+            "<image>",
+            f"a {i}",
+        ]
+        turns = said if calls else [said[0], said[3]]
+        messages = [{"role": "system", "content": "Look."}]
+        messages += [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(turns)]
+        images = [picture(seed + i), picture(seed + i, width=84, height=56)] if calls else [picture(seed + i)]
+        rows.append(dict(images=images, messages=messages))
+    write(root, "NimrodShabtay1986/AwaRes", rows, features, "data/train-00000-of-00001.parquet")

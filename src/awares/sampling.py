@@ -59,7 +59,7 @@ def distances(hashes: Sequence[str], others: Sequence[str]) -> np.ndarray:
 
 def _words(hashes: Sequence[str]) -> np.ndarray:
     """(N, 4) of 64-bit words."""
-    return np.frombuffer(bytes.fromhex("".join(hashes)), dtype=np.uint64).reshape(len(hashes), -1)
+    return np.frombuffer(bytes.fromhex("".join(hashes)), dtype=np.uint64).reshape(len(hashes), 4)
 
 
 # Collect
@@ -197,6 +197,7 @@ def select(params: Params) -> Selection:
     are taken first, by ``data.validation_seed``; training rows follow in the order of the draw and leave out every image
     of any validation row. Raises AwaresError for a source that runs short.
     """
+    sources.read_sources(params, "training")  # says what is wrong with the file
     return _select(params, params.path(params.data.sources_file).read_text(encoding="utf-8"))
 
 

@@ -26,6 +26,7 @@ from awares.crops import MAX_ASPECT, MIN_SIDE, cap, check_image
 
 KINDS = ("training", "evaluation", "curated")
 GAP = 28  # px of white between the pictures of a strip
+EDGE = 2**16  # bytes of a local file's beginning and end that are hashed
 
 Record = dict[str, Any]
 
@@ -130,7 +131,7 @@ def _check_kind(key: str, value: Any, one: Any) -> None:
 class Opened:
     """A source that is ready to be read: its rows by position, and its archive of images if it has one.
 
-    ``commit``: what the revision stood for, or a digest of file names and sizes for a local copy. Rows come in ascending order: a
+    ``commit``: what the revision stood for, or a digest of the files of a local copy. Rows come in ascending order: a
     streaming source is read front to back, once. Raises AwaresError with the mend for what cannot be had.
     """
 
@@ -197,9 +198,13 @@ class Opened:
                 )  # a copy of a repository that was saved by save_to_disk
                 rows: Any = saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
             else:
-                place, revision = (str(self.local), None) if self.local else (source.hub, self.commit)
+                # The library keys its cache of a local folder with a card by the folder's name alone: ours is keyed by content.
+                cache = Path(datasets.config.HF_DATASETS_CACHE) / self.commit.replace(":", "-")
+                here = {"path": str(self.local), "cache_dir": str(cache)}
+                there = {"path": source.hub, "revision": self.commit}
+                place: dict[str, Any] = here if self.local else there
                 rows = datasets.load_dataset(
-                    place, source.config, split=source.split, revision=revision, streaming=source.streaming
+                    **place, name=source.config, split=source.split, streaming=source.streaming
                 )
         except Exception as error:  # datasets raises many kinds; all mean that the declared thing is not there
             raise _unavailable(source, error) from error
@@ -258,9 +263,16 @@ def _local(source: Source, root: Path) -> Path:
 
 
 def _digest(folder: Path) -> str:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts)
-    listing = "\n".join(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in files)
-    return f"local:{hashlib.sha256(listing.encode()).hexdigest()[:16]}"
+    """Of every file the name, the size, and the first and last 64 KiB, where tables and archives keep their indices."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(EDGE))
+            file.seek(max(0, size - EDGE))
+            digest.update(file.read())
+    return f"local:{digest.hexdigest()[:16]}"
 
 
 def _resolve(source: Source) -> str:
