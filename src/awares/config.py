@@ -19,6 +19,7 @@ import yaml
 JUDGES = ("semantic", "embedding", "anls")
 ORACLES = ("annotation",)
 CROP_RULES = ("coverage", "iou")
+PROTOCOLS = ("ours", "released")
 ANSWER_REWARDS = ("similarity", "anls")
 TASKS = ("chartqa", "docvqa", "ocrbench", "pope", "realworldqa", "vstar")
 LORA_MODULES = (
@@ -71,6 +72,10 @@ class Paths:
 class Data:
     """Rows: where they come from and how many. An entry of ``sources`` ending in .jsonl is a file of the user's own."""
 
+    sources_file: str = _method()
+    hub_root: str = _method()
+    reserve: float = _method(low=0)
+    duplicate_distance: int = _method(low=0, high=255)
     train_seed: int = _method(low=0)
     validation_seed: int = _method(low=0)
     tasks: tuple[str, ...] = _method(choices=TASKS)
@@ -92,8 +97,10 @@ class Crops:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Limits of the two-turn interaction."""
+    """Form and limits of the two-turn interaction."""
 
+    name: str = _method(choices=PROTOCOLS)
+    system_file: str = _method()
     max_new_tokens: int = _size(low=1)
     token_budget: int = _size(low=1)
 

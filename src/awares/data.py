@@ -51,9 +51,12 @@ def _suite(name: str, n: int, seed: int, split: str) -> list[dict[str, Any]]:
 SOURCES: dict[str, Loader] = {"suite": _suite}
 
 
-def load_source(origin: str, name: str, n: int, seed: int, split: str) -> datasets.Dataset:
+def load_source(
+    origin: str, name: str, n: int, seed: int, split: str, params: Params | None = None
+) -> datasets.Dataset:
     """At most ``n`` rows of source ``name``, drawn with ``seed``; a ``name`` ending in .jsonl is read from that file.
 
+    Origin hub takes all of ``params``, since what it draws for one split depends on the others (`sampling`).
     Raises AwaresError for an unknown origin, a source without rows and every fault that :func:`validate` finds.
     """
     if name.endswith(".jsonl"):
@@ -64,8 +67,12 @@ def load_source(origin: str, name: str, n: int, seed: int, split: str) -> datase
                 f'{name}: no row has split "{split}": add some, or take the file out of data.sources'
             )
         return rows.select(range(min(n, len(rows))))
+    if origin == "hub" and params is not None:
+        from awares import sampling  # imported here: it stands on this module
+
+        return validate(sampling.load(params, name, split), f"{origin}:{name}")
     if origin not in SOURCES:
-        raise AwaresValueError(f"data.origin: unknown {origin!r}, choose from {', '.join(SOURCES)}")
+        raise AwaresValueError(f"data.origin: unknown {origin!r}, choose from {', '.join(SOURCES)}, hub")
     return validate(from_rows(SOURCES[origin](name, n, seed, split)), f"{origin}:{name}")
 
 
@@ -83,7 +90,7 @@ def make_split(params: Params, split: str) -> datasets.Dataset:
     }
     names, n, seed = plan[split]
     paths = [str(params.path(name)) if name.endswith(".jsonl") else name for name in names]
-    parts = [load_source(data.origin, name, n, seed, split) for name in paths]
+    parts = [load_source(data.origin, name, n, seed, split, params) for name in paths]
     starts = np.cumsum([0, *map(len, parts)])
     turns = [(index, start + index) for part, start in zip(parts, starts, strict=False) for index in range(len(part))]
     order = [int(place) for _, place in sorted(turns)]

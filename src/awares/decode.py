@@ -127,12 +127,15 @@ class PrefillEnd(LogitsProcessor):
 
 
 class Codec:
-    """Chat text <-> token ids: all of decoding that needs no model, for a model behind a server too."""
+    """Chat text <-> token ids: all of decoding that needs no model, for a model behind a server too.
 
-    def __init__(self, processor: ImageOnlyProcessor) -> None:
+    ``opening``: the text that every call begins with; the bias and the log-probability of a call are its first token's.
+    """
+
+    def __init__(self, processor: ImageOnlyProcessor, opening: str = protocol.TOOL_CALL) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.call_token = self.tokenizer.convert_tokens_to_ids(protocol.TOOL_CALL)
+        self.call_token = self.tokenizer(opening, add_special_tokens=False)["input_ids"][0]
         self.end = self.tokenizer.convert_tokens_to_ids(protocol.END_OF_TURN)
 
     def tokenize(self, text: str, sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
@@ -158,8 +161,15 @@ class Decoder(Codec):
     vision_patches: float = VISION_PATCHES  # 14 px patches that pass through the vision tower together
     shares_prefix = True  # whether `start` may pass what all rows begin with through the model once
 
-    def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int, lap: Lap | None = None) -> None:
-        super().__init__(processor)
+    def __init__(
+        self,
+        model: Any,
+        processor: ImageOnlyProcessor,
+        max_new_tokens: int,
+        lap: Lap | None = None,
+        opening: str = protocol.TOOL_CALL,
+    ) -> None:
+        super().__init__(processor, opening)
         self.lap = lap
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA layers stay in place
         self.max_new_tokens = max_new_tokens

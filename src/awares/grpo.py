@@ -289,6 +289,10 @@ def build_trainer(
     training.require_plain(model)
     if "label" not in rows.column_names:
         raise AwaresValueError("grpo: the rows have no column label: give the rows that curation wrote")
+    if params.protocol.name != protocol.OURS.name:
+        raise AwaresValueError(
+            f"protocol.name {params.protocol.name}: GRPO's rollouts are TRL's, which reads tool calls only; use protocol.name ours"
+        )
     processor.tokenizer.padding_side = "left"  # right padding would misalign mm_token_type_ids, silently
     reward: Any = Reward(params)
     factory: Any = CropEnvironment

@@ -75,7 +75,8 @@ class AwaRes:
         """Load a merged model folder, or a base model with one or more adapters (merged in order).
 
         ``path`` may also be an adapter folder: its adapter_config.json then names the base model, as a path relative to
-        that folder or to the working folder. ``options`` go to the engine (``max_new_tokens``, ``token_budget``, ...).
+        that folder or to the working folder. ``options`` go to the engine (``max_new_tokens``, ``token_budget``, ...);
+        ``protocol="released"`` for the paper's checkpoint, which calls in plain text (PAPER §7).
         AwaresError for a missing, foreign or truncated checkpoint.
         """
         if adapter is None and Path(path, "adapter_config.json").is_file():

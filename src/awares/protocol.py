@@ -3,18 +3,19 @@
 A conversation is ``[system, user(I_low, q), assistant(a)]`` or ``[system, user(I_low, q), assistant(call C),
 tool(crops), assistant(a)]`` (PAPER §1). The format is Qwen2.5-VL's own chat format with its ``<tool_call>`` JSON. The
 tool's schema stands in the system prompt and not in ``tools=``, because TRL's vision collator does not pass ``tools``
-to the template.
+to the template. The released checkpoint speaks another form (PAPER §7): it writes ``GET_CROPS: ['0', '5']`` and gets
+the crops in a user turn. A `Protocol` is one of the two; whoever renders takes one, and the parser reads both.
 """
 
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL.Image import Image
 
-from awares.config import AwaresValueError
+from awares.config import AwaresFileError, AwaresValueError, Params
 from awares.crops import CROPS
 
 TOOL_NAME = "crop"
@@ -39,6 +40,13 @@ SYSTEM = (
     '<tools>\n{"name": "crop", "arguments": {"regions": ' + json.dumps(list(CROPS)) + "}}\n</tools>"
 )
 TOOL_ERROR = "error: no such region"
+RELEASED_CALL = "GET_CROPS"
+_IDS = {str(number): name for number, name in enumerate(CROPS) if name != "all"}  # of the released policy: '0' .. '8'
+RELEASED_SYSTEM = (
+    "You answer questions about an image, which is shown at low resolution. If it is too coarse to answer from, write "
+    "GET_CROPS: and a list of region ids, for example GET_CROPS: ['3'] or GET_CROPS: ['0', '5'], to see those regions at "
+    f"high resolution; the ids are {_IDS}, and 'all' is the whole image. Otherwise write the answer."
+)
 
 # Qwen2.5-VL's template, plus tool calls, tool turns and the generation marks that give the assistant mask. Every turn
 # renders the same whatever follows it (prefix-preserving), and the end-of-turn token belongs to the assistant's turn.
@@ -115,6 +123,58 @@ class Call:
     text: str
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """The words of one interaction. ``system``: its prompt; ``opening``: what every call begins with."""
+
+    name: str
+    system: str
+    opening: str
+
+    def call_message(self, crops: Iterable[str]) -> dict[str, Any]:
+        """The assistant message that requests ``crops``; AwaresValueError for an unknown, repeated or missing name."""
+        message = call_message(crops)
+        return message if self.name == "ours" else {"role": "assistant", "content": [_text(self.render_call(crops))]}
+
+    def render_call(self, crops: Iterable[str]) -> str:
+        """The text of that message, without the end-of-turn token."""
+        if self.name == "ours":
+            return render_call(crops)
+        regions = call_message(crops)["tool_calls"][0]["function"]["arguments"]["regions"]
+        ids = {name: number for number, name in _IDS.items()}
+        return f"{RELEASED_CALL}: {[ids.get(name, name) for name in regions]}"
+
+    def reply(self, images: Sequence[Image | None], error: str | None = None) -> dict[str, Any]:
+        """The second turn's message: the crops in the order requested, or an error in words."""
+        message = tool_message(images, error)
+        return message if self.name == "ours" else {"role": "user", "content": message["content"]}
+
+
+OURS = Protocol("ours", SYSTEM, TOOL_CALL)
+RELEASED = Protocol("released", RELEASED_SYSTEM, RELEASED_CALL)
+
+
+def get_protocol(name: str, system: str | None = None) -> Protocol:
+    """The protocol ours or released, with ``system`` as its prompt if given; AwaresValueError for another name.
+
+    The released checkpoint was trained with the prompt on its model card: give that one to repeat its numbers.
+    """
+    known = {protocol.name: protocol for protocol in (OURS, RELEASED)}
+    if name not in known:
+        raise AwaresValueError(f"protocol.name: unknown {name!r}, choose from {', '.join(known)}")
+    return replace(known[name], system=system) if system else known[name]
+
+
+def from_params(params: Params) -> Protocol:
+    """The protocol of ``protocol.name``, its prompt from the file ``protocol.system_file`` if that names one."""
+    file = params.path(params.protocol.system_file)
+    if not params.protocol.system_file:
+        return get_protocol(params.protocol.name)
+    if not file.is_file() or not file.read_text(encoding="utf-8").strip():
+        raise AwaresFileError(f"{file}: no system prompt there; protocol.system_file names it")
+    return get_protocol(params.protocol.name, file.read_text(encoding="utf-8").strip())
+
+
 def tool_schema() -> dict[str, Any]:
     """The crop tool as an OpenAI-style function schema, for servers and trainers that want one."""
     regions = {"type": "array", "items": {"type": "string", "enum": list(CROPS)}, "description": "Regions to see."}
@@ -174,18 +234,19 @@ def messages(
     crops: Sequence[str] | None = None,
     crop_images: Sequence[Image | None] | None = None,
     answer: str | None = None,
+    protocol: Protocol = OURS,
 ) -> list[dict[str, Any]]:
-    """A whole two-turn conversation of the policy (PAPER §2.3).
+    """A whole two-turn conversation of the policy (PAPER §2.3) in the form of ``protocol``.
 
     Without ``crops`` it is the direct one; with ``crops``, ``crop_images`` are their pictures in the same order
     (default: placeholders). Without ``answer`` it ends where the model has to go on.
     """
-    conversation = user_messages(question, [low_image], SYSTEM)
+    conversation = user_messages(question, [low_image], protocol.system)
     if crops:
         pictures = [None] * len(crops) if crop_images is None else list(crop_images)
         if len(pictures) != len(crops):
             raise AwaresValueError(f"{len(crops)} crops requested but {len(pictures)} crop images given")
-        conversation += [call_message(crops), tool_message(pictures)]
+        conversation += [protocol.call_message(crops), protocol.reply(pictures)]
     if answer is not None:
         conversation.append({"role": "assistant", "content": [_text(answer)]})
     return conversation
@@ -218,24 +279,28 @@ def _image(image: Image | None) -> dict[str, Any]:
 
 # Parsing
 
-_IDS = {str(number): name for number, name in enumerate(CROPS) if name != "all"}  # of the released policy: '0' .. '8'
 _WORDS = {"upper": "top", "lower": "bottom", "centre": "center", "middle": "center"}
 _WORDS |= {"full": "all", "whole": "all", "entire": "all"}
 _NOISE = {"half", "quadrant", "corner", "image", "region", "side", "the", "part"}
 _STRICT = re.compile(r"\s*<tool_call>\s*(\{.*\})\s*</tool_call>\s*", re.DOTALL)
+_RELEASED = re.compile(r"GET_CROPS: \[('(?:[0-8]|all)'(?:, '(?:[0-8]|all)')*)\]")
 _CALL_LIKE = re.compile(
-    r"</?tool_call>|GET_CROPS|[\"']arguments[\"']\s*:|\bregions[\"']?\s*[:=]\s*\[|\{\s*[\"']name[\"']\s*:"
+    r"</?tool_call>|(?i:GET_CROPS)|[\"']arguments[\"']\s*:|\bregions[\"']?\s*[:=]\s*\[|\{\s*[\"']name[\"']\s*:"
 )
-_KEY = re.compile(r"(?:regions?|crops?|GET_CROPS)[\"']?\s*[:=]\s*(.*)", re.DOTALL | re.IGNORECASE)
+# The released code's own prompt and parser also know GET_CROPS without the colon.
+_KEY = re.compile(r"(?:(?:regions?|crops?)[\"']?\s*[:=]|GET_CROPS[\"']?\s*[:=]?)\s*(.*)", re.DOTALL | re.IGNORECASE)
 _NAME = re.compile(r"[\"']name[\"']\s*:\s*[\"']([^\"']*)[\"']")
 
 
-def parse_call(text: str) -> Call:
-    """Read an assistant turn: strictly first, then with tolerance (PAPER §5, formatting; §7, the released format)."""
+def parse_call(text: str, protocol: Protocol = OURS) -> Call:
+    """Read an assistant turn: strictly first, then with tolerance (PAPER §5, formatting; §7, the released format).
+
+    Both protocols' calls are read whichever is given; only one in the very format of ``protocol`` counts as valid.
+    """
     text = answer_text(text)
     if not _CALL_LIKE.search(text):
         return Call((), "none", text)
-    strict = _parse_strict(text)
+    strict = _parse_strict(text) if protocol.name == "ours" else _parse_released(text)
     if strict:
         return Call(strict, "valid", text)
     found: list[str] = []
@@ -273,6 +338,13 @@ def _parse_strict(text: str) -> tuple[str, ...]:
     if not isinstance(regions, list) or not all(isinstance(name, str) and name in CROPS for name in regions):
         return ()
     return tuple(regions) if len(set(regions)) == len(regions) else ()
+
+
+def _parse_released(text: str) -> tuple[str, ...]:
+    """``GET_CROPS: ['0', '5']`` to the letter: known ids, quoted, none twice."""
+    match = _RELEASED.fullmatch(text)
+    ids = [item.strip()[1:-1] for item in match.group(1).split(",")] if match else []
+    return tuple(_IDS.get(number, number) for number in ids) if len(set(ids)) == len(ids) else ()
 
 
 def _recover(block: str) -> tuple[str, ...]:

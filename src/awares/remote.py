@@ -21,6 +21,7 @@ from awares.client import AwaresRequestError, ChatClient, Send
 from awares.config import AwaresValueError, Params
 from awares.decode import Codec
 from awares.model import ImageOnlyProcessor
+from awares.protocol import OURS, Protocol, get_protocol
 from awares.replies import Lost, Reply, Request
 from awares.rollout import Interaction, Script, Source, Trajectory, _Row
 
@@ -52,8 +53,10 @@ class RemoteEngine(Interaction):
         max_new_tokens: int = 24,
         max_side: int = 2000,
         check: bool = True,
+        protocol: str | Protocol = OURS,
     ) -> None:
-        super().__init__(Codec(processor), max_side)
+        chosen = get_protocol(protocol) if isinstance(protocol, str) else protocol
+        super().__init__(Codec(processor, chosen.opening), max_side, chosen)
         self.client = client
         self.max_new_tokens = max_new_tokens
         self.unchecked = check
@@ -64,13 +67,17 @@ class RemoteEngine(Interaction):
         cls, client: ChatClient, processor: ImageOnlyProcessor, params: Params, **options: Any
     ) -> "RemoteEngine":
         """An engine with the limits of params.yaml; ``options`` override them."""
-        limits = dict(max_new_tokens=params.protocol.max_new_tokens, max_side=params.crops.max_side)
+        limits: dict[str, Any] = dict(
+            max_new_tokens=params.protocol.max_new_tokens,
+            max_side=params.crops.max_side,
+            protocol=protocol.from_params(params),
+        )
         return cls(client, processor, **{**limits, **options})
 
     def key(self) -> str:
         """What decides the answers, for keying stored ones; the weights are known by the model's name only."""
         size = dict(self.processor.image_processor.size)
-        return f"remote:{self.client.server.model}:{self.max_new_tokens}:{self.max_side}:{size}"
+        return f"remote:{self.client.server.model}:{self.max_new_tokens}:{self.max_side}:{size}:{self.protocol}"
 
     def run(
         self,
@@ -115,7 +122,7 @@ class RemoteEngine(Interaction):
         urls: list[str] = []
         await self._turn(row, urls, send, gate)
         if row.free:
-            row.call = protocol.parse_call(row.turns[-1].text)
+            row.call = protocol.parse_call(row.turns[-1].text, self.protocol)
         if row.free and row.call.status != "none":
             await asyncio.to_thread(self._respond, row)
             await self._turn(row, urls, send, gate)
@@ -162,7 +169,7 @@ class RemoteEngine(Interaction):
 
     async def _probe(self, send: Send) -> None:
         """AwaresRequestError unless the server renders a two-turn conversation with three images as we do."""
-        row = self._open(Image.new("RGB", (112, 168)), "probe", "probe", "half", (), protocol.SYSTEM)
+        row = self._open(Image.new("RGB", (112, 168)), "probe", "probe", "half", (), self.protocol.system)
         self._force(row, ("top", "left"))
         request = self._request(row, [data_url(image) for image in row.images])
         extra = {**request.settings["extra_body"], "return_token_ids": True}

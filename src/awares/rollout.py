@@ -22,7 +22,7 @@ from awares.config import AwaresValueError, Params
 from awares.crops import cap, cut, low_resolution, open_image
 from awares.decode import Codec, Decoder, Lap, Orders, Output
 from awares.model import ImageOnlyProcessor, visual_tokens
-from awares.protocol import Call
+from awares.protocol import OURS, Call, Protocol, get_protocol
 
 Source = str | Path | Image
 VIEWS = ("full", "half", "none", "half+crops")
@@ -123,11 +123,13 @@ class _Row:
 class Interaction(ABC):
     """The two-turn interaction, whoever writes the assistant's turns: `Engine` here, `remote.RemoteEngine` a server.
 
-    A subclass says in ``_all`` how rows are played.
+    A subclass says in ``_all`` how rows are played. ``protocol``: ours or released, by name or with a prompt of one's
+    own (`protocol.get_protocol`).
     """
 
-    def __init__(self, codec: Codec, max_side: int) -> None:
+    def __init__(self, codec: Codec, max_side: int, protocol: Protocol = OURS) -> None:
         self.codec = codec
+        self.protocol = protocol
         self.processor = codec.processor
         self.max_side = max_side
 
@@ -153,7 +155,7 @@ class Interaction(ABC):
 
         def prepare(index: int) -> _Row:
             decision = forced[index] if forced is not None else None
-            row = self._open(images[index], questions[index], _name(row_ids, index), "half", (), protocol.SYSTEM)
+            row = self._open(images[index], questions[index], _name(row_ids, index), "half", (), self.protocol.system)
             if scripts is not None:
                 row.script, row.bias = scripts[index], float("-inf")
                 return row
@@ -166,7 +168,7 @@ class Interaction(ABC):
 
     def prompt_length(self, image: Source, question: str) -> int:
         """Tokens of a row's first turn, visual ones included; AwaresError for a row that `run` would refuse."""
-        return len(self._open(image, question, "0", "half", (), protocol.SYSTEM).ids)
+        return len(self._open(image, question, "0", "half", (), self.protocol.system).ids)
 
     def answer(
         self,
@@ -234,14 +236,15 @@ class Interaction(ABC):
         """Add the tool's turn for ``row.call``; returns the ids and images that are new to the model."""
         pictures = [cut(row.full, name) for name in row.call.crops]
         error = None if pictures else protocol.TOOL_ERROR
-        row.messages.append(protocol.tool_message([None] * len(pictures), error))
+        row.messages.append(self.protocol.reply([None] * len(pictures), error))
         suffix = protocol.tool_suffix(self.processor, row.messages[-1])
         if row.ids[-1] != self.codec.end:  # the call ran into max_new_tokens
             suffix = protocol.END_OF_TURN + suffix
-        return self._append(row, "tool", error or "", suffix, pictures), pictures
+        role = "tool" if self.protocol.name == "ours" else "user"
+        return self._append(row, role, error or "", suffix, pictures), pictures
 
     def _force(self, row: _Row, crops: tuple[str, ...]) -> _Row:
-        text = protocol.render_call(crops)
+        text = self.protocol.render_call(crops)
         self._write(row, self.codec.tokenize(text + protocol.END_OF_TURN))
         row.call = Call(tuple(crops), "forced", text)
         self._respond(row)
@@ -285,9 +288,11 @@ class Engine(Interaction):
         reuse: bool = True,
         progress: bool = False,
         lap: Lap | None = None,
+        protocol: str | Protocol = OURS,
     ) -> None:
-        self.decoder = Decoder(model, processor, max_new_tokens, lap)
-        super().__init__(self.decoder, max_side)
+        chosen = get_protocol(protocol) if isinstance(protocol, str) else protocol
+        self.decoder = Decoder(model, processor, max_new_tokens, lap, chosen.opening)
+        super().__init__(self.decoder, max_side, chosen)
         self.token_budget = token_budget
         self.reuse = reuse
         self.progress = progress
@@ -295,10 +300,11 @@ class Engine(Interaction):
     @classmethod
     def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> "Engine":
         """An engine with the limits of params.yaml; ``options`` override them."""
-        limits = dict(
+        limits: dict[str, Any] = dict(
             max_new_tokens=params.protocol.max_new_tokens,
             token_budget=params.protocol.token_budget,
             max_side=params.crops.max_side,
+            protocol=protocol.from_params(params),
         )
         return cls(model, processor, **{**limits, **options})
 
@@ -354,7 +360,7 @@ class Engine(Interaction):
         for index, row in enumerate(rows):
             self._write(row, output.tokens[index], output.margins[index])
             if row.free:
-                row.call = protocol.parse_call(row.turns[-1].text)
+                row.call = protocol.parse_call(row.turns[-1].text, self.protocol)
                 row.call_logprob, row.call_gap = scores[index], gaps[index]
                 callers += [index] if row.call.status != "none" else []
             elif row.script.crops:
@@ -368,7 +374,7 @@ class Engine(Interaction):
         """What the script of ``row`` has the model write in the first turn."""
         if not row.script.crops:
             return row.script.answer_tokens
-        return self.decoder.tokenize(protocol.render_call(row.script.crops) + protocol.END_OF_TURN)
+        return self.decoder.tokenize(self.protocol.render_call(row.script.crops) + protocol.END_OF_TURN)
 
     def _second_turn(self, rows: list[_Row], callers: list[int], output: Output) -> None:
         replies = [(index, *self._respond(rows[index])) for index in callers]

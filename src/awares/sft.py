@@ -35,6 +35,7 @@ from awares.config import AwaresValueError, Params
 from awares.data import share_of
 from awares.judges import SemanticJudge
 from awares.model import ImageOnlyProcessor
+from awares.protocol import Protocol
 from awares.rollout import Engine
 
 KINDS = ("direct", "trajectory", "call", "answer")
@@ -113,14 +114,14 @@ def plan(rows: datasets.Dataset, processor: ImageOnlyProcessor, params: Params) 
 
     AwaresError naming the row for an unknown label, a HR row without crops, or a sample longer than ``sft.max_length`` tokens.
     """
-    section, rng = params.sft, np.random.default_rng(params.seed)
+    section, rng, form = params.sft, np.random.default_rng(params.seed), protocol.from_params(params)
     pool: list[Sample] = []
     table = rows.remove_columns("image")
     for index, size in enumerate(training.picture_sizes(rows, params)):
         row = table[index]
         kinds = _kinds(row, section.level)
-        _check_call(row, processor, params.protocol.max_new_tokens)
-        samples = [Sample(index, kind, _length(row, kind, size, processor, section.max_length)) for kind in kinds]
+        _check_call(row, processor, params.protocol.max_new_tokens, form)
+        samples = [Sample(index, kind, _length(row, kind, size, processor, section.max_length, form)) for kind in kinds]
         pool += samples * (section.hr_upsample if row["label"] == "HR" else 1)
     calls = (
         [Sample(s.row, "call", s.length) for s in pool if s.kind in ("trajectory", "call")] if section.phased else []
@@ -145,9 +146,9 @@ def _kinds(row: dict[str, Any], level: str) -> tuple[str, ...]:
     return ("trajectory",) if level == "trajectory" else ("call", "answer")
 
 
-def _check_call(row: dict[str, Any], processor: ImageOnlyProcessor, limit: int) -> None:
+def _check_call(row: dict[str, Any], processor: ImageOnlyProcessor, limit: int, form: Protocol) -> None:
     """AwaresError when the row's call is longer than the policy may write: it would learn calls that are always cut off."""
-    call = protocol.render_call(row["target_crops"]) + protocol.END_OF_TURN if row["label"] == "HR" else ""
+    call = form.render_call(row["target_crops"]) + protocol.END_OF_TURN if row["label"] == "HR" else ""
     tokens = len(processor.tokenizer(call)["input_ids"])
     if tokens > limit:
         raise AwaresValueError(
@@ -161,9 +162,11 @@ def _passes(pool: Sequence[Sample], epochs: float, rng: np.random.Generator) -> 
     return order[: round(epochs * len(pool))]
 
 
-def _length(row: dict[str, Any], kind: str, size: tuple[int, int], processor: ImageOnlyProcessor, limit: int) -> int:
+def _length(
+    row: dict[str, Any], kind: str, size: tuple[int, int], processor: ImageOnlyProcessor, limit: int, form: Protocol
+) -> int:
     """Tokens of a sample, visual ones included; AwaresError above ``limit``: cutting a sample would cut an image in two."""
-    messages = conversation(row, kind, None)
+    messages = conversation(row, kind, None, form)
     images = _view_sizes(size, () if kind in ("direct", "call") else tuple(row["target_crops"]))
     text = processor.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     length = len(text) + sum(models.visual_tokens(view, processor) - 1 for view in images)
@@ -181,14 +184,16 @@ def _view_sizes(size: tuple[int, int], names: tuple[str, ...]) -> list[tuple[int
     return [crops.low_resolution(blank).size, *(crops.cut(blank, name).size for name in names)]
 
 
-def conversation(row: dict[str, Any], kind: str, image: Image.Image | None) -> list[dict[str, Any]]:
+def conversation(
+    row: dict[str, Any], kind: str, image: Image.Image | None, form: Protocol = protocol.OURS
+) -> list[dict[str, Any]]:
     """The messages of a sample, with pictures cut from ``image`` (already capped), or with placeholders when it is None."""
     low = None if image is None else crops.low_resolution(image)
     if kind == "direct":
-        return protocol.messages(row["question"], low, answer=row["answers"][0])
+        return protocol.messages(row["question"], low, answer=row["answers"][0], protocol=form)
     names = row["target_crops"]
     pictures = None if image is None else [crops.cut(image, name) for name in names]
-    messages = protocol.messages(row["question"], low, names, pictures, row["answers"][0])
+    messages = protocol.messages(row["question"], low, names, pictures, row["answers"][0], form)
     return messages[:3] if kind == "call" else messages  # system, user, call
 
 
@@ -279,11 +284,12 @@ def build_trainer(
 
 def _views(params: Params, rows: datasets.Dataset, samples: Sequence[Sample]) -> datasets.Dataset:
     """Samples as a dataset whose conversations, pictures included, are made when they are read."""
+    form = protocol.from_params(params)
 
     def view(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         found = [rows[index] for index in batch["row"]]
         messages = [
-            conversation(row, kind, training.picture(row, params))
+            conversation(row, kind, training.picture(row, params), form)
             for row, kind in zip(found, batch["kind"], strict=True)
         ]
         weights = [turn_weights(kind, params.sft.tool_turn_weight) for kind in batch["kind"]]

@@ -1,0 +1,161 @@
+"""The released artefacts (PAPER §7): the parser's table, the released protocol from prompt to second turn, the dataset."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import published
+import pytest
+
+from awares import AwaRes, calls, curation, data, protocol, released, sft
+from awares.config import AwaresError, load_params
+from awares.crops import CROPS
+from awares.grpo import build_trainer
+from awares.model import save_model
+from awares.rollout import Engine
+
+ROOT = Path(__file__).parent.parent
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def settings(**values):
+    return load_params("mini", overrides=values, path=ROOT / "params.yaml")
+
+
+# The parser
+
+
+@pytest.mark.parametrize("name", ["ours", "released"])
+@pytest.mark.parametrize("example", calls.EXAMPLES, ids=lambda example: example.text[:40])
+def test_the_table_of_accepted_and_rejected_strings(example: calls.Example, name: str) -> None:
+    call = protocol.parse_call(example.text, protocol.get_protocol(name))
+    assert (call.status, call.crops) == (getattr(example, name), example.crops)
+    assert protocol.parse_call(example.text + "<|im_end|>", protocol.get_protocol(name)).status == call.status
+
+
+def test_the_readme_shows_the_very_table() -> None:
+    assert calls.markdown() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("form", [protocol.OURS, protocol.RELEASED], ids=["ours", "released"])
+@pytest.mark.parametrize("crops", [(name,) for name in CROPS] + [("top-left", "center", "right"), ("all", "top")])
+def test_what_a_protocol_renders_it_reads_as_valid(form: protocol.Protocol, crops: tuple[str, ...]) -> None:
+    text = form.render_call(crops)
+    assert protocol.parse_call(text, form) == protocol.Call(crops, "valid", text)
+    assert text.startswith(form.opening)
+
+
+def test_the_released_format_is_the_papers() -> None:
+    assert protocol.RELEASED.render_call(["top-left", "top"]) == "GET_CROPS: ['0', '5']"
+    with pytest.raises(AwaresError, match="each once"):
+        protocol.RELEASED.render_call(["top", "top"])
+
+
+# The interaction
+
+
+def test_a_released_conversation_renders_to_these_very_bytes(tiny: SimpleNamespace) -> None:
+    messages = protocol.messages("How many?", None, ["top", "all"], None, "7", protocol.RELEASED)
+    assert tiny.processor.apply_chat_template(messages, tokenize=False) == (
+        f"<|im_start|>system\n{protocol.RELEASED_SYSTEM}<|im_end|>\n"
+        f"<|im_start|>user\n{IMAGE}How many?<|im_end|>\n"
+        "<|im_start|>assistant\nGET_CROPS: ['5', 'all']<|im_end|>\n"
+        f"<|im_start|>user\n{IMAGE}{IMAGE}<|im_end|>\n"
+        "<|im_start|>assistant\n7<|im_end|>\n"
+    )
+
+
+def seen_by_the_model(tiny: SimpleNamespace, engine: Engine, crops: tuple[str, ...]) -> tuple[str, object]:
+    """The text of everything up to the second answer, images folded to one placeholder, and the trajectory."""
+    rows = []
+    keep = engine._trajectory
+    engine._trajectory = lambda row: (rows.append(row), keep(row))[1]  # type: ignore[method-assign]
+    [done] = engine.run([tiny.noise(112, 84, 1)], ["How many?"], forced=[crops])
+    text = tiny.processor.tokenizer.decode(rows[0].ids)
+    while "<|image_pad|><|image_pad|>" in text:
+        text = text.replace("<|image_pad|><|image_pad|>", "<|image_pad|>")
+    return text, done
+
+
+@pytest.mark.parametrize("name", ["ours", "released"])
+def test_a_forced_call_shows_the_model_what_training_shows_it(tiny: SimpleNamespace, name: str) -> None:
+    form = protocol.get_protocol(name)
+    engine = Engine(tiny.model, tiny.processor, max_new_tokens=4, protocol=name)
+    text, done = seen_by_the_model(tiny, engine, ("top", "center"))
+    conversation = protocol.messages("How many?", None, ["top", "center"], protocol=form)
+    expected = tiny.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    assert text.startswith(expected)
+    assert [turn.role for turn in done.turns] == [
+        "user",
+        "assistant",
+        "tool" if name == "ours" else "user",
+        "assistant",
+    ]
+    assert done.crops == ("top", "center") and len(done.turns[2].images) == 2 and done.turns[2].text == ""
+
+
+def test_the_call_bias_acts_on_the_first_token_of_the_protocols_call(tiny: SimpleNamespace) -> None:
+    for form in (protocol.OURS, protocol.RELEASED):
+        engine = Engine(tiny.model, tiny.processor, max_new_tokens=3, protocol=form)
+        first = tiny.processor.tokenizer(form.opening)["input_ids"][0]
+        assert engine.decoder.call_token == first
+        [done] = engine.run([tiny.noise(84, 84, 2)], ["q"], call_bias=1e6)
+        assert tiny.processor.tokenizer.decode(first) in done.turns[1].text
+
+
+def test_from_pretrained_takes_the_protocol_and_a_prompt_of_ones_own(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    save_model(tiny.model, tiny.processor, tmp_path / "policy")
+    policy = AwaRes.from_pretrained(tmp_path / "policy", protocol="released", max_new_tokens=3)
+    assert policy.engine.protocol == protocol.RELEASED
+    assert policy.ask(tiny.noise(84, 84, 3), "q").turns[0].role == "user"
+    with pytest.raises(AwaresError, match="unknown 'theirs', choose from ours, released"):
+        AwaRes.from_pretrained(tmp_path / "policy", protocol="theirs")
+    (tmp_path / "prompt.txt").write_text("Look closely.\n")
+    params = settings(**{"protocol.name": "released", "protocol.system_file": str(tmp_path / "prompt.txt")})
+    engine = Engine.from_params(tiny.model, tiny.processor, params, max_new_tokens=3)
+    text, _ = seen_by_the_model(tiny, engine, ("top",))
+    assert text.startswith("<|im_start|>system\nLook closely.<|im_end|>\n") and "GET_CROPS: ['5']" in text
+    with pytest.raises(AwaresError, match="none.txt: no system prompt there; protocol.system_file"):
+        protocol.from_params(settings(**{"protocol.system_file": "none.txt"}))
+
+
+def test_sft_speaks_the_protocol_and_grpo_refuses_what_it_cannot(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    params = settings(**{"protocol.name": "released"})
+    row = {"id": "a", "question": "q", "answers": ["x"], "label": "HR", "target_crops": ["top"]}
+    text = tiny.processor.apply_chat_template(
+        sft.conversation(row, "trajectory", None, protocol.from_params(params)), tokenize=False
+    )
+    assert "assistant\nGET_CROPS: ['5']<|im_end|>" in text and "tool_call" not in text
+    rows = datasets.Dataset.from_list([row])
+    with pytest.raises(AwaresError, match="protocol.name released: GRPO's rollouts are TRL's"):
+        build_trainer(params, rows, tiny.model, tiny.processor, tmp_path)
+
+
+# The dataset
+
+
+def test_the_released_dataset_gives_curated_rows(tiny: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    published.released(tmp_path / "hub", 6, 80_000)
+    published.benchmarks(tmp_path / "hub", 2, 80_000)  # chartqa's first two pictures are those of rows 0 and 1
+    params = settings(**{"data.hub_root": str(tmp_path / "hub"), "paths.runs": str(tmp_path / "runs")})
+    rows = released.curated(params)
+    assert [row_id[-1] for row_id in rows["id"]] == ["2", "3", "4", "5"]
+    assert rows["label"][:] == ["LR", "HR", "LR", "HR"]
+    assert rows["target_crops"][:] == [[], ["all"], [], ["top"]]
+    assert rows["question"][0] == "What is this?" and rows["answers"][1] == ["a 3"]
+    assert rows[1]["image"].size == (168, 112)  # the picture, not the crop
+    reference = {"low_answer", "high_answer", "verdict", "label", "both_wrong", "target_crops", "oracle_answer_boxes"}
+    assert reference <= set(rows.column_names) and curation.judge_names(rows) == ["released"]
+    data.save_rows(rows, tmp_path / "dataset")
+    read = data.load_rows(tmp_path / "dataset")
+    values = {"sft.max_length": 8192, "protocol.max_new_tokens": 64}
+    assert len(sft.plan(read, tiny.processor, settings(**values))) == 8  # both epochs
+    assert curation.label_shares(read).set_index("judge").hr["released"] == 50
+
+
+def test_an_unreadable_call_of_the_released_dataset_is_named() -> None:
+    with pytest.raises(
+        AwaresError, match=r"here, row 7: the first turn 'GET_CROPS: \?' is no readable call: write skip: \[7\]"
+    ):
+        released._target({"row": 7, "call": "GET_CROPS: ?"}, "here")
