@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +30,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"policy": "p", "call_bias": 0.0}
 
 
-def awares(*arguments: object, module: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+def awares(*arguments: object) -> subprocess.CompletedProcess[str]:
     """``python -m awares`` in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "awares", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +91,8 @@ def test_help_version_and_usage_need_no_torch() -> None:
 
 
 def test_the_installed_command_and_the_module_are_the_same() -> None:
-    from importlib import metadata
-
-    (entry,) = (entry for entry in metadata.entry_points(group="console_scripts") if entry.name == "awares")
-    assert entry.load() is cli.main
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert EntryPoint("awares", scripts["awares"], "console_scripts").load() is cli.main
     done = awares("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"awares {__version__}\n", "")
 
@@ -457,8 +457,8 @@ def test_eval_of_rows_of_your_own_is_kept_and_goes_on(
     write_lines(
         Path("mine.jsonl"),
         [
-            {"image": "scans/page0.png", "question": "q", "answers": [answer]},
-            {"image": "scans/page1.png", "question": "q", "answers": ["something else"]},
+            {"image": "scans/page0.png", "question": "q", "answers": [answer], "source": "ocrbench"},
+            {"image": "scans/page1.png", "question": "q", "answers": ["something else"], "source": "ocrbench"},
         ],
     )
     line = ["eval", "mine.jsonl", "--model", str(model), "--out", "kept.jsonl"]
@@ -520,7 +520,7 @@ def test_adapters_are_merged_in_the_order_given(model: Path, scans: Path, tmp_pa
     for seed in (1, 2):
         torch.manual_seed(seed)
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        get_peft_model(load_model(model), config).save_pretrained(tmp_path / f"adapter{seed}")
+        get_peft_model(load_model(model), config).save_pretrained(str(tmp_path / f"adapter{seed}"))
         line += ["--adapter", str(tmp_path / f"adapter{seed}")]
     assert cli.main(line) == 0
     adapters = [tmp_path / "adapter1", tmp_path / "adapter2"]

@@ -180,7 +180,7 @@ def test_figure_draws_both_sets_of_rows() -> None:
     names = [axes.get_legend_handles_labels()[1] for axes in (left, right)]
     assert names[0] == ["SFT only", "AwaRes", "full", "half"] and names[1][-1] == "SFT only: oracle frontier"
     assert all(axes.get_legend() for axes in (left, right))
-    assert left.get_title() == "all 9 rows" and "retain token ratio" in right.get_xlabel()
+    assert "9 rows" in left.get_title() and "retain token ratio" in right.get_xlabel()
     assert figures.show(figure).data[:4] == b"\x89PNG"
 
 

@@ -178,7 +178,7 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
     ``dial`` has the columns of dial.csv: left its rows "all" with intervals and Table 1's (``main``) full and half, right
     its rows "frontier" under the oracle frontier of the same policies (frontier_curve.csv).
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True, sharey=True)
     for axes, part in ((left, "all"), (right, "frontier")):
         for system, rows in dial[dial.rows == part].groupby("system", sort=False):
             _dial_curve(axes, rows, SYSTEM_NAMES.get(system, system), COLOURS.get(system), interval=part == "all")
@@ -191,8 +191,8 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
         name = f"{SYSTEM_NAMES.get(system, system)}: oracle frontier"
         right.plot(rows.rtr, rows.accuracy, linestyle="--", color=COLOURS.get(system), label=name)
     counts = dial.groupby("rows").n.first()
-    left.set(ylabel="accuracy (%), average over tasks", title=f"all {counts['all']} rows")
-    right.set(title=f"the {counts['frontier']} rows of the frontier")
+    left.set(ylabel="accuracy (%), average over tasks", title=f"the dial, {counts['all']} rows (ring: as trained)")
+    right.set(title=f"under the oracle frontier, {counts['frontier']} rows")
     for axes in (left, right):
         axes.legend(loc="best")
     return figure
