@@ -95,7 +95,8 @@ def llava_multi(root: Path, count: int, seed: int) -> None:
         conversation=List({"role": TEXT, "content": TEXT}),
         source=TEXT,
     )
-    rows, files = [], {}
+    rows: list[dict] = []
+    files: dict[str, bytes] = {}
     for i in range(count):
         names = [f"coco/train2017/{i:06d}_{k}.jpg" for k in range((1, 2, 2, 3)[i % 4])]
         files |= {name: encoded(seed + 10 * i + k, 112, 84 + 28 * k, "JPEG") for k, name in enumerate(names)}
@@ -118,7 +119,7 @@ def llava_multi(root: Path, count: int, seed: int) -> None:
 
 def visionthink_smart(root: Path, count: int, seed: int) -> None:
     """Published as what save_to_disk wrote: arrow files with dataset_info.json and state.json."""
-    info = {"id": TEXT, "tgt_height": Value("int64"), "tgt_width": Value("int64"), "use_tool": Value("bool")}
+    info: dict = {"id": TEXT, "tgt_height": Value("int64"), "tgt_width": Value("int64"), "use_tool": Value("bool")}
     features = Features(
         images=Image(), doc_id=TEXT, problem=TEXT, solution=TEXT, info=info, original_answer=TEXT, data_source=TEXT
     )
@@ -136,6 +137,7 @@ def visionthink_smart(root: Path, count: int, seed: int) -> None:
 
 def benchmarks(root: Path, count: int, seed: int) -> None:
     """The six of PAPER §4, ``count`` rows each."""
+    rows: list[dict]
     pictures = {name: [picture(seed + 1000 * k + i) for i in range(count)] for k, name in enumerate("cdoprv")}
     small = picture(seed + 9999, width=25, height=16)  # OCRBench has such
     features = Features(type=TEXT, question=TEXT, answer=TEXT, image=Image())

@@ -1,7 +1,9 @@
 """The released artefacts (PAPER §7): the parser's table, the released protocol from prompt to second turn, the dataset."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import published
@@ -12,7 +14,7 @@ from awares.config import AwaresError, load_params
 from awares.crops import CROPS
 from awares.grpo import build_trainer
 from awares.model import save_model
-from awares.rollout import Engine
+from awares.rollout import Engine, Trajectory
 
 ROOT = Path(__file__).parent.parent
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -65,16 +67,18 @@ def test_a_released_conversation_renders_to_these_very_bytes(tiny: SimpleNamespa
     )
 
 
-def seen_by_the_model(tiny: SimpleNamespace, engine: Engine, crops: tuple[str, ...]) -> tuple[str, object]:
+def seen_by_the_model(tiny: SimpleNamespace, engine: Engine, crops: tuple[str, ...]) -> tuple[str, Trajectory]:
     """The text of everything up to the second answer, images folded to one placeholder, and the trajectory."""
-    rows = []
-    keep = engine._trajectory
-    engine._trajectory = lambda row: (rows.append(row), keep(row))[1]  # type: ignore[method-assign]
+    kept: list[str] = []
+    finish = engine._trajectory
+
+    def keeping(row: Any) -> Trajectory:
+        kept.append(tiny.processor.tokenizer.decode(row.ids))
+        return finish(row)
+
+    engine._trajectory = keeping  # type: ignore[method-assign]
     [done] = engine.run([tiny.noise(112, 84, 1)], ["How many?"], forced=[crops])
-    text = tiny.processor.tokenizer.decode(rows[0].ids)
-    while "<|image_pad|><|image_pad|>" in text:
-        text = text.replace("<|image_pad|><|image_pad|>", "<|image_pad|>")
-    return text, done
+    return re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", kept[0]), done
 
 
 @pytest.mark.parametrize("name", ["ours", "released"])

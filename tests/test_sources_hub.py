@@ -477,8 +477,9 @@ def test_a_killed_process_leaves_nothing_that_changes_the_rows(hub, tmp_path, mo
         "sampling._read = dies\n"
         "data.make_split(load_params('paper', overrides=json.loads(sys.argv[1]), path=sys.argv[2]), 'train')\n"
     )
-    params = settings(hub, tmp_path / "b")
+    params = settings(hub, tmp_path / "b", **two)
     values = {
+        **two,
         "data.hub_root": str(hub),
         "paths.runs": str(tmp_path / "b"),
         "data.train_rows": 5,
