@@ -78,7 +78,7 @@ def test_ratio_one_reproduces_the_full_models_logits_and_tokens(deep: SimpleName
     full, found = (decoder.start(*prompts(deep, decoder, of)) for decoder in (plain, pruned))
     assert difference(full.first_logits, found.first_logits) < 1e-4
     assert full.tokens == found.tokens or min(full.margins) < TIE
-    assert [kept.nominal for kept in found.kept] == [48, 50, 40, 64, 42]
+    assert [kept.nominal for kept in found.kept or ()] == [48, 50, 40, 64, 42]
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def test_leaving_tokens_out_equals_masking_them_at_their_old_positions(
     decoder: Any = pruned_decoder(of, name, monkeypatch)
     chosen: list[Selection] = []
     select = decoder.select
-    decoder.select = lambda seen: chosen.append(select(seen)) or chosen[-1]
+    decoder.select = lambda seen: chosen.append(select(seen)) or chosen[-1]  # type: ignore[func-returns-value]
     output = decoder.start(*prompts(deep, decoder, of))
     suppress = decoder.config.suppress_tokens
     for row, selection in enumerate(chosen):
@@ -199,7 +199,7 @@ def test_dropping_between_layers_equals_masking_from_there_on(deep: SimpleNamesp
     decoder: Any = pruned_decoder(of, name, monkeypatch)
     chosen: list[Selection] = []
     plan, choose = decoder.plan, decoder.plan.choose
-    decoder.plan = type(plan)(plan.shares, lambda *given: chosen.append(choose(*given)) or chosen[-1], plan.nominal)
+    decoder.plan = type(plan)(plan.shares, lambda *given: chosen.append(choose(*given)) or chosen[-1], plan.nominal)  # type: ignore[func-returns-value]
     output = decoder.start(*prompts(deep, decoder, of))
     stages = list(plan.shares)
     assert len(chosen) == len(stages) * 5 and stages == ([1] if "fastv" in name else [1, 2, 4])
@@ -231,7 +231,7 @@ def test_scores_are_the_last_blocks_attention_in_raster_order(deep: SimpleNamesp
     of = job(deep)
     decoder: Any = pruned_decoder(of, "visionzip_50", monkeypatch)
     views: list[Any] = []
-    decoder.select = lambda seen: views.append(seen) or Selection(torch.arange(len(seen.features)), seen.features)
+    decoder.select = lambda seen: views.append(seen) or Selection(torch.arange(len(seen.features)), seen.features)  # type: ignore[func-returns-value]
     decoder.start(*prompts(deep, decoder, of))
 
     visual = deep.model.model.visual
@@ -265,7 +265,7 @@ def test_the_one_odd_cell_of_an_image_is_odd_at_its_raster_place(deep: SimpleNam
     of = job(deep)
     decoder: Any = pruned_decoder(of, "visionzip_50", monkeypatch)
     views: list[Any] = []
-    decoder.select = lambda seen: views.append(seen) or Selection(torch.arange(len(seen.features)), seen.features)
+    decoder.select = lambda seen: views.append(seen) or Selection(torch.arange(len(seen.features)), seen.features)  # type: ignore[func-returns-value]
     for row, column in [(0, 5), (3, 9), (6, 2)]:
         image = deep.noise(280, 196, 0).convert("L").point(lambda _: 20).convert("RGB")
         image.paste((255, 230, 0), (28 * column, 28 * row, 28 * column + 28, 28 * row + 28))
@@ -283,7 +283,7 @@ def test_raters_and_last_token_are_those_of_the_whole_attention_map(deep: Simple
     decoder: Any = pruned_decoder(of, "fastv_50", monkeypatch)
     given: list[Tensor] = []
     plan = decoder.plan
-    decoder.plan = type(plan)(plan.shares, lambda a, h, n: given.append(a) or pruning.fastv(a, h, n), plan.nominal)
+    decoder.plan = type(plan)(plan.shares, lambda a, h, n: given.append(a) or pruning.fastv(a, h, n), plan.nominal)  # type: ignore[func-returns-value]
     decoder.start(*prompts(deep, decoder, of))
     plain = deep.model.config._attn_implementation
     deep.model.set_attn_implementation("eager")

@@ -50,13 +50,14 @@ def test_rows_that_keep_different_numbers_are_padded_left_again() -> None:
 
 
 def naive_received(query: Tensor, key: Tensor, lengths: list[int], scale: float) -> list[float]:
-    scores, begin = [], 0
+    scores: list[float] = []
+    begin = 0
     for length in lengths:
         maps = []
         for head in range(query.shape[1]):
             q, k = query[begin : begin + length, head], key[begin : begin + length, head]
             maps.append(torch.softmax(q @ k.T * scale, dim=1))
-        scores += sum(maps).sum(dim=0).div(len(maps)).tolist()
+        scores += torch.stack(maps).mean(dim=0).sum(dim=0).tolist()
         begin += length
     return scores
 
@@ -199,7 +200,7 @@ def test_attention_of_some_tokens_is_the_mean_over_heads_with_shared_keys() -> N
     maps = [
         torch.softmax((query[head] @ key[head // 2].T * 0.3).masked_fill(~allowed, -torch.inf), 1) for head in range(4)
     ]
-    assert torch.allclose(found, sum(maps) / 4, atol=1e-6)
+    assert torch.allclose(found, torch.stack(maps).mean(dim=0), atol=1e-6)
     assert found[0, 5] == 0 and found[0, 0] == 0
 
 

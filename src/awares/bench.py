@@ -171,7 +171,8 @@ class Clock(TrainerCallback):
     """The time at the end of every optimiser step, and what TRL had counted as seen tokens by then."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.ends, self.memory = device, [], latency.PeakMemory(device)
+        self.ends: list[float] = []
+        self.device, self.memory = device, latency.PeakMemory(device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""

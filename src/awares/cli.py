@@ -61,7 +61,7 @@ def _checkpoint(args: argparse.Namespace) -> "Checkpoint":
     return Checkpoint(" + ".join([args.model, *map(str, adapters)]), args.model, adapters)
 
 
-def _limits(args: argparse.Namespace) -> dict[str, int]:
+def _limits(args: argparse.Namespace) -> dict[str, Any]:
     """Engine options that were given."""
     named = {"max_new_tokens": args.max_new_tokens, "token_budget": args.token_budget}
     return {name: value for name, value in named.items() if value is not None}
@@ -194,7 +194,7 @@ def _serve(args: argparse.Namespace) -> int:
     from awares.wire import ServeSettings
 
     found = _checkpoint(args)
-    limits = {one.name: getattr(args, one.name) for one in fields(ServeSettings) if one.name != "model"}
+    limits: dict[str, Any] = {one.name: getattr(args, one.name) for one in fields(ServeSettings) if one.name != "model"}
     name = args.model_name or ("awares" if not args.model else Path(args.model).resolve().name)
     settings = ServeSettings(model=name, **limits)
     where = (found.path, found.adapters or None, args.host, args.port, args.mode, settings, args.dtype, args.device)

@@ -177,7 +177,7 @@ class Interaction(ABC):
         view: str = "full",
         crops: Sequence[tuple[str, ...]] | None = None,
         row_ids: Sequence[str] | None = None,
-        answer_tokens: Sequence[int] | None = None,
+        answer_tokens: Sequence[int | None] | None = None,
     ) -> list[Trajectory]:
         """One turn of the base model with its plain system prompt, from one ``view`` (of `VIEWS`) of the image.
 
