@@ -114,11 +114,11 @@ def open_image(source: str | Path | Image.Image, name: str = "image") -> Image.I
         raise AwaresValueError(f"{name}: {source} is not a readable image ({error})") from error
 
 
-def check_image(image: Image.Image, name: str) -> Image.Image:
+def check_image(image: Image.Image, name: str, min_side: int = MIN_SIDE) -> Image.Image:
     """``image`` in RGB; AwaresValueError naming ``name`` if it is too small, too long a strip, or cannot be decoded."""
     width, height = image.size
-    if min(width, height) < MIN_SIDE:
-        raise AwaresValueError(f"{name}: {width}x{height} px, but each side must have at least {MIN_SIDE} px")
+    if min(width, height) < min_side:
+        raise AwaresValueError(f"{name}: {width}x{height} px, but each side must have at least {min_side} px")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise AwaresValueError(f"{name}: {width}x{height} px, longer than {MAX_ASPECT}:1")
     try:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares import protocol
@@ -82,6 +88,8 @@ class Decoder:
             suppress_tokens=[processor.image_token_id, processor.video_token_id],
             return_dict_in_generate=True,
         )
+        self.criteria = StoppingCriteriaList()  # shown (B, T) ids after every token; they may end rows
+        self.processors = LogitsProcessorList()  # change (B, vocabulary) scores at every position
 
     def tokenize(self, text: str, sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Ids of rendered chat text; each image placeholder is repeated for all visual tokens of its size (w, h)."""
@@ -156,7 +164,8 @@ class Decoder:
             mm_token_type_ids=state.types,
             past_key_values=state.cache,
             generation_config=self.config,
-            logits_processor=LogitsProcessorList([first]),
+            logits_processor=LogitsProcessorList([first, *self.processors]),
+            stopping_criteria=self.criteria,
             **images,
         )
         self.model.model.rope_deltas = None

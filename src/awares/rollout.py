@@ -134,25 +134,31 @@ class Engine:
         images: Sequence[Source],
         questions: Sequence[str],
         forced: Sequence[tuple[str, ...] | None] | None = None,
-        call_bias: float = 0.0,
+        call_bias: float | Sequence[float] = 0.0,
         row_ids: Sequence[str] | None = None,
     ) -> list[Trajectory]:
         """The two-turn policy on every row.
 
         ``forced`` fixes the decision of a row: a tuple of crops = the first turn is that call, () = it may not call,
-        None = its own choice. ``call_bias`` is added to the logit of the call token at the first generated position.
+        None = its own choice. ``call_bias``, one for all or one per row, is added to the logit of the call token at the
+        first generated position.
         """
-        _check_lengths(questions, images=images, forced=forced, row_ids=row_ids)
+        biases = [call_bias] * len(questions) if isinstance(call_bias, float | int) else call_bias
+        _check_lengths(questions, images=images, forced=forced, call_bias=biases, row_ids=row_ids)
 
         def prepare(index: int) -> _Row:
             decision = forced[index] if forced is not None else None
             row = self._open(images[index], questions[index], _name(row_ids, index), "half", (), protocol.SYSTEM)
             if decision:
                 return self._force(row, decision)
-            row.free, row.bias = decision is None, call_bias if decision is None else float("-inf")
+            row.free, row.bias = decision is None, biases[index] if decision is None else float("-inf")
             return row
 
         return self._all(len(questions), prepare)
+
+    def prompt_length(self, image: Source, question: str) -> int:
+        """Tokens of a row's first turn, visual ones included; AwaresError for a row that `run` would refuse."""
+        return len(self._open(image, question, "0", "half", (), protocol.SYSTEM).ids)
 
     def answer(
         self,
