@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import tomllib
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib.metadata import EntryPoint
@@ -25,6 +27,7 @@ from awares.model import DTYPES, save_model
 from awares.policy import AwaRes, Checkpoint, of_run, shipped
 from awares.records import read_records
 from awares.rollout import Engine, Trajectory
+from awares.wire import ServeSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"policy": "p", "call_bias": 0.0}
@@ -534,12 +537,34 @@ def test_adapters_are_merged_in_the_order_given(model: Path, scans: Path, tmp_pa
 
 
 def test_every_limit_of_the_server_is_an_option() -> None:
-    wire = pytest.importorskip("awares.wire")
-    parsed = options.parser(["serve"]).parse_args(["serve", "--queue", "3", "--timeout", "2.5", "--image-bytes", "99"])
-    limits = {one.name: getattr(parsed, one.name) for one in fields(wire.ServeSettings) if one.name != "model"}
-    expected = wire.ServeSettings(queue=3, timeout=2.5, image_bytes=99)
-    assert wire.ServeSettings(**limits) == expected
-    assert set(options.LIMITS) == {one.name for one in fields(wire.ServeSettings)}
+    line = ["serve", "--queue", "3", "--timeout", "2.5", "--image-bytes", "99"]
+    parsed = options.parser(line).parse_args(line)
+    limits = {one.name: getattr(parsed, one.name) for one in fields(ServeSettings) if one.name != "model"}
+    assert ServeSettings(**limits) == ServeSettings(queue=3, timeout=2.5, image_bytes=99)
+    assert set(options.LIMITS) == {one.name for one in fields(ServeSettings)}
+
+
+def test_serve_is_up_with_the_limits_given_and_ends_at_sigterm(model: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    line = ["serve", "--model", str(model), "--port", "0", "--name", "tiny", "--body-bytes", "100"]
+    command = [sys.executable, "-m", "awares", *line]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        with urllib.request.urlopen(f"{url}/models", timeout=60) as answer:
+            assert json.loads(answer.read())["data"][0]["id"] == "tiny"
+        with pytest.raises(urllib.error.HTTPError, match="413"):
+            urllib.request.urlopen(f"{url}/chat/completions", data=b"{" + b" " * 200, timeout=60)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0 and "Traceback" not in stderr
+
+
+def test_a_limit_out_of_range_is_1_and_one_line(model: Path, capsys: Any) -> None:
+    assert cli.main(["serve", "--model", str(model), "--queue", "0"]) == 1
+    assert capsys.readouterr().err == "awares: queue is 0: give a number above 0\n"
 
 
 def readme_lines(command: str) -> list[str]:
@@ -547,11 +572,17 @@ def readme_lines(command: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.startswith(command)]
 
 
-@pytest.mark.parametrize("line", readme_lines("awares ") + [f"  {row}" for row in options.EXAMPLES.splitlines()])
+def shown_lines() -> list[str]:
+    """Command lines of the README and of every help, without their comments; bench has options of its own."""
+    texts = [options.EXAMPLES, options.ASK_EXAMPLES, options.EVAL_EXAMPLES, options.SERVE_EXAMPLES]
+    rows = [row.strip() for text in texts for row in text.splitlines()] + readme_lines("awares ")
+    lines = [re.split(r"  +#| {3,}", row)[0] for row in rows if re.match(r"awares (?!COMMAND|bench)", row)]
+    return list(dict.fromkeys(lines))
+
+
+@pytest.mark.parametrize("line", shown_lines())
 def test_commands_of_readme_and_help_are_understood(line: str) -> None:
-    words = shlex.split(re.split(r"  #| {3,}(?=\S)", line.strip())[0])
-    if words[:1] != ["awares"] or words[1] in ("COMMAND", "bench", "serve"):
-        pytest.skip("no command line, or one of another module")
+    words = shlex.split(line)
     parsed = options.parser(words[1:]).parse_args(words[1:])
     assert parsed.command == words[1] and parsed.command in cli.COMMANDS
     for word in words:
