@@ -170,6 +170,15 @@ def test_rows_are_drawn_over_the_whole_by_the_seed(hub, tmp_path, drawn):
     assert ids(again) == ids(splits["train"]) and ids(other) != ids(again)
 
 
+def test_what_is_read_is_spread_over_the_whole_split(tmp_path):
+    params, other = (settings("", tmp_path, **{"data.train_rows": 98, "data.train_seed": seed}) for seed in (101, 7))
+    source = sources.get_source(params, "training", "chartqa")
+    places = sampling._wanted(params, source, 10_000)
+    assert len(places) == 125 and places == sorted(set(places))  # a quarter in reserve
+    assert 4_000 < np.mean(places) < 6_000 and places[0] < 500 and places[-1] > 9_500
+    assert sampling._wanted(other, source, 10_000) != places
+
+
 def test_streaming_draws_the_same_rows(hub, tmp_path, drawn):
     _, splits = drawn
     file = declared(tmp_path, training__chartqa={"streaming": True}, training__docvqa={"streaming": False})
