@@ -72,7 +72,7 @@ def test_ratios_are_taken_within_a_repetition() -> None:
     for repetition, drift in enumerate((1.0, 1.1, 3.0)):
         for system, seconds in (("full", 2.0), ("half", 1.0)):
             for budget in (1, 64):
-                record = {"system": system, "token_budget": budget, "repetition": repetition, "rows": 4}
+                record: dict[str, Any] = {"system": system, "token_budget": budget, "repetition": repetition, "rows": 4}
                 phases = {f"{phase}_{turn}": 0.0 for phase in PHASES for turn in (1, 2)}
                 records.append({**record, "seconds": seconds * drift, "peak_memory": 0.0, **phases})
     table = latency.time_table(pd.DataFrame(records)).set_index(["system", "batch"])
