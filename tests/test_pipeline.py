@@ -209,6 +209,14 @@ def test_seeds_share_everything_before_training(repository):
     assert reproduce(repository) == []
 
 
+def test_latency_is_beside_the_main_line(repository):
+    """It measures this machine: nothing published by the report waits for it."""
+    assert reproduce(repository, "latency") == ["mini/latency/main-s1"]
+    assert (repository / "reports" / "mini" / "latency").is_dir()
+    assert reproduce(repository, "latency") == [] and reproduce(repository) == []
+    assert not any("latency" in name for stage in MAIN_LINE for name in STAGES[stage]["deps"])
+
+
 def test_metrics_plots_and_graph(repository):
     metrics = json.loads(call(repository, "dvc", "metrics", "show", "--json"))
     assert "reports/mini/metrics.json" in metrics[""]["data"]

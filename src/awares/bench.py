@@ -30,12 +30,12 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-from awares import costs, grpo, latency, sft, shapes
-from awares.config import AwaresError, AwaresValueError, Params, load_params
+from awares import __version__, costs, grpo, latency, sft, shapes
+from awares.config import AwaresError, AwaresValueError, Params, load_params, parse_overrides
 from awares.latency import LOOP
 from awares.rollout import Trajectory
 
-PACKAGES = ("awares", "torch", "transformers", "trl", "peft")
+PACKAGES = ("torch", "transformers", "trl", "peft")
 SOURCE_ROWS = ("chartqa", "docvqa", "pope", "realworldqa", "ocrbench")  # whose sizes the training rows have, in turn
 
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=float, default=1.0, help="shrink the shape to about this share of its parameters")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--benchmarks", nargs="+", default=list(shapes.BENCHMARKS), choices=list(shapes.BENCHMARKS), metavar="NAME")
-    add("--rows", type=int, default=16, help="rows of a benchmark")
+    add("--rows", type=int, default=8, help="rows of a benchmark")
     add("--repetitions", type=int, default=5)
     add("--batch-tokens", nargs="+", type=int, default=[32768], help="token budgets to try, beside batch 1")
     add("--seed", type=int, default=1, help="of the weights and of the order of the jobs")
@@ -110,7 +110,7 @@ def machine(options: argparse.Namespace, dtype: str) -> dict[str, str]:
     gpu = options.device == "cuda"
     device = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()} CPU"
     threads = {} if gpu else {"threads": str(torch.get_num_threads())}
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name != "awares"}
+    versions = {"awares": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
     shape = {"shape": options.shape, "scale": str(options.scale), "dtype": dtype}
     return {"device": device, **threads, **shape, "python": platform.python_version(), **versions}
 
@@ -171,8 +171,8 @@ class Clock(TrainerCallback):
     """The time at the end of every optimiser step, and what TRL had counted as seen tokens by then."""
 
     def __init__(self, device: str) -> None:
-        self.ends: list[float] = []
         self.device, self.memory = device, latency.PeakMemory(device)
+        self.ends: list[float] = []  # seconds, of a clock that starts anywhere
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
@@ -187,15 +187,9 @@ def training_steps(options: argparse.Namespace, dtype: str) -> pd.DataFrame:
         f"{{base.device: {options.device}, base.dtype: {dtype}, sft.epochs: 2, sft.checkpoints: 1, grpo.max_steps: 2, "
     )
     overrides += f"grpo.max_completion_length: {options.completion_tokens}, grpo.answer_reward: anls}}"
-    values = {**_mapping(overrides), **_mapping(options.overrides)}
+    values = {**parse_overrides(overrides), **parse_overrides(options.overrides)}
     params = load_params("paper", overrides=values)
     return pd.DataFrame([_sft_step(options, params, dtype), _grpo_step(options, params, dtype)])
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    from awares.config import parse_overrides
-
-    return parse_overrides(text)
 
 
 def training_rows(count: int, options: argparse.Namespace) -> datasets.Dataset:

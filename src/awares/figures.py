@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from awares.rollout import Trajectory
 
 SYSTEM_NAMES = {"full": "full", "half": "half", "no_image": "no image", "sft": "SFT only", "awares": "AwaRes"}
-SYSTEM_NAMES |= {"awares_naive": "AwaRes, naive re-prefill", "escalate_full": "whole image on a call"}
+SYSTEM_NAMES |= {"escalate_full": "whole image on a call", "awares_naive": "AwaRes, naive re-prefill"}
 COLOURS = dict(zip(SYSTEM_NAMES, sns.color_palette("colorblind"), strict=False))
 
 

@@ -156,9 +156,8 @@ def measure(
     Returns one line per job and repetition (system, token_budget, repetition, rows, seconds, peak_memory in bytes, and
     the seconds of every phase, e.g. prefill_2 of the second turn), and each system's trajectories at its first budget.
     """
-    records: list[dict[str, Any]] = []
+    records, peaks = [], []
     done: dict[str, list[Trajectory]] = {}
-    peaks: list[Any] = []
     for job in work:
         memory = PeakMemory(device)
         done.setdefault(job.system, job.work(None))

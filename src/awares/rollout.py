@@ -182,7 +182,7 @@ class Interaction(ABC):
         """One turn of the base model with its plain system prompt, from one ``view`` (of `VIEWS`) of the image.
 
         ``crops`` are each row's, for the view half+crops (the low-resolution image, then the crops, in one user turn).
-        ``answer_tokens`` make each row write that many tokens, the end of the turn included, for timing.
+        ``answer_tokens`` make rows write that many tokens, the end of the turn included, for timing.
         """
         if view not in VIEWS:
             raise AwaresValueError(f"view {view!r}: use one of {', '.join(VIEWS)}")

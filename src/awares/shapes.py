@@ -158,8 +158,8 @@ def workload(benchmark: str, rows: int, size: tuple[int, int]) -> Workload:
 
 def _calls(system: str, rows: int) -> list[tuple[str, ...]]:
     """The first-turn call of every row, () for none: the first of ``1 / rate`` rows, and so on."""
-    calls: list[tuple[str, ...]] = []
     rate, made = CALL_RATES[system], 0
+    calls: list[tuple[str, ...]] = []
     for row in range(rows):
         due = math.ceil(rate * (row + 1) - 1e-9)
         calls.append(() if due == made else ("all",) if system == "escalate_full" else CALLS[made % len(CALLS)])
