@@ -126,7 +126,7 @@ def repository(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     for stage in STAGES.values():
         for name in stage["deps"]:
-            if name.startswith(("src/", "notebooks/")):
+            if name.startswith(("src/", "notebooks/", "data/sources")):
                 (folder / name).write_text("")
     (folder / "data/base/model.txt").write_text("weights")
     (folder / ".gitignore").write_text("/runs/\nran.txt\n")
@@ -142,7 +142,7 @@ def repository(tmp_path_factory):
     call(folder, "dvc", "config", "core.analytics", "false")
     call(folder, "git", "add", "-A")
     call(folder, "git", "commit", "-qm", "start")
-    call(folder, "dvc", "repro", "-q", "report")
+    call(folder, "dvc", "repro", "report")
     call(folder, "git", "add", "-A")
     call(folder, "git", "commit", "-qm", "first run")
     return folder
