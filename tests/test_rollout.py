@@ -564,8 +564,10 @@ def test_scripts_make_rows_write_calls_and_lengths_at_the_price_of_writing_them(
     assert done[0].turns[1].text_tokens == len(played.decoder.tokenize(called + protocol.END_OF_TURN))
     forced = played.run([image], ["q?"], forced=[("all",)])[0]  # the same call, given and not written
     assert (done[3].answer, done[3].turns[2:]) == (forced.answer, forced.turns[2:])
-    wordy = played.answer([image], ["q?"], answer_tokens=[12])[0]
-    assert wordy.turns[-1].text_tokens == 12
+    free = played.answer([image], ["q?"])[0]
+    end_early(played.decoder, [played.decoder.tokenize(free.answer), []])  # now the model would end its turn early
+    short, wordy = (played.answer([image], ["q?"], answer_tokens=order)[0] for order in (None, [12]))
+    assert short.turns[-1].text_tokens < 6 and wordy.turns[-1].text_tokens == 12
     with pytest.raises(AwaresError, match="17 tokens ordered, max_new_tokens is 16"):
         played.answer([image], ["q?"], answer_tokens=[17])
     with pytest.raises(AwaresError, match="not both"):
