@@ -401,8 +401,8 @@ def started(scans: Path, out: Path, model: Path) -> subprocess.Popen[str]:
 def test_a_killed_batch_goes_on(kill: signal.Signals, tiny: SimpleNamespace, model: Path, tmp_path: Path) -> None:
     scans, out = tmp_path / "many", tmp_path / "out.jsonl"
     scans.mkdir()
-    for number in range(60):
-        tiny.noise(56, 56, number).save(scans / f"page{number:02}.png")
+    for number in range(300):
+        tiny.noise(56, 56, number).save(scans / f"page{number:03}.png")
     process = started(scans, out, model)
     for _ in waiting(process, out, 3):
         pass
@@ -412,19 +412,19 @@ def test_a_killed_batch_goes_on(kill: signal.Signals, tiny: SimpleNamespace, mod
     _, stderr = process.communicate(timeout=300)
     left = out.read_bytes()
     done = left.count(b"\n")
-    assert 3 <= done < 60, "it must be hit in the middle"
+    assert 3 <= done < 300, "it must be hit in the middle"
     if kill == signal.SIGINT:
         assert process.returncode == 130 and stderr.splitlines()[-1] == "awares: interrupted"
         assert "Traceback" not in stderr
     else:
         assert process.returncode == -signal.SIGKILL
     with out.open("ab") as file:  # and in the middle of a line, the worst moment
-        file.write(b'{"row_id": "page59.png", "image": "page5')
+        file.write(b'{"row_id": "page299.png", "image": "page5')
     again = started(scans, out, model)
     _, stderr = again.communicate(timeout=500)
-    assert again.returncode == 0 and f"60 rows, {60 - done} asked now, {done} done before, 0 with an error" in stderr
+    assert again.returncode == 0 and f"300 rows, {300 - done} asked now, {done} done before, 0 with an error" in stderr
     assert out.read_bytes().startswith(left[: left.rindex(b"\n") + 1])
-    assert sorted(rows_of(out)) == [f"page{number:02}.png" for number in range(60)]
+    assert sorted(rows_of(out)) == [f"page{number:03}.png" for number in range(300)]
 
 
 # eval

@@ -337,9 +337,9 @@ def test_a_call_that_runs_out_of_tokens_is_closed_before_the_tool_speaks(rigged:
     seen: list[str] = []
     extend = Decoder.extend
 
-    def watched(self: Decoder, state: Any, picked: Any, suffixes: Any, *rest: Any) -> Any:
+    def watched(self: Decoder, state: Any, picked: Any, suffixes: Any, *rest: Any, **named: Any) -> Any:
         seen.extend(self.text(suffix) for suffix in suffixes)
-        return extend(self, state, picked, suffixes, *rest)
+        return extend(self, state, picked, suffixes, *rest, **named)
 
     monkeypatch.setattr(Decoder, "extend", watched)
     (trajectory,) = engine(rigged, max_new_tokens=5).run([rigged.noise(112, 112, 0)], ["do top-left,right"])
@@ -543,7 +543,7 @@ def test_images_are_encoded_in_portions_of_whole_images(tiny: SimpleNamespace, m
         return encode(patches, grid)
 
     monkeypatch.setattr(tiny.model, "get_image_features", watched)
-    monkeypatch.setattr(decode, "VISION_PATCHES", 40)
+    decoder.vision_patches = 40
     parts, same_grids = decoder._encode(images)
     sizes = [int(grid.prod()) for row in grids for grid in row]
     assert sum(calls) == sum(sizes) and len(calls) > 1
