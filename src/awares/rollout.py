@@ -383,7 +383,7 @@ class Engine(Interaction):
         for group in self._groups([known + len(ids) for _, ids, _ in replies]):
             picked, suffixes, images = zip(*(replies[member] for member in group), strict=True)
             orders = [rows[index].script.answer_tokens for index in picked]
-            extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse, orders=orders)
+            extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse, orders)
             for index, tokens, margin in zip(picked, extended.tokens, extended.margins, strict=True):
                 self._write(rows[index], tokens, margin)
 
