@@ -30,16 +30,20 @@ from awares.crops import CROPS
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
             "<|video_pad|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]  # fmt: skip
-LEGIBLE_TEXT, LEGIBLE_OBJECT = 9.5, 12.5  # px
+LEGIBLE_TEXT, LEGIBLE_OBJECT = 12.5, 12.5  # px
 PATCH, TOKEN = 14, 28  # px
 SMALL_CANVASES = ((112, 112), (112, 168), (168, 112), (168, 168), (112, 224), (224, 112))
 CHARS = "abcdefghijklmnopqrstuvwxyz0123456789$%:"
-WORDS = sorted({w for words in [*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, list(lex.COLUMNS), list(lex.SHAPES)] for w in words}
+WORDS = sorted({w for words in [*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, list(lex.SHAPES)] for w in words}
                | {str(n) for n in range(100)} | {"kg", "sign"})  # fmt: skip
 WORD_ID = {w: i + 1 for i, w in enumerate(WORDS)}  # 0 = nothing here
+SUBJECTS = [*WORDS, *lex.COLOURS]
+SUBJECT_ID = {w: i + 1 for i, w in enumerate(SUBJECTS)}
 CHAR_ID = {c: i + 1 for i, c in enumerate(CHARS)}
 COLOUR_ID = {c: i + 1 for i, c in enumerate(lex.COLOURS)}
 IGNORE = -100
+LINKS = 2  # words that lead to what stands on a patch
+PRINTED = ("field", "bar", "sign", "plate")  # kinds of questions about one printed value
 # shares of scenes.PAINTERS and of views; the vision tower learns most from full pages
 PAINTER_SHARES = {"vision": [0.45, 0.2, 0.15, 0.15, 0.05], "all": [0.3, 0.16, 0.18, 0.28, 0.08]}
 VIEW_SHARES = {"vision": [0.65, 0.2, 0.15, 0.0], "all": [0.4, 0.2, 0.1, 0.3]}
@@ -111,29 +115,32 @@ def tiny_config(
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 512, "num_hidden_layers": depth,
-            "num_attention_heads": width // 32, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "num_attention_heads": width // 32, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [4, 6, 6]}, "initializer_range": 0.03,
             "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={
             "depth": depth, "hidden_size": vision_width, "intermediate_size": 448, "num_heads": vision_width // 32, "out_hidden_size": width,
-            "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [2, 5],
+            "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+            "fullatt_block_indexes": [2, 4, 5],
         },
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True,
+        vision_end_token_id=ids["vision_end"], tie_word_embeddings=False,
     )  # fmt: skip
 
 
 class DenseHeads(torch.nn.Module):
-    """Word and colour per 14 px patch, glyph per 7 px cell; used in base training only."""
+    """What stands on each 14 px patch (word, colour, whose value it is), and in each 7 px cell (glyph); used in base training only."""
 
     def __init__(self, config: Qwen2_5_VLConfig) -> None:
         super().__init__()
         parts: Any = config  # its halves are declared as dicts too
-        width, vision_width = parts.text_config.hidden_size, parts.vision_config.hidden_size
-        self.words = torch.nn.Linear(width, 4 * (len(WORDS) + 1))
-        self.colours = torch.nn.Linear(width, 4 * (len(lex.COLOURS) + 1))
-        self.glyphs = torch.nn.Linear(vision_width, 4 * (len(CHARS) + 1))
+        width = parts.vision_config.hidden_size
+        merged = width * parts.vision_config.spatial_merge_size**2  # the merger's hidden layer
+        self.words = torch.nn.Linear(merged, 4 * (len(WORDS) + 1))
+        self.colours = torch.nn.Linear(merged, 4 * (len(lex.COLOURS) + 1))
+        self.links = torch.nn.Linear(merged, 4 * LINKS * (len(SUBJECTS) + 1))
+        self.glyphs = torch.nn.Linear(width, 4 * (len(CHARS) + 1))
 
 
 # --- examples --------------------------------------------------------------------------------------------------------
@@ -141,12 +148,46 @@ class DenseHeads(torch.nn.Module):
 
 @dataclass
 class View:
-    """A picture as the model sees it, and its dense targets on the patch grid."""
+    """A picture as the model sees it, and its dense targets on the patch grid; 0 = nothing, IGNORE = not legible here."""
 
     image: Image.Image
+    origin: tuple[int, int]  # px of the scene at the top left corner
+    scale: float  # px of this picture per px of the scene
     words: np.ndarray  # (H/14, W/14)
     colours: np.ndarray  # (H/14, W/14)
     glyphs: np.ndarray  # (H/7, W/7)
+    links: np.ndarray  # (H/14, W/14, LINKS): whose value stands here, and the word before it
+
+    @property
+    def tokens(self) -> int:
+        return self.words.size // 4
+
+    def place(self, box: scenes.Box) -> scenes.Box:
+        """A box of the scene in px of this picture."""
+        left, top = self.origin
+        x0, y0, x1, y1 = ((v - o) * self.scale for v, o in zip(box, (left, top, left, top), strict=True))
+        return x0, y0, x1, y1
+
+    def holds(self, box: scenes.Box) -> bool:
+        """Whether a box of the scene lies in this picture, give or take a pixel."""
+        x0, y0, x1, y1 = self.place(box)
+        return x0 >= -1 and y0 >= -1 and x1 <= self.image.width + 1 and y1 <= self.image.height + 1
+
+    def legible(self, mark: scenes.Mark) -> bool:
+        return self.holds(mark.box) and mark.size * self.scale >= (LEGIBLE_TEXT if mark.chars else LEGIBLE_OBJECT)
+
+    def cells(self, box: scenes.Box, line: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of the 14 px patches that a box of the scene covers at least half; of a `line` of text, its middle row alone."""
+        x0, y0, x1, y1 = self.place(box)
+        rows, columns = self.words.shape
+        ys = np.array([int((y0 + y1) / 2 // PATCH)]) if line else _covered(y0, y1)
+        xs = _covered(x0, x1)
+        return ys[(ys >= 0) & (ys < rows)], xs[(xs >= 0) & (xs < columns)]
+
+
+def _covered(low: float, high: float) -> np.ndarray:
+    inner = np.arange(int(np.ceil(low / PATCH - 0.5)), int(np.floor(high / PATCH - 0.5)) + 1)
+    return np.union1d(inner, [int((low + high) / 2 // PATCH)]).astype(int)
 
 
 @dataclass
@@ -162,53 +203,63 @@ def view(scene: scenes.Scene, region: scenes.Box = (0.0, 0.0, 1.0, 1.0), halve: 
     width, height = scene.image.size
     left, top, right, bottom = (round(v * s) for v, s in zip(region, (width, height, width, height), strict=True))
     image = scene.image.crop((left, top, right, bottom))
-    scale = 0.5 if halve else 1.0
     if halve:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
-    shape = (image.height // PATCH, image.width // PATCH)
-    result = View(
-        image, np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros((2 * shape[0], 2 * shape[1]), np.int64)
+    rows, columns = image.height // PATCH, image.width // PATCH
+    words, colours, glyphs, subjects = (
+        np.zeros(shape, np.int64)
+        for shape in ((rows, columns), (rows, columns), (2 * rows, 2 * columns), (rows, columns, LINKS))
     )
+    result = View(image, (left, top), 0.5 if halve else 1.0, words, colours, glyphs, subjects)
     for mark in scene.marks:
-        x0, y0, x1, y1 = ((v - o) * scale for v, o in zip(mark.box, (left, top, left, top), strict=True))
-        if x1 <= 0 or y1 <= 0 or x0 >= image.width or y0 >= image.height:
-            continue
-        whole = x0 >= 0 and y0 >= 0 and x1 <= image.width and y1 <= image.height
-        legible = mark.size * scale >= (LEGIBLE_TEXT if mark.chars else LEGIBLE_OBJECT)
-        _stamp(result, mark, (x0, y0, x1, y1), whole and legible, left, scale)
+        _stamp(result, mark)
+    for mark, names, evidence in links(scene):
+        known = result.legible(mark) and all(result.holds(box) for box in evidence)
+        ids = [SUBJECT_ID[name] for name in names] + [0] * (LINKS - len(names))
+        result.links[np.ix_(*result.cells(mark.box, bool(mark.chars)))] = ids if known else IGNORE
     return result
 
 
-def _stamp(target: View, mark: scenes.Mark, box: scenes.Box, known: bool, left: float, scale: float) -> None:
-    x0, y0, x1, y1 = box
+def _stamp(target: View, mark: scenes.Mark) -> None:
+    grid = np.ix_(*target.cells(mark.box, bool(mark.chars)))
+    known = target.legible(mark)
     text = mark.text.strip("$%:") if mark.chars else mark.text
-    rows, columns = target.words.shape
-    middle = (y0 + y1) / 2
-    if mark.chars:
-        ys = np.array([int(middle // PATCH)])
-        xs = np.arange(int(np.ceil(x0 / PATCH - 0.5)), int(np.floor(x1 / PATCH - 0.5)) + 1)
-        xs = np.union1d(xs, [int((x0 + x1) / 2 // PATCH)]).astype(int)
-    else:
-        ys, xs = (np.union1d(np.arange(int(np.ceil(a / PATCH - 0.5)), int(np.floor(b / PATCH - 0.5)) + 1), [int((a + b) / 2 // PATCH)]).astype(int)
-                  for a, b in ((y0, y1), (x0, x1)))  # fmt: skip
-    if text == "sign":  # its words stand on it: mark the colour alone
-        grid = np.ix_(ys[(ys >= 0) & (ys < rows)], xs[(xs >= 0) & (xs < columns)])
-        target.colours[grid] = COLOUR_ID[mark.colour]
-        return
-    grid = np.ix_(ys[(ys >= 0) & (ys < rows)], xs[(xs >= 0) & (xs < columns)])
-    target.words[grid] = WORD_ID[text] if known else IGNORE
     if mark.colour:
         target.colours[grid] = COLOUR_ID[mark.colour] if known else IGNORE
-    row = int(middle // 7)
+    if text == "sign":  # its words stand on it: mark the colour alone
+        return
+    target.words[grid] = WORD_ID[text] if known else IGNORE
     for char, x in mark.chars:
-        column = int((x - left) * scale // 7)
+        x, y, _, _ = target.place((x, (mark.box[1] + mark.box[3]) / 2, x, 0))
+        row, column = int(y // 7), int(x // 7)
         if 0 <= row < target.glyphs.shape[0] and 0 <= column < target.glyphs.shape[1]:
             target.glyphs[row, column] = CHAR_ID[char] if known and char in CHAR_ID else IGNORE
 
 
-def _inside(box: scenes.Box, region: scenes.Box, size: tuple[int, int]) -> bool:
-    left, top, right, bottom = (v * s for v, s in zip(region, (*size, *size), strict=True))
-    return box[0] >= left - 1 and box[1] >= top - 1 and box[2] <= right + 1 and box[3] <= bottom + 1
+def links(scene: scenes.Scene) -> list[tuple[scenes.Mark, tuple[str, ...], tuple[scenes.Box, ...]]]:
+    """For each value that is printed or drawn: its mark, the words that lead to it, and the boxes that show so.
+
+    A printed value is led to by its subject and by the word before it; an object by its own shape and colour.
+    """
+    found: list[tuple[scenes.Mark, tuple[str, ...], tuple[scenes.Box, ...]]] = []
+    for qa in scene.qas + scene.ambiguous:
+        if qa.kind not in PRINTED:
+            continue
+        subject = tuple(w for w in qa.subject.split() if w in SUBJECT_ID)
+        for box in qa.answer_boxes:
+            before: tuple[str, ...] = ()
+            for mark in printed(scene, box):
+                found.append((mark, (subject + before)[:LINKS], qa.question_boxes))
+                before = tuple(w for w in (mark.text.strip("$%:"),) if w in SUBJECT_ID)
+    found += [(m, (m.text, m.colour), ()) for m in scene.marks if not m.chars and m.text != "sign"]
+    return found
+
+
+def printed(scene: scenes.Scene, box: scenes.Box) -> list[scenes.Mark]:
+    """The printed words inside a box, in reading order."""
+    x0, y0, x1, y1 = box
+    inside = [m for m in scene.marks if m.chars and m.box[0] >= x0 - 2 and m.box[2] <= x1 + 2 and m.box[1] >= y0 - 2 and m.box[3] <= y1 + 2]
+    return sorted(inside, key=lambda m: m.box[0])
 
 
 def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Example:
@@ -234,7 +285,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     views += [view(scene, region) for region in regions]
     if stage == "vision":
         return Example(views)
-    asked = [qa for qa in scene.qas if _answerable(qa, kind, regions, scene.image.size)]
+    asked = [qa for qa in scene.qas if _answerable(qa, kind, views)]
     order = _balanced(rng, asked)[: questions // 2 if small_canvas else questions]
     late = 0
     if (
@@ -250,13 +301,16 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     )
 
 
-def _answerable(qa: scenes.QA, kind: str, regions: list[scenes.Box], size: tuple[int, int]) -> bool:
+def _answerable(qa: scenes.QA, kind: str, views: list[View]) -> bool:
     """Whether what is shown lets a reader answer: only legible evidence, and no global question about a part."""
-    boxes = [*qa.question_boxes, *qa.answer_boxes]
-    shown = any(all(_inside(b, region, size) for b in boxes) for region in regions)
-    if kind == "part":
-        return shown and qa.kind not in ("place", "count")
-    return kind == "full" or not qa.small or shown
+    if kind == "part" and qa.kind in ("place", "count"):
+        return False
+    return any(shows(one, qa) for one in views)
+
+
+def shows(one: View, qa: scenes.QA) -> bool:
+    """Whether the evidence of a question is legible in a view."""
+    return not (qa.small and one.scale < 1) and all(one.holds(box) for box in (*qa.question_boxes, *qa.answer_boxes))
 
 
 def _balanced(rng: np.random.Generator, qas: list[scenes.QA]) -> list[scenes.QA]:

@@ -217,11 +217,13 @@ class Base:
     """The base VLM: a folder in this repository or a model id, how it is loaded, and how the embedded one is trained."""
 
     seed: int = _method(low=0)
-    steps: int = _method(low=1)
-    vision_steps: int = _method(low=0)
-    small_canvas_steps: int = _method(low=0)
+    vision_steps: int = _method(low=1)
+    lookup_steps: int = _method(low=1)
+    joint_steps: int = _method(low=1)
+    vision_learning_rate: float = _method(low=0)
+    lookup_learning_rate: float = _method(low=0)
+    joint_learning_rate: float = _method(low=0)
     work: int = _method(low=1)
-    learning_rate: float = _method(low=0)
     warmup_steps: int = _method(low=1)
     decay_fraction: float = _method(low=0, high=1)
     weight_decay: float = _method(low=0)

@@ -10,13 +10,13 @@ import math
 
 import numpy as np
 
-NAMES = "anna ben clara david emma felix grace hugo iris jack kate leo maya noah olga paul rosa sam tina victor".split()
-CITIES = "oslo paris rome lima cairo delhi tokyo berlin madrid boston dublin vienna zurich prague miami sydney".split()
-ITEMS = "bread milk soup rice apple pear fish cheese tea coffee honey salad pasta butter cake juice lemon onion".split()
-FIELDS = "total order date desk room gate seat price rate grade score level zone class phase age rank unit".split()
-DAYS = "monday tuesday friday sunday january march april june july august autumn winter".split()
-ANIMALS = "cat dog horse sheep goat duck eagle tiger zebra whale shark rabbit camel snake".split()
-SHOP = "sale open fresh hotel bakery museum school garden market studio garage office station library cinema pharmacy".split()
+NAMES = "anna ben clara david emma hugo iris leo maya noah paul rosa".split()
+CITIES = "oslo paris rome lima cairo delhi tokyo madrid boston vienna".split()
+ITEMS = "bread milk soup rice apple pear fish tea coffee honey cake lemon".split()
+FIELDS = "total order date desk room gate seat price rate score level unit".split()
+DAYS = "monday friday sunday march april june july winter".split()
+ANIMALS = "cat dog horse sheep goat duck eagle tiger whale snake".split()
+SHOP = "sale open fresh hotel museum school garden market studio station".split()
 
 COLOURS = {
     "red": (205, 35, 35), "blue": (40, 70, 205), "green": (30, 140, 50), "yellow": (235, 210, 30), "orange": (240, 130, 20),
@@ -59,23 +59,14 @@ NUMBER_WORDS = _ONES + [t if u == 0 else f"{t}-{_ONES[u]}" for t in _TENS for u 
 # keys by theme, and what a list of that theme holds; no word is both a key and a value, so a key names one place of a page
 THEMES = {"field": FIELDS, "name": NAMES, "city": CITIES, "item": ITEMS, "day": DAYS, "animal": ANIMALS}
 WORD_VALUES = {
-    "person": "adam bella carl diana erik frida george helen ivan julia kevin laura".split(),
-    "town": "athens bern lisbon ottawa quito riga seoul tunis warsaw havana dakar accra".split(),
+    "person": "adam bella carl diana erik helen ivan laura".split(),
+    "town": "athens bern lisbon quito riga seoul tunis accra".split(),
 }
 THEME_VALUES = {
     "field": ("number", "money", "percent", "person", "town"), "name": ("number", "town", "money"),
     "city": ("number", "percent", "person"), "item": ("money", "weight", "percent"), "day": ("number", "person", "town"),
     "animal": ("number", "weight", "town"),
 }  # fmt: skip
-COLUMNS = {
-    "stock": "number",
-    "cost": "money",
-    "share": "percent",
-    "load": "weight",
-    "owner": "person",
-    "origin": "town",
-    "count": "number",
-}
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
 _PLACE_FORMS = {
     "top-left": "upper left",
@@ -89,9 +80,6 @@ PHRASINGS = {
     "field": ["what is the {k}?", "which value stands next to {k}?", "read the entry for {k}.", "what is given for {k}?", "look up {k}.",
               "what does the page say about {k}?", "{k}?", "find {k} and tell its value.", "tell me the value of {k} in words or short form.",
               "say what is listed for {k}.", "how would you say the entry of {k}?", "please tell me what {k} is."],
-    "cell": ["what is the {c} of {k}?", "which {c} does {k} have?", "give the {c} for {k}.", "in the row of {k}, what is the {c}?",
-             "look up the {c} of {k}.", "{c} of {k}?", "read the {c} in the row {k}.", "for {k}, what {c} is listed?", "say the {c} of {k}.",
-             "how would you say the {c} of {k}?", "please tell me the {c} of {k}.", "tell me which {c} {k} has."],
     "pair": ["what are the values of {a} and {b}?", "read the entries for {a} and {b}.", "{a} and {b}?", "look up {a} and {b}.",
              "what is given for {a} and for {b}?", "find both {a} and {b}.", "say what is listed for {a} and {b}.", "please tell me {a} and {b}.",
              "how would you say the entries of {a} and {b}?"],

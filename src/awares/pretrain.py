@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from awares.base import (
     CHARS,
     IGNORE,
+    LINKS,
     PATCH,
+    SUBJECTS,
     TOKEN,
     WORDS,
     DenseHeads,
@@ -35,6 +37,7 @@ from awares.base import (
     tiny_config,
 )
 from awares.config import AwaresError, Base
+from awares.lookup import Code
 from awares.lexicon import COLOURS
 
 MEAN, STD = (
@@ -97,10 +100,12 @@ def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.
         "image_grid_thw": torch.tensor([[1, *v.words.shape] for v in views]),
         "words": stack([_merge_order(v.words, 1) for v in views]), "colours": stack([_merge_order(v.colours, 1) for v in views]),
         "glyphs": stack([_merge_order(v.glyphs, 2) for v in views]),
+        "links": stack([np.stack([_merge_order(v.links[..., i], 1)[:, 0] for i in range(LINKS)], -1) for v in views]),
     }  # fmt: skip
 
 
 GROUP = 4
+EMPTY = 0.25  # weight of cells where nothing stands
 
 
 def _work(item: Example) -> int:
@@ -108,18 +113,11 @@ def _work(item: Example) -> int:
     return sum(v.words.size for v in item.views) + 30 * len(item.turns) + len(item.system) // 4
 
 
-def stage(step: int, recipe: Base) -> str:
-    """`vision`, `small` (canvases) or `all`."""
-    if step < recipe.vision_steps:
-        return "vision"
-    return "small" if step < recipe.vision_steps + recipe.small_canvas_steps else "all"
-
-
 class Batches(torch.utils.data.IterableDataset):
     """Batch k depends on (seed, k) alone, so that a resumed run sees what an undisturbed one sees."""
 
-    def __init__(self, recipe: Base, tokenizer: Qwen2Tokenizer, start: int, stop: int) -> None:
-        self.recipe, self.tokenizer, self.start, self.stop = recipe, tokenizer, start, stop
+    def __init__(self, recipe: Base, tokenizer: Qwen2Tokenizer, stage: str, start: int, stop: int) -> None:
+        self.recipe, self.tokenizer, self.stage, self.start, self.stop = recipe, tokenizer, stage, start, stop
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for step in range(self.start - self.start % GROUP, self.stop, GROUP):
@@ -129,10 +127,10 @@ class Batches(torch.utils.data.IterableDataset):
 
     def _group(self, step: int) -> list[list[Example]]:
         """GROUP batches of equal work, drawn together and cut by length, so that little of a batch is padding."""
-        rng = np.random.default_rng([self.recipe.seed, 7919, step])
+        rng = np.random.default_rng([self.recipe.seed, *self.stage.encode(), step])
         items: list[Example] = []
         while sum(_work(i) for i in items) < GROUP * self.recipe.work:
-            items.append(example(rng, stage(step, self.recipe)))
+            items.append(example(rng, self.stage))
         items.sort(key=_work)
         ends = np.cumsum([_work(i) for i in items])
         batches = [
@@ -143,57 +141,52 @@ class Batches(torch.utils.data.IterableDataset):
         ] or batches
 
 
-class Losses:
-    """Runs the model once and returns every loss; the glyph head reads the vision tower half-way by a forward hook."""
+class Dense:
+    """The losses on what the vision tower sees; hooks catch its middle layer, the merger's hidden layer and the visual tokens."""
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, heads: DenseHeads) -> None:
-        self.model, self.heads = model, heads
+    def __init__(self, visual: Any, heads: DenseHeads, code: Code) -> None:
+        self.visual, self.heads, self.code = visual, heads, code
         self._seen: dict[str, torch.Tensor] = {}
-        visual = model.model.visual
-        middle = visual.config.depth // 2
-        visual.blocks[middle].register_forward_hook(lambda _m, _i, out: self._seen.__setitem__("middle", out))
-        visual.merger.register_forward_hook(lambda _m, _i, out: self._seen.__setitem__("merged", out))
+        catch = lambda name: lambda _m, _i, out: self._seen.__setitem__(name, out)  # noqa: E731
+        visual.blocks[visual.config.depth // 2].register_forward_hook(catch("middle"))  # (P, Dv), in window order
+        visual.merger.mlp[1].register_forward_hook(catch("hidden"))  # (P/4, 4 Dv), in window order
+        visual.merger.register_forward_hook(catch("merged"))  # (P/4, D), in window order
 
-    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        answer = self._answers(batch) if (batch["labels"] != IGNORE).any() else self._look(batch)
-        order = _window_order(self.model.model.visual, batch["image_grid_thw"])  # (P/4,)
-        merged = self._seen["merged"]  # (P/4, D), in window order
-        middle = self._seen["middle"]  # (P, Dv), in window order
-        by_window = lambda t: t.reshape(len(order), 4, -1)[order].reshape(len(order) * 4, -1)  # noqa: E731
-        word_logits = self.heads.words(merged).reshape(-1, len(WORDS) + 1)
-        words = by_window(batch["words"])[:, 0]
-        colours = by_window(batch["colours"])[:, 0]
-        glyphs = by_window(batch["glyphs"]).reshape(-1)
-        out = {
-            **answer,
-            "word": _dense(word_logits, words),
-            "colour": _dense(self.heads.colours(merged).reshape(-1, len(COLOURS) + 1), colours),
-            "glyph": _dense(self.heads.glyphs(middle).reshape(-1, len(CHARS) + 1), glyphs),
+    def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss after a forward pass of the vision tower, and what to log."""
+        order = _window_order(self.visual, batch["image_grid_thw"])  # (P/4,)
+        by_token = lambda t: t.reshape(len(order), 4, *t.shape[1:])[order]  # noqa: E731
+        words, colours, glyphs, links = (by_token(batch[k]) for k in ("words", "colours", "glyphs", "links"))
+        words, colours = words[..., 0], colours[..., 0]
+        hidden = self._seen["hidden"]
+        word_logits = self.heads.words(hidden).reshape(-1, len(WORDS) + 1)
+        link_logits = self.heads.links(hidden).reshape(-1, len(SUBJECTS) + 1)
+        glyph_logits = self.heads.glyphs(self._seen["middle"]).reshape(-1, len(CHARS) + 1)
+        parts = {
+            "word": _dense(word_logits, words.reshape(-1)),
+            "link": _dense(link_logits, links.reshape(-1)),
+            "colour": _dense(self.heads.colours(hidden).reshape(-1, len(COLOURS) + 1), colours.reshape(-1)),
+            "glyph": _dense(glyph_logits, glyphs.reshape(-1)),
         }
+        code = self.code(words, colours, links)
+        far = self.code.distance(self._seen["merged"], code)
+        known = ((words != IGNORE) & (colours != IGNORE) & (links != IGNORE).all(-1)).all(1)
+        full = known & ((words > 0).any(1) | (colours > 0).any(1))
+        parts["code"] = far[full].mean() + EMPTY * far[known & ~full].mean()
         with torch.no_grad():
-            known = words > 0
-            out["words_read"] = (word_logits[known].argmax(-1) == words[known]).float().mean()
-        return out
-
-    def _look(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        self.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
-        return {"answer": torch.zeros(()), "answer_tokens": torch.zeros(())}
-
-    def _answers(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-        hidden = self.model.model(**{k: batch[k] for k in keys}).last_hidden_state  # (B, T, D)
-        target = batch["labels"][:, 1:]
-        learned = target != IGNORE
-        logits = self.model.lm_head(hidden[:, :-1][learned])  # (N, V): answers only, the rest would be wasted work
-        hits = (logits.argmax(-1) == target[learned]).float().mean().detach()
-        return {"answer": F.cross_entropy(logits, target[learned]), "answer_tokens": hits}
+            share = lambda logits, target: (logits.argmax(-1) == target)[target > 0].float().mean()  # noqa: E731
+            seen = {k: v.detach() for k, v in parts.items()}
+            seen["words_read"] = share(word_logits, words.reshape(-1))
+            seen["links_read"] = share(link_logits, links.reshape(-1))
+            seen["code_missed"] = far[full].sum() / self.code.distance(code[full], torch.zeros(1)).sum()
+        return parts["word"] + parts["link"] + 0.5 * parts["colour"] + 0.5 * parts["glyph"] + parts["code"], seen
 
 
 def _dense(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with filled and empty cells weighted 1 : 0.25, so that emptiness does not win."""
+    """Cross-entropy with empty cells weighted down, so that emptiness does not win."""
     each = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
     filled, empty = target > 0, target == 0
-    return each[filled].sum() / filled.sum().clamp(min=1) + 0.25 * each[empty].sum() / empty.sum().clamp(min=1)
+    return each[filled].sum() / filled.sum().clamp(min=1) + EMPTY * each[empty].sum() / empty.sum().clamp(min=1)
 
 
 def _window_order(visual: Any, grid: torch.Tensor) -> torch.Tensor:
@@ -206,48 +199,74 @@ def _window_order(visual: Any, grid: torch.Tensor) -> torch.Tensor:
     return order
 
 
-def learning_rate(step: int, recipe: Base) -> float:
-    """Warm-up, plateau, linear decay: the plateau lets a run be judged, or ended, at any checkpoint."""
-    decay = max(1.0, recipe.steps * recipe.decay_fraction)
-    return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps, max(0.0, (recipe.steps - step) / decay))
+@dataclass(frozen=True)
+class Stage:
+    """`vision` (the vision tower, on what stands where), `lookup` (the language tower, on symbolic pages), or `joint` (both, on pictures)."""
+
+    name: str
+    steps: int
+    learning_rate: float
+
+    @classmethod
+    def of(cls, name: str, recipe: Base) -> Stage:
+        return cls(name, getattr(recipe, f"{name}_steps"), getattr(recipe, f"{name}_learning_rate"))
 
 
-def train(
-    recipe: Base, work: Path, until: int | None = None, save_every: int = 200
-) -> Qwen2_5_VLForConditionalGeneration:
-    """Train from `work/`'s newest checkpoint (or from scratch) to step `until`; interruptible at any moment."""
+class Network:
+    """The model with the dense heads, and what a stage trains of it."""
+
+    def __init__(self, recipe: Base, tokenizer: Qwen2Tokenizer, stage: str) -> None:
+        self.model = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer)).float().train()
+        self.heads = DenseHeads(self.model.config)
+        self.code = Code(tokenizer, self.model.config.text_config.hidden_size, recipe.seed)
+        self.dense = Dense(self.model.model.visual, self.heads, self.code)
+        self.stage = stage
+        every = {f"model.{k}": v for k, v in self.model.named_parameters()} | {
+            f"heads.{k}": v for k, v in self.heads.named_parameters()
+        }
+        sees = lambda name: name.startswith(("model.model.visual.", "heads."))  # noqa: E731
+        self.parameters = {k: v for k, v in every.items() if stage == "joint" or sees(k) == (stage == "vision")}
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+        return self.dense(batch)
+
+
+def learning_rate(step: int, stage: Stage, recipe: Base) -> float:
+    """Warm-up, plateau, linear decay to a twentieth."""
+    decay = max(1.0, stage.steps * recipe.decay_fraction)
+    return stage.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps, max(0.05, (stage.steps - step) / decay))
+
+
+def train(recipe: Base, work: Path, name: str, until: int | None = None, save_every: int = 100) -> None:
+    """Train a stage from `work`'s newest checkpoint of it to step `until`; interruptible at any moment."""
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer(recipe.seed)
-    model = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer)).float().train()
-    heads = DenseHeads(model.config)
-    params = {f"model.{k}": v for k, v in model.named_parameters()} | {
-        f"heads.{k}": v for k, v in heads.named_parameters()
-    }
-    optimiser = _optimiser(params, recipe)
-    step = _resume(work, params, optimiser)
-    losses = Losses(model, heads)
-    stop = min(until or recipe.steps, recipe.steps)
-    loader = torch.utils.data.DataLoader(
-        Batches(recipe, tokenizer, step, stop), batch_size=None, num_workers=1, prefetch_factor=4
-    )
+    stage = Stage.of(name, recipe)
+    network = Network(recipe, tokenizer, name)
+    if name == "joint":
+        network.join(work)
+    optimiser = _optimiser(network.parameters, recipe)
+    step = _resume(work / f"{name}.safetensors", network.parameters, optimiser)
+    stop = min(until or stage.steps, stage.steps)
+    batches = Batches(recipe, tokenizer, name, step, stop)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4)
     started, seen = time.time(), []
     for batch in loader:
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        parts = losses(batch)
-        loss = parts["answer"] + parts["word"] + 0.5 * parts["colour"] + 0.5 * parts["glyph"]
+            group["lr"] = learning_rate(step, stage, recipe)
+        loss, parts = network.loss(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters.values(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         step += 1
-        seen.append({k: float(v.detach()) for k, v in parts.items()})
+        seen.append({k: float(v) for k, v in parts.items()})
         if step % 20 == 0 or step == stop:
-            _log(work, step, seen, time.time() - started)
+            _log(work, name, step, seen, time.time() - started)
             started, seen = time.time(), []
         if step % save_every == 0 or step == stop:
-            _save(work, recipe, step, params, optimiser)
-    return model.eval()
+            _save(work / f"{name}.safetensors", recipe, step, network.parameters, optimiser)
 
 
 def inputs(recipe: Base) -> dict[str, Any]:
@@ -313,8 +332,8 @@ def export(work: Path, recipe: Base, folder: Path) -> int:
     return int(state["t"])
 
 
-def _log(work: Path, step: int, seen: list[dict[str, float]], seconds: float) -> None:
-    row = {"step": step, "seconds": round(seconds / len(seen), 3)} | {
+def _log(work: Path, stage: str, step: int, seen: list[dict[str, float]], seconds: float) -> None:
+    row: dict[str, Any] = {"stage": stage, "step": step, "seconds": round(seconds / len(seen), 3)} | {
         k: round(float(np.mean([s[k] for s in seen])), 4) for k in seen[0]
     }
     with open(work / "log.jsonl", "a") as log:
@@ -329,26 +348,24 @@ def _optimiser(params: dict[str, torch.nn.Parameter], recipe: Base) -> torch.opt
         {"params": [params[k] for k in params if k in decayed], "weight_decay": recipe.weight_decay},
         {"params": [params[k] for k in params if k not in decayed], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))  # `train` sets the rate
 
 
 def _save(
-    work: Path, recipe: Base, step: int, params: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer
+    path: Path, recipe: Base, step: int, params: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer
 ) -> None:
     """One safetensors file, replaced whole: weights, what the optimiser remembers, the step and the recipe."""
     state = {f"p.{k}": v.detach() for k, v in params.items()}
     for name, value in params.items():
         state |= {f"o.{name}|{k}": v for k, v in optimiser.state.get(value, {}).items()}
     state["t"] = torch.tensor(step)
-    save_file(
-        {k: v.contiguous() for k, v in state.items()}, work / "new.safetensors", {"recipe": json.dumps(asdict(recipe))}
-    )
-    (work / "new.safetensors").replace(work / "state.safetensors")
+    partial = path.with_suffix(".partial")
+    save_file({k: v.contiguous() for k, v in state.items()}, partial, {"recipe": json.dumps(asdict(recipe))})
+    partial.replace(path)
 
 
-def _resume(work: Path, params: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "state.safetensors"
+def _resume(path: Path, params: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return 0
     state = load_file(path)

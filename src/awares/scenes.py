@@ -1,8 +1,8 @@
 """Pages, charts, signs and scenes of the embedded suite, drawn from a seed.
 
 A :class:`Scene` is a picture together with all that is printed on it (:class:`Mark`) and every question that it can answer
-(:class:`QA`). Two sizes of evidence are drawn and nothing between: *small* (text of 10 to 12 px, objects of 13 to 15 px), which
-reads at full resolution only, and *large* (text of 20 to 26 px, objects of 27 to 36 px), which survives halving.
+(:class:`QA`). Two sizes of evidence are drawn and nothing between: *small* (text of 13 to 15 px, objects of 13 to 15 px), which
+reads at full resolution only, and *large* (text of 26 to 30 px, objects of 27 to 36 px), which survives halving.
 The question is drawn independently of the size, so it cannot tell whether a crop is needed.
 """
 
@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from awares import lexicon as lex
 
 Box = tuple[float, float, float, float]
-SMALL_TEXT, LARGE_TEXT = (10, 13), (20, 27)  # px, half-open: legible at full only; legible at half too
+SMALL_TEXT, LARGE_TEXT = (13, 16), (26, 31)  # px, half-open: legible at full only; legible at half too
 SMALL_OBJECT, LARGE_OBJECT = (13, 16), (27, 37)
-FONTS = {"sans": "DejaVuSans.ttf", "serif": "DejaVuSerif.ttf", "mono": "DejaVuSansMono.ttf"}
+FONTS = {"sans": "DejaVuSans.ttf", "serif": "DejaVuSerif.ttf"}
 SIZES = (
     (224, 336),
     (336, 224),
@@ -68,6 +68,7 @@ class Scene:
     image: Image.Image
     marks: list[Mark] = field(default_factory=list)
     qas: list[QA] = field(default_factory=list)
+    ambiguous: list[QA] = field(default_factory=list)  # values whose subject stands there twice: never asked
     jpeg: bytes = b""  # the captured picture as a file
 
 
@@ -99,7 +100,7 @@ class Pen:
     case: str = "lower"
 
     def cased(self, text: str) -> str:
-        return {"lower": text, "title": text.title(), "upper": text.upper()}[self.case]
+        return {"lower": text, "title": text.title()}[self.case]
 
     def width(self, text: str) -> float:
         return _advance(self.face, self.size, self.cased(text))
@@ -182,12 +183,12 @@ def capture(image: Image.Image, rng: np.random.Generator) -> bytes:
 
 
 def _pen(
-    rng: np.random.Generator, small: bool, dark: bool = True, cases: Sequence[str] = ("lower", "title", "upper")
+    rng: np.random.Generator, small: bool, dark: bool = True
 ) -> Pen:
     size = int(rng.integers(*(SMALL_TEXT if small else LARGE_TEXT)))
-    face = str(rng.choice(["sans", "serif", "mono"] if small else ["sans", "serif"]))
+    face = str(rng.choice(["sans", "serif"]))
     fill = tint((30, 30, 40) if dark else (240, 240, 235), rng, 25)
-    return Pen(face, size, fill, str(rng.choice(cases)))
+    return Pen(face, size, fill, str(rng.choice(["lower", "title"])))
 
 
 def _ask(rng: np.random.Generator, kind: str, answers: Sequence[str], **slots: str) -> tuple[str, int]:
@@ -202,9 +203,7 @@ def _ask(rng: np.random.Generator, kind: str, answers: Sequence[str], **slots: s
 
 
 def page(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
-    """A filled form, price list or roster: blocks of `key value` rows, some large, most small (mirrors DocVQA)."""
-    if rng.random() < 0.25:
-        return table(rng, size)
+    """A filled form, price list or roster: blocks of `key: value` rows, some large, most small (mirrors DocVQA)."""
     canvas = Canvas(size, background(size, tint((242, 240, 232), rng, 10), rng, 2.0))
     entries: list[tuple[str, Box, tuple[str, ...], Box, bool]] = []
     keys = lex.Deck(rng)
@@ -215,14 +214,13 @@ def page(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
         theme = keys.theme()
         rows = int(rng.integers(3, 8)) if small else int(rng.integers(1, 4))
         columns = 2 if small and size[0] >= 280 and rng.random() < 0.5 else 1
-        spread = bool(rng.random() < 0.35)
         pitch = pen.height + int(rng.integers(3, 7))
         for _ in range(rows):
             if y + pen.height + 2 > size[1]:
                 return _finish_page(rng, canvas, entries)
             for column in range(columns):
                 left = 4 + column * size[0] / columns + int(rng.integers(0, 6))
-                entry = _field(canvas, keys, theme, left, y, (column + 1) * size[0] / columns - 4, pen, spread, rng)
+                entry = _field(canvas, keys, theme, left, y, (column + 1) * size[0] / columns - 4, pen, rng)
                 if entry:
                     entries.append((*entry, small))
             y += pitch
@@ -230,7 +228,7 @@ def page(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
         small = not small if rng.random() < 0.85 else small
 
 
-def _field(canvas: Canvas, keys: lex.Deck, theme: str, left: float, y: float, right: float, pen: Pen, spread: bool,
+def _field(canvas: Canvas, keys: lex.Deck, theme: str, left: float, y: float, right: float, pen: Pen,
            rng: np.random.Generator) -> tuple[str, Box, tuple[str, ...], Box] | None:  # fmt: skip
     key, value = keys.key(theme), lex.value(theme, rng)
     if key is None:
@@ -238,9 +236,8 @@ def _field(canvas: Canvas, keys: lex.Deck, theme: str, left: float, y: float, ri
     key_width, value_width = pen.width(key + ":"), pen.width(value[0])
     if left + key_width + value_width + pen.size > right:
         return None
-    x = right - value_width - 2 if spread else left + key_width + pen.size * rng.uniform(0.5, 1.0)
-    key_box = canvas.text(left, y, key + ("" if spread else ":"), pen)
-    return key, key_box, value, canvas.text(x, y, value[0], pen)
+    key_box = canvas.text(left, y, key + ":", pen)
+    return key, key_box, value, canvas.text(left + key_width + pen.size * rng.uniform(0.5, 1.0), y, value[0], pen)
 
 
 def _finish_page(rng: np.random.Generator, canvas: Canvas, entries: list) -> Scene:
@@ -269,34 +266,6 @@ def _spread(forms: tuple[str, ...]) -> tuple[str, str]:
     return forms[0], forms[min(1, len(forms) - 1)]
 
 
-def table(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
-    """A table with a header row: the evidence of a cell is its row's key, its column's head and the cell."""
-    canvas = Canvas(size, background(size, tint((238, 240, 242), rng, 10), rng, 2.0))
-    small = bool(rng.random() < 0.4)
-    pen = _pen(rng, small)
-    keys = lex.Deck(rng)
-    theme = keys.theme()
-    first = max(pen.width(word) for word in lex.THEMES[theme]) + 10
-    cell = max(pen.width(word) for word in [*lex.COLUMNS, "havana", "99 kg"]) + 8
-    columns = max(1, min(3, int((size[0] - 4 - first) // cell)))  # no value stands on its neighbour
-    heads = [str(h) for h in rng.choice(list(lex.COLUMNS), columns, replace=False)]
-    edges = [4, *(int(4 + first + i * (size[0] - 4 - first) / columns) for i in range(columns))]
-    y, pitch = float(rng.integers(4, 14)), pen.height + int(rng.integers(4, 9))
-    head_boxes = {h: canvas.text(x, y, h, pen) for h, x in zip(heads, edges[1:], strict=True)}
-    canvas.draw.line((2, y + pen.height + 1, size[0] - 3, y + pen.height + 1), fill=(120, 120, 120))
-    qas = []
-    y += pitch + 2
-    while y + pen.height + 2 <= size[1] and (key := keys.key(theme)) is not None:
-        key_box = canvas.text(edges[0], y, key, pen)
-        for head, x in zip(heads, edges[1:], strict=True):
-            value = lex.forms(lex.COLUMNS[head], rng)
-            box = canvas.text(x, y, value[0], pen)
-            question, form = _ask(rng, "cell", value, c=head, k=key)
-            qas.append(QA("cell", question, value, (head_boxes[head], key_box), (box,), small, f"{head}/{key}", form))
-        y += pitch
-    return Scene(canvas.image, canvas.marks, qas)
-
-
 # --- charts ----------------------------------------------------------------------------------------------------------
 
 
@@ -318,40 +287,42 @@ def chart(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
 
 
 def _lying_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: np.random.Generator) -> list:
+    """Each line: the category, its value, its bar."""
     entries, y = [], float(rng.integers(4, 12))
     colour = tint(lex.COLOURS[str(rng.choice(list(lex.COLOURS)))], rng, 20)
     while (key := keys.key(theme)) is not None:
         small = bool(rng.random() < 0.6)
-        pen = _pen(rng, small, cases=("lower", "title"))
+        pen = _pen(rng, small)
         height = pen.height + int(rng.integers(4, 9))
         if y + height > canvas.height - 2:
             break
         value = lex.forms(unit, rng)
-        left = 6 + max(pen.width(key), canvas.width * 0.25) + 4
-        room = canvas.width - left - pen.width(value[0]) - 8
-        length = max(3.0, room * lex.amount(value[0]) / 100)
         key_box = canvas.text(4, y + 2, key, pen)
+        value_box = canvas.text(key_box[2] + pen.size * rng.uniform(0.5, 1.0), y + 2, value[0], pen)
+        left = value_box[2] + 8
+        length = max(3.0, (canvas.width - left - 6) * lex.amount(value[0]) / 100)
         canvas.draw.rectangle((left, y + 1, left + length, y + height - 2), fill=colour)
-        entries.append((key, key_box, value, canvas.text(left + length + 4, y + 2, value[0], pen), small))
+        entries.append((key, key_box, value, value_box, small))
         y += height + int(rng.integers(2, 7))
     return entries
 
 
 def _upright_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: np.random.Generator) -> list:
+    """Under each bar: its category, and its value below that."""
     entries, x = [], float(rng.integers(4, 10))
     colour = tint(lex.COLOURS[str(rng.choice(list(lex.COLOURS)))], rng, 20)
-    floor = canvas.height - 34
+    floor = canvas.height - int(rng.integers(70, 84))
     while (key := keys.key(theme)) is not None:
         small = bool(rng.random() < 0.6)
-        pen = _pen(rng, small, cases=("lower", "title"))
+        pen = _pen(rng, small)
         value = lex.forms(unit, rng)
         width = max(pen.width(key), pen.width(value[0])) + 4
         if x + width > canvas.width - 2:
             break
-        height = max(3.0, (floor - 40) * lex.amount(value[0]) / 100)
+        height = max(3.0, (floor - 20) * lex.amount(value[0]) / 100)
         canvas.draw.rectangle((x + 2, floor - height, x + width - 6, floor), fill=colour)
         key_box = canvas.text(x, floor + 4, key, pen)
-        value_box = canvas.text(x, floor - height - pen.height - 3, value[0], pen)
+        value_box = canvas.text(x, floor + 4 + pen.height + int(rng.integers(2, 5)), value[0], pen)
         entries.append((key, key_box, value, value_box, small))
         x += width + int(rng.integers(3, 10))
     return entries
@@ -426,11 +397,13 @@ def objects(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
             text_box = canvas.text(spot[0], spot[1] + side + 2, text[0], pen)
             plates.append(QA("plate", "", text, (box,), (text_box,), small, f"{colour} {shape}"))
     qas = _presence(rng, placed) + _attributes(rng, placed, size) + _counts(rng, placed)
-    unique = [p for p in plates if sum(f"{c} {s}" == p.subject for s, c, _, _ in placed) == 1]
-    for plate_qa in unique:
+    names = [f"{colour} {shape}" for shape, colour, _, _ in placed]
+    for plate_qa in plates:
+        if names.count(plate_qa.subject) > 1:
+            continue
         question, form = _ask(rng, "plate", plate_qa.answers, o=plate_qa.subject)
         qas.append(replace(plate_qa, question=question, form=form))
-    return Scene(canvas.image, canvas.marks, qas)
+    return Scene(canvas.image, canvas.marks, qas, [p for p in plates if names.count(p.subject) > 1])
 
 
 def _presence(rng: np.random.Generator, placed: list) -> list[QA]:
@@ -491,7 +464,8 @@ def collage(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     columns, rows = (2, 2) if min(size) >= 280 and rng.random() < 0.3 else ((2, 1) if size[0] >= size[1] else (1, 2))
     image = Image.new("RGB", size, (128, 128, 128))
     marks: list[Mark] = []
-    qas: list[QA] = []
+    every: list[QA] = []
+    ambiguous: list[QA] = []
     for row in range(rows):
         for column in range(columns):
             inner = (size[0] // columns - 2, size[1] // rows - 2)
@@ -499,12 +473,13 @@ def collage(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
             dx, dy = column * size[0] // columns + 1, row * size[1] // rows + 1
             image.paste(scene.image, (dx, dy))
             marks += [_shift_mark(m, dx, dy) for m in scene.marks]
-            qas += [_shift_qa(q, dx, dy) for q in scene.qas if q.kind in ("field", "bar", "sign", "colour", "plate")]
-    subjects = [q.subject for q in qas]
-    shapes = [m.text for m in marks]
-    qas = [q for q in qas if subjects.count(q.subject) == 1 and (q.kind != "colour" or shapes.count(q.subject) == 1)]
+            every += [_shift_qa(q, dx, dy) for q in scene.qas if q.kind in ("field", "bar", "sign", "colour", "plate")]
+            ambiguous += [_shift_qa(q, dx, dy) for q in scene.ambiguous]
+    subjects = [q.subject for q in every]
     names = [m.text.rstrip(":") for m in marks]
-    return Scene(image, marks, [q for q in qas if q.kind not in ("field", "bar") or names.count(q.subject) == 1])
+    named = ("field", "bar", "colour")  # by a word that may stand in another picture too
+    qas = [q for q in every if subjects.count(q.subject) == 1 and (q.kind not in named or names.count(q.subject) == 1)]
+    return Scene(image, marks, qas, ambiguous + [q for q in every if q not in qas])
 
 
 def _shift(box: Box, dx: float, dy: float) -> Box:

@@ -19,7 +19,7 @@ SMALL_SHARE = 0.35  # share of rows whose evidence is too small for the half-res
 # name -> {(painter, kind of question): weight}
 PLANS: dict[str, dict[tuple[str, str], float]] = {
     "chartqa": {("chart", "bar"): 0.8, ("chart", "bars"): 0.2},
-    "docvqa": {("page", "field"): 0.7, ("page", "cell"): 0.15, ("page", "pair"): 0.15},
+    "docvqa": {("page", "field"): 0.85, ("page", "pair"): 0.15},
     "ocrbench": {("signs", "sign"): 0.7, ("page", "field"): 0.3},
     "pope": {("objects", "presence"): 1.0},
     "realworldqa": {("objects", "place"): 0.4, ("objects", "count"): 0.3, ("objects", "plate"): 0.3},
