@@ -310,11 +310,11 @@ def test_means_over_seeds(line):
 
 
 def test_base_model_is_trained_exported_and_described(line):
-    small = {"base.steps": 2, "base.vision_steps": 1, "base.small_canvas_steps": 0, "base.work": 400}
+    small = {f"base.{stage}_{key}": n for stage in ("vision", "lookup", "joint") for key, n in (("steps", 2), ("work", 400))}
     folder = line.run("00_base_model", "base_model", **small, **{"data.validation_rows": 2}).parent
     assert sum(weight.numel() for weight in load_model(folder / "model").parameters()) > 5e6
     assert (folder / "model" / "model.safetensors").stat().st_size < 20e6
     reading = pd.read_csv(folder / "reading.csv")
     assert set(reading.view) == {"full", "half"} and set(reading.evidence) == {"small", "large", "all"}
-    assert "2 of 2 steps" in (folder / "model" / "README.md").read_text()
+    assert "2 of 2 joint" in (folder / "model" / "README.md").read_text()
     assert json.loads((folder / "metrics.json").read_text())["step"] == 2

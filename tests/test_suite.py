@@ -48,7 +48,7 @@ def test_evidence_is_small_or_large_and_never_between(painter):
     for size in scenes.SIZES:
         scene = scenes.PAINTERS[painter](rng, size)
         for mark in scene.marks:
-            assert mark.text == "sign" or mark.size < 16 or mark.size >= 20
+            assert mark.text == "sign" or mark.size < 16 or mark.size >= 26
         for qa in scene.qas:
             lowest = min(b[3] - b[1] for b in [*qa.question_boxes, *qa.answer_boxes])
             assert (lowest < LEGIBLE_AT_HALF) == qa.small, qa
@@ -83,7 +83,7 @@ def test_every_protocol_token_is_alive_in_base_training(tokenizer):
 def test_training_format_is_the_chat_template(tokenizer):
     processor = make_processor(tokenizer, min_pixels=28 * 28)
     rng = np.random.default_rng(3)
-    one = next(e for e in (base.example(rng, "all") for _ in range(99)) if len(e.views) == 1 and e.turns)
+    one = next(e for e in (base.example(rng, "joint") for _ in range(99)) if len(e.views) == 1 and e.turns)
     messages = protocol.user_messages(one.turns[0][0], [one.views[0].image], one.system)
     for index, (question, answer) in enumerate(one.turns):
         messages += [{"role": "user", "content": [{"type": "text", "text": question}]}] if index else []

@@ -1,14 +1,10 @@
 """The embedded base VLM: a small Qwen2.5-VL, trained from scratch on pages it can read.
 
-One loop, three losses, two canvas sizes:
+Here are its architecture, its tokenizer and its examples; `lookup` and `pretrain` train it. A picture comes with dense targets (what stands on each
+14 px patch, and whose value it is), up to ten questions in one conversation, and the trail of each answer (where a reader would look).
 
-- next-token loss on the answers; a picture is asked up to a dozen questions in one conversation, so that it is encoded once;
-- a dense *word* loss on the merged visual tokens: which word, or object, of which colour stands on each 14 px patch;
-- a dense *glyph* loss half-way up the vision tower: which character stands in each 7 px cell.
-
-The dense heads are thrown away. Small canvases come first (cheap steps, quick look-up), full ones after. The base learns as a real
-one does, from *legible* evidence: at half resolution it is asked only about what has survived halving, so that illegible text lies outside
-what it knows. It sees single images, image groups, and calls of other functions; it never sees the crop tool.
+The base learns as a real one does, from *legible* evidence: at half resolution it is asked only about what has survived halving, so that
+illegible text lies outside what it knows. It sees single images, image groups, and calls of other functions; it never sees the crop tool.
 """
 
 from __future__ import annotations
@@ -32,7 +28,6 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "
             "<|video_pad|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]  # fmt: skip
 LEGIBLE_TEXT, LEGIBLE_OBJECT = 12.5, 12.5  # px
 PATCH, TOKEN = 14, 28  # px
-SMALL_CANVASES = ((112, 112), (112, 168), (168, 112), (168, 168), (112, 224), (224, 112))
 CHARS = "abcdefghijklmnopqrstuvwxyz0123456789$%:"
 WORDS = sorted({w for words in [*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, list(lex.SHAPES)] for w in words}
                | {str(n) for n in range(100)} | {"kg", "sign"})  # fmt: skip
@@ -190,12 +185,25 @@ def _covered(low: float, high: float) -> np.ndarray:
     return np.union1d(inner, [int((low + high) / 2 // PATCH)]).astype(int)
 
 
+Place = tuple[int, int, int]  # a view, one of its visual tokens, and which of its two rows of patches
+
+
+@dataclass(frozen=True)
+class Trail:
+    """How an answer is looked up, part by part: the words of the question that name a part, and where each printed word of it stands."""
+
+    subjects: tuple[frozenset[str], ...]
+    places: tuple[tuple[frozenset[Place], ...], ...]
+    by_word: bool  # else the whole answer rests on all of the first part's places
+
+
 @dataclass
 class Example:
     views: list[View] = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)
     system: str = lex.SYSTEMS[0]
     late: int = 0  # the turn at which all views but the first are shown
+    trails: list[Trail] = field(default_factory=list)  # one a turn, or none
 
 
 def view(scene: scenes.Scene, region: scenes.Box = (0.0, 0.0, 1.0, 1.0), halve: bool = False) -> View:
@@ -258,35 +266,56 @@ def links(scene: scenes.Scene) -> list[tuple[scenes.Mark, tuple[str, ...], tuple
 def printed(scene: scenes.Scene, box: scenes.Box) -> list[scenes.Mark]:
     """The printed words inside a box, in reading order."""
     x0, y0, x1, y1 = box
-    inside = [m for m in scene.marks if m.chars and m.box[0] >= x0 - 2 and m.box[2] <= x1 + 2 and m.box[1] >= y0 - 2 and m.box[3] <= y1 + 2]
+    inside = [
+        m
+        for m in scene.marks
+        if m.chars and m.box[0] >= x0 - 2 and m.box[2] <= x1 + 2 and m.box[1] >= y0 - 2 and m.box[3] <= y1 + 2
+    ]
     return sorted(inside, key=lambda m: m.box[0])
+
+
+def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
+    by_word = qa.kind in (*PRINTED, "pair", "bars")
+    parts: list[list[list[scenes.Box]]] = [[list(qa.answer_boxes or qa.question_boxes)]]
+    if by_word:
+        parts = [[[mark.box] for mark in printed(scene, box)] for box in qa.answer_boxes]
+    showing = [(i, one) for i, one in enumerate(views) if shows(one, qa)]
+
+    def places(boxes: list[scenes.Box]) -> frozenset[Place]:
+        found = set()
+        for index, one in showing:
+            for box in boxes:
+                ys, xs = one.cells(box, by_word)
+                found |= {
+                    (index, y // 2 * (one.words.shape[1] // 2) + x // 2, y % 2)
+                    for y in ys.tolist()
+                    for x in xs.tolist()
+                }
+        return frozenset(found)
+
+    subjects = tuple(frozenset(subject.split()) for subject in qa.subject.split("+"))
+    return Trail(subjects, tuple(tuple(places(boxes) for boxes in words) for words in parts), by_word)
 
 
 def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Example:
     """One conversation about one picture: whole, halved, a part of it, or a halved view with parts of it."""
-    small_canvas = stage == "small"
     if stage != "vision" and rng.random() < 0.06:
         return text_example(rng)
-    sizes = SMALL_CANVASES if small_canvas else scenes.SIZES
-    painter = str(rng.choice(list(scenes.PAINTERS), p=PAINTER_SHARES["vision" if stage == "vision" else "all"]))
-    scene = scenes.paint(painter, rng, sizes[int(rng.integers(len(sizes)))])
-    kind = (
-        "full"
-        if small_canvas
-        else str(rng.choice(["full", "half", "part", "group"], p=VIEW_SHARES["vision" if stage == "vision" else "all"]))
-    )
+    shares = "vision" if stage == "vision" else "all"
+    painter = str(rng.choice(list(scenes.PAINTERS), p=PAINTER_SHARES[shares]))
+    draw = scenes.draw if stage == "lookup" else scenes.paint  # symbolic pages need no camera
+    scene = draw(painter, rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
+    kind = str(rng.choice(["full", "half", "part", "group"], p=VIEW_SHARES[shares]))
     regions: list[scenes.Box] = []
     if kind in ("part", "group"):
         names = [c for c in CROPS if c != "all"]
-        regions = [
-            CROPS[str(c)] for c in rng.choice(names, 2 if kind == "group" and rng.random() < 0.2 else 1, replace=False)
-        ]
+        count = 2 if kind == "group" and rng.random() < 0.2 else 1
+        regions = [CROPS[str(c)] for c in rng.choice(names, count, replace=False)]
     views = [view(scene, halve=kind != "full")] if kind in ("full", "half", "group") else []
     views += [view(scene, region) for region in regions]
     if stage == "vision":
         return Example(views)
-    asked = [qa for qa in scene.qas if _answerable(qa, kind, views)]
-    order = _balanced(rng, asked)[: questions // 2 if small_canvas else questions]
+    order = _balanced(rng, [qa for qa in scene.qas if _answerable(qa, kind, views)])[:questions]
     late = 0
     if (
         kind == "group" and rng.random() < 0.5
@@ -294,11 +323,10 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         early = [qa for qa in order if not qa.small]
         order = early[:2] + [qa for qa in order if qa not in early[:2]]
         late = min(len(early), 2)
-    draw = rng.random()
-    system = text_example(rng).system if draw < 0.12 else str(rng.choice(lex.SYSTEMS)) if draw < 0.3 else lex.SYSTEMS[0]
-    return Example(
-        views, [(qa.question, qa.answers[qa.form]) for qa in order], system, late if late < len(order) else 0
-    )
+    dice = rng.random()
+    system = text_example(rng).system if dice < 0.12 else str(rng.choice(lex.SYSTEMS)) if dice < 0.3 else lex.SYSTEMS[0]
+    turns = [(qa.question, qa.answers[qa.form]) for qa in order]
+    return Example(views, turns, system, late if late < len(order) else 0, [trail(qa, scene, views) for qa in order])
 
 
 def _answerable(qa: scenes.QA, kind: str, views: list[View]) -> bool:

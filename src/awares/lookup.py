@@ -15,11 +15,13 @@ All of it is base training; the trained model is a plain Qwen2.5-VL.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from awares import lexicon as lex
 from awares.base import SUBJECTS, WORDS
@@ -56,10 +58,88 @@ class Code:
         for row in range(ROWS):
             patches = slice(row * half, (row + 1) * half)
             subjects = self.subjects[links[:, patches].clamp(min=0)].sum((1, 2))
-            own = self.words[words[:, patches].clamp(min=0)].sum(1) + self.colours[colours[:, patches].clamp(min=0)].sum(1)
+            own = self.words[words[:, patches].clamp(min=0)].sum(1) + self.colours[
+                colours[:, patches].clamp(min=0)
+            ].sum(1)
             code = code + subjects @ self.subject_turns[row] + own @ self.own_turns[row]
         return code / ROWS
 
     def distance(self, found: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
         """Squared distance of tokens (N, D) to their code, in units of half an embedding: (N,)."""
         return 2 * (found - code).square().sum(-1) / (self.embedding.shape[1] * SPREAD**2)
+
+
+def prepare(model: Qwen2_5_VLForConditionalGeneration, code: Code) -> None:
+    """Set embeddings, head and the two look-up layers of the language tower; 64 random directions carry what is matched and copied."""
+    layers: Any = model.model.language_model.layers
+    settings = layers[0].self_attn.config
+    width, groups = settings.hidden_size, settings.num_key_value_heads
+    dims, heads = width // settings.num_attention_heads, settings.num_attention_heads // groups
+    draw = torch.Generator().manual_seed(1)
+    basis = torch.linalg.qr(torch.randn(width, groups * dims, generator=draw))[0].T  # (groups · dims, D)
+    part = basis.split(dims)
+    each_head = torch.cat([p for p in part for _ in range(heads)])  # (heads · groups · dims, D)
+    turned = lambda turns: torch.cat([p @ turn for p, turn in zip(part, turns, strict=True)])  # noqa: E731
+    noise = lambda weight: 0.01 * torch.randn(weight.shape, generator=draw)  # noqa: E731
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(code.embedding)
+        model.lm_head.weight.copy_(0.075 / SPREAD * code.embedding @ code.answer_turn)
+        copy = layers[SUBJECT_LAYER].self_attn
+        copy.v_proj.weight.copy_(basis)
+        copy.o_proj.weight.copy_(each_head.T + noise(copy.o_proj.weight))
+        look = layers[VALUE_LAYER].self_attn
+        look.q_proj.weight.copy_(2.5 * each_head + noise(look.q_proj.weight))
+        look.k_proj.weight.copy_(2.5 * turned(code.subject_turns))
+        look.v_proj.weight.copy_(turned(code.own_turns))
+        look.o_proj.weight.copy_(3.2 * (each_head @ code.answer_turn).T + noise(look.o_proj.weight))
+
+
+class Watch:
+    """Attention of chosen positions to what they should look at, read off two layers while the model runs."""
+
+    NAME = "sdpa_watched"
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration) -> None:
+        AttentionInterface.register(self.NAME, self._attend)
+        AttentionMaskInterface.register(self.NAME, sdpa_mask)
+        language: Any = model.model.language_model
+        language.config._attn_implementation = self.NAME
+        self._targets: dict[str, torch.Tensor] = {}
+        self._losses: dict[int, torch.Tensor] = {}
+        self._hits: dict[int, torch.Tensor] = {}
+
+    def expect(self, targets: dict[str, torch.Tensor]) -> None:
+        """What the next forward pass should look at: `rows` and `positions` (N,), `subject` (N, T), `evidence` (N, ROWS, T)."""
+        self._targets, self._losses, self._hits = targets, {}, {}
+
+    def found(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Nats lost by looking elsewhere, and the share of attention on target, per layer."""
+        names = {SUBJECT_LAYER: "subject_found", VALUE_LAYER: "evidence_found"}
+        return sum(self._losses.values(), torch.zeros(())), {names[layer]: hit for layer, hit in self._hits.items()}
+
+    def _attend(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **settings: Any
+    ) -> Any:
+        layer = getattr(module, "layer_idx", None)
+        if self._targets and layer in (SUBJECT_LAYER, VALUE_LAYER):
+            self._compare(layer, query, key)
+        return sdpa_attention_forward(module, query, key, value, mask, **settings)
+
+    def _compare(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
+        """query (B, H, T, d), key (B, groups, T, d): a group of heads reads one row of patches."""
+        rows, positions = self._targets["rows"], self._targets["positions"]
+        heads = query.shape[1] // key.shape[1]
+        keys = key[rows].repeat_interleave(heads, 1)  # (N, H, T, d)
+        scores = torch.einsum("nhd,nhtd->nht", query[rows, :, positions], keys) * query.shape[-1] ** -0.5
+        later = torch.arange(key.shape[2]) > positions[:, None]
+        share = scores.masked_fill(later[:, None], -torch.inf).log_softmax(-1)  # (N, H, T)
+        if layer == SUBJECT_LAYER:
+            target = self._targets["subject"][:, None].expand_as(share)
+        else:
+            target = self._targets["evidence"].repeat_interleave(heads, 1)
+        asked = target.any(-1).all(-1)
+        if asked.any():
+            on_target = share.masked_fill(~target, -torch.inf)[asked].logsumexp(-1)  # (N', H)
+            by_group = on_target.unflatten(1, (-1, heads)).logsumexp(-1) - math.log(heads)
+            self._losses[layer] = -by_group.mean()
+            self._hits[layer] = on_target.exp().mean().detach()

@@ -1,7 +1,7 @@
 """The training loop of the embedded base VLM (notebooks/00_base_model): batches, losses, checkpoints, progress.
 
-A step costs about ``base.work`` 14 px patches. First the vision tower alone (dense losses), then small canvases with questions, then
-everything.
+Three stages, each with its checkpoint: the vision tower on what stands where, the language tower on symbolic pages, both on pictures.
+The first two do not need each other and may run side by side.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares.base import (
     CHARS,
@@ -37,8 +38,8 @@ from awares.base import (
     tiny_config,
 )
 from awares.config import AwaresError, Base
-from awares.lookup import Code
 from awares.lexicon import COLOURS
+from awares.lookup import ROWS, SPREAD, Code, Watch, prepare
 
 MEAN, STD = (
     np.array(v, np.float32) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -91,11 +92,12 @@ def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.
     for i, (row, target) in enumerate(rows):
         ids[i, : len(row)], labels[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), torch.tensor(target), 1
     pad: Any = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    watched = _watched(items, ids, labels, tokenizer)
     views: list[View] = [v for item in items for v in item.views]
     stack = lambda parts: torch.from_numpy(np.concatenate(parts))  # noqa: E731
     return {
         "input_ids": ids, "labels": labels, "attention_mask": mask,
-        "mm_token_type_ids": torch.eq(ids, pad).long(),
+        "mm_token_type_ids": torch.eq(ids, pad).long(), **watched,
         "pixel_values": stack([patchify(np.asarray(v.image)) for v in views]),
         "image_grid_thw": torch.tensor([[1, *v.words.shape] for v in views]),
         "words": stack([_merge_order(v.words, 1) for v in views]), "colours": stack([_merge_order(v.colours, 1) for v in views]),
@@ -105,12 +107,68 @@ def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.
 
 
 GROUP = 4
+BLUR = 0.4  # at most, in embeddings
 EMPTY = 0.25  # weight of cells where nothing stands
 
 
-def _work(item: Example) -> int:
-    """Cost of an example in patches: those it holds, and about as much for each of its turns."""
-    return sum(v.words.size for v in item.views) + 30 * len(item.turns) + len(item.system) // 4
+def _watched(
+    items: list[Example], ids: torch.Tensor, labels: torch.Tensor, tokenizer: Qwen2Tokenizer
+) -> dict[str, torch.Tensor]:
+    """For each answer token that is looked up, from where (the token before it) and to where; see `Watch.expect`."""
+    pad, start, stop = (tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|im_start|>", "<|im_end|>"))
+    rows, positions, subject, evidence = [], [], [], []
+    for row, item in enumerate(items):
+        words = [str(w).removeprefix("Ġ") for w in tokenizer.convert_ids_to_tokens(ids[row].tolist())]
+        spaced = [str(w).startswith("Ġ") for w in tokenizer.convert_ids_to_tokens(ids[row].tolist())]
+        learned = labels[row] != IGNORE
+        begins = (learned[1:] & ~learned[:-1]).nonzero()[:, 0] + 1
+        openings = (ids[row] == start).nonzero()[:, 0]
+        pads = (ids[row] == pad).nonzero()[:, 0]
+        first = np.cumsum([0, *(view.tokens for view in item.views)])  # of each view among the pads
+        for begin, path in zip(begins.tolist(), item.trails, strict=False):
+            asked = int(openings[openings < begin][-2])  # the user's turn
+            part, word = 0, 0
+            for position in range(begin, len(words)):
+                if ids[row, position] == stop:
+                    break
+                joining = path.by_word and part + 1 < len(path.places) and words[position] == "and"
+                if position > begin and words[position - 1] == "and" and part + 1 < len(path.places):
+                    part, word = part + 1, 0
+                elif position > begin and spaced[position] and path.by_word and not joining:
+                    word += 1
+                if joining or word >= len(path.places[part]):
+                    continue  # a word that no one printed
+                places = path.places[part][word]
+                target = torch.zeros(ROWS, ids.shape[1], dtype=torch.bool)
+                for view, token, line in places:
+                    target[line, pads[first[view] + token]] = True
+                target[:, position:] = False
+                if not target.any():
+                    continue
+                target[~target.any(1), 0] = True  # the other row's heads rest on the first token
+                names = path.subjects[min(part, len(path.subjects) - 1)]
+                subjects = torch.zeros(ids.shape[1], dtype=torch.bool)
+                subjects[
+                    [i for i in range(asked, begin) if words[i] in names or words[i].removesuffix("s") in names]
+                ] = True
+                rows.append(row)
+                positions.append(position - 1)
+                subject.append(subjects)
+                evidence.append(target)
+    if not rows:
+        return {}
+    return {"watch_rows": torch.tensor(rows), "watch_positions": torch.tensor(positions), "watch_subject": torch.stack(subject),
+            "watch_evidence": torch.stack(evidence)}  # fmt: skip
+
+
+def _work(item: Example, stage: str) -> int:
+    """Cost of an example in patches; a token of the language tower costs about as much as a patch of the vision tower."""
+    seen = sum(v.words.size for v in item.views) if stage != "lookup" else 0
+    return (
+        seen
+        if stage == "vision"
+        else seen + sum(v.tokens for v in item.views) + 20 * len(item.turns) + len(item.system) // 3
+    )
 
 
 class Batches(torch.utils.data.IterableDataset):
@@ -129,10 +187,10 @@ class Batches(torch.utils.data.IterableDataset):
         """GROUP batches of equal work, drawn together and cut by length, so that little of a batch is padding."""
         rng = np.random.default_rng([self.recipe.seed, *self.stage.encode(), step])
         items: list[Example] = []
-        while sum(_work(i) for i in items) < GROUP * self.recipe.work:
+        while sum(_work(i, self.stage) for i in items) < GROUP * Stage.of(self.stage, self.recipe).work:
             items.append(example(rng, self.stage))
-        items.sort(key=_work)
-        ends = np.cumsum([_work(i) for i in items])
+        items.sort(key=lambda i: _work(i, self.stage))
+        ends = np.cumsum([_work(i, self.stage) for i in items])
         batches = [
             [i for i, e in zip(items, ends, strict=True) if b < e * GROUP / ends[-1] <= b + 1] for b in range(GROUP)
         ]
@@ -206,10 +264,11 @@ class Stage:
     name: str
     steps: int
     learning_rate: float
+    work: int
 
     @classmethod
     def of(cls, name: str, recipe: Base) -> Stage:
-        return cls(name, getattr(recipe, f"{name}_steps"), getattr(recipe, f"{name}_learning_rate"))
+        return cls(name, *(getattr(recipe, f"{name}_{key}") for key in ("steps", "learning_rate", "work")))
 
 
 class Network:
@@ -221,15 +280,57 @@ class Network:
         self.code = Code(tokenizer, self.model.config.text_config.hidden_size, recipe.seed)
         self.dense = Dense(self.model.model.visual, self.heads, self.code)
         self.stage = stage
+        if stage != "vision":
+            self.watch = Watch(self.model)
+            prepare(self.model, self.code)
         every = {f"model.{k}": v for k, v in self.model.named_parameters()} | {
             f"heads.{k}": v for k, v in self.heads.named_parameters()
         }
         sees = lambda name: name.startswith(("model.model.visual.", "heads."))  # noqa: E731
         self.parameters = {k: v for k, v in every.items() if stage == "joint" or sees(k) == (stage == "vision")}
 
+    def join(self, work: Path) -> None:
+        """Take the towers that the first two stages left in `work`."""
+        for stage in ("vision", "lookup"):
+            state = load_file(_checkpoint(work, stage))
+            for name, value in self.parameters.items():
+                if f"p.{name}" in state:
+                    value.data.copy_(state[f"p.{name}"])
+
     def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        self.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
-        return self.dense(batch)
+        """The loss of a batch, and what to log."""
+        if self.stage == "vision":
+            self.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+            return self.dense(batch)
+        total, parts = self._answers(batch)
+        if self.stage == "joint":
+            seen, more = self.dense(batch)
+            return total + seen, parts | more
+        return total, parts
+
+    def _answers(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
+        if self.stage == "joint":
+            inputs["pixel_values"] = batch["pixel_values"]
+        else:
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=self._symbols(batch))}
+        self.watch.expect({k.removeprefix("watch_"): v for k, v in batch.items() if k.startswith("watch_")})
+        hidden = self.model.model(**inputs).last_hidden_state  # (B, T, D)
+        target = batch["labels"][:, 1:]
+        learned = target != IGNORE
+        logits = self.model.lm_head(hidden[:, :-1][learned])  # (N, V): answers only, the rest would be wasted work
+        answer = F.cross_entropy(logits, target[learned])
+        missed, found = self.watch.found()
+        hits = (logits.argmax(-1) == target[learned]).float().mean()
+        return answer + missed, {"answer": answer.detach(), "answer_tokens": hits, **found}
+
+    def _symbols(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The code of each picture, (tokens, D), blurred: what a vision tower that reads imperfectly would write."""
+        by_token = lambda t: t.reshape(-1, 4, *t.shape[1:])  # noqa: E731
+        code = self.code(by_token(batch["words"])[..., 0], by_token(batch["colours"])[..., 0], by_token(batch["links"]))
+        pictures = code.split((batch["image_grid_thw"].prod(1) // 4).tolist())
+        blur = lambda picture: picture + BLUR * SPREAD * torch.rand(()) * torch.randn_like(picture)  # noqa: E731
+        return tuple(blur(picture) for picture in pictures)
 
 
 def learning_rate(step: int, stage: Stage, recipe: Base) -> float:
@@ -247,7 +348,7 @@ def train(recipe: Base, work: Path, name: str, until: int | None = None, save_ev
     if name == "joint":
         network.join(work)
     optimiser = _optimiser(network.parameters, recipe)
-    step = _resume(work / f"{name}.safetensors", network.parameters, optimiser)
+    step = _resume(_checkpoint(work, name), network.parameters, optimiser)
     stop = min(until or stage.steps, stage.steps)
     batches = Batches(recipe, tokenizer, name, step, stop)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4)
@@ -266,7 +367,11 @@ def train(recipe: Base, work: Path, name: str, until: int | None = None, save_ev
             _log(work, name, step, seen, time.time() - started)
             started, seen = time.time(), []
         if step % save_every == 0 or step == stop:
-            _save(work / f"{name}.safetensors", recipe, step, network.parameters, optimiser)
+            _save(_checkpoint(work, name), recipe, step, network.parameters, optimiser)
+
+
+def _checkpoint(work: Path, stage: str) -> Path:
+    return work / f"{stage}.safetensors"
 
 
 def inputs(recipe: Base) -> dict[str, Any]:
@@ -280,7 +385,11 @@ def inputs(recipe: Base) -> dict[str, Any]:
 
 def write_card(folder: Path, recipe: Base, log: pd.DataFrame, reading: pd.DataFrame) -> None:
     """The model card, README.md of `folder`: what it is, how it was trained, what it reads; numbers from this run."""
-    hours = float((log.seconds * log.step.diff().fillna(log.step)).sum() / 3600)
+    stages = {name: part for name, part in log.groupby("stage", sort=False)}
+    hours = {k: float((v.seconds * v.step.diff().fillna(v.step)).sum() / 3600) for k, v in stages.items()}
+    spent = ", ".join(
+        f"{int(v.step.iloc[-1])} of {Stage.of(str(k), recipe).steps} {k} ({hours[k]:.1f} h)" for k, v in stages.items()
+    )
     lines = "\n".join(f"| {r.view} | {r.evidence} | {r.accuracy:.1f} | {r.n} |" for r in reading.itertuples())
     config = json.loads((folder / "config.json").read_text())
     (folder / "README.md").write_text(f"""---
@@ -294,7 +403,7 @@ layers, trained from scratch by `notebooks/00_base_model.ipynb` on scenes drawn 
 short printed words and numbers, sees coloured shapes and calls functions that its system message offers. It is a stand-in for a real VLM, so that the
 whole method runs on a laptop, and good for nothing else: its world is the closed word list of `awares.lexicon`.
 
-- Trained for {int(log.step.iloc[-1])} of {recipe.steps} steps on CPU ({hours:.1f} hours of wall clock), seed {recipe.seed}.
+- Trained on CPU from seed {recipe.seed}; steps: {spent}; {sum(hours.values()):.1f} hours in all.
 - Stored in bfloat16; the pipeline loads it in float32.
 - It has never seen the crop tool.
 
@@ -307,27 +416,23 @@ Validation rows of the embedded suite, percent right:
 
 
 def export(work: Path, recipe: Base, folder: Path) -> int:
-    """Write the newest checkpoint of `work` as a Hugging Face model in bfloat16, with processor; returns its step.
+    """Write the newest joint checkpoint of `work` as a Hugging Face model in bfloat16, with processor; returns its step.
 
     Raises AwaresError where there is no checkpoint.
     """
     from awares.model import make_processor, save_model
 
-    if not (work / "state.safetensors").exists():
-        raise AwaresError(f"{work} holds no checkpoint: run base training first")
-    state = load_file(work / "state.safetensors")
+    path = _checkpoint(work, "joint")
+    if not path.exists():
+        raise AwaresError(f"{work} holds no checkpoint of the joint stage: run base training first")
+    state = load_file(path)
     tokenizer = build_tokenizer(recipe.seed)
     network: Any = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer))
     prefix = "p.model."
     weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    lacking = set(network.load_state_dict(weights, strict=False).missing_keys) - {
-        "lm_head.weight"
-    }  # tied to the embedding
+    lacking = network.load_state_dict(weights, strict=False).missing_keys
     if lacking:
-        raise AwaresError(
-            f"{work / 'state.safetensors'} lacks {len(lacking)} weights, such as {min(lacking)}: train again"
-        )
-    network.tie_weights()
+        raise AwaresError(f"{path} lacks {len(lacking)} weights, such as {min(lacking)}: train again")
     save_model(network.to(torch.bfloat16), make_processor(tokenizer, min_pixels=TOKEN * TOKEN), folder)
     return int(state["t"])
 

@@ -182,9 +182,7 @@ def capture(image: Image.Image, rng: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def _pen(
-    rng: np.random.Generator, small: bool, dark: bool = True
-) -> Pen:
+def _pen(rng: np.random.Generator, small: bool, dark: bool = True) -> Pen:
     size = int(rng.integers(*(SMALL_TEXT if small else LARGE_TEXT)))
     face = str(rng.choice(["sans", "serif"]))
     fill = tint((30, 30, 40) if dark else (240, 240, 235), rng, 25)
@@ -498,9 +496,14 @@ def _shift_qa(qa: QA, dx: float, dy: float) -> QA:
     )
 
 
+def draw(name: str, rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+    """Scene `name` of PAINTERS on `size` px, as it was designed."""
+    return PAINTERS[name](rng, size)
+
+
 def paint(name: str, rng: np.random.Generator, size: tuple[int, int]) -> Scene:
-    """Draw scene `name` of PAINTERS on `size` px and capture it."""
-    scene = PAINTERS[name](rng, size)
+    """Scene `name` of PAINTERS on `size` px, as a camera or scanner captured it."""
+    scene = draw(name, rng, size)
     scene.jpeg = capture(scene.image, rng)
     scene.image = Image.open(io.BytesIO(scene.jpeg)).convert("RGB")
     return scene
