@@ -71,7 +71,8 @@ class Code:
 
 def prepare(model: Qwen2_5_VLForConditionalGeneration, code: Code) -> None:
     """Set embeddings, head and the two look-up layers of the language tower; 64 random directions carry what is matched and copied."""
-    layers: Any = model.model.language_model.layers
+    language: Any = model.model.language_model
+    layers = language.layers
     settings = layers[0].self_attn.config
     width, groups = settings.hidden_size, settings.num_key_value_heads
     dims, heads = width // settings.num_attention_heads, settings.num_attention_heads // groups
@@ -79,10 +80,15 @@ def prepare(model: Qwen2_5_VLForConditionalGeneration, code: Code) -> None:
     basis = torch.linalg.qr(torch.randn(width, groups * dims, generator=draw))[0].T  # (groups · dims, D)
     part = basis.split(dims)
     each_head = torch.cat([p for p in part for _ in range(heads)])  # (heads · groups · dims, D)
-    turned = lambda turns: torch.cat([p @ turn for p, turn in zip(part, turns, strict=True)])  # noqa: E731
-    noise = lambda weight: 0.01 * torch.randn(weight.shape, generator=draw)  # noqa: E731
+
+    def turned(turns: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([p @ turn for p, turn in zip(part, turns, strict=True)])
+
+    def noise(weight: torch.Tensor) -> torch.Tensor:
+        return 0.01 * torch.randn(weight.shape, generator=draw)
+
     with torch.no_grad():
-        model.get_input_embeddings().weight.copy_(code.embedding)
+        language.embed_tokens.weight.copy_(code.embedding)
         model.lm_head.weight.copy_(0.075 / SPREAD * code.embedding @ code.answer_turn)
         copy = layers[SUBJECT_LAYER].self_attn
         copy.v_proj.weight.copy_(basis)
@@ -115,7 +121,8 @@ class Watch:
     def found(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Nats lost by looking elsewhere, and the share of attention on target, per layer."""
         names = {SUBJECT_LAYER: "subject_found", VALUE_LAYER: "evidence_found"}
-        return sum(self._losses.values(), torch.zeros(())), {names[layer]: hit for layer, hit in self._hits.items()}
+        total = sum(self._losses.values(), torch.zeros(()))
+        return total, {names[layer]: hit for layer, hit in self._hits.items()}
 
     def _attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **settings: Any

@@ -115,15 +115,16 @@ def _watched(
     items: list[Example], ids: torch.Tensor, labels: torch.Tensor, tokenizer: Qwen2Tokenizer
 ) -> dict[str, torch.Tensor]:
     """For each answer token that is looked up, from where (the token before it) and to where; see `Watch.expect`."""
-    pad, start, stop = (tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|im_start|>", "<|im_end|>"))
+    special: list[Any] = [tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|im_start|>", "<|im_end|>")]
+    pad, start, stop = special
     rows, positions, subject, evidence = [], [], [], []
     for row, item in enumerate(items):
         words = [str(w).removeprefix("Ġ") for w in tokenizer.convert_ids_to_tokens(ids[row].tolist())]
         spaced = [str(w).startswith("Ġ") for w in tokenizer.convert_ids_to_tokens(ids[row].tolist())]
-        learned = labels[row] != IGNORE
+        learned = torch.ne(labels[row], IGNORE)
         begins = (learned[1:] & ~learned[:-1]).nonzero()[:, 0] + 1
-        openings = (ids[row] == start).nonzero()[:, 0]
-        pads = (ids[row] == pad).nonzero()[:, 0]
+        openings = torch.eq(ids[row], start).nonzero()[:, 0]
+        pads = torch.eq(ids[row], pad).nonzero()[:, 0]
         first = np.cumsum([0, *(view.tokens for view in item.views)])  # of each view among the pads
         for begin, path in zip(begins.tolist(), item.trails, strict=False):
             asked = int(openings[openings < begin][-2])  # the user's turn
@@ -309,11 +310,14 @@ class Network:
         return total, parts
 
     def _answers(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
+        inputs: dict[str, Any] = {
+            k: batch[k] for k in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+        }
         if self.stage == "joint":
             inputs["pixel_values"] = batch["pixel_values"]
         else:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=self._symbols(batch))}
+            symbols: Any = self._symbols(batch)  # declared as one tensor, taken as one a picture
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=symbols)}
         self.watch.expect({k.removeprefix("watch_"): v for k, v in batch.items() if k.startswith("watch_")})
         hidden = self.model.model(**inputs).last_hidden_state  # (B, T, D)
         target = batch["labels"][:, 1:]
