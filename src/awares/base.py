@@ -193,7 +193,7 @@ class Trail:
     """How an answer is looked up, part by part: the words of the question that name a part, and where each printed word of it stands."""
 
     subjects: tuple[frozenset[str], ...]
-    places: tuple[tuple[frozenset[Place], ...], ...]
+    places: tuple[tuple[frozenset[Place], ...], ...]  # of a part with no places: nowhere; no parts: not told
     by_word: bool  # else the whole answer rests on all of the first part's places
 
 
@@ -276,9 +276,13 @@ def printed(scene: scenes.Scene, box: scenes.Box) -> list[scenes.Mark]:
 
 def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
     by_word = qa.kind in (*PRINTED, "pair", "bars")
-    parts: list[list[list[scenes.Box]]] = [[list(qa.answer_boxes or qa.question_boxes)]]
+    parts: list[list[list[scenes.Box]]] = [[list(qa.answer_boxes)]]
     if by_word:
         parts = [[[mark.box] for mark in printed(scene, box)] for box in qa.answer_boxes]
+    elif qa.kind == "presence":  # the very thing, or nowhere
+        parts = [[[mark.box for mark in scene.marks if f"{mark.colour} {mark.text}" == qa.subject]]]
+    elif qa.kind == "count":  # attention that is told to rest on all instances alike cannot tell how many they are
+        parts = []
     showing = [(i, one) for i, one in enumerate(views) if shows(one, qa)]
 
     def places(boxes: list[scenes.Box]) -> frozenset[Place]:

@@ -132,21 +132,22 @@ def _watched(
             for position in range(begin, len(words)):
                 if ids[row, position] == stop:
                     break
-                joining = path.by_word and part + 1 < len(path.places) and words[position] == "and"
-                if position > begin and words[position - 1] == "and" and part + 1 < len(path.places):
+                more = part + 1 < len(path.places)
+                joining = more and words[position] == "and"
+                if more and position > begin and words[position - 1] == "and":
                     part, word = part + 1, 0
-                elif position > begin and spaced[position] and path.by_word and not joining:
+                elif path.by_word and position > begin and spaced[position] and not joining:
                     word += 1
-                if joining or word >= len(path.places[part]):
-                    continue  # a word that no one printed
-                places = path.places[part][word]
                 target = torch.zeros(ROWS, ids.shape[1], dtype=torch.bool)
-                for view, token, line in places:
-                    target[line, pads[first[view] + token]] = True
-                target[:, position:] = False
-                if not target.any():
-                    continue
-                target[~target.any(1), 0] = True  # the other row's heads rest on the first token
+                if path.places:
+                    if joining or word >= len(path.places[part]):
+                        continue  # a word that no one printed
+                    for view, token, line in path.places[part][word]:
+                        target[line, pads[first[view] + token]] = True
+                    if target.any() and not target[:, :position].any():
+                        continue  # shown later
+                    target[:, position:] = False
+                    target[~target.any(1), 0] = True  # a row of heads with nothing to see rests on the first token
                 names = path.subjects[min(part, len(path.subjects) - 1)]
                 subjects = torch.zeros(ids.shape[1], dtype=torch.bool)
                 subjects[
