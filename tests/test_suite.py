@@ -102,7 +102,7 @@ def test_patches_are_the_processors(tokenizer):
 
 def test_dense_targets_stand_where_the_word_stands():
     scene = scenes.Scene(
-        Image.new("RGB", (112, 112)), [scenes.Mark("anna", (30, 30, 60, 41), 12, chars=(("a", 33.0),))]
+        Image.new("RGB", (112, 112)), [scenes.Mark("anna", (30, 30, 60, 41), 14, chars=(("a", 33.0),))]
     )
     grid = base.view(scene).words
     assert grid[2].tolist() == [0, 0, base.WORD_ID["anna"], base.WORD_ID["anna"], 0, 0, 0, 0]

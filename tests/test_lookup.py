@@ -1,0 +1,144 @@
+"""How the embedded base model is taught to look: the code of a visual token, the two look-up layers, where attention is told to go."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from awares import base, lookup, pretrain, scenes
+from awares.config import load_params
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return base.build_tokenizer(0)
+
+
+@pytest.fixture(scope="module")
+def code(tokenizer):
+    return lookup.Code(tokenizer, 192)
+
+
+def nearest(table, vector):
+    return int((torch.nn.functional.normalize(table[1:], dim=-1) @ vector).argmax()) + 1
+
+
+def token(code, top, bottom):
+    """The code of one visual token from (word, subject) of its upper and of its lower patches."""
+    ids = [base.WORD_ID[w] if w else 0 for w, _ in (top, top, bottom, bottom)]
+    links = [[base.SUBJECT_ID[s] if s else 0, 0] for _, s in (top, top, bottom, bottom)]
+    return code(torch.tensor([ids]), torch.zeros(1, 4, dtype=torch.long), torch.tensor([links]))[0]
+
+
+def test_a_token_tells_what_stands_in_each_row_and_whose_it_is(code):
+    both = token(code, ("42", "anna"), ("quito", "total"))
+    for row, (word, subject) in enumerate([("42", "anna"), ("quito", "total")]):
+        assert base.WORDS[nearest(code.words, both @ code.own_turns[row].T) - 1] == word
+        assert base.SUBJECTS[nearest(code.subjects, both @ code.subject_turns[row].T) - 1] == subject
+    assert token(code, (None, None), (None, None)).abs().max() == 0
+    assert code.distance(both[None], both[None]).item() == 0
+
+
+def test_what_is_not_known_is_written_as_nothing(code):
+    words = torch.tensor([[base.WORD_ID["42"], base.IGNORE, 0, 0]])
+    nothing = torch.zeros(1, 4, dtype=torch.long)
+    links = torch.full((1, 4, base.LINKS), base.IGNORE)
+    known = code(words.clamp(min=0), nothing, torch.zeros_like(links))
+    assert torch.equal(code(words, nothing, links), known)
+
+
+def test_the_value_layer_starts_by_matching_the_subject_and_copying_the_value(tokenizer, code):
+    model = Qwen2_5_VLForConditionalGeneration(base.tiny_config(tokenizer))
+    lookup.prepare(model, code)
+    layer = model.model.language_model.layers[lookup.VALUE_LAYER].self_attn
+    unit = lambda x: x / x.square().mean(-1, keepdim=True).sqrt()  # noqa: E731 (what the norm before the layer does)
+    looked, named = [], []
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        words = rng.choice([w for w in base.WORDS if w.isalpha()], 4, replace=False).tolist()
+        subjects = rng.choice(base.SUBJECTS, 4, replace=False).tolist()
+        page = torch.stack([token(code, (words[i], subjects[i]), (words[i - 1], subjects[i - 1])) for i in range(4)])
+        keys, values = (project(unit(page)).unflatten(1, (2, -1)) for project in (layer.k_proj, layer.v_proj))
+        for index, subject in enumerate(subjects):
+            queries = layer.q_proj(unit(code.subjects[base.SUBJECT_ID[subject]])).unflatten(
+                0, (2, 3, -1)
+            )  # (row, head, d)
+            for row, expected in enumerate([index, (index + 1) % 4]):  # the lower row of the next token holds it too
+                looked.append(((queries[row] @ keys[:, row].T).argmax(-1) == expected).float().mean().item())
+                heads = torch.zeros(2, 3, 32)
+                heads[row] = values[expected, row]
+                answer = model.lm_head(layer.o_proj(heads.flatten()))
+                named.append(
+                    int(np.argmax([answer[tokenizer.convert_tokens_to_ids(word)].item() for word in words])) == index
+                )
+    assert np.mean(looked) > 0.85 and np.mean(named) > 0.75  # chance: 0.25
+
+
+def test_watch_reads_the_attention_that_the_model_has(tokenizer):
+    torch.manual_seed(0)
+    network = pretrain.Network(load_params("mini").base, tokenizer, "lookup")
+    model, length = network.model.eval(), 12
+    ids = torch.randint(20, 900, (2, length))
+    targets = {
+        "rows": torch.tensor([0, 1]),
+        "positions": torch.tensor([7, 9]),
+        "subject": torch.arange(length).expand(2, -1).remainder(3).eq(0),
+        "evidence": torch.arange(length).expand(2, 2, -1).remainder(4).eq(0),
+    }
+    network.watch.expect(targets)
+    model.model.language_model(input_ids=ids)
+    loss, found = network.watch.found()
+    model.model.language_model.config._attn_implementation = "eager"
+    attentions = model.model.language_model(input_ids=ids, output_attentions=True).attentions
+    shares = {}
+    for layer, target in (
+        (lookup.SUBJECT_LAYER, targets["subject"][:, None]),
+        (lookup.VALUE_LAYER, targets["evidence"]),
+    ):
+        rows = attentions[layer][targets["rows"], :, targets["positions"]]  # (N, H, T)
+        shares[layer] = (rows * target.repeat_interleave(6 // target.shape[1], 1)).sum(-1)
+    expected = -sum(s.unflatten(1, (2, 3)).mean(-1).log().mean() for s in shares.values())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert found["evidence_found"].item() == pytest.approx(shares[lookup.VALUE_LAYER].mean().item(), rel=1e-4)
+
+
+def test_attention_is_sent_to_the_token_that_shows_the_next_word(tokenizer):
+    rng = np.random.default_rng(5)
+    items = [base.example(rng, "lookup") for _ in range(30)]
+    batch = pretrain.collate(items, tokenizer)
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    checked = 0
+    for n, (row, position) in enumerate(
+        zip(batch["watch_rows"].tolist(), batch["watch_positions"].tolist(), strict=True)
+    ):
+        assert batch["labels"][row, position + 1] != base.IGNORE
+        assert not batch["watch_evidence"][n, :, position + 1 :].any()
+        word = tokenizer.decode([batch["input_ids"][row, position + 1]]).strip()
+        grid = np.concatenate(
+            [pretrain._merge_order(v.words, 1).reshape(-1, 2, 2) for v in items[row].views]
+        )  # (tokens, row, column)
+        pads = (batch["input_ids"][row] == pad).nonzero()[:, 0]
+        if word not in base.WORD_ID or word in base.lex.SHAPES:
+            continue
+        seen = {
+            int(w)
+            for line in range(2)
+            for i, p in enumerate(pads)
+            if batch["watch_evidence"][n, line, p]
+            for w in grid[i, line]
+        }
+        if seen and word not in "0123456789":  # counts are not printed
+            assert base.WORD_ID[word] in seen, (word, [base.WORDS[w - 1] for w in seen if w > 0])
+            checked += 1
+    assert checked > 60
+
+
+def test_links_lead_from_a_value_to_its_subject_and_to_the_word_before():
+    scene = scenes.draw("signs", np.random.default_rng(4), (336, 336))
+    two = next(qa for qa in scene.qas if " " in qa.answers[0])
+    first, second = base.printed(scene, two.answer_boxes[0])
+    found = {mark: words for mark, words, _ in base.links(scene)}
+    assert found[first] == (two.subject,) and found[second] == (two.subject, first.text)
+    view = base.view(scene)
+    ys, xs = view.cells(second.box, True)
+    assert view.links[ys[0], xs[0]].tolist() == [base.SUBJECT_ID[two.subject], base.SUBJECT_ID[first.text]]
