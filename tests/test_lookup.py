@@ -71,7 +71,7 @@ def test_the_value_layer_starts_by_matching_the_subject_and_copying_the_value(to
                 named.append(
                     int(np.argmax([answer[tokenizer.convert_tokens_to_ids(word)].item() for word in words])) == index
                 )
-    assert np.mean(looked) > 0.85 and np.mean(named) > 0.75  # chance: 0.25
+    assert np.mean(looked) > 0.85 and np.mean(named) > 0.65  # chance: 0.25
 
 
 def test_watch_reads_the_attention_that_the_model_has(tokenizer):
