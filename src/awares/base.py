@@ -35,7 +35,8 @@ WORD_ID = {w: i + 1 for i, w in enumerate(WORDS)}  # 0 = nothing here
 SUBJECTS = [*WORDS, *lex.COLOURS]
 SUBJECT_ID = {w: i + 1 for i, w in enumerate(SUBJECTS)}
 CHAR_ID = {c: i + 1 for i, c in enumerate(CHARS)}
-COLOUR_ID = {c: i + 1 for i, c in enumerate(lex.COLOURS)}
+TRAITS = [*lex.COLOURS, "%", "$"]  # the colour of an object, or the unit of a printed number
+TRAIT_ID = {t: i + 1 for i, t in enumerate(TRAITS)}
 IGNORE = -100
 LINKS = 2  # words that lead to what stands on a patch
 PRINTED = ("field", "bar", "sign", "plate")  # kinds of questions about one printed value
@@ -125,7 +126,7 @@ def tiny_config(
 
 
 class DenseHeads(torch.nn.Module):
-    """What stands on each 14 px patch (word, colour, whose value it is), and in each 7 px cell (glyph); used in base training only."""
+    """What stands on each 14 px patch (word, trait, whose value it is), and in each 7 px cell (glyph); used in base training only."""
 
     def __init__(self, config: Qwen2_5_VLConfig) -> None:
         super().__init__()
@@ -133,7 +134,7 @@ class DenseHeads(torch.nn.Module):
         width = parts.vision_config.hidden_size
         merged = width * parts.vision_config.spatial_merge_size**2  # the merger's hidden layer
         self.words = torch.nn.Linear(merged, 4 * (len(WORDS) + 1))
-        self.colours = torch.nn.Linear(merged, 4 * (len(lex.COLOURS) + 1))
+        self.traits = torch.nn.Linear(merged, 4 * (len(TRAITS) + 1))
         self.links = torch.nn.Linear(merged, 4 * LINKS * (len(SUBJECTS) + 1))
         self.glyphs = torch.nn.Linear(width, 4 * (len(CHARS) + 1))
 
@@ -149,7 +150,7 @@ class View:
     origin: tuple[int, int]  # px of the scene at the top left corner
     scale: float  # px of this picture per px of the scene
     words: np.ndarray  # (H/14, W/14)
-    colours: np.ndarray  # (H/14, W/14)
+    traits: np.ndarray  # (H/14, W/14)
     glyphs: np.ndarray  # (H/7, W/7)
     links: np.ndarray  # (H/14, W/14, LINKS): whose value stands here, and the word before it
 
@@ -214,11 +215,11 @@ def view(scene: scenes.Scene, region: scenes.Box = (0.0, 0.0, 1.0, 1.0), halve: 
     if halve:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
     rows, columns = image.height // PATCH, image.width // PATCH
-    words, colours, glyphs, subjects = (
+    words, traits, glyphs, subjects = (
         np.zeros(shape, np.int64)
         for shape in ((rows, columns), (rows, columns), (2 * rows, 2 * columns), (rows, columns, LINKS))
     )
-    result = View(image, (left, top), 0.5 if halve else 1.0, words, colours, glyphs, subjects)
+    result = View(image, (left, top), 0.5 if halve else 1.0, words, traits, glyphs, subjects)
     for mark in scene.marks:
         _stamp(result, mark)
     for mark, names, evidence in links(scene):
@@ -232,8 +233,9 @@ def _stamp(target: View, mark: scenes.Mark) -> None:
     grid = np.ix_(*target.cells(mark.box, bool(mark.chars)))
     known = target.legible(mark)
     text = mark.text.strip("$%:") if mark.chars else mark.text
-    if mark.colour:
-        target.colours[grid] = COLOUR_ID[mark.colour] if known else IGNORE
+    trait = mark.colour or next((t for t in "%$" if t in mark.text), "")
+    if trait:
+        target.traits[grid] = TRAIT_ID[trait] if known else IGNORE
     if text == "sign":  # its words stand on it: mark the colour alone
         return
     target.words[grid] = WORD_ID[text] if known else IGNORE

@@ -23,8 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Qwen2_5_VLF
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from awares import lexicon as lex
-from awares.base import SUBJECTS, WORDS
+from awares.base import SUBJECTS, TRAITS, WORDS
 
 SUBJECT_LAYER, VALUE_LAYER = 1, 3
 ROWS = 2  # of patches in a visual token
@@ -40,7 +39,7 @@ class Code:
         turns = [torch.linalg.qr(torch.randn(width, width, generator=draw))[0] for _ in range(2 * ROWS + 1)]
         self.subject_turns, self.own_turns, self.answer_turn = turns[:ROWS], turns[ROWS : 2 * ROWS], turns[-1]  # (D, D)
         self.words = self._table(tokenizer, WORDS)
-        self.colours = self._table(tokenizer, list(lex.COLOURS))
+        self.traits = self._table(tokenizer, TRAITS)
         self.subjects = self._table(tokenizer, SUBJECTS)
 
     def _table(self, tokenizer: Qwen2Tokenizer, words: list[str]) -> torch.Tensor:
@@ -51,16 +50,16 @@ class Code:
             rows.append(self.embedding[[ids[0] for ids in forms if len(ids) == 1]].mean(0))
         return torch.stack(rows)
 
-    def __call__(self, words: torch.Tensor, colours: torch.Tensor, links: torch.Tensor) -> torch.Tensor:
+    def __call__(self, words: torch.Tensor, traits: torch.Tensor, links: torch.Tensor) -> torch.Tensor:
         """Ids per patch, in the processor's order, to tokens: (N, 4), (N, 4), (N, 4, LINKS) -> (N, D). What is not known counts as nothing."""
         half = words.shape[1] // ROWS
         code = torch.zeros(len(words), self.embedding.shape[1])
         for row in range(ROWS):
             patches = slice(row * half, (row + 1) * half)
             subjects = self.subjects[links[:, patches].clamp(min=0)].sum((1, 2))
-            own = self.words[words[:, patches].clamp(min=0)].sum(1) + self.colours[
-                colours[:, patches].clamp(min=0)
-            ].sum(1)
+            own = self.words[words[:, patches].clamp(min=0)].sum(1) + self.traits[traits[:, patches].clamp(min=0)].sum(
+                1
+            )
             code = code + subjects @ self.subject_turns[row] + own @ self.own_turns[row]
         return code / ROWS
 

@@ -29,6 +29,7 @@ from awares.base import (
     PATCH,
     SUBJECTS,
     TOKEN,
+    TRAITS,
     WORDS,
     DenseHeads,
     Example,
@@ -38,7 +39,6 @@ from awares.base import (
     tiny_config,
 )
 from awares.config import AwaresError, Base
-from awares.lexicon import COLOURS
 from awares.lookup import ROWS, SPREAD, Code, Watch, prepare
 
 MEAN, STD = (
@@ -100,7 +100,7 @@ def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.
         "mm_token_type_ids": torch.eq(ids, pad).long(), **watched,
         "pixel_values": stack([patchify(np.asarray(v.image)) for v in views]),
         "image_grid_thw": torch.tensor([[1, *v.words.shape] for v in views]),
-        "words": stack([_merge_order(v.words, 1) for v in views]), "colours": stack([_merge_order(v.colours, 1) for v in views]),
+        "words": stack([_merge_order(v.words, 1) for v in views]), "traits": stack([_merge_order(v.traits, 1) for v in views]),
         "glyphs": stack([_merge_order(v.glyphs, 2) for v in views]),
         "links": stack([np.stack([_merge_order(v.links[..., i], 1)[:, 0] for i in range(LINKS)], -1) for v in views]),
     }  # fmt: skip
@@ -216,8 +216,8 @@ class Dense:
         """The loss after a forward pass of the vision tower, and what to log."""
         order = _window_order(self.visual, batch["image_grid_thw"])  # (P/4,)
         by_token = lambda t: t.reshape(len(order), 4, *t.shape[1:])[order]  # noqa: E731
-        words, colours, glyphs, links = (by_token(batch[k]) for k in ("words", "colours", "glyphs", "links"))
-        words, colours = words[..., 0], colours[..., 0]
+        words, traits, glyphs, links = (by_token(batch[k]) for k in ("words", "traits", "glyphs", "links"))
+        words, traits = words[..., 0], traits[..., 0]
         hidden = self._seen["hidden"]
         word_logits = self.heads.words(hidden).reshape(-1, len(WORDS) + 1)
         link_logits = self.heads.links(hidden).reshape(-1, len(SUBJECTS) + 1)
@@ -225,13 +225,13 @@ class Dense:
         parts = {
             "word": _dense(word_logits, words.reshape(-1)),
             "link": _dense(link_logits, links.reshape(-1)),
-            "colour": _dense(self.heads.colours(hidden).reshape(-1, len(COLOURS) + 1), colours.reshape(-1)),
+            "trait": _dense(self.heads.traits(hidden).reshape(-1, len(TRAITS) + 1), traits.reshape(-1)),
             "glyph": _dense(glyph_logits, glyphs.reshape(-1)),
         }
-        code = self.code(words, colours, links)
+        code = self.code(words, traits, links)
         far = self.code.distance(self._seen["merged"], code)
-        known = ((words != IGNORE) & (colours != IGNORE) & (links != IGNORE).all(-1)).all(1)
-        full = known & ((words > 0).any(1) | (colours > 0).any(1))
+        known = ((words != IGNORE) & (traits != IGNORE) & (links != IGNORE).all(-1)).all(1)
+        full = known & ((words > 0).any(1) | (traits > 0).any(1))
         parts["code"] = far[full].mean() + EMPTY * far[known & ~full].mean()
         with torch.no_grad():
             share = lambda logits, target: (logits.argmax(-1) == target)[target > 0].float().mean()  # noqa: E731
@@ -239,7 +239,7 @@ class Dense:
             seen["words_read"] = share(word_logits, words.reshape(-1))
             seen["links_read"] = share(link_logits, links.reshape(-1))
             seen["code_missed"] = far[full].sum() / self.code.distance(code[full], torch.zeros(1)).sum()
-        return parts["word"] + parts["link"] + 0.5 * parts["colour"] + 0.5 * parts["glyph"] + parts["code"], seen
+        return parts["word"] + parts["link"] + 0.5 * parts["trait"] + 0.5 * parts["glyph"] + 3 * parts["code"], seen
 
 
 def _dense(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -332,7 +332,7 @@ class Network:
     def _symbols(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The code of each picture, (tokens, D), blurred: what a vision tower that reads imperfectly would write."""
         by_token = lambda t: t.reshape(-1, 4, *t.shape[1:])  # noqa: E731
-        code = self.code(by_token(batch["words"])[..., 0], by_token(batch["colours"])[..., 0], by_token(batch["links"]))
+        code = self.code(by_token(batch["words"])[..., 0], by_token(batch["traits"])[..., 0], by_token(batch["links"]))
         pictures = code.split((batch["image_grid_thw"].prod(1) // 4).tolist())
         blur = lambda picture: picture + BLUR * SPREAD * torch.rand(()) * torch.randn_like(picture)  # noqa: E731
         return tuple(blur(picture) for picture in pictures)
