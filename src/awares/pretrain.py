@@ -39,7 +39,7 @@ from awares.base import (
     tiny_config,
 )
 from awares.config import AwaresError, Base
-from awares.lookup import ROWS, SPREAD, Code, Watch, prepare
+from awares.lookup import ROWS, SPREAD, VALUE_LAYER, Code, Watch, prepare
 
 MEAN, STD = (
     np.array(v, np.float32) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -107,7 +107,17 @@ def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.
 
 
 GROUP = 4
-BLUR = 0.4  # at most, in embeddings
+BLUR = 0.8  # at most, in embeddings
+THIRDS = (0.3, 0.5, 0.7)  # of a side: what `lexicon.place` tells apart
+DENSE = {
+    "word": 1,
+    "link": 1,
+    "trait": 0.5,
+    "glyph": 0.5,
+    "code": 1,
+    "own": 1,
+    "whose": 1,
+}  # weights of the dense losses
 EMPTY = 0.25  # weight of cells where nothing stands
 
 
@@ -239,7 +249,7 @@ class Dense:
             seen["words_read"] = share(word_logits, words.reshape(-1))
             seen["links_read"] = share(link_logits, links.reshape(-1))
             seen["code_missed"] = far[full].sum() / self.code.distance(code[full], torch.zeros(1)).sum()
-        return parts["word"] + parts["link"] + 0.5 * parts["trait"] + 0.5 * parts["glyph"] + 3 * parts["code"], seen
+        return sum((weight * parts[name] for name, weight in DENSE.items()), torch.zeros(())), seen
 
 
 def _dense(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -285,9 +295,13 @@ class Network:
         if stage != "vision":
             self.watch = Watch(self.model)
             prepare(self.model, self.code)
+        self.placing = torch.nn.Linear(self.model.config.text_config.hidden_size, 2 * (len(THIRDS) + 1))
+        language: Any = self.model.model.language_model
+        language.layers[VALUE_LAYER].register_forward_pre_hook(self._catch, with_kwargs=True)
         every = {f"model.{k}": v for k, v in self.model.named_parameters()} | {
             f"heads.{k}": v for k, v in self.heads.named_parameters()
         }
+        every |= {f"placing.{k}": v for k, v in self.placing.named_parameters()}
         sees = lambda name: name.startswith(("model.model.visual.", "heads."))  # noqa: E731
         self.parameters = {k: v for k, v in every.items() if stage == "joint" or sees(k) == (stage == "vision")}
 
@@ -325,9 +339,31 @@ class Network:
         learned = target != IGNORE
         logits = self.model.lm_head(hidden[:, :-1][learned])  # (N, V): answers only, the rest would be wasted work
         answer = F.cross_entropy(logits, target[learned])
+        place = self._placed(batch)
         missed, found = self.watch.found()
         hits = (logits.argmax(-1) == target[learned]).float().mean()
-        return answer + missed, {"answer": answer.detach(), "answer_tokens": hits, **found}
+        return answer + missed + place, {
+            "answer": answer.detach(),
+            "place": place.detach(),
+            "answer_tokens": hits,
+            **found,
+        }
+
+    def _catch(self, _module: Any, arguments: Any, named: Any) -> None:
+        self._before_value = arguments[0] if arguments else named["hidden_states"]
+
+    def _placed(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy of telling, from a visual token before the value layer, in which part of its picture it lies."""
+        shown = batch["mm_token_type_ids"] == 1
+        if not shown.any():
+            return torch.zeros(())
+        logits = self.placing(self._before_value[shown]).unflatten(-1, (2, -1))  # (N, axis, part)
+        bounds = torch.tensor(THIRDS)
+        targets = []
+        for _, rows, columns in (batch["image_grid_thw"]).tolist():
+            middles = [(torch.arange(n // 2) + 0.5) / (n // 2) for n in (rows, columns)]
+            targets.append(torch.cartesian_prod(*(torch.bucketize(middle, bounds) for middle in middles)))
+        return F.cross_entropy(logits.flatten(0, 1), torch.cat(targets).flatten())
 
     def _symbols(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The code of each picture, (tokens, D), blurred: what a vision tower that reads imperfectly would write."""
