@@ -109,15 +109,7 @@ def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.
 GROUP = 4
 BLUR = 0.8  # at most, in embeddings
 THIRDS = (0.3, 0.5, 0.7)  # of a side: what `lexicon.place` tells apart
-DENSE = {
-    "word": 1,
-    "link": 1,
-    "trait": 0.5,
-    "glyph": 0.5,
-    "code": 1,
-    "own": 1,
-    "whose": 1,
-}  # weights of the dense losses
+DENSE = {"word": 1, "link": 1, "trait": 0.5, "glyph": 0.5, "code": 3}  # weights of the dense losses
 EMPTY = 0.25  # weight of cells where nothing stands
 
 
