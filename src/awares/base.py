@@ -126,17 +126,20 @@ def tiny_config(
 
 
 class DenseHeads(torch.nn.Module):
-    """What stands on each 14 px patch (word, trait, whose value it is), and in each 7 px cell (glyph); used in base training only."""
+    """What stands on each 14 px patch (word, trait, whose value it is), and in each 7 px cell (glyph); used in base training only.
+
+    Glyphs are read half-way up the vision tower, words before its last block, so that this block can carry them to the values they lead to.
+    """
 
     def __init__(self, config: Qwen2_5_VLConfig) -> None:
         super().__init__()
         parts: Any = config  # its halves are declared as dicts too
         width = parts.vision_config.hidden_size
-        merged = width * parts.vision_config.spatial_merge_size**2  # the merger's hidden layer
-        self.words = torch.nn.Linear(merged, 4 * (len(WORDS) + 1))
-        self.traits = torch.nn.Linear(merged, 4 * (len(TRAITS) + 1))
-        self.links = torch.nn.Linear(merged, 4 * LINKS * (len(SUBJECTS) + 1))
         self.glyphs = torch.nn.Linear(width, 4 * (len(CHARS) + 1))
+        self.early = torch.nn.Linear(width, len(WORDS) + 1)
+        self.words = torch.nn.Linear(width, len(WORDS) + 1)
+        self.traits = torch.nn.Linear(width, len(TRAITS) + 1)
+        self.links = torch.nn.Linear(width, LINKS * (len(SUBJECTS) + 1))
 
 
 # --- examples --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from awares.base import (
     PATCH,
     SUBJECTS,
     TOKEN,
-    TRAITS,
     WORDS,
     DenseHeads,
     Example,
@@ -109,7 +109,7 @@ def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.
 GROUP = 4
 BLUR = 0.8  # at most, in embeddings
 THIRDS = (0.3, 0.5, 0.7)  # of a side: what `lexicon.place` tells apart
-DENSE = {"word": 1, "link": 1, "trait": 0.5, "glyph": 0.5, "code": 3}  # weights of the dense losses
+DENSE = {"word": 1, "early": 1, "link": 1, "trait": 0.5, "glyph": 0.5, "code": 1}  # weights of the dense losses
 EMPTY = 0.25  # weight of cells where nothing stands
 
 
@@ -204,15 +204,24 @@ class Batches(torch.utils.data.IterableDataset):
 
 
 class Dense:
-    """The losses on what the vision tower sees; hooks catch its middle layer, the merger's hidden layer and the visual tokens."""
+    """The losses on what the vision tower sees; hooks catch what three of its blocks and its merger put out, in window order."""
 
     def __init__(self, visual: Any, heads: DenseHeads, code: Code) -> None:
         self.visual, self.heads, self.code = visual, heads, code
         self._seen: dict[str, torch.Tensor] = {}
-        catch = lambda name: lambda _m, _i, out: self._seen.__setitem__(name, out)  # noqa: E731
-        visual.blocks[visual.config.depth // 2].register_forward_hook(catch("middle"))  # (P, Dv), in window order
-        visual.merger.mlp[1].register_forward_hook(catch("hidden"))  # (P/4, 4 Dv), in window order
-        visual.merger.register_forward_hook(catch("merged"))  # (P/4, D), in window order
+        depth = visual.config.depth
+        places = {
+            "middle": visual.blocks[depth // 2],
+            "early": visual.blocks[depth - 2],
+            "late": visual.blocks[depth - 1],
+        }
+        for name, module in {**places, "merged": visual.merger}.items():  # (P, Dv), three times, and (P/4, D)
+            module.register_forward_hook(partial(self._catch, name))
+
+    def _catch(self, name: str, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        self._seen[name] = (
+            output if name == "merged" else F.rms_norm(output, output.shape[-1:])
+        )  # blocks put out sums of any size
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss after a forward pass of the vision tower, and what to log."""
@@ -220,15 +229,15 @@ class Dense:
         by_token = lambda t: t.reshape(len(order), 4, *t.shape[1:])[order]  # noqa: E731
         words, traits, glyphs, links = (by_token(batch[k]) for k in ("words", "traits", "glyphs", "links"))
         words, traits = words[..., 0], traits[..., 0]
-        hidden = self._seen["hidden"]
-        word_logits = self.heads.words(hidden).reshape(-1, len(WORDS) + 1)
-        link_logits = self.heads.links(hidden).reshape(-1, len(SUBJECTS) + 1)
-        glyph_logits = self.heads.glyphs(self._seen["middle"]).reshape(-1, len(CHARS) + 1)
+        late = self._seen["late"]
+        word_logits = self.heads.words(late)
+        link_logits = self.heads.links(late).reshape(-1, len(SUBJECTS) + 1)
         parts = {
-            "word": _dense(word_logits, words.reshape(-1)),
-            "link": _dense(link_logits, links.reshape(-1)),
-            "trait": _dense(self.heads.traits(hidden).reshape(-1, len(TRAITS) + 1), traits.reshape(-1)),
-            "glyph": _dense(glyph_logits, glyphs.reshape(-1)),
+            "word": _dense(word_logits, words.flatten()),
+            "early": _dense(self.heads.early(self._seen["early"]), words.flatten()),
+            "link": _dense(link_logits, links.flatten()),
+            "trait": _dense(self.heads.traits(late), traits.flatten()),
+            "glyph": _dense(self.heads.glyphs(self._seen["middle"]).reshape(-1, len(CHARS) + 1), glyphs.flatten()),
         }
         code = self.code(words, traits, links)
         far = self.code.distance(self._seen["merged"], code)
@@ -238,8 +247,8 @@ class Dense:
         with torch.no_grad():
             share = lambda logits, target: (logits.argmax(-1) == target)[target > 0].float().mean()  # noqa: E731
             seen = {k: v.detach() for k, v in parts.items()}
-            seen["words_read"] = share(word_logits, words.reshape(-1))
-            seen["links_read"] = share(link_logits, links.reshape(-1))
+            seen["words_read"] = share(word_logits, words.flatten())
+            seen["links_read"] = share(link_logits, links.flatten())
             seen["code_missed"] = far[full].sum() / self.code.distance(code[full], torch.zeros(1)).sum()
         return sum((weight * parts[name] for name, weight in DENSE.items()), torch.zeros(())), seen
 
