@@ -58,20 +58,25 @@ def test_the_value_layer_starts_by_matching_the_subject_and_copying_the_value(to
         words = rng.choice([w for w in base.WORDS if w.isalpha()], 4, replace=False).tolist()
         subjects = rng.choice(base.SUBJECTS, 4, replace=False).tolist()
         page = torch.stack([token(code, (words[i], subjects[i]), (words[i - 1], subjects[i - 1])) for i in range(4)])
-        keys, values = (project(unit(page)).unflatten(1, (2, -1)) for project in (layer.k_proj, layer.v_proj))
+        keys, values = (project(unit(page)).unflatten(1, (2, 3, -1)) for project in (layer.k_proj, layer.v_proj))
         for index, subject in enumerate(subjects):
             queries = layer.q_proj(unit(code.subjects[base.SUBJECT_ID[subject]])).unflatten(
                 0, (2, 3, -1)
             )  # (row, head, d)
             for row, expected in enumerate([index, (index + 1) % 4]):  # the lower row of the next token holds it too
-                looked.append(((queries[row] @ keys[:, row].T).argmax(-1) == expected).float().mean().item())
+                looked.append(
+                    (torch.einsum("hd,nhd->hn", queries[row], keys[:, row]).argmax(-1) == expected)
+                    .float()
+                    .mean()
+                    .item()
+                )
                 heads = torch.zeros(2, 3, 32)
                 heads[row] = values[expected, row]
                 answer = model.lm_head(layer.o_proj(heads.flatten()))
                 named.append(
                     int(np.argmax([answer[tokenizer.convert_tokens_to_ids(word)].item() for word in words])) == index
                 )
-    assert np.mean(looked) > 0.85 and np.mean(named) > 0.65  # chance: 0.25
+    assert np.mean(looked) > 0.85 and np.mean(named) > 0.9  # chance: 0.25
 
 
 def test_watch_reads_the_attention_that_the_model_has(tokenizer):

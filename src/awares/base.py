@@ -111,7 +111,7 @@ def tiny_config(
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 512, "num_hidden_layers": depth,
-            "num_attention_heads": width // 32, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+            "num_attention_heads": width // 32, "num_key_value_heads": width // 32, "max_position_embeddings": 4096, "tie_word_embeddings": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [1, 2, 13]}, "initializer_range": 0.03,
             "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
         },

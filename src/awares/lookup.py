@@ -69,16 +69,15 @@ class Code:
 
 
 def prepare(model: Qwen2_5_VLForConditionalGeneration, code: Code) -> None:
-    """Set embeddings, head and the two look-up layers of the language tower; 64 random directions carry what is matched and copied."""
+    """Set embeddings, head and the two look-up layers of the language tower; each half of the heads reads a row of patches.
+
+    Every head matches and copies its own random directions, so that the heads of a row carry all they have room for.
+    """
     language: Any = model.model.language_model
-    layers = language.layers
-    settings = layers[0].self_attn.config
-    width, groups = settings.hidden_size, settings.num_key_value_heads
-    dims, heads = width // settings.num_attention_heads, settings.num_attention_heads // groups
+    width = language.config.hidden_size
     draw = torch.Generator().manual_seed(1)
-    basis = torch.linalg.qr(torch.randn(width, groups * dims, generator=draw))[0].T  # (groups · dims, D)
-    part = basis.split(dims)
-    each_head = torch.cat([p for p in part for _ in range(heads)])  # (heads · groups · dims, D)
+    basis = torch.linalg.qr(torch.randn(width, width, generator=draw))[0].T  # (heads · d, D): directions of each head
+    part = basis.chunk(ROWS)
 
     def turned(turns: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([p @ turn for p, turn in zip(part, turns, strict=True)])
@@ -89,14 +88,14 @@ def prepare(model: Qwen2_5_VLForConditionalGeneration, code: Code) -> None:
     with torch.no_grad():
         language.embed_tokens.weight.copy_(code.embedding)
         model.lm_head.weight.copy_(0.075 / SPREAD * code.embedding @ code.answer_turn)
-        copy = layers[SUBJECT_LAYER].self_attn
+        copy = language.layers[SUBJECT_LAYER].self_attn
         copy.v_proj.weight.copy_(basis)
-        copy.o_proj.weight.copy_(each_head.T + noise(copy.o_proj.weight))
-        look = layers[VALUE_LAYER].self_attn
-        look.q_proj.weight.copy_(2.5 * each_head + noise(look.q_proj.weight))
+        copy.o_proj.weight.copy_(2 * basis.T + noise(copy.o_proj.weight))
+        look = language.layers[VALUE_LAYER].self_attn
+        look.q_proj.weight.copy_(2.5 * basis + noise(look.q_proj.weight))
         look.k_proj.weight.copy_(2.5 * turned(code.subject_turns))
         look.v_proj.weight.copy_(turned(code.own_turns))
-        look.o_proj.weight.copy_(3.2 * (each_head @ code.answer_turn).T + noise(look.o_proj.weight))
+        look.o_proj.weight.copy_(5 * (basis @ code.answer_turn).T + noise(look.o_proj.weight))
 
 
 class Watch:
@@ -132,11 +131,10 @@ class Watch:
         return sdpa_attention_forward(module, query, key, value, mask, **settings)
 
     def _compare(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
-        """query (B, H, T, d), key (B, groups, T, d): a group of heads reads one row of patches."""
+        """query and key (B, H, T, d): each half of the heads reads a row of patches."""
         rows, positions = self._targets["rows"], self._targets["positions"]
-        heads = query.shape[1] // key.shape[1]
-        keys = key[rows].repeat_interleave(heads, 1)  # (N, H, T, d)
-        scores = torch.einsum("nhd,nhtd->nht", query[rows, :, positions], keys) * query.shape[-1] ** -0.5
+        heads = query.shape[1] // ROWS
+        scores = torch.einsum("nhd,nhtd->nht", query[rows, :, positions], key[rows]) * query.shape[-1] ** -0.5
         later = torch.arange(key.shape[2]) > positions[:, None]
         share = scores.masked_fill(later[:, None], -torch.inf).log_softmax(-1)  # (N, H, T)
         if layer == SUBJECT_LAYER:
