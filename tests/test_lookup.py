@@ -141,7 +141,7 @@ def test_attention_is_sent_to_the_token_that_shows_the_next_word(tokenizer):
 def test_links_lead_from_a_value_to_its_subject_and_to_the_word_before():
     scene = scenes.draw("signs", np.random.default_rng(4), (336, 336))
     two = next(qa for qa in scene.qas if " " in qa.answers[0])
-    first, second = base.printed(scene, two.answer_boxes[0])
+    first, second = base.marks_in(scene, two.answer_boxes[0])
     found = {mark: words for mark, words, _ in base.links(scene)}
     assert found[first] == (two.subject,) and found[second] == (two.subject, first.text)
     view = base.view(scene)

@@ -49,7 +49,7 @@ def test_evidence_is_small_or_large_and_never_between(painter):
         scene = scenes.PAINTERS[painter](rng, size)
         for mark in scene.marks:
             assert mark.text == "sign" or mark.size < 16 or mark.size >= 26
-        for qa in scene.qas:
+        for qa in (qa for qa in scene.qas if qa.kind != "place"):  # where a value stands is seen before it can be read
             lowest = min(b[3] - b[1] for b in [*qa.question_boxes, *qa.answer_boxes])
             assert (lowest < LEGIBLE_AT_HALF) == qa.small, qa
 

@@ -26,7 +26,7 @@ from awares.crops import CROPS
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
             "<|video_pad|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]  # fmt: skip
-LEGIBLE_TEXT, LEGIBLE_OBJECT = 12.5, 12.5  # px
+LEGIBLE_TEXT, LEGIBLE_OBJECT, LEGIBLE_COLOUR = 12.5, 12.5, 6.0  # px
 PATCH, TOKEN = 14, 28  # px
 CHARS = "abcdefghijklmnopqrstuvwxyz0123456789$%:"
 WORDS = sorted({w for words in [*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, list(lex.SHAPES)] for w in words}
@@ -39,9 +39,9 @@ TRAITS = [*lex.COLOURS, "%", "$"]  # the colour of an object, or the unit of a p
 TRAIT_ID = {t: i + 1 for i, t in enumerate(TRAITS)}
 IGNORE = -100
 LINKS = 2  # words that lead to what stands on a patch
-PRINTED = ("field", "bar", "sign", "plate")  # kinds of questions about one printed value
+VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
 # shares of scenes.PAINTERS and of views; the vision tower learns most from full pages
-PAINTER_SHARES = {"vision": [0.45, 0.2, 0.15, 0.15, 0.05], "all": [0.3, 0.16, 0.18, 0.28, 0.08]}
+PAINTER_SHARES = {"vision": [0.4, 0.2, 0.15, 0.2, 0.05], "all": [0.24, 0.18, 0.2, 0.3, 0.08]}
 VIEW_SHARES = {"vision": [0.65, 0.2, 0.15, 0.0], "all": [0.4, 0.2, 0.1, 0.3]}
 
 
@@ -175,6 +175,9 @@ class View:
     def legible(self, mark: scenes.Mark) -> bool:
         return self.holds(mark.box) and mark.size * self.scale >= (LEGIBLE_TEXT if mark.chars else LEGIBLE_OBJECT)
 
+    def coloured(self, mark: scenes.Mark) -> bool:
+        return self.holds(mark.box) and mark.size * self.scale >= LEGIBLE_COLOUR
+
     def cells(self, box: scenes.Box, line: bool) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns of the 14 px patches that a box of the scene covers at least half; of a `line` of text, its middle row alone."""
         x0, y0, x1, y1 = self.place(box)
@@ -226,7 +229,9 @@ def view(scene: scenes.Scene, region: scenes.Box = (0.0, 0.0, 1.0, 1.0), halve: 
     for mark in scene.marks:
         _stamp(result, mark)
     for mark, names, evidence in links(scene):
-        known = result.legible(mark) and all(result.holds(box) for box in evidence)
+        known = result.holds(mark.box) and all(result.holds(box) for box in evidence)
+        if not evidence and not result.legible(mark):
+            known, names = result.coloured(mark), names[:1]
         ids = [SUBJECT_ID[name] for name in names] + [0] * (LINKS - len(names))
         result.links[np.ix_(*result.cells(mark.box, bool(mark.chars)))] = ids if known else IGNORE
     return result
@@ -236,9 +241,10 @@ def _stamp(target: View, mark: scenes.Mark) -> None:
     grid = np.ix_(*target.cells(mark.box, bool(mark.chars)))
     known = target.legible(mark)
     text = mark.text.strip("$%:") if mark.chars else mark.text
-    trait = mark.colour or next((t for t in "%$" if t in mark.text), "")
-    if trait:
-        target.traits[grid] = TRAIT_ID[trait] if known else IGNORE
+    unit = next((sign for sign in "%$" if sign in mark.text), "")
+    if mark.colour or unit:
+        seen = known if unit else target.coloured(mark)
+        target.traits[grid] = TRAIT_ID[mark.colour or unit] if seen else IGNORE
     if text == "sign":  # its words stand on it: mark the colour alone
         return
     target.words[grid] = WORD_ID[text] if known else IGNORE
@@ -250,60 +256,53 @@ def _stamp(target: View, mark: scenes.Mark) -> None:
 
 
 def links(scene: scenes.Scene) -> list[tuple[scenes.Mark, tuple[str, ...], tuple[scenes.Box, ...]]]:
-    """For each value that is printed or drawn: its mark, the words that lead to it, and the boxes that show so.
+    """For each value: its mark, the words that lead to it, and the boxes that show so, which half resolution leaves legible.
 
-    A printed value is led to by its subject and by the word before it; an object by its own shape and colour.
+    A printed or worn value is led to by its subject and by the word before it; an object by its own colour and, where legible, shape.
     """
     found: list[tuple[scenes.Mark, tuple[str, ...], tuple[scenes.Box, ...]]] = []
     for qa in scene.qas + scene.ambiguous:
-        if qa.kind not in PRINTED:
+        if qa.kind not in VALUES:
             continue
         subject = tuple(w for w in qa.subject.split() if w in SUBJECT_ID)
         for box in qa.answer_boxes:
             before: tuple[str, ...] = ()
-            for mark in printed(scene, box):
+            for mark in marks_in(scene, box):
                 found.append((mark, (subject + before)[:LINKS], qa.question_boxes))
                 before = tuple(w for w in (mark.text.strip("$%:"),) if w in SUBJECT_ID)
-    found += [(m, (m.text, m.colour), ()) for m in scene.marks if not m.chars and m.text != "sign"]
+    found += [(m, (m.colour, m.text), ()) for m in scene.marks if m.colour and m.text != "sign"]
     return found
 
 
-def printed(scene: scenes.Scene, box: scenes.Box) -> list[scenes.Mark]:
-    """The printed words inside a box, in reading order."""
+def marks_in(scene: scenes.Scene, box: scenes.Box) -> list[scenes.Mark]:
+    """The words and shapes inside a box, in reading order."""
     x0, y0, x1, y1 = box
-    inside = [
-        m
-        for m in scene.marks
-        if m.chars and m.box[0] >= x0 - 2 and m.box[2] <= x1 + 2 and m.box[1] >= y0 - 2 and m.box[3] <= y1 + 2
-    ]
-    return sorted(inside, key=lambda m: m.box[0])
+    near = [m for m in scene.marks if m.box[0] >= x0 - 2 and m.box[2] <= x1 + 2 and m.text != "sign"]
+    return sorted((m for m in near if m.box[1] >= y0 - 2 and m.box[3] <= y1 + 2), key=lambda m: m.box[0])
 
 
 def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
-    by_word = qa.kind in (*PRINTED, "pair", "bars")
-    parts: list[list[list[scenes.Box]]] = [[list(qa.answer_boxes)]]
-    if by_word:
-        parts = [[[mark.box] for mark in printed(scene, box)] for box in qa.answer_boxes]
-    elif qa.kind == "presence":  # the very thing, or nowhere
-        parts = [[[mark.box for mark in scene.marks if f"{mark.colour} {mark.text}" == qa.subject]]]
+    by_word = qa.kind in (*VALUES, "pair", "bars")
+    parts = [[[mark] for mark in marks_in(scene, box)] for box in qa.answer_boxes]
+    if qa.kind == "presence":  # the very thing, or nowhere
+        parts = [[[mark for mark in scene.marks if f"{mark.colour} {mark.text}" == qa.subject]]]
     elif qa.kind == "count":  # attention that is told to rest on all instances alike cannot tell how many they are
         parts = []
+    elif qa.kind == "place":
+        parts = [[[mark for box in qa.answer_boxes for mark in marks_in(scene, box)]]]
     showing = [(i, one) for i, one in enumerate(views) if shows(one, qa)]
 
-    def places(boxes: list[scenes.Box]) -> frozenset[Place]:
+    def places(marks: list[scenes.Mark]) -> frozenset[Place]:
         found = set()
         for index, one in showing:
-            for box in boxes:
-                ys, xs = one.cells(box, by_word)
-                found |= {
-                    (index, y // 2 * (one.words.shape[1] // 2) + x // 2, y % 2)
-                    for y in ys.tolist()
-                    for x in xs.tolist()
-                }
+            for mark in marks:
+                ys, xs = one.cells(mark.box, bool(mark.chars))
+                tokens = one.words.shape[1] // 2
+                found |= {(index, y // 2 * tokens + x // 2, y % 2) for y in ys.tolist() for x in xs.tolist()}
         return frozenset(found)
 
     subjects = tuple(frozenset(subject.split()) for subject in qa.subject.split("+"))
-    return Trail(subjects, tuple(tuple(places(boxes) for boxes in words) for words in parts), by_word)
+    return Trail(subjects, tuple(tuple(places(marks) for marks in words) for words in parts), by_word)
 
 
 def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Example:

@@ -7,6 +7,7 @@ colour synonyms, a dozen phrasings a question.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,7 +23,6 @@ COLOURS = {
     "red": (205, 35, 35), "blue": (40, 70, 205), "green": (30, 140, 50), "yellow": (235, 210, 30), "orange": (240, 130, 20),
     "purple": (130, 40, 160), "pink": (240, 130, 180), "black": (25, 25, 25), "brown": (120, 70, 30),
 }  # fmt: skip
-COLOUR_FORMS = {"purple": ("purple", "violet"), "pink": ("pink", "rose"), "black": ("black", "dark")}
 
 
 def _star(points: int, inner: float) -> list[tuple[float, float]]:
@@ -95,16 +95,15 @@ PHRASINGS = {
              "tell me the text on the {c} sign."],
     "presence": ["is there a {o}?", "is there a {o} in the picture?", "do you see a {o}?", "does the picture show a {o}?", "can you find a {o} here?",
                  "is a {o} present?", "a {o}, is it there?", "does a {o} appear in the image?", "is any {o} visible?"],
-    "colour": ["what colour is the {s}?", "which colour does the {s} have?", "the {s} is of what colour?", "give the colour of the {s}.",
-               "what is the colour of the {s}?", "find the {s} and name its colour.", "name the colour of the {s}.", "colour of the {s}?",
-               "how would you call the colour of the {s}?", "say which colour the {s} is.", "please tell me the colour of the {s}.",
-               "tell me how the {s} is painted."],
-    "place": ["where is the {s}?", "in which part of the picture is the {s}?", "where do you see the {s}?", "which part holds the {s}?",
-              "where does the {s} stand?", "locate the {s}.", "say where the {s} is.", "please tell me where the {s} is.",
-              "tell me the place of the {s}."],
-    "count": ["how many {s} shapes are there?", "count the {s} shapes.", "what is the number of {s} shapes?", "how many times does a {s} appear?",
-              "how often do you see a {s}?", "give the count of {s} shapes.", "say how many {s} shapes you see.",
-              "please tell me how many {s} shapes there are.", "tell me the number of {s} shapes in words."],
+    "badge": ["which shape is on the badge of the {o}?", "what is on the badge of the {o}?", "what does the badge of the {o} show?",
+              "the {o} carries which badge?", "read the badge of the {o}.", "which badge does the {o} have?", "name the badge of the {o}.",
+              "badge of the {o}?", "please tell me what the badge of the {o} shows.", "say which badge is below the {o}."],
+    "place": ["where is {s}?", "in which part of the picture is {s}?", "where do you see {s}?", "which part holds {s}?",
+              "where does {s} stand?", "locate {s}.", "say where {s} is.", "please tell me where {s} is.",
+              "tell me the place of {s}."],
+    "count": ["how many {o} shapes are there?", "count the {o} shapes.", "what is the number of {o} shapes?", "how many times does a {o} appear?",
+              "how often do you see a {o}?", "give the count of {o} shapes.", "say how many {o} shapes you see.",
+              "please tell me how many {o} shapes there are.", "tell me the number of {o} shapes in words."],
     "plate": ["which number is below the {o}?", "what number does the {o} carry?", "read the number under the {o}.", "what is the number of the {o}?",
               "number of the {o}?", "the {o} has which number?", "say the number of the {o}.", "please tell me the number below the {o}.",
               "tell me in words the number of the {o}."],
@@ -172,5 +171,10 @@ class Deck:
     def theme(self) -> str:
         return str(self._rng.choice(list(self._cards)))
 
-    def key(self, theme: str) -> str | None:
-        return self._cards[theme].pop() if self._cards[theme] else None
+    def fitting(self, theme: str, fits: Callable[[str], bool]) -> str | None:
+        """Deal the first key of `theme` that fits, or None."""
+        for word in self._cards[theme]:
+            if fits(word):
+                self._cards[theme].remove(word)
+                return str(word)
+        return None

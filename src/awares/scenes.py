@@ -3,7 +3,9 @@
 A :class:`Scene` is a picture together with all that is printed on it (:class:`Mark`) and every question that it can answer
 (:class:`QA`). Two sizes of evidence are drawn and nothing between: *small* (text of 13 to 15 px, objects of 13 to 15 px), which
 reads at full resolution only, and *large* (text of 26 to 30 px, objects of 27 to 36 px), which survives halving.
-The question is drawn independently of the size, so it cannot tell whether a crop is needed.
+What a question names (a key, a coloured sign, a carrier, a colour) is large, and what it asks for is of either size: so half resolution
+shows where to look, as it mostly does in real pictures, and often not what stands there. The question is drawn independently of
+the size and cannot tell whether a crop is needed.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -99,6 +102,10 @@ class Pen:
     fill: tuple[int, int, int]
     case: str = "lower"
 
+    @property
+    def small(self) -> bool:
+        return self.size < LARGE_TEXT[0]
+
     def cased(self, text: str) -> str:
         return {"lower": text, "title": text.title()}[self.case]
 
@@ -109,6 +116,16 @@ class Pen:
     def height(self) -> int:
         top, bottom = _extent(self.face, self.size)
         return bottom - top
+
+
+class Entry(NamedTuple):
+    """A key and its value on a page or chart; `small` is the value, keys are large."""
+
+    key: str
+    key_box: Box
+    value: tuple[str, ...]
+    value_box: Box
+    small: bool
 
 
 class Canvas:
@@ -134,12 +151,12 @@ class Canvas:
             start = round(right + _advance(pen.face, pen.size, " "))
         return (x, y, right, y + bottom - top)
 
-    def object(self, x: int, y: int, side: int, shape: str, colour: str, rng: np.random.Generator) -> Box:
+    def object(self, x: int, y: int, side: int, shape: str, colour: str, rng: np.random.Generator) -> Mark:
+        """Draw a shape with its top left corner at (x, y); no colour: white."""
         mask = _shape_mask(shape, side)
-        self.image.paste(tint(lex.COLOURS[colour], rng, 14), (x, y), mask)
-        box = (float(x), float(y), float(x + side), float(y + side))
-        self.marks.append(Mark(shape, box, side, colour))
-        return box
+        self.image.paste(tint(lex.COLOURS.get(colour, (245, 245, 245)), rng, 10), (x, y), mask)
+        self.marks.append(Mark(shape, (float(x), float(y), float(x + side), float(y + side)), side, colour))
+        return self.marks[-1]
 
 
 def tint(colour: Sequence[int], rng: np.random.Generator, spread: int) -> tuple[int, int, int]:
@@ -201,62 +218,78 @@ def _ask(rng: np.random.Generator, kind: str, answers: Sequence[str], **slots: s
 
 
 def page(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
-    """A filled form, price list or roster: blocks of `key: value` rows, some large, most small (mirrors DocVQA)."""
+    """A filled form, price list or roster: lines of `key: value` entries, values large or small (mirrors DocVQA)."""
     canvas = Canvas(size, background(size, tint((242, 240, 232), rng, 10), rng, 2.0))
-    entries: list[tuple[str, Box, tuple[str, ...], Box, bool]] = []
+    entries: list[Entry] = []
     keys = lex.Deck(rng)
-    y = float(rng.integers(3, 12))
-    small = bool(rng.random() < 0.5)
-    while True:
-        pen = _pen(rng, small)
-        theme = keys.theme()
-        rows = int(rng.integers(3, 8)) if small else int(rng.integers(1, 4))
-        columns = 2 if small and size[0] >= 280 and rng.random() < 0.5 else 1
-        pitch = pen.height + int(rng.integers(3, 7))
-        for _ in range(rows):
-            if y + pen.height + 2 > size[1]:
-                return _finish_page(rng, canvas, entries)
-            for column in range(columns):
-                left = 4 + column * size[0] / columns + int(rng.integers(0, 6))
-                entry = _field(canvas, keys, theme, left, y, (column + 1) * size[0] / columns - 4, pen, rng)
-                if entry:
-                    entries.append((*entry, small))
-            y += pitch
-        y += int(rng.integers(2, 9))
-        small = not small if rng.random() < 0.85 else small
+    theme, y = keys.theme(), float(rng.integers(3, 12))
+    key_pen = _pen(rng, False)
+    while y + key_pen.height + 2 <= size[1]:
+        x = float(rng.integers(4, 14))
+        while entry := _field(canvas, keys, theme, x, y, key_pen, _pen(rng, bool(rng.random() < 0.55)), rng):
+            entries.append(entry)
+            x = entry.value_box[2] + float(rng.integers(10, 26))
+        y += key_pen.height + int(rng.integers(3, 8))
+        if rng.random() < 0.3:
+            theme, key_pen = keys.theme(), _pen(rng, False)
+    return _finish_page(rng, canvas, entries)
 
 
-def _field(canvas: Canvas, keys: lex.Deck, theme: str, left: float, y: float, right: float, pen: Pen,
-           rng: np.random.Generator) -> tuple[str, Box, tuple[str, ...], Box] | None:  # fmt: skip
-    key, value = keys.key(theme), lex.value(theme, rng)
+def _field(
+    canvas: Canvas,
+    keys: lex.Deck,
+    theme: str,
+    x: float,
+    y: float,
+    key_pen: Pen,
+    pen: Pen,
+    rng: np.random.Generator,
+    unit: str = "",
+) -> Entry | None:
+    """One entry on a line, its value aligned somewhere along the key's height; None where no more fits."""
+    value = lex.forms(unit, rng) if unit else lex.value(theme, rng)
+    value_x = x + pen.size * rng.uniform(0.5, 1.0)
+    key = keys.fitting(
+        theme, lambda word: value_x + key_pen.width(word + ":") + pen.width(value[0]) + 4 <= canvas.width
+    )
     if key is None:
         return None
-    key_width, value_width = pen.width(key + ":"), pen.width(value[0])
-    if left + key_width + value_width + pen.size > right:
-        return None
-    key_box = canvas.text(left, y, key + ":", pen)
-    return key, key_box, value, canvas.text(left + key_width + pen.size * rng.uniform(0.5, 1.0), y, value[0], pen)
+    key_box = canvas.text(x, y, key + ":", key_pen)
+    value_y = y + rng.uniform(0, max(0, key_pen.height - pen.height))
+    return Entry(
+        key, key_box, value, canvas.text(value_x + key_pen.width(key + ":"), value_y, value[0], pen), pen.small
+    )
 
 
-def _finish_page(rng: np.random.Generator, canvas: Canvas, entries: list) -> Scene:
+def _finish_page(
+    rng: np.random.Generator, canvas: Canvas, entries: list[Entry], kinds: tuple[str, str] = ("field", "pair")
+) -> Scene:
     qas = []
     for key, key_box, value, value_box, small in entries:
-        question, form = _ask(rng, "field", value, k=key)
-        qas.append(QA("field", question, value, (key_box,), (value_box,), small, key, form))
+        question, form = _ask(rng, kinds[0], value, k=key)
+        qas.append(QA(kinds[0], question, value, (key_box,), (value_box,), small, key, form))
+        qas.append(_where(rng, key, key, key_box, value_box, canvas))
     for group in (False, True):
-        qas += _pairs(rng, [e for e in entries if e[4] == group], "pair")
+        qas += _pairs(rng, [e for e in entries if e.small == group], kinds[1])
     return Scene(canvas.image, canvas.marks, qas)
 
 
-def _pairs(rng: np.random.Generator, entries: list, kind: str, count: int = 3) -> list[QA]:
+def _where(rng: np.random.Generator, subject: str, shown: str, named: Box, found: Box, canvas: Canvas) -> QA:
+    """Where something lies; half resolution shows it. Asked in base training only."""
+    place = lex.place((found[0] + found[2]) / 2 / canvas.width, (found[1] + found[3]) / 2 / canvas.height)
+    question, form = _ask(rng, "place", place, s=shown)
+    return QA("place", question, place, (named,), (found,), False, subject, form)
+
+
+def _pairs(rng: np.random.Generator, entries: list[Entry], kind: str, count: int = 3) -> list[QA]:
     """Questions that need two entries, which may stand far apart: evidence that spans a half or the whole."""
     qas = []
     for _ in range(count if len(entries) > 1 else 0):
         first, second = (entries[i] for i in rng.choice(len(entries), 2, replace=False))
-        answers = tuple(f"{a} and {b}" for a, b in zip(_spread(first[2]), _spread(second[2]), strict=True))
-        question, form = _ask(rng, kind, answers, a=first[0], b=second[0])
-        boxes = (first[1], second[1]), (first[3], second[3])
-        qas.append(QA(kind, question, answers, *boxes, first[4], f"{first[0]}+{second[0]}", form))
+        answers = tuple(f"{a} and {b}" for a, b in zip(_spread(first.value), _spread(second.value), strict=True))
+        question, form = _ask(rng, kind, answers, a=first.key, b=second.key)
+        boxes = (first.key_box, second.key_box), (first.value_box, second.value_box)
+        qas.append(QA(kind, question, answers, *boxes, first.small, f"{first.key}+{second.key}", form))
     return qas
 
 
@@ -274,56 +307,50 @@ def chart(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     theme = keys.theme()
     unit = str(rng.choice(["number", "percent", "money"]))
     draw = _lying_bars if rng.random() < 0.6 else _upright_bars
-    entries = draw(canvas, keys, theme, unit, rng)
-    qas = []
-    for key, key_box, value, value_box, small in entries:
-        question, form = _ask(rng, "bar", value, k=key)
-        qas.append(QA("bar", question, value, (key_box,), (value_box,), small, key, form))
-    for group in (False, True):
-        qas += _pairs(rng, [e for e in entries if e[4] == group], "bars")
-    return Scene(canvas.image, canvas.marks, qas)
+    return _finish_page(rng, canvas, draw(canvas, keys, theme, unit, rng), ("bar", "bars"))
 
 
-def _lying_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: np.random.Generator) -> list:
+def _lying_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: np.random.Generator) -> list[Entry]:
     """Each line: the category, its value, its bar."""
     entries, y = [], float(rng.integers(4, 12))
     colour = tint(lex.COLOURS[str(rng.choice(list(lex.COLOURS)))], rng, 20)
-    while (key := keys.key(theme)) is not None:
-        small = bool(rng.random() < 0.6)
-        pen = _pen(rng, small)
-        height = pen.height + int(rng.integers(4, 9))
-        if y + height > canvas.height - 2:
+    key_pen = _pen(rng, False)
+    height = key_pen.height + int(rng.integers(3, 7))
+    while y + height <= canvas.height - 2:
+        entry = _field(canvas, keys, theme, 4, y + 2, key_pen, _pen(rng, bool(rng.random() < 0.55)), rng, unit)
+        if entry is None:
             break
-        value = lex.forms(unit, rng)
-        key_box = canvas.text(4, y + 2, key, pen)
-        value_box = canvas.text(key_box[2] + pen.size * rng.uniform(0.5, 1.0), y + 2, value[0], pen)
-        left = value_box[2] + 8
-        length = max(3.0, (canvas.width - left - 6) * lex.amount(value[0]) / 100)
+        left = entry.value_box[2] + 8
+        length = max(3.0, (canvas.width - left - 6) * lex.amount(entry.value[0]) / 100)
         canvas.draw.rectangle((left, y + 1, left + length, y + height - 2), fill=colour)
-        entries.append((key, key_box, value, value_box, small))
-        y += height + int(rng.integers(2, 7))
+        entries.append(entry)
+        y += height + int(rng.integers(1, 6))
     return entries
 
 
-def _upright_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: np.random.Generator) -> list:
+def _upright_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: np.random.Generator) -> list[Entry]:
     """Under each bar: its category, and its value below that."""
     entries, x = [], float(rng.integers(4, 10))
     colour = tint(lex.COLOURS[str(rng.choice(list(lex.COLOURS)))], rng, 20)
     floor = canvas.height - int(rng.integers(70, 84))
-    while (key := keys.key(theme)) is not None:
-        small = bool(rng.random() < 0.6)
-        pen = _pen(rng, small)
-        value = lex.forms(unit, rng)
-        width = max(pen.width(key), pen.width(value[0])) + 4
-        if x + width > canvas.width - 2:
-            break
+    key_pen = _pen(rng, False)
+    while True:
+        pen, value = _pen(rng, bool(rng.random() < 0.55)), lex.forms(unit, rng)
+        room = canvas.width - 2 - x - 4
+        key = (
+            keys.fitting(theme, lambda word, room=room: key_pen.width(word) <= room)
+            if pen.width(value[0]) <= room
+            else None
+        )
+        if key is None:
+            return entries
+        width = max(key_pen.width(key), pen.width(value[0])) + 4
         height = max(3.0, (floor - 20) * lex.amount(value[0]) / 100)
         canvas.draw.rectangle((x + 2, floor - height, x + width - 6, floor), fill=colour)
-        key_box = canvas.text(x, floor + 4, key, pen)
-        value_box = canvas.text(x, floor + 4 + pen.height + int(rng.integers(2, 5)), value[0], pen)
-        entries.append((key, key_box, value, value_box, small))
+        key_box = canvas.text(x, floor + 4, key, key_pen)
+        value_box = canvas.text(x, floor + 4 + key_pen.height + int(rng.integers(2, 5)), value[0], pen)
+        entries.append(Entry(key, key_box, value, value_box, pen.small))
         x += width + int(rng.integers(3, 10))
-    return entries
 
 
 # --- signs and scenes ------------------------------------------------------------------------------------------------
@@ -366,94 +393,81 @@ def signs(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
         canvas.marks.append(panel_mark)
         question, form = _ask(rng, "sign", text, c=colour)
         qas.append(QA("sign", question, text, (panel_mark.box,), (box,), small, colour, form))
+        qas.append(_where(rng, colour, f"the {colour} sign", panel_mark.box, box, canvas))
     return Scene(canvas.image, canvas.marks, qas)
 
 
 def objects(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
-    """Coloured objects, near and far, some with a number plate (mirrors POPE, RealWorldQA and V*Bench)."""
+    """Coloured objects, those of a colour all near or all far; near ones may carry a number or a badge (mirrors POPE, RealWorldQA, V*Bench)."""
     canvas = Canvas(size, background(size, tint((205, 205, 195), rng, 30), rng, 9.0))
     taken: list[Box] = []
-    placed: list[tuple[str, str, Box, bool]] = []
-    plates: list[QA] = []
-    shapes = rng.permutation(list(lex.SHAPES)).tolist()
-    colours = [str(c) for c in rng.permutation(list(lex.COLOURS))]
-    for index in range(int(rng.integers(9, 15))):
-        shape = shapes[index] if index < 7 else str(rng.choice(shapes[: len(shapes) - 4]))
-        colour = colours[index % 5] if index < 5 else str(rng.choice(colours[:6]))
+    placed: list[Mark] = []
+    carried: list[tuple[Mark, str, tuple[str, ...], Box, bool]] = []
+    colours = [str(c) for c in rng.permutation(list(lex.COLOURS))[: int(rng.integers(4, 7))]]
+    far = {colour: bool(rng.random() < 0.45) for colour in colours}
+    shapes = {colour: rng.choice(list(lex.SHAPES), 3, replace=False).tolist() for colour in colours}
+    for _ in range(int(rng.integers(9, 15))):
+        colour = str(rng.choice(colours))
+        side = int(rng.integers(*(SMALL_OBJECT if far[colour] else LARGE_OBJECT)))
+        load = "" if far[colour] else str(rng.choice(["plate", "badge", ""], p=[0.35, 0.35, 0.3]))
         small = bool(rng.random() < 0.5)
-        side = int(rng.integers(*(SMALL_OBJECT if small else LARGE_OBJECT)))
-        plate = bool(rng.random() < 0.4)
-        pen = _pen(rng, small)
-        text = lex.forms("number", rng)
-        width = max(side, pen.width(text[0])) if plate else side
-        spot = _free_spot(rng, taken, width, side + (pen.height + 3 if plate else 0), size)
+        pen, number = _pen(rng, small), lex.forms("number", rng)
+        badge = int(rng.integers(*(SMALL_OBJECT if small else LARGE_OBJECT)))
+        width = max(side, {"plate": pen.width(number[0]), "badge": badge + 6, "": 0}[load])
+        height = side + {"plate": pen.height + 3, "badge": badge + 8, "": 0}[load]
+        spot = _free_spot(rng, taken, width, height, size)
         if spot is None:
             continue
-        box = canvas.object(spot[0], spot[1], side, shape, colour, rng)
-        placed.append((shape, colour, box, small))
-        if plate:
-            text_box = canvas.text(spot[0], spot[1] + side + 2, text[0], pen)
-            plates.append(QA("plate", "", text, (box,), (text_box,), small, f"{colour} {shape}"))
-    qas = _presence(rng, placed) + _attributes(rng, placed, size) + _counts(rng, placed)
-    names = [f"{colour} {shape}" for shape, colour, _, _ in placed]
-    for plate_qa in plates:
-        if names.count(plate_qa.subject) > 1:
-            continue
-        question, form = _ask(rng, "plate", plate_qa.answers, o=plate_qa.subject)
-        qas.append(replace(plate_qa, question=question, form=form))
-    return Scene(canvas.image, canvas.marks, qas, [p for p in plates if names.count(p.subject) > 1])
+        x, y = spot
+        placed.append(canvas.object(x, y, side, str(rng.choice(shapes[colour])), colour, rng))
+        if load == "plate":
+            carried.append((placed[-1], load, number, canvas.text(x, y + side + 2, number[0], pen), small))
+        elif load == "badge":
+            canvas.draw.rounded_rectangle(
+                (x, y + side + 2, x + badge + 5, y + side + badge + 7), 3, fill=tint((70, 70, 80), rng, 15)
+            )
+            mark = canvas.object(x + 3, y + side + 5, badge, str(rng.choice(list(lex.SHAPES))), "", rng)
+            carried.append((placed[-1], load, (mark.text,), mark.box, small))
+    names = [f"{mark.colour} {mark.text}" for mark in placed]
+    qas, ambiguous = _groups(rng, placed, far), []
+    for carrier, kind, answers, box, small in carried:
+        subject = f"{carrier.colour} {carrier.text}"
+        question, form = _ask(rng, kind, answers, o=subject)
+        qa = QA(kind, question, answers, (carrier.box,), (box,), small, subject, form)
+        (qas if names.count(subject) == 1 else ambiguous).append(qa)
+    for mark, name in zip(placed, names, strict=True):
+        if names.count(name) == 1 and not far[mark.colour]:
+            qas.append(_where(rng, name, f"the {name}", mark.box, mark.box, canvas))
+    return Scene(canvas.image, canvas.marks, qas, ambiguous)
 
 
-def _presence(rng: np.random.Generator, placed: list) -> list[QA]:
-    """Is there a red star? The evidence, for yes and for no, is every object of that colour: the look-alikes."""
+def _groups(rng: np.random.Generator, placed: list[Mark], far: dict[str, bool]) -> list[QA]:
+    """Is there a red star, and how many? The evidence is every object of that colour, the look-alikes too, so it often spans a half or the whole."""
     qas = []
-    for colour in {c: 0 for _, c, _, _ in placed}:
-        alike = [p for p in placed if p[1] == colour]
-        if len({p[3] for p in alike}) > 1:  # near and far look-alikes: not one size of evidence
-            continue
-        absent = [s for s in lex.SHAPES if all(p[0] != s for p in alike)]
-        for present, shape in ((True, str(rng.choice([p[0] for p in alike]))), (False, str(rng.choice(absent)))):
-            question, form = _ask(rng, "presence", ("yes",), o=f"{colour} {shape}")
-            boxes = tuple(p[2] for p in alike)
-            answer = ("yes",) if present else ("no",)
+    for colour in {mark.colour: 0 for mark in placed}:
+        alike = [mark for mark in placed if mark.colour == colour]
+        boxes = tuple(mark.box for mark in alike)
+        present = str(rng.choice([mark.text for mark in alike]))
+        absent = str(rng.choice([shape for shape in lex.SHAPES if all(mark.text != shape for mark in alike)]))
+        for shape, answer in ((present, "yes"), (absent, "no")):
+            question, form = _ask(rng, "presence", (answer,), o=f"{colour} {shape}")
             qas.append(
                 QA(
                     "presence",
                     question,
-                    answer,
+                    (answer,),
                     boxes,
-                    boxes if present else (),
-                    alike[0][3],
+                    boxes if shape == present else (),
+                    far[colour],
                     f"{colour} {shape}",
                     form,
                 )
             )
-    return qas
-
-
-def _attributes(rng: np.random.Generator, placed: list, size: tuple[int, int]) -> list[QA]:
-    qas = []
-    for shape, colour, box, small in placed:
-        if sum(p[0] == shape for p in placed) == 1:
-            answers = lex.COLOUR_FORMS.get(colour, (colour,))
-            question, form = _ask(rng, "colour", answers, s=shape)
-            qas.append(QA("colour", question, answers, (box,), (box,), small, shape, form))
-            place = lex.place((box[0] + box[2]) / 2 / size[0], (box[1] + box[3]) / 2 / size[1])
-            question, form = _ask(rng, "place", place, s=shape)
-            qas.append(QA("place", question, place, (box,), (box,), small, shape, form))
-    return qas
-
-
-def _counts(rng: np.random.Generator, placed: list) -> list[QA]:
-    """How many stars? Every instance is evidence, so it often spans a half or the whole picture."""
-    qas = []
-    for shape in {s: 0 for s, _, _, _ in placed}:
-        same = [p for p in placed if p[0] == shape]
-        if len(same) <= 4 and len({p[3] for p in same}) == 1:
-            answers = (str(len(same)), lex.NUMBER_WORDS[len(same)])
-            question, form = _ask(rng, "count", answers, s=shape)
-            boxes = tuple(p[2] for p in same)
-            qas.append(QA("count", question, answers, boxes, boxes, same[0][3], shape, form))
+        for shape in {mark.text: 0 for mark in alike}:
+            count = sum(mark.text == shape for mark in alike)
+            answers = (str(count), lex.NUMBER_WORDS[count])
+            question, form = _ask(rng, "count", answers, o=f"{colour} {shape}")
+            qas.append(QA("count", question, answers, boxes, boxes, far[colour], f"{colour} {shape}", form))
     return qas
 
 
@@ -471,11 +485,11 @@ def collage(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
             dx, dy = column * size[0] // columns + 1, row * size[1] // rows + 1
             image.paste(scene.image, (dx, dy))
             marks += [_shift_mark(m, dx, dy) for m in scene.marks]
-            every += [_shift_qa(q, dx, dy) for q in scene.qas if q.kind in ("field", "bar", "sign", "colour", "plate")]
+            every += [_shift_qa(q, dx, dy) for q in scene.qas if q.kind in ("field", "bar", "sign", "badge", "plate")]
             ambiguous += [_shift_qa(q, dx, dy) for q in scene.ambiguous]
     subjects = [q.subject for q in every]
     names = [m.text.rstrip(":") for m in marks]
-    named = ("field", "bar", "colour")  # by a word that may stand in another picture too
+    named = ("field", "bar")  # by a word that may stand in another picture too
     qas = [q for q in every if subjects.count(q.subject) == 1 and (q.kind not in named or names.count(q.subject) == 1)]
     return Scene(image, marks, qas, ambiguous + [q for q in every if q not in qas])
 

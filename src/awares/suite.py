@@ -22,12 +22,11 @@ PLANS: dict[str, dict[tuple[str, str], float]] = {
     "docvqa": {("page", "field"): 0.85, ("page", "pair"): 0.15},
     "ocrbench": {("signs", "sign"): 0.7, ("page", "field"): 0.3},
     "pope": {("objects", "presence"): 1.0},
-    "realworldqa": {("objects", "place"): 0.4, ("objects", "count"): 0.3, ("objects", "plate"): 0.3},
-    "vstar": {("objects", "colour"): 1.0},
+    "realworldqa": {("objects", "count"): 0.5, ("objects", "plate"): 0.5},
+    "vstar": {("objects", "badge"): 1.0},
     "textvqa": {("signs", "sign"): 0.8, ("objects", "plate"): 0.2},
-    "llava_multi": {("collage", kind): 0.2 for kind in ("field", "bar", "sign", "colour", "plate")},
-    "visionthink_smart": {("objects", "presence"): 0.3, ("objects", "colour"): 0.25, ("objects", "place"): 0.15, ("objects", "count"): 0.15,
-                          ("signs", "sign"): 0.15},
+    "llava_multi": {("collage", kind): 0.2 for kind in ("field", "bar", "sign", "badge", "plate")},
+    "visionthink_smart": {("objects", "presence"): 0.35, ("objects", "badge"): 0.3, ("objects", "count"): 0.2, ("signs", "sign"): 0.15},
 }  # fmt: skip
 TRIES = 200
 
