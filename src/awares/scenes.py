@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -328,20 +328,21 @@ def _lying_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: np.r
     return entries
 
 
+def _narrow(pen: Pen, room: float, word: str) -> bool:
+    return pen.width(word) <= room
+
+
 def _upright_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: np.random.Generator) -> list[Entry]:
     """Under each bar: its category, and its value below that."""
-    entries, x = [], float(rng.integers(4, 10))
+    entries: list[Entry] = []
+    x = float(rng.integers(4, 10))
     colour = tint(lex.COLOURS[str(rng.choice(list(lex.COLOURS)))], rng, 20)
     floor = canvas.height - int(rng.integers(70, 84))
     key_pen = _pen(rng, False)
     while True:
         pen, value = _pen(rng, bool(rng.random() < 0.55)), lex.forms(unit, rng)
         room = canvas.width - 2 - x - 4
-        key = (
-            keys.fitting(theme, lambda word, room=room: key_pen.width(word) <= room)
-            if pen.width(value[0]) <= room
-            else None
-        )
+        key = keys.fitting(theme, partial(_narrow, key_pen, room)) if pen.width(value[0]) <= room else None
         if key is None:
             return entries
         width = max(key_pen.width(key), pen.width(value[0])) + 4
@@ -429,7 +430,8 @@ def objects(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
             mark = canvas.object(x + 3, y + side + 5, badge, str(rng.choice(list(lex.SHAPES))), "", rng)
             carried.append((placed[-1], load, (mark.text,), mark.box, small))
     names = [f"{mark.colour} {mark.text}" for mark in placed]
-    qas, ambiguous = _groups(rng, placed, far), []
+    qas = _groups(rng, placed, far)
+    ambiguous: list[QA] = []
     for carrier, kind, answers, box, small in carried:
         subject = f"{carrier.colour} {carrier.text}"
         question, form = _ask(rng, kind, answers, o=subject)
