@@ -406,9 +406,11 @@ def test_a_killed_batch_goes_on(kill: signal.Signals, tiny: SimpleNamespace, mod
     process = started(scans, out, model)
     for _ in waiting(process, out, 3):
         pass
+    process.send_signal(signal.SIGSTOP)  # it must not finish while this one looks
     with pytest.raises(AwaresError, match="another process is writing it"):
         batch.run(batch.read_items(scans, "what?"), out, None, {})
     process.send_signal(kill)
+    process.send_signal(signal.SIGCONT)
     _, stderr = process.communicate(timeout=300)
     left = out.read_bytes()
     done = left.count(b"\n")
