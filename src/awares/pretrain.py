@@ -108,7 +108,7 @@ def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.
 
 GROUP = 4
 BLUR = 0.8  # at most, in embeddings
-THIRDS = (0.3, 0.5, 0.7)  # of a side: what `lexicon.place` tells apart
+BOUNDS = (0.3, 0.5, 0.7)  # of a side: what `lexicon.place` tells apart
 DENSE = {"word": 1, "early": 1, "link": 1, "trait": 0.5, "glyph": 0.5, "code": 1}  # weights of the dense losses
 EMPTY = 0.25  # weight of cells where nothing stands
 
@@ -296,7 +296,7 @@ class Network:
         if stage != "vision":
             self.watch = Watch(self.model)
             prepare(self.model, self.code)
-        self.placing = torch.nn.Linear(self.model.config.text_config.hidden_size, 2 * (len(THIRDS) + 1))
+        self.placing = torch.nn.Linear(self.model.config.text_config.hidden_size, 2 * (len(BOUNDS) + 1))
         language: Any = self.model.model.language_model
         language.layers[VALUE_LAYER].register_forward_pre_hook(self._catch, with_kwargs=True)
         every = {f"model.{k}": v for k, v in self.model.named_parameters()} | {
@@ -359,9 +359,9 @@ class Network:
         if not shown.any():
             return torch.zeros(())
         logits = self.placing(self._before_value[shown]).unflatten(-1, (2, -1))  # (N, axis, part)
-        bounds = torch.tensor(THIRDS)
+        bounds = torch.tensor(BOUNDS)
         targets = []
-        for _, rows, columns in (batch["image_grid_thw"]).tolist():
+        for _, rows, columns in batch["image_grid_thw"].tolist():
             middles = [(torch.arange(n // 2) + 0.5) / (n // 2) for n in (rows, columns)]
             targets.append(torch.cartesian_prod(*(torch.bucketize(middle, bounds) for middle in middles)))
         return F.cross_entropy(logits.flatten(0, 1), torch.cat(targets).flatten())
