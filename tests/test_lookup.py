@@ -39,6 +39,39 @@ def test_a_token_tells_what_stands_in_each_row_and_whose_it_is(code):
     assert code.distance(both[None], both[None]).item() == 0
 
 
+def test_each_kind_of_content_keeps_to_its_room(code):
+    page = token(code, ("42", None), (None, None))  # only what stands in the upper row
+    for others in (*code.subject_turns, code.own_turns[1]):
+        assert (page @ others.T).abs().max() < 1e-3
+    assert [int(torch.linalg.matrix_rank(turn)) for turn in (*code.subject_turns, *code.own_turns)] == [48] * 4
+
+
+def test_filters_begin_equally_loud(tokenizer):
+    network = pretrain.Network(load_params("mini").base, tokenizer, "glyphs")
+    visual = network.model.model.visual
+    rng = np.random.default_rng(0)
+    patches = np.concatenate(
+        [pretrain.patchify(np.asarray(base.example(rng, "glyphs").views[0].image)) for _ in range(8)]
+    )
+    pretrain._whiten(visual, patches)
+    seen = visual.patch_embed(torch.from_numpy(patches))
+    loudness = torch.linalg.eigvalsh(seen.T @ seen / len(seen))
+    assert 0.5 < loudness.min() and loudness.max() < 1.01
+
+
+def test_a_stage_begins_with_what_the_ones_before_it_learned(tokenizer, tmp_path):
+    recipe = load_params("mini").base
+    first = pretrain.Network(recipe, tokenizer, "glyphs")
+    assert len(first.model.model.visual.blocks) == 4
+    pretrain._save(
+        tmp_path / "glyphs.safetensors", recipe, 1, first.parameters, torch.optim.SGD(first.parameters.values())
+    )
+    second = pretrain.Network(recipe, tokenizer, "vision")
+    second.begin(tmp_path)
+    learned, kept = (n.model.model.visual.blocks[3].mlp.gate_proj.weight for n in (first, second))
+    assert torch.equal(learned, kept) and torch.equal(first.heads.glyphs.weight, second.heads.glyphs.weight)
+
+
 def test_what_is_not_known_is_written_as_nothing(code):
     words = torch.tensor([[base.WORD_ID["42"], base.IGNORE, 0, 0]])
     nothing = torch.zeros(1, 4, dtype=torch.long)

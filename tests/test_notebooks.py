@@ -16,7 +16,7 @@ import papermill
 import pytest
 import yaml
 
-from awares import data, publish
+from awares import data, pretrain, publish
 from awares.config import SYSTEMS, TASKS, load_params
 from awares.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.model import load_model, save_model
@@ -310,9 +310,7 @@ def test_means_over_seeds(line):
 
 
 def test_base_model_is_trained_exported_and_described(line):
-    small = {
-        f"base.{stage}_{key}": n for stage in ("vision", "lookup", "joint") for key, n in (("steps", 2), ("work", 400))
-    }
+    small = {f"base.{stage}_{key}": n for stage in pretrain.STAGES for key, n in (("steps", 2), ("work", 400))}
     folder = line.run("00_base_model", "base_model", **small, **{"data.validation_rows": 2}).parent
     assert sum(weight.numel() for weight in load_model(folder / "model").parameters()) > 5e6
     assert (folder / "model" / "model.safetensors").stat().st_size < 20e6

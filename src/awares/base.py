@@ -40,9 +40,16 @@ TRAIT_ID = {t: i + 1 for i, t in enumerate(TRAITS)}
 IGNORE = -100
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
-# shares of scenes.PAINTERS and of views; the vision tower learns most from full pages
-PAINTER_SHARES = {"vision": [0.4, 0.2, 0.15, 0.2, 0.05], "all": [0.24, 0.18, 0.2, 0.3, 0.08]}
-VIEW_SHARES = {"vision": [0.65, 0.2, 0.15, 0.0], "all": [0.4, 0.2, 0.1, 0.3]}
+# shares of painters and of views by stage; the vision tower learns most from full pages
+PAINTER_SHARES = {
+    "glyphs": {"wall": 1.0},
+    "vision": {"page": 0.27, "chart": 0.14, "signs": 0.1, "objects": 0.14, "collage": 0.05, "wall": 0.3},
+    "all": {"page": 0.24, "chart": 0.18, "signs": 0.2, "objects": 0.3, "collage": 0.08},
+}
+VIEW_SHARES = {
+    "sees": {"full": 0.65, "half": 0.2, "part": 0.15},
+    "all": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
+}
 
 
 # --- the architecture ------------------------------------------------------------------------------------------------
@@ -307,13 +314,13 @@ def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
 
 def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Example:
     """One conversation about one picture: whole, halved, a part of it, or a halved view with parts of it."""
-    if stage != "vision" and rng.random() < 0.06:
+    silent = stage in ("glyphs", "vision")
+    if not silent and rng.random() < 0.06:
         return text_example(rng)
-    shares = "vision" if stage == "vision" else "all"
-    painter = str(rng.choice(list(scenes.PAINTERS), p=PAINTER_SHARES[shares]))
+    painter = _drawn(rng, PAINTER_SHARES.get(stage, PAINTER_SHARES["all"]))
     draw = scenes.draw if stage == "lookup" else scenes.paint  # symbolic pages need no camera
     scene = draw(painter, rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
-    kind = str(rng.choice(["full", "half", "part", "group"], p=VIEW_SHARES[shares]))
+    kind = _drawn(rng, VIEW_SHARES["sees" if silent else "all"])
     regions: list[scenes.Box] = []
     if kind in ("part", "group"):
         names = [c for c in CROPS if c != "all"]
@@ -321,7 +328,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         regions = [CROPS[str(c)] for c in rng.choice(names, count, replace=False)]
     views = [view(scene, halve=kind != "full")] if kind in ("full", "half", "group") else []
     views += [view(scene, region) for region in regions]
-    if stage == "vision":
+    if silent:
         return Example(views)
     order = _balanced(rng, [qa for qa in scene.qas if _answerable(qa, kind, views)])[:questions]
     late = 0
@@ -335,6 +342,10 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     system = text_example(rng).system if dice < 0.12 else str(rng.choice(lex.SYSTEMS)) if dice < 0.3 else lex.SYSTEMS[0]
     turns = [(qa.question, qa.answers[qa.form]) for qa in order]
     return Example(views, turns, system, late if late < len(order) else 0, [trail(qa, scene, views) for qa in order])
+
+
+def _drawn(rng: np.random.Generator, shares: dict[str, float]) -> str:
+    return str(rng.choice(list(shares), p=list(shares.values())))
 
 
 def _answerable(qa: scenes.QA, kind: str, views: list[View]) -> bool:

@@ -217,12 +217,15 @@ class Base:
     """The base VLM: a folder in this repository or a model id, how it is loaded, and how the embedded one is trained."""
 
     seed: int = _method(low=0)
+    glyphs_steps: int = _method(low=1)
     vision_steps: int = _method(low=1)
     lookup_steps: int = _method(low=1)
     joint_steps: int = _method(low=1)
+    glyphs_learning_rate: float = _method(low=0)
     vision_learning_rate: float = _method(low=0)
     lookup_learning_rate: float = _method(low=0)
     joint_learning_rate: float = _method(low=0)
+    glyphs_work: int = _method(low=1)
     vision_work: int = _method(low=1)
     lookup_work: int = _method(low=1)
     joint_work: int = _method(low=1)

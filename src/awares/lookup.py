@@ -4,8 +4,8 @@ A question about a picture takes three hops: what is asked about, which visual t
 without the others, so a small model trained on answers alone learns which answers are usual and never looks. Three aids make each hop
 pay by itself:
 
-- *The code* (`Code`) is what the vision tower is taught to write into a visual token: what stands there, and whose value it is, in directions of
-  their own for either row of patches. So the language tower can be trained on symbolic pages, without a vision tower, while that one learns to read.
+- *The code* (`Code`) is what the vision tower is taught to write into a visual token: what stands there, and whose value it is, each in a room of
+  its own for either row of patches. So the language tower can be trained on symbolic pages, without a vision tower, while that one learns to read.
 - *Two layers begin as a look-up* (`prepare`): one copies the subject of the question to where the answer starts; the other matches it with
   the "whose value" part of the code and copies the "what stands there" part. All other weights begin at random.
 - *The watch* (`Watch`) adds to the loss how much attention these layers give to the subject and to the evidence.
@@ -31,13 +31,25 @@ SPREAD = 2.0  # standard deviation of an embedding's entries: large, so that ear
 
 
 class Code:
-    """A visual token as the sum of what stands on its patches, after two rotations a row: of whose value it is, and of what it is."""
+    """A visual token as four rooms of a quarter of its width: for either row of patches, whose value stands there, and what.
+
+    A room is a projection that keeps words apart but has no place for all their directions: a patch of the vision tower has to hold two rooms
+    besides its own thoughts, and a merger that only adds up cannot write what no patch can hold.
+    """
 
     def __init__(self, tokenizer: Qwen2Tokenizer, width: int, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(seed)
         self.embedding = SPREAD * torch.randn(len(tokenizer), width, generator=draw)  # (V, D)
-        turns = [torch.linalg.qr(torch.randn(width, width, generator=draw))[0] for _ in range(2 * ROWS + 1)]
-        self.subject_turns, self.own_turns, self.answer_turn = turns[:ROWS], turns[ROWS : 2 * ROWS], turns[-1]  # (D, D)
+        turn = lambda rows, columns: torch.linalg.qr(torch.randn(rows, columns, generator=draw))[0]  # noqa: E731
+        self.basis = turn(width, width)  # (heads · d, D): the directions of each head
+        self.answer_turn = turn(width, width)
+        rank = width // (2 * ROWS)
+        rooms = turn(width, width).split(rank)  # of a visual token: (D / 4, D) each
+        turns = [
+            math.sqrt(width / rank) * part.T @ turn(len(part), rank) @ room
+            for part, room in zip(2 * self.basis.chunk(ROWS), rooms, strict=True)
+        ]
+        self.subject_turns, self.own_turns = turns[:ROWS], turns[ROWS:]  # (D, D), of rank D / 4
         self.words = self._table(tokenizer, WORDS)
         self.traits = self._table(tokenizer, TRAITS)
         self.subjects = self._table(tokenizer, SUBJECTS)
@@ -74,13 +86,12 @@ def prepare(model: Qwen2_5_VLForConditionalGeneration, code: Code) -> None:
     Every head matches and copies its own random directions, so that the heads of a row carry all they have room for.
     """
     language: Any = model.model.language_model
-    width = language.config.hidden_size
     draw = torch.Generator().manual_seed(1)
-    basis = torch.linalg.qr(torch.randn(width, width, generator=draw))[0].T  # (heads · d, D): directions of each head
+    basis = code.basis
     part = basis.chunk(ROWS)
 
     def turned(turns: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([p @ turn for p, turn in zip(part, turns, strict=True)])
+        return torch.cat([p @ turn / math.sqrt(2 * ROWS) for p, turn in zip(part, turns, strict=True)])
 
     def noise(weight: torch.Tensor) -> torch.Tensor:
         return 0.01 * torch.randn(weight.shape, generator=draw)

@@ -1,7 +1,7 @@
 """The training loop of the embedded base VLM (notebooks/00_base_model): batches, losses, checkpoints, progress.
 
-Three stages, each with its checkpoint: the vision tower on what stands where, the language tower on symbolic pages, both on pictures.
-The first two do not need each other and may run side by side.
+Four stages, each with its checkpoint: the lower half of the vision tower on glyphs, the whole of it on what stands where and what belongs to
+what, the language tower on symbolic pages, and both towers on pictures. The language tower needs the others last: its stage may run beside them.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ GROUP = 4
 BLUR = 0.8  # at most, in embeddings
 BOUNDS = (0.3, 0.5, 0.7)  # of a side: what `lexicon.place` tells apart
 DENSE = {"word": 1, "early": 1, "link": 1, "trait": 0.5, "glyph": 0.5, "code": 1}  # weights of the dense losses
+# the stages in order, and what each begins with
+STAGES: dict[str, tuple[str, ...]] = {"glyphs": (), "vision": ("glyphs",), "lookup": (), "joint": ("vision", "lookup")}
 EMPTY = 0.25  # weight of cells where nothing stands
 
 
@@ -167,12 +169,9 @@ def _watched(
 
 def _work(item: Example, stage: str) -> int:
     """Cost of an example in patches; a token of the language tower costs about as much as a patch of the vision tower."""
-    seen = sum(v.words.size for v in item.views) if stage != "lookup" else 0
-    return (
-        seen
-        if stage == "vision"
-        else seen + sum(v.tokens for v in item.views) + 20 * len(item.turns) + len(item.system) // 3
-    )
+    seen = sum(v.words.size for v in item.views)
+    read = sum(v.tokens for v in item.views) + 20 * len(item.turns) + len(item.system) // 3
+    return {"glyphs": seen, "vision": seen, "lookup": read}.get(stage, seen + read)
 
 
 class Batches(torch.utils.data.IterableDataset):
@@ -210,24 +209,29 @@ class Dense:
         self.visual, self.heads, self.code = visual, heads, code
         self._seen: dict[str, torch.Tensor] = {}
         depth = visual.config.depth
-        places = {
-            "middle": visual.blocks[depth // 2],
-            "early": visual.blocks[depth - 2],
-            "late": visual.blocks[depth - 1],
-        }
-        for name, module in {**places, "merged": visual.merger}.items():  # (P, Dv), three times, and (P/4, D)
-            module.register_forward_hook(partial(self._catch, name))
+        for name, place in {"middle": depth // 2, "early": depth - 2, "late": depth - 1}.items():  # (P, Dv)
+            visual.blocks[place].register_forward_hook(partial(self._catch, name))
+        visual.merger.register_forward_hook(partial(self._catch, "merged"))  # (P/4, D)
 
     def _catch(self, name: str, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
         self._seen[name] = (
             output if name == "merged" else F.rms_norm(output, output.shape[-1:])
         )  # blocks put out sums of any size
 
+    def _in_order(self, batch: dict[str, torch.Tensor], *names: str) -> list[torch.Tensor]:
+        order = _window_order(self.visual, batch["image_grid_thw"])  # (P/4,)
+        return [batch[k].reshape(len(order), 4, *batch[k].shape[1:])[order] for k in names]
+
+    def glyphs(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss on glyphs alone, and what to log."""
+        target = self._in_order(batch, "glyphs")[0].flatten()
+        logits = self.heads.glyphs(self._seen["middle"]).reshape(-1, len(CHARS) + 1)
+        loss = _dense(logits, target)
+        return loss, {"glyph": loss.detach(), "glyphs_read": _share(logits, target)}
+
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss after a forward pass of the vision tower, and what to log."""
-        order = _window_order(self.visual, batch["image_grid_thw"])  # (P/4,)
-        by_token = lambda t: t.reshape(len(order), 4, *t.shape[1:])[order]  # noqa: E731
-        words, traits, glyphs, links = (by_token(batch[k]) for k in ("words", "traits", "glyphs", "links"))
+        words, traits, links = self._in_order(batch, "words", "traits", "links")
         words, traits = words[..., 0], traits[..., 0]
         late = self._seen["late"]
         word_logits = self.heads.words(late)
@@ -237,20 +241,24 @@ class Dense:
             "early": _dense(self.heads.early(self._seen["early"]), words.flatten()),
             "link": _dense(link_logits, links.flatten()),
             "trait": _dense(self.heads.traits(late), traits.flatten()),
-            "glyph": _dense(self.heads.glyphs(self._seen["middle"]).reshape(-1, len(CHARS) + 1), glyphs.flatten()),
         }
+        parts["glyph"], glyphs = self.glyphs(batch)
         code = self.code(words, traits, links)
         far = self.code.distance(self._seen["merged"], code)
         known = ((words != IGNORE) & (traits != IGNORE) & (links != IGNORE).all(-1)).all(1)
         full = known & ((words > 0).any(1) | (traits > 0).any(1))
         parts["code"] = far[full].mean() + EMPTY * far[known & ~full].mean()
         with torch.no_grad():
-            share = lambda logits, target: (logits.argmax(-1) == target)[target > 0].float().mean()  # noqa: E731
-            seen = {k: v.detach() for k, v in parts.items()}
-            seen["words_read"] = share(word_logits, words.flatten())
-            seen["links_read"] = share(link_logits, links.flatten())
+            seen = {k: v.detach() for k, v in parts.items()} | glyphs
+            seen["words_read"] = _share(word_logits, words.flatten())
+            seen["links_read"] = _share(link_logits, links.flatten())
             seen["code_missed"] = far[full].sum() / self.code.distance(code[full], torch.zeros(1)).sum()
         return sum((weight * parts[name] for name, weight in DENSE.items()), torch.zeros(())), seen
+
+
+def _share(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Of the cells where something stands, how many are named rightly."""
+    return (logits.detach().argmax(-1) == target)[target > 0].float().mean()
 
 
 def _dense(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -272,7 +280,8 @@ def _window_order(visual: Any, grid: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """`vision` (the vision tower, on what stands where), `lookup` (the language tower, on symbolic pages), or `joint` (both, on pictures)."""
+    """`glyphs` (half the vision tower, on print), `vision` (all of it, on what stands where), `lookup` (the language tower, on symbolic pages),
+    or `joint` (both, on pictures)."""
 
     name: str
     steps: int
@@ -292,10 +301,15 @@ class Network:
         self.heads = DenseHeads(self.model.config)
         self.code = Code(tokenizer, self.model.config.text_config.hidden_size, recipe.seed)
         self.dense = Dense(self.model.model.visual, self.heads, self.code)
-        self.stage = stage
-        if stage != "vision":
+        self.recipe, self.stage = recipe, stage
+        if stage in ("lookup", "joint"):
             self.watch = Watch(self.model)
             prepare(self.model, self.code)
+        visual: Any = self.model.model.visual
+        if stage in ("glyphs", "vision"):
+            _spread(visual)
+        if stage == "glyphs":
+            del visual.blocks[visual.config.depth // 2 + 1 :]  # above, nothing is read off yet
         self.placing = torch.nn.Linear(self.model.config.text_config.hidden_size, 2 * (len(BOUNDS) + 1))
         language: Any = self.model.model.language_model
         language.layers[VALUE_LAYER].register_forward_pre_hook(self._catch, with_kwargs=True)
@@ -304,11 +318,15 @@ class Network:
         }
         every |= {f"placing.{k}": v for k, v in self.placing.named_parameters()}
         sees = lambda name: name.startswith(("model.model.visual.", "heads."))  # noqa: E731
-        self.parameters = {k: v for k, v in every.items() if stage == "joint" or sees(k) == (stage == "vision")}
+        self.parameters = {k: v for k, v in every.items() if stage == "joint" or sees(k) == (stage != "lookup")}
 
-    def join(self, work: Path) -> None:
-        """Take the towers that the first two stages left in `work`."""
-        for stage in ("vision", "lookup"):
+    def begin(self, work: Path) -> None:
+        """Take what the stages before this one left in `work`."""
+        if self.stage == "glyphs":
+            rng = np.random.default_rng(self.recipe.seed)
+            views = [view for _ in range(90) for view in example(rng, self.stage).views]
+            _whiten(self.model.model.visual, np.concatenate([patchify(np.asarray(v.image)) for v in views]))
+        for stage in STAGES[self.stage]:
             state = load_file(_checkpoint(work, stage))
             for name, value in self.parameters.items():
                 if f"p.{name}" in state:
@@ -316,9 +334,9 @@ class Network:
 
     def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch, and what to log."""
-        if self.stage == "vision":
+        if self.stage in ("glyphs", "vision"):
             self.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
-            return self.dense(batch)
+            return self.dense.glyphs(batch) if self.stage == "glyphs" else self.dense(batch)
         total, parts = self._answers(batch)
         if self.stage == "joint":
             seen, more = self.dense(batch)
@@ -375,6 +393,28 @@ class Network:
         return tuple(blur(picture) for picture in pictures)
 
 
+def _spread(visual: Any) -> None:
+    """Draw the blocks' matrices at the scale of their widths: at transformers' 0.02 a tower as narrow as this one barely speaks."""
+    for name, weight in visual.blocks.named_parameters():
+        if weight.ndim == 2:
+            branch_end = name.endswith(("attn.proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(
+                weight, std=(weight.shape[1] * (2 * visual.config.depth if branch_end else 1)) ** -0.5
+            )
+
+
+def _whiten(visual: Any, patches: np.ndarray) -> None:
+    """Begin with filters that make the strongest components of `patches` (P, 3·2·14·14) equally loud: print is faint beside paper."""
+    filters = visual.patch_embed.proj.weight  # (Dv, 3, 2, 14, 14)
+    seen = torch.from_numpy(patches).double()
+    loudness, components = torch.linalg.eigh(seen.T @ seen / len(seen))
+    loudness, components = loudness[-len(filters) :], components[:, -len(filters) :]
+    turn = torch.linalg.qr(torch.randn(len(filters), len(filters), dtype=torch.float64))[0]
+    floor = 0.01 * loudness[len(filters) // 2]
+    with torch.no_grad():
+        filters.copy_((turn @ ((loudness + floor).rsqrt()[:, None] * components.T)).reshape(filters.shape))
+
+
 def learning_rate(step: int, stage: Stage, recipe: Base) -> float:
     """Warm-up, plateau, linear decay to a twentieth."""
     decay = max(1.0, stage.steps * recipe.decay_fraction)
@@ -387,8 +427,8 @@ def train(recipe: Base, work: Path, name: str, until: int | None = None, save_ev
     tokenizer = build_tokenizer(recipe.seed)
     stage = Stage.of(name, recipe)
     network = Network(recipe, tokenizer, name)
-    if name == "joint":
-        network.join(work)
+    if not _checkpoint(work, name).exists():
+        network.begin(work)
     optimiser = _optimiser(network.parameters, recipe)
     step = _resume(_checkpoint(work, name), network.parameters, optimiser)
     stop = min(until or stage.steps, stage.steps)

@@ -496,6 +496,40 @@ def collage(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     return Scene(image, marks, qas, ambiguous + [q for q in every if q not in qas])
 
 
+def wall(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+    """Line upon line of words, of which nothing is asked: what the vision tower learns to read from (base training only)."""
+    canvas = Canvas(size, background(size, tint((242, 240, 232), rng, 10), rng, 2.0))
+    words = [
+        w for words in (*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, lex.SHAPES, ("kg",)) for w in words
+    ]
+    y = float(rng.integers(0, 8))
+    while True:
+        dark = bool(rng.random() < 0.75)
+        pen = _pen(rng, bool(rng.random() < 0.75), dark)
+        if y + pen.height + 2 > size[1]:
+            return Scene(canvas.image, canvas.marks)
+        if not dark:
+            ground = tint(list(lex.COLOURS.values())[int(rng.integers(len(lex.COLOURS)))], rng, 15)
+            if sum(ground) < 480:
+                canvas.draw.rectangle((0, round(y) - 2, size[0], round(y) + pen.height + 1), fill=ground)
+            else:
+                pen = replace(pen, fill=tint((30, 30, 40), rng, 25))
+        x = float(rng.integers(0, 8))
+        while x + pen.width(word := _loose(words, rng)) + 1 <= size[0]:
+            x = canvas.text(x, y, word, pen)[2] + float(rng.uniform(3, 8)) * pen.size / 14
+        y += pen.height + float(rng.integers(1, 5))
+
+
+def _loose(words: Sequence[str], rng: np.random.Generator) -> str:
+    """A word or a number, with or without a sign."""
+    dice = rng.random()
+    if rng.random() < 0.25:
+        number = str(rng.integers(100))
+        return f"{number}:" if dice < 0.15 else f"{number}%" if dice < 0.3 else f"${number}" if dice < 0.45 else number
+    word = words[int(rng.integers(len(words)))]
+    return f"{word}:" if dice < 0.15 else word
+
+
 def _shift(box: Box, dx: float, dy: float) -> Box:
     return box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy
 
@@ -525,4 +559,4 @@ def paint(name: str, rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     return scene
 
 
-PAINTERS = {"page": page, "chart": chart, "signs": signs, "objects": objects, "collage": collage}
+PAINTERS = {"page": page, "chart": chart, "signs": signs, "objects": objects, "collage": collage, "wall": wall}
