@@ -36,7 +36,7 @@ def test_stage_names_things_that_exist(stage):
     for profile in params["profiles"]:
         for key in STAGES[stage]["params"]:
             found = params
-            for part in key.replace("${item.profile}", profile).split("."):
+            for part in key.replace("${item.profile}", profile).replace("${item.variant}", "main").split("."):
                 assert part in found, f"{stage} tracks {key}, which params.yaml does not have"
                 found = found[part]
 
@@ -105,9 +105,12 @@ else:
     run = Path(sys.argv[2]).parent
     open("ran.txt", "a").write(f"{{run}}\\n")
     profile, stage, seed, tree = run.parts[1], run.parts[2], run.name[-1], "runs/"
+variant = sys.argv[sys.argv.index("variant") + 1] if "variant" in sys.argv else "main"
+if variant != "main":
+    stage = {{"evaluation": "sft_ablations_evaluation"}}.get(stage, stage + "_ablations")
 items = [item for kind in ("outs", "metrics", "plots") for item in stages[stage].get(kind, [])]
 for name in [item if isinstance(item, str) else next(iter(item)) for item in items]:
-    path = Path(name.replace("${{item.profile}}", profile).replace("${{seed}}", seed))
+    path = Path(name.replace("${{item.profile}}", profile).replace("${{seed}}", seed).replace("${{item.variant}}", variant))
     if name.startswith(tree):
         file = path if path.suffix else path / "file"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +129,8 @@ def repository(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     for stage in STAGES.values():
         for name in stage["deps"]:
-            if name.startswith(("src/", "notebooks/", "data/sources")):
+            if name.startswith(("src/", "notebooks/", "data/sources", "data/paper")):
+                (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_text("")
     (folder / "data/base/model.txt").write_text("weights")
     (folder / ".gitignore").write_text("/runs/\nran.txt\n")
@@ -215,6 +219,29 @@ def test_latency_is_beside_the_main_line(repository):
     assert (repository / "reports" / "mini" / "latency").is_dir()
     assert reproduce(repository, "latency") == [] and reproduce(repository) == []
     assert not any("latency" in name for stage in MAIN_LINE for name in STAGES[stage]["deps"])
+
+
+def test_an_ablation_repeats_only_what_it_changes(repository):
+    params = yaml.safe_load((repository / "params.yaml").read_text())
+    labels, cold, after = (params["ablations"][stage] for stage in ("curation", "sft", "grpo"))
+    ran = set(reproduce(repository, "ablations"))
+    wanted = {f"mini/curation/{name}" for name in labels} | {f"mini/sft/{name}-s1" for name in (*labels, *cold)}
+    wanted |= {f"mini/grpo/{name}-s1" for name in after} | {
+        f"mini/evaluation/{name}-s1" for name in (*labels, *cold, *after)
+    }
+    assert ran == wanted | {"mini/ablations"}
+    assert reproduce(repository, "ablations") == [] and reproduce(repository) == []
+    edit(repository, "miss_cost_4: {grpo.alpha_miss: 4.0}", "miss_cost_4: {grpo.alpha_miss: 5.0}")
+    assert reproduce(repository, "ablations") == [
+        "mini/grpo/miss_cost_4-s1",
+        "mini/evaluation/miss_cost_4-s1",
+        "mini/ablations",
+    ]
+    edit(
+        repository, "  beta_0: {grpo.beta: 0.0}", "  beta_0: {grpo.beta: 0.0}\n  beta_1: {grpo.beta: 1.0}"
+    )  # adding one is an entry
+    edit(repository, "beta_0, beta_02]", "beta_0, beta_02, beta_1]")
+    assert reproduce(repository, "ablations") == ["mini/grpo/beta_1-s1", "mini/evaluation/beta_1-s1", "mini/ablations"]
 
 
 def test_metrics_plots_and_graph(repository):

@@ -9,7 +9,7 @@ code: a key that is missing in params.yaml is an error.
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ JUDGES = ("semantic", "embedding", "anls")
 ORACLES = ("annotation",)
 CROP_RULES = ("coverage", "iou")
 PROTOCOLS = ("ours", "released")
-ANSWER_REWARDS = ("similarity", "anls")
+ANSWER_REWARDS = ("similarity", "anls", "judge")
 TASKS = ("chartqa", "docvqa", "ocrbench", "pope", "realworldqa", "vstar")
 LORA_MODULES = (
     "q_proj",
@@ -33,6 +33,11 @@ LORA_MODULES = (
 )  # every linear layer of the LM
 SYSTEMS = ("full", "half", "no_image", "sft", "awares")
 SEEDED_STAGES = ("sft", "grpo", "evaluation", "latency")
+# the sections that decide what a stage writes: a variant that leaves them alone shares the stage with the main line
+DECIDES = {"data": {"data"}, "curation": {"data", "crops", "protocol", "curation", "base"}}
+ABLATED = ("curation", "sft", "grpo")  # stages that variants repeat
+DECIDES["sft"] = DECIDES["curation"] | {"sft"}
+DECIDES["grpo"] = DECIDES["sft"] | {"grpo"}
 
 
 class AwaresError(Exception):
@@ -267,9 +272,11 @@ class Params:
     root: Path
     profile: str
     variant: str
+    changed: frozenset[str]  # the sections that the variant changes
     seed: int
     seeds: tuple[int, ...]  # further training seeds, for means over seeds
     threads: int
+    ablations: dict[str, tuple[str, ...]]  # first stage of their own -> variants
     unseen: bool  # evaluation.seed was overridden: evaluation then generates rows that no stage has seen
     paths: Paths
     data: Data
@@ -290,13 +297,15 @@ class Params:
     def run_dir(self, stage: str) -> Path:
         """runs/<profile>/<stage>, and /<variant>-s<seed> below it for the stages that depend on the training seed.
 
-        Evaluation on an unseen seed writes to /<variant>-s<seed>-e<evaluation seed>, beside the pipeline's own run.
+        A stage before the first one that the variant changes is the main line's: both share its folder. Evaluation on an
+        unseen seed writes to /<variant>-s<seed>-e<evaluation seed>, beside the pipeline's own run.
         """
         folder = self.path(self.paths.runs) / self.profile / stage
+        own = self.variant != "main" and bool(self.changed & DECIDES.get(stage, set(SECTIONS)))
         if stage not in SEEDED_STAGES:
-            return folder
+            return folder / self.variant if own and stage in DECIDES else folder
         unseen = f"-e{self.evaluation.seed}" if stage == "evaluation" and self.unseen else ""
-        return folder / f"{self.variant}-s{self.seed}{unseen}"
+        return folder / f"{self.variant if own else 'main'}-s{self.seed}{unseen}"
 
     def model_path(self) -> Path | str:
         """The base model: a folder of this repository, or else an id of the model hub as it stands in params.yaml."""
@@ -310,7 +319,8 @@ class Params:
     def as_dict(self) -> dict[str, Any]:
         """Plain dict of every value except the root folder: for logs and for keying checkpoints by their inputs."""
         values = dataclasses.asdict(self)
-        del values["root"]
+        for name in ("root", "changed", "ablations"):  # say where and beside what, not how
+            del values[name]
         return values
 
 
@@ -323,9 +333,9 @@ def load_params(
     """Read params.yaml into :class:`Params`.
 
     ``profile`` None or "" means the file's own ``profile:``. ``variant`` names an entry of ``variants:``, a mapping of
-    dotted keys to values; ``overrides`` is such a mapping too, or its YAML text, e.g. ``"{seed: 2, grpo.beta: 0.0}"``,
-    and comes last. A relative ``path`` is looked for in the working folder and then upwards, so that a notebook finds
-    it from notebooks/.
+    dotted keys to values (`profiles.<name>.` before a key: for that profile only); ``overrides`` is such a mapping too, or its
+    YAML text, e.g. ``"{seed: 2, grpo.beta: 0.0}"``, and comes last. A relative ``path`` is looked for in the working folder and
+    then upwards, so that a notebook finds it from notebooks/.
 
     Raises AwaresError naming the dotted key and the allowed values.
     """
@@ -334,6 +344,11 @@ def load_params(
     profile = profile or _check("profile", raw.get("profile"), str, {})
     variants = _mapping("variants", raw.get("variants"))
     variant_values = _mapping(f"variants.{variant}", _choose("variant", variant, variants) or {})
+    variant_values = {
+        _own_key(k): v
+        for k, v in variant_values.items()
+        if not str(k).startswith("profiles.") or str(k).startswith(f"profiles.{profile}.")
+    }
     override_values = parse_overrides(overrides)
     values = _merge(raw, _choose("profile", profile, _mapping("profiles", raw.get("profiles"))), profile, file)
     seen_seed = values["evaluation"].get("seed")
@@ -348,14 +363,49 @@ def load_params(
         root=file.parent,
         profile=profile,
         variant=variant,
+        changed=frozenset(str(key).partition(".")[0] for key in variant_values),
         seed=_check("seed", values["seed"], int, {"low": 0}),
         seeds=_check("seeds", values["seeds"], tuple[int, ...], {"low": 0}),
         threads=_check("threads", values["threads"], int, {"low": 1}),
+        ablations=_ablations(raw, variants),
         unseen=values["evaluation"]["seed"] != seen_seed,
         **sections,
     )
     _check_whole(params)
     return params
+
+
+def _ablations(raw: Mapping[str, Any], variants: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The lists of variants that the pipeline runs, each of them known and listed where it begins to differ."""
+    lists = {}
+    for stage, names in _mapping("ablations", raw.get("ablations", {})).items():
+        place = f"ablations.{stage}"
+        _choose("stage of ablations", stage, {name: None for name in ABLATED})
+        lists[stage] = _check(place, names, tuple[str, ...], {})
+        for name in lists[stage]:
+            changes = _mapping(f"variants.{name}", _choose(f"variant of {place}", name, variants))
+            sections = {_own_key(key).partition(".")[0] for key in changes}
+            first = next((one for one in ABLATED if sections & DECIDES[one]), None)
+            if first != stage:
+                raise AwaresValueError(f"{place}: variant {name} first changes {first or 'nothing'}: list it there")
+    return lists
+
+
+def _own_key(dotted: Any) -> str:
+    """`profiles.<name>.<section>.<key>`, a value for one profile only, is `<section>.<key>` there."""
+    parts = str(dotted).split(".")
+    return ".".join(parts[2:] if parts[0] == "profiles" else parts)
+
+
+def differences(before: Params, after: Params) -> list[tuple[str, Any, Any]]:
+    """The parameters in which two settings differ: (dotted key, before, after)."""
+    pairs = zip(_flat(before.as_dict()), _flat(after.as_dict()), strict=True)
+    return [(key, old, new) for (key, old), (_, new) in pairs if old != new and key != "variant"]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
 def parse_overrides(overrides: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -403,7 +453,7 @@ def _choose(kind: str, name: str, known: Mapping[str, Any]) -> Any:
 def _merge(raw: dict[str, Any], sizes: Any, profile: str, file: Path) -> dict[str, Any]:
     """Lay the profile's size keys beside the method keys of every section, each key allowed in its own place only."""
     sizes = _mapping(f"profiles.{profile}", sizes)
-    _known_keys(file.name, raw, {"profile", "seed", "seeds", "variants", "profiles", *SECTIONS})
+    _known_keys(file.name, raw, {"profile", "seed", "seeds", "variants", "ablations", "profiles", *SECTIONS})
     _known_keys(f"profiles.{profile}", sizes, {"threads", *SECTIONS})
     values = {"seed": raw.get("seed"), "seeds": raw.get("seeds"), "threads": sizes.get("threads")}
     for name, kind in SECTIONS.items():

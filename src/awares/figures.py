@@ -220,6 +220,27 @@ def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step")
     return figure
 
 
+def sweep_figure(table: pd.DataFrame) -> Figure:
+    """One column of panels a swept parameter: accuracy (percent, with its interval) above, RTR below, over the values in order.
+
+    ``table``: parameter, value, accuracy, accuracy_low, accuracy_high, rtr.
+    """
+    parameters = list(table.parameter.unique())
+    figure, grid = plt.subplots(
+        2, len(parameters), figsize=(2.9 * len(parameters), 4.6), sharex="col", sharey="row", squeeze=False
+    )
+    for (above, below), (parameter, rows) in zip(grid.T, table.groupby("parameter", sort=False), strict=True):
+        places = range(len(rows))
+        above.vlines(places, rows.accuracy_low, rows.accuracy_high, color="black", linewidth=1)
+        above.plot(places, rows.accuracy, marker="o")
+        below.plot(places, rows.rtr, marker="o")
+        below.set_xticks(list(places), [f"{value:g}" for value in rows.value])
+        below.set_xlabel(str(parameter))
+    grid[0][0].set_ylabel("accuracy (%)")
+    grid[1][0].set_ylabel("RTR")
+    return figure
+
+
 def bars_figure(table: pd.DataFrame, x: str, y: str, hue: str | None, labels: tuple[str, str]) -> Figure:
     """Grouped bars of ``y`` over ``x``; whiskers where ``table`` has columns ``<y>_low`` and ``<y>_high``.
 

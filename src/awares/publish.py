@@ -6,6 +6,7 @@ something and drops the rest, so that two runs with the same numbers give the sa
     python -m awares.publish mini         # what the report stage of dvc.yaml runs last
     python -m awares.publish mini seeds     # and the stages beside it
     python -m awares.publish mini latency
+    python -m awares.publish mini ablations
 """
 
 import re
@@ -56,6 +57,16 @@ def publish_seeds(params: Params) -> list[Path]:
 def publish_latency(params: Params) -> list[Path]:
     """Publish the latency notebook beside its tables, in reports/<profile>/latency."""
     return _publish_beside(params, "latency", "07_latency")
+
+
+def publish_ablations(params: Params) -> list[Path]:
+    """Publish the summary of the ablations and every variant's notebook beside their tables, in reports/<profile>/ablations."""
+    files = _publish_beside(params, "ablations", "06_ablations_summary")
+    for variant in (name for names in params.ablations.values() for name in names):
+        path = load_params(params.profile, variant).run_dir("evaluation") / "notebook.ipynb"
+        _require(path, "ablations")
+        files += publish_one(path, params.report_dir() / "ablations", f"06_{variant}", params.root)
+    return files
 
 
 def _publish_beside(params: Params, stage: str, name: str) -> list[Path]:
@@ -126,12 +137,15 @@ def clear(folder: Path) -> Path:
     return folder
 
 
+PUBLISHERS = {"seeds": publish_seeds, "latency": publish_latency, "ablations": publish_ablations}
+
+
 def main(arguments: list[str]) -> int:
-    """``python -m awares.publish [profile [seeds or latency]]``."""
+    """``python -m awares.publish [profile [seeds, latency or ablations]]``."""
     profile, what = [*arguments, "", ""][:2]
     try:
         params = load_params(profile)
-        publisher = {"seeds": publish_seeds, "latency": publish_latency}.get(what, publish)
+        publisher = PUBLISHERS.get(what, publish)
         for file in publisher(params):
             print(file.relative_to(params.root))
     except AwaresError as error:
