@@ -66,7 +66,7 @@ def test_a_stage_begins_with_what_the_ones_before_it_learned(tokenizer, tmp_path
     pretrain._save(
         tmp_path / "glyphs.safetensors", recipe, 1, first.parameters, torch.optim.SGD(first.parameters.values())
     )
-    second = pretrain.Network(recipe, tokenizer, "vision")
+    second = pretrain.Network(recipe, tokenizer, "words")
     second.begin(tmp_path)
     learned, kept = (n.model.model.visual.blocks[3].mlp.gate_proj.weight for n in (first, second))
     assert torch.equal(learned, kept) and torch.equal(first.heads.glyphs.weight, second.heads.glyphs.weight)

@@ -43,6 +43,7 @@ VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about 
 # shares of painters and of views by stage; the vision tower learns most from full pages
 PAINTER_SHARES = {
     "glyphs": {"wall": 1.0},
+    "words": {"page": 0.1, "chart": 0.1, "signs": 0.1, "objects": 0.15, "wall": 0.55},
     "vision": {"page": 0.27, "chart": 0.14, "signs": 0.1, "objects": 0.14, "collage": 0.05, "wall": 0.3},
     "all": {"page": 0.24, "chart": 0.18, "signs": 0.2, "objects": 0.3, "collage": 0.08},
 }
@@ -314,7 +315,7 @@ def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
 
 def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Example:
     """One conversation about one picture: whole, halved, a part of it, or a halved view with parts of it."""
-    silent = stage in ("glyphs", "vision")
+    silent = stage not in ("lookup", "joint")
     if not silent and rng.random() < 0.06:
         return text_example(rng)
     painter = _drawn(rng, PAINTER_SHARES.get(stage, PAINTER_SHARES["all"]))

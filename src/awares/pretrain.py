@@ -1,7 +1,7 @@
 """The training loop of the embedded base VLM (notebooks/00_base_model): batches, losses, checkpoints, progress.
 
-Four stages, each with its checkpoint: the lower half of the vision tower on glyphs, the whole of it on what stands where and what belongs to
-what, the language tower on symbolic pages, and both towers on pictures. The language tower needs the others last: its stage may run beside them.
+Five stages, each with its checkpoint: the lower half of the vision tower on glyphs, the whole of it on words and then on what belongs to what,
+the language tower on symbolic pages, and both towers on pictures. `lookup` needs none of the others and may run beside the first three.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares.base import (
-    CHARS,
     IGNORE,
     LINKS,
     PATCH,
-    SUBJECTS,
     TOKEN,
     WORDS,
     DenseHeads,
@@ -109,9 +107,24 @@ def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.
 GROUP = 4
 BLUR = 0.8  # at most, in embeddings
 BOUNDS = (0.3, 0.5, 0.7)  # of a side: what `lexicon.place` tells apart
-DENSE = {"word": 1, "early": 1, "link": 1, "trait": 0.5, "glyph": 0.5, "code": 1}  # weights of the dense losses
+DENSE = {"glyph": 0.5, "early": 1, "word": 1, "trait": 0.5, "link": 1, "code": 1}  # weights of the dense losses
+# the head of a dense loss, where in the vision tower it reads, and what its log says
+HEADS = {
+    "glyph": ("glyphs", "middle", "glyphs_read"),
+    "early": ("early", "early", ""),
+    "word": ("words", "late", "words_read"),
+    "trait": ("traits", "late", ""),
+    "link": ("links", "late", "links_read"),
+}
+ASKED = {"glyphs": ("glyph",), "words": ("glyph", "early", "word", "trait")}  # by stage; all of them afterwards
 # the stages in order, and what each begins with
-STAGES: dict[str, tuple[str, ...]] = {"glyphs": (), "vision": ("glyphs",), "lookup": (), "joint": ("vision", "lookup")}
+STAGES: dict[str, tuple[str, ...]] = {
+    "glyphs": (),
+    "words": ("glyphs",),
+    "vision": ("words",),
+    "lookup": (),
+    "joint": ("vision", "lookup"),
+}
 EMPTY = 0.25  # weight of cells where nothing stands
 
 
@@ -171,7 +184,7 @@ def _work(item: Example, stage: str) -> int:
     """Cost of an example in patches; a token of the language tower costs about as much as a patch of the vision tower."""
     seen = sum(v.words.size for v in item.views)
     read = sum(v.tokens for v in item.views) + 20 * len(item.turns) + len(item.system) // 3
-    return {"glyphs": seen, "vision": seen, "lookup": read}.get(stage, seen + read)
+    return read if stage == "lookup" else seen + read if stage == "joint" else seen
 
 
 class Batches(torch.utils.data.IterableDataset):
@@ -222,38 +235,38 @@ class Dense:
         order = _window_order(self.visual, batch["image_grid_thw"])  # (P/4,)
         return [batch[k].reshape(len(order), 4, *batch[k].shape[1:])[order] for k in names]
 
-    def glyphs(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss on glyphs alone, and what to log."""
-        target = self._in_order(batch, "glyphs")[0].flatten()
-        logits = self.heads.glyphs(self._seen["middle"]).reshape(-1, len(CHARS) + 1)
-        loss = _dense(logits, target)
-        return loss, {"glyph": loss.detach(), "glyphs_read": _share(logits, target)}
-
-    def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss after a forward pass of the vision tower, and what to log."""
-        words, traits, links = self._in_order(batch, "words", "traits", "links")
+    def __call__(
+        self, batch: dict[str, torch.Tensor], asked: tuple[str, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The losses ``asked`` for, of DENSE, after a forward pass of the vision tower, and what to log."""
+        words, traits, links, glyphs = self._in_order(batch, "words", "traits", "links", "glyphs")
         words, traits = words[..., 0], traits[..., 0]
-        late = self._seen["late"]
-        word_logits = self.heads.words(late)
-        link_logits = self.heads.links(late).reshape(-1, len(SUBJECTS) + 1)
-        parts = {
-            "word": _dense(word_logits, words.flatten()),
-            "early": _dense(self.heads.early(self._seen["early"]), words.flatten()),
-            "link": _dense(link_logits, links.flatten()),
-            "trait": _dense(self.heads.traits(late), traits.flatten()),
-        }
-        parts["glyph"], glyphs = self.glyphs(batch)
+        targets = {"glyph": glyphs, "early": words, "word": words, "trait": traits, "link": links}
+        total, seen = torch.zeros(()), {}
+        for name in asked:
+            if name == "code":
+                loss = self._written(words, traits, links, seen)
+            else:
+                head, place, read = HEADS[name]
+                target = targets[name].flatten()
+                logits = getattr(self.heads, head)(self._seen[place]).reshape(len(target), -1)
+                loss = _dense(logits, target)
+                if read:
+                    seen[read] = _share(logits, target)
+            total = total + DENSE[name] * loss
+            seen[name] = loss.detach()
+        return total, seen
+
+    def _written(
+        self, words: torch.Tensor, traits: torch.Tensor, links: torch.Tensor, seen: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """How far the visual tokens are from their code, where all that they show is known."""
         code = self.code(words, traits, links)
         far = self.code.distance(self._seen["merged"], code)
         known = ((words != IGNORE) & (traits != IGNORE) & (links != IGNORE).all(-1)).all(1)
         full = known & ((words > 0).any(1) | (traits > 0).any(1))
-        parts["code"] = far[full].mean() + EMPTY * far[known & ~full].mean()
-        with torch.no_grad():
-            seen = {k: v.detach() for k, v in parts.items()} | glyphs
-            seen["words_read"] = _share(word_logits, words.flatten())
-            seen["links_read"] = _share(link_logits, links.flatten())
-            seen["code_missed"] = far[full].sum() / self.code.distance(code[full], torch.zeros(1)).sum()
-        return sum((weight * parts[name] for name, weight in DENSE.items()), torch.zeros(())), seen
+        seen["code_missed"] = far.detach()[full].sum() / self.code.distance(code[full], torch.zeros(1)).sum()
+        return far[full].mean() + EMPTY * far[known & ~full].mean()
 
 
 def _share(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -280,8 +293,8 @@ def _window_order(visual: Any, grid: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """`glyphs` (half the vision tower, on print), `vision` (all of it, on what stands where), `lookup` (the language tower, on symbolic pages),
-    or `joint` (both, on pictures)."""
+    """`glyphs` (half the vision tower, on print), `words` (all of it, on what stands where), `vision` (and whose value it is), `lookup` (the
+    language tower, on symbolic pages), or `joint` (both, on pictures)."""
 
     name: str
     steps: int
@@ -306,7 +319,7 @@ class Network:
             self.watch = Watch(self.model)
             prepare(self.model, self.code)
         visual: Any = self.model.model.visual
-        if stage in ("glyphs", "vision"):
+        if stage not in ("lookup", "joint"):
             _spread(visual)
         if stage == "glyphs":
             del visual.blocks[visual.config.depth // 2 + 1 :]  # above, nothing is read off yet
@@ -334,12 +347,13 @@ class Network:
 
     def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch, and what to log."""
-        if self.stage in ("glyphs", "vision"):
+        asked = ASKED.get(self.stage, tuple(DENSE))
+        if self.stage not in ("lookup", "joint"):
             self.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
-            return self.dense.glyphs(batch) if self.stage == "glyphs" else self.dense(batch)
+            return self.dense(batch, asked)
         total, parts = self._answers(batch)
         if self.stage == "joint":
-            seen, more = self.dense(batch)
+            seen, more = self.dense(batch, asked)
             return total + seen, parts | more
         return total, parts
 
