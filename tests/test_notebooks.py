@@ -106,15 +106,15 @@ class Line:
         self.values = {**SMOKE, **{key: str(path) for key, path in places.items()}}
         self.params = self.with_values()
 
-    def with_values(self, **more):
-        return load_params("mini", overrides={**self.values, **more}, path=ROOT / "params.yaml")
+    def with_values(self, variant: str = "main", **more):
+        return load_params("mini", variant, {**self.values, **more}, ROOT / "params.yaml")
 
-    def run(self, name: str, stage: str, **more) -> Path:
+    def run(self, name: str, stage: str, variant: str = "main", **more) -> Path:
         """Execute notebook ``name`` as the pipeline does; the executed copy."""
-        executed = self.with_values(**more).run_dir(stage) / "notebook.ipynb"
+        executed = self.with_values(variant, **more).run_dir(stage) / "notebook.ipynb"
         executed.parent.mkdir(parents=True, exist_ok=True)
         overrides = yaml.safe_dump({**self.values, **more}, default_flow_style=True, width=10**6).strip()
-        parameters = {"profile": "mini", "variant": "main", "overrides": overrides}
+        parameters = {"profile": "mini", "variant": variant, "overrides": overrides}
         source = ROOT / "notebooks" / f"{name}.ipynb"
         papermill.execute_notebook(
             source, executed, parameters, kernel_name="python3", progress_bar=False, cwd=ROOT / "notebooks"
@@ -307,6 +307,51 @@ def test_means_over_seeds(line):
     assert means.accuracy_high[row] - means.accuracy_low[row] == pytest.approx(5, abs=1e-3)
     assert (means.seeds == 3).all()
     assert publish.publish_seeds(line.params)[0].is_file()
+
+
+@pytest.fixture(scope="module")
+def ablations(line):
+    """One variant of either training, really run; the tables of the others are copies under their names."""
+    ran = {"weight_1": ("03_sft", "sft"), "no_area_cost": ("04_grpo", "grpo")}
+    folders = {}
+    for name, (notebook, stage) in ran.items():
+        line.run(notebook, stage, variant=name)
+        folders[name] = line.run("06_ablations", "evaluation", variant=name).parent
+    for listed, names in line.params.ablations.items():
+        like = "no_area_cost" if listed == "grpo" else "weight_1"
+        for name in set(names) - set(ran):
+            copy = line.with_values(name).run_dir("evaluation")
+            shutil.copytree(folders[like], copy)
+            for table in (copy / "tables").glob("*.csv"):
+                table.write_text(table.read_text().replace(like, name))
+    return folders
+
+
+def test_a_variant_is_set_beside_the_main_line(line, ablations):
+    for name, system in (("weight_1", "sft"), ("no_area_cost", "awares")):
+        result = pd.read_csv(ablations[name] / "tables" / "result.csv")
+        assert set(result.system) == {"main", name} and set(result.benchmark) == {*TASKS, AVERAGE}
+        main = line.table("evaluation", "table1_main")
+        columns = ["accuracy", "rtr", "n"]
+        ours, theirs = result[result.system == "main"], main[main.system == system]
+        assert ours[columns].to_numpy().tolist() == theirs[columns].to_numpy().tolist()
+        executed = nbformat.read(ablations[name] / "notebook.ipynb", as_version=4)
+        assert f"<code>{name}</code>" in str(executed.cells) or f"`{name}` less the main line" in str(executed.cells)
+    assert not (line.params.run_dir("sft").with_name("no_area_cost-s1")).exists()
+
+
+def test_ablations_stand_together_beside_the_paper(line, ablations):
+    executed = line.run("06_ablations_summary", "ablations")
+    folder = line.params.report_dir() / "ablations"
+    effects = pd.read_csv(folder / "effects.csv")
+    assert set(effects.variant) == {name for names in line.params.ablations.values() for name in names}
+    assert "grpo.lambda_area 0.0" in effects.set_index("variant").change["no_area_cost"]
+    assert (folder / "effects.png").is_file() and (folder / "sweeps.png").is_file()
+    text = str(nbformat.read(executed, as_version=4).cells)
+    assert text.count("measured here (profile mini)") == text.count("published (") == 6
+    assert {"notebooks/06_beta_0.ipynb", "html/06_ablations_summary.html"} <= {
+        str(file.relative_to(folder)) for file in publish.publish_ablations(line.params)
+    }
 
 
 def test_base_model_is_trained_exported_and_described(line):

@@ -304,7 +304,7 @@ class Params:
         unseen seed writes to /<variant>-s<seed>-e<evaluation seed>, beside the pipeline's own run.
         """
         folder = self.path(self.paths.runs) / self.profile / stage
-        own = self.variant != "main" and bool(self.changed & DECIDES.get(stage, set(SECTIONS)))
+        own = self.variant != "main" and (stage not in DECIDES or bool(self.changed & DECIDES[stage]))
         if stage not in SEEDED_STAGES:
             return folder / self.variant if own and stage in DECIDES else folder
         unseen = f"-e{self.evaluation.seed}" if stage == "evaluation" and self.unseen else ""

@@ -12,6 +12,7 @@ something and drops the rest, so that two runs with the same numbers give the sa
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -63,7 +64,7 @@ def publish_ablations(params: Params) -> list[Path]:
     """Publish the summary of the ablations and every variant's notebook beside their tables, in reports/<profile>/ablations."""
     files = _publish_beside(params, "ablations", "06_ablations_summary")
     for variant in (name for names in params.ablations.values() for name in names):
-        path = load_params(params.profile, variant).run_dir("evaluation") / "notebook.ipynb"
+        path = replace(params, variant=variant).run_dir("evaluation") / "notebook.ipynb"
         _require(path, "ablations")
         files += publish_one(path, params.report_dir() / "ablations", f"06_{variant}", params.root)
     return files
