@@ -44,7 +44,7 @@ VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about 
 PAINTER_SHARES = {
     "glyphs": {"wall": 1.0},
     "words": {"page": 0.1, "chart": 0.1, "signs": 0.1, "objects": 0.15, "wall": 0.55},
-    "vision": {"page": 0.27, "chart": 0.14, "signs": 0.1, "objects": 0.14, "collage": 0.05, "wall": 0.3},
+    "vision": {"page": 0.33, "chart": 0.17, "signs": 0.12, "objects": 0.15, "collage": 0.08, "wall": 0.15},
     "all": {"page": 0.24, "chart": 0.18, "signs": 0.2, "objects": 0.3, "collage": 0.08},
 }
 VIEW_SHARES = {

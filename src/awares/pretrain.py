@@ -31,6 +31,7 @@ from awares.base import (
     WORDS,
     DenseHeads,
     Example,
+    Trail,
     View,
     build_tokenizer,
     example,
@@ -133,51 +134,68 @@ def _watched(
 ) -> dict[str, torch.Tensor]:
     """For each answer token that is looked up, from where (the token before it) and to where; see `Watch.expect`."""
     special: list[Any] = [tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|im_start|>", "<|im_end|>")]
-    pad, start, stop = special
+    pad, start, stop = (torch.eq(ids, token) for token in special)  # (B, T) each
     rows, positions, subject, evidence = [], [], [], []
     for row, item in enumerate(items):
-        words = [str(w).removeprefix("Ġ") for w in tokenizer.convert_ids_to_tokens(ids[row].tolist())]
-        spaced = [str(w).startswith("Ġ") for w in tokenizer.convert_ids_to_tokens(ids[row].tolist())]
+        words = [str(word) for word in tokenizer.convert_ids_to_tokens(ids[row].tolist())]
         learned = torch.ne(labels[row], IGNORE)
         begins = (learned[1:] & ~learned[:-1]).nonzero()[:, 0] + 1
-        openings = torch.eq(ids[row], start).nonzero()[:, 0]
-        pads = torch.eq(ids[row], pad).nonzero()[:, 0]
-        first = np.cumsum([0, *(view.tokens for view in item.views)])  # of each view among the pads
+        openings, pads = start[row].nonzero()[:, 0], pad[row].nonzero()[:, 0]
         for begin, path in zip(begins.tolist(), item.trails, strict=False):
             asked = int(openings[openings < begin][-2])  # the user's turn
-            part, word = 0, 0
-            for position in range(begin, len(words)):
-                if ids[row, position] == stop:
-                    break
-                more = part + 1 < len(path.places)
-                joining = more and words[position] == "and"
-                if more and position > begin and words[position - 1] == "and":
-                    part, word = part + 1, 0
-                elif path.by_word and position > begin and spaced[position] and not joining:
-                    word += 1
-                target = torch.zeros(ROWS, ids.shape[1], dtype=torch.bool)
-                if path.places:
-                    if joining or word >= len(path.places[part]):
-                        continue  # a word that no one printed
-                    for view, token, line in path.places[part][word]:
-                        target[line, pads[first[view] + token]] = True
-                    if target.any() and not target[:, :position].any():
-                        continue  # shown later
-                    target[:, position:] = False
-                    target[~target.any(1), 0] = True  # a row of heads with nothing to see rests on the first token
+            end = begin + int(stop[row, begin:].nonzero()[0])
+            for position, part, word in _read_off(path, words, begin, end):
+                target = _shown(item.views, path, part, word, pads, position, ids.shape[1])
+                if target is None:
+                    continue
                 names = path.subjects[min(part, len(path.subjects) - 1)]
-                subjects = torch.zeros(ids.shape[1], dtype=torch.bool)
-                subjects[
-                    [i for i in range(asked, begin) if words[i] in names or words[i].removesuffix("s") in names]
-                ] = True
+                bare = [w.removeprefix(SPACE) for w in words[asked:begin]]
+                told = torch.zeros(ids.shape[1], dtype=torch.bool)
+                told[[asked + i for i, w in enumerate(bare) if w in names or w.removesuffix("s") in names]] = True
                 rows.append(row)
                 positions.append(position - 1)
-                subject.append(subjects)
+                subject.append(told)
                 evidence.append(target)
     if not rows:
         return {}
     return {"watch_rows": torch.tensor(rows), "watch_positions": torch.tensor(positions), "watch_subject": torch.stack(subject),
             "watch_evidence": torch.stack(evidence)}  # fmt: skip
+
+
+SPACE = "Ġ"  # how the tokenizer writes a space before a word
+
+
+def _read_off(path: Trail, words: list[str], begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(position, part of the trail, word of that part) of an answer's tokens, but for the `and` between two parts."""
+    part, word = 0, 0
+    for position in range(begin, end):
+        more = part + 1 < len(path.places)
+        joining = more and words[position] in ("and", f"{SPACE}and")
+        if more and position > begin and words[position - 1] in ("and", f"{SPACE}and"):
+            part, word = part + 1, 0
+        elif path.by_word and position > begin and words[position].startswith(SPACE) and not joining:
+            word += 1
+        if not joining:
+            yield position, part, word
+
+
+def _shown(
+    views: list[View], path: Trail, part: int, word: int, pads: torch.Tensor, position: int, length: int
+) -> torch.Tensor | None:
+    """Where a word of an answer stands, (ROWS, length); all False where the trail does not tell, None where no one printed it yet."""
+    target = torch.zeros(ROWS, length, dtype=torch.bool)
+    if not path.places:
+        return target
+    if word >= len(path.places[part]):
+        return None
+    first = np.cumsum([0, *(view.tokens for view in views)])  # of each view among the pads
+    for view, token, line in path.places[part][word]:
+        target[line, pads[first[view] + token]] = True
+    if target.any() and not target[:, :position].any():
+        return None  # shown later
+    target[:, position:] = False
+    target[~target.any(1), 0] = True  # a row of heads with nothing to see rests on the first token
+    return target
 
 
 def _work(item: Example, stage: str) -> int:
