@@ -44,6 +44,7 @@ def test_what_a_variant_changes_says_which_policy_is_looked_at():
     assert ablations.judged_by(load_params("mini", "beta_0")) == ("awares", "grpo")
     assert ablations.judged_by(load_params("mini", "turn")) == ("sft", "sft")
     assert ablations.judged_by(load_params("mini", "labels_anls")) == ("sft", "sft")
+    assert ablations.judged_by(load_params("mini", "visionthink")) == ("awares", "grpo")
     with pytest.raises(AwaresError, match="'main' changes no training"):
         ablations.judged_by(load_params("mini"))
 
@@ -62,7 +63,7 @@ def test_a_value_for_one_profile_leaves_the_other_alone():
         ({"sft": ["nosuch"]}, "unknown variant of ablations.sft 'nosuch'"),
         ({"sft": ["beta_0"]}, "variant beta_0 first changes grpo: list it there"),
         ({"grpo": ["main"]}, "variant main first changes nothing"),
-        ({"evaluation": ["beta_0"]}, "unknown stage of ablations 'evaluation': known are curation, sft, grpo"),
+        ({"evaluation": ["beta_0"]}, "unknown stage of ablations 'evaluation': known are curation, sft, grpo, systems"),
     ],
 )
 def test_a_variant_in_the_wrong_list_is_named(tmp_path, change, said):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from awares import crops
+from awares import config, crops
 from awares.config import AwaresError
 from awares.crops import CROPS, boxes_to_crops
 
@@ -158,3 +158,10 @@ def test_open_image_stands_upright_in_rgb_on_white(tmp_path) -> None:
     Image.new("L", (40, 80)).save(tmp_path / "side.jpg", exif=exif)
     upright = crops.open_image(tmp_path / "side.jpg")
     assert (upright.size, upright.mode) == ((80, 40), "RGB")
+
+
+def test_only_offered_crops_are_chosen():
+    assert boxes_to_crops((10, 10, 20, 20), offered=["all"]) == ("all",)
+    assert boxes_to_crops((10, 10, 20, 20), offered=["top", "all"]) == ("top",)
+    assert boxes_to_crops((10, 10, 20, 20), rule="iou", offered=["right", "all"]) == ("all",)
+    assert config.CROP_NAMES == tuple(CROPS)

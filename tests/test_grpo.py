@@ -316,6 +316,39 @@ def test_the_tool_returns_the_crops_in_order_and_errors_in_words(world):
     assert public == {"reset", "crop"}
 
 
+def test_visionthink_pays_for_being_right_without_asking_and_for_form(world):
+    whole = {
+        "crops.offered": ["all"],
+        "grpo.reward": "visionthink",
+        "grpo.answer_reward": "judge",
+        "grpo.alpha_ans": 1.0,
+    }
+    params = settings(**whole)
+    reward = grpo.REWARDS[params.grpo.reward](params)
+    asked = [said("", [called("all")]), TOOL, said("7")]
+    completions = [[said("7")], asked, [said("8")], [said("", [called("top")]), TOOL, said("7")]]
+    assert reward.answer(completions=completions, answers=[["7"]] * 4) == pytest.approx([1.0, 0.9, 0.0, 1.0])
+    assert reward.tool_cost(completions=completions, label=["LR"] * 4) == [
+        -0.5,
+        -0.5,
+        -0.5,
+        0.0,
+    ]  # `top` is not offered
+    environment = grpo.CropEnvironment(params.crops.offered)
+    environment.reset(full_image=world.rows[0]["image"])
+    assert environment.crop(["top"]) == [{"type": "text", "text": protocol.TOOL_ERROR}]
+    assert environment.crop(["all"])[0]["image"].size == world.rows[0]["image"].size
+
+
+def test_a_policy_with_fewer_regions_is_trained_on_them_alone(world, tmp_path, monkeypatch):
+    trainer = trainer_for(world, tmp_path, settings(**{"crops.offered": ["all"], "grpo.reward": "visionthink"}))
+    write(trainer, monkeypatch, call=("all",))
+    batch = rollouts(trainer)
+    prompt = world.processor.tokenizer.decode(batch["prompt_ids"][0])
+    assert '"regions": ["all"]' in prompt and "top-left" not in prompt
+    assert batch["num_images"] == [2 if i in (1, 4) else 1 for i in range(8)]
+
+
 # Guards
 
 

@@ -223,11 +223,12 @@ def test_latency_is_beside_the_main_line(repository):
 
 def test_an_ablation_repeats_only_what_it_changes(repository):
     params = yaml.safe_load((repository / "params.yaml").read_text())
-    labels, cold, after = (params["ablations"][stage] for stage in ("curation", "sft", "grpo"))
+    labels, cold, after, systems = (params["ablations"][name] for name in ("curation", "sft", "grpo", "systems"))
     ran = set(reproduce(repository, "ablations"))
-    wanted = {f"mini/curation/{name}" for name in labels} | {f"mini/sft/{name}-s1" for name in (*labels, *cold)}
-    wanted |= {f"mini/grpo/{name}-s1" for name in after} | {
-        f"mini/evaluation/{name}-s1" for name in (*labels, *cold, *after)
+    wanted = {f"mini/curation/{name}" for name in (*labels, *systems)}
+    wanted |= {f"mini/sft/{name}-s1" for name in (*labels, *cold, *systems)}
+    wanted |= {f"mini/grpo/{name}-s1" for name in (*after, *systems)} | {
+        f"mini/evaluation/{name}-s1" for name in (*labels, *cold, *after, *systems)
     }
     assert ran == wanted | {"mini/ablations"}
     assert reproduce(repository, "ablations") == [] and reproduce(repository) == []

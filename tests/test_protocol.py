@@ -5,7 +5,7 @@ import pytest
 from trl import chat_template_utils as trl_templates
 
 from awares import protocol
-from awares.config import AwaresError
+from awares.config import AwaresError, load_params
 from awares.crops import CROPS
 from awares.protocol import parse_call, render_call
 
@@ -210,3 +210,18 @@ def test_the_schema_names_the_tool_and_its_regions() -> None:
 def test_messages_need_a_picture_for_every_crop(tiny: SimpleNamespace) -> None:
     with pytest.raises(AwaresError, match="2 crops requested but 1 crop images"):
         protocol.messages("q", None, ["top", "left"], [tiny.noise(56, 56, 0)])
+
+
+def test_a_tool_may_offer_fewer_regions():
+    form = protocol.from_params(load_params("mini", overrides={"crops.offered": ["top", "all"]}))
+    assert '"regions": ["top", "all"]' in form.system and "bottom" not in form.system
+    assert protocol.parse_call(protocol.render_call(["top"]), form).status == "valid"
+    assert protocol.parse_call(protocol.render_call(["left"]), form) == protocol.Call(
+        (), "malformed", protocol.render_call(["left"])
+    )
+    both = protocol.render_call(["top", "left"])
+    assert protocol.parse_call(both, form) == protocol.Call(("top",), "recovered", both)
+    with pytest.raises(AwaresError, match="crops.offered must hold `all`"):
+        load_params("mini", overrides={"crops.offered": ["top"]})
+    with pytest.raises(AwaresError, match="has fixed regions"):
+        load_params("mini", overrides={"crops.offered": ["all"], "protocol.name": "released"})

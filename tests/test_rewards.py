@@ -98,3 +98,14 @@ def test_group_advantages_are_normalised_within_their_group():
     assert shifted == pytest.approx(rewards.group_advantages(values, 3))
     with pytest.raises(AwaresError, match="groups of 4"):
         rewards.group_advantages(values, 4)
+
+
+def test_escalation_is_discounted_and_so_is_rare_luck():
+    """VisionThink's reward, by hand: two groups of six."""
+    called = [False, True, True, True, True, True] * 2
+    lucky, often = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    found = rewards.escalation_discounts([*lucky, *often], called, 6)
+    assert found == pytest.approx([0.9] * 6 + [1.0, 0.9, 0, 0, 0, 0])  # 1 of 6 right ones was direct, then 1 of 2
+    assert rewards.escalation_discounts([0.0, 1.0], [False, False], 2) == [0.0, 1.0]
+    with pytest.raises(AwaresError, match="cannot be split into groups of 6"):
+        rewards.escalation_discounts([1.0] * 7, [False] * 7, 6)

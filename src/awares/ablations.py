@@ -16,7 +16,7 @@ MAIN = "main"  # the main line's name in the tables of a variant
 
 
 def judged_by(params: Params) -> tuple[str, str]:
-    """Which system a variant is judged by, and the stage that trained it: `awares` after `grpo` where it changes GRPO alone, else `sft`.
+    """Which system a variant is judged by, and the stage that trained it: `awares` after `grpo` where it changes GRPO, else `sft`.
 
     Raises AwaresValueError for a variant that changes no training.
     """
@@ -25,7 +25,7 @@ def judged_by(params: Params) -> tuple[str, str]:
         raise AwaresValueError(
             f"variant {params.variant!r} changes no training: ablations are the variants of params.yaml that do"
         )
-    return ("awares", "grpo") if touched == {"grpo"} else ("sft", "sft")
+    return ("awares", "grpo") if "grpo" in touched else ("sft", "sft")
 
 
 def gather(folders: Mapping[str, Path], name: str) -> pd.DataFrame:

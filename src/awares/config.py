@@ -19,6 +19,8 @@ import yaml
 JUDGES = ("semantic", "embedding", "anls")
 ORACLES = ("annotation",)
 CROP_RULES = ("coverage", "iou")
+CROP_NAMES = ("top-left", "top-right", "bottom-left", "bottom-right", "center", "top", "bottom", "left", "right", "all")
+REWARDS = ("awares", "visionthink")
 PROTOCOLS = ("ours", "released")
 ANSWER_REWARDS = ("similarity", "anls", "judge")
 TASKS = ("chartqa", "docvqa", "ocrbench", "pope", "realworldqa", "vstar")
@@ -36,6 +38,7 @@ SEEDED_STAGES = ("sft", "grpo", "evaluation", "latency")
 # the sections that decide what a stage writes: a variant that leaves them alone shares the stage with the main line
 DECIDES = {"data": {"data"}, "curation": {"data", "crops", "protocol", "curation", "base"}}
 ABLATED = ("curation", "sft", "grpo")  # stages that variants repeat
+SYSTEM_LIST = "systems"  # variants that repeat all of them
 DECIDES["sft"] = DECIDES["curation"] | {"sft"}
 DECIDES["grpo"] = DECIDES["sft"] | {"grpo"}
 
@@ -94,6 +97,7 @@ class Data:
 class Crops:
     """Candidate crops and the box -> crops rule (PAPER §1, §2)."""
 
+    offered: tuple[str, ...] = _method(choices=CROP_NAMES)
     rule: str = _method(choices=CROP_RULES)
     iou_threshold: float = _method(low=0, high=1)
     coverage_threshold: float = _method(low=0, high=1)
@@ -158,6 +162,7 @@ class Grpo:
     """Multi-turn GRPO (PAPER §4, Eq. 5-8, Tables 4 and 11)."""
 
     cold_start: bool = _method()
+    reward: str = _method(choices=REWARDS)
     answer_reward: str = _method(choices=ANSWER_REWARDS)
     embedder: str = _method()
     alpha_ans: float = _method(low=0)
@@ -383,12 +388,14 @@ def _ablations(raw: Mapping[str, Any], variants: Mapping[str, Any]) -> dict[str,
     lists = {}
     for stage, names in _mapping("ablations", raw.get("ablations", {})).items():
         place = f"ablations.{stage}"
-        _choose("stage of ablations", stage, {name: None for name in ABLATED})
+        _choose("stage of ablations", stage, {name: None for name in (*ABLATED, SYSTEM_LIST)})
         lists[stage] = _check(place, names, tuple[str, ...], {})
         for name in lists[stage]:
             changes = _mapping(f"variants.{name}", _choose(f"variant of {place}", name, variants))
             sections = {_own_key(key).partition(".")[0] for key in changes}
             first = next((one for one in ABLATED if sections & DECIDES[one]), None)
+            if first == ABLATED[0] and "grpo" in sections:
+                first = SYSTEM_LIST
             if first != stage:
                 raise AwaresValueError(f"{place}: variant {name} first changes {first or 'nothing'}: list it there")
     return lists
@@ -548,6 +555,10 @@ def _check_whole(params: Params) -> None:
     }
     if len(set(seeds.values())) < len(seeds):
         raise AwaresValueError(f"data seeds must differ, so that no row is seen twice: {seeds}")
+    if "all" not in params.crops.offered:
+        raise AwaresValueError("crops.offered must hold `all`: some evidence spans the whole image")
+    if params.protocol.name != "ours" and params.crops.offered != CROP_NAMES:
+        raise AwaresValueError(f"protocol.name {params.protocol.name} has fixed regions: crops.offered must be all ten")
     if params.curation.judge not in params.curation.judges:
         raise AwaresValueError(
             f"curation.judge {params.curation.judge!r} must be one of curation.judges {params.curation.judges}"

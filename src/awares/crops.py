@@ -78,6 +78,7 @@ def boxes_to_crops(
     iou_threshold: float = 0.5,
     coverage_threshold: float = 0.95,
     parts: Sequence[Box] = (),
+    offered: Sequence[str] = tuple(CROPS),
 ) -> tuple[str, ...]:
     """C* of PAPER §2.2 for the evidence box ``box``; names in the table's order.
 
@@ -85,13 +86,13 @@ def boxes_to_crops(
     union does, else ``all``. Cost is what is paid in tokens, the sum of the areas, so a pair that costs as much as
     ``all`` gives way to it; ties go to the nearer centre. ``parts`` (the single question and answer boxes) must each
     lie within one crop of a pair, so that no piece of evidence is cut in half. ``iou``: Eq. 3 literally, every crop
-    with IoU >= ``iou_threshold``, else the best.
+    with IoU >= ``iou_threshold``, else the best. Only crops that the tool has ``offered`` are chosen; `all` is always one.
     """
     if rule == "iou":
-        return _by_iou(box, iou_threshold)
+        return _by_iou(box, iou_threshold, offered)
     if rule != "coverage":
         raise AwaresValueError(f"crops.rule is {rule!r}: use one of coverage, iou")
-    cheap = [name for name in CROPS if name != "all"]
+    cheap = [name for name in offered if name != "all"]
     candidates: list[tuple[str, ...]] = [(name,) for name in cheap]
     candidates += [pair for pair in combinations(cheap, 2) if sum(map(area, pair)) < 1]
     fits = [names for names in candidates if coverage(box, names) >= coverage_threshold]
@@ -158,10 +159,10 @@ def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _by_iou(box: Box, threshold: float) -> tuple[str, ...]:
-    scores = {name: iou(box, crop_box(name)) for name in CROPS}
+def _by_iou(box: Box, threshold: float, offered: Sequence[str]) -> tuple[str, ...]:
+    scores = {name: iou(box, crop_box(name)) for name in offered}
     chosen = tuple(name for name, score in scores.items() if score >= threshold)
-    return chosen or (max(CROPS, key=lambda name: (scores[name], -_distance(box, (name,)))),)
+    return chosen or (max(offered, key=lambda name: (scores[name], -_distance(box, (name,)))),)
 
 
 def _whole(parts: Sequence[Box], names: Sequence[str], threshold: float) -> bool:

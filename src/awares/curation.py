@@ -239,7 +239,7 @@ def target_crops(record: Record, params: Params) -> list[str]:
         return []
     section = params.crops
     chosen = crops.boxes_to_crops(
-        crops.box_union(parts), section.rule, section.iou_threshold, section.coverage_threshold, parts
+        crops.box_union(parts), section.rule, section.iou_threshold, section.coverage_threshold, parts, section.offered
     )
     return list(chosen)
 

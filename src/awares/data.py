@@ -225,7 +225,7 @@ def evidence_crops(dataset: datasets.Dataset, section: Crops) -> list[str]:
     for question, answer in zip(dataset["question_boxes"], dataset["answer_boxes"], strict=True):
         boxes = [*question, *answer]
         limits = (section.rule, section.iou_threshold, section.coverage_threshold)
-        names.append("+".join(boxes_to_crops(box_union(boxes), *limits, boxes)) if boxes else "")
+        names.append("+".join(boxes_to_crops(box_union(boxes), *limits, boxes, section.offered)) if boxes else "")
     return names
 
 

@@ -117,8 +117,9 @@ def check_budget(rows: datasets.Dataset, processor: ImageOnlyProcessor, params: 
 class CropEnvironment:
     """The crop tool of one rollout. TRL offers every public method but ``reset`` to the policy, so there is one: ``crop``."""
 
-    def __init__(self) -> None:
+    def __init__(self, offered: Sequence[str] = tuple(crops.CROPS)) -> None:
         self._image: Image.Image | None = None
+        self._offered = offered
 
     def reset(self, full_image: Image.Image, **row: Any) -> None:
         """Start a rollout on a row of the dataset; ``full_image`` is its capped image at native density."""
@@ -131,7 +132,7 @@ class CropEnvironment:
         Args:
             regions: Names of the regions to see.
         """
-        names = protocol.resolve(regions)
+        names = [name for name in protocol.resolve(regions) if name in self._offered]
         if not names or self._image is None:
             return [{"type": "text", "text": protocol.TOOL_ERROR}]
         return protocol.tool_message([crops.cut(self._image, name) for name in names])["content"]
@@ -143,11 +144,13 @@ def rollout_dataset(rows: datasets.Dataset, params: Params) -> datasets.Dataset:
     A batch of rollouts asks for every row G times over; the last few views are remembered.
     """
 
+    form = protocol.from_params(params)
+
     @functools.lru_cache(maxsize=4 * params.grpo.batch_size // params.grpo.generations)
     def view(index: int) -> dict[str, Any]:
         row = rows[index]
         image = training.picture(row, params)
-        prompt = protocol.messages(row["question"], crops.low_resolution(image))
+        prompt = protocol.messages(row["question"], crops.low_resolution(image), protocol=form)
         return {
             "prompt": prompt,
             "full_image": image,
@@ -176,12 +179,12 @@ class Outcome:
     overflow: bool
 
 
-def read_completion(completion: Sequence[dict[str, Any]]) -> Outcome:
+def read_completion(completion: Sequence[dict[str, Any]], form: protocol.Protocol = protocol.OURS) -> Outcome:
     """A completion of TRL, ``[assistant]`` or ``[assistant(tool_calls), tool, assistant]``, as answer and requested crops."""
     first, last = completion[0], completion[-1]
     calls = first.get("tool_calls") or []
     written = [f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>" for call in calls]
-    call = protocol.parse_call("\n".join([text_of(first), *written]) if calls else text_of(first))
+    call = protocol.parse_call("\n".join([text_of(first), *written]) if calls else text_of(first), form)
     ended = last["role"] == "assistant" and not last.get("tool_calls")
     return Outcome(
         answer=protocol.answer_text(text_of(last)) if ended else "",
@@ -202,21 +205,44 @@ class Reward:
 
     def __init__(self, params: Params) -> None:
         self.section = params.grpo
+        self.form = protocol.from_params(params)
         self.similarity = rewards.ANSWER_REWARDS[params.grpo.answer_reward](params.grpo)
 
     def answer(self, completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
         """R_ans of each completion; where a row accepts several answers, the best counts."""
-        return self.similarity([read_completion(one).answer for one in completions], answers)
+        return self.similarity([read_completion(one, self.form).answer for one in completions], answers)
 
     def tool_cost(self, completions: list[Any], label: list[str], log_metric: Any = None, **_: Any) -> list[float]:
         """C_tool of each completion; logs what the calls were like."""
-        outcomes, section = [read_completion(one) for one in completions], self.section
+        outcomes = [read_completion(one, self.form) for one in completions]
         for name, values in call_metrics(outcomes, label).items() if log_metric else ():
             log_metric(name, float(np.mean(values)))
-        return [
-            rewards.tool_cost(truth, outcome.crops, section.alpha_miss, section.alpha_use, section.lambda_area)
-            for truth, outcome in zip(label, outcomes, strict=True)
-        ]
+        return [self.cost(truth, outcome) for truth, outcome in zip(label, outcomes, strict=True)]
+
+    def cost(self, truth: str, outcome: Outcome) -> float:
+        """What a completion has cost."""
+        section = self.section
+        return rewards.tool_cost(truth, outcome.crops, section.alpha_miss, section.alpha_use, section.lambda_area)
+
+
+class VisionThinkReward(Reward):
+    """VisionThink's own reward (PAPER §6): discounted accuracy, plus half a point for a well-formed completion as a negative cost."""
+
+    def answer(self, completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
+        """Accuracy of each completion less its discounts, group by group."""
+        outcomes = [read_completion(one, self.form) for one in completions]
+        marks = self.similarity([outcome.answer for outcome in outcomes], answers)
+        return rewards.escalation_discounts(
+            marks, [bool(outcome.crops) for outcome in outcomes], self.section.generations
+        )
+
+    def cost(self, truth: str, outcome: Outcome) -> float:
+        """-0.5 for a completion that can be read to its end."""
+        return 0.0 if outcome.malformed or outcome.overflow or not outcome.answer else -rewards.FORMAT
+
+
+# grpo.reward -> the reward with these parameters
+REWARDS: dict[str, type[Reward]] = {"awares": Reward, "visionthink": VisionThinkReward}
 
 
 def call_metrics(outcomes: Sequence[Outcome], labels: Sequence[str]) -> dict[str, list[float]]:
@@ -294,8 +320,8 @@ def build_trainer(
             f"protocol.name {params.protocol.name}: GRPO's rollouts are TRL's, which reads tool calls only; use protocol.name ours"
         )
     processor.tokenizer.padding_side = "left"  # right padding would misalign mm_token_type_ids, silently
-    reward: Any = Reward(params)
-    factory: Any = CropEnvironment
+    reward: Any = REWARDS[params.grpo.reward](params)
+    factory: Any = functools.partial(CropEnvironment, params.crops.offered)
     trainer = CropGRPOTrainer(
         model=model,
         reward_funcs=[reward.answer, reward.tool_cost],

@@ -34,11 +34,18 @@ SPECIAL_TOKENS = (
 TOOL_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 PLAIN_SYSTEM = "You are a helpful assistant."
-SYSTEM = (
-    "You are a helpful assistant. The image is shown at half resolution. Answer the question, "
-    "or call the tool to see regions of the image at full resolution.\n"
-    '<tools>\n{"name": "crop", "arguments": {"regions": ' + json.dumps(list(CROPS)) + "}}\n</tools>"
-)
+
+
+def system_prompt(offered: Sequence[str]) -> str:
+    """Our system prompt, with the tool and the regions that it is ``offered`` for."""
+    return (
+        "You are a helpful assistant. The image is shown at half resolution. Answer the question, "
+        "or call the tool to see regions of the image at full resolution.\n"
+        '<tools>\n{"name": "crop", "arguments": {"regions": ' + json.dumps(list(offered)) + "}}\n</tools>"
+    )
+
+
+SYSTEM = system_prompt(tuple(CROPS))
 TOOL_ERROR = "error: no such region"
 RELEASED_CALL = "GET_CROPS"
 _IDS = {str(number): name for number, name in enumerate(CROPS) if name != "all"}  # of the released policy: '0' .. '8'
@@ -125,11 +132,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Protocol:
-    """The words of one interaction. ``system``: its prompt; ``opening``: what every call begins with."""
+    """The words of one interaction. ``system``: its prompt; ``opening``: what every call begins with; ``offered``: the regions to ask for."""
 
     name: str
     system: str
     opening: str
+    offered: tuple[str, ...] = tuple(CROPS)
 
     def call_message(self, crops: Iterable[str]) -> dict[str, Any]:
         """The assistant message that requests ``crops``; AwaresValueError for an unknown, repeated or missing name."""
@@ -166,13 +174,15 @@ def get_protocol(name: str, system: str | None = None) -> Protocol:
 
 
 def from_params(params: Params) -> Protocol:
-    """The protocol of ``protocol.name``, its prompt from the file ``protocol.system_file`` if that names one."""
+    """The protocol of ``protocol.name`` for the regions ``crops.offered``, its prompt from ``protocol.system_file`` if that names one."""
     file = params.path(params.protocol.system_file)
+    offered = params.crops.offered
     if not params.protocol.system_file:
-        return get_protocol(params.protocol.name)
+        known = get_protocol(params.protocol.name)
+        return known if offered == tuple(CROPS) else replace(known, system=system_prompt(offered), offered=offered)
     if not file.is_file() or not file.read_text(encoding="utf-8").strip():
         raise AwaresFileError(f"{file}: no system prompt there; protocol.system_file names it")
-    return get_protocol(params.protocol.name, file.read_text(encoding="utf-8").strip())
+    return replace(get_protocol(params.protocol.name, file.read_text(encoding="utf-8").strip()), offered=offered)
 
 
 def tool_schema() -> dict[str, Any]:
@@ -295,17 +305,18 @@ _NAME = re.compile(r"[\"']name[\"']\s*:\s*[\"']([^\"']*)[\"']")
 def parse_call(text: str, protocol: Protocol = OURS) -> Call:
     """Read an assistant turn: strictly first, then with tolerance (PAPER §5, formatting; §7, the released format).
 
-    Both protocols' calls are read whichever is given; only one in the very format of ``protocol`` counts as valid.
+    Both protocols' calls are read whichever is given; only one in the very format of ``protocol`` counts as valid. A region that
+    the tool is not offered for is read like an unknown one.
     """
     text = answer_text(text)
     if not _CALL_LIKE.search(text):
         return Call((), "none", text)
     strict = _parse_strict(text) if protocol.name == "ours" else _parse_released(text)
-    if strict:
+    if strict and set(strict) <= set(protocol.offered):
         return Call(strict, "valid", text)
     found: list[str] = []
     for block in text.split(TOOL_CALL)[1:] or [text]:
-        found += [name for name in _recover(block) if name not in found]
+        found += [name for name in _recover(block) if name not in found and name in protocol.offered]
     return Call(tuple(found), "recovered" if found else "malformed", text)
 
 

@@ -58,6 +58,29 @@ def tool_cost(label: str, crops: Sequence[str], alpha_miss: float, alpha_use: fl
     return alpha_miss if label == HR else 0.0
 
 
+FORMAT = 0.5  # VisionThink's weight of a well-formed completion
+DISCOUNT = 0.9  # of accuracy, for escalating, or for a group that hardly ever need not
+RARE = 0.2
+
+
+def escalation_discounts(marks: Sequence[float], called: Sequence[bool], group: int) -> list[float]:
+    """VisionThink's accuracy reward (PAPER §6) from ``marks`` of 0 or 1, in runs of ``group`` completions of one prompt.
+
+    A completion that called keeps 0.9 of its mark. One that was right without keeps 0.9 as well where, of the group's right completions,
+    some but fewer than one in five were right without: there luck is likelier than sight.
+    """
+    if group < 2 or len(marks) % group:
+        raise AwaresValueError(f"{len(marks)} rewards cannot be split into groups of {group}: 2 or more, all full")
+    found = []
+    for start in range(0, len(marks), group):
+        part = list(zip(marks[start : start + group], called[start : start + group], strict=True))
+        right = sum(mark > 0 for mark, _ in part)
+        direct = sum(mark > 0 and not call for mark, call in part)
+        lucky = right > 0 and 0 < direct / right < RARE
+        found += [mark * (DISCOUNT if call or lucky else 1.0) for mark, call in part]
+    return found
+
+
 def reward(answer: float, cost: float, alpha_ans: float) -> float:
     """Eq. 5: R = alpha_ans * R_ans - C_tool."""
     return alpha_ans * answer - cost
