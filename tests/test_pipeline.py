@@ -105,12 +105,16 @@ else:
     run = Path(sys.argv[2]).parent
     open("ran.txt", "a").write(f"{{run}}\\n")
     profile, stage, seed, tree = run.parts[1], run.parts[2], run.name[-1], "runs/"
+system = run.name if sys.argv[1] != "-m" else ""
 variant = sys.argv[sys.argv.index("variant") + 1] if "variant" in sys.argv else "main"
 if variant != "main":
     stage = {{"evaluation": "sft_ablations_evaluation"}}.get(stage, stage + "_ablations")
 items = [item for kind in ("outs", "metrics", "plots") for item in stages[stage].get(kind, [])]
 for name in [item if isinstance(item, str) else next(iter(item)) for item in items]:
-    path = Path(name.replace("${{item.profile}}", profile).replace("${{seed}}", seed).replace("${{item.variant}}", variant))
+    names = {{"item.profile": profile, "seed": seed, "item.variant": variant, "item.system": system}}
+    for key, value in names.items():
+        name = name.replace("${{" + key + "}}", value)
+    path = Path(name)
     if name.startswith(tree):
         file = path if path.suffix else path / "file"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -119,14 +123,27 @@ for name in [item if isinstance(item, str) else next(iter(item)) for item in ite
 '''
 
 
+# Variants and systems are matrices: a few of each stand for all
+FEW = {
+    r"  curation: \[[^]]*\]": "  curation: [labels_anls]",
+    r"  sft: \[[^]]*\]": "  sft: [weight_1]",
+    r"  grpo: \[[^]]*\]": "  grpo: [beta_0, miss_cost_4]",
+    r"  systems: \[visionzip_50[^]]*\]": "  systems: [visionzip_50, oracle_crop]",
+}
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     """A git and DVC repository with the real dvc.yaml and params.yaml, empty modules and notebooks, and stand-ins."""
     folder = tmp_path_factory.mktemp("pipeline") / "repository"
     for name in ("src/awares", "notebooks", "data/base"):
         (folder / name).mkdir(parents=True)
-    for name in ("dvc.yaml", "params.yaml"):
-        shutil.copy(ROOT / name, folder)
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    text = (ROOT / "params.yaml").read_text()
+    for written, few in FEW.items():
+        text, count = re.subn(written, few, text)
+        assert count == 1, written
+    (folder / "params.yaml").write_text(text)
     for stage in STAGES.values():
         for name in stage["deps"]:
             if name.startswith(("src/", "notebooks/", "data/sources", "data/paper")):
@@ -241,8 +258,19 @@ def test_an_ablation_repeats_only_what_it_changes(repository):
     edit(
         repository, "  beta_0: {grpo.beta: 0.0}", "  beta_0: {grpo.beta: 0.0}\n  beta_1: {grpo.beta: 1.0}"
     )  # adding one is an entry
-    edit(repository, "beta_0, beta_02]", "beta_0, beta_02, beta_1]")
+    edit(repository, "[beta_0, miss_cost_4]", "[beta_0, miss_cost_4, beta_1]")
     assert reproduce(repository, "ablations") == ["mini/grpo/beta_1-s1", "mini/evaluation/beta_1-s1", "mini/ablations"]
+
+
+def test_the_comparison_runs_every_system_once(repository):
+    edit(repository, "[visionzip_50", "[visionzip_60, visionzip_50")  # adding one is a name
+    ran = reproduce(repository, "comparison")
+    systems = yaml.safe_load((repository / "params.yaml").read_text())["comparison"]["systems"]
+    assert ran == [f"mini/systems/{name}" for name in systems] + ["mini/comparison"]
+    assert (repository / "reports/mini/tables/claims.csv").is_file() and (
+        repository / "reports/mini/tables/table1_main.csv"
+    ).is_file()
+    assert reproduce(repository, "comparison") == [] and reproduce(repository) == []
 
 
 def test_metrics_plots_and_graph(repository):

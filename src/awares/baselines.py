@@ -89,6 +89,14 @@ def parse(name: str) -> tuple[System, float | None]:
     return found, ratio
 
 
+def matched(name: str, main: Any) -> str:
+    """``visionzip_awares`` -> ``visionzip_36.4``, the pruner at AwaRes' own average RTR in the table ``main``; another name as it is."""
+    if not name.endswith("_awares"):
+        return name
+    (rtr,) = main[(main.system == "awares") & (main.benchmark == "average")].rtr
+    return f"{name.removesuffix('_awares')}_{100 * rtr:.1f}"
+
+
 def answer(name: str, job: Job) -> list[Trajectory]:
     """The trajectories of the system ``name``, in the order of ``job.rows``."""
     found, ratio = parse(name)

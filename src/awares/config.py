@@ -213,6 +213,13 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Systems beside those of the evaluation that need no training (PAPER §6): names of `baselines`."""
+
+    systems: tuple[str, ...] = _method()
+
+
+@dataclass(frozen=True)
 class Latency:
     """Timing of the systems side by side (PAPER §5, latency)."""
 
@@ -267,6 +274,7 @@ SECTIONS: dict[str, type] = {
     "sft": Sft,
     "grpo": Grpo,
     "evaluation": Evaluation,
+    "comparison": Comparison,
     "latency": Latency,
     "base": Base,
     "report": Report,
@@ -294,6 +302,7 @@ class Params:
     sft: Sft
     grpo: Grpo
     evaluation: Evaluation
+    comparison: Comparison
     latency: Latency
     base: Base
     report: Report

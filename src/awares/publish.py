@@ -7,6 +7,7 @@ something and drops the rest, so that two runs with the same numbers give the sa
     python -m awares.publish mini seeds     # and the stages beside it
     python -m awares.publish mini latency
     python -m awares.publish mini ablations
+    python -m awares.publish mini comparison
 """
 
 import re
@@ -67,6 +68,16 @@ def publish_ablations(params: Params) -> list[Path]:
         path = replace(params, variant=variant).run_dir("evaluation") / "notebook.ipynb"
         _require(path, "ablations")
         files += publish_one(path, params.report_dir() / "ablations", f"06_{variant}", params.root)
+    return files
+
+
+def publish_comparison(params: Params) -> list[Path]:
+    """Publish the comparison and every compared system's notebook, in reports/<profile>/comparison."""
+    files = _publish_beside(params, "comparison", "11_comparison")
+    for system in params.comparison.systems:
+        path = params.run_dir("systems") / system / "notebook.ipynb"
+        _require(path, "comparison")
+        files += publish_one(path, params.report_dir() / "comparison", f"10_{system}", params.root)
     return files
 
 
@@ -138,11 +149,16 @@ def clear(folder: Path) -> Path:
     return folder
 
 
-PUBLISHERS = {"seeds": publish_seeds, "latency": publish_latency, "ablations": publish_ablations}
+PUBLISHERS = {
+    "seeds": publish_seeds,
+    "latency": publish_latency,
+    "ablations": publish_ablations,
+    "comparison": publish_comparison,
+}
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m awares.publish [profile [seeds, latency or ablations]]``."""
+    """``python -m awares.publish [profile [seeds, latency, ablations or comparison]]``."""
     profile, what = [*arguments, "", ""][:2]
     try:
         params = load_params(profile)

@@ -1,0 +1,75 @@
+"""Table 1 with every system: the scores that the stages wrote, brought together (PAPER §5, §6)."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from awares import data, evaluation
+from awares.config import SYSTEMS, AwaresFileError, Evaluation, Params
+
+TRAINED = ("sft", "awares")
+CONTROL = "random_token"
+
+
+def all_scores(params: Params) -> pd.DataFrame:
+    """One line per system, training seed and row: system, seed, benchmark, row_id, score (0 to 1), rtr, layer_rtr.
+
+    Systems: those of Table 1, of ``comparison.systems`` and of ``ablations.systems``. ``seed`` is the main one for what is not trained;
+    of a trained system every seed counts for which it has been run. Raises AwaresFileError naming what has not been run.
+    """
+    rows = data.load_rows(params.run_dir("data") / "evaluation")
+    found = []
+    for system, seed, path in _places(params):
+        if not path.is_file():
+            raise AwaresFileError(f"{path}: system {system} has not answered yet; run `dvc repro comparison`")
+        done = evaluation.load_trajectories(path)
+        table = evaluation.scored(system, rows, done)[["system", "benchmark", "row_id", "score", "rtr"]]
+        found.append(table.assign(seed=seed, layer_rtr=[one.layer_rtr for one in done]))
+    return pd.concat(found, ignore_index=True)
+
+
+def _places(params: Params) -> Iterator[tuple[str, int, Path]]:
+    """System, seed and trajectories; further seeds only where they are."""
+    for system in SYSTEMS:
+        yield system, params.seed, params.run_dir("evaluation") / "trajectories" / f"{system}.jsonl"
+        for seed in params.seeds if system in TRAINED else ():
+            path = replace(params, seed=seed).run_dir("evaluation") / "trajectories" / f"{system}.jsonl"
+            if path.is_file():
+                yield system, seed, path
+    for system in params.comparison.systems:
+        yield system, params.seed, params.run_dir("systems") / system / "trajectories.jsonl"
+    for system in params.ablations.get("systems", ()):
+        folder = replace(params, variant=system).run_dir("evaluation")
+        yield system, params.seed, folder / "trajectories" / "awares.jsonl"
+
+
+def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
+    """`evaluation.main_table` of every system, a row's score being its mean over seeds, plus layer_rtr and seeds."""
+    seeds = scores.groupby("system", sort=False).seed.nunique()
+    keys = ["system", "benchmark", "row_id"]
+    means = scores.groupby(keys, sort=False)[["score", "rtr", "layer_rtr"]].mean().reset_index()
+    table = evaluation.main_table(means, settings)
+    inside = evaluation.main_table(means.assign(rtr=means.layer_rtr), settings)
+    return table.assign(layer_rtr=inside.rtr, seeds=table.system.map(seeds))
+
+
+def against(scores: pd.DataFrame, system: str, params: Params) -> pd.DataFrame:
+    """`evaluation.compare` of ``system`` with each other one, at the main training seed."""
+    main = scores[scores.seed == params.seed]
+    others = [name for name in main.system.unique() if name != system]
+    return evaluation.compare(main, [(system, name) for name in others], params.evaluation)
+
+
+def against_control(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
+    """`evaluation.compare` of each pruner with the random choice of as many tokens."""
+    names = list(scores.system.unique())
+    controls = {name.removeprefix(CONTROL): name for name in names if name.startswith(f"{CONTROL}_")}
+    pairs = [
+        (name, controls[f"_{share}"])
+        for name in names
+        for _, _, share in [name.rpartition("_")]
+        if f"_{share}" in controls and not name.startswith(CONTROL)
+    ]
+    return evaluation.compare(scores[scores.seed == params.seed], pairs, params.evaluation)

@@ -1,0 +1,79 @@
+"""The comparison: every system's scores brought together, means over seeds, who is compared with whom."""
+
+import pandas as pd
+import pytest
+
+from awares import baselines, comparison
+from awares.config import AwaresError, load_params
+from awares.report import AVERAGE
+
+
+def scores(**systems):
+    """system -> {seed: marks of four rows}; two rows of either task."""
+    parts = [
+        pd.DataFrame(
+            {
+                "benchmark": ["docvqa", "docvqa", "pope", "pope"],
+                "row_id": list("abcd"),
+                "score": marks,
+                "rtr": 0.5,
+                "layer_rtr": 0.75,
+            }
+        ).assign(system=name, seed=seed)
+        for name, seeds in systems.items()
+        for seed, marks in seeds.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_a_trained_system_is_the_mean_over_its_seeds():
+    params = load_params("mini")
+    table = comparison.systems_table(
+        scores(full={1: [1, 1, 1, 0]}, awares={1: [1, 0, 1, 1], 2: [1, 1, 0, 0]}), params.evaluation
+    )
+    average = table[table.benchmark == AVERAGE].set_index("system")
+    assert average.accuracy.to_dict() == pytest.approx({"full": 75.0, "awares": 62.5})
+    assert average.seeds.to_dict() == {"full": 1, "awares": 2} and average.n.to_dict() == {"full": 4, "awares": 4}
+    assert average.rtr["full"] == 0.5 and average.layer_rtr["full"] == 0.75
+    wanted = ["system", "benchmark", "accuracy", "accuracy_low", "accuracy_high", "rtr", "n", "layer_rtr", "seeds"]
+    assert list(table) == wanted
+
+
+def test_systems_are_paired_at_the_main_seed_and_pruners_with_their_own_control():
+    params = load_params("mini")
+    one = {1: [1, 1, 1, 1]}
+    found = scores(
+        awares={1: [1, 1, 1, 0], 2: [0, 0, 0, 0]},
+        visionzip_50=one,
+        fastv_70=one,
+        random_token_50={1: [0, 0, 1, 1]},
+        random_token_70=one,
+    )
+    against = comparison.against(found, "awares", params)
+    assert against.b.tolist() == ["visionzip_50", "fastv_70", "random_token_50", "random_token_70"]
+    assert against.difference[0] == pytest.approx(-25)
+    control = comparison.against_control(found, params)
+    assert list(zip(control.a, control.b, control.difference, strict=True)) == [
+        ("visionzip_50", "random_token_50", pytest.approx(50)), ("fastv_70", "random_token_70", 0)]  # fmt: skip
+
+
+def test_a_pruner_is_run_at_the_share_that_the_policy_keeps():
+    main = pd.DataFrame(
+        {"system": ["awares", "awares", "full"], "benchmark": ["pope", "average", "average"], "rtr": [0.3, 0.3642, 1.0]}
+    )
+    assert baselines.matched("visionzip_awares", main) == "visionzip_36.4"
+    assert baselines.matched("visionzip_50", main) == "visionzip_50"
+    assert baselines.parse(baselines.matched("random_token_awares", main))[1] == pytest.approx(0.364)
+
+
+def test_every_name_that_is_compared_is_a_system():
+    main = pd.DataFrame({"system": ["awares"], "benchmark": ["average"], "rtr": [0.4]})
+    for name in load_params("mini").comparison.systems:
+        baselines.parse(baselines.matched(name, main))
+
+
+def test_a_system_that_has_not_answered_is_named(tmp_path):
+    params = load_params("mini", overrides={"paths.runs": str(tmp_path)})
+    (tmp_path / "mini" / "data").mkdir(parents=True)
+    with pytest.raises(AwaresError, match="data"):
+        comparison.all_scores(params)
