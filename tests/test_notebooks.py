@@ -354,6 +354,42 @@ def test_ablations_stand_together_beside_the_paper(line, ablations):
     }
 
 
+def test_systems_are_compared_and_claims_decided(line, ablations):
+    """A pruner and a control really run; the trained system's answers are AwaRes' own under its name."""
+    asked = {"comparison.systems": ["visionzip_50", "oracle_crop"]}
+    for name in asked["comparison.systems"]:
+        executed = line.run("10_systems", "systems", **{"comparison.systems": [name]})
+        shutil.move(executed, executed.parent / name / "notebook.ipynb")
+    main = line.params.run_dir("evaluation") / "trajectories"
+    for system in line.params.ablations["systems"]:
+        copy = line.with_values(system).run_dir("evaluation") / "trajectories"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(main, copy)
+    line.run("11_comparison", "comparison", **asked)
+    folder = line.params.report_dir()
+    systems = pd.read_csv(folder / "tables" / "table1_systems.csv")
+    assert set(systems.system) == {*SYSTEMS, *asked["comparison.systems"], *line.params.ablations["systems"]}
+    assert (systems.groupby("system").benchmark.nunique() == 7).all()
+    pruned = systems[(systems.system == "visionzip_50") & (systems.benchmark == AVERAGE)]
+    assert pruned.rtr.item() == pytest.approx(0.5, abs=0.02) == pruned.layer_rtr.item()
+    claims = pd.read_csv(folder / "tables" / "claims.csv")
+    assert set(claims.verdict) <= {"holds", "does not hold", "undecided"} and len(claims) >= 25
+    assert claims.effect.notna().sum() > 10
+    files = publish.publish_comparison(line.with_values(**asked))
+    assert folder / "comparison" / "notebooks" / "10_oracle_crop.ipynb" in files
+
+
+def test_the_report_writes_the_tables_that_the_pipeline_declares(line):
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    declared = {
+        Path(next(iter(out))).name
+        for out in stages["report"]["outs"]
+        if isinstance(out, dict) and "/tables/" in next(iter(out))
+    }
+    beside = {Path(next(iter(out))).name for out in stages["comparison"]["outs"] if isinstance(out, dict)}
+    assert {file.name for file in (line.params.report_dir() / "tables").glob("*.csv")} - beside == declared
+
+
 def test_base_model_is_trained_exported_and_described(line):
     small = {f"base.{stage}_{key}": n for stage in pretrain.STAGES for key, n in (("steps", 2), ("work", 400))}
     folder = line.run("00_base_model", "base_model", **small, **{"data.validation_rows": 2}).parent

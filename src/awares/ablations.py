@@ -72,8 +72,8 @@ def sweeps(main: Params, runs: Mapping[str, Params]) -> dict[str, dict[str, floa
     found: dict[str, dict[str, float]] = {}
     for name, params in runs.items():
         changes = differences(main, params)
-        key, before, after = changes[0]
-        if len(changes) == 1 and all(type(value) in (int, float) for value in (before, after)):
+        if len(changes) == 1 and all(type(value) in (int, float) for value in changes[0][1:]):
+            key, before, after = changes[0]
             found.setdefault(key, {MAIN: before})[name] = after
     return {key: dict(sorted(values.items(), key=lambda item: item[1])) for key, values in found.items()}
 

@@ -260,7 +260,8 @@ class Dense:
         words, traits, links, glyphs = self._in_order(batch, "words", "traits", "links", "glyphs")
         words, traits = words[..., 0], traits[..., 0]
         targets = {"glyph": glyphs, "early": words, "word": words, "trait": traits, "link": links}
-        total, seen = torch.zeros(()), {}
+        total = torch.zeros(())
+        seen: dict[str, torch.Tensor] = {}
         for name in asked:
             if name == "code":
                 loss = self._written(words, traits, links, seen)

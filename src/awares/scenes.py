@@ -11,7 +11,7 @@ the size and cannot tell whether a crop is needed.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -499,34 +499,66 @@ def collage(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
 def wall(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     """Line upon line of words, of which nothing is asked: what the vision tower learns to read from (base training only)."""
     canvas = Canvas(size, background(size, tint((242, 240, 232), rng, 10), rng, 2.0))
-    words = [
-        w for words in (*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, lex.SHAPES, ("kg",)) for w in words
-    ]
+    for x, y, pen in _lines(canvas, rng):
+        while x + pen.width(word := _loose(rng)) + 1 <= size[0]:
+            x = canvas.text(x, y, word, pen)[2] + float(rng.uniform(3, 8)) * pen.size / 14
+    return Scene(canvas.image, canvas.marks)
+
+
+def ledger(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+    """Line upon line of `key: value`, a value of one word or two: what it learns whose value is whose from (base training only)."""
+    canvas = Canvas(size, background(size, tint((242, 240, 232), rng, 10), rng, 2.0))
+    keys = [word for theme in lex.THEMES.values() for word in theme]
+    qas = []
+    for x, y, pen in _lines(canvas, rng):
+        other = replace(pen, size=int(rng.integers(*SMALL_TEXT))) if rng.random() < 0.5 else pen
+        while True:
+            key = keys[int(rng.integers(len(keys)))]
+            value = " ".join(_loose(rng).rstrip(":") for _ in range(int(rng.integers(1, 3))))
+            gap = pen.size * rng.uniform(0.3, 1.0)
+            if x + pen.width(f"{key}:") + gap + other.width(value) + 8 > size[0]:
+                break
+            named = canvas.text(x, y, f"{key}:", pen)
+            lower = rng.uniform(0, max(0, pen.height - other.height))
+            found = canvas.text(named[2] + gap, y + lower, value, other)
+            qas.append(QA("field", "", (value,), (named,), (found,), other.small, key))
+            x = found[2] + float(rng.uniform(6, 20))
+    return Scene(canvas.image, canvas.marks, ambiguous=qas)
+
+
+def _lines(canvas: Canvas, rng: np.random.Generator) -> Iterator[tuple[float, float, Pen]]:
+    """Where lines of print begin, and the pen of each: mostly small and dark on paper, some light on a coloured bar."""
     y = float(rng.integers(0, 8))
     while True:
         dark = bool(rng.random() < 0.75)
         pen = _pen(rng, bool(rng.random() < 0.75), dark)
-        if y + pen.height + 2 > size[1]:
-            return Scene(canvas.image, canvas.marks)
+        if y + pen.height + 2 > canvas.height:
+            return
         if not dark:
             ground = tint(list(lex.COLOURS.values())[int(rng.integers(len(lex.COLOURS)))], rng, 15)
             if sum(ground) < 480:
-                canvas.draw.rectangle((0, round(y) - 2, size[0], round(y) + pen.height + 1), fill=ground)
+                canvas.draw.rectangle((0, round(y) - 2, canvas.width, round(y) + pen.height + 1), fill=ground)
             else:
                 pen = replace(pen, fill=tint((30, 30, 40), rng, 25))
-        x = float(rng.integers(0, 8))
-        while x + pen.width(word := _loose(words, rng)) + 1 <= size[0]:
-            x = canvas.text(x, y, word, pen)[2] + float(rng.uniform(3, 8)) * pen.size / 14
+        yield float(rng.integers(0, 8)), y, pen
         y += pen.height + float(rng.integers(1, 5))
 
 
-def _loose(words: Sequence[str], rng: np.random.Generator) -> str:
+@lru_cache(maxsize=1)
+def _printed() -> list[str]:
+    """Every word that is printed somewhere."""
+    return [
+        w for words in (*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, lex.SHAPES, ("kg",)) for w in words
+    ]
+
+
+def _loose(rng: np.random.Generator) -> str:
     """A word or a number, with or without a sign."""
     dice = rng.random()
     if rng.random() < 0.25:
         number = str(rng.integers(100))
         return f"{number}:" if dice < 0.15 else f"{number}%" if dice < 0.3 else f"${number}" if dice < 0.45 else number
-    word = words[int(rng.integers(len(words)))]
+    word = _printed()[int(rng.integers(len(_printed())))]
     return f"{word}:" if dice < 0.15 else word
 
 
@@ -559,4 +591,12 @@ def paint(name: str, rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     return scene
 
 
-PAINTERS = {"page": page, "chart": chart, "signs": signs, "objects": objects, "collage": collage, "wall": wall}
+PAINTERS = {
+    "page": page,
+    "chart": chart,
+    "signs": signs,
+    "objects": objects,
+    "collage": collage,
+    "wall": wall,
+    "ledger": ledger,
+}
