@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from awares import base, lookup, pretrain, scenes
 from awares.config import load_params
@@ -171,12 +172,66 @@ def test_attention_is_sent_to_the_token_that_shows_the_next_word(tokenizer):
     assert checked > 60
 
 
+def test_leads_go_from_a_value_to_the_words_that_lead_to_it():
+    rng = np.random.default_rng(2)
+    for name in ("ledger", "page"):
+        one = base.view(scenes.paint(name, rng, (224, 336)))
+        shown, links = one.words.flatten(), one.links.reshape(-1, base.LINKS)
+        right = [
+            base.SUBJECTS[links[value, slot] - 1] == base.WORDS[shown[source] - 1] for slot, value, source in one.leads
+        ]
+        assert len(right) > 20 and np.mean(right) > 0.95
+
+
+def test_glance_reads_the_attention_that_the_vision_tower_has(tokenizer):
+    torch.manual_seed(0)
+    network = pretrain.Network(load_params("mini").base, tokenizer, "vision")
+    visual, rng = network.model.model.visual, np.random.default_rng(2)
+    views = [base.view(scenes.paint(name, rng, (224, 336))) for name in ("ledger", "page")]
+    batch = pretrain.collate([base.Example([one]) for one in views], tokenizer)
+    network.dense.expect(batch)
+    attention, seen = visual.blocks[-1].attn, {}
+    hook = lambda module, arguments, named: seen.update(
+        named, hidden=arguments[0] if arguments else named["hidden_states"]
+    )  # noqa: E731
+    attention.register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+    loss, share = network.dense.glance.found()
+    query, key, _ = (
+        attention.qkv(seen["hidden"]).reshape(len(seen["hidden"]), 3, 5, -1).permute(1, 2, 0, 3)
+    )  # (H, P, d)
+    cos, sin = seen["position_embeddings"]
+    query, key = (
+        part.transpose(0, 1)
+        for part in apply_rotary_pos_emb_vision(query.transpose(0, 1), key.transpose(0, 1), cos, sin)
+    )
+    order = pretrain._window_order(visual, batch["image_grid_thw"]).tolist()
+    where = {
+        4 * token + i: 4 * place + i for place, token in enumerate(order) for i in range(4)
+    }  # processor's patch -> tower's
+    size = 16 * 24
+    found = {}
+    for picture, slot, value, source in batch["leads"].tolist():
+        found.setdefault((slot, where[picture * size + value]), set()).add(where[picture * size + source])
+    shares = []
+    for (slot, value), sources in found.items():
+        own = range(value // size * size, value // size * size + size)
+        for head in (range(3), range(3, 5))[slot]:
+            scores = (key[head, list(own)] @ query[head, value]) * 32**-0.5
+            shares.append((slot, value, float(scores.softmax(-1)[[s - own[0] for s in sources]].sum())))
+    means = {(slot, value): np.mean([s for a, b, s in shares if (a, b) == (slot, value)]) for slot, value, _ in shares}
+    assert share.item() == pytest.approx(np.mean(list(means.values())), rel=1e-4)
+    assert loss.item() == pytest.approx(-np.mean(np.log(list(means.values()))), rel=1e-4)
+
+
 def test_links_lead_from_a_value_to_its_subject_and_to_the_word_before():
     scene = scenes.draw("signs", np.random.default_rng(4), (336, 336))
     two = next(qa for qa in scene.qas if " " in qa.answers[0])
     first, second = base.marks_in(scene, two.answer_boxes[0])
-    found = {mark: words for mark, words, _ in base.links(scene)}
-    assert found[first] == (two.subject,) and found[second] == (two.subject, first.text)
+    found = {link.mark: link for link in base.links(scene)}
+    assert found[first].names == (two.subject,) and found[second].names == (two.subject, first.text)
+    assert found[second].sources[1] == ((first.box, True),)
     view = base.view(scene)
     ys, xs = view.cells(second.box, True)
     assert view.links[ys[0], xs[0]].tolist() == [base.SUBJECT_ID[two.subject], base.SUBJECT_ID[first.text]]

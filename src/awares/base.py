@@ -164,6 +164,9 @@ class View:
     traits: np.ndarray  # (H/14, W/14)
     glyphs: np.ndarray  # (H/7, W/7)
     links: np.ndarray  # (H/14, W/14, LINKS): whose value stands here, and the word before it
+    leads: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # (which link, patch, patch that shows it), row by row
 
     @property
     def tokens(self) -> int:
@@ -236,13 +239,21 @@ def view(scene: scenes.Scene, region: scenes.Box = (0.0, 0.0, 1.0, 1.0), halve: 
     result = View(image, (left, top), 0.5 if halve else 1.0, words, traits, glyphs, subjects)
     for mark in scene.marks:
         _stamp(result, mark)
-    for mark, names, evidence in links(scene):
-        known = result.holds(mark.box) and all(result.holds(box) for box in evidence)
-        if not evidence and not result.legible(mark):
-            known, names = result.coloured(mark), names[:1]
+    for link in links(scene):
+        known, names = all(result.holds(box) for box in (link.mark.box, *link.evidence)), link.names
+        if not link.evidence and not result.legible(link.mark):
+            known, names = result.coloured(link.mark), names[:1]
         ids = [SUBJECT_ID[name] for name in names] + [0] * (LINKS - len(names))
-        result.links[np.ix_(*result.cells(mark.box, bool(mark.chars)))] = ids if known else IGNORE
+        here = result.cells(link.mark.box, bool(link.mark.chars))
+        result.links[np.ix_(*here)] = ids if known else IGNORE
+        for slot, sources in enumerate(link.sources if known else ()):
+            shown = {patch for box, line in sources for patch in _patches(*result.cells(box, line), columns)}
+            result.leads += [(slot, patch, source) for patch in _patches(*here, columns) for source in sorted(shown)]
     return result
+
+
+def _patches(rows: np.ndarray, columns: np.ndarray, width: int) -> list[int]:
+    return [int(row) * width + int(column) for row in rows for column in columns]
 
 
 def _stamp(target: View, mark: scenes.Mark) -> None:
@@ -263,23 +274,38 @@ def _stamp(target: View, mark: scenes.Mark) -> None:
             target.glyphs[row, column] = CHAR_ID[char] if known and char in CHAR_ID else IGNORE
 
 
-def links(scene: scenes.Scene) -> list[tuple[scenes.Mark, tuple[str, ...], tuple[scenes.Box, ...]]]:
-    """For each value: its mark, the words that lead to it, and the boxes that show so, which half resolution leaves legible.
+@dataclass(frozen=True)
+class Link:
+    """A value, the words that lead to it, and where each of them stands: boxes, and whether they hold a line of print (then its middle counts).
 
-    A printed or worn value is led to by its subject and by the word before it; an object by its own colour and, where legible, shape.
+    ``evidence``: the boxes that must be in view, which half resolution leaves legible. An object leads to itself and has no sources.
     """
-    found: list[tuple[scenes.Mark, tuple[str, ...], tuple[scenes.Box, ...]]] = []
+
+    mark: scenes.Mark
+    names: tuple[str, ...]
+    evidence: tuple[scenes.Box, ...] = ()
+    sources: tuple[tuple[tuple[scenes.Box, bool], ...], ...] = ()
+
+
+def links(scene: scenes.Scene) -> list[Link]:
+    """The links of a scene. A printed or worn value is led to by its subject and by the word before it; an object by its own colour and,
+    where legible, shape.
+    """
+    found = []
     for qa in scene.qas + scene.ambiguous:
         if qa.kind not in VALUES:
             continue
         subject = tuple(w for w in qa.subject.split() if w in SUBJECT_ID)
+        shown = tuple((box, qa.kind in ("field", "bar")) for box in qa.question_boxes)
         for box in qa.answer_boxes:
             before: tuple[str, ...] = ()
+            place: tuple[tuple[scenes.Box, bool], ...] = ()
             for mark in marks_in(scene, box):
-                found.append((mark, (subject + before)[:LINKS], qa.question_boxes))
+                names = (subject + before)[:LINKS]
+                found.append(Link(mark, names, qa.question_boxes, ((shown,) * len(subject) + (place,))[: len(names)]))
                 before = tuple(w for w in (mark.text.strip("$%:"),) if w in SUBJECT_ID)
-    found += [(m, (m.colour, m.text), ()) for m in scene.marks if m.colour and m.text != "sign"]
-    return found
+                place = ((mark.box, bool(mark.chars)),)
+    return found + [Link(m, (m.colour, m.text)) for m in scene.marks if m.colour and m.text != "sign"]
 
 
 def marks_in(scene: scenes.Scene, box: scenes.Box) -> list[scenes.Mark]:

@@ -8,7 +8,8 @@ pay by itself:
   its own for either row of patches. So the language tower can be trained on symbolic pages, without a vision tower, while that one learns to read.
 - *Two layers begin as a look-up* (`prepare`): one copies the subject of the question to where the answer starts; the other matches it with
   the "whose value" part of the code and copies the "what stands there" part. All other weights begin at random.
-- *The watch* (`Watch`) adds to the loss how much attention these layers give to the subject and to the evidence.
+- *The watches* add to the loss how much attention these layers give to the subject and to the evidence (`Watch`), and how much the last
+  block of the vision tower gives, from a value, to what it belongs to (`Glance`).
 
 All of it is base training; the trained model is a plain Qwen2.5-VL.
 """
@@ -158,3 +159,45 @@ class Watch:
             by_group = on_target.unflatten(1, (-1, heads)).logsumexp(-1) - math.log(heads)
             self._losses[layer] = -by_group.mean()
             self._hits[layer] = on_target.exp().mean().detach()
+
+
+class Glance:
+    """Attention of the vision tower's last block, from a printed value to what it belongs to and to the word before it."""
+
+    NAME = "sdpa_glanced"
+
+    def __init__(self, visual: Any) -> None:
+        AttentionInterface.register(self.NAME, self._attend)
+        visual.config._attn_implementation = self.NAME
+        self._block = visual.blocks[-1].attn
+        first = -(-visual.config.num_heads * 3 // 5)
+        self._heads = (slice(0, first), slice(first, None))  # by link
+        self.expect([])
+
+    def expect(self, targets: list[torch.Tensor]) -> None:
+        """What the next forward pass should look at: of each picture, in the order of its patches there, (links, P, P) booleans."""
+        self._targets, self._picture = targets, 0
+        self._lost: list[torch.Tensor] = []
+        self._hits: list[torch.Tensor] = []
+
+    def found(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nats lost by looking elsewhere, and the share of attention on target, over all patches that should look."""
+        if not self._lost:
+            return torch.zeros(()), torch.tensor(torch.nan)
+        return torch.cat(self._lost).mean(), torch.cat(self._hits).mean()
+
+    def _attend(self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> Any:
+        if module is self._block and self._targets:
+            self._compare(query[0], key[0])
+        return sdpa_attention_forward(module, query, key, value, **settings)
+
+    def _compare(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        """query and key (H, P, d) of one picture."""
+        for heads, target in zip(self._heads, self._targets[self._picture], strict=True):
+            asked = target.any(1)
+            if asked.any():
+                scores = torch.einsum("hnd,hpd->hnp", query[heads, asked], key[heads]) * query.shape[-1] ** -0.5
+                on_target = scores.log_softmax(-1).masked_fill(~target[asked], -torch.inf).logsumexp(-1)  # (H', N)
+                self._lost.append(math.log(len(on_target)) - on_target.logsumexp(0))
+                self._hits.append(on_target.detach().exp().mean(0))
+        self._picture += 1

@@ -38,7 +38,7 @@ from awares.base import (
     tiny_config,
 )
 from awares.config import AwaresError, Base
-from awares.lookup import ROWS, SPREAD, VALUE_LAYER, Code, Watch, prepare
+from awares.lookup import ROWS, SPREAD, VALUE_LAYER, Code, Glance, Watch, prepare
 
 MEAN, STD = (
     np.array(v, np.float32) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -102,13 +102,36 @@ def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.
         "words": stack([_merge_order(v.words, 1) for v in views]), "traits": stack([_merge_order(v.traits, 1) for v in views]),
         "glyphs": stack([_merge_order(v.glyphs, 2) for v in views]),
         "links": stack([np.stack([_merge_order(v.links[..., i], 1)[:, 0] for i in range(LINKS)], -1) for v in views]),
+        "leads": _leads(views),
     }  # fmt: skip
+
+
+def _leads(views: list[View]) -> torch.Tensor:
+    """(N, 4): picture, which link, and the two patches of each lead in the processor's order."""
+    found = [torch.zeros((0, 4), dtype=torch.long)]
+    for picture, one in enumerate(views):
+        if one.leads:
+            order = _merge_order(np.arange(one.words.size).reshape(one.words.shape), 1)[:, 0]
+            slot, value, source = np.array(one.leads).T
+            places = np.argsort(order)
+            found.append(
+                torch.from_numpy(np.stack([np.full_like(slot, picture), slot, places[value], places[source]], 1))
+            )
+    return torch.cat(found)
 
 
 GROUP = 4
 BLUR = 0.8  # at most, in embeddings
 BOUNDS = (0.3, 0.5, 0.7)  # of a side: what `lexicon.place` tells apart
-DENSE = {"glyph": 0.5, "early": 1, "word": 1, "trait": 0.5, "link": 1, "code": 1}  # weights of the dense losses
+DENSE = {
+    "glyph": 0.5,
+    "early": 1,
+    "word": 1,
+    "trait": 0.5,
+    "link": 1,
+    "glance": 0.5,
+    "code": 1,
+}  # weights of the dense losses
 # the head of a dense loss, where in the vision tower it reads, and what its log says
 HEADS = {
     "glyph": ("glyphs", "middle", "glyphs_read"),
@@ -243,6 +266,22 @@ class Dense:
         for name, place in {"middle": depth // 2, "early": depth - 2, "late": depth - 1}.items():  # (P, Dv)
             visual.blocks[place].register_forward_hook(partial(self._catch, name))
         visual.merger.register_forward_hook(partial(self._catch, "merged"))  # (P/4, D)
+        self.glance = Glance(visual)
+
+    def expect(self, batch: dict[str, torch.Tensor]) -> None:
+        """To be called before the forward pass of the vision tower: where its last block should look."""
+        tokens = torch.argsort(
+            _window_order(self.visual, batch["image_grid_thw"])
+        )  # of the processor's order -> place in the tower
+        leads, targets, start = batch["leads"], [], 0
+        for picture, size in enumerate(batch["image_grid_thw"].prod(1).tolist()):
+            place = (tokens[start : start + size // 4, None] - start) * 4 + torch.arange(4)
+            target = torch.zeros(LINKS, size, size, dtype=torch.bool)
+            mine = leads[leads[:, 0] == picture, 1:]
+            target[mine[:, 0], place.flatten()[mine[:, 1]], place.flatten()[mine[:, 2]]] = True
+            targets.append(target)
+            start += size // 4
+        self.glance.expect(targets)
 
     def _catch(self, name: str, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
         self._seen[name] = (
@@ -265,6 +304,8 @@ class Dense:
         for name in asked:
             if name == "code":
                 loss = self._written(words, traits, links, seen)
+            elif name == "glance":
+                loss, seen["sources_found"] = self.glance.found()
             else:
                 head, place, read = HEADS[name]
                 target = targets[name].flatten()
@@ -368,8 +409,12 @@ class Network:
         """The loss of a batch, and what to log."""
         asked = ASKED.get(self.stage, tuple(DENSE))
         if self.stage not in ("lookup", "joint"):
+            if "glance" in asked:
+                self.dense.expect(batch)
             self.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
             return self.dense(batch, asked)
+        if self.stage == "joint":
+            self.dense.expect(batch)
         total, parts = self._answers(batch)
         if self.stage == "joint":
             seen, more = self.dense(batch, asked)
