@@ -191,15 +191,17 @@ def test_glance_reads_the_attention_that_the_vision_tower_has(tokenizer):
     batch = pretrain.collate([base.Example([one]) for one in views], tokenizer)
     network.dense.expect(batch)
     attention, seen = visual.blocks[-1].attn, {}
-    hook = lambda module, arguments, named: seen.update(
-        named, hidden=arguments[0] if arguments else named["hidden_states"]
-    )  # noqa: E731
+
+    def hook(_module, arguments, named):
+        seen.update(named, hidden=arguments[0] if arguments else named["hidden_states"])
+
     attention.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
+        with torch.no_grad():
         visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
     loss, share = network.dense.glance.found()
     query, key, _ = (
-        attention.qkv(seen["hidden"]).reshape(len(seen["hidden"]), 3, 5, -1).permute(1, 2, 0, 3)
+        attention.qkv(seen["hidden"]).detach().reshape(len(seen["hidden"]), 3, 5, -1).permute(1, 2, 0, 3)
     )  # (H, P, d)
     cos, sin = seen["position_embeddings"]
     query, key = (
