@@ -197,7 +197,6 @@ def test_glance_reads_the_attention_that_the_vision_tower_has(tokenizer):
 
     attention.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
-        with torch.no_grad():
         visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
     loss, share = network.dense.glance.found()
     query, key, _ = (
