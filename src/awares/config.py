@@ -292,7 +292,7 @@ class Params:
     seed: int
     seeds: tuple[int, ...]  # further training seeds, for means over seeds
     threads: int
-    ablations: dict[str, tuple[str, ...]]  # first stage of their own -> variants
+    ablations: dict[str, tuple[str, ...]] = field(hash=False)  # first stage of their own -> variants
     unseen: bool  # evaluation.seed was overridden: evaluation then generates rows that no stage has seen
     paths: Paths
     data: Data

@@ -28,6 +28,7 @@ from awares.base import SUBJECTS, TRAITS, WORDS
 
 SUBJECT_LAYER, VALUE_LAYER = 1, 3
 ROWS = 2  # of patches in a visual token
+SHARPNESS = 24.0  # of `Code.misread`: the logit of a word that fills its room, where an average other word gets 0
 SPREAD = 2.0  # standard deviation of an embedding's entries: large, so that early layers cannot drown the code
 
 
@@ -75,6 +76,30 @@ class Code:
             )
             code = code + subjects @ self.subject_turns[row] + own @ self.own_turns[row]
         return code / ROWS
+
+    def misread(self, found: torch.Tensor, words: torch.Tensor, traits: torch.Tensor, links: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of naming what stands in each room of tokens (N, D) by the nearest entries of its table, as a look-up does.
+
+        A token may be near its code and yet nearer to another's. Rooms that hold nothing, or something unknown, do not count.
+        """
+        half, losses = words.shape[1] // ROWS, []
+        things = torch.cat([self.words, self.traits[1:]])
+        traits = torch.where(traits > 0, traits + len(self.words) - 1, traits)
+        for row in range(ROWS):
+            patches = slice(row * half, (row + 1) * half)
+            own = torch.cat([words[:, patches], traits[:, patches]], 1)
+            for ids, table, turn in (
+                (links[:, patches].flatten(1), self.subjects, self.subject_turns[row]),
+                (own, things, self.own_turns[row]),
+            ):
+                told = (ids >= 0).all(1) & (ids > 0).any(1)
+                if told.any():
+                    codes = table[1:] @ turn
+                    logits = SHARPNESS * found[told] @ codes.T / codes.square().sum(-1).mean()
+                    each = logits.log_softmax(-1).gather(1, (ids[told] - 1).clamp(min=0))
+                    stands = ids[told] > 0
+                    losses.append(-(each * stands).sum(1) / stands.sum(1))
+        return torch.cat(losses).mean() if losses else found.sum() * 0
 
     def distance(self, found: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
         """Squared distance of tokens (N, D) to their code, in units of half an embedding: (N,)."""

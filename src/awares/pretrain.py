@@ -131,6 +131,7 @@ DENSE = {
     "link": 1,
     "glance": 0.5,
     "code": 1,
+    "misread": 1,
 }  # weights of the dense losses
 # the head of a dense loss, where in the vision tower it reads, and what its log says
 HEADS = {
@@ -140,7 +141,12 @@ HEADS = {
     "trait": ("traits", "late", ""),
     "link": ("links", "late", "links_read"),
 }
-ASKED = {"glyphs": ("glyph",), "words": ("glyph", "early", "word", "trait")}  # by stage; all of them afterwards
+# by stage; all of them afterwards
+ASKED = {
+    "glyphs": ("glyph",),
+    "words": ("glyph", "early", "word", "trait"),
+    "vision": ("glyph", "early", "word", "trait", "link", "glance", "code"),
+}
 # the stages in order, and what each begins with
 STAGES: dict[str, tuple[str, ...]] = {
     "glyphs": (),
@@ -304,6 +310,8 @@ class Dense:
         for name in asked:
             if name == "code":
                 loss = self._written(words, traits, links, seen)
+            elif name == "misread":
+                loss = self.code.misread(self._seen["merged"], words, traits, links)
             elif name == "glance":
                 loss, seen["sources_found"] = self.glance.found()
             else:
