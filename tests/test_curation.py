@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from awares import curation, data, judges, records
+from awares import curation, data, judges, records, served
 from awares.config import AwaresError, load_params
 from awares.judges import AnlsJudge, EmbeddingJudge, SemanticJudge, label
 from awares.wording import same_meaning
@@ -125,11 +125,10 @@ def test_judges_differ_as_the_paper_says():
 
 
 def test_unknown_judge_and_oracle_are_named():
-    section = load_params(path=PARAMS).curation
     with pytest.raises(AwaresError, match="'bleu'.*semantic"):
-        judges.make_judges(dataclasses.replace(section, judges=("semantic", "bleu")))
+        load_params(path=PARAMS, overrides={"curation.judges": ["semantic", "bleu"]})
     with pytest.raises(AwaresError, match="'llm'.*annotation"):
-        curation.make_oracle(dataclasses.replace(section, oracle="llm"))
+        load_params(path=PARAMS, overrides={"curation.oracle": "llm"})
 
 
 @pytest.fixture(scope="module")
@@ -187,25 +186,25 @@ def oracle_row(row_id="r", question=((100, 100, 200, 200),), answer=((600, 100, 
 
 def test_oracle_error_belongs_to_the_row():
     rows = [oracle_row(f"row-{number}") for number in range(50)]
-    forward = {row["id"]: curation.AnnotationOracle(1, 10).locate(row) for row in rows}
-    backward = {row["id"]: curation.AnnotationOracle(1, 10).locate(row) for row in rows[::-1]}
-    assert forward == backward
-    assert len({str(boxes) for boxes in forward.values()}) == 50
-    assert forward != {row["id"]: curation.AnnotationOracle(2, 10).locate(row) for row in rows}
+    forward = curation.AnnotationOracle(1, 10).locate(rows)
+    assert forward == curation.AnnotationOracle(1, 10).locate(rows[::-1])[::-1]
+    assert len({str(boxes) for boxes in forward}) == 50
+    assert forward != curation.AnnotationOracle(2, 10).locate(rows)
 
 
 def test_oracle_error_has_the_size_asked_for():
     rows = [oracle_row(f"row-{number}", question=((300, 300, 700, 700),), answer=()) for number in range(500)]
-    errors = np.array([curation.AnnotationOracle(0, 20).locate(row)[0][0] for row in rows]) - [300, 300, 700, 700]
+    found = curation.AnnotationOracle(0, 20).locate(rows)
+    errors = np.array([record["question_boxes"][0] for record in found]) - [300, 300, 700, 700]
     assert np.abs(errors.mean(axis=0)).max() < 3 and errors.std() == pytest.approx(20, rel=0.1)
-    exact = curation.AnnotationOracle(0, 0).locate(rows[0])
-    assert exact == ([[300, 300, 700, 700]], [])
+    exact = curation.AnnotationOracle(0, 0).locate(rows[:1])
+    assert exact == [{"question_boxes": [[300, 300, 700, 700]], "answer_boxes": []}]
 
 
 def test_oracle_boxes_stay_boxes():
     for number in range(200):
         row = oracle_row(f"row-{number}", question=((0, 0, 3, 3),), answer=((997, 0, 1000, 1000),))
-        for box in sum(curation.AnnotationOracle(3, 300).locate(row), []):
+        for box in sum(curation.AnnotationOracle(3, 300).locate([row])[0].values(), []):
             assert 0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000
 
 
@@ -271,8 +270,8 @@ def run(params, out_dir, engine=None, rows=None, panel=None, oracle=None):
     return curation.curate(
         make_rows() if rows is None else rows,
         engine or FakeEngine(),
-        panel or judges.make_judges(params.curation),
-        oracle or curation.make_oracle(params.curation),
+        panel or served.make_judges(params),
+        oracle or served.make_oracle(params),
         params,
         out_dir,
     )

@@ -16,8 +16,10 @@ from typing import Any
 
 import yaml
 
-JUDGES = ("semantic", "embedding", "anls")
-ORACLES = ("annotation",)
+LOCAL_JUDGES = ("semantic", "embedding", "anls")
+JUDGES = (*LOCAL_JUDGES, "llama", "deepseek")
+ORACLES = ("annotation", "qwen3_vl")
+ENGINES = ("local", "base")  # where the base model answers during curation: here, or the server of that name
 CROP_RULES = ("coverage", "iou")
 CROP_NAMES = ("top-left", "top-right", "bottom-left", "bottom-right", "center", "top", "bottom", "left", "right", "all")
 REWARDS = ("awares", "visionthink")
@@ -123,6 +125,8 @@ class Curation:
     embedding_threshold: float = _method(low=0, high=1)
     anls_threshold: float = _method(low=0, high=1)
     oracle_seed: int = _method(low=0)
+    served_file: str = _method()
+    engine: str = _size(choices=ENGINES)
     judge: str = _size(choices=JUDGES)
     judges: tuple[str, ...] = _size(choices=JUDGES)
     oracle: str = _size(choices=ORACLES)
@@ -204,6 +208,7 @@ class Evaluation:
     systems: tuple[str, ...] = _method(choices=SYSTEMS)
     bootstrap: int = _method(low=1)
     level: float = _method(low=0, high=1)
+    judge: str = _method(choices=LOCAL_JUDGES)
     relaxed_iou: float = _method(low=0, high=1)
     call_bias: float = _method()
     dial_biases: tuple[float, ...] = _method()

@@ -19,11 +19,12 @@ import numpy as np
 import pandas as pd
 
 from awares import crops, data, decode, judges, metrics, model, protocol, rollout, training, wording
-from awares.config import AwaresValueError, Curation, Params
+from awares.config import AwaresValueError, Params
 from awares.judges import HR, LR, Judge, label
 from awares.records import Record, in_chunks, write_records
 
 RAW_FILES = ("answers.jsonl", "verdicts.jsonl", "oracle.jsonl")
+LOST_FILE = "lost.jsonl"  # rows without a label: id, step, reason
 ROWS = "dataset"  # folder of the curated rows, beside the raw files
 
 Boxes = list[list[int]]
@@ -39,8 +40,10 @@ class Oracle(ABC):
     looks = True
 
     @abstractmethod
-    def locate(self, row: Record) -> tuple[Boxes, Boxes]:
-        """Boxes of the question's and of the answer's region, [x1, y1, x2, y2] in 0-1000; at least one in all."""
+    def locate(self, rows: Sequence[Record]) -> list[Record]:
+        """Of each row ``question_boxes`` and ``answer_boxes``, [x1, y1, x2, y2] in 0-1000, at least one in all; or none at all and a
+        ``reason``.
+        """
 
     @abstractmethod
     def key(self) -> str:
@@ -63,11 +66,13 @@ class AnnotationOracle(Oracle):
     def __init__(self, seed: int, sigma: float) -> None:
         self.seed, self.sigma = seed, sigma
 
-    def locate(self, row: Record) -> tuple[Boxes, Boxes]:
+    def locate(self, rows: Sequence[Record]) -> list[Record]:
+        return [self._locate(row) for row in rows]
+
+    def _locate(self, row: Record) -> Record:
         name = int.from_bytes(hashlib.sha256(row["id"].encode()).digest()[:8], "big")
         rng = np.random.default_rng([self.seed, name])
-        question, answer = ([self._moved(box, rng) for box in row[key]] for key in ("question_boxes", "answer_boxes"))
-        return question, answer
+        return {key: [self._moved(box, rng) for box in row[key]] for key in ("question_boxes", "answer_boxes")}
 
     def _moved(self, box: Sequence[int], rng: np.random.Generator) -> list[int]:
         """Still a box of at least one unit a side, inside the image."""
@@ -88,19 +93,6 @@ class AnnotationOracle(Oracle):
                     f"row {row_id} has no question_boxes and no answer_boxes: the oracle `annotation` needs them "
                     "(curation.oracle)"
                 )
-
-
-# name -> oracle of these parameters. A new oracle is one entry here and one name in config.ORACLES.
-ORACLES: dict[str, Callable[[Curation], Oracle]] = {
-    "annotation": lambda curation: AnnotationOracle(curation.oracle_seed, curation.oracle_sigma),
-}
-
-
-def make_oracle(curation: Curation) -> Oracle:
-    """The oracle of ``curation.oracle``; AwaresError for an unknown name."""
-    if curation.oracle not in ORACLES:
-        raise AwaresValueError(f"curation.oracle: unknown {curation.oracle!r}, choose from {', '.join(ORACLES)}")
-    return ORACLES[curation.oracle](curation)
 
 
 # The pipeline
@@ -130,6 +122,7 @@ def curate(
     rows = assemble(dataset, answers, verdicts, located, params)
     for name, records in zip(RAW_FILES, (answers, verdicts, located), strict=True):
         write_records(Path(out_dir) / name, records)
+    write_records(Path(out_dir) / LOST_FILE, lost_rows(verdicts, located, params.curation.judge))
     data.save_rows(rows, Path(out_dir) / ROWS)
     return data.load_rows(Path(out_dir) / ROWS)
 
@@ -171,7 +164,7 @@ class _Work:
             lows, highs = ([by_id[row_id][side]["answer"] for row_id in chunk["id"]] for side in ("low", "high"))
             fresh: list[Record] = [{"id": row_id} for row_id in chunk["id"]]
             for judge in panel:
-                found = judge.judge(list(chunk["question"]), lows, highs, list(chunk["answers"]))
+                found = judge.judge(list(chunk["question"]), lows, highs, list(chunk["answers"]), list(chunk["id"]))
                 for record, verdict in zip(fresh, found, strict=True):
                     record[judge.name] = asdict(verdict)
             return fresh
@@ -181,15 +174,12 @@ class _Work:
     def locate(self, verdicts: list[Record], oracle: Oracle) -> list[Record]:
         """Step 3: the oracle on the rows that the deciding judge calls HR."""
         judge = self.params.curation.judge
-        self.inputs |= {"judge": judge, "oracle": oracle.key(), "oracle_code": _code_of(__file__)}
-        wanted = [record["id"] for record in verdicts if label(record[judge]["value"]) == HR]
+        self.inputs |= {"judge": judge, "oracle": oracle.key(), "oracle_code": code_of(__file__)}
+        wanted = [record["id"] for record in verdicts if _label(record[judge]["value"]) == HR]
 
         def work(chunk: datasets.Dataset) -> list[Record]:
-            found = [oracle.locate(row) for row in chunk]
-            return [
-                {"id": row_id, "question_boxes": question, "answer_boxes": answer}
-                for row_id, (question, answer) in zip(chunk["id"], found, strict=True)
-            ]
+            found = oracle.locate(list(chunk))
+            return [{"id": row_id, **record} for row_id, record in zip(chunk["id"], found, strict=True)]
 
         return self._step(RAW_FILES[2], wanted, work, images=oracle.looks)
 
@@ -207,14 +197,14 @@ class _Work:
 def assemble(
     dataset: datasets.Dataset, answers: list[Record], verdicts: list[Record], located: list[Record], params: Params
 ) -> datasets.Dataset:
-    """The curated rows from the raw outputs of the three steps, columns as `curate` says."""
+    """The curated rows from the raw outputs of the three steps, columns as `curate` says; lost rows are left out."""
     judge, boxes = params.curation.judge, {record["id"]: record for record in located}
     empty: Record = {"question_boxes": [], "answer_boxes": []}
     columns: dict[str, list[Any]] = {
         "low_answer": [record["low"]["answer"] for record in answers],
         "high_answer": [record["high"]["answer"] for record in answers],
         "verdict": [record[judge]["value"] for record in verdicts],
-        "label": [label(record[judge]["value"]) for record in verdicts],
+        "label": [_label(record[judge]["value"]) for record in verdicts],
         "both_wrong": [record[judge]["both_wrong"] for record in verdicts],
     }
     for name in [key for key in verdicts[0] if key != "id"]:
@@ -227,9 +217,31 @@ def assemble(
     columns["target_crops"] = [target_crops(record, params) for record in found]
     added = datasets.Dataset.from_dict(columns, features=_features(columns))
     rows = datasets.concatenate_datasets([dataset.select_columns(list(data.FEATURES)), added], axis=1)
-    if params.curation.drop_both_wrong:
-        rows = rows.select([index for index, wrong in enumerate(columns["both_wrong"]) if not wrong])
-    return rows
+    lost = {record["id"] for record in lost_rows(verdicts, located, judge)}
+    dropped = columns["both_wrong"] if params.curation.drop_both_wrong else [False] * len(rows)
+    kept = [
+        i for i, (row_id, wrong) in enumerate(zip(rows["id"], dropped, strict=True)) if row_id not in lost and not wrong
+    ]
+    if not kept:
+        raise AwaresValueError(f"curation leaves no row of {len(rows)}: {len(lost)} lost; {LOST_FILE} tells why")
+    return rows if len(kept) == len(rows) else rows.select(kept)
+
+
+def lost_rows(verdicts: Sequence[Record], located: Sequence[Record], judge: str) -> list[Record]:
+    """The rows without a usable verdict of the deciding judge, or without a usable box: id, step (judge or oracle), reason."""
+    unjudged = [
+        {"id": record["id"], "step": "judge", "reason": record[judge]["reason"]}
+        for record in verdicts
+        if record[judge]["value"] is None
+    ]
+    unlocated = [
+        {"id": record["id"], "step": "oracle", "reason": record["reason"]} for record in located if record.get("reason")
+    ]
+    return unjudged + unlocated
+
+
+def _label(verdict: int | None) -> str:
+    return "" if verdict is None else label(verdict)
 
 
 def target_crops(record: Record, params: Params) -> list[str]:
@@ -275,7 +287,9 @@ def judge_agreement(curated: datasets.Dataset) -> pd.DataFrame:
     """
     rows = []
     for a, b in combinations(judge_names(curated), 2):
-        left, right = (np.array([label(value) for value in curated[f"verdict_{name}"]]) for name in (a, b))
+        pairs = zip(curated[f"verdict_{a}"], curated[f"verdict_{b}"], strict=True)
+        both = [(label(x), label(y)) for x, y in pairs if x is not None and y is not None]
+        left, right = np.array(both).reshape(-1, 2).T
         cells = [float(np.mean((left == x) & (right == y))) for x in (LR, HR) for y in (LR, HR)]
         same, chance = cells[0] + cells[3], (cells[0] + cells[1]) * (cells[0] + cells[2])
         chance += (cells[2] + cells[3]) * (cells[1] + cells[3])
@@ -291,7 +305,7 @@ def label_shares(curated: datasets.Dataset) -> pd.DataFrame:
     """
     rows = []
     for name in judge_names(curated):
-        found = np.array(curated[f"verdict_{name}"][:])
+        found = np.array([value for value in curated[f"verdict_{name}"] if value is not None])
         tie, low, high = (100 * float(np.mean(found == value)) for value in (0, 1, 2))
         rows.append((name, tie, low, high, tie + low, high, len(found)))
     return pd.DataFrame(rows, columns=["judge", "tie", "low_better", "high_better", "lr", "hr", "n"])
@@ -313,10 +327,10 @@ def engine_key(engine: Any) -> str:
 
 
 def _code(*modules: Any) -> str:
-    return _code_of(*(module.__file__ for module in modules))
+    return code_of(*(module.__file__ for module in modules))
 
 
-def _code_of(*files: str) -> str:
+def code_of(*files: str) -> str:
     """Hash of source files: stored work of older code must not be taken for this code's."""
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 

@@ -94,12 +94,13 @@ def label_rows(
 ) -> datasets.Dataset:
     """Evaluation rows with ``label`` and ``target_crops`` as curation gives them, from the base model's two answers.
 
-    The crops come from the rows' own boxes. For diagnosis only: no system sees them.
+    The judge is ``evaluation.judge``, the same whichever labelled the training rows; the crops come from the rows' own boxes. For
+    diagnosis only: no system sees them.
     """
-    judge = JUDGES[params.curation.judge](params.curation)
+    judge = JUDGES[params.evaluation.judge](params)
     lows, highs = ([one.answer for one in done] for done in (half, full))
     verdicts = judge.judge(rows["question"][:], lows, highs, rows["answers"][:])
-    labels = [label(verdict.value) for verdict in verdicts]
+    labels = [label(verdict.value) for verdict in verdicts if verdict.value is not None]  # a local judge always has one
     boxes = zip(labels, rows["question_boxes"], rows["answer_boxes"], strict=True)
     wanted = [
         target_crops({"question_boxes": q, "answer_boxes": a}, params) if hr == "HR" else [] for hr, q, a in boxes

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from awares.config import AwaresFileError, AwaresValueError, Curation
+from awares.config import AwaresFileError, AwaresValueError, Params
 from awares.metrics import anls
 from awares.wording import same_meaning
 
@@ -35,13 +35,13 @@ def label(verdict: int) -> str:
 @dataclass(frozen=True)
 class Verdict:
     """``value`` 0, 1 or 2; ``low`` and ``high``: the judge's raw scores, 0 to 1; ``both_wrong``: neither answer is
-    right.
+    right. All None where a judge gave no usable verdict: such a row is lost, not labelled.
     """
 
-    value: int
-    low: float
-    high: float
-    both_wrong: bool
+    value: int | None
+    low: float | None
+    high: float | None
+    both_wrong: bool | None
 
 
 class Judge(ABC):
@@ -58,14 +58,19 @@ class Judge(ABC):
         """One score per prediction: its best over the row's accepted answers."""
 
     def judge(
-        self, questions: Sequence[str], lows: Sequence[str], highs: Sequence[str], answers: Sequence[Sequence[str]]
+        self,
+        questions: Sequence[str],
+        lows: Sequence[str],
+        highs: Sequence[str],
+        answers: Sequence[Sequence[str]],
+        row_ids: Sequence[str] | None = None,
     ) -> list[Verdict]:
-        """One verdict per row, scores included."""
+        """One verdict per row, scores included; ``row_ids`` name the rows in records and messages."""
         low_scores = self.scores(questions, lows, answers)
         high_scores = self.scores(questions, highs, answers)
         return [self._compare(low, high) for low, high in zip(low_scores, high_scores, strict=True)]
 
-    def verdict(self, question: str, low: str, high: str, answers: Sequence[str]) -> int:
+    def verdict(self, question: str, low: str, high: str, answers: Sequence[str]) -> int | None:
         """The verdict on one row: 0, 1 or 2."""
         return self.judge([question], [low], [high], [answers])[0].value
 
@@ -217,17 +222,17 @@ def _packaged_folder() -> Path:
 
 # The panel
 
-# name -> judge of these parameters. A new judge is one entry here and one name in config.JUDGES.
-JUDGES: dict[str, Callable[[Curation], Judge]] = {
-    "semantic": lambda curation: SemanticJudge(),
-    "embedding": lambda curation: EmbeddingJudge(load_encoder(curation.embedder), curation.embedding_threshold),
-    "anls": lambda curation: AnlsJudge(curation.anls_threshold),
+# name -> judge of these parameters, for those that judge in this process; `served.make_judges` knows the others.
+# A new judge is one entry here and one name in config.LOCAL_JUDGES.
+JUDGES: dict[str, Callable[[Params], Judge]] = {
+    "semantic": lambda params: SemanticJudge(),
+    "embedding": lambda params: EmbeddingJudge(
+        load_encoder(params.curation.embedder), params.curation.embedding_threshold
+    ),
+    "anls": lambda params: AnlsJudge(params.curation.anls_threshold),
 }
 
 
-def make_judges(curation: Curation) -> list[Judge]:
-    """The judges of ``curation.judges`` in that order; AwaresError for an unknown name."""
-    for name in curation.judges:
-        if name not in JUDGES:
-            raise AwaresValueError(f"curation.judges: unknown judge {name!r}, choose from {', '.join(JUDGES)}")
-    return [JUDGES[name](curation) for name in curation.judges]
+def right_at(name: str, params: Params) -> float:
+    """The score from which the judge of that name calls an answer right."""
+    return JUDGES[name](params).right_at if name in JUDGES else Judge.right_at

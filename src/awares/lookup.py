@@ -42,6 +42,7 @@ class Code:
     def __init__(self, tokenizer: Qwen2Tokenizer, width: int, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(seed)
         self.embedding = SPREAD * torch.randn(len(tokenizer), width, generator=draw)  # (V, D)
+        self._compose_numbers(tokenizer, torch.Generator().manual_seed(seed + 1))
         turn = lambda rows, columns: torch.linalg.qr(torch.randn(rows, columns, generator=draw))[0]  # noqa: E731
         self.basis = turn(width, width)  # (heads · d, D): the directions of each head
         self.answer_turn = turn(width, width)
@@ -55,6 +56,14 @@ class Code:
         self.words = self._table(tokenizer, WORDS)
         self.traits = self._table(tokenizer, TRAITS)
         self.subjects = self._table(tokenizer, SUBJECTS)
+
+    def _compose_numbers(self, tokenizer: Qwen2Tokenizer, draw: torch.Generator) -> None:
+        """A number is the sum of its tens and its units, as the eye finds it: a merger cannot tell a hundred arbitrary pairs of digits."""
+        tens, units = SPREAD * torch.randn(2, 10, self.embedding.shape[1], generator=draw) / math.sqrt(2)
+        for number in range(100):
+            ids = tokenizer(str(number), add_special_tokens=False)["input_ids"]
+            if len(ids) == 1:
+                self.embedding[ids[0]] = tens[number // 10] + units[number % 10]
 
     def _table(self, tokenizer: Qwen2Tokenizer, words: list[str]) -> torch.Tensor:
         """(1 + words, D): nothing, then each word as the mean of its tokens with and without a space before it."""
@@ -77,7 +86,9 @@ class Code:
             code = code + subjects @ self.subject_turns[row] + own @ self.own_turns[row]
         return code / ROWS
 
-    def misread(self, found: torch.Tensor, words: torch.Tensor, traits: torch.Tensor, links: torch.Tensor) -> torch.Tensor:
+    def misread(
+        self, found: torch.Tensor, words: torch.Tensor, traits: torch.Tensor, links: torch.Tensor
+    ) -> torch.Tensor:
         """Cross-entropy of naming what stands in each room of tokens (N, D) by the nearest entries of its table, as a look-up does.
 
         A token may be near its code and yet nearer to another's. Rooms that hold nothing, or something unknown, do not count.

@@ -141,12 +141,7 @@ HEADS = {
     "trait": ("traits", "late", ""),
     "link": ("links", "late", "links_read"),
 }
-# by stage; all of them afterwards
-ASKED = {
-    "glyphs": ("glyph",),
-    "words": ("glyph", "early", "word", "trait"),
-    "vision": ("glyph", "early", "word", "trait", "link", "glance", "code"),
-}
+ASKED = {"glyphs": ("glyph",), "words": ("glyph", "early", "word", "trait")}  # by stage; all of them afterwards
 # the stages in order, and what each begins with
 STAGES: dict[str, tuple[str, ...]] = {
     "glyphs": (),

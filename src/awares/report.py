@@ -15,7 +15,7 @@ from IPython.display import HTML
 from awares.config import AwaresFileError, Params
 from awares.crops import coverage, union_area
 from awares.diagnostics import NO_CALL, OUTCOMES, outcome
-from awares.judges import JUDGES
+from awares.judges import Judge, right_at
 
 if TYPE_CHECKING:
     from awares.rollout import Trajectory
@@ -100,15 +100,16 @@ def crop_table(rows: datasets.Dataset) -> pd.DataFrame:
 def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
     """One line per curated row that has boxes: source, label, image width and height (px), height (shorter side of its
     smallest evidence box, px of the full image), and whether the deciding judge calls the answers right: half, full."""
-    judge = JUDGES[params.curation.judge](params.curation)
-    scores = {view: rows[f"{side}_score_{judge.name}"][:] for view, side in (("half", "low"), ("full", "high"))}
+    judge = params.curation.judge
+    passed = right_at(judge, params)
+    scores = {view: rows[f"{side}_score_{judge}"][:] for view, side in (("half", "low"), ("full", "high"))}
     records = []
     for index, row in enumerate(rows):
         boxes = row["answer_boxes"] or row["question_boxes"]
         width, height = row["image"].size
         sides = [min((box[2] - box[0]) * width, (box[3] - box[1]) * height) / 1000 for box in boxes]
         record = {"source": row["source"], "label": row["label"], "image width": width, "image height": height}
-        right = {view: values[index] >= judge.right_at for view, values in scores.items()}
+        right = {view: values[index] >= passed for view, values in scores.items()}
         records += [{**record, "height": min(sides), **right}] if boxes else []
     return pd.DataFrame(records)
 
@@ -121,12 +122,11 @@ def accuracy_by_size(evidence: pd.DataFrame, parts: int = 4) -> pd.DataFrame:
     return table.assign(half=100 * table.half, full=100 * table.full).reset_index(drop=True)
 
 
-def judged(rows: datasets.Dataset, repaired: Sequence["Trajectory"], params: Params) -> pd.DataFrame:
-    """Percent of curated rows, by label and over all, that the deciding judge calls right from half, full, half+crops.
+def judged(rows: datasets.Dataset, repaired: Sequence["Trajectory"], judge: Judge) -> pd.DataFrame:
+    """Percent of curated rows, by label and over all, that ``judge`` calls right from half, full, half+crops.
 
     ``repaired``: the base model's answers from the half-resolution view with the target crops.
     """
-    judge = JUDGES[params.curation.judge](params.curation)
     answers = {"half": rows["low_answer"][:], "full": rows["high_answer"][:]}
     answers["half+crops"] = [one.answer for one in repaired]
     right = {"label": rows["label"][:]}
@@ -139,13 +139,13 @@ def judged(rows: datasets.Dataset, repaired: Sequence["Trajectory"], params: Par
 
 
 def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
-    """Percent of HR rows whose target crops show less than ``threshold`` of one of the row's own boxes."""
+    """Percent of the HR rows with boxes of their own whose target crops show less than ``threshold`` of one of them; nan without such."""
     missed = [
         any(coverage(box, names) < threshold for box in [*question, *answer])
         for question, answer, names in zip(
             rows["question_boxes"], rows["answer_boxes"], rows["target_crops"], strict=True
         )
-        if names
+        if names and (question or answer)
     ]
     return 100 * float(np.mean(missed)) if missed else math.nan
 

@@ -1,0 +1,72 @@
+"""A judge and an oracle as a chat server: run as a process by the tests of `awares.served`.
+
+``python judging_server.py LOG PORT``. It answers the prompts of data/served.yaml about rows of `test_curation.make_rows`, whose questions
+carry a number n, and fails by it: garbage for n % 20 == 3, silence at first for n % 20 == 7, status 429 at first for n % 5 == 1. Every third
+reply has words around its JSON. A judge prefers the first of two answers to a ``biased`` question. Arrivals are logged as in faulty_server.py.
+"""
+
+import asyncio
+import hashlib
+import json
+import re
+import socket
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from faulty_server import completion, last_text
+
+SILENCE = 3.0  # seconds: longer than the tests' time-out
+
+
+def reply(text: str) -> dict[str, Any]:
+    """What a perfect judge or oracle says to the user's text."""
+    said = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    number = int(re.findall(r"\d+", said["Question"])[0])
+    accepted = {answer.lower() for answer in said.get("Accepted answers", "").split(" | ")}
+    right = {key: int(value.lower() in accepted) for key, value in said.items()}
+    if "First answer" in said:
+        first, second = right["First answer"], right["Second answer"]
+        if "biased" in said["Question"]:
+            return {"first": 1, "second": 1, "better": 1}
+        return {"first": first, "second": second, "better": 0 if first == second else 1 if first else 2}
+    if "Accepted answers" in said:
+        return {"right": right["Answer"]}
+    answer = [300, 50, 400, 100] if number % 2 else [800, 850, 900, 900]
+    return {"question_boxes": [[50, 50, 150, 100]], "answer_boxes": [answer]}
+
+
+def make_app(log: Path) -> FastAPI:
+    app = FastAPI()
+    arrived = Counter(json.loads(line)["body"] for line in log.read_text().splitlines()) if log.is_file() else Counter()
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request) -> Response:
+        body = await request.json()
+        name = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        arrived[name] += 1
+        with log.open("a") as file:
+            file.write(json.dumps({"body": name, "row": last_text(body).splitlines()[0]}) + "\n")
+        text = last_text(body)
+        number = int(re.findall(r"\d+", text)[0])
+        if number % 20 == 3:
+            return JSONResponse({**completion("the second one, I think"), "id": name})
+        if arrived[name] == 1 and number % 20 == 7:
+            await asyncio.sleep(SILENCE)
+        if arrived[name] == 1 and number % 5 == 1:
+            return JSONResponse({"error": {"message": "busy"}}, 429, {"retry-after": "0"})
+        said = json.dumps(reply(text))
+        return JSONResponse({**completion(f"```json\n{said}\n```" if number % 3 == 0 else said), "id": name})
+
+    return app
+
+
+if __name__ == "__main__":
+    listener = socket.create_server(("127.0.0.1", int(sys.argv[2])))
+    print(listener.getsockname()[1], flush=True)
+    config = uvicorn.Config(make_app(Path(sys.argv[1])), log_level="critical")
+    uvicorn.Server(config).run([listener])

@@ -1,0 +1,280 @@
+"""Judges and oracle behind a real server process that fails: every row labelled rightly or listed, nothing asked twice."""
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from test_curation import FakeEngine, content, make_rows
+
+from awares import curation, served
+from awares.config import AwaresError, load_params
+from awares.records import read_records
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+ROWS = 60
+KEY = "sk-planted-77aa"
+
+
+class Server:
+    """The process of judging_server.py and its log."""
+
+    def __init__(self, log):
+        self.log = log
+        command = [sys.executable, str(HERE / "judging_server.py"), str(log), "0"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"
+
+    def arrivals(self):
+        lines = self.log.read_text().splitlines() if self.log.is_file() else []
+        return Counter(json.loads(line)["body"] for line in lines)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    running = Server(tmp_path / "server.jsonl")
+    for name in ("LLAMA", "DEEPSEEK", "QWEN3_VL"):
+        monkeypatch.setenv(f"AWARES_{name}_URL", running.url)
+    monkeypatch.setenv("AWARES_API_KEY", KEY)
+    yield running
+    running.stop()
+
+
+def settings(folder, **changes):
+    """Parameters with served judges and oracle, their limits such that a test does not wait, and runs/ in ``folder``."""
+    declared = yaml.safe_load((ROOT / "data" / "served.yaml").read_text())
+    for model in declared["models"].values():
+        model.update(timeout=1.0, retries=1, concurrency=8)
+    (folder / "served.yaml").write_text(yaml.safe_dump(declared))
+    params = load_params(path=ROOT / "params.yaml")
+    section = dict(
+        judge="llama",
+        judges=("llama", "semantic"),
+        oracle="qwen3_vl",
+        chunk_rows=20,
+        served_file=str(folder / "served.yaml"),
+    )
+    curated = dataclasses.replace(params.curation, **{**section, **changes})
+    paths = dataclasses.replace(params.paths, runs=str(folder / "runs"))
+    return dataclasses.replace(params, curation=curated, paths=paths)
+
+
+def curate(params, out, rows=ROWS):
+    panel, oracle = served.make_judges(params), served.make_oracle(params)
+    return curation.curate(make_rows(rows), FakeEngine(), panel, oracle, params, out)
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"first": 1, "second": 0, "better": 1}', (1, 0, 1)),
+        ('{"first": 1, "second": 1, "better": 2}', (1, 1, 2)),  # both right, one better said
+        ('```json\n{"first": 0, "second": 0, "better": 0}\n```', (0, 0, 0)),
+        ('The first. {"first": 1, "second": 0, "better": 1} So it is.', (1, 0, 1)),
+        ('{"first": 1, "second": 0, "better": 2}', None),  # contradicts itself
+        ('{"first": 1, "second": 0, "better": 0}', None),
+        ('{"first": 1, "second": 0, "better": 3}', None),
+        ('{"first": true, "second": false, "better": 1}', None),
+        ('{"first": 1, "better": 1}', None),
+        ("1", None),
+        ("", None),
+        ('{"first": 1, "second": 0, "bet', None),
+    ],
+)
+def test_verdicts_are_read_or_refused(text, found):
+    assert served.read_verdict(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"question_boxes": [[1, 2, 3, 4]], "answer_boxes": []}', ([[1, 2, 3, 4]], [])),
+        ('{"answer_boxes": [[1, 2, 3, 4]]}', ([], [[1, 2, 3, 4]])),
+        ('So: {"question_boxes": [], "answer_boxes": [1, 2, 3, 4]}', ([], [[1, 2, 3, 4]])),  # one box, not in a list
+        ('{"question_boxes": [{"bbox_2d": [1.4, 2, 3.6, 4]}], "answer_boxes": []}', ([[1, 2, 4, 4]], [])),
+        (
+            '{"question_boxes": [[30, 40, 10, 20]], "answer_boxes": [[-5, 0, 1200, 1000]]}',
+            ([[10, 20, 30, 40]], [[0, 0, 1000, 1000]]),
+        ),
+        ('{"question_boxes": [], "answer_boxes": []}', None),
+        ('{"question_boxes": [[1, 2, 3]], "answer_boxes": []}', None),
+        ('{"question_boxes": [[5, 2, 5, 4]], "answer_boxes": [[1, 2, 3, 4]]}', None),  # half an answer is none
+        ('{"question_boxes": [[1, 2, 3, "x"]], "answer_boxes": []}', None),
+        ('{"question_boxes": [[NaN, 2, 3, 4]], "answer_boxes": []}', None),
+        ("[[1, 2, 3, 4]]", None),
+        ("nowhere", None),
+    ],
+)
+def test_boxes_are_read_strictly_then_tolerantly(text, found):
+    assert served.read_boxes(text) == found
+
+
+def test_braces_in_an_answer_stay_as_they_are():
+    prompt = served.Prompt("1", "s", "{question}: {answer}")
+    assert prompt.messages(question="{answer}?", answer="{x}")[1]["content"] == "{answer}?: {x}"
+
+
+# Judging
+
+
+def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(server, tmp_path):
+    judge = served.ServedJudge("llama", settings(tmp_path))
+    questions = ["what is 2?", "what is 4?", "what is 8?", "biased 5?"]
+    lows, highs, answers = ["2", "no", "no", "5"], ["two", "4", "9", "5"], [["2"], ["4"], ["8"], ["5"]]
+    found = judge.judge(questions, lows, highs, answers, ["a", "b", "c", "d"])
+    assert [one.value for one in found] == [1, 2, 0, 0]
+    assert [(one.low, one.high, one.both_wrong) for one in found] == [
+        (1, 0, False),
+        (0, 1, False),
+        (0, 0, True),
+        (1, 1, False),
+    ]
+    biased = found[3]
+    assert (biased.forward, biased.swapped, len(biased.replies), biased.version) == (1, 2, 2, "judge-1")
+    assert judge.scores(questions[:3], lows[:3], answers[:3]) == [1, 0, 0]
+    table = served.order_effects([{"id": str(i), "llama": dataclasses.asdict(one)} for i, one in enumerate(found)])
+    assert table.values.tolist() == [["llama", 4, 75.0, 25.0, 0.0, 0]]
+
+
+def test_of_a_judge_that_talks_garbage_no_label_comes(server, tmp_path):
+    judge = served.ServedJudge("llama", settings(tmp_path))
+    (found,) = judge.judge(["what is 3?"], ["3"], ["4"], [["3"]])
+    assert (found.value, found.low, found.both_wrong) == (None, None, None) and "second one" in found.reason
+    assert math.isnan(judge.scores(["what is 3?"], ["3"], [["3"]])[0])
+
+
+def test_a_failing_server_costs_only_the_rows_that_it_talks_garbage_about(server, tmp_path):
+    params = settings(tmp_path)
+    rows = curate(params, tmp_path / "out")
+    garbage = [f"row-{n}" for n in range(ROWS) if n % 20 == 3]
+    lost = read_records(tmp_path / "out" / curation.LOST_FILE)
+    assert [(one["id"], one["step"]) for one in lost] == [(row_id, "judge") for row_id in garbage]
+    assert rows["id"] == [f"row-{n}" for n in range(ROWS) if n % 20 != 3]
+    numbers = [int(row_id.removeprefix("row-")) for row_id in rows["id"]]
+    assert rows["label"] == ["HR" if n % 4 in (1, 2) else "LR" for n in numbers]
+    boxes = [[[300, 50, 400, 100]] if n % 2 else [[800, 850, 900, 900]] for n in numbers]
+    assert rows["oracle_answer_boxes"] == [
+        b if label == "HR" else [] for b, label in zip(boxes, rows["label"], strict=True)
+    ]
+    agreement = curation.judge_agreement(rows)
+    assert (agreement.agreement[0], agreement.n[0]) == (100, len(rows))
+    kept = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(kept) > 5 and not any(KEY.encode() in file.read_bytes() for file in kept)
+
+
+def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):
+    class Right(FakeEngine):  # at full resolution only: every row needs the oracle
+        def _trajectory(self, question, view):
+            return super()._trajectory("what is 1?", view)
+
+    rows = make_rows(24).select([3, 5, 23]).map(lambda row: {"answers": ["1"]})
+    params = settings(tmp_path, judge="semantic", judges=("semantic",))
+    panel, oracle = served.make_judges(params), served.make_oracle(params)
+    found = curation.curate(rows, Right(), panel, oracle, params, tmp_path / "out")
+    assert found["id"] == ["row-5"]
+    lost = read_records(tmp_path / "out" / curation.LOST_FILE)
+    assert [(one["id"], one["step"]) for one in lost] == [("row-3", "oracle"), ("row-23", "oracle")]
+    assert all("not usable" in one["reason"] for one in lost)
+
+
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes_and_asks_nothing_again(server, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    processes = multiprocessing.get_context("forkserver")  # imports once, so that a start takes no seconds
+    processes.set_forkserver_preload(["test_served"])
+    rng, recorded = random.Random(0), {}  # request -> how often it had arrived when its reply was recorded
+    for _ in range(10):
+        before = server.arrivals().total()
+        process = processes.Process(target=job, args=(broken,))
+        process.start()
+        while process.is_alive() and server.arrivals().total() == before:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.join()
+        time.sleep(0.1)  # the server still logs what was under way
+        recorded |= {name: server.arrivals()[name] for name in replies(broken) if name not in recorded}
+    job(broken)
+    after, kept = server.arrivals(), replies(broken)
+    assert len(recorded) > 10 and all(after[name] == count for name, count in recorded.items())
+    assert set(recorded) <= set(kept) and len(kept) == len(set(kept))
+    curate(settings(whole), whole / "out")
+    assert content(whole / "out") == content(broken / "out")
+
+
+def job(folder):
+    curate(settings(folder), folder / "out")
+
+
+def replies(folder):
+    """The requests, as the server names them, whose replies stand in the files."""
+    files = sorted((folder / "runs" / "mini" / ".replies").glob("*.jsonl"))
+    return [json.loads(line)["reply"]["id"] for file in files for line in file.read_bytes().split(b"\n")[:-1]]
+
+
+# What is declared
+
+
+def test_the_estimate_counts_requests_tokens_money_and_hours(tmp_path):
+    params = settings(tmp_path, engine="base")
+    file = tmp_path / "served.yaml"
+    declared = yaml.safe_load(file.read_text())
+    declared["models"]["llama"].update(dollars=[1.0, 2.0], rows_per_hour=1000)
+    file.write_text(yaml.safe_dump(declared))
+    table = served.estimate(10_000, params).set_index("role")
+    assert table.requests.to_dict() == {"judge": 20_000, "oracle": 3_500, "base": 20_000}
+    judge = table.loc["judge"]
+    assert judge.hours == 10 and judge.dollars == pytest.approx(
+        (judge.prompt_tokens + 2 * judge.completion_tokens) / 1e6
+    )
+    assert table.loc["oracle"].prompt_tokens > 3_500 * served.VISUAL_TOKENS
+    local = dataclasses.replace(params.curation, judges=("semantic",), oracle="annotation", engine="local")
+    assert served.estimate(10, dataclasses.replace(params, curation=local)).empty
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["models"].pop("llama"), "models.llama is not declared; declared are base"),
+        (lambda raw: raw["models"]["llama"].pop("url"), "models.llama.url is missing"),
+        (
+            lambda raw: raw["models"]["llama"].update(timeout="long"),
+            "models.llama.timeout is missing or of the wrong kind",
+        ),
+        (lambda raw: raw["models"]["llama"].update(colour=1), "models.llama: colour"),
+        (lambda raw: raw["prompts"].pop("judge"), "prompts.judge must have"),
+        (lambda raw: raw.pop("models"), "sections models and prompts"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(tmp_path, change, message):
+    params = settings(tmp_path)
+    file = tmp_path / "served.yaml"
+    raw = yaml.safe_load(file.read_text())
+    change(raw)
+    file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(AwaresError, match=message):
+        served.ServedJudge("llama", params)
+
+
+def test_the_served_base_must_be_the_base(tiny, tmp_path):
+    with pytest.raises(AwaresError, match="labels would be those of another model"):
+        served.make_engine("base", tiny.processor, settings(tmp_path))
