@@ -62,6 +62,15 @@ def make_app(log: Path) -> FastAPI:
         said = json.dumps(reply(text))
         return JSONResponse({**completion(f"```json\n{said}\n```" if number % 3 == 0 else said), "id": name})
 
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        if request.headers.get("authorization") == "Bearer wrong":
+            return JSONResponse({"error": {"message": "no"}}, 401)
+        names = ["meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct"]
+        return JSONResponse(
+            {"object": "list", "data": [{"id": one, "object": "model", "created": 0, "owned_by": "t"} for one in names]}
+        )
+
     return app
 
 

@@ -241,12 +241,12 @@ def test_the_estimate_counts_requests_tokens_money_and_hours(tmp_path):
     declared["models"]["llama"].update(dollars=[1.0, 2.0], rows_per_hour=1000)
     file.write_text(yaml.safe_dump(declared))
     table = served.estimate(10_000, params).set_index("role")
-    assert table.requests.to_dict() == {"judge": 20_000, "oracle": 3_500, "base": 20_000}
+    assert table.requests.to_dict() == {"judge": 20_000, "oracle": 1_920, "base": 20_000}
     judge = table.loc["judge"]
     assert judge.hours == 10 and judge.dollars == pytest.approx(
         (judge.prompt_tokens + 2 * judge.completion_tokens) / 1e6
     )
-    assert table.loc["oracle"].prompt_tokens > 3_500 * served.VISUAL_TOKENS
+    assert table.loc["oracle"].prompt_tokens > 1_920 * served.VISUAL_TOKENS
     local = dataclasses.replace(params.curation, judges=("semantic",), oracle="annotation", engine="local")
     assert served.estimate(10, dataclasses.replace(params, curation=local)).empty
 

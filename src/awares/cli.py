@@ -1,4 +1,4 @@
-"""The command ``awares``: ask a policy, score it, time it, serve it.
+"""The command ``awares``: ask a policy, score it, time it, serve it, plan its making.
 
 Exit codes: 0 done, 1 something in the data or the files is wrong, 2 wrong usage, 130 interrupted. What is asked for goes
 to stdout, everything else to stderr. Nothing heavy is imported before a command needs it.
@@ -208,4 +208,30 @@ def _bench(arguments: list[str]) -> int:
     return bench(arguments)
 
 
-COMMANDS = {"ask": _ask, "eval": _eval, "serve": _serve}
+# plan
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from awares import plan
+    from awares.config import load_params
+
+    params = load_params(args.profile, overrides=args.overrides)
+    table = plan.forecast(params)
+    findings = plan.preflight(params) if args.check else []
+    if args.json:
+        found = {
+            "profile": params.profile,
+            "stages": table.to_dict("records"),
+            "checks": [vars(one) for one in findings],
+        }
+        print(json.dumps(found))
+    else:
+        print(table.to_string(index=False, float_format="{:,.1f}".format))
+        print(f"\n{plan.hours(table, params):.1f} h on {params.plan.gpus} x {params.plan.gpu}, servers not counted")
+        for one in findings:
+            mend = "" if one.there else f": {one.mend}"
+            print(f"{'there  ' if one.there else 'MISSING'} {one.what} ({one.found}){mend}")
+    return 0 if all(one.there for one in findings) else 1
+
+
+COMMANDS = {"ask": _ask, "eval": _eval, "plan": _plan, "serve": _serve}

@@ -263,6 +263,16 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What the costs are counted for, before anything runs. ``bench``: a folder of `awares bench --train`, or nothing."""
+
+    gpu: str = _method(choices=("a100", "h100", "h200"))
+    gpus: int = _method(low=1)
+    utilisation: float = _method(low=0.01, high=1)
+    bench: str = _method()
+
+
+@dataclass(frozen=True)
 class Report:
     """Figures and galleries."""
 
@@ -282,6 +292,7 @@ SECTIONS: dict[str, type] = {
     "comparison": Comparison,
     "latency": Latency,
     "base": Base,
+    "plan": Plan,
     "report": Report,
 }
 
@@ -310,6 +321,7 @@ class Params:
     comparison: Comparison
     latency: Latency
     base: Base
+    plan: Plan
     report: Report
 
     def path(self, name: str) -> Path:

@@ -19,6 +19,7 @@ examples:
   awares ask questions.jsonl --out answers.jsonl        again after a kill: it goes on
   awares eval --rows 20
   awares serve --port 8000
+  awares plan --profile paper --check
   awares COMMAND --help                                 the options of a command
 
 exit codes: 0 done, 1 something in the data or the files is wrong, 2 wrong usage, 130 interrupted
@@ -52,6 +53,15 @@ show, if any, comes from the environment variable AWARES_API_KEY. It ends at SIG
 
 example:
   awares serve --port 8000 --image-bytes 5000000 --timeout 30
+"""
+
+PLAN_EXAMPLES = """\
+Requests, tokens, GPU hours, memory and disk of every stage, counted from params.yaml (section `plan`) and data/served.yaml. With --check it looks for
+GPUs, disk, servers, keys, model and datasets, says how to mend what is missing, and the exit code is then 1.
+
+examples:
+  awares plan --profile paper
+  awares plan --profile paper --check
 """
 
 
@@ -202,9 +212,17 @@ def _png(text: str) -> Path:
 
 
 # command -> summary, what its help says below the options, what fills in its options
+def _plan_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--profile", default="", help="whose stages (default: that of params.yaml)")
+    sub.add_argument("--overrides", default="", help="of params.yaml, e.g. '{plan.gpus: 2}'")
+    sub.add_argument("--check", action="store_true", help="look whether this machine has what the profile needs")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "ask": ("ask a policy about an image, or about many", ASK_EXAMPLES, _ask_options),
     "eval": ("score a policy on the evaluation rows or on your own", EVAL_EXAMPLES, _eval_options),
     "bench": ("time the interaction against full resolution", "", lambda sub: None),  # awares.bench has its own options
+    "plan": ("tell what the pipeline will ask for, and whether it is there", PLAN_EXAMPLES, _plan_options),
     "serve": ("serve a policy behind an OpenAI-compatible API", SERVE_EXAMPLES, _serve_options),
 }

@@ -1,0 +1,339 @@
+"""What the pipeline will ask for, from params.yaml alone, and whether this machine has it: before hours or money are spent.
+
+Counted, not measured: FLOPs by `awares.costs` at an assumed share of the GPU's peak, decoding at its memory's speed. Where `awares bench --train` has
+measured the two training steps on the GPU, their tokens per second take the place of the count. Take the hours as good to a factor of two.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from awares import base, costs, served, shapes, sources
+from awares.config import AwaresFileError, AwaresValueError, Params
+
+COLUMNS = ("stage", "rows", "requests", "tokens", "pflop", "gpu_hours", "gpu_memory_gb", "disk_gb", "basis")
+TEXT = 300  # tokens of system prompt, tool schema and question: assumed
+ANSWER, CALL = 4, 30  # tokens of an answer (§5) and of a call, with the end of the turn
+CROP_AREA = 0.35  # of the image, of an average request: assumed
+TOGETHER = 64  # rows decoded at a time: assumed
+BYTES_PER_PIXEL = 0.5  # of a stored image: assumed
+RUNTIME_GB = 2  # of CUDA, kernels and fragmentation on a GPU: assumed
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Image:
+    """A typical image in the benchmarks' mix: px, and what it costs in this model. ``tokens`` and ``flops`` at full resolution."""
+
+    pixels: float
+    tokens: float
+    flops: float
+
+    def scaled(self, area: float) -> "Image":
+        """A view or crop of that share of the pixels; attention over the whole image is taken as linear, too."""
+        return Image(self.pixels * area, self.tokens * area, self.flops * area)
+
+
+def forecast(params: Params) -> pd.DataFrame:
+    """One line per stage of the main line, COLUMNS: rows, requests to servers, tokens through the model, PFLOP, hours of one GPU, peak memory
+    of a GPU and disk in GB, and what the hours rest on.
+    """
+    return pd.DataFrame(list(_Count(params).stages()), columns=list(COLUMNS))
+
+
+class _Count:
+    def __init__(self, params: Params) -> None:
+        self.params, self.config = params, model_config(params)
+        self.gpu = costs.GPUS[params.plan.gpu]
+        self.itemsize = 4 if params.base.dtype == "float32" else 2
+        self.weights = self.itemsize * sum(costs.parameters(self.config))
+        self.image = _typical(params, self.config)
+        self.train_rows = params.data.train_rows * len(params.data.sources)
+        self.held_out = params.data.validation_rows * len(params.data.sources)
+
+    def stages(self) -> Iterator[tuple[Any, ...]]:
+        yield self._data()
+        yield from self._curation()
+        yield self._sft()
+        yield self._grpo()
+        yield self._evaluation()
+
+    def _data(self) -> tuple[Any, ...]:
+        rows = self.train_rows + self.held_out
+        return ("data", rows, 0, 0, 0.0, 0.0, 0.0, rows * self._stored(), "counted")
+
+    def _curation(self) -> Iterator[tuple[Any, ...]]:
+        rows = self.train_rows + self.held_out
+        asked = served.estimate(rows, self.params)
+        if self.params.curation.engine == "local":
+            views = [self.image, self.image.scaled(0.25)]
+            tokens, flops = self._turns([(view, ANSWER) for view in views])
+            hours = self._hours(rows * flops, rows * 2 * ANSWER)
+            yield (
+                "curation",
+                rows,
+                0,
+                round(rows * tokens),
+                rows * flops / 1e15,
+                hours,
+                self._inference(),
+                0.0,
+                self._assumed(),
+            )
+        for one in asked.itertuples():
+            name = f"curation: {one.role} {one.model}"
+            tokens = one.prompt_tokens + one.completion_tokens
+            yield (name, rows, one.requests, tokens, 0.0, 0.0, 0.0, rows * 1e3 / GB, f"{one.hours:.1f} h of its server")
+
+    def _sft(self) -> tuple[Any, ...]:
+        section = self.params.sft
+        rows = round(section.share * self.train_rows * section.epochs)
+        tokens, flops = self._trained(section.gradient_checkpointing)
+        hours, basis = self._measured("sft", rows * tokens, self._hours(rows * flops, 0))
+        memory = self._training(section.per_device_batch_size * tokens, section.gradient_checkpointing)
+        return (
+            "sft",
+            rows,
+            0,
+            round(rows * tokens),
+            rows * flops / 1e15,
+            hours,
+            memory,
+            1.1 * self.weights / GB,
+            basis,
+        )
+
+    def _grpo(self) -> tuple[Any, ...]:
+        section = self.params.grpo
+        prompts = section.share * self.train_rows * section.epochs
+        if section.max_steps > 0:
+            prompts = min(prompts, section.max_steps * section.batch_size / section.generations)
+        rows = round(prompts * section.generations)
+        tokens, flops = self._trained(section.gradient_checkpointing)
+        once = self._policy()[1]  # the rollout, and the reference once more
+        written = ANSWER + shapes.CALL_RATES["awares"] * CALL
+        hours = self._hours(rows * (flops + 2 * once), rows * written)
+        hours, basis = self._measured("grpo", rows * tokens, hours)
+        memory = self._training(section.per_device_batch_size * tokens, section.gradient_checkpointing)
+        pflop = rows * (flops + 2 * once) / 1e15
+        return ("grpo", rows, 0, round(rows * tokens), pflop, hours, memory, 1.1 * self.weights / GB, basis)
+
+    def _evaluation(self) -> tuple[Any, ...]:
+        section = self.params.evaluation
+        if self.params.data.origin == "hub":
+            rows = sum(
+                min(section.rows, one.rows or 0) for one in sources.read_sources(self.params, "evaluation").values()
+            )
+        else:
+            rows = section.rows * len(self.params.data.tasks)
+        policy = self._policy()
+        shown = {"full": self.image, "half": self.image.scaled(0.25), "no_image": self.image.scaled(0.0)}
+        done = [self._turns([(shown[name], ANSWER)]) if name in shown else policy for name in section.systems]
+        tokens, flops = (rows * sum(part) for part in zip(*done, strict=True))
+        hours = self._hours(flops, rows * len(done) * ANSWER)
+        stored = rows * self._stored() if self.params.data.origin == "hub" else 0.0
+        return ("evaluation", rows, 0, round(tokens), flops / 1e15, hours, self._inference(), stored, self._assumed())
+
+    # Parts
+
+    def _turns(self, views: list[tuple[Image, int]]) -> tuple[float, float]:
+        """(tokens, FLOPs) of single turns: what is seen, how much is written."""
+        tokens = [view.tokens + TEXT + written for view, written in views]
+        read = sum(costs.prefill_flops(round(count), 0, self.config) for count in tokens)
+        return sum(tokens), read + sum(view.flops for view, _ in views)
+
+    def _policy(self) -> tuple[float, float]:
+        """(tokens, FLOPs) of an average interaction of the policy, cache reused."""
+        low, crop, rate = self.image.scaled(0.25), self.image.scaled(CROP_AREA), shapes.CALL_RATES["awares"]
+        first, more = low.tokens + TEXT + ANSWER, crop.tokens + CALL + ANSWER
+        text = costs.prefill_flops(round(first), 0, self.config)
+        text += rate * costs.prefill_flops(round(more), round(first), self.config)
+        return first + rate * more, text + low.flops + rate * crop.flops
+
+    def _trained(self, checkpointing: bool) -> tuple[float, float]:
+        """(tokens, FLOPs) of a trained trajectory: a backward pass through frozen weights costs a forward one, checkpointing one more."""
+        tokens, once = self._policy()
+        seen = self.image.scaled(0.25).flops + shapes.CALL_RATES["awares"] * self.image.scaled(CROP_AREA).flops
+        return tokens, seen + (3 if checkpointing else 2) * (once - seen)
+
+    def _hours(self, flops: float, written: float) -> float:
+        seconds = flops / (self.gpu.flops * self.params.plan.utilisation)
+        return (seconds + written / TOGETHER * self.weights / self.gpu.bandwidth) / 3600
+
+    def _assumed(self) -> str:
+        return f"{self.params.plan.utilisation:.0%} of the peak of {self.params.plan.gpu}"
+
+    def _measured(self, step: str, tokens: float, hours: float) -> tuple[float, str]:
+        """Hours by the tokens per second of `awares bench --train`, where there is a table of it; else ``hours``."""
+        if not self.params.plan.bench:
+            return hours, self._assumed()
+        path = self.params.path(self.params.plan.bench) / "training.csv"
+        if not path.is_file():
+            raise AwaresFileError(
+                f"{path}: no such table; plan.bench names the folder that `awares bench --train` wrote"
+            )
+        line = pd.read_csv(path).set_index("step").loc[step]
+        return tokens / line.tokens_per_second / 3600, f"measured on {line.device}"
+
+    def _stored(self) -> float:
+        return self.image.pixels * BYTES_PER_PIXEL / GB
+
+    def _inference(self) -> float:
+        budget = self.params.protocol.token_budget
+        return (self.weights + costs.cache_bytes(budget, self.config, self.itemsize)) / GB + RUNTIME_GB
+
+    def _training(self, tokens: float, checkpointing: bool) -> float:
+        """Weights, activations of a micro-batch (with checkpointing: one value a layer and one layer whole), and its logits, in GB."""
+        text = self.config.text_config
+        layer = tokens * (10 * text.hidden_size + 3 * text.intermediate_size) * self.itemsize
+        layers = text.num_hidden_layers * (tokens * text.hidden_size * self.itemsize if checkpointing else layer)
+        return (self.weights + layers + layer + 2 * 4 * tokens * text.vocab_size) / GB + RUNTIME_GB
+
+
+def model_config(params: Params) -> Any:
+    """The configuration of ``base.model``: of the folder, or the published sizes; AwaresError for a model whose sizes are not known here."""
+    path = params.model_path()
+    if isinstance(path, Path):
+        from transformers import Qwen2_5_VLConfig
+
+        return Qwen2_5_VLConfig.from_pretrained(path)
+    shape = next((name for name in shapes.SHAPES if name in path.lower()), None)
+    if shape is None:
+        raise AwaresValueError(
+            f"base.model {path}: sizes are known of {', '.join(shapes.SHAPES)}, and of a folder here"
+        )
+    return shapes.config_of(shape, 1.0, base.build_tokenizer())
+
+
+def _typical(params: Params, config: Any) -> Image:
+    """The mean over the six benchmarks' common sizes (assumed for the training sources, too)."""
+    shape = shapes.MINI if params.data.origin != "hub" else "paper"
+    found = []
+    for name in shapes.BENCHMARKS:
+        width, height = shapes.image_size(name, shape, 1.0)
+        grid = 2 * round(height / 28), 2 * round(width / 28)
+        found.append((width * height, grid[0] * grid[1] / 4, costs.vision_flops(grid, config)))
+    return Image(*(sum(part) / len(found) for part in zip(*found, strict=True)))
+
+
+# Is it there?
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the profile needs. ``mend``: what to do where it is not ``there``."""
+
+    what: str
+    there: bool
+    found: str
+    mend: str = ""
+
+
+def preflight(params: Params) -> list[Finding]:
+    """Looks at GPUs, disk, servers, keys, model and datasets of the profile, and changes nothing. Minutes at most."""
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        lambda: _gpus(params),
+        lambda: _disk(params),
+        lambda: _servers(params),
+        lambda: _hub(params),
+    ]
+    return [finding for check in checks for finding in check()]
+
+
+def _gpus(params: Params) -> Iterator[Finding]:
+    if params.base.device != "cuda":
+        return
+    count = torch.cuda.device_count()
+    yield Finding(
+        f"{params.plan.gpus} GPUs", count >= params.plan.gpus, str(count), "say how many there are in plan.gpus"
+    )
+    need = max(forecast(params).gpu_memory_gb)
+    for index in range(count):
+        seen = torch.cuda.get_device_properties(index)
+        room = seen.total_memory / GB
+        mend = "lower sft.per_device_batch_size, grpo.per_device_batch_size or protocol.token_budget"
+        yield Finding(f"{need:.0f} GB on GPU {index}", room >= need, f"{room:.0f} GB, {seen.name}", mend)
+
+
+def _disk(params: Params) -> Iterator[Finding]:
+    need = forecast(params).disk_gb.sum()
+    folder = params.path(params.paths.runs)
+    place = next(one for one in (folder, *folder.parents) if one.exists())
+    free = shutil.disk_usage(place).free / GB
+    yield Finding(
+        f"{need:.0f} GB of disk", free >= need, f"{free:.0f} GB", "set paths.runs to a larger disk, or DVC's cache"
+    )
+
+
+def _servers(params: Params) -> Iterator[Finding]:
+    section = params.curation
+    names = [*section.judges, section.oracle, *([] if section.engine == "local" else [section.engine])]
+    for name in [name for name in names if served.is_served(name, params)]:
+        model = served.get_model(name, params)
+        yield _answers(name, model)
+
+
+def _answers(name: str, model: "served.Model") -> Finding:
+    import openai
+
+    server = model.server()
+    what = f"{name}: {model.model} at {server.url}"
+    try:
+        with openai.OpenAI(base_url=server.url, api_key=server.api_key(), max_retries=1, timeout=20.0) as api:
+            served_there = [one.id for one in api.models.list()]
+    except openai.AuthenticationError:
+        return Finding(what, False, "refuses the key", f"put it into the environment variable {model.key_variable}")
+    except openai.OpenAIError as error:
+        mend = f"start it (README, Judge and oracle), or say where it is in {model.url_variable()}"
+        return Finding(what, False, f"no answer: {type(error).__name__}", mend)
+    mend = f"start it with --served-model-name {model.model}, or name what it serves in data/served.yaml"
+    return Finding(what, model.model in served_there, f"serves {', '.join(served_there)}", mend)
+
+
+def _hub(params: Params) -> Iterator[Finding]:
+    """Whether the hub, or the folder that stands for it, lets us at model and datasets."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    wanted: list[tuple[str, str]] = []
+    if params.data.origin == "hub":
+        training = sources.read_sources(params, "training")
+        used = [training[name] for name in params.data.sources if name in training]
+        used += list(sources.read_sources(params, "evaluation").values())
+        wanted += [(one.hub, "dataset") for one in used]
+    if isinstance(params.model_path(), str):
+        wanted.append((params.base.model, "model"))
+    root = params.data.hub_root
+    for name, kind in dict.fromkeys(wanted):
+        if root and kind == "dataset":
+            folder = params.path(root) / name
+            yield Finding(f"{kind} {name}", folder.is_dir(), str(folder), "copy it there, or leave data.hub_root empty")
+            continue
+        try:
+            HfApi().repo_info(name, repo_type=kind, timeout=20.0)
+            yield Finding(f"{kind} {name}", True, "readable")
+        except GatedRepoError:
+            yield Finding(
+                f"{kind} {name}", False, "gated", f"accept its licence on its page and set HF_TOKEN ({_token()})"
+            )
+        except RepositoryNotFoundError:
+            yield Finding(f"{kind} {name}", False, "not found, or private", f"check the id, set HF_TOKEN ({_token()})")
+        except Exception as error:  # whatever the network does
+            mend = "check the network, or set data.hub_root to a folder of copies (base.model to a folder)"
+            yield Finding(f"{kind} {name}", False, f"unreachable: {type(error).__name__}", mend)
+
+
+def _token() -> str:
+    return "it is set" if os.environ.get("HF_TOKEN") else "it is not"
+
+
+def hours(table: pd.DataFrame, params: Params) -> float:
+    """Wall-clock hours of the stages on ``plan.gpus`` GPUs that share the work evenly, servers not counted."""
+    return math.fsum(table.gpu_hours) / params.plan.gpus

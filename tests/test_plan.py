@@ -1,0 +1,121 @@
+"""The forecast follows the parameters, and the preflight finds what is missing, on a real server and real folders."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_served import Server
+
+from awares import cli, costs, plan
+from awares.config import AwaresError, load_params
+
+PARAMS = Path(__file__).parent.parent / "params.yaml"
+
+
+def forecast(profile="paper", **changes):
+    return plan.forecast(
+        load_params(profile, overrides={k.replace("__", "."): v for k, v in changes.items()}, path=PARAMS)
+    ).set_index("stage")
+
+
+def test_the_paper_profile_stage_by_stage():
+    table = forecast()
+    asked = {
+        "curation: judge meta-llama/Llama-3.3-70B-Instruct": 104_000,  # 52k rows, in both orders
+        "curation: judge deepseek-ai/DeepSeek-V3.2": 104_000,
+        "curation: oracle Qwen/Qwen3-VL-235B-A22B-Instruct": 9_984,
+        "curation: base Qwen/Qwen2.5-VL-7B-Instruct": 104_000,  # at both resolutions
+    }
+    assert list(table.index) == ["data", *asked, "sft", "grpo", "evaluation"]
+    assert table.requests[table.requests > 0].to_dict() == asked
+    assert (
+        table.rows["sft"] == 50_000 and table.rows["grpo"] == 400_000
+    )  # 25k rows, two epochs; 50k prompts, eight completions each
+    assert (table.gpu_hours[["sft", "grpo", "evaluation"]] > 0.5).all()
+    assert table.gpu_hours["grpo"] > 5 * table.gpu_hours["sft"]
+    assert 17 < table.gpu_memory_gb["evaluation"] < 80 and table.gpu_memory_gb["sft"] > 17
+
+
+def test_flops_are_the_textbooks_two_a_weight_and_token():
+    """Attention is small at these lengths, and so is the vision tower's share beside a 7B language model's."""
+    params = load_params("paper", path=PARAMS)
+    _, language = costs.parameters(plan.model_config(params))
+    sft = forecast().loc["sft"]
+    assert sft.pflop == pytest.approx(3 * 2 * language * sft.tokens / 1e15, rel=0.35)  # forward, recomputed, backward
+    assert sft.gpu_hours == pytest.approx(sft.pflop * 1e15 / (0.35 * 989e12) / 3600)
+
+
+def test_the_forecast_follows_the_parameters():
+    table = forecast()
+    assert forecast(data__train_rows=20_000).pflop["sft"] == pytest.approx(2 * table.pflop["sft"], rel=1e-3)
+    assert forecast(plan__utilisation=0.7).gpu_hours["sft"] == pytest.approx(table.gpu_hours["sft"] / 2, rel=1e-3)
+    assert forecast(plan__gpu="a100").gpu_hours["sft"] > 3 * table.gpu_hours["sft"]
+    assert forecast(grpo__max_steps=100).rows["grpo"] == 6_400
+    assert forecast(sft__gradient_checkpointing=False).gpu_memory_gb["sft"] > table.gpu_memory_gb["sft"]
+    assert forecast(sft__gradient_checkpointing=False).pflop["sft"] < table.pflop["sft"]
+    mini = forecast("mini")
+    assert list(mini.index) == ["data", "curation", "sft", "grpo", "evaluation"]
+    assert mini.requests.sum() == 0 and mini.pflop.sum() < table.pflop.sum() / 1000
+
+
+def test_measured_rates_take_the_place_of_the_count(tmp_path):
+    rates = pd.DataFrame({"step": ["sft", "grpo"], "tokens_per_second": [1000.0, 500.0], "device": "NVIDIA H100"})
+    rates.to_csv(tmp_path / "training.csv", index=False)
+    table = forecast(plan__bench=str(tmp_path))
+    assert table.gpu_hours["sft"] == pytest.approx(table.tokens["sft"] / 1000 / 3600, rel=1e-3)
+    assert table.basis["grpo"] == "measured on NVIDIA H100"
+    with pytest.raises(AwaresError, match="training.csv: no such table; plan.bench"):
+        forecast(plan__bench=str(tmp_path / "nowhere"))
+
+
+def test_a_model_of_unknown_size_is_named():
+    with pytest.raises(AwaresError, match="base.model Some/Other"):
+        forecast(base__model="Some/Other")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    running = Server(tmp_path / "server.jsonl")
+    for name in ("LLAMA", "DEEPSEEK", "QWEN3_VL"):
+        monkeypatch.setenv(f"AWARES_{name}_URL", running.url)
+    monkeypatch.setenv("AWARES_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.delenv("AWARES_API_KEY", raising=False)
+    yield running
+    running.stop()
+
+
+def test_preflight_says_what_is_there_and_how_to_mend_the_rest(server, tmp_path, monkeypatch):
+    (tmp_path / "hub" / "lmms-lab" / "POPE").mkdir(parents=True)
+    params = load_params(
+        "paper", overrides={"data.hub_root": str(tmp_path / "hub"), "base.model": "data/base"}, path=PARAMS
+    )
+    found = {one.what.split(" at ")[0]: one for one in plan.preflight(params)}
+    assert found["llama: meta-llama/Llama-3.3-70B-Instruct"].there
+    assert found["qwen3_vl: Qwen/Qwen3-VL-235B-A22B-Instruct"].there
+    other = found["deepseek: deepseek-ai/DeepSeek-V3.2"]
+    assert not other.there and "meta-llama" in other.found and "--served-model-name" in other.mend
+    gone = found["base: Qwen/Qwen2.5-VL-7B-Instruct"]
+    assert not gone.there and "no answer" in gone.found and "AWARES_BASE_URL" in gone.mend
+    assert not found["8 GPUs"].there and "plan.gpus" in found["8 GPUs"].mend
+    assert found["dataset lmms-lab/POPE"].there and not found["dataset HuggingFaceM4/ChartQA"].there
+    assert [one for one in found if "disk" in one]
+    monkeypatch.setenv("AWARES_API_KEY", "wrong")
+    refused = {one.what.split(":")[0]: one for one in plan.preflight(params)}["llama"]
+    assert (
+        not refused.there
+        and refused.found == "refuses the key"
+        and "AWARES_API_KEY" in refused.mend
+        and "wrong" not in str(refused)
+    )
+
+
+def test_the_command_prints_the_table_and_its_code_tells_whether_all_is_there(capsys):
+    assert cli.main(["plan", "--profile", "mini", "--check"]) == 0  # needs a disk, nothing else
+    shown = capsys.readouterr().out
+    assert "grpo" in shown and "there   " in shown and "MISSING" not in shown
+    assert cli.main(["plan", "--profile", "paper", "--overrides", "{plan.gpus: 64}", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["profile"] == "paper" and len(printed["stages"]) == 8 and printed["checks"] == []
