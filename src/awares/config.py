@@ -260,6 +260,7 @@ class Base:
     model: str = _size()
     dtype: str = _size(choices=("float32", "bfloat16"))
     device: str = _size(choices=("cpu", "cuda"))
+    launch: str = _size()
 
 
 @dataclass(frozen=True)
@@ -442,6 +443,12 @@ def differences(before: Params, after: Params) -> list[tuple[str, Any, Any]]:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+def overrides_of(params: Params) -> dict[str, Any]:
+    """Overrides with which `load_params` gives these very settings again, whatever the file says."""
+    values = {section: dataclasses.asdict(getattr(params, section)) for section in SECTIONS}
+    return {"seed": params.seed, "threads": params.threads, **dict(_flat(values))}
 
 
 def parse_overrides(overrides: str | Mapping[str, Any] | None) -> dict[str, Any]:

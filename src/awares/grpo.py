@@ -32,7 +32,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
-from awares import crops, protocol, rewards, sharing, training
+from awares import crops, launch, protocol, rewards, sharing, training
 from awares import model as models
 from awares.config import AwaresValueError, Params
 from awares.data import share_of
@@ -79,20 +79,38 @@ def train_grpo(params: Params, dataset: datasets.Dataset, model_path: str | Path
     rate (also by label), mean requested area of the calls, malformed and overflowing calls as shares of completions, KL. After an
     interruption the same call goes on from the last checkpoint. AwaresError for rows or sizes that cannot work, before any training.
     """
-    log = Path(out_dir) / "log.jsonl"
+    folder, log = _prepare(params, dataset, model_path, out_dir)[2:]
+    if params.base.launch:
+        launch.launch("grpo", params, model_path, out_dir)
+        training.require_checkpoint(folder)
+    else:
+        fit(params, dataset, None, model_path, out_dir)
+    last = training.checkpoints(folder)[-1]
+    policy = models.load_model(model_path, params.base.dtype, params.base.device, adapter=last, trainable=True)
+    processor = models.load_processor(model_path)
+    adapter, merged = training.save_policy(policy, processor, out_dir, training.relative(model_path, params.root))
+    return GrpoResult(adapter, merged, log, training.step_of(last))
+
+
+def fit(params: Params, dataset: datasets.Dataset, _: Any, model_path: str | Path, out_dir: str | Path) -> None:
+    """The training of `train_grpo` alone, to its last checkpoint: what each process of a launched one runs."""
+    rows, processor, folder, log = _prepare(params, dataset, model_path, out_dir)
+    model = models.load_model(model_path, params.base.dtype, launch.device(params))
+    trainer = build_trainer(params, rows, model, processor, folder)
+    training.train(trainer, folder, training.Log(log, log_entry, "reward"))
+
+
+def _prepare(
+    params: Params, dataset: datasets.Dataset, model_path: str | Path, out_dir: str | Path
+) -> tuple[datasets.Dataset, ImageOnlyProcessor, Path, Path]:
+    """The rows, the processor, the folder of the checkpoints, the log."""
     models.set_threads(params.threads)
     rows = share_of(dataset, params.grpo.share)
     processor = models.load_processor(model_path)
     check_budget(rows, processor, params)
     code = [__file__, str(rewards.__file__), str(sharing.__file__)]
     folder = training.checkpoint_folder(out_dir, training.describe_inputs("grpo", params, [rows], model_path, code))
-    model = models.load_model(model_path, params.base.dtype, params.base.device)
-    trainer = build_trainer(params, rows, model, processor, folder)
-    training.train(trainer, folder, training.Log(log, log_entry, "reward"))
-    last = training.checkpoints(folder)[-1]
-    policy = models.load_model(model_path, params.base.dtype, params.base.device, adapter=last, trainable=True)
-    adapter, merged = training.save_policy(policy, processor, out_dir, training.relative(model_path, params.root))
-    return GrpoResult(adapter, merged, log, training.step_of(last))
+    return rows, processor, folder, Path(out_dir) / "log.jsonl"
 
 
 def log_entry(entry: dict[str, Any]) -> dict[str, Any]:
@@ -338,7 +356,7 @@ def build_trainer(
 
 def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPOConfig:
     section, gpu = params.grpo, params.base.device != "cpu"
-    steps = section.batch_size // section.per_device_batch_size
+    steps = launch.micro_batches("grpo", section.batch_size, section.per_device_batch_size)
     forbidden = [processor.image_token_id, processor.video_token_id]
     return GRPOConfig(
         output_dir=str(folder),

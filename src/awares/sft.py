@@ -11,6 +11,7 @@ turn and 1 on other assistant tokens. Where we depart from the paper, or fill in
 4. Samples of one optimiser batch are ordered by length, so that micro-batches pad less; the gradient of the batch is the same.
 5. ``sft.checkpoints`` candidates are kept at even distances; the one whose two-turn answers to validation rows are the most
    accurate is the result, of equals the earliest.
+6. In several processes the last batch, if it is a short one, is filled up with the first samples.
 """
 
 import functools
@@ -29,7 +30,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from awares import crops, protocol, training
+from awares import crops, launch, protocol, training
 from awares import model as models
 from awares.config import AwaresValueError, Params
 from awares.data import share_of
@@ -73,7 +74,48 @@ def train_sft(
     ``merged/`` and ``log.jsonl`` (per step loss and lr; per candidate ``validation_accuracy`` and ``call_rate``). After an interruption
     the same call goes on from the last checkpoint. AwaresError for rows that cannot be trained on, before any training.
     """
-    section, log = params.sft, Path(out_dir) / "log.jsonl"
+    job = _prepare(params, dataset, validation, model_path, out_dir)
+    if params.base.launch:
+        launch.launch("sft", params, model_path, out_dir)
+        training.require_checkpoint(job.folder)
+    else:
+        _fit(job, params, model_path)
+    processor = job.processor
+    scores = [
+        candidate_score(path, params, job.chosen, model_path, processor) for path in training.checkpoints(job.folder)
+    ]
+    training.write_jsonl(job.log, [*training.read_jsonl(job.log), *scores])
+    best = max(scores, key=lambda entry: entry["validation_accuracy"])  # of equals the first
+    policy = models.load_model(
+        model_path, params.base.dtype, params.base.device, job.folder / f"checkpoint-{best['step']}", True
+    )
+    adapter, merged = training.save_policy(policy, processor, out_dir, training.relative(model_path, params.root))
+    return SftResult(adapter, merged, job.log, best["step"], best["validation_accuracy"])
+
+
+def fit(
+    params: Params, dataset: datasets.Dataset, validation: datasets.Dataset, model_path: str | Path, out_dir: str | Path
+) -> None:
+    """The training of `train_sft` alone, to its last checkpoint: what each process of a launched one runs."""
+    _fit(_prepare(params, dataset, validation, model_path, out_dir), params, model_path)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a training works on: its rows, its samples in order, the rows to choose on, the folder of its checkpoints."""
+
+    rows: datasets.Dataset
+    samples: list[Sample]
+    chosen: datasets.Dataset
+    processor: ImageOnlyProcessor
+    folder: Path
+    log: Path
+
+
+def _prepare(
+    params: Params, dataset: datasets.Dataset, validation: datasets.Dataset, model_path: str | Path, out_dir: str | Path
+) -> _Job:
+    section = params.sft
     models.set_threads(params.threads)
     rows = share_of(dataset, section.share)
     chosen = validation.select(range(min(section.selection_rows, len(validation))))
@@ -81,17 +123,13 @@ def train_sft(
     samples = plan(rows, processor, params)
     inputs = training.describe_inputs("sft", params, [rows, chosen], model_path, [__file__])
     folder = training.checkpoint_folder(out_dir, inputs)
-    model = models.load_model(model_path, params.base.dtype, params.base.device)
-    trainer = build_trainer(params, rows, samples, model, processor, folder)
-    training.train(trainer, folder, training.Log(log, log_entry, "loss"))
-    scores = [candidate_score(path, params, chosen, model_path, processor) for path in training.checkpoints(folder)]
-    training.write_jsonl(log, [*training.read_jsonl(log), *scores])
-    best = max(scores, key=lambda entry: entry["validation_accuracy"])  # of equals the first
-    policy = models.load_model(
-        model_path, params.base.dtype, params.base.device, folder / f"checkpoint-{best['step']}", True
-    )
-    adapter, merged = training.save_policy(policy, processor, out_dir, training.relative(model_path, params.root))
-    return SftResult(adapter, merged, log, best["step"], best["validation_accuracy"])
+    return _Job(rows, samples, chosen, processor, folder, Path(out_dir) / "log.jsonl")
+
+
+def _fit(job: _Job, params: Params, model_path: str | Path) -> None:
+    model = models.load_model(model_path, params.base.dtype, launch.device(params))
+    trainer = build_trainer(params, job.rows, job.samples, model, job.processor, job.folder)
+    training.train(trainer, job.folder, training.Log(job.log, log_entry, "loss"))
 
 
 def log_entry(entry: dict[str, Any]) -> dict[str, Any]:
@@ -303,7 +341,7 @@ def _config(params: Params, folder: Path, save_steps: int) -> SFTConfig:
     return SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=section.per_device_batch_size,
-        gradient_accumulation_steps=section.batch_size // section.per_device_batch_size,
+        gradient_accumulation_steps=launch.micro_batches("sft", section.batch_size, section.per_device_batch_size),
         num_train_epochs=1,  # `plan` has laid out all epochs
         train_sampling_strategy="sequential",
         learning_rate=section.learning_rate,

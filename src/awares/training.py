@@ -44,8 +44,12 @@ def describe_inputs(
     """Everything that determines the result of a training ``stage``, as JSON values; ``sources`` are the files of its own code."""
     values = params.as_dict()
     sources = [*sources, __file__, str(crops.__file__), str(protocol.__file__)]
+    launch = params.path(params.base.launch) if params.base.launch else None
     return {
         "stage": stage,
+        "launch": hashlib.sha256(launch.read_bytes()).hexdigest()
+        if launch and launch.is_file()
+        else params.base.launch,
         "params": {key: values[key] for key in ("seed", "threads", "crops", "protocol", stage)},
         "numbers": [params.base.dtype, params.base.device],
         "rows": [rows_digest(part) for part in rows],
@@ -88,7 +92,8 @@ def checkpoint_folder(out_dir: str | Path, inputs: dict[str, Any]) -> Path:
     if folder.is_dir() and any(folder.glob("checkpoint-*")) and (not note.is_file() or note.read_text() != text):
         raise AwaresValueError(f"{folder}: holds checkpoints of other inputs than inputs.json names: delete the folder")
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(text)
+    if not note.is_file() or note.read_text() != text:  # processes of one training come here together
+        note.write_text(text)
     return folder
 
 
@@ -109,6 +114,14 @@ def _is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return state.get("global_step") == step_of(checkpoint) and all(any(checkpoint.glob(name)) for name in COMPLETE)
+
+
+def require_checkpoint(folder: Path) -> None:
+    """AwaresError when a launched training has left no checkpoint in ``folder``: it worked on other rows than its caller."""
+    if not checkpoints(folder):
+        raise AwaresFileError(
+            f"{folder}: the launched training left no checkpoint here: it reads the curated rows of the run folder, and was called with others"
+        )
 
 
 def train(trainer: Trainer, folder: Path, log: "Log") -> None:
@@ -200,10 +213,14 @@ class Log(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar where the training starts."""
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update")
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, unit="update", disable=not state.is_world_process_zero
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer after every update."""
+        if not state.is_world_process_zero:
+            return
         entries = [entry for entry in map(self.rename, state.log_history) if entry]
         write_jsonl(self.path, entries)
         self.bar.set_postfix({self.shown: f"{entries[-1][self.shown]:.3f}"}, refresh=False)

@@ -1,0 +1,129 @@
+"""Training in several processes: a notebook hands its job to `accelerate launch`, and goes on when the checkpoints are there.
+
+``base.launch`` names an accelerate configuration (data/launch); without one the training runs in the notebook's process. Both run the same
+`fit` of the stage, on the same rows, into the same checkpoint folder. On several nodes the notebook runs on the first one; the others join with
+``python -m awares.launch JOB``, JOB being the file that the first one writes, on a file system that all of them share.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from awares import config, data
+from awares.config import AwaresError, AwaresFileError, Params
+
+NODE = {"MASTER_ADDR": "--main_process_ip", "MASTER_PORT": "--main_process_port", "NODE_RANK": "--machine_rank"}
+
+
+class AwaresLaunchError(AwaresError, RuntimeError):
+    """A launched training has ended with an error."""
+
+
+def processes() -> int:
+    """Processes of the training that this one belongs to; 1 outside a launched one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device(params: Params) -> str:
+    """``base.device``, of several GPUs this process's own."""
+    return (
+        f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        if params.base.device == "cuda" and processes() > 1
+        else params.base.device
+    )
+
+
+def micro_batches(name: str, batch_size: int, per_device: int) -> int:
+    """Micro-batches of an update on each process; AwaresError where they do not come out even."""
+    together = per_device * processes()
+    if batch_size % together:
+        raise AwaresError(
+            f"{name}.batch_size {batch_size} is no multiple of {name}.per_device_batch_size {per_device} on {processes()} processes: "
+            f"lower {name}.per_device_batch_size or take another base.launch"
+        )
+    return batch_size // together
+
+
+def launch(stage: str, params: Params, model_path: str | Path, out_dir: str | Path) -> None:
+    """Run the ``fit`` of ``stage`` (sft or grpo) in the processes of ``base.launch`` and wait for it; what it prints is printed.
+
+    The rows are those of the pipeline's run folder. AwaresError when a process fails; the same call then goes on from the last checkpoint.
+    """
+    job = Path(out_dir) / "launch.json"
+    job.parent.mkdir(parents=True, exist_ok=True)
+    named = {"stage": stage, "model_path": str(model_path), "out_dir": str(out_dir), "root": str(params.root)}
+    asked = {"profile": params.profile, "variant": params.variant, "overrides": config.overrides_of(params)}
+    job.write_text(json.dumps({**named, **asked}, indent=1))
+    try:
+        join(job)
+    finally:
+        job.unlink(missing_ok=True)
+
+
+def join(job: Path) -> None:
+    """Start this node's processes of a job."""
+    asked = _read(job)
+    params = _params(asked)
+    settings = params.path(params.base.launch)
+    if not settings.is_file():
+        raise AwaresFileError(f"{settings}: no such accelerate configuration; base.launch names it")
+    node = [
+        part for variable, flag in NODE.items() if os.environ.get(variable) for part in (flag, os.environ[variable])
+    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings), *node]
+    found = os.pathsep.join(
+        filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    )  # this very awares
+    environment = {**os.environ, "PYTHONPATH": found}
+    done = subprocess.run(
+        [*command, "-m", "awares.launch", str(job), "--worker"], cwd=params.root, env=environment, check=False
+    )
+    if done.returncode:
+        raise AwaresLaunchError(
+            f"{asked['stage']}: accelerate launch ended with exit code {done.returncode}; what its processes printed tells why. "
+            "Run again and it goes on from the last checkpoint"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m awares.launch JOB``: join a job; with ``--worker``, which accelerate adds, be one of its processes."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        print("usage: python -m awares.launch JOB", file=sys.stderr)
+        return 2
+    job = Path(given[0])
+    try:
+        if "--worker" not in given:
+            join(job)
+            return 0
+        asked = _read(job)
+        params = _params(asked)
+        rows = {
+            split: data.load_rows(params.run_dir("curation") / split / "dataset") for split in ("train", "validation")
+        }
+        fit = importlib.import_module(f"awares.{asked['stage']}").fit
+        fit(params, rows["train"], rows["validation"], asked["model_path"], Path(asked["out_dir"]))
+    except AwaresError as error:
+        print(f"awares.launch: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _read(job: Path) -> dict[str, str]:
+    try:
+        return json.loads(job.read_text())
+    except (OSError, ValueError) as error:
+        raise AwaresFileError(f"{job}: no job: the first node writes it when its training starts") from error
+
+
+def _params(asked: dict[str, str]) -> Params:
+    path = Path(asked["root"]) / "params.yaml"
+    return config.load_params(asked["profile"], asked["variant"], asked["overrides"], path=path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""``python grpo_worker.py POLICY ROWS FOLDER``, plain or under accelerate launch: one GRPO update on completions that are fixed by their prompts.
+
+Writes the gradients of the update, and each completion's reward, to FOLDER.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from test_grpo import ANSWERS, CALL, settings
+from transformers import TrainerCallback
+
+from awares import data, grpo, protocol
+from awares.model import load_model, load_processor
+
+
+class Gradients(TrainerCallback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            found = {
+                k.removeprefix("module."): v.grad.clone() for k, v in model.named_parameters() if v.grad is not None
+            }
+            save_file(found, self.folder / "gradients.safetensors")
+
+
+def write(trainer, generations):
+    encode = lambda text: trainer.processing_class.tokenizer(text + "<|im_end|>")["input_ids"]  # noqa: E731
+
+    def turn(prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        picks = [ANSWERS[(len(ids) + place % generations) % len(ANSWERS)] for place, ids in enumerate(prompt_ids)]
+        if num_generations == 1:
+            return [encode(ANSWERS[len(ids) % len(ANSWERS)]) for ids in prompt_ids], None
+        texts = [protocol.render_call(CALL) if place % generations == 1 else pick for place, pick in enumerate(picks)]
+        return [encode(text) for text in texts], None
+
+    trainer._generate_single_turn = turn
+
+
+if __name__ == "__main__":
+    policy, rows, folder = map(Path, sys.argv[1:])
+    params = settings(**{"grpo.max_steps": 1, "grpo.max_grad_norm": 1000.0})
+    trainer = grpo.build_trainer(
+        params, data.load_rows(rows), load_model(policy), load_processor(policy), folder / "work"
+    )
+    torch.manual_seed(5)
+    model: Any = trainer.model
+    for name, weight in sorted(model.named_parameters()):
+        if "lora_B" in name:
+            weight.data.normal_(0.0, 0.3)
+    write(trainer, params.grpo.generations)
+    trainer.add_callback(Gradients(folder))
+    trainer.args.save_strategy = "no"
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        (folder / "log.json").write_text(json.dumps([e for e in trainer.state.log_history if "reward" in e]))
