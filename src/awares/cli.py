@@ -234,4 +234,23 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if all(one.there for one in findings) else 1
 
 
-COMMANDS = {"ask": _ask, "eval": _eval, "plan": _plan, "serve": _serve}
+# push
+
+
+def _push(args: argparse.Namespace) -> int:
+    from awares import hub
+    from awares.config import load_params
+
+    params = load_params(args.profile)
+    folder = hub.policy_folder(params) if args.what == "policy" else hub.dataset_folder(params, args.images)
+    files = hub.contents(folder)
+    for name, size in files:
+        print(f"{size:>14,} {name}")
+    print(f"{sum(size for _, size in files):>14,} bytes in {folder}")
+    if not args.dry_run:
+        kind = "model" if args.what == "policy" else "dataset"
+        print(hub.push(folder, args.repo, kind, private=not args.public))
+    return 0
+
+
+COMMANDS = {"ask": _ask, "eval": _eval, "plan": _plan, "push": _push, "serve": _serve}

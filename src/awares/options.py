@@ -64,6 +64,15 @@ examples:
   awares plan --profile paper --check
 """
 
+PUSH_EXAMPLES = """\
+The merged policy with its adapter and a model card whose numbers are this run's Table 1, or the curated rows with a
+dataset card. The token comes from the environment variable HF_TOKEN. Images are left out unless --images says otherwise.
+
+examples:
+  awares push policy me/awares-mini --dry-run
+  awares push dataset me/awares-curated --profile paper
+"""
+
 
 def parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser; options are filled in for the command that ``given`` names, since some are read from its module."""
@@ -219,10 +228,20 @@ def _plan_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _push_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("what", choices=("policy", "dataset"))
+    sub.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub; it is made if need be, private")
+    sub.add_argument("--profile", default="", help="whose run (default: that of params.yaml)")
+    sub.add_argument("--images", action="store_true", help="upload the images of a dataset too")
+    sub.add_argument("--public", action="store_true", help="make a new repository public")
+    sub.add_argument("--dry-run", action="store_true", help="lay everything out, say what would be uploaded, stop")
+
+
 COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "ask": ("ask a policy about an image, or about many", ASK_EXAMPLES, _ask_options),
     "eval": ("score a policy on the evaluation rows or on your own", EVAL_EXAMPLES, _eval_options),
     "bench": ("time the interaction against full resolution", "", lambda sub: None),  # awares.bench has its own options
     "plan": ("tell what the pipeline will ask for, and whether it is there", PLAN_EXAMPLES, _plan_options),
+    "push": ("publish a trained policy or curated rows on a model hub", PUSH_EXAMPLES, _push_options),
     "serve": ("serve a policy behind an OpenAI-compatible API", SERVE_EXAMPLES, _serve_options),
 }
