@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lab lint format clean
+.PHONY: help setup repro test lmms lab lint format clean
 
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
@@ -47,6 +47,14 @@ repro: $(STAMP) ## run the pipeline, curation to report, at seed 1 (again: only 
 test: $(STAMP) ## the whole test suite, notebooks included at smoke scale
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false python -m pytest
 
+# Its own environment, which sees .venv's packages; without torchvision, which has no CPU build on the package index.
+lmms: $(STAMP) ## the plug-in under lmms-eval itself, in an environment of its own (installs it)
+	@"$(BIN)/python" -m venv .venv-lmms
+	@printf '%s\n' "$$("$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" "$(abspath src)" > \
+	  "$$(.venv-lmms/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/awares.pth"
+	@.venv-lmms/bin/python -m pip install --quiet --no-deps -r tests/lmms/requirements.txt
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv-lmms/bin/python -m pytest tests/lmms
+
 lab: $(STAMP) ## open JupyterLab on the same environment
 	@jupyter lab
 
@@ -62,5 +70,5 @@ format: $(STAMP) ## let ruff and nbstripout mend what `make lint` complains of
 	$(if $(NOTEBOOKS),$(STRIP) $(NOTEBOOKS))
 
 clean: ## remove the tools' caches; .venv, runs/ and the DVC cache stay
-	rm -rf .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
+	rm -rf .venv-lmms .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
 	find src tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -576,7 +576,13 @@ def readme_lines(command: str) -> list[str]:
 
 def shown_lines() -> list[str]:
     """Command lines of the README and of every help, without their comments; bench has options of its own."""
-    texts = [options.EXAMPLES, options.ASK_EXAMPLES, options.EVAL_EXAMPLES, options.SERVE_EXAMPLES, options.PLAN_EXAMPLES]
+    texts = [
+        options.EXAMPLES,
+        options.ASK_EXAMPLES,
+        options.EVAL_EXAMPLES,
+        options.SERVE_EXAMPLES,
+        options.PLAN_EXAMPLES,
+    ]
     texts.append(options.PUSH_EXAMPLES)
     rows = [row.strip() for text in texts for row in text.splitlines()] + readme_lines("awares ")
     lines = [re.split(r"  +#| {3,}", row)[0] for row in rows if re.match(r"awares (?!COMMAND|bench)", row)]

@@ -1,0 +1,141 @@
+"""The plug-in under lmms-eval itself, and our metrics beside lmms-eval's. Run by `make lmms`, in an environment of its own."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+pytest.importorskip("lmms_eval", reason="lives in its own environment: make lmms")
+
+from awares import data, metrics
+from awares.config import load_params
+from awares.model import load_model, load_processor
+from awares.rollout import Engine
+from awares.sources import side_by_side
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+FEATURES = {
+    "images": datasets.List(datasets.Image()),
+    "question": datasets.Value("string"),
+    "answer": datasets.Value("string"),
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Six rows of the embedded suite, the last of them with two images, as the offline task reads them."""
+    params = load_params("mini", overrides={"evaluation.rows": 5}, path=ROOT / "params.yaml")
+    found = [row for row in data.make_split(params, "evaluation") if row["source"] == "chartqa"][:5]
+    records = [{"images": [row["image"]], "question": row["question"], "answer": row["answers"][0]} for row in found]
+    records.append({**records[0], "images": [found[0]["image"], found[1]["image"]]})
+    folder = tmp_path_factory.mktemp("offline")
+    table = datasets.Dataset.from_list(
+        [{**one, "type": "human_test"} for one in records],
+        features=datasets.Features({**FEATURES, "type": datasets.Value("string")}),
+    )
+    table.to_parquet(folder / "offline.parquet")
+    return folder, records
+
+
+def test_lmms_eval_runs_the_policy_on_an_offline_task(rows):
+    folder, records = rows
+    arguments = f"pretrained={ROOT / 'data' / 'base'},dtype=float32,device=cpu,max_new_tokens=32,token_budget=8192,log=samples.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "lmms_eval",
+        "--model",
+        "awares",
+        "--model_args",
+        arguments,
+        "--tasks",
+        "awares_offline",
+    ]
+    command += ["--include_path", str(HERE / "tasks"), "--batch_size", "4", "--output_path", "out", "--log_samples"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    logged = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [one["sample"] for one in logged] == [f"awares_offline/test/{n}" for n in range(6)]
+    assert all(0 < one["rtr"] <= 1.1 and one["seconds"] > 0 for one in logged)
+    model = load_model(ROOT / "data" / "base")
+    engine = Engine(model, load_processor(ROOT / "data" / "base"), max_new_tokens=32, token_budget=8192)
+    pictures = [one["images"][0] if len(one["images"]) == 1 else side_by_side(one["images"]) for one in records]
+    own = engine.run(pictures, [one["question"] for one in records])
+    assert [one["answer"] for one in logged] == [one.answer for one in own]
+    (results,) = folder.glob("out/**/*results.json")
+    scores = [metrics.relaxed_accuracy(one.answer, [row["answer"]]) for one, row in zip(own, records, strict=True)]
+    found = json.loads(results.read_text())["results"]["awares_offline"]["relaxed_overall,none"]
+    assert found == pytest.approx(sum(scores) / len(scores))
+
+
+PAIRS = [
+    ("41", "41"), ("41", "43"), ("40.1", "41"), ("0", "0"), ("0.01", "0"), ("41%", "0.41"), ("41%", "41"), ("-5", "5"), ("Yes", "yes"), (" yes ", "yes"),
+    ("yes, it is", "yes"), ("no", "yes"), ("", "yes"), ("two", "2"), ("Left.", "left"), ("left of it", "left"), ("The Sign", "sign"), ("sign\nshop", "Sign shop"),
+    ("kitten", "sitting"), ("abc", "abd"), ("a", "b"), ("12 kg", "12kg"), ("A", "A"), ("(A)", "A"), ("answer: B", "B"), ("B. red", "B"), ("it is C", "C"),
+    ("D) blue", "D"), ("none", "A"), ("Paris France", "paris  france"),
+]  # fmt: skip
+
+
+def theirs(task, name="utils"):
+    return importlib.import_module(f"lmms_eval.tasks.{task}.{name}")
+
+
+@pytest.mark.parametrize(("prediction", "answer"), PAIRS)
+def test_metrics_equal_those_of_lmms_eval(prediction, answer):
+    chart = theirs("chartqa").chartqa_process_results({"type": "human_test", "answer": answer}, [prediction])
+    assert metrics.relaxed_accuracy(prediction, [answer]) == chart["relaxed_overall"]
+    ocr = {"answer": [answer], "dataset": "IIIT5K", "question_type": "Regular Text Recognition"}
+    assert (
+        metrics.ocr_accuracy(prediction, [answer])
+        == theirs("ocrbench").ocrbench_process_results(ocr, [prediction])["ocrbench_accuracy"]["score"]
+    )
+    if answer.lower() in ("yes", "no"):
+        asked = {"answer": answer, "question_id": 1}
+        assert (
+            metrics.pope_accuracy(prediction, [answer])
+            == theirs("pope").pope_process_results(asked, [prediction])["pope_accuracy"]["score"]
+        )
+    if answer in "ABCD" and answer:
+        asked = {"label": answer, "category": "direct_attributes", "question_id": 1, "text": "q"}
+        assert (
+            metrics.vstar_accuracy(prediction, [answer])
+            == theirs("vstar_bench").vstar_process_results(asked, [prediction])["vstar_overall_acc"]["score"]
+        )
+    from lmms_eval.api.metrics import anls
+
+    assert metrics.anls(prediction, [answer]) == pytest.approx(anls([answer], [prediction])["anls"])
+
+
+REAL = (
+    "Which way?\nA. Left\nB. Right\nPlease answer directly with only the letter of the correct option and nothing else."
+)
+
+
+@pytest.mark.parametrize(
+    ("question", "prediction", "answer"),
+    [
+        (REAL, "A", "A"),
+        (REAL, "A.", "A"),
+        (REAL, "B", "A"),
+        (REAL, "left", "A"),
+        (REAL, "Left", "A"),
+        ("How many?", "two", "2"),
+        ("How many?", "2.", "2"),
+    ],
+)
+def test_realworldqa_equals_lmms_evals_filter_and_score(question, prediction, answer):
+    tasks = theirs("realworldqa")
+    words = tasks.NumberWordsToDigitsFilter().apply([[prediction]], [{"question": question}])
+    options = tasks.MultiChoiceRegexFilter(
+        group_select=0, ignore_case=True, ignore_punctuation=True, regex_pattern=r"(\([A-Z]\))"
+    )
+    filtered = options.apply(words, [{"question": question}])
+    theirs_score = tasks.realworldqa_process_results({"answer": answer, "question": question}, filtered)["exact_match"]
+    assert metrics.exact_match(prediction, [answer], question) == theirs_score
