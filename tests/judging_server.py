@@ -1,8 +1,9 @@
 """A judge and an oracle as a chat server: run as a process by the tests of `awares.served`.
 
-``python judging_server.py LOG PORT``. It answers the prompts of data/served.yaml about rows of `test_curation.make_rows`, whose questions
+``python judging_server.py LOG PORT [rigged]``. It answers the prompts of data/served.yaml about rows of `test_curation.make_rows`, whose questions
 carry a number n, and fails by it: garbage for n % 20 == 3, silence at first for n % 20 == 7, status 429 at first for n % 5 == 1. Every third
 reply has words around its JSON. A judge prefers the first of two answers to a ``biased`` question. Arrivals are logged as in faulty_server.py.
+``rigged``: it does not fail, and judges any rows, for a base model that answers at random: of two answers the later one in the alphabet is right.
 """
 
 import asyncio
@@ -26,6 +27,8 @@ SILENCE = 3.0  # seconds: longer than the tests' time-out
 def reply(text: str) -> dict[str, Any]:
     """What a perfect judge or oracle says to the user's text."""
     said = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    if RIGGED:
+        return rigged(said)
     number = int(re.findall(r"\d+", said["Question"])[0])
     accepted = {answer.lower() for answer in said.get("Accepted answers", "").split(" | ")}
     right = {key: int(value.lower() in accepted) for key, value in said.items()}
@@ -40,6 +43,24 @@ def reply(text: str) -> dict[str, Any]:
     return {"question_boxes": [[50, 50, 150, 100]], "answer_boxes": [answer]}
 
 
+def rigged(said: dict[str, str]) -> dict[str, Any]:
+    if "First answer" in said or "Second answer" in said:
+        first, second = said.get("First answer", ""), said.get("Second answer", "")
+        return {
+            "first": int(first >= second),
+            "second": int(second >= first),
+            "better": 0 if first == second else 1 if first > second else 2,
+        }
+    if "Accepted answers" in said:
+        return {"right": len(said.get("Answer", "")) % 2}
+    place = BOXES[sum(said.get("Question", "").encode()) % len(BOXES)]
+    return {"question_boxes": [place], "answer_boxes": [place]}
+
+
+BOXES = [[10, 10, 200, 200], [700, 20, 900, 100], [50, 600, 300, 900], [0, 0, 1000, 1000], [400, 400, 600, 600]]
+RIGGED = sys.argv[3:] == ["rigged"]
+
+
 def make_app(log: Path) -> FastAPI:
     app = FastAPI()
     arrived = Counter(json.loads(line)["body"] for line in log.read_text().splitlines()) if log.is_file() else Counter()
@@ -52,7 +73,7 @@ def make_app(log: Path) -> FastAPI:
         with log.open("a") as file:
             file.write(json.dumps({"body": name, "row": last_text(body).splitlines()[0]}) + "\n")
         text = last_text(body)
-        number = int(re.findall(r"\d+", text)[0])
+        number = 0 if RIGGED else int(re.findall(r"\d+", text)[0])
         if number % 20 == 3:
             return JSONResponse({**completion("the second one, I think"), "id": name})
         if arrived[name] == 1 and number % 20 == 7:

@@ -28,9 +28,9 @@ KEY = "sk-planted-77aa"
 class Server:
     """The process of judging_server.py and its log."""
 
-    def __init__(self, log):
+    def __init__(self, log, *more):
         self.log = log
-        command = [sys.executable, str(HERE / "judging_server.py"), str(log), "0"]
+        command = [sys.executable, str(HERE / "judging_server.py"), str(log), "0", *more]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"
 
