@@ -418,3 +418,16 @@ def test_what_is_logged_and_saved(world, tmp_path):
         torch.testing.assert_close(value, merged.state_dict()[name], atol=1e-6, rtol=1e-6)
     config = json.loads((result.adapter / "adapter_config.json").read_text())
     assert config["r"] == 8 and "language_model" in config["target_modules"]
+
+
+def test_rollouts_by_vllm_have_the_same_limits(world, tmp_path):
+    params = settings(**{"grpo.rollouts": "vllm", "grpo.share_prompts": False})
+    found = grpo._config(params, tmp_path, world.processor)
+    assert found.use_vllm and found.vllm_mode == "colocate"
+    assert found.generation_kwargs["max_tokens"] == 48
+    assert set(found.generation_kwargs["logit_bias"]) == {
+        world.processor.image_token_id,
+        world.processor.video_token_id,
+    }
+    with pytest.raises(AwaresError, match="share_prompts: false"):
+        grpo._config(settings(**{"grpo.rollouts": "vllm", "grpo.share_prompts": True}), tmp_path, world.processor)

@@ -197,6 +197,7 @@ class Grpo:
     crop_token_budget: int = _size(low=1)
     save_steps: int = _size(low=1)
     share_prompts: bool = _size()
+    rollouts: str = _size(choices=("local", "vllm"))
     gradient_checkpointing: bool = _size()
 
 

@@ -153,7 +153,7 @@ class Codec:
 
 
 class Decoder(Codec):
-    """Greedy decoding of a Qwen2.5-VL ``model`` (a PEFT model counts with its adapter on).
+    """Greedy decoding of a Qwen2.5-VL or Qwen3-VL ``model`` (a PEFT model counts with its adapter on).
 
     ``lap`` hears of the end of each phase, for timing: all that the host does before the model is ``preprocess``.
     """
@@ -274,8 +274,7 @@ class Decoder(Codec):
         elif any(len(grid) for grid in state.grids):
             inputs["image_grid_thw"] = torch.cat(state.grids)  # of old images too: positions need them
         if features:
-            encoded: Any = tuple(features)
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded)}
+            inputs["mm_encoder_outputs"] = {"image": _encoded(features, self.model.config.text_config.hidden_size)}
         result = self.model.generate(
             input_ids=state.ids,
             attention_mask=state.mask,
@@ -330,7 +329,10 @@ class Decoder(Codec):
         return ids, mask, (ids == self.processor.image_token_id).to(mask.dtype)
 
     def _encode(self, images: Sequence[list[Image]], turn: int = 1) -> tuple[list[Tensor], list[Tensor]]:
-        """Vision features of every image, in order, each (visual tokens, width); and every row's grids (images, 3)."""
+        """Vision features of every image, in order, each (visual tokens, width); and every row's grids (images, 3).
+
+        Qwen3-VL's tower feeds several layers of the language model: what they get stands behind it, (visual tokens, (1 + layers) * width).
+        """
         flat = [image for row in images for image in row]
         if not flat:
             self._lap("preprocess", turn)
@@ -339,9 +341,22 @@ class Decoder(Codec):
         self._lap("preprocess", turn)
         grids, features = pixels["image_grid_thw"], []
         for patches, part in _portions(pixels["pixel_values"], grids, self.vision_patches):
-            features += self.model.get_image_features(patches, part).pooler_output
+            found = self.model.get_image_features(patches, part)
+            deep = getattr(found, "deepstack_features", None) or []
+            features += [torch.cat([one, *more], dim=-1) for one, *more in zip(found.pooler_output, *deep, strict=True)]
         self._lap("vision", turn)
         return features, list(grids.split([len(row) for row in images]))
+
+
+def _encoded(features: Sequence[Tensor], width: int) -> Any:
+    """The features of `Decoder._encode` as the model takes them."""
+    parts = [one.split(width, dim=-1) for one in features]
+    pooled, *deep = ([part[level] for part in parts] for level in range(len(parts[0])))
+    if deep:
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=tuple(pooled), deepstack_features=deep)  # type: ignore[arg-type]
+    return BaseModelOutputWithPooling(pooler_output=tuple(pooled))  # type: ignore[arg-type]
 
 
 def _portions(patches: Tensor, grids: Tensor, limit: float) -> Iterator[tuple[Tensor, Tensor]]:

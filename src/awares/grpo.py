@@ -358,6 +358,14 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
     section, gpu = params.grpo, params.base.device != "cpu"
     steps = launch.micro_batches("grpo", section.batch_size, section.per_device_batch_size)
     forbidden = [processor.image_token_id, processor.video_token_id]
+    vllm = section.rollouts == "vllm"
+    if vllm and section.share_prompts:
+        raise AwaresValueError("grpo.rollouts vllm shares prompts in its own way: set grpo.share_prompts: false")
+    limits: dict[str, Any] = (
+        {"max_tokens": section.max_completion_length, "logit_bias": dict.fromkeys(forbidden, -100.0)}
+        if vllm
+        else {"max_new_tokens": section.max_completion_length, "suppress_tokens": forbidden}
+    )
     return GRPOConfig(
         output_dir=str(folder),
         # One generation, one update of batch_size completions, in micro-batches
@@ -368,7 +376,9 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
         num_iterations=section.iterations,
         # Both turns and the crops; each turn is limited by max_new_tokens
         max_completion_length=2 * section.max_completion_length + section.crop_token_budget,
-        generation_kwargs={"max_new_tokens": section.max_completion_length, "suppress_tokens": forbidden},
+        generation_kwargs=limits,
+        use_vllm=vllm,
+        vllm_mode="colocate",  # on each GPU its own: ranks with different numbers of tool turns would wait for each other in a shared one
         max_tool_calling_iterations=1,
         temperature=section.temperature,
         top_p=section.top_p,

@@ -1,6 +1,6 @@
 """Load and save models and processors; adapters; token counting.
 
-The processor is Qwen2.5-VL's without its video half, which insists on torchvision. `AutoProcessor` would silently give
+The processor is that of Qwen2.5-VL and Qwen3-VL without its video half, which insists on torchvision. `AutoProcessor` would silently give
 a bare tokenizer for it, so it is always built here and passed explicitly.
 """
 
@@ -12,13 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, ProcessorMixin, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    ProcessorMixin,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from awares import protocol
 from awares.config import AwaresFileError, AwaresValueError
 
+# model_type of a checkpoint -> its class; of every size
+CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,7 +81,7 @@ def load_model(
     adapter: str | Path | Sequence[str | Path] | None = None,
     trainable: bool = False,
 ) -> Any:
-    """A Qwen2.5-VL in evaluation mode, with the LoRA ``adapter`` (or several, in order) merged in.
+    """A Qwen2.5-VL or Qwen3-VL in evaluation mode, with the LoRA ``adapter`` (or several, in order) merged in.
 
     ``trainable``: in training mode, and the last adapter stays on top as a trainable PeftModel.
 
@@ -121,15 +129,19 @@ def _load_weights(path: str | Path, dtype: torch.dtype) -> Any:
     source = _source(path)
     try:
         with _quiet():  # missing weights are an error below, not a table on the screen
-            loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            kind = AutoConfig.from_pretrained(source).model_type
+            maker: Any = CLASSES.get(kind)
+            loaded: Any = maker and maker.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
-        model, info = loaded
     except Exception as error:  # safetensors' own error class derives from Exception alone
         reason = _first_line(error)
         if not Path(path).is_dir():
             raise AwaresFileError(f"{path}: no such model folder, nor to be had from the hub ({reason})") from error
         raise AwaresValueError(f"{path}: no readable safetensors checkpoint ({reason}): fetch it again") from error
+    if maker is None:
+        raise AwaresValueError(f"{path}: a model of type {kind}; awares runs {', '.join(CLASSES)}")
+    model, info = loaded
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise AwaresValueError(f"{path}: incomplete checkpoint, {len(lacking)} weights missing, such as {lacking[0]}")

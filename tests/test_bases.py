@@ -1,0 +1,130 @@
+"""Other bases through the same code: tiny random models of the published classes and proportions, saved, loaded, asked in two turns."""
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from awares import protocol
+from awares.config import AwaresError
+from awares.model import ImageOnlyProcessor, load_model, load_processor, save_model
+from awares.rollout import Engine
+
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 8192}
+
+
+def ids(tokenizer):
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
+
+
+def qwen2_5(tokenizer, heads, key_heads, tied):
+    """3B ties its embeddings and has 16 heads on 2; 72B has 64 on 8."""
+    text = dict(
+        **TEXT, vocab_size=len(tokenizer), num_attention_heads=heads, num_key_value_heads=key_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [64 // heads // 2 - 2, 1, 1]},
+    )  # fmt: skip
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        out_hidden_size=64,
+        fullatt_block_indexes=[1],
+        window_size=112,
+    )
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids(tokenizer))
+    return Qwen2_5_VLForConditionalGeneration(config), 14
+
+
+def qwen3(tokenizer):
+    """Patches of 16 px, and vision features for the first layers of the language model."""
+    text = dict(
+        **TEXT, vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]},
+    )  # fmt: skip
+    vision = dict(
+        depth=3, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, patch_size=16,
+        num_position_embeddings=256, deepstack_visual_indexes=[0, 1],
+    )  # fmt: skip
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids(tokenizer))
+    return Qwen3VLForConditionalGeneration(config), 16
+
+
+BASES = {
+    "qwen2.5-vl-3b": lambda tokenizer: qwen2_5(tokenizer, 16, 2, True),
+    "qwen2.5-vl-72b": lambda tokenizer: qwen2_5(tokenizer, 8, 1, False),
+    "qwen3-vl": qwen3,
+}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request, tmp_path_factory):
+    """The folder of a saved model."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    protocol.install(tokenizer)
+    model, patch = BASES[request.param](tokenizer)
+    with torch.no_grad():  # at 0.02 a random model is almost blind to its input
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0.0, 0.6 if "embed_tokens" in name else weight[0].numel() ** -0.5)
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=patch, size={"shortest_edge": 4 * patch * patch, "longest_edge": 2000 * 2000}
+    )
+    folder = tmp_path_factory.mktemp("bases") / request.param
+    save_model(model, ImageOnlyProcessor(pictures, tokenizer), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(base):
+    return Engine(load_model(base), load_processor(base), max_new_tokens=12)
+
+
+CALLS = [("top-left",), (), ("center", "right"), ("all",)]
+
+
+def test_two_turns_with_a_reused_cache_equal_two_turns_from_nothing(engine, tiny):
+    images = [tiny.noise(256, 192, n) for n in range(4)]
+    questions = [f"what is {n}?" for n in range(4)]
+    reused = engine.run(images, questions, forced=CALLS)
+    engine.reuse = False
+    fresh = engine.run(images, questions, forced=CALLS)
+    engine.reuse = True
+    assert [one.answer for one in reused] == [one.answer for one in fresh]
+    assert [one.crops for one in reused] == CALLS
+    assert [one.margin for one in reused] == pytest.approx([one.margin for one in fresh], abs=1e-4)
+    assert len({round(one.margin, 4) for one in reused}) == 4
+    side = 2 * engine.processor.image_processor.patch_size
+    assert reused[1].visual_tokens == round(128 / side) * round(96 / side)
+
+
+def test_batches_answer_as_single_rows_do(engine, tiny):
+    images = [tiny.noise(*size, seed) for seed, size in enumerate([(256, 192), (128, 320), (192, 192)])]
+    questions = ["what is it?", "how many words stand here?", "where?"]
+    together = engine.answer(images, questions, "full")
+    alone = [engine.answer([image], [question], "full")[0] for image, question in zip(images, questions, strict=True)]
+    assert [one.answer for one in together] == [one.answer for one in alone]
+
+
+def test_what_the_model_sees_decides_its_answer(engine, tiny):
+    margins = [engine.answer([tiny.noise(256, 192, n)], ["what is it?"], "full")[0].margin for n in range(4)]
+    assert len({round(margin, 4) for margin in margins}) == 4
+
+
+def test_a_model_of_another_family_is_refused_by_name(base, tmp_path):
+    import json
+    import shutil
+
+    other = shutil.copytree(base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "qwen2_vl"}))
+    with pytest.raises(AwaresError, match="type qwen2_vl; awares runs qwen2_5_vl, qwen3_vl"):
+        load_model(other)
