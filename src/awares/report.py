@@ -98,24 +98,29 @@ def crop_table(rows: datasets.Dataset) -> pd.DataFrame:
 
 
 def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
-    """One line per curated row that has boxes: source, label, image width and height (px), height (shorter side of its
-    smallest evidence box, px of the full image), and whether the deciding judge calls the answers right: half, full."""
+    """One line per curated row: source, label, image width and height (px), height (shorter side of its smallest evidence box, px of the full
+    image), and whether the deciding judge calls the answers right: half, full.
+
+    A row without boxes of its own counts with the oracle's; one that has neither (an LR row of a public dataset) has height nan.
+    """
     judge = params.curation.judge
     passed = right_at(judge, params)
     scores = {view: rows[f"{side}_score_{judge}"][:] for view, side in (("half", "low"), ("full", "high"))}
     records = []
     for index, row in enumerate(rows):
-        boxes = row["answer_boxes"] or row["question_boxes"]
+        own = row["answer_boxes"] or row["question_boxes"]
+        boxes = own or row.get("oracle_answer_boxes") or row.get("oracle_question_boxes") or []
         width, height = row["image"].size
         sides = [min((box[2] - box[0]) * width, (box[3] - box[1]) * height) / 1000 for box in boxes]
         record = {"source": row["source"], "label": row["label"], "image width": width, "image height": height}
         right = {view: values[index] >= passed for view, values in scores.items()}
-        records += [{**record, "height": min(sides), **right}] if boxes else []
+        records.append({**record, "height": min(sides, default=math.nan), **right})
     return pd.DataFrame(records)
 
 
 def accuracy_by_size(evidence: pd.DataFrame, parts: int = 4) -> pd.DataFrame:
-    """Percent right at half and full resolution over equal parts of the rows by evidence size, the smallest first."""
+    """Percent right at half and full resolution over equal parts of the rows by evidence size, the smallest first. Only rows with boxes count."""
+    evidence = evidence.dropna(subset="height")
     groups = evidence.groupby(pd.qcut(evidence.height.rank(method="first"), min(parts, len(evidence)), labels=False))
     columns = {"height min": ("height", "min"), "height max": ("height", "max"), "n": ("height", "size")}
     table = groups.agg(**columns, half=("half", "mean"), full=("full", "mean"))
