@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -198,7 +199,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes_and_asks_nothi
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}{os.pathsep}{HERE}")
     processes = multiprocessing.get_context("forkserver")  # imports once, so that a start takes no seconds
     processes.set_forkserver_preload(["test_served"])
     rng, recorded = random.Random(0), {}  # request -> how often it had arrived when its reply was recorded
