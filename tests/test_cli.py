@@ -535,6 +535,42 @@ def test_adapters_are_merged_in_the_order_given(model: Path, scans: Path, tmp_pa
     assert expected.call_gap != AwaRes.from_pretrained(model, adapters[:1]).ask(scans / "page0.png", "q").call_gap
 
 
+# behind a server
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Any:
+    """Address of `awares serve --mode chat` around the very model of the fixture ``model``."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("AWARES_API_KEY", None)
+    command = [sys.executable, "-m", "awares", "serve", "--mode", "chat", "--model", str(model), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    yield process.stdout.readline().split()[-1]
+    process.terminate()
+    process.wait()
+
+
+def test_what_is_asked_over_http_is_answered_as_in_the_process(
+    model: Path, served: str, scans: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("AWARES_API_KEY", raising=False)
+    ask = ["ask", str(scans / "page0.png"), "what is it?", "--model", str(model), "--json"]
+    answers = []
+    for more in ([], ["--server", served]):
+        assert cli.main([*ask, *more]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert [one["answer"] for one in answers][0] == answers[1]["answer"] and answers[0]["rtr"] == answers[1]["rtr"]
+    out = tmp_path / "out.jsonl"
+    line = ["ask", str(scans), "what is it?", "--model", str(model), "--out", str(out), "--server", served]
+    assert cli.main(line) == 0 and len(out.read_text().splitlines()) == 9
+    assert (tmp_path / "out.jsonl.replies").is_file()
+    assert cli.main([*ask, "--server", served, "--call-bias", "2"]) == 1
+    assert "a server biases a token at every position" in capsys.readouterr().err
+    assert cli.main([*ask, "--server", "http://127.0.0.1:9/v2x"]) == 1
+
+
 # serve, bench, and what the README promises
 
 

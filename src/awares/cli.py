@@ -73,7 +73,25 @@ def _load(args: argparse.Namespace, **options: Any) -> "tuple[AwaRes, str]":
 
     found = _checkpoint(args)
     limits = {**options, **_limits(args)}
+    if args.server:
+        return _remote(args, found, limits)
     return AwaRes.from_pretrained(found.path, found.adapters or None, args.dtype, args.device, **limits), found.name
+
+
+def _remote(args: argparse.Namespace, found: "Checkpoint", limits: dict[str, Any]) -> "tuple[AwaRes, str]":
+    """The policy behind ``--server``. The replies of a batch are kept beside its results."""
+    from awares.client import ChatClient, Server
+    from awares.model import load_processor
+    from awares.policy import AwaRes
+    from awares.remote import RemoteEngine
+
+    name = args.server_model or Path(found.path).resolve().name
+    cache = args.out.with_name(f"{args.out.name}.replies") if args.out else None
+    server = Server(args.server, name, attempts=8 if args.out else 3)  # somebody waits for a single answer
+    client = ChatClient(server, cache, progress=sys.stderr.isatty() and args.out is not None)
+    limits = {"max_new_tokens": 24, **{key: value for key, value in limits.items() if key != "token_budget"}}
+    engine: Any = RemoteEngine(client, load_processor(found.path), **limits)
+    return AwaRes(engine), f"{name} behind a server"
 
 
 # ask
@@ -143,7 +161,8 @@ def _ask_batch(args: argparse.Namespace, question: str | None) -> int:
 
 def _settings(args: argparse.Namespace, policy: "AwaRes", name: str, bias: float) -> dict[str, Any]:
     """What decides the answers of a batch."""
-    tokens = policy.engine.decoder.max_new_tokens
+    engine: Any = policy.engine  # behind a server it has no decoder
+    tokens = engine.max_new_tokens if args.server else engine.decoder.max_new_tokens
     return {"policy": name, "dtype": args.dtype, "call_bias": bias, "max_new_tokens": tokens}
 
 

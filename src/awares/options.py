@@ -37,6 +37,7 @@ examples:
   awares ask page.png "what is the total?" --call-bias 2        look closer more readily
   awares ask scans/ "is it signed?" --out answers.jsonl
   awares ask questions.jsonl --out answers.jsonl --run mini/sft
+  awares ask page.png "what is the total?" --server http://127.0.0.1:8000/v1 --model policy/
 """
 EVAL_EXAMPLES = """\
 Accuracy (percent, by each benchmark's own metric, with its interval) and retain token ratio (RTR), per benchmark and
@@ -111,7 +112,9 @@ def _ask_options(sub: argparse.ArgumentParser) -> None:
     )
     batch.add_argument("--retry-errors", action="store_true", help="ask the rows again that ended in an error")
     batch.add_argument("--chunk", type=_count, metavar="ROWS", help="write results every so many rows (default 64)")
-    _bias_option(_policy_options(sub))
+    group = _policy_options(sub)
+    _server_options(group)
+    _bias_option(group)
 
 
 def _eval_options(sub: argparse.ArgumentParser) -> None:
@@ -123,7 +126,9 @@ def _eval_options(sub: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FILE.jsonl", help="keep the trajectories; the same call goes on with it"
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
-    _bias_option(_policy_options(sub))
+    group = _policy_options(sub)
+    _server_options(group)
+    _bias_option(group)
 
 
 def _serve_options(sub: argparse.ArgumentParser) -> None:
@@ -181,6 +186,15 @@ def _policy_options(sub: argparse.ArgumentParser) -> Any:
     return group
 
 
+def _server_options(group: Any) -> None:
+    group.add_argument(
+        "--server",
+        metavar="URL",
+        help="ask the model behind an OpenAI-compatible server, ending in /v1; its tokenizer is --model's",
+    )
+    group.add_argument("--server-model", metavar="NAME", help="its name there (default: the folder's)")
+
+
 def _bias_option(group: Any) -> None:
     group.add_argument(
         "--call-bias",
@@ -220,7 +234,6 @@ def _png(text: str) -> Path:
     return Path(text)
 
 
-# command -> summary, what its help says below the options, what fills in its options
 def _plan_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--profile", default="", help="whose stages (default: that of params.yaml)")
     sub.add_argument("--overrides", default="", help="of params.yaml, e.g. '{plan.gpus: 2}'")
@@ -237,6 +250,7 @@ def _push_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dry-run", action="store_true", help="lay everything out, say what would be uploaded, stop")
 
 
+# command -> summary, what its help says below the options, what fills in its options
 COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "ask": ("ask a policy about an image, or about many", ASK_EXAMPLES, _ask_options),
     "eval": ("score a policy on the evaluation rows or on your own", EVAL_EXAMPLES, _eval_options),
