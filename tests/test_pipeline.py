@@ -211,6 +211,15 @@ def test_one_grpo_parameter_reruns_grpo_and_what_follows_and_comes_back_from_the
 
 def test_other_profile_reruns_nothing_here(repository):
     edit(repository, "profile: mini", "profile: paper")
+    shown = call(
+        repository, "dvc", "repro", "--dry", "--force", "report"
+    )  # without --force, DVC wants the outputs that a dry run does not make
+    stages = [
+        name
+        for name in ("data", "curation", "crop_distribution", "sft", "grpo", "evaluation", "report")
+        if f"'{name}@paper'" in shown
+    ]
+    assert len(stages) == 7 and not (repository / "runs" / "paper" / "curation").exists()
     assert reproduce(repository)[0] == "paper/data"
     edit(repository, "profile: paper", "profile: mini")
     assert reproduce(repository) == []
