@@ -12,10 +12,11 @@ import pandas as pd
 import papermill
 import published
 import pytest
+import test_notebooks
 import yaml
 from test_served import Server
 
-from awares import data
+from awares import data, publish
 from awares.config import TASKS, load_params
 from awares.model import save_model
 from awares.report import AVERAGE
@@ -57,8 +58,8 @@ def test_data_notebook_runs_under_profile_paper(tmp_path, monkeypatch):
     assert "HuggingFaceM4/ChartQA" in shown and "of benchmarks" in shown
 
 
-SMOKE = {
-    "threads": 1,
+SMOKE = {key: value for key, value in test_notebooks.SMOKE.items() if not key.startswith("curation.")}
+SMOKE |= {
     "data.train_rows": 6,
     "data.validation_rows": 2,
     "base.device": "cpu",
@@ -67,35 +68,10 @@ SMOKE = {
     "curation.chunk_rows": 16,
     "protocol.max_new_tokens": 12,
     "protocol.token_budget": 4096,
-    "sft.batch_size": 8,
     "sft.per_device_batch_size": 2,
-    "sft.epochs": 1,
     "sft.share": 1.0,
-    "sft.checkpoints": 2,
-    "sft.selection_rows": 4,
-    "grpo.batch_size": 8,
-    "grpo.per_device_batch_size": 4,
-    "grpo.generations": 4,
-    "grpo.max_steps": 2,
-    "grpo.max_completion_length": 12,
-    "grpo.save_steps": 1,
-    "evaluation.rows": 2,
-    "evaluation.frontier_rows": 2,
-    "evaluation.bootstrap": 50,
-    "evaluation.call_bias": 30.0,  # a random model never calls by itself
-    "evaluation.dial_biases": [-30.0, 0.0],
-    "evaluation.dial_rows": 8,
-    "report.gallery": 2,
 }
 KEY = "sk-planted-paper-0b7d"
-STAGES = {
-    "00_data": "data",
-    "01_curation": "curation",
-    "02_crop_distribution": "crop_distribution",
-    "03_sft": "sft",
-    "04_grpo": "grpo",
-    "05_evaluation": "evaluation",
-}
 
 
 @pytest.fixture
@@ -151,7 +127,7 @@ def test_the_whole_line_runs_under_profile_paper_and_no_key_is_left_behind(serve
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     overrides = yaml.safe_dump(values, default_flow_style=True, width=10**6).strip()
-    for name, stage in STAGES.items():
+    for name, stage in publish.STAGES.items():
         executed = params.run_dir(stage) / "notebook.ipynb"
         executed.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(

@@ -4,6 +4,7 @@ An executed notebook differs on every run (ids, timings, progress bars). What is
 something and drops the rest, so that two runs with the same numbers give the same bytes.
 
     python -m awares.publish mini         # what the report stage of dvc.yaml runs last
+    python -m awares.publish mini base      # what the frozen stage base_model runs last
     python -m awares.publish mini seeds     # and the stages beside it
     python -m awares.publish mini latency
     python -m awares.publish mini ablations
@@ -49,6 +50,14 @@ def publish(params: Params) -> list[Path]:
     clear(folder / "notebooks")
     clear(folder / "html")
     return [file for name, path in executed.items() for file in publish_one(path, folder, name, params.root)]
+
+
+def publish_base(params: Params) -> list[Path]:
+    """Put the executed training of the embedded base model beside its weights, as it is published."""
+    executed, shipped = params.run_dir("base_model") / "notebook.ipynb", Path(params.model_path()) / "training.ipynb"
+    _require(executed, "base_model")
+    nbformat.write(normalise(nbformat.read(executed, as_version=4), params.root), shipped)
+    return [shipped]
 
 
 def publish_seeds(params: Params) -> list[Path]:
@@ -150,6 +159,7 @@ def clear(folder: Path) -> Path:
 
 
 PUBLISHERS = {
+    "base": publish_base,
     "seeds": publish_seeds,
     "latency": publish_latency,
     "ablations": publish_ablations,
@@ -158,7 +168,7 @@ PUBLISHERS = {
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m awares.publish [profile [seeds, latency, ablations or comparison]]``."""
+    """``python -m awares.publish [profile [base, seeds, latency, ablations or comparison]]``."""
     profile, what = [*arguments, "", ""][:2]
     try:
         params = load_params(profile)
