@@ -146,7 +146,7 @@ def repository(tmp_path_factory):
     (folder / "params.yaml").write_text(text)
     for stage in STAGES.values():
         for name in stage["deps"]:
-            if name.startswith(("src/", "notebooks/", "data/sources", "data/paper")):
+            if name.startswith(("src/", "notebooks/", "data/sources", "data/served", "data/paper")):
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_text("")
     (folder / "data/base/model.txt").write_text("weights")
