@@ -376,7 +376,7 @@ def load_params(
     Raises AwaresError naming the dotted key and the allowed values.
     """
     file = find_file(Path(path))
-    raw = _read_yaml(file)
+    raw = read_yaml(file)
     profile = profile or _check("profile", raw.get("profile"), str, {})
     variants = _mapping("variants", raw.get("variants"))
     variant_values = _mapping(f"variants.{variant}", _choose("variant", variant, variants) or {})
@@ -475,7 +475,10 @@ def find_file(path: Path) -> Path:
     raise AwaresFileError(f"{path}: no such file here or in a folder above; run from inside the repository")
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path, named_by: str = "") -> dict[str, Any]:
+    """The mapping in a YAML file; AwaresError for none. ``named_by``: the parameter that names the file, for the message."""
+    if not file.is_file():
+        raise AwaresFileError(f"{file}: no such file{f'; {named_by} names it' if named_by else ''}")
     try:
         return _mapping(file.name, yaml.safe_load(file.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:

@@ -79,38 +79,47 @@ def train_grpo(params: Params, dataset: datasets.Dataset, model_path: str | Path
     rate (also by label), mean requested area of the calls, malformed and overflowing calls as shares of completions, KL. After an
     interruption the same call goes on from the last checkpoint. AwaresError for rows or sizes that cannot work, before any training.
     """
-    folder, log = _prepare(params, dataset, model_path, out_dir)[2:]
+    job = _prepare(params, dataset, model_path, out_dir)
     if params.base.launch:
         launch.launch("grpo", params, model_path, out_dir)
-        training.require_checkpoint(folder)
+        training.require_checkpoint(job.folder)
     else:
-        fit(params, dataset, None, model_path, out_dir)
-    last = training.checkpoints(folder)[-1]
+        _fit(job, params, model_path)
+    last = training.checkpoints(job.folder)[-1]
     policy = models.load_model(model_path, params.base.dtype, params.base.device, adapter=last, trainable=True)
-    processor = models.load_processor(model_path)
-    adapter, merged = training.save_policy(policy, processor, out_dir, training.relative(model_path, params.root))
-    return GrpoResult(adapter, merged, log, training.step_of(last))
+    adapter, merged = training.save_policy(policy, job.processor, out_dir, training.relative(model_path, params.root))
+    return GrpoResult(adapter, merged, job.log, training.step_of(last))
 
 
 def fit(params: Params, dataset: datasets.Dataset, _: Any, model_path: str | Path, out_dir: str | Path) -> None:
     """The training of `train_grpo` alone, to its last checkpoint: what each process of a launched one runs."""
-    rows, processor, folder, log = _prepare(params, dataset, model_path, out_dir)
-    model = models.load_model(model_path, params.base.dtype, launch.device(params))
-    trainer = build_trainer(params, rows, model, processor, folder)
-    training.train(trainer, folder, training.Log(log, log_entry, "reward"))
+    _fit(_prepare(params, dataset, model_path, out_dir), params, model_path)
 
 
-def _prepare(
-    params: Params, dataset: datasets.Dataset, model_path: str | Path, out_dir: str | Path
-) -> tuple[datasets.Dataset, ImageOnlyProcessor, Path, Path]:
-    """The rows, the processor, the folder of the checkpoints, the log."""
+@dataclass(frozen=True)
+class _Job:
+    """What a training works on, the folder of its checkpoints, its log."""
+
+    rows: datasets.Dataset
+    processor: ImageOnlyProcessor
+    folder: Path
+    log: Path
+
+
+def _prepare(params: Params, dataset: datasets.Dataset, model_path: str | Path, out_dir: str | Path) -> _Job:
     models.set_threads(params.threads)
     rows = share_of(dataset, params.grpo.share)
     processor = models.load_processor(model_path)
     check_budget(rows, processor, params)
     code = [__file__, str(rewards.__file__), str(sharing.__file__)]
     folder = training.checkpoint_folder(out_dir, training.describe_inputs("grpo", params, [rows], model_path, code))
-    return rows, processor, folder, Path(out_dir) / "log.jsonl"
+    return _Job(rows, processor, folder, Path(out_dir) / "log.jsonl")
+
+
+def _fit(job: _Job, params: Params, model_path: str | Path) -> None:
+    model = models.load_model(model_path, params.base.dtype, launch.device(params))
+    trainer = build_trainer(params, job.rows, model, job.processor, job.folder)
+    training.train(trainer, job.folder, training.Log(job.log, log_entry, "reward"))
 
 
 def log_entry(entry: dict[str, Any]) -> dict[str, Any]:

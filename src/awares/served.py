@@ -14,11 +14,10 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import pandas as pd
-import yaml
 from PIL import Image
 
 from awares.client import ChatClient, Send, Server
-from awares.config import AwaresFileError, AwaresValueError, Params
+from awares.config import AwaresValueError, Params, read_yaml
 from awares.curation import AnnotationOracle, Boxes, Oracle, code_of
 from awares.judges import HIGH_BETTER, JUDGES, LOW_BETTER, TIE, Judge, Verdict
 from awares.model import ImageOnlyProcessor
@@ -107,13 +106,8 @@ def get_prompt(name: str, params: Params) -> Prompt:
 
 def _read(params: Params) -> Record:
     path = params.path(params.curation.served_file)
-    if not path.is_file():
-        raise AwaresFileError(f"{path}: no such file; curation.served_file names it")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise AwaresValueError(f"{path.name} is not YAML: {error}") from error
-    if not isinstance(raw, dict) or not all(isinstance(raw.get(key), dict) for key in ("models", "prompts")):
+    raw = read_yaml(path, "curation.served_file")
+    if not all(isinstance(raw.get(key), dict) for key in ("models", "prompts")):
         raise AwaresValueError(f"{path.name} must have the sections models and prompts")
     return raw
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import datasets
-import yaml
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image, ImageOps
 
 from awares import protocol
-from awares.config import AwaresError, AwaresFileError, AwaresValueError, Params
+from awares.config import AwaresError, AwaresFileError, AwaresValueError, Params, read_yaml
 from awares.crops import MAX_ASPECT, MIN_SIDE, cap, check_image
 
 KINDS = ("training", "evaluation", "curated")
@@ -74,13 +73,8 @@ class Draft:
 def read_sources(params: Params, kind: str) -> dict[str, Source]:
     """The sources of ``kind`` (of `KINDS`) in the file ``data.sources_file``, by name; AwaresError naming file and key."""
     file = params.path(params.data.sources_file)
-    if not file.is_file():
-        raise AwaresFileError(f"{file}: no such file; data.sources_file names it")
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise AwaresValueError(f"{file.name} is not YAML: {error}") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get(kind), dict):
+    raw = read_yaml(file, "data.sources_file")
+    if not isinstance(raw.get(kind), dict):
         raise AwaresValueError(f"{file.name}: no section {kind}; it has {', '.join(KINDS)}")
     return {name: _declared(name, kind, f"{file.name}: {kind}.{name}", entry) for name, entry in raw[kind].items()}
 
