@@ -94,6 +94,43 @@ def test_training_format_is_the_chat_template(tokenizer):
     assert [bool(m) for m in found["assistant_masks"][0]] == [label != base.IGNORE for label in labels]
 
 
+def test_parts_come_as_the_result_of_a_call_that_is_not_learned(tokenizer):
+    protocol.install(tokenizer)
+    rng = np.random.default_rng(3)
+    called = [one for one in (base.example(rng, "joint") for _ in range(150)) if one.call]
+    assert {one.late for one in called} >= {0, 1}
+    for one in called:
+        ids, labels = pretrain.encode(one, tokenizer)
+        text = tokenizer.decode(ids).replace("<|image_pad|>", "")
+        image = "<|vision_start|><|vision_end|>"
+        question, answer = one.turns[one.late]
+        shown = protocol.tool_suffix(tokenizer, protocol.tool_message([None] * (len(one.views) - 1)))
+        shown = shown.replace("<|image_pad|>", "")
+        assert (
+            f"{image if one.late == 0 else ''}{question}<|im_end|>\n<|im_start|>assistant\n{one.call}<|im_end|>{shown}{answer}<|im_end|>"
+            in text
+        )
+        assert text.count(image) == len(one.views)
+        assert f'"name": "{protocol.TOOL_NAME}"' not in text
+        learned = tokenizer.decode([i for i in labels if i != base.IGNORE])
+        assert learned == "".join(f"{said}<|im_end|>" for _, said in one.turns)
+
+
+def test_an_answer_behind_a_call_is_looked_up_by_its_question(tokenizer):
+    rng = np.random.default_rng(3)
+    one = next(e for e in (base.example(rng, "joint") for _ in range(150)) if e.call and e.trails[e.late].by_word)
+    batch = pretrain.collate([one], tokenizer)
+    ids, pad = batch["input_ids"][0], tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    begin = tokenizer.decode(ids).index("</tool_response>")
+    behind = [n for n, at in enumerate(batch["watch_positions"]) if len(tokenizer.decode(ids[: at + 1])) > begin]
+    first = behind[0]
+    told = tokenizer.decode(ids[batch["watch_subject"][first]]).split()
+    assert told and set(told) <= set().union(*one.trails[one.late].subjects)
+    assert set(ids[batch["watch_evidence"][first].any(0)].tolist()) - {ids[0].item()} == {
+        pad
+    }  # a row without it rests on the first
+
+
 def test_patches_are_the_processors(tokenizer):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (168, 224, 3), dtype=np.uint8))
     found = make_processor(tokenizer, min_pixels=28 * 28).image_processor(images=[image], return_tensors="np")

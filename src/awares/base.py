@@ -38,18 +38,24 @@ CHAR_ID = {c: i + 1 for i, c in enumerate(CHARS)}
 TRAITS = [*lex.COLOURS, "%", "$"]  # the colour of an object, or the unit of a printed number
 TRAIT_ID = {t: i + 1 for i, t in enumerate(TRAITS)}
 IGNORE = -100
+CALLED = 0.6  # share of pictures with parts, in the joint stage, whose parts are the result of a function call
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
 # shares of painters and of views by stage; the vision tower learns most from full pages
 PAINTER_SHARES = {
     "glyphs": {"wall": 1.0},
     "words": {"page": 0.1, "chart": 0.1, "signs": 0.1, "objects": 0.15, "wall": 0.55},
-    "vision": {"page": 0.18, "chart": 0.14, "signs": 0.09, "objects": 0.14, "collage": 0.05, "ledger": 0.4},
-    "all": {"page": 0.24, "chart": 0.18, "signs": 0.2, "objects": 0.3, "collage": 0.08},
+    "vision": {"page": 0.2, "chart": 0.24, "signs": 0.09, "objects": 0.12, "collage": 0.05, "ledger": 0.3},
+    "lookup": {"page": 0.24, "chart": 0.18, "signs": 0.2, "objects": 0.3, "collage": 0.08},
+    "joint": {"page": 0.24, "chart": 0.26, "signs": 0.2, "objects": 0.22, "collage": 0.08},
 }
+_SEES = {"full": 0.65, "half": 0.2, "part": 0.15}
 VIEW_SHARES = {
-    "sees": {"full": 0.65, "half": 0.2, "part": 0.15},
-    "all": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
+    "glyphs": _SEES,
+    "words": _SEES,
+    "vision": {"full": 0.45, "half": 0.4, "part": 0.15},  # a half view has a quarter of the patches
+    "lookup": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
+    "joint": {"full": 0.3, "half": 0.25, "part": 0.05, "group": 0.4},
 }
 
 
@@ -222,6 +228,9 @@ class Example:
     system: str = lex.SYSTEMS[0]
     late: int = 0  # the turn at which all views but the first are shown
     trails: list[Trail] = field(default_factory=list)  # one a turn, or none
+    call: str = (
+        ""  # a call of some function, given, whose result those views are; it stands before the answer of that turn
+    )
 
 
 def view(scene: scenes.Scene, region: scenes.Box = (0.0, 0.0, 1.0, 1.0), halve: bool = False) -> View:
@@ -344,10 +353,10 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     silent = stage not in ("lookup", "joint")
     if not silent and rng.random() < 0.06:
         return text_example(rng)
-    painter = _drawn(rng, PAINTER_SHARES.get(stage, PAINTER_SHARES["all"]))
+    painter = _drawn(rng, PAINTER_SHARES[stage])
     draw = scenes.draw if stage == "lookup" else scenes.paint  # symbolic pages need no camera
     scene = draw(painter, rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
-    kind = _drawn(rng, VIEW_SHARES["sees" if silent else "all"])
+    kind = _drawn(rng, VIEW_SHARES[stage])
     if painter == "ledger" and kind == "half":  # its keys may be small
         kind = "full"
     regions: list[scenes.Box] = []
@@ -369,8 +378,19 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         late = min(len(early), 2)
     dice = rng.random()
     system = text_example(rng).system if dice < 0.12 else str(rng.choice(lex.SYSTEMS)) if dice < 0.3 else lex.SYSTEMS[0]
+    call = ""
+    found = [qa for qa in order if any(shows(one, qa) for one in views[1:])]
+    if stage == "joint" and kind == "group" and found and rng.random() < CALLED:
+        early = [qa for qa in order if not qa.small and qa is not found[0]][: int(rng.integers(3))]
+        order = [*early, found[0], *(qa for qa in order if qa not in early and qa is not found[0])]
+        order, late = order[: len(early) + 3], len(early)
+        name, argument, offered, words = _function(rng)
+        call = _call(name, argument, words)
+        if rng.random() < 0.7:
+            system += f"\n{_offer(name, argument, offered)}"
     turns = [(qa.question, qa.answers[qa.form]) for qa in order]
-    return Example(views, turns, system, late if late < len(order) else 0, [trail(qa, scene, views) for qa in order])
+    trails = [trail(qa, scene, views) for qa in order]
+    return Example(views, turns, system, late if late < len(order) else 0, trails, call)
 
 
 def _drawn(rng: np.random.Generator, shares: dict[str, float]) -> str:
@@ -407,29 +427,42 @@ _VERBS = "open search move play paint order find send book light crop mark save 
 _ARGUMENTS = "regions places items names target colour city day count arguments".split()
 
 
+def _function(rng: np.random.Generator) -> tuple[str, str, list[str], list[str]]:
+    """A random function, never the crop tool: its name, its argument, what may be asked for and what is."""
+    pool = [*lex.PLACES, "top", "bottom", "left", "right", "all", *lex.SHAPES, *lex.ITEMS, *lex.CITIES]
+    offered = [str(w) for w in rng.choice(pool, int(rng.integers(3, 8)), replace=False)]
+    words = offered[: int(rng.integers(1, 4))]
+    verb, argument = str(rng.choice(_VERBS)), str(rng.choice(_ARGUMENTS))
+    return f"{verb}_{rng.choice(lex.ANIMALS)}", argument, offered, words
+
+
+def _offer(name: str, argument: str, words: list[str]) -> str:
+    return f"<tools>\n{json.dumps({'name': name, 'arguments': {argument: words}})}\n</tools>"
+
+
+def _call(name: str, argument: str, words: list[str]) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': {argument: words}})}\n</tool_call>"
+
+
 def text_example(rng: np.random.Generator) -> Example:
     """Text alone: call a function that the system message offers and report its result, or repeat words.
 
     The functions are random and never the crop tool; between them every token of a tool call and of its answer is used.
     """
-    pool = [*lex.PLACES, "top", "bottom", "left", "right", "all", *lex.SHAPES, *lex.ITEMS, *lex.CITIES]
-    offered = [str(w) for w in rng.choice(pool, int(rng.integers(3, 8)), replace=False)]
-    words = offered[: int(rng.integers(1, 4))]
-    verb, argument = str(rng.choice(_VERBS)), str(rng.choice(_ARGUMENTS))
-    name = f"{verb}_{rng.choice(lex.ANIMALS)}"
+    name, argument, offered, words = _function(rng)
+    verb = name.split("_")[0]
     system = " ".join(
         [lex.SYSTEMS[0], *(str(s) for s in rng.choice(lex.SYSTEMS[1:], int(rng.integers(0, 3)), replace=False))]
     )
     draw = rng.random()
     if draw < 0.7:
-        schema = json.dumps({"name": name, "arguments": {argument: rng.permutation(offered).tolist()}})
-        call = json.dumps({"name": name, "arguments": {argument: words}})
+        offer = _offer(name, argument, rng.permutation(offered).tolist())
         result = " ".join(str(w) for w in rng.choice(WORDS, int(rng.integers(1, 3))))
         if rng.random() < 0.15:
             result = f"error: no such {result}"
-        turns = [(f"{verb} {' and '.join(words)}.", f"<tool_call>\n{call}\n</tool_call>")]
+        turns = [(f"{verb} {' and '.join(words)}.", _call(name, argument, words))]
         turns += [(f"<tool_response>\n{result}\n</tool_response>", result)]
-        return Example(turns=turns, system=f"{system}\n<tools>\n{schema}\n</tools>")
+        return Example(turns=turns, system=f"{system}\n{offer}")
     if draw < 0.85:
         return Example(turns=[(f"repeat as a list: {' and '.join(words)}", json.dumps(words))], system=system)
     return Example(

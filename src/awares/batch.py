@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from awares.config import AwaresError, AwaresFileError, AwaresValueError
 from awares.crops import cap, open_image

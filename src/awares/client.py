@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import openai
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from awares.config import AwaresError, AwaresValueError
 from awares.replies import Again, Lost, Reply, ReplyFile, Request, read_json, read_reply

@@ -66,9 +66,12 @@ def encode(item: Example, tokenizer: Qwen2Tokenizer) -> tuple[list[int], list[in
     shown = {0: pads} if item.late == 0 else {0: pads[:1], item.late: pads[1:]}
     pieces = [(f"<|im_start|>system\n{item.system}<|im_end|>\n", False)]
     for index, (question, answer) in enumerate(item.turns):
-        pieces += [
-            (f"<|im_start|>user\n{''.join(shown.get(index, []))}{question}<|im_end|>\n<|im_start|>assistant\n", False)
-        ]
+        fresh = "".join(shown.get(index, []))
+        if item.call and index == item.late:
+            seen = "".join(pads[:1]) if index == 0 else ""
+            pieces.append((_turns(f"{seen}{question}", item.call), False))
+            fresh, question = f"<tool_response>\n{''.join(pads[1:])}\n</tool_response>", ""
+        pieces.append((_turns(f"{fresh}{question}"), False))
         pieces += [(f"{answer}<|im_end|>", True), ("\n", False)]
     if not item.turns:
         pieces.append((f"<|im_start|>user\n{''.join(pads)}", False))
@@ -79,6 +82,12 @@ def encode(item: Example, tokenizer: Qwen2Tokenizer) -> tuple[list[int], list[in
         ids += tokens
         labels += tokens if learned else [IGNORE] * len(tokens)
     return ids, labels
+
+
+def _turns(asked: str, given: str = "") -> str:
+    """The user's turn and the beginning of the assistant's; with an answer that is given, that one and no more."""
+    end = f"{given}<|im_end|>\n" if given else ""
+    return f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{end}"
 
 
 def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.Tensor]:
@@ -165,15 +174,16 @@ def _watched(
         learned = torch.ne(labels[row], IGNORE)
         begins = (learned[1:] & ~learned[:-1]).nonzero()[:, 0] + 1
         openings, pads = start[row].nonzero()[:, 0], pad[row].nonzero()[:, 0]
-        for begin, path in zip(begins.tolist(), item.trails, strict=False):
-            asked = int(openings[openings < begin][-2])  # the user's turn
+        for turn, (begin, path) in enumerate(zip(begins.tolist(), item.trails, strict=False)):
+            back = 4 if item.call and turn == item.late else 2  # call and result stand between question and answer
+            asked, replied = openings[openings < begin][[-back, 1 - back]].tolist()
             end = begin + int(stop[row, begin:].nonzero()[0])
             for position, part, word in _read_off(path, words, begin, end):
                 target = _shown(item.views, path, part, word, pads, position, ids.shape[1])
                 if target is None:
                     continue
                 names = path.subjects[min(part, len(path.subjects) - 1)]
-                bare = [w.removeprefix(SPACE) for w in words[asked:begin]]
+                bare = [w.removeprefix(SPACE) for w in words[asked:replied]]
                 told = torch.zeros(ids.shape[1], dtype=torch.bool)
                 told[[asked + i for i, w in enumerate(bare) if w in names or w.removesuffix("s") in names]] = True
                 rows.append(row)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from awares import protocol
 from awares.config import AwaresValueError, Params
@@ -299,8 +299,9 @@ class Engine(Interaction):
 
     @classmethod
     def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> "Engine":
-        """An engine with the limits of params.yaml; ``options`` override them."""
+        """An engine with the limits of params.yaml, which shows its progress; ``options`` override them."""
         limits: dict[str, Any] = dict(
+            progress=True,
             max_new_tokens=params.protocol.max_new_tokens,
             token_budget=params.protocol.token_budget,
             max_side=params.crops.max_side,
@@ -316,7 +317,7 @@ class Engine(Interaction):
         training = self.decoder.model.training
         self.decoder.model.eval()
         try:
-            with tqdm(total=count, unit="row", disable=not self.progress) as bar:
+            with tqdm(total=count, unit="row", leave=False, disable=not self.progress) as bar:
                 for begin in range(0, count, WINDOW):
                     rows = [prepare(index) for index in range(begin, min(begin + WINDOW, count))]
                     for batch in self._batches(rows):

@@ -11,6 +11,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from awares import scenes
 from awares.config import AwaresError
@@ -38,7 +39,8 @@ def make_source(name: str, n: int, seed: int, split: str) -> list[dict[str, Any]
     """
     if name not in PLANS:
         raise AwaresError(f"unknown source {name!r} of the embedded suite; choose from {', '.join(PLANS)}")
-    return [_row(name, seed, split, index) for index in range(n)]
+    rows = tqdm(range(n), desc=f"{name} {split}", unit="row", leave=False)
+    return [_row(name, seed, split, index) for index in rows]
 
 
 def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
     painter, kind = list(plan)[int(rng.choice(len(plan), p=weights / weights.sum()))]
     small = bool(rng.random() < SMALL_SHARE)  # drawn before the question, so that no phrasing can tell
     for _ in range(TRIES):
-        scene = scenes.paint(painter, rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
+        scene = scenes.draw(painter, rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
         fitting = [qa for qa in scene.qas if qa.kind == kind and qa.small == small]
         if fitting:
             qa = fitting[int(rng.integers(len(fitting)))]
@@ -59,7 +61,7 @@ def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
         )
     return {
         "id": f"{name}-{split}-{seed}-{index:06d}",
-        "image": {"bytes": scene.jpeg, "path": None},
+        "image": {"bytes": scenes.capture(scene.image, rng), "path": None},
         "question": qa.question,
         "answers": list(qa.answers),
         "source": name,
