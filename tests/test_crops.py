@@ -160,6 +160,26 @@ def test_open_image_stands_upright_in_rgb_on_white(tmp_path) -> None:
     assert (upright.size, upright.mode) == ((80, 40), "RGB")
 
 
+def test_free_boxes() -> None:
+    assert crops.crop_box("150,400,600,700") == (150, 400, 600, 700)
+    assert crops.area("150,400,600,700") == pytest.approx(0.135)
+    assert crops.union_area(["0,0,500,500", "top-left", "0,250,500,750"]) == pytest.approx(0.375)
+    assert crops.free_name((151, 400, 599, 701)) == "150,400,600,750"
+    assert crops.free_name((990, 990, 1000, 1000)) == "950,950,1000,1000"
+    assert crops.free_name((200, 300, 200, 300)) == "200,300,250,350"
+    assert crops.boxes_to_crops((151, 400, 599, 701), offered=("box",)) == ("150,400,600,750",)
+    for bad in ("600,400,150,700", "0,0,1001,500", "0,0,500", "a,b,c,d", "0.5,0,1,1", "-1,0,5,5", ""):
+        assert not crops.is_free(bad)
+        with pytest.raises(AwaresError, match="use one of"):
+            crops.crop_box(bad)
+    image = Image.new("RGB", (400, 200))
+    assert crops.cut(image, "250,0,500,500").size == (100, 100)
+    assert crops.cut(image, "0,0,1000,1000", 0.25).size == (200, 100)
+    assert crops.cut(image, "0,0,500,500", 0.25).size == (200, 100)
+    assert min(crops.cut(Image.new("RGB", (28, 28)), "0,0,1,1").size) >= 1
+    assert crops.in_order(["100,0,200,50", "all", "top", "top"]) == ("top", "all", "100,0,200,50")
+
+
 def test_only_offered_crops_are_chosen():
     assert boxes_to_crops((10, 10, 20, 20), offered=["all"]) == ("all",)
     assert boxes_to_crops((10, 10, 20, 20), offered=["top", "all"]) == ("top",)

@@ -310,7 +310,7 @@ def test_the_tool_returns_the_crops_in_order_and_errors_in_words(world):
     assert [part["image"].tobytes() for part in parts] == [
         crops.cut(image, name).tobytes() for name in ("left", "bottom-right")
     ]
-    for bad in (["nowhere"], [], "", [[0, 0, 5, 5]], None):
+    for bad in (["nowhere"], [], "", [[0, 0, 5, 5]], ["0,0,500,500"], None):
         assert environment.crop(bad) == [{"type": "text", "text": protocol.TOOL_ERROR}]
     public = {name for name in vars(grpo.CropEnvironment) if not name.startswith("_")}
     assert public == {"reset", "crop"}
@@ -334,7 +334,7 @@ def test_visionthink_pays_for_being_right_without_asking_and_for_form(world):
         -0.5,
         0.0,
     ]  # `top` is not offered
-    environment = grpo.CropEnvironment(params.crops.offered)
+    environment = grpo.CropEnvironment(protocol.from_params(params))
     environment.reset(full_image=world.rows[0]["image"])
     assert environment.crop(["top"]) == [{"type": "text", "text": protocol.TOOL_ERROR}]
     assert environment.crop(["all"])[0]["image"].size == world.rows[0]["image"].size
@@ -347,6 +347,56 @@ def test_a_policy_with_fewer_regions_is_trained_on_them_alone(world, tmp_path, m
     prompt = world.processor.tokenizer.decode(batch["prompt_ids"][0])
     assert '"regions": ["all"]' in prompt and "top-left" not in prompt
     assert batch["num_images"] == [2 if i in (1, 4) else 1 for i in range(8)]
+
+
+FREE = {"crops.offered": ["box"], "crops.region_budget": 0.25}
+
+
+def test_ergo_pays_for_a_region_that_is_enough_and_small(world, monkeypatch):
+    params = settings(**FREE, **{"grpo.answer_reward": "judge", "base.model": str(world.policy)})
+    reward = grpo.REWARDS["ergo"](params)
+    seen = []
+
+    def read(images, questions):
+        seen.append([(image.size, question) for image, question in zip(images, questions, strict=True)])
+        return [SimpleNamespace(answer=text) for text in ("7", "8", "7")]
+
+    monkeypatch.setattr(reward.reader, "answer", read)
+    picture = world.rows[0]["image"]
+    completions = [
+        [said("", [called("0,0,500,500")]), TOOL, said("7")],  # right, enough, small
+        [said("", [called("0,0,500,500")]), TOOL, said("7")],  # right, small
+        [said("", [called("0,0,1000,800")]), TOOL, said("8")],  # enough
+        [said("7")],  # right without a region
+    ]
+    prompts = [protocol.messages("what?", picture)] * 4
+    given = reward.answer(
+        completions=completions, answers=[["7"]] * 4, prompts=prompts, full_image=[picture] * 4, label=["HR"] * 4
+    )
+    assert given == pytest.approx([2.5, 1.5, 1.0, 1.0])
+    assert reward.tool_cost(completions=completions, label=["HR"] * 4) == [-1.0, -1.0, -1.0, 0.0]
+    width, height = picture.size
+    shrunk = crops.cut(picture, "0,0,1000,800", 0.25)
+    assert shrunk.width * shrunk.height == pytest.approx(0.25 * width * height, rel=0.05)
+    assert seen == [[((width // 2, height // 2), "what?")] * 2 + [(shrunk.size, "what?")]]
+
+
+def test_a_policy_with_free_boxes_is_trained_on_them(world, tmp_path, monkeypatch):
+    ergo = {
+        "grpo.reward": "ergo",
+        "grpo.answer_reward": "judge",
+        "grpo.alpha_ans": 1.0,
+        "base.model": str(world.policy),
+    }
+    trainer = trainer_for(world, tmp_path, settings(**FREE, **ergo))
+    write(trainer, monkeypatch, call=("0,0,500,1000",))
+    batch = rollouts(trainer)
+    prompt = world.processor.tokenizer.decode(batch["prompt_ids"][0])
+    assert '"regions": ["left,top,right,bottom"]' in prompt
+    assert batch["num_images"] == [2 if i in (1, 4) else 1 for i in range(8)]
+    metrics = trainer._metrics["train"]
+    assert metrics["area"] == [0.5]
+    assert metrics["rewards/tool_cost/mean"] == [-0.25]  # the two that ask for a region
 
 
 # Guards

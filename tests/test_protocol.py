@@ -212,6 +212,34 @@ def test_messages_need_a_picture_for_every_crop(tiny: SimpleNamespace) -> None:
         protocol.messages("q", None, ["top", "left"], [tiny.noise(56, 56, 0)])
 
 
+@pytest.mark.parametrize(
+    ("text", "status", "crops"),
+    [
+        (protocol.render_call(["150,400,600,700"]), "valid", ("150,400,600,700",)),
+        (protocol.render_call(["0,0,1000,1000"]), "valid", ("0,0,1000,1000",)),
+        ('<tool_call>{"name": "crop", "arguments": {"regions": [[150, 400, 600, 700]]}}</tool_call>', "recovered", ("150,400,600,700",)),
+        ('<tool_call>{"name": "crop", "arguments": {"regions": ["150 400 600 700"', "recovered", ("150,400,600,700",)),
+        ('<tool_call>{"name": "crop", "arguments": {"regions": ["600,400,150,700"]}}</tool_call>', "malformed", ()),
+        ('<tool_call>{"name": "crop", "arguments": {"regions": ["150,400,600,1700"]}}</tool_call>', "malformed", ()),
+        ('<tool_call>{"name": "crop", "arguments": {"regions": ["150,400,600"]}}</tool_call>', "malformed", ()),
+        ('<tool_call>{"name": "zoom", "arguments": {"regions": ["150,400,600,700"]}}</tool_call>', "malformed", ()),
+        (protocol.render_call(["top"]), "malformed", ()),
+        ("150,400,600,700", "none", ()),
+    ],
+)  # fmt: skip
+def test_free_boxes_are_read_where_they_are_offered(text, status, crops):
+    form = protocol.from_params(load_params("mini", overrides={"crops.offered": ["box"]}))
+    found = protocol.parse_call(text, form)
+    assert (found.status, found.crops) == (status, crops)
+    if "150,400,600,700" in crops:
+        assert protocol.parse_call(text).crops == ()  # ten names are offered, and no boxes
+
+
+def test_free_boxes_stand_alone():
+    with pytest.raises(AwaresError, match="`box` stands alone"):
+        load_params("mini", overrides={"crops.offered": ["box", "all"]})
+
+
 def test_a_tool_may_offer_fewer_regions():
     form = protocol.from_params(load_params("mini", overrides={"crops.offered": ["top", "all"]}))
     assert '"regions": ["top", "all"]' in form.system and "bottom" not in form.system

@@ -16,13 +16,14 @@ from typing import Any
 
 import yaml
 
-LOCAL_JUDGES = ("semantic", "embedding", "anls")
+LOCAL_JUDGES = ("semantic", "embedding", "anls", "always")
 JUDGES = (*LOCAL_JUDGES, "llama", "deepseek")
 ORACLES = ("annotation", "qwen3_vl")
 ENGINES = ("local", "base")  # where the base model answers during curation: here, or the server of that name
 CROP_RULES = ("coverage", "iou")
+FREE_BOX = "box"
 CROP_NAMES = ("top-left", "top-right", "bottom-left", "bottom-right", "center", "top", "bottom", "left", "right", "all")
-REWARDS = ("awares", "visionthink")
+REWARDS = ("awares", "visionthink", "ergo")
 PROTOCOLS = ("ours", "released")
 ANSWER_REWARDS = ("similarity", "anls", "judge")
 TASKS = ("chartqa", "docvqa", "ocrbench", "pope", "realworldqa", "vstar")
@@ -99,7 +100,8 @@ class Data:
 class Crops:
     """Candidate crops and the box -> crops rule (PAPER §1, §2)."""
 
-    offered: tuple[str, ...] = _method(choices=CROP_NAMES)
+    offered: tuple[str, ...] = _method(choices=(*CROP_NAMES, FREE_BOX))
+    region_budget: float = _method(low=0.01, high=1)
     rule: str = _method(choices=CROP_RULES)
     iou_threshold: float = _method(low=0, high=1)
     coverage_threshold: float = _method(low=0, high=1)
@@ -592,7 +594,9 @@ def _check_whole(params: Params) -> None:
     }
     if len(set(seeds.values())) < len(seeds):
         raise AwaresValueError(f"data seeds must differ, so that no row is seen twice: {seeds}")
-    if "all" not in params.crops.offered:
+    if FREE_BOX in params.crops.offered and len(params.crops.offered) > 1:
+        raise AwaresValueError("crops.offered: `box` stands alone, it holds every other region")
+    if not {"all", FREE_BOX} & set(params.crops.offered):
         raise AwaresValueError("crops.offered must hold `all`: some evidence spans the whole image")
     if params.protocol.name != "ours" and params.crops.offered != CROP_NAMES:
         raise AwaresValueError(f"protocol.name {params.protocol.name} has fixed regions: crops.offered must be all ten")

@@ -1,9 +1,11 @@
 """The candidate crops: areas, box -> crops, cutting and resizing (PAPER §1, §2).
 
+A region is one of the paper's ten, by name, or a free box (its future work), whose name is the box itself: ``"150,400,600,700"``.
 Boxes are ``(x1, y1, x2, y2)`` in 0-1000 of the image's width and height, origin top left, wherever a function takes
 one. Only the table below is in fractions of the image.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -27,20 +29,52 @@ CROPS: dict[str, tuple[float, float, float, float]] = {
     "right": (0.5, 0.0, 1.0, 1.0),
     "all": (0.0, 0.0, 1.0, 1.0),
 }
+FREE = "box"  # in the place of a name, in what a tool is offered for: any box
+GRID = 50  # of 1000: what the edges of a free box are multiples of, where we draw it
 MIN_SIDE = 28  # one visual token
 MAX_ASPECT = 200  # longer strips are refused by Qwen2.5-VL's image processor
 
 
 def crop_box(name: str) -> tuple[float, float, float, float]:
     """The box of a crop in 0-1000; AwaresValueError for an unknown name."""
-    if name not in CROPS:
-        raise AwaresValueError(f"crop {name!r}: use one of {', '.join(CROPS)}")
-    left, top, right, bottom = CROPS[name]
-    return 1000 * left, 1000 * top, 1000 * right, 1000 * bottom
+    if name in CROPS:
+        left, top, right, bottom = CROPS[name]
+        return 1000 * left, 1000 * top, 1000 * right, 1000 * bottom
+    if not is_free(name):
+        raise AwaresValueError(f"crop {name!r}: use one of {', '.join(CROPS)}, or a box such as 150,400,600,700")
+    left, top, right, bottom = (float(edge) for edge in name.split(","))
+    return left, top, right, bottom
+
+
+def is_free(name: str) -> bool:
+    """Whether ``name`` is a free box: four whole numbers of 0 to 1000, right of left and below top."""
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4}){3}", name):
+        return False
+    left, top, right, bottom = map(int, name.split(","))
+    return left < right <= 1000 and top < bottom <= 1000
+
+
+def free_name(box: Box) -> str:
+    """The name of the smallest free box around ``box`` whose edges lie on the grid."""
+    left, top, right, bottom = _solid(box)
+    low = [int(GRID * (edge // GRID)) for edge in (left, top)]
+    high = [int(min(1000, GRID * -(-edge // GRID))) for edge in (right, bottom)]
+    return ",".join(map(str, low + high))
+
+
+def allowed(name: str, offered: Sequence[str]) -> bool:
+    """Whether the tool is offered for this region."""
+    return name in offered or (FREE in offered and is_free(name))
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Different regions in the order of the table, free boxes behind it."""
+    known = list(CROPS)
+    return tuple(sorted(set(names), key=lambda name: (known.index(name) if name in CROPS else len(known), name)))
 
 
 def area(name: str) -> float:
-    """Share of the image that one crop covers: 0.25, 0.5 or 1."""
+    """Share of the image that one crop covers: 0.25, 0.5 or 1, or that of a free box."""
     left, top, right, bottom = crop_box(name)
     return (right - left) * (bottom - top) / 1e6
 
@@ -86,8 +120,11 @@ def boxes_to_crops(
     union does, else ``all``. Cost is what is paid in tokens, the sum of the areas, so a pair that costs as much as
     ``all`` gives way to it; ties go to the nearer centre. ``parts`` (the single question and answer boxes) must each
     lie within one crop of a pair, so that no piece of evidence is cut in half. ``iou``: Eq. 3 literally, every crop
-    with IoU >= ``iou_threshold``, else the best. Only crops that the tool has ``offered`` are chosen; `all` is always one.
+    with IoU >= ``iou_threshold``, else the best. Only crops that the tool has ``offered`` are chosen; `all` is always one. A tool
+    that is offered for free boxes gets the box itself, rounded out to the grid.
     """
+    if FREE in offered:
+        return (free_name(box),)
     if rule == "iou":
         return _by_iou(box, iou_threshold, offered)
     if rule != "coverage":
@@ -144,12 +181,17 @@ def low_resolution(image: Image.Image) -> Image.Image:
     return _resize(image, round(image.width / 2), round(image.height / 2))
 
 
-def cut(image: Image.Image, name: str) -> Image.Image:
-    """The crop ``name`` of ``image`` at native density, edges rounded to whole pixels."""
+def cut(image: Image.Image, name: str, budget: float = 1.0) -> Image.Image:
+    """The crop ``name`` of ``image``, edges rounded to whole pixels, at native density.
+
+    One that covers more than the share ``budget`` of the image is shrunk to as many pixels as that share has.
+    """
     left, top, right, bottom = (edge / 1000 for edge in crop_box(name))
     width, height = image.size
-    piece = image.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
-    return _resize(piece, *piece.size)
+    edges = round(left * width), round(top * height), round(right * width), round(bottom * height)
+    piece = image.crop((*edges[:2], max(edges[2], edges[0] + 1), max(edges[3], edges[1] + 1)))
+    scale = min(1.0, (budget / area(name)) ** 0.5)
+    return _resize(piece, round(scale * piece.width), round(scale * piece.height))
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from awares.config import AwaresValueError
-from awares.crops import CROPS, coverage, union_area
+from awares.crops import CROPS, FREE, coverage, in_order, union_area
 
 Crops = Sequence[str]
 
@@ -86,8 +86,7 @@ def _union_iou(a: tuple[str, ...], b: tuple[str, ...]) -> float:
 
 
 def _ordered(names: Iterable[str]) -> tuple[str, ...]:
-    names = set(names)
-    return tuple(name for name in CROPS if name in names)
+    return in_order(names)
 
 
 def _share(part: float, whole: float) -> float:
@@ -113,14 +112,18 @@ def format_table(statuses: Mapping[str, Sequence[str]]) -> pd.DataFrame:
 # Policy flow (Fig. 5)
 
 NO_CALL, SEVERAL = "no call", "several"
-OUTCOMES = (NO_CALL, *CROPS, SEVERAL)  # what a first turn can do; "several" is a request of more than one crop
+OUTCOMES = (
+    NO_CALL,
+    *CROPS,
+    SEVERAL,
+)  # what a first turn can do; "several" is a request of more than one crop; a free box is "box"
 
 
 def outcome(crops: Crops) -> str:
     """What a request amounts to in the policy flow: one of ``OUTCOMES``. A malformed call shows nothing: no call."""
     if len(crops) > 1:
         return SEVERAL
-    return crops[0] if crops else NO_CALL
+    return NO_CALL if not crops else crops[0] if crops[0] in CROPS else FREE
 
 
 def policy_flow(policies: Mapping[str, Sequence[Crops]]) -> pd.DataFrame:

@@ -37,6 +37,7 @@ from awares import model as models
 from awares.config import AwaresValueError, Params
 from awares.data import share_of
 from awares.model import ImageOnlyProcessor
+from awares.rollout import Engine
 
 LOGGED = {  # TRL's name -> ours
     "step": "step",
@@ -144,9 +145,9 @@ def check_budget(rows: datasets.Dataset, processor: ImageOnlyProcessor, params: 
 class CropEnvironment:
     """The crop tool of one rollout. TRL offers every public method but ``reset`` to the policy, so there is one: ``crop``."""
 
-    def __init__(self, offered: Sequence[str] = tuple(crops.CROPS)) -> None:
+    def __init__(self, form: protocol.Protocol = protocol.OURS) -> None:
         self._image: Image.Image | None = None
-        self._offered = offered
+        self._form = form
 
     def reset(self, full_image: Image.Image, **row: Any) -> None:
         """Start a rollout on a row of the dataset; ``full_image`` is its capped image at native density."""
@@ -159,10 +160,11 @@ class CropEnvironment:
         Args:
             regions: Names of the regions to see.
         """
-        names = [name for name in protocol.resolve(regions) if name in self._offered]
+        names = [name for name in protocol.resolve(regions) if crops.allowed(name, self._form.offered)]
         if not names or self._image is None:
             return [{"type": "text", "text": protocol.TOOL_ERROR}]
-        return protocol.tool_message([crops.cut(self._image, name) for name in names])["content"]
+        pictures = [crops.cut(self._image, name, self._form.region_budget) for name in names]
+        return protocol.tool_message(pictures)["content"]
 
 
 def rollout_dataset(rows: datasets.Dataset, params: Params) -> datasets.Dataset:
@@ -268,8 +270,38 @@ class VisionThinkReward(Reward):
         return 0.0 if outcome.malformed or outcome.overflow or not outcome.answer else -rewards.FORMAT
 
 
+class ErgoReward(Reward):
+    """ERGO's own reward (PAPER §6): is the region enough by itself, is it small, is the answer right, is the form?
+
+    Whether it is enough says the frozen base model, which gets the crop and the question and nothing else.
+    """
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        base = models.load_model(params.model_path(), params.base.dtype, launch.device(params))
+        self.reader = Engine.from_params(base, models.load_processor(params.model_path()), params, progress=False)
+
+    def answer(
+        self, completions: list[Any], answers: list[list[str]], prompts: list[Any], full_image: list[Any], **_: Any
+    ) -> list[float]:
+        """r_region + 0.5 for a small region + r_acc of each completion."""
+        outcomes = [read_completion(one, self.form) for one in completions]
+        marks = self.similarity([outcome.answer for outcome in outcomes], answers)
+        asked = [index for index, outcome in enumerate(outcomes) if outcome.crops]
+        pieces = [crops.cut(full_image[i], outcomes[i].crops[0], self.form.region_budget) for i in asked]
+        found = self.reader.answer(pieces, [text_of(prompts[i][-1]) for i in asked]) if asked else []
+        enough = self.similarity([one.answer for one in found], [answers[i] for i in asked]) if asked else []
+        for index, mark in zip(asked, enough, strict=True):
+            marks[index] += mark + rewards.SMALL * (crops.union_area(outcomes[index].crops) <= rewards.SMALL_AREA)
+        return marks
+
+    def cost(self, truth: str, outcome: Outcome) -> float:
+        """-1 for a completion that asks for a region and can be read to its end."""
+        return -1.0 if outcome.crops and outcome.answer and not outcome.malformed and not outcome.overflow else 0.0
+
+
 # grpo.reward -> the reward with these parameters
-REWARDS: dict[str, type[Reward]] = {"awares": Reward, "visionthink": VisionThinkReward}
+REWARDS: dict[str, type[Reward]] = {"awares": Reward, "visionthink": VisionThinkReward, "ergo": ErgoReward}
 
 
 def call_metrics(outcomes: Sequence[Outcome], labels: Sequence[str]) -> dict[str, list[float]]:
@@ -348,7 +380,7 @@ def build_trainer(
         )
     processor.tokenizer.padding_side = "left"  # right padding would misalign mm_token_type_ids, silently
     reward: Any = REWARDS[params.grpo.reward](params)
-    factory: Any = functools.partial(CropEnvironment, params.crops.offered)
+    factory: Any = functools.partial(CropEnvironment, protocol.from_params(params))
     trainer = CropGRPOTrainer(
         model=model,
         reward_funcs=[reward.answer, reward.tool_cost],

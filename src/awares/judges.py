@@ -134,6 +134,20 @@ class EmbeddingJudge(Judge):
         return f"{super().key()}:{self.encoder.name}"
 
 
+class AlwaysJudge(Judge):
+    """Calls every row HR, for a system that asks for a region whatever the question (ERGO, PAPER §6)."""
+
+    name = "always"
+
+    def scores(
+        self, questions: Sequence[str], predictions: Sequence[str], answers: Sequence[Sequence[str]]
+    ) -> list[float]:
+        return SemanticJudge().scores(questions, predictions, answers)
+
+    def _compare(self, low: float, high: float) -> Verdict:
+        return Verdict(HIGH_BETTER, low, high, max(low, high) < self.right_at)
+
+
 # Sentence embeddings
 
 _PACKAGED = "all-MiniLM-L6-v2"
@@ -226,6 +240,7 @@ def _packaged_folder() -> Path:
 # A new judge is one entry here and one name in config.LOCAL_JUDGES.
 JUDGES: dict[str, Callable[[Params], Judge]] = {
     "semantic": lambda params: SemanticJudge(),
+    "always": lambda params: AlwaysJudge(),
     "embedding": lambda params: EmbeddingJudge(
         load_encoder(params.curation.embedder), params.curation.embedding_threshold
     ),

@@ -16,7 +16,7 @@ from typing import Any
 from PIL.Image import Image
 
 from awares.config import AwaresFileError, AwaresValueError, Params
-from awares.crops import CROPS
+from awares.crops import CROPS, FREE, allowed, is_free
 
 TOOL_NAME = "crop"
 TOOL_CALL = "<tool_call>"
@@ -36,12 +36,16 @@ TOOL_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_respons
 PLAIN_SYSTEM = "You are a helpful assistant."
 
 
+FREE_FORM = "left,top,right,bottom"  # of 1000 each: how the prompt names a free box
+
+
 def system_prompt(offered: Sequence[str]) -> str:
     """Our system prompt, with the tool and the regions that it is ``offered`` for."""
+    offered = [FREE_FORM if name == FREE else name for name in offered]
     return (
         "You are a helpful assistant. The image is shown at half resolution. Answer the question, "
         "or call the tool to see regions of the image at full resolution.\n"
-        '<tools>\n{"name": "crop", "arguments": {"regions": ' + json.dumps(list(offered)) + "}}\n</tools>"
+        '<tools>\n{"name": "crop", "arguments": {"regions": ' + json.dumps(offered) + "}}\n</tools>"
     )
 
 
@@ -132,12 +136,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Protocol:
-    """The words of one interaction. ``system``: its prompt; ``opening``: what every call begins with; ``offered``: the regions to ask for."""
+    """The words of one interaction. ``system``: its prompt; ``opening``: what every call begins with; ``offered``: the regions to ask for.
+
+    ``region_budget``: a region that covers a larger share of the image is shown at a lower density (`crops.cut`).
+    """
 
     name: str
     system: str
     opening: str
     offered: tuple[str, ...] = tuple(CROPS)
+    region_budget: float = 1.0
 
     def call_message(self, crops: Iterable[str]) -> dict[str, Any]:
         """The assistant message that requests ``crops``; AwaresValueError for an unknown, repeated or missing name."""
@@ -176,13 +184,14 @@ def get_protocol(name: str, system: str | None = None) -> Protocol:
 def from_params(params: Params) -> Protocol:
     """The protocol of ``protocol.name`` for the regions ``crops.offered``, its prompt from ``protocol.system_file`` if that names one."""
     file = params.path(params.protocol.system_file)
-    offered = params.crops.offered
+    offered, budget = params.crops.offered, params.crops.region_budget
     if not params.protocol.system_file:
-        known = get_protocol(params.protocol.name)
+        known = replace(get_protocol(params.protocol.name), region_budget=budget)
         return known if offered == tuple(CROPS) else replace(known, system=system_prompt(offered), offered=offered)
     if not file.is_file() or not file.read_text(encoding="utf-8").strip():
         raise AwaresFileError(f"{file}: no system prompt there; protocol.system_file names it")
-    return replace(get_protocol(params.protocol.name, file.read_text(encoding="utf-8").strip()), offered=offered)
+    known = get_protocol(params.protocol.name, file.read_text(encoding="utf-8").strip())
+    return replace(known, offered=offered, region_budget=budget)
 
 
 def tool_schema() -> dict[str, Any]:
@@ -206,7 +215,7 @@ def install(tokenizer: Any) -> None:
 def call_message(crops: Iterable[str]) -> dict[str, Any]:
     """The assistant message that requests ``crops``; AwaresValueError for an unknown, repeated or missing name."""
     regions = list(crops)
-    unknown = [name for name in regions if name not in CROPS]
+    unknown = [name for name in regions if name not in CROPS and not is_free(name)]
     if unknown or not regions or len(set(regions)) < len(regions):
         raise AwaresValueError(f"crops {regions}: name one or more of {', '.join(CROPS)}, each once")
     function = {"name": TOOL_NAME, "arguments": {"regions": regions}}
@@ -299,6 +308,7 @@ _CALL_LIKE = re.compile(
 )
 # The released code's own prompt and parser also know GET_CROPS without the colon.
 _KEY = re.compile(r"(?:(?:regions?|crops?)[\"']?\s*[:=]|GET_CROPS[\"']?\s*[:=]?)\s*(.*)", re.DOTALL | re.IGNORECASE)
+_BOX = re.compile(r"(?<!\d)(\d{1,4})" + r"[\s,;]+(\d{1,4})" * 3 + r"(?!\d)")
 _NAME = re.compile(r"[\"']name[\"']\s*:\s*[\"']([^\"']*)[\"']")
 
 
@@ -312,11 +322,12 @@ def parse_call(text: str, protocol: Protocol = OURS) -> Call:
     if not _CALL_LIKE.search(text):
         return Call((), "none", text)
     strict = _parse_strict(text) if protocol.name == "ours" else _parse_released(text)
-    if strict and set(strict) <= set(protocol.offered):
+    if strict and all(allowed(name, protocol.offered) for name in strict):
         return Call(strict, "valid", text)
     found: list[str] = []
     for block in text.split(TOOL_CALL)[1:] or [text]:
-        found += [name for name in _recover(block) if name not in found and name in protocol.offered]
+        names = _recover_boxes(block) if FREE in protocol.offered else _recover(block)
+        found += [name for name in names if name not in found and allowed(name, protocol.offered)]
     return Call(tuple(found), "recovered" if found else "malformed", text)
 
 
@@ -346,7 +357,9 @@ def _parse_strict(text: str) -> tuple[str, ...]:
         return ()
     arguments = call["arguments"]
     regions = arguments.get("regions") if isinstance(arguments, dict) and set(arguments) == {"regions"} else None
-    if not isinstance(regions, list) or not all(isinstance(name, str) and name in CROPS for name in regions):
+    if not isinstance(regions, list) or not all(
+        isinstance(name, str) and (name in CROPS or is_free(name)) for name in regions
+    ):
         return ()
     return tuple(regions) if len(set(regions)) == len(regions) else ()
 
@@ -374,9 +387,20 @@ def _recover(block: str) -> tuple[str, ...]:
     return resolve([item for item in re.split(r",| and ", tail)])
 
 
+def _recover_boxes(block: str) -> tuple[str, ...]:
+    """Free boxes from one call-like piece of text: any four whole numbers in a row that make one."""
+    name = _NAME.search(block)
+    if name and name.group(1) != TOOL_NAME:
+        return ()
+    boxes = (",".join(map(str, map(int, match))) for match in _BOX.findall(block))
+    return tuple(dict.fromkeys(box for box in boxes if is_free(box)))
+
+
 def _canonical(item: str) -> str | None:
     """`Upper left corner` -> top-left, `'5'` -> top, `all` -> all; None when it is no crop."""
     item = item.strip(" \t\n\"'`.[](){}").lower()
+    if is_free(item):
+        return item
     if item in _IDS:
         return _IDS[item]
     words = [_WORDS.get(word, word) for word in re.split(r"[-_ ]+", item) if word not in _NOISE]

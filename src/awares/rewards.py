@@ -58,6 +58,8 @@ def tool_cost(label: str, crops: Sequence[str], alpha_miss: float, alpha_use: fl
     return alpha_miss if label == HR else 0.0
 
 
+SMALL = 0.5  # ERGO's weight of a region that covers no more than SMALL_AREA of the image
+SMALL_AREA = 0.6
 FORMAT = 0.5  # VisionThink's weight of a well-formed completion
 DISCOUNT = 0.9  # of accuracy, for escalating, or for a group that hardly ever need not
 RARE = 0.2

@@ -204,7 +204,11 @@ class Interaction(ABC):
         """The row up to the first assistant turn; AwaresError naming the row for a bad image or question."""
         full = cap(open_image(source, f"row {row_id}"), self.max_side)
         seen = {"full": [full], "none": []}.get(view)
-        pictures = [low_resolution(full), *(cut(full, name) for name in crops)] if seen is None else seen
+        pictures = (
+            [low_resolution(full), *(cut(full, name, self.protocol.region_budget) for name in crops)]
+            if seen is None
+            else seen
+        )
         try:
             conversation = protocol.user_messages(question, [None] * len(pictures), system)
         except AwaresValueError as error:
@@ -234,7 +238,7 @@ class Interaction(ABC):
 
     def _respond(self, row: _Row) -> tuple[list[int], list[Image]]:
         """Add the tool's turn for ``row.call``; returns the ids and images that are new to the model."""
-        pictures = [cut(row.full, name) for name in row.call.crops]
+        pictures = [cut(row.full, name, self.protocol.region_budget) for name in row.call.crops]
         error = None if pictures else protocol.TOOL_ERROR
         row.messages.append(self.protocol.reply([None] * len(pictures), error))
         suffix = protocol.tool_suffix(self.processor, row.messages[-1])

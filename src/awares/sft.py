@@ -205,7 +205,7 @@ def _length(
 ) -> int:
     """Tokens of a sample, visual ones included; AwaresError above ``limit``: cutting a sample would cut an image in two."""
     messages = conversation(row, kind, None, form)
-    images = _view_sizes(size, () if kind in ("direct", "call") else tuple(row["target_crops"]))
+    images = _view_sizes(size, () if kind in ("direct", "call") else tuple(row["target_crops"]), form.region_budget)
     text = processor.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     length = len(text) + sum(models.visual_tokens(view, processor) - 1 for view in images)
     if length > limit:
@@ -216,10 +216,10 @@ def _length(
 
 
 @functools.lru_cache(maxsize=4096)
-def _view_sizes(size: tuple[int, int], names: tuple[str, ...]) -> list[tuple[int, int]]:
+def _view_sizes(size: tuple[int, int], names: tuple[str, ...], budget: float) -> list[tuple[int, int]]:
     """Pixel sizes of the low-resolution view and of the crops, worked out on a blank image."""
     blank = Image.new("1", size)
-    return [crops.low_resolution(blank).size, *(crops.cut(blank, name).size for name in names)]
+    return [crops.low_resolution(blank).size, *(crops.cut(blank, name, budget).size for name in names)]
 
 
 def conversation(
@@ -230,7 +230,7 @@ def conversation(
     if kind == "direct":
         return protocol.messages(row["question"], low, answer=row["answers"][0], protocol=form)
     names = row["target_crops"]
-    pictures = None if image is None else [crops.cut(image, name) for name in names]
+    pictures = None if image is None else [crops.cut(image, name, form.region_budget) for name in names]
     messages = protocol.messages(row["question"], low, names, pictures, row["answers"][0], form)
     return messages[:3] if kind == "call" else messages  # system, user, call
 
