@@ -65,6 +65,7 @@ SMOKE |= {
     "base.device": "cpu",
     "base.dtype": "float32",
     "base.launch": "data/launch/2cpu.yaml",
+    "evaluation.lmms_eval": "",  # a program of another environment: `make lmms` runs it
     "curation.chunk_rows": 16,
     "protocol.max_new_tokens": 12,
     "protocol.token_budget": 4096,

@@ -101,6 +101,7 @@ def test_preflight_says_what_is_there_and_how_to_mend_the_rest(server, tmp_path,
     assert not gone.there and "no answer" in gone.found and "AWARES_BASE_URL" in gone.mend
     assert not found["8 GPUs"].there and "plan.gpus" in found["8 GPUs"].mend
     assert found["dataset lmms-lab/POPE"].there and not found["dataset HuggingFaceM4/ChartQA"].there
+    assert not found["lmms-eval"].there and "evaluation.lmms_eval" in found["lmms-eval"].mend
     assert [one for one in found if "disk" in one]
     monkeypatch.setenv("AWARES_API_KEY", "wrong")
     refused = {one.what.split(":")[0]: one for one in plan.preflight(params)}["llama"]

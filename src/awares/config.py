@@ -218,6 +218,7 @@ class Evaluation:
     rows: int = _size(low=1)
     frontier_rows: int = _size(low=1)
     dial_rows: int = _size(low=1)
+    lmms_eval: str = _size()
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,7 @@ def preflight(params: Params) -> list[Finding]:
         lambda: _disk(params),
         lambda: _servers(params),
         lambda: _hub(params),
+        lambda: _lmms_eval(params),
     ]
     return [finding for check in checks for finding in check()]
 
@@ -295,6 +296,13 @@ def _answers(name: str, model: "served.Model") -> Finding:
         return Finding(what, False, f"no answer: {type(error).__name__}", mend)
     mend = f"start it with --served-model-name {model.model}, or name what it serves in data/served.yaml"
     return Finding(what, model.model in served_there, f"serves {', '.join(served_there)}", mend)
+
+
+def _lmms_eval(params: Params) -> Iterator[Finding]:
+    if params.evaluation.lmms_eval:
+        python = params.path(params.evaluation.lmms_eval)
+        mend = 'make that environment (README, Benchmarks through lmms-eval), or set evaluation.lmms_eval to ""'
+        yield Finding(f"lmms-eval at {python}", python.is_file(), "found" if python.is_file() else "missing", mend)
 
 
 def _hub(params: Params) -> Iterator[Finding]:

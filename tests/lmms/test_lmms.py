@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="lives in its own environment: make lmms")
 
-from awares import data, metrics
-from awares.config import load_params
+from awares import benchmarks, data, metrics
+from awares.config import AwaresError, load_params
 from awares.model import load_model, load_processor
 from awares.rollout import Engine
 from awares.sources import side_by_side
@@ -73,6 +73,27 @@ def test_lmms_eval_runs_the_policy_on_an_offline_task(rows):
     scores = [metrics.relaxed_accuracy(one.answer, [row["answer"]]) for one, row in zip(own, records, strict=True)]
     found = json.loads(results.read_text())["results"]["awares_offline"]["relaxed_overall,none"]
     assert found == pytest.approx(sum(scores) / len(scores))
+
+
+def test_the_evaluation_notebook_scores_a_policy_through_lmms_eval(rows, monkeypatch):
+    folder, records = rows
+    overrides = {"evaluation.lmms_eval": sys.executable}
+    params = load_params("mini", overrides=overrides, path=ROOT / "params.yaml")
+    for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(folder)
+    given = "awares", ROOT / "data" / "base", params, folder / "evaluation" / "main"
+    options = ["--include_path", str(HERE / "tasks")]
+    table = benchmarks.through_lmms_eval(*given, {"chartqa": "awares_offline"}, options)
+    assert list(table.columns) == benchmarks.COLUMNS
+    row = table.set_index("metric").loc["relaxed_overall"]
+    assert (row.benchmark, row.task, row.n) == ("chartqa", "awares_offline", len(records))
+    assert 0 <= row.value <= 1 and 0 < row.rtr <= 1.1 and row.seconds > 0
+    again = benchmarks.through_lmms_eval(*given, {"chartqa": "awares_offline"}, options)
+    assert again.drop(columns="seconds").equals(table.drop(columns="seconds"))
+    missing = load_params("mini", overrides={"evaluation.lmms_eval": "nowhere/python"}, path=ROOT / "params.yaml")
+    with pytest.raises(AwaresError, match="evaluation.lmms_eval: no Python at .*nowhere/python"):
+        benchmarks.through_lmms_eval("awares", ROOT / "data" / "base", missing, folder / "x")
 
 
 # prediction | answer

@@ -1,0 +1,102 @@
+"""The six benchmarks through lmms-eval itself, by the plug-in `lmms_plugin`.
+
+lmms-eval wants torchvision and so another build of torch: it runs as a program of an environment of its own, whose Python
+``evaluation.lmms_eval`` names. Rows, prompts and metrics are lmms-eval's; the interaction, its crops and its price are ours.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from awares import training
+from awares.config import AwaresError, AwaresFileError, Params
+
+TASKS = {
+    "chartqa": "chartqa",
+    "docvqa": "docvqa_val",
+    "ocrbench": "ocrbench",
+    "pope": "pope",
+    "realworldqa": "realworldqa",
+    "vstar": "vstar_bench",
+}
+COLUMNS = ["system", "benchmark", "task", "metric", "value", "rtr", "seconds", "n"]
+
+
+def through_lmms_eval(
+    system: str,
+    model_path: Path,
+    params: Params,
+    out_dir: Path,
+    tasks: Mapping[str, str] = TASKS,
+    options: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Scores of the policy at ``model_path`` by lmms-eval: a line per benchmark and metric, on lmms-eval's own scale.
+
+    Columns as in ``COLUMNS``; rtr and seconds are means over samples, n counts them. ``tasks``: benchmark -> task of
+    lmms-eval; ``options``: more of its command line. Its cache of replies stands in ``.checkpoints`` beside ``out_dir``,
+    keyed by the policy and its settings: the same call after a kill does not ask for them again. AwaresFileError where
+    the environment is missing, AwaresError with lmms-eval's last words where it fails.
+    """
+    python = params.path(params.evaluation.lmms_eval)
+    if not python.is_file():
+        raise AwaresFileError(
+            f'evaluation.lmms_eval: no Python at {python}; make that environment as the README says, or set it to ""'
+        )
+    inputs = training.describe_inputs("evaluation", params, [], model_path, [__file__])
+    folder = training.checkpoint_folder(out_dir, {**inputs, "tasks": list(tasks.values()), "options": list(options)})
+    samples = folder / "samples.jsonl"
+    limits = params.protocol
+    arguments = {
+        "pretrained": model_path.resolve(),
+        "dtype": params.base.dtype,
+        "device": params.base.device,
+        "protocol": limits.name,
+        "call_bias": params.evaluation.call_bias,
+        "max_new_tokens": limits.max_new_tokens,
+        "token_budget": limits.token_budget,
+        "max_side": params.crops.max_side,
+        "log": samples.resolve(),
+    }
+    command = [str(python), "-m", "lmms_eval", "--model", "awares", "--tasks", ",".join(tasks.values())]
+    command += ["--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())]
+    command += [
+        "--batch_size",
+        "64",
+        "--output_path",
+        str(folder / "results"),
+        "--use_cache",
+        str(folder / "replies"),
+        *options,
+    ]
+    done = subprocess.run(
+        command, env=dict(os.environ), stdout=subprocess.PIPE, stderr=sys.stderr, text=True, check=False
+    )
+    if done.returncode:
+        raise AwaresError(f"lmms-eval ended with {done.returncode} on {system}:\n{done.stdout[-2000:]}")
+    results = max(folder.glob("results/**/*results.json"), key=lambda file: file.stat().st_mtime)
+    return table(system, json.loads(results.read_text())["results"], pd.DataFrame(training.read_jsonl(samples)), tasks)
+
+
+def table(
+    system: str, results: Mapping[str, Mapping[str, object]], samples: pd.DataFrame, tasks: Mapping[str, str] = TASKS
+) -> pd.DataFrame:
+    """lmms-eval's ``results`` (task -> ``metric,filter`` -> value) and the plug-in's ``samples`` as one table."""
+    of = (
+        samples.drop_duplicates("sample", keep="last")
+        .assign(task=samples["sample"].str.split("/").str[0])
+        .groupby("task")
+    )
+    rows = []
+    for benchmark, task in tasks.items():
+        part = of.get_group(task)
+        for key, value in results[task].items():
+            metric = key.split(",")[0]
+            if isinstance(value, int | float) and "," in key and not metric.endswith("_stderr"):
+                price = part.rtr.mean(), part.seconds.mean(), len(part)
+                rows.append((system, benchmark, task, metric, float(value), *price))
+    return pd.DataFrame(rows, columns=COLUMNS)
