@@ -131,6 +131,26 @@ def test_an_answer_behind_a_call_is_looked_up_by_its_question(tokenizer):
     }  # a row without it rests on the first
 
 
+def test_the_argument_of_a_call_is_looked_up_and_the_rest_of_it_is_not(tokenizer):
+    rng = np.random.default_rng(3)
+    drawn = (base.example(rng, "joint") for _ in range(200))
+    one = next(e for e in drawn if e.views and any(said.startswith(protocol.TOOL_CALL) for _, said in e.turns))
+    batch = pretrain.collate([one], tokenizer)
+    ids = batch["input_ids"][0]
+    words = [tokenizer.decode(token) for token in ids]
+    looked_up = {at + 1 for at in batch["watch_positions"].tolist()}
+    inside = False
+    for at, word in enumerate(words):
+        inside = inside and not word.startswith('"]')
+        if batch["labels"][0, at] == base.IGNORE or word == protocol.END_OF_TURN:
+            assert at not in looked_up
+        elif protocol.TOOL_CALL in "".join(words[:at]).rsplit("<|im_start|>", 1)[-1]:
+            assert inside or at not in looked_up
+        inside = inside or (word.endswith('["') and batch["labels"][0, at] != base.IGNORE)
+    first = next(at for at in sorted(looked_up) if words[at - 1].endswith('["'))
+    assert first in looked_up
+
+
 def test_patches_are_the_processors(tokenizer):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (168, 224, 3), dtype=np.uint8))
     found = make_processor(tokenizer, min_pixels=28 * 28).image_processor(images=[image], return_tensors="np")

@@ -39,6 +39,7 @@ TRAITS = [*lex.COLOURS, "%", "$"]  # the colour of an object, or the unit of a p
 TRAIT_ID = {t: i + 1 for i, t in enumerate(TRAITS)}
 IGNORE = -100
 CALLED = 0.6  # share of pictures with parts, in the joint stage, whose parts are the result of a function call
+GROUNDED = 0.3  # share of the other pictures in that stage with questions whose answer is to be the argument of a call
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
 # shares of painters and of views by stage; the vision tower learns most from full pages
@@ -55,7 +56,7 @@ VIEW_SHARES = {
     "words": _SEES,
     "vision": {"full": 0.45, "half": 0.4, "part": 0.15},  # a half view has a quarter of the patches
     "lookup": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
-    "joint": {"full": 0.3, "half": 0.25, "part": 0.05, "group": 0.4},
+    "joint": {"full": 0.35, "half": 0.25, "part": 0.05, "group": 0.35},
 }
 
 
@@ -389,6 +390,10 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         if rng.random() < 0.7:
             system += f"\n{_offer(name, argument, offered)}"
     turns = [(qa.question, qa.answers[qa.form]) for qa in order]
+    if stage == "joint" and not call and rng.random() < GROUNDED:
+        name, argument, offered, _ = _function(rng)
+        system = f"{lex.SYSTEMS[0]}\n{_offer(name, argument, offered)}"
+        turns = [_as_call(*turn, name, argument) if rng.random() < 0.35 else turn for turn in turns]
     trails = [trail(qa, scene, views) for qa in order]
     return Example(views, turns, system, late if late < len(order) else 0, trails, call)
 
@@ -442,6 +447,11 @@ def _offer(name: str, argument: str, words: list[str]) -> str:
 
 def _call(name: str, argument: str, words: list[str]) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': {argument: words}})}\n</tool_call>"
+
+
+def _as_call(question: str, answer: str, name: str, argument: str) -> tuple[str, str]:
+    """The request to call a function with the answer to a question, and that call."""
+    return f"{name.split('_')[0]} {question}", _call(name, argument, [answer])
 
 
 def text_example(rng: np.random.Generator) -> Example:

@@ -39,6 +39,7 @@ from awares.base import (
 )
 from awares.config import AwaresError, Base
 from awares.lookup import ROWS, SPREAD, VALUE_LAYER, Code, Glance, Watch, prepare
+from awares.protocol import TOOL_CALL
 
 MEAN, STD = (
     np.array(v, np.float32) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -178,6 +179,9 @@ def _watched(
             back = 4 if item.call and turn == item.late else 2  # call and result stand between question and answer
             asked, replied = openings[openings < begin][[-back, 1 - back]].tolist()
             end = begin + int(stop[row, begin:].nonzero()[0])
+            if item.turns[turn][1].startswith(TOOL_CALL):  # what is looked up stands in its brackets
+                begin = next(at for at in range(begin, end) if words[at].endswith('["')) + 1
+                end = next(at for at in range(begin, end) if words[at].startswith('"]'))
             for position, part, word in _read_off(path, words, begin, end):
                 target = _shown(item.views, path, part, word, pads, position, ids.shape[1])
                 if target is None:
