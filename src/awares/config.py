@@ -135,6 +135,11 @@ class Curation:
     oracle_sigma: float = _size(low=0)
     chunk_rows: int = _size(low=1)
 
+    @property
+    def panel(self) -> tuple[str, ...]:
+        """The judges that are heard: those listed, and the one that decides."""
+        return tuple(dict.fromkeys((*self.judges, self.judge)))
+
 
 @dataclass(frozen=True)
 class Sft:
@@ -601,10 +606,6 @@ def _check_whole(params: Params) -> None:
         raise AwaresValueError("crops.offered must hold `all`: some evidence spans the whole image")
     if params.protocol.name != "ours" and params.crops.offered != CROP_NAMES:
         raise AwaresValueError(f"protocol.name {params.protocol.name} has fixed regions: crops.offered must be all ten")
-    if params.curation.judge not in params.curation.judges:
-        raise AwaresValueError(
-            f"curation.judge {params.curation.judge!r} must be one of curation.judges {params.curation.judges}"
-        )
     for name, section in (("sft", params.sft), ("grpo", params.grpo)):
         if section.batch_size % section.per_device_batch_size:
             raise AwaresValueError(

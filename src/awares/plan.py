@@ -275,7 +275,7 @@ def _disk(params: Params) -> Iterator[Finding]:
 
 def _servers(params: Params) -> Iterator[Finding]:
     section = params.curation
-    names = [*section.judges, section.oracle, *([] if section.engine == "local" else [section.engine])]
+    names = [*section.panel, section.oracle, *([] if section.engine == "local" else [section.engine])]
     for name in [name for name in names if served.is_served(name, params)]:
         model = served.get_model(name, params)
         yield _answers(name, model)

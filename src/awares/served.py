@@ -406,8 +406,8 @@ class ServedOracle(Oracle):
 
 
 def make_judges(params: Params) -> list[Judge]:
-    """The judges of ``curation.judges`` in that order, here or behind a server."""
-    return [JUDGES[name](params) if name in JUDGES else ServedJudge(name, params) for name in params.curation.judges]
+    """The judges of ``curation.panel`` in that order, here or behind a server."""
+    return [JUDGES[name](params) if name in JUDGES else ServedJudge(name, params) for name in params.curation.panel]
 
 
 def make_oracle(params: Params) -> Oracle:
@@ -443,7 +443,7 @@ def estimate(rows: int, params: Params) -> pd.DataFrame:
     not counted, nor are recorded replies taken off.
     """
     records = []
-    asked = [("judge", name, rows, 2, "judge", 0) for name in params.curation.judges if is_served(name, params)]
+    asked = [("judge", name, rows, 2, "judge", 0) for name in params.curation.panel if is_served(name, params)]
     if is_served(params.curation.oracle, params):
         asked.append(("oracle", params.curation.oracle, math.ceil(HR_SHARE * rows), 1, "oracle", VISUAL_TOKENS))
     if params.curation.engine != "local":
