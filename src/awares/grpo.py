@@ -281,10 +281,9 @@ class ErgoReward(Reward):
         base = models.load_model(params.model_path(), params.base.dtype, launch.device(params))
         self.reader = Engine.from_params(base, models.load_processor(params.model_path()), params, progress=False)
 
-    def answer(
-        self, completions: list[Any], answers: list[list[str]], prompts: list[Any], full_image: list[Any], **_: Any
-    ) -> list[float]:
-        """r_region + 0.5 for a small region + r_acc of each completion."""
+    def answer(self, completions: list[Any], answers: list[list[str]], **given: Any) -> list[float]:
+        """r_region + 0.5 for a small region + r_acc of each completion; TRL gives the rows' prompts and full_image as well."""
+        prompts, full_image = given["prompts"], given["full_image"]
         outcomes = [read_completion(one, self.form) for one in completions]
         marks = self.similarity([outcome.answer for outcome in outcomes], answers)
         asked = [index for index, outcome in enumerate(outcomes) if outcome.crops]
