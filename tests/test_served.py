@@ -248,7 +248,9 @@ def test_the_estimate_counts_requests_tokens_money_and_hours(tmp_path):
         (judge.prompt_tokens + 2 * judge.completion_tokens) / 1e6
     )
     assert table.loc["oracle"].prompt_tokens > 1_920 * served.VISUAL_TOKENS
-    local = dataclasses.replace(params.curation, judges=("semantic",), oracle="annotation", engine="local")
+    local = dataclasses.replace(
+        params.curation, judge="semantic", judges=("semantic",), oracle="annotation", engine="local"
+    )
     assert served.estimate(10, dataclasses.replace(params, curation=local)).empty
 
 
