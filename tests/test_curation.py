@@ -266,7 +266,7 @@ def params():
     return dataclasses.replace(base, curation=section)
 
 
-def run(params, out_dir, engine=None, rows=None, panel=None, oracle=None):
+def run(params, out_dir, engine=None, rows=None, panel=None, oracle=None, work_dir=None):
     return curation.curate(
         make_rows() if rows is None else rows,
         engine or FakeEngine(),
@@ -274,6 +274,7 @@ def run(params, out_dir, engine=None, rows=None, panel=None, oracle=None):
         oracle or served.make_oracle(params),
         params,
         out_dir,
+        work_dir,
     )
 
 
@@ -351,6 +352,15 @@ def test_work_of_other_inputs_is_never_taken(params, tmp_path):
     noisy = run(params, tmp_path / "out", judged, panel=[SemanticJudge(), AnlsJudge(0.9)])
     exact = run(params, tmp_path / "out", judged, oracle=curation.AnnotationOracle(0, 0.0))
     assert noisy["oracle_answer_boxes"][1] != exact["oracle_answer_boxes"][1] == [[300, 50, 400, 100]]
+
+
+def test_other_labels_need_no_new_answers(params, tmp_path):
+    run(params, tmp_path / "train")
+    anls = dataclasses.replace(params, curation=dataclasses.replace(params.curation, judge="anls"))
+    with pytest.raises(KeyboardInterrupt):  # a folder of its own knows nothing of the first run
+        run(anls, tmp_path / "labels_anls" / "train", FakeEngine(dies_at=0))
+    rows = run(anls, tmp_path / "labels_anls" / "train", FakeEngine(dies_at=0), work_dir=tmp_path)
+    assert len(rows) == 11 and (tmp_path / "labels_anls" / "train" / "answers.jsonl").is_file()
 
 
 def test_errors_come_before_work(params, tmp_path):

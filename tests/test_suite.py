@@ -1,6 +1,7 @@
 """The embedded suite and the base model's examples: determinism, one size of evidence, boxes, and the training format."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -149,6 +150,27 @@ def test_the_argument_of_a_call_is_looked_up_and_the_rest_of_it_is_not(tokenizer
         inside = inside or (word.endswith('["') and batch["labels"][0, at] != base.IGNORE)
     first = next(at for at in sorted(looked_up) if words[at - 1].endswith('["'))
     assert first in looked_up
+
+
+def test_a_call_asks_for_the_place_of_an_answer_that_may_be_too_small_to_read():
+    rng, places, small = np.random.default_rng(4), set(), 0
+    while len(places) < len(lexicon.PLACES) or not small:
+        one = base.example(rng, "calls")
+        asked = [t for t, (_, said) in enumerate(one.turns) if one.views and said.startswith(protocol.TOOL_CALL)]
+        told = [json.loads(one.turns[t][1].split("\n")[1])["arguments"] for t in asked]
+        if not told or not {word for one in told for (word,) in one.values()} <= {*lexicon.PLACES}:
+            continue
+        for t, arguments in zip(asked, told, strict=True):
+            ((place,),) = arguments.values()
+            view, shown = one.views[0], one.trails[t].places[0][0]
+            index, token, line = next(iter(shown))
+            assert index == 0  # the whole picture tells where, a part of it does not
+            row, column = divmod(token, view.words.shape[1] // 2)
+            x, y = (column + 0.5) / (view.words.shape[1] // 2), (row + 0.5) / (view.words.shape[0] // 2)
+            near = {lexicon.place(x + dx, y + dy)[0] for dx in (-0.2, 0, 0.2) for dy in (-0.2, 0, 0.2)}
+            assert place in near
+            places.add(place)
+            small += (view.words[2 * row + line, 2 * column : 2 * column + 2] == base.IGNORE).any()
 
 
 def test_patches_are_the_processors(tokenizer):

@@ -4,14 +4,15 @@ Here are its architecture, its tokenizer and its examples; `lookup` and `pretrai
 14 px patch, and whose value it is), up to ten questions in one conversation, and the trail of each answer (where a reader would look).
 
 The base learns as a real one does, from *legible* evidence: at half resolution it is asked only about what has survived halving, so that
-illegible text lies outside what it knows. It sees single images, image groups, and calls of other functions; it never sees the crop tool.
+illegible text lies outside what it knows. It sees single images, image groups, and calls of other functions, some of which take what stands
+in the picture or where it stands; it never sees the crop tool.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,13 @@ CHAR_ID = {c: i + 1 for i, c in enumerate(CHARS)}
 TRAITS = [*lex.COLOURS, "%", "$"]  # the colour of an object, or the unit of a printed number
 TRAIT_ID = {t: i + 1 for i, t in enumerate(TRAITS)}
 IGNORE = -100
-CALLED = 0.6  # share of pictures with parts, in the joint stage, whose parts are the result of a function call
-GROUNDED = 0.3  # share of the other pictures in that stage with questions whose answer is to be the argument of a call
+SYMBOLIC = ("lookup", "calls")  # stages of the language tower alone, on symbolic pages
+CALLING = ("calls", "joint")  # stages with calls of functions about pictures
+CALLED = 0.6  # in those, the share of pictures with parts whose parts are the result of a call
+GROUNDED = (
+    0.3  # and of the other pictures, the share with questions that ask for a call whose argument is to be looked up
+)
+LOCATED = 0.6  # of which the share where the argument is the place of an answer, not the answer
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
 # shares of painters and of views by stage; the vision tower learns most from full pages
@@ -48,6 +54,7 @@ PAINTER_SHARES = {
     "words": {"page": 0.1, "chart": 0.1, "signs": 0.1, "objects": 0.15, "wall": 0.55},
     "vision": {"page": 0.2, "chart": 0.24, "signs": 0.09, "objects": 0.12, "collage": 0.05, "ledger": 0.3},
     "lookup": {"page": 0.24, "chart": 0.18, "signs": 0.2, "objects": 0.3, "collage": 0.08},
+    "calls": {"page": 0.24, "chart": 0.22, "signs": 0.2, "objects": 0.26, "collage": 0.08},
     "joint": {"page": 0.24, "chart": 0.26, "signs": 0.2, "objects": 0.22, "collage": 0.08},
 }
 _SEES = {"full": 0.65, "half": 0.2, "part": 0.15}
@@ -56,6 +63,7 @@ VIEW_SHARES = {
     "words": _SEES,
     "vision": {"full": 0.45, "half": 0.4, "part": 0.15},  # a half view has a quarter of the patches
     "lookup": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
+    "calls": {"full": 0.2, "half": 0.2, "part": 0.05, "group": 0.55},
     "joint": {"full": 0.35, "half": 0.25, "part": 0.05, "group": 0.35},
 }
 
@@ -351,11 +359,11 @@ def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
 
 def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Example:
     """One conversation about one picture: whole, halved, a part of it, or a halved view with parts of it."""
-    silent = stage not in ("lookup", "joint")
+    silent = stage not in ("joint", *SYMBOLIC)
     if not silent and rng.random() < 0.06:
         return text_example(rng)
     painter = _drawn(rng, PAINTER_SHARES[stage])
-    draw = scenes.draw if stage == "lookup" else scenes.paint  # symbolic pages need no camera
+    draw = scenes.draw if stage in SYMBOLIC else scenes.paint  # symbolic pages need no camera
     scene = draw(painter, rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
     kind = _drawn(rng, VIEW_SHARES[stage])
     if painter == "ledger" and kind == "half":  # its keys may be small
@@ -381,7 +389,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     system = text_example(rng).system if dice < 0.12 else str(rng.choice(lex.SYSTEMS)) if dice < 0.3 else lex.SYSTEMS[0]
     call = ""
     found = [qa for qa in order if any(shows(one, qa) for one in views[1:])]
-    if stage == "joint" and kind == "group" and found and rng.random() < CALLED:
+    if stage in CALLING and kind == "group" and found and rng.random() < CALLED:
         early = [qa for qa in order if not qa.small and qa is not found[0]][: int(rng.integers(3))]
         order = [*early, found[0], *(qa for qa in order if qa not in early and qa is not found[0])]
         order, late = order[: len(early) + 3], len(early)
@@ -389,17 +397,36 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         call = _call(name, argument, words)
         if rng.random() < 0.7:
             system += f"\n{_offer(name, argument, offered)}"
-    turns = [(qa.question, qa.answers[qa.form]) for qa in order]
-    if stage == "joint" and not call and rng.random() < GROUNDED:
+    asking: list[bool] = [False] * len(order)
+    if stage in CALLING and not call and rng.random() < GROUNDED:
         name, argument, offered, _ = _function(rng)
+        asking = [bool(rng.random() < 0.35) for _ in order]
+        if kind != "part" and rng.random() < LOCATED:
+            offered = [str(place) for place in rng.permutation(lex.PLACES)]
+            places = _located(rng, scene, views[0])
+            asking = [ask and index < len(places) for index, ask in enumerate(asking)]
+            order = [place if ask else qa for qa, place, ask in zip(order, places + order, asking, strict=False)]
         system = f"{lex.SYSTEMS[0]}\n{_offer(name, argument, offered)}"
-        turns = [_as_call(*turn, name, argument) if rng.random() < 0.35 else turn for turn in turns]
-    trails = [trail(qa, scene, views) for qa in order]
+    turns = [(qa.question, qa.answers[qa.form]) for qa in order]
+    turns = [_as_call(*turn, name, argument) if ask else turn for ask, turn in zip(asking, turns, strict=True)]
+    whole = views[:1] if stage in CALLING else views  # a part does not tell a place in the whole
+    trails = [trail(qa, scene, whole if qa.kind == "place" else views) for qa in order]
     return Example(views, turns, system, late if late < len(order) else 0, trails, call)
 
 
 def _drawn(rng: np.random.Generator, shares: dict[str, float]) -> str:
     return str(rng.choice(list(shares), p=list(shares.values())))
+
+
+def _located(rng: np.random.Generator, scene: scenes.Scene, whole: View) -> list[scenes.QA]:
+    """The questions about values, each answered by where the value stands, which is told of print too small to read as well."""
+    found = []
+    for qa in scene.qas:
+        if qa.kind in VALUES and all(whole.holds(box) for box in (*qa.question_boxes, *qa.answer_boxes)):
+            x0, y0, x1, y1 = qa.answer_boxes[0]
+            place, _ = lex.place((x0 + x1) / 2 / scene.image.width, (y0 + y1) / 2 / scene.image.height)
+            found.append(replace(qa, kind="place", answers=(place,), form=0, small=False))
+    return [found[index] for index in rng.permutation(len(found))]
 
 
 def _answerable(qa: scenes.QA, kind: str, views: list[View]) -> bool:

@@ -99,7 +99,13 @@ class AnnotationOracle(Oracle):
 
 
 def curate(
-    dataset: datasets.Dataset, engine: Any, panel: Sequence[Judge], oracle: Oracle, params: Params, out_dir: str | Path
+    dataset: datasets.Dataset,
+    engine: Any,
+    panel: Sequence[Judge],
+    oracle: Oracle,
+    params: Params,
+    out_dir: str | Path,
+    work_dir: str | Path | None = None,
 ) -> datasets.Dataset:
     """Label and locate every row of ``dataset``; write raw outputs and curated rows to ``out_dir``; return the rows.
 
@@ -108,14 +114,15 @@ def curate(
     (LR or HR) and ``both_wrong`` by the deciding judge; ``verdict_<judge>``, ``low_score_<judge>``,
     ``high_score_<judge>``; on HR rows (empty on LR ones) ``oracle_question_boxes``, ``oracle_answer_boxes`` and
     ``target_crops``. With ``curation.drop_both_wrong`` rows that both answers got wrong are left out. Work in
-    progress stands in ``.checkpoints`` beside ``out_dir``, keyed by its inputs: the same call after a kill goes on
-    from there. Raises AwaresError before any work for rows, judges or boxes that cannot do.
+    progress stands in ``.checkpoints`` in ``work_dir`` (beside ``out_dir`` if not given), keyed by its inputs: the same
+    call after a kill goes on from there, and one that changes the labels alone asks the base model nothing. AwaresError before any
+    work for rows, judges or boxes that cannot do.
     """
     data.validate(dataset, "curation", pixels=False)
     oracle.check(dataset)
     if params.curation.judge not in [judge.name for judge in panel]:
         raise AwaresValueError(f"curation.judge {params.curation.judge!r} is not on the panel of judges")
-    work = _Work(dataset, params, Path(out_dir))
+    work = _Work(dataset, params, Path(out_dir).parent if work_dir is None else Path(work_dir))
     answers = work.answers(engine)
     verdicts = work.verdicts(answers, panel)
     located = work.locate(verdicts, oracle)
@@ -130,8 +137,8 @@ def curate(
 class _Work:
     """The three steps on one set of rows. Each step's folder is keyed by all that decides its output."""
 
-    def __init__(self, rows: datasets.Dataset, params: Params, out_dir: Path) -> None:
-        self.rows, self.params, self.out_dir = rows, params, out_dir
+    def __init__(self, rows: datasets.Dataset, params: Params, home: Path) -> None:
+        self.rows, self.params, self.home = rows, params, home
         self.ids: list[str] = list(rows["id"])
         self.inputs: Record = {
             "rows": training.rows_digest(rows),
@@ -187,7 +194,7 @@ class _Work:
         self, name: str, ids: list[str], work: Callable[[datasets.Dataset], list[Record]], images: bool = True
     ) -> list[Record]:
         """``work`` on chunks of the rows ``ids``; ``images=False`` spares decoding them."""
-        folder = training.checkpoint_folder(self.out_dir, {"stage": f"curation {name}", **self.inputs})
+        folder = training.checkpoint_folder(self.home / name, {"stage": f"curation {name}", **self.inputs})
         rows = self.rows if images else self.rows.remove_columns("image")
         place = {row_id: index for index, row_id in enumerate(self.ids)}
         size = self.params.curation.chunk_rows

@@ -27,6 +27,7 @@ from awares.base import (
     IGNORE,
     LINKS,
     PATCH,
+    SYMBOLIC,
     TOKEN,
     WORDS,
     DenseHeads,
@@ -158,7 +159,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "words": ("glyphs",),
     "vision": ("words",),
     "lookup": (),
-    "joint": ("vision", "lookup"),
+    "calls": ("lookup",),
+    "joint": ("vision", "calls"),
 }
 EMPTY = 0.25  # weight of cells where nothing stands
 
@@ -240,7 +242,7 @@ def _work(item: Example, stage: str) -> int:
     """Cost of an example in patches; a token of the language tower costs about as much as a patch of the vision tower."""
     seen = sum(v.words.size for v in item.views)
     read = sum(v.tokens for v in item.views) + 20 * len(item.turns) + len(item.system) // 3
-    return read if stage == "lookup" else seen + read if stage == "joint" else seen
+    return read if stage in SYMBOLIC else seen + read if stage == "joint" else seen
 
 
 class Batches(torch.utils.data.IterableDataset):
@@ -371,7 +373,7 @@ def _window_order(visual: Any, grid: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Stage:
     """`glyphs` (half the vision tower, on print), `words` (all of it, on what stands where), `vision` (and whose value it is), `lookup` (the
-    language tower, on symbolic pages), or `joint` (both, on pictures)."""
+    language tower, on symbolic pages), `calls` (the same, with calls of functions), or `joint` (both, on pictures)."""
 
     name: str
     steps: int
@@ -392,11 +394,11 @@ class Network:
         self.code = Code(tokenizer, self.model.config.text_config.hidden_size, recipe.seed)
         self.dense = Dense(self.model.model.visual, self.heads, self.code)
         self.recipe, self.stage = recipe, stage
-        if stage in ("lookup", "joint"):
+        if stage in ("joint", *SYMBOLIC):
             self.watch = Watch(self.model)
             prepare(self.model, self.code)
         visual: Any = self.model.model.visual
-        if stage not in ("lookup", "joint"):
+        if stage not in ("joint", *SYMBOLIC):
             _spread(visual)
         if stage == "glyphs":
             del visual.blocks[visual.config.depth // 2 + 1 :]  # above, nothing is read off yet
@@ -408,7 +410,7 @@ class Network:
         }
         every |= {f"placing.{k}": v for k, v in self.placing.named_parameters()}
         sees = lambda name: name.startswith(("model.model.visual.", "heads."))  # noqa: E731
-        self.parameters = {k: v for k, v in every.items() if stage == "joint" or sees(k) == (stage != "lookup")}
+        self.parameters = {k: v for k, v in every.items() if stage == "joint" or sees(k) == (stage not in SYMBOLIC)}
 
     def begin(self, work: Path) -> None:
         """Take what the stages before this one left in `work`."""
@@ -425,7 +427,7 @@ class Network:
     def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch, and what to log."""
         asked = ASKED.get(self.stage, tuple(DENSE))
-        if self.stage not in ("lookup", "joint"):
+        if self.stage not in ("joint", *SYMBOLIC):
             if "glance" in asked:
                 self.dense.expect(batch)
             self.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
