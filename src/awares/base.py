@@ -41,7 +41,10 @@ TRAIT_ID = {t: i + 1 for i, t in enumerate(TRAITS)}
 IGNORE = -100
 SYMBOLIC = ("lookup", "calls")  # stages of the language tower alone, on symbolic pages
 CALLING = ("calls", "joint")  # stages with calls of functions about pictures
-CALLED = 0.6  # in those, the share of pictures with parts whose parts are the result of a call
+CALLED = {
+    "calls": 0.85,
+    "joint": 0.6,
+}  # in those, the share of pictures with parts whose parts are the result of a call
 GROUNDED = (
     0.3  # and of the other pictures, the share with questions that ask for a call whose argument is to be looked up
 )
@@ -63,7 +66,7 @@ VIEW_SHARES = {
     "words": _SEES,
     "vision": {"full": 0.45, "half": 0.4, "part": 0.15},  # a half view has a quarter of the patches
     "lookup": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
-    "calls": {"full": 0.2, "half": 0.2, "part": 0.05, "group": 0.55},
+    "calls": {"full": 0.1, "half": 0.1, "part": 0.05, "group": 0.75},
     "joint": {"full": 0.35, "half": 0.25, "part": 0.05, "group": 0.35},
 }
 
@@ -389,11 +392,11 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     system = text_example(rng).system if dice < 0.12 else str(rng.choice(lex.SYSTEMS)) if dice < 0.3 else lex.SYSTEMS[0]
     call = ""
     found = [qa for qa in order if any(shows(one, qa) for one in views[1:])]
-    if stage in CALLING and kind == "group" and found and rng.random() < CALLED:
+    if stage in CALLING and kind == "group" and found and rng.random() < CALLED[stage]:
         early = [qa for qa in order if not qa.small and qa is not found[0]][: int(rng.integers(3))]
         order = [*early, found[0], *(qa for qa in order if qa not in early and qa is not found[0])]
-        order, late = order[: len(early) + 3], len(early)
-        name, argument, offered, words = _function(rng)
+        order, late = order[: len(early) + 2], len(early)
+        name, argument, offered, words = _function(rng, bool(rng.random() < 0.5))
         call = _call(name, argument, words)
         if rng.random() < 0.7:
             system += f"\n{_offer(name, argument, offered)}"
@@ -459,9 +462,10 @@ _VERBS = "open search move play paint order find send book light crop mark save 
 _ARGUMENTS = "regions places items names target colour city day count arguments".split()
 
 
-def _function(rng: np.random.Generator) -> tuple[str, str, list[str], list[str]]:
-    """A random function, never the crop tool: its name, its argument, what may be asked for and what is."""
-    pool = [*lex.PLACES, "top", "bottom", "left", "right", "all", *lex.SHAPES, *lex.ITEMS, *lex.CITIES]
+def _function(rng: np.random.Generator, of_places: bool = False) -> tuple[str, str, list[str], list[str]]:
+    """A random function, never the crop tool: its name, its argument, what may be asked for (things, or places alone) and what is."""
+    pool = [*lex.PLACES, "top", "bottom", "left", "right", "all"]
+    pool += [] if of_places else [*lex.SHAPES, *lex.ITEMS, *lex.CITIES]
     offered = [str(w) for w in rng.choice(pool, int(rng.integers(3, 8)), replace=False)]
     words = offered[: int(rng.integers(1, 4))]
     verb, argument = str(rng.choice(_VERBS)), str(rng.choice(_ARGUMENTS))
