@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 repro: $(STAMP) ## run the pipeline, curation to report, at seed 1 (again: only what changed)
 	@dvc repro report
 	@echo
-	@echo "Done. Look at reports/mini/: the notebooks as HTML pages, tables/*.csv, figures/."
+	@echo "Done. Look at reports/ (mini/ unless params.yaml names another profile): the notebooks as HTML pages, tables/*.csv, figures/."
 
 test: $(STAMP) ## the whole test suite, notebooks included at smoke scale
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false python -m pytest

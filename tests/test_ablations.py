@@ -82,8 +82,12 @@ def test_tables_of_variants_stand_beside_the_main_line(tmp_path):
     found = ablations.pick(tables, "system", ["turn", "weight_5", "weight_1"], "weight_5")
     average = found[found.benchmark == AVERAGE]
     assert average.variant.tolist() == ["turn", "weight_5", "weight_1"] and average.accuracy.tolist() == [70, 80, 75]
-    with pytest.raises(AwaresError, match="no rows of phased"):
-        ablations.pick(tables, "system", ["turn", "phased"], "weight_5")
+    fewer = ablations.pick(
+        tables, "system", ["phased", "turn", "weight_5"], "weight_5"
+    )  # phased is not listed, so not run
+    assert fewer[fewer.benchmark == AVERAGE].variant.tolist() == ["turn", "weight_5"]
+    with pytest.raises(AwaresError, match="none of phased, weight_5 is listed under ablations"):
+        ablations.pick(tables, "system", ["phased", "weight_5"], "weight_5")
     with pytest.raises(AwaresError, match="variant phased has not been run; run `dvc repro ablations`"):
         ablations.gather({**folders, "phased": tmp_path / "phased"}, "result")
 

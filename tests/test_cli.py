@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +22,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from awares import __version__, batch, cli, data, decode, evaluation, options, protocol
+from awares import __version__, batch, cli, data, decode, evaluation, options, protocol, publish
 from awares.config import AwaresError, load_params
-from awares.model import DTYPES, save_model
+from awares.model import DTYPES, load_model, save_model
 from awares.policy import AwaRes, Checkpoint, of_run, shipped
 from awares.records import read_records
 from awares.rollout import Engine, Trajectory
@@ -489,6 +490,30 @@ def test_the_shipped_policy_is_base_then_sft_then_grpo(tmp_path: Path) -> None:
     assert shipped(tmp_path) == Checkpoint("shipped", tmp_path / "data" / "base", (policy / "sft", policy / "grpo"))
 
 
+def test_published_adapters_name_what_they_were_made_for(model: Path, scans: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    params = load_params("mini", overrides={"paths.runs": str(tmp_path / "runs")}, path=ROOT / "params.yaml")
+    params = replace(params, root=tmp_path)
+    shutil.copytree(model, tmp_path / "data" / "base")
+    for seed, stage in enumerate(("sft", "grpo")):
+        folder = params.run_dir(stage) / "adapter"
+        with pytest.raises(AwaresError, match=f"run `dvc repro {stage}`"):
+            publish.publish_policy(params)
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(load_model(model), lora).save_pretrained(str(folder))
+    publish.publish_policy(params)
+    policy = tmp_path / "data" / "policy"
+    both = AwaRes.from_pretrained(model, [policy / "sft", policy / "grpo"]).ask(scans / "page0.png", "q")
+    chained = AwaRes.from_pretrained(policy / "grpo").ask(scans / "page0.png", "q")
+    assert chained.call_gap == both.call_gap
+    first = AwaRes.from_pretrained(policy / "sft").ask(scans / "page0.png", "q")
+    assert first.call_gap != both.call_gap
+    assert shipped(tmp_path).adapters == (policy / "sft", policy / "grpo")
+
+
 def test_without_a_name_the_shipped_policy_is_asked(capsys: Any) -> None:
     line = ["ask", str(ROOT / "data" / "examples" / "page.jpg"), "look up monday.", "--json"]
     try:
@@ -518,8 +543,6 @@ def test_a_run_is_found_by_its_name(tmp_path: Path, monkeypatch: Any) -> None:
 def test_adapters_are_merged_in_the_order_given(model: Path, scans: Path, tmp_path: Path, capsys: Any) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
-
-    from awares.model import load_model
 
     line = ["ask", str(scans / "page0.png"), "q", "--model", str(model), "--json"]
     for seed in (1, 2):

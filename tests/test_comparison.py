@@ -48,9 +48,11 @@ def test_systems_are_paired_at_the_main_seed_and_pruners_with_their_own_control(
         fastv_70=one,
         random_token_50={1: [0, 0, 1, 1]},
         random_token_70=one,
+        random_token_awares=one,
     )
     against = comparison.against(found, "awares", params)
-    assert against.b.tolist() == ["visionzip_50", "fastv_70", "random_token_50", "random_token_70"]
+    assert against.b.tolist() == [
+        "visionzip_50", "fastv_70", "random_token_50", "random_token_70", "random_token_awares"]  # fmt: skip
     assert against.difference[0] == pytest.approx(-25)
     control = comparison.against_control(found, params)
     assert list(zip(control.a, control.b, control.difference, strict=True)) == [

@@ -69,7 +69,7 @@ def test_run_folders():
 
 def test_unseen_evaluation_seed_has_its_own_folder():
     params = load_params("mini", overrides="{evaluation.seed: 999}", path=PARAMS)
-    assert params.unseen and params.run_dir("evaluation").name == "main-s1-e999"
+    assert params.unseen and params.run_dir("evaluation") == params.path("runs/mini/unseen/main-s1-e999")
     assert params.run_dir("grpo").name == "main-s1"
     assert not load_params("mini", path=PARAMS).unseen
 

@@ -381,6 +381,17 @@ def test_ergo_pays_for_a_region_that_is_enough_and_small(world, monkeypatch):
     assert seen == [[((width // 2, height // 2), "what?")] * 2 + [(shrunk.size, "what?")]]
 
 
+def test_ergo_reads_a_region_however_small(world):
+    reward = grpo.REWARDS["ergo"](settings(**FREE, **{"grpo.answer_reward": "judge", "base.model": str(world.policy)}))
+    picture = world.rows[0]["image"]
+    completion = [said("", [called("100,100,150,150")]), TOOL, said("7")]
+    assert max(crops.cut(picture, "100,100,150,150").size) < crops.MIN_SIDE
+    given = reward.answer(
+        completions=[completion], answers=[["7"]], prompts=[protocol.messages("what?", picture)], full_image=[picture]
+    )
+    assert given[0] >= 1.5  # right and small, whatever the reader makes of it
+
+
 def test_a_policy_with_free_boxes_is_trained_on_them(world, tmp_path, monkeypatch):
     ergo = {
         "grpo.reward": "ergo",

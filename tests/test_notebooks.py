@@ -299,13 +299,20 @@ def test_means_over_seeds(line):
         table = pd.read_csv(copy / "tables" / "table1_main.csv")
         table.loc[table.system == "awares", "accuracy"] += shift
         table.to_csv(copy / "tables" / "table1_main.csv", index=False)
+    unseen = line.params.evaluation.unseen_seed
+    fresh = line.with_values(**{"evaluation.seed": unseen}).run_dir("evaluation")
+    shutil.copytree(own / "tables", fresh / "tables")
     line.run("09_seeds", "seeds")
+    checks = pd.read_csv(line.params.report_dir() / "seeds" / "checks.csv").set_index("check").value
     means = pd.read_csv(line.params.report_dir() / "seeds" / "table1_seeds.csv").set_index(["system", "benchmark"])
     main = line.table("evaluation", "table1_main").set_index(["system", "benchmark"])
     row = ("awares", AVERAGE)
     assert means.accuracy[row] == pytest.approx(main.accuracy[row] + 2, abs=1e-3)
     assert means.accuracy_high[row] - means.accuracy_low[row] == pytest.approx(5, abs=1e-3)
     assert (means.seeds == 3).all()
+    gap = means.accuracy["full", AVERAGE] - means.accuracy[row]
+    assert checks["full less AwaRes, mean over seeds (points)"] == pytest.approx(gap, abs=1e-3)
+    assert checks["full less AwaRes on unseen rows (points)"] == pytest.approx(gap + 2, abs=1e-3)
     assert publish.publish_seeds(line.params)[0].is_file()
 
 

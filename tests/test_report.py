@@ -164,6 +164,22 @@ def test_metrics_are_json_with_null_for_nan(tmp_path):
     assert report.load_metrics(tmp_path) == {"a": {"b": 1.234568}, "c": None, "n": 3}
 
 
+def test_what_is_asked_over_seeds():
+    def table(**accuracies):
+        rows = [(name, report.AVERAGE, value, rtr) for name, (value, rtr) in accuracies.items()]
+        return pd.DataFrame(rows, columns=["system", "benchmark", "accuracy", "rtr"])
+
+    checks = report.seed_checks(
+        table(full=(85.0, 1.0), sft=(83.0, 0.40), awares=(84.0, 0.42)),
+        pd.DataFrame({"a": ["awares"], "b": ["sft"], "high": [1.8]}),
+        pd.DataFrame({"system": ["awares", "awares", "sft"], "valid": [99.5, 98.5, 50.0]}),
+        pd.DataFrame({"policy": ["sft"], "rtr": [0.40], "rtr_at_accuracy": [0.38]}),
+        table(full=(86.0, 1.0), sft=(0.0, 0.0), awares=(84.0, 0.44)),
+    )
+    assert checks.value.round(3).tolist() == [1.0, 0.42, 98.5, 2.0, 0.44, -0.02, 1.8, 0.02]
+    assert checks.holds.tolist() == [True, True, False, False, True, False, True, True]
+
+
 def test_seed_means_and_missing_seed(tmp_path):
     params = load_params("mini", overrides={"paths.runs": str(tmp_path)})
     runs = pd.DataFrame(

@@ -1,7 +1,7 @@
 """AwaRes: a vision-language model that looks at half resolution and asks for high-resolution crops where it needs them.
 
 from awares import AwaRes
-trajectory = AwaRes.from_pretrained("data/awares").ask("page.png", "what is the total?")
+trajectory = AwaRes.from_pretrained().ask("page.png", "what is the total?")
 """
 
 from typing import TYPE_CHECKING, Any

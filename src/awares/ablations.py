@@ -48,16 +48,16 @@ def pick(tables: pd.DataFrame, column: str, wanted: Sequence[str], main: str) ->
     """Of gathered ``tables``, the rows of the variants ``wanted``, in that order, and of the main line under the name ``main``.
 
     ``column``: the one that names a policy in a variant's table. Every variant's table holds the main line's row as well, scored
-    at the same training seed; the one of the first wanted variant is taken.
+    at the same training seed; the one of the first wanted variant is taken. A variant that has not been run (params.yaml lists
+    those that are) has no rows; AwaresValueError when none of them has.
     """
-    ours = [name for name in wanted if name != main]
     own = tables[tables[column] == tables.variant]
+    ours = [name for name in wanted if name != main and (own.variant == name).any()]
+    if not ours:
+        raise AwaresValueError(f"none of {', '.join(wanted)} is listed under ablations in params.yaml")
     reference = tables[(tables[column] == MAIN) & (tables.variant == ours[0])].assign(variant=main)
     rows = pd.concat([own, reference])
-    parts = [rows[rows.variant == name] for name in wanted]
-    if lacking := [name for name, part in zip(wanted, parts, strict=True) if part.empty]:
-        raise AwaresValueError(f"no rows of {', '.join(lacking)}: they are not listed under ablations in params.yaml")
-    return pd.concat(parts, ignore_index=True).drop(columns=column)
+    return pd.concat([rows[rows.variant == name] for name in wanted], ignore_index=True).drop(columns=column)
 
 
 def knobs(results: pd.DataFrame, decisions: pd.DataFrame, wanted: Sequence[str], main: str) -> pd.DataFrame:

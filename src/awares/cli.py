@@ -84,12 +84,16 @@ def _remote(args: argparse.Namespace, found: "Checkpoint", limits: dict[str, Any
     from awares.model import load_processor
     from awares.policy import AwaRes
     from awares.remote import RemoteEngine
+    from awares.rollout import MAX_NEW_TOKENS
 
     name = args.server_model or Path(found.path).resolve().name
     cache = args.out.with_name(f"{args.out.name}.replies") if args.out else None
     server = Server(args.server, name, attempts=8 if args.out else 3)  # somebody waits for a single answer
     client = ChatClient(server, cache, progress=sys.stderr.isatty() and args.out is not None)
-    limits = {"max_new_tokens": 24, **{key: value for key, value in limits.items() if key != "token_budget"}}
+    limits = {
+        "max_new_tokens": MAX_NEW_TOKENS,
+        **{key: value for key, value in limits.items() if key != "token_budget"},
+    }
     engine: Any = RemoteEngine(client, load_processor(found.path), **limits)
     return AwaRes(engine), f"{name} behind a server"
 

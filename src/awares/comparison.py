@@ -1,6 +1,6 @@
 """Table 1 with every system: the scores that the stages wrote, brought together (PAPER §5, §6)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +19,24 @@ def all_scores(params: Params) -> pd.DataFrame:
     Systems: those of Table 1, of ``comparison.systems`` and of ``ablations.systems``. ``seed`` is the main one for what is not trained;
     of a trained system every seed counts for which it has been run. Raises AwaresFileError naming what has not been run.
     """
+    return _scores(params, [*_main_places(params), *_other_places(params)])
+
+
+def seed_scores(params: Params) -> pd.DataFrame:
+    """`all_scores` of Table 1's systems alone."""
+    return _scores(params, list(_main_places(params)))
+
+
+def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
+    """Columns system, benchmark, row_id, score, rtr, layer_rtr: each row's mean over training seeds."""
+    keys = ["system", "benchmark", "row_id"]
+    return scores.groupby(keys, sort=False)[["score", "rtr", "layer_rtr"]].mean().reset_index()
+
+
+def _scores(params: Params, places: Iterable[tuple[str, int, Path]]) -> pd.DataFrame:
     rows = data.load_rows(params.run_dir("data") / "evaluation")
     found = []
-    for system, seed, path in _places(params):
+    for system, seed, path in places:
         if not path.is_file():
             raise AwaresFileError(f"{path}: system {system} has not answered yet; run `dvc repro comparison`")
         done = evaluation.load_trajectories(path)
@@ -30,14 +45,17 @@ def all_scores(params: Params) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def _places(params: Params) -> Iterator[tuple[str, int, Path]]:
-    """System, seed and trajectories; further seeds only where they are."""
+def _main_places(params: Params) -> Iterator[tuple[str, int, Path]]:
+    """System, seed and trajectories of Table 1's systems; further seeds only where they are."""
     for system in SYSTEMS:
         yield system, params.seed, params.run_dir("evaluation") / "trajectories" / f"{system}.jsonl"
         for seed in params.seeds if system in TRAINED else ():
             path = replace(params, seed=seed).run_dir("evaluation") / "trajectories" / f"{system}.jsonl"
             if path.is_file():
                 yield system, seed, path
+
+
+def _other_places(params: Params) -> Iterator[tuple[str, int, Path]]:
     for system in params.comparison.systems:
         yield system, params.seed, params.run_dir("systems") / system / "trajectories.jsonl"
     for system in params.ablations.get("systems", ()):
@@ -48,8 +66,7 @@ def _places(params: Params) -> Iterator[tuple[str, int, Path]]:
 def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
     """`evaluation.main_table` of every system, a row's score being its mean over seeds, plus layer_rtr and seeds."""
     seeds = scores.groupby("system", sort=False).seed.nunique()
-    keys = ["system", "benchmark", "row_id"]
-    means = scores.groupby(keys, sort=False)[["score", "rtr", "layer_rtr"]].mean().reset_index()
+    means = over_seeds(scores)
     table = evaluation.main_table(means, settings)
     inside = evaluation.main_table(means.assign(rtr=means.layer_rtr), settings)
     return table.assign(layer_rtr=inside.rtr, seeds=table.system.map(seeds))
@@ -69,7 +86,7 @@ def against_control(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
     pairs = [
         (name, controls[f"_{share}"])
         for name in names
-        for _, _, share in [name.rpartition("_")]
-        if f"_{share}" in controls and not name.startswith(CONTROL)
+        for stem, _, share in [name.rpartition("_")]
+        if stem and f"_{share}" in controls and not name.startswith(CONTROL)
     ]
     return evaluation.compare(scores[scores.seed == params.seed], pairs, params.evaluation)

@@ -213,7 +213,7 @@ class Evaluation:
     """Systems, tasks and intervals (PAPER §5)."""
 
     seed: int = _method(low=0)
-    systems: tuple[str, ...] = _method(choices=SYSTEMS)
+    unseen_seed: int = _method(low=0)
     bootstrap: int = _method(low=1)
     level: float = _method(low=0, high=1)
     judge: str = _method(choices=LOCAL_JUDGES)
@@ -345,14 +345,16 @@ class Params:
         """runs/<profile>/<stage>, and /<variant>-s<seed> below it for the stages that depend on the training seed.
 
         A stage before the first one that the variant changes is the main line's: both share its folder. Evaluation on an
-        unseen seed writes to /<variant>-s<seed>-e<evaluation seed>, beside the pipeline's own run.
+        unseen seed writes to runs/<profile>/unseen/<variant>-s<seed>-e<evaluation seed>.
         """
         folder = self.path(self.paths.runs) / self.profile / stage
         own = self.variant != "main" and (stage not in DECIDES or bool(self.changed & DECIDES[stage]))
         if stage not in SEEDED_STAGES:
             return folder / self.variant if own and stage in DECIDES else folder
-        unseen = f"-e{self.evaluation.seed}" if stage == "evaluation" and self.unseen else ""
-        return folder / f"{self.variant if own else 'main'}-s{self.seed}{unseen}"
+        name = f"{self.variant if own else 'main'}-s{self.seed}"
+        if stage == "evaluation" and self.unseen:
+            return folder.with_name("unseen") / f"{name}-e{self.evaluation.seed}"
+        return folder / name
 
     def model_path(self) -> Path | str:
         """The base model: a folder of this repository, or else an id of the model hub as it stands in params.yaml."""

@@ -194,6 +194,11 @@ def cut(image: Image.Image, name: str, budget: float = 1.0) -> Image.Image:
     return _resize(piece, round(scale * piece.width), round(scale * piece.height))
 
 
+def readable(image: Image.Image) -> Image.Image:
+    """A small crop with each side enlarged to at least MIN_SIDE, as the image processor would: so that it can be asked about alone."""
+    return _resize(image, max(image.width, MIN_SIDE), max(image.height, MIN_SIDE))
+
+
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     """Bicubic, antialiased. No side below 1/200 of the other, which the image processor would refuse."""
     thinnest = -(-max(width, height) // MAX_ASPECT)

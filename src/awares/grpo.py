@@ -287,7 +287,8 @@ class ErgoReward(Reward):
         outcomes = [read_completion(one, self.form) for one in completions]
         marks = self.similarity([outcome.answer for outcome in outcomes], answers)
         asked = [index for index, outcome in enumerate(outcomes) if outcome.crops]
-        pieces = [crops.cut(full_image[i], outcomes[i].crops[0], self.form.region_budget) for i in asked]
+        cuts = [crops.cut(full_image[i], outcomes[i].crops[0], self.form.region_budget) for i in asked]
+        pieces = [crops.readable(piece) for piece in cuts]
         found = self.reader.answer(pieces, [text_of(prompts[i][-1]) for i in asked]) if asked else []
         enough = self.similarity([one.answer for one in found], [answers[i] for i in asked]) if asked else []
         for index, mark in zip(asked, enough, strict=True):

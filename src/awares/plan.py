@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from awares import base, costs, served, shapes, sources
-from awares.config import AwaresFileError, AwaresValueError, Params
+from awares.config import SYSTEMS, AwaresFileError, AwaresValueError, Params
 
 COLUMNS = ("stage", "rows", "requests", "tokens", "pflop", "gpu_hours", "gpu_memory_gb", "disk_gb", "basis")
 TEXT = 300  # tokens of system prompt, tool schema and question: assumed
@@ -135,7 +135,7 @@ class _Count:
             rows = section.rows * len(self.params.data.tasks)
         policy = self._policy()
         shown = {"full": self.image, "half": self.image.scaled(0.25), "no_image": self.image.scaled(0.0)}
-        done = [self._turns([(shown[name], ANSWER)]) if name in shown else policy for name in section.systems]
+        done = [self._turns([(shown[name], ANSWER)]) if name in shown else policy for name in SYSTEMS]
         tokens, flops = (rows * sum(part) for part in zip(*done, strict=True))
         hours = self._hours(flops, rows * len(done) * ANSWER)
         stored = rows * self._stored() if self.params.data.origin == "hub" else 0.0

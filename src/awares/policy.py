@@ -66,21 +66,27 @@ class AwaRes:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | None = None,
         adapter: Adapters | None = None,
         dtype: str = "float32",
         device: str = "cpu",
         **options: Any,
     ) -> "AwaRes":
-        """Load a merged model folder, or a base model with one or more adapters (merged in order).
+        """Load the policy that ships here (no ``path``), a merged model folder, or a base model with adapters (merged in order).
 
-        ``path`` may also be an adapter folder: its adapter_config.json then names the base model, as a path relative to
-        that folder or to the working folder. ``options`` go to the engine (``max_new_tokens``, ``token_budget``, ...);
+        ``path`` may also be an adapter folder: its adapter_config.json then names what it was made for, a model or another adapter, as
+        a path relative to that folder or to the working folder. ``options`` go to the engine (``max_new_tokens``, ``token_budget``, ...);
         ``protocol="released"`` for the paper's checkpoint, which calls in plain text (PAPER §7).
         AwaresError for a missing, foreign or truncated checkpoint.
         """
-        if adapter is None and Path(path, "adapter_config.json").is_file():
-            path, adapter = _base_of(Path(path)), path
+        if path is None:
+            found = shipped()
+            path, adapter = found.path, found.adapters
+        chain: list[str | Path] = []
+        while adapter is None and Path(path, "adapter_config.json").is_file():
+            chain.insert(0, path)
+            path = _base_of(Path(path))
+        adapter = chain or adapter
         processor = load_processor(path)
         model = load_model(path, dtype=dtype, device=device, adapter=adapter)
         return cls(Engine(model, processor, **options))

@@ -9,8 +9,10 @@ something and drops the rest, so that two runs with the same numbers give the sa
     python -m awares.publish mini latency
     python -m awares.publish mini ablations
     python -m awares.publish mini comparison
+    python -m awares.publish mini policy    # the trained adapters -> data/policy
 """
 
+import json
 import re
 import shutil
 import sys
@@ -58,6 +60,23 @@ def publish_base(params: Params) -> list[Path]:
     _require(executed, "base_model")
     nbformat.write(normalise(nbformat.read(executed, as_version=4), params.root), shipped)
     return [shipped]
+
+
+def publish_policy(params: Params) -> list[Path]:
+    """Put the adapters of the main run into data/policy, each naming what it was made for: the base model, or the adapter before it."""
+    home, made_for = params.path("data/policy"), {"sft": Path("../../base"), "grpo": Path("../sft")}
+    adapters = {stage: params.run_dir(stage) / "adapter" for stage in made_for}
+    for stage, adapter in adapters.items():
+        _require(adapter / "adapter_config.json", stage)
+    files = []
+    for stage, adapter in adapters.items():
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = made_for[stage].as_posix()
+        folder = clear(home / stage)
+        shutil.copy(adapter / "adapter_model.safetensors", folder)
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        files += [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    return files
 
 
 def publish_seeds(params: Params) -> list[Path]:
@@ -164,11 +183,12 @@ PUBLISHERS = {
     "latency": publish_latency,
     "ablations": publish_ablations,
     "comparison": publish_comparison,
+    "policy": publish_policy,
 }
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m awares.publish [profile [base, seeds, latency, ablations or comparison]]``."""
+    """``python -m awares.publish [profile [base, seeds, latency, ablations, comparison or policy]]``."""
     profile, what = [*arguments, "", ""][:2]
     try:
         params = load_params(profile)

@@ -207,9 +207,51 @@ def check_table(tables: Path, metrics: Mapping[str, Any]) -> pd.DataFrame:
     """``CHECKS`` against the published tables: check, value, sense, bound, holds (False where nothing was found)."""
     names = ("table1_main", "reading", "oracle_repair", "no_image", "leaks", "table9_format")
     read = {name: pd.read_csv(tables / f"{name}.csv") for name in names}
-    values = [*_suite_values(read, metrics), *_policy_values(read)]
+    return _verdicts(CHECKS, [*_suite_values(read, metrics), *_policy_values(read)])
+
+
+# What the trained policies are asked for over training seeds. Either the rows on what GRPO saves hold, or the last one does.
+SEED_CHECKS: dict[str, tuple[str, float]] = {
+    "full less AwaRes, mean over seeds (points)": ("<=", 1.5),
+    "RTR of AwaRes, mean over seeds": ("<=", 0.45),
+    "valid calls of AwaRes, weakest seed (%)": (">=", 99.0),
+    "full less AwaRes on unseen rows (points)": ("<=", 1.5),
+    "RTR of AwaRes on unseen rows": ("<=", 0.45),
+    "RTR of SFT only less that of AwaRes, mean over seeds": (">=", 0.0),
+    "AwaRes less SFT only, upper end of the interval (points)": (">=", 0.0),
+    "RTR of SFT only less what its oracle frontier pays for its accuracy": ("<=", 0.03),
+}
+
+
+def seed_checks(
+    means: pd.DataFrame, paired: pd.DataFrame, forms: pd.DataFrame, frontier: pd.DataFrame, unseen: pd.DataFrame
+) -> pd.DataFrame:
+    """``SEED_CHECKS`` as :func:`check_table` gives them.
+
+    ``means``: :func:`seed_means`. ``paired``: `evaluation.compare` of (awares, sft), each row's scores averaged over seeds.
+    ``forms``: table9_format.csv of all seeds. ``frontier``: frontier.csv of the main seed. ``unseen``: table1_main.csv of rows that
+    no stage has seen.
+    """
+    average, fresh = (
+        table[table.benchmark == AVERAGE].set_index("system")[["accuracy", "rtr"]] for table in (means, unseen)
+    )
+    gain, cold = paired.iloc[0], frontier.set_index("policy").loc["sft"]
+    values = [
+        average.accuracy["full"] - average.accuracy["awares"],
+        average.rtr["awares"],
+        forms[forms.system == "awares"].valid.min(),
+        fresh.accuracy["full"] - fresh.accuracy["awares"],
+        fresh.rtr["awares"],
+        average.rtr["sft"] - average.rtr["awares"],
+        gain.high,
+        cold.rtr - cold.rtr_at_accuracy,
+    ]
+    return _verdicts(SEED_CHECKS, values)
+
+
+def _verdicts(checks: Mapping[str, tuple[str, float]], values: Sequence[Any]) -> pd.DataFrame:
     records = []
-    for (check, (sense, bound)), value in zip(CHECKS.items(), values, strict=True):
+    for (check, (sense, bound)), value in zip(checks.items(), values, strict=True):
         number = math.nan if value is None else float(value)
         holds = number >= bound if sense == ">=" else number <= bound
         records.append((check, number, sense, bound, holds))

@@ -26,6 +26,7 @@ from awares.protocol import OURS, Call, Protocol, get_protocol
 
 Source = str | Path | Image
 VIEWS = ("full", "half", "none", "half+crops")
+MAX_NEW_TOKENS = 64  # of a turn, where nobody says: a call with two free boxes fits
 WINDOW = 256  # rows opened and sorted at a time: bounds the memory for images
 
 
@@ -286,7 +287,7 @@ class Engine(Interaction):
         self,
         model: Any,
         processor: ImageOnlyProcessor,
-        max_new_tokens: int = 24,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         token_budget: int = 8192,
         max_side: int = 2000,
         reuse: bool = True,
