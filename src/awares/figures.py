@@ -17,6 +17,7 @@ import seaborn as sns
 from IPython.display import Image as Picture
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 from PIL import Image
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 SYSTEM_NAMES = {"full": "full", "half": "half", "no_image": "no image", "sft": "SFT only", "awares": "AwaRes"}
 SYSTEM_NAMES |= {"escalate_full": "whole image on a call", "awares_naive": "AwaRes, naive re-prefill"}
+RATIO_MARKERS = {
+    "50": "o",
+    "70": "s",
+    "awares": "D",
+}  # of a pruner's name: percent of tokens kept, or as many as AwaRes
 COLOURS = dict(zip(SYSTEM_NAMES, sns.color_palette("colorblind"), strict=False))
 
 
@@ -138,6 +144,36 @@ def accuracy_rtr_figure(table: pd.DataFrame) -> Figure:
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside right upper")
     figure.supxlabel("retain token ratio (visual tokens / tokens of the full image)")
     figure.supylabel("accuracy (%)")
+    return figure
+
+
+def systems_figure(table: pd.DataFrame) -> Figure:
+    """Average accuracy (percent, with intervals) against RTR of many systems: a pruner's name is its colour, its ratio the marker.
+
+    ``table`` has the columns of table1_systems.csv. Systems without a ratio are named beside their points.
+    """
+    figure, axes = plt.subplots(figsize=(9.5, 5.5))
+    average = table[table.benchmark == AVERAGE]
+    stems = [name.rpartition("_") for name in average.system]
+    ratios = {f"{stem}_{ratio}": (stem, ratio) for stem, _, ratio in stems if stem and ratio in RATIO_MARKERS}
+    pruners = list(dict.fromkeys(stem for stem, _ in ratios.values()))
+    colours = dict(zip(pruners, sns.color_palette("colorblind", len(pruners)), strict=True))
+    for row in average.itertuples():
+        error = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
+        stem, ratio = ratios.get(row.system, ("", ""))
+        look = {"color": colours[stem], "marker": RATIO_MARKERS[ratio]} if stem else {"color": "black", "marker": "*"}
+        axes.errorbar(row.rtr, row.accuracy, error, capsize=2, elinewidth=0.8, markersize=7, **look)
+        if not stem:
+            name = SYSTEM_NAMES.get(row.system, row.system)
+            axes.annotate(name, (row.rtr, row.accuracy), (6, 4), textcoords="offset points", fontsize="small")
+    entries = [Patch(color=colours[name], label=name) for name in pruners]
+    used = [ratio for ratio in RATIO_MARKERS if any(ratio == one for _, one in ratios.values())]
+    names = {ratio: "at AwaRes' RTR" if ratio == "awares" else f"{ratio} % kept" for ratio in used}
+    entries += [Line2D([], [], color="grey", marker=RATIO_MARKERS[r], linestyle="", label=names[r]) for r in used]
+    if entries:
+        axes.legend(handles=entries, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    axes.set(xlim=(-0.05, None), xlabel="retain token ratio (visual tokens / tokens of the full image)")
+    axes.set_ylabel("accuracy (%), mean of the tasks")
     return figure
 
 

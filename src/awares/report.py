@@ -155,6 +155,17 @@ def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
     return 100 * float(np.mean(missed)) if missed else math.nan
 
 
+def hyperparameters(params: Params) -> pd.DataFrame:
+    """Table 11 for this profile: every parameter of the two trainings, as params.yaml gives it. Columns parameter, sft, grpo."""
+    values = params.as_dict()
+    names = list(dict.fromkeys([*values["sft"], *values["grpo"]]))
+    cells = {
+        stage: [str(values[stage][name]) if name in values[stage] else "" for name in names]
+        for stage in ("sft", "grpo")
+    }
+    return pd.DataFrame({"parameter": names, **cells})
+
+
 # Seeds, metrics, checks
 
 
