@@ -94,17 +94,6 @@ def test_score_refuses_a_row_without_answers():
         metrics.score("pope", "yes", [])
 
 
-def test_pope_summary_by_hand():
-    predictions = ["yes", "yes", "Yes", "no", "no", "maybe"]
-    answers = ["yes", "yes", "no", "yes", "no", "yes"]
-    found = metrics.pope_summary(predictions, answers)
-    # 2 hits, 1 false yes, 1 miss ("maybe" is wrong but, as in lmms-eval, no false negative)
-    assert found == pytest.approx(
-        {"accuracy": 3 / 6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_share": 0.5}
-    )
-    assert metrics.pope_summary(["no"], ["no"])["f1"] == 0
-
-
 # Intervals
 
 

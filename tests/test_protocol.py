@@ -201,12 +201,6 @@ def test_trl_reads_calls_and_answers_back(tiny: SimpleNamespace) -> None:
     assert rendered.endswith(f"<|im_start|>assistant\n{render_call(['top', 'left'])}<|im_end|>\n")
 
 
-def test_the_schema_names_the_tool_and_its_regions() -> None:
-    function = protocol.tool_schema()["function"]
-    assert function["name"] == protocol.TOOL_NAME
-    assert function["parameters"]["properties"]["regions"]["items"]["enum"] == list(CROPS)
-
-
 def test_messages_need_a_picture_for_every_crop(tiny: SimpleNamespace) -> None:
     with pytest.raises(AwaresError, match="2 crops requested but 1 crop images"):
         protocol.messages("q", None, ["top", "left"], [tiny.noise(56, 56, 0)])

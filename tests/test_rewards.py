@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from awares import rewards
@@ -63,11 +62,6 @@ def test_tool_cost_refuses_an_unknown_label():
         rewards.tool_cost("hr", (), **WEIGHTS)
 
 
-def test_reward_is_weighted_answer_minus_cost():
-    assert rewards.reward(0.5, 0.26, alpha_ans=10) == pytest.approx(4.74)
-    assert rewards.reward(-0.1, 2.0, alpha_ans=1) == pytest.approx(-2.1)  # a negative cosine is not clipped
-
-
 def test_answer_similarity_is_the_best_cosine():
     found = rewards.answer_similarity(["0", "3"], [["1"], ["0", "2.5"]], FixedEncoder())
     assert found == pytest.approx([math.cos(1), math.cos(0.5)])
@@ -87,17 +81,6 @@ def test_similarity_reward_uses_the_embedder_of_the_parameters(grpo, monkeypatch
     monkeypatch.setattr(rewards, "load_encoder", lambda name: asked.append(name) or FixedEncoder())
     assert rewards.ANSWER_REWARDS["similarity"](grpo)(["0"], [["1"]]) == pytest.approx([math.cos(1)])
     assert asked == [grpo.embedder]
-
-
-def test_group_advantages_are_normalised_within_their_group():
-    values = [1.0, 2.0, 3.0, 10.0, 10.0, 10.0]
-    found = np.array(rewards.group_advantages(values, 3, epsilon=1e-9))[:3]
-    assert found == pytest.approx([-1, 0, 1])
-    assert rewards.group_advantages(values, 3)[3:] == [0, 0, 0]  # equal rewards teach nothing
-    shifted = rewards.group_advantages([value + 5 for value in values], 3)
-    assert shifted == pytest.approx(rewards.group_advantages(values, 3))
-    with pytest.raises(AwaresError, match="groups of 4"):
-        rewards.group_advantages(values, 4)
 
 
 def test_escalation_is_discounted_and_so_is_rare_luck():

@@ -135,11 +135,6 @@ def cache_bytes(tokens: int, config: Any, bytes_per_value: int = 2) -> int:
     return 2 * text.num_hidden_layers * keys * tokens * bytes_per_value
 
 
-def vision_bytes(tokens: int, config: Any, bytes_per_value: int = 2) -> int:
-    """Features of ``tokens`` visual tokens as they go into the language model."""
-    return tokens * config.text_config.hidden_size * bytes_per_value
-
-
 def parameters(config: Any) -> tuple[int, int]:
     """Weights of the matrices of the vision tower, and of language model and head (the embedding is only looked up)."""
     vision, text = config.vision_config, config.text_config

@@ -148,27 +148,6 @@ def score(benchmark: str, prediction: str, answers: Sequence[str], question: str
     return exact_match(prediction, answers, question)
 
 
-def pope_summary(predictions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """POPE's accuracy, precision, recall, F1 (positive class "yes") and share of predictions that are "yes".
-
-    As in lmms-eval a prediction that is neither yes nor no is wrong, but is no false negative.
-    """
-    pairs = [(a.lower().strip(), b.lower().strip()) for a, b in zip(predictions, answers, strict=True)]
-    hits, false_yes, misses = (pairs.count(pair) for pair in (("yes", "yes"), ("yes", "no"), ("no", "yes")))
-    precision, recall = _ratio(hits, hits + false_yes), _ratio(hits, hits + misses)
-    return {
-        "accuracy": _ratio(sum(a == b for a, b in pairs), len(pairs)),
-        "precision": precision,
-        "recall": recall,
-        "f1": _ratio(2 * precision * recall, precision + recall),
-        "yes_share": _ratio(sum(a == "yes" for a, _ in pairs), len(pairs)),
-    }
-
-
-def _ratio(part: float, whole: float) -> float:
-    return float(part) / float(whole) if whole else 0.0
-
-
 # Intervals
 
 

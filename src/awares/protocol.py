@@ -194,14 +194,6 @@ def from_params(params: Params) -> Protocol:
     return replace(known, offered=offered, region_budget=budget)
 
 
-def tool_schema() -> dict[str, Any]:
-    """The crop tool as an OpenAI-style function schema, for servers and trainers that want one."""
-    regions = {"type": "array", "items": {"type": "string", "enum": list(CROPS)}, "description": "Regions to see."}
-    parameters = {"type": "object", "properties": {"regions": regions}, "required": ["regions"]}
-    description = "Returns regions of the image at full resolution."
-    return {"type": "function", "function": {"name": TOOL_NAME, "description": description, "parameters": parameters}}
-
-
 def install(tokenizer: Any) -> None:
     """Set chat template, response template and left padding on a tokenizer, in place; they are saved with it."""
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -1,11 +1,10 @@
 """The reward of multi-turn GRPO (PAPER §4): pure functions, one float per completion.
 
-Eq. 5 is `reward`, Eq. 6 `tool_cost`, Eq. 7 `group_advantages`; Eq. 8, the clipped objective with its KL term, is TRL's.
+R_ans of Eq. 5 and the tool's cost (Eq. 6) are here; what is made of them (the weighted sum, Eq. 7's advantages, Eq. 8's clipped objective
+with its KL term) is TRL's.
 """
 
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 from awares.config import AwaresValueError, Grpo
 from awares.crops import union_area
@@ -81,20 +80,3 @@ def escalation_discounts(marks: Sequence[float], called: Sequence[bool], group: 
         lucky = right > 0 and 0 < direct / right < RARE
         found += [mark * (DISCOUNT if call or lucky else 1.0) for mark, call in part]
     return found
-
-
-def reward(answer: float, cost: float, alpha_ans: float) -> float:
-    """Eq. 5: R = alpha_ans * R_ans - C_tool."""
-    return alpha_ans * answer - cost
-
-
-def group_advantages(rewards: Sequence[float], group: int, epsilon: float = 1e-4) -> list[float]:
-    """Eq. 7: (R - mean) / (std + epsilon) within each run of ``group`` completions, those of one prompt.
-
-    The standard deviation is the sample's (n - 1), as in TRL, which computes the advantages in training.
-    """
-    if group < 2 or len(rewards) % group:
-        raise AwaresValueError(f"{len(rewards)} rewards cannot be split into groups of {group}: 2 or more, all full")
-    table = np.asarray(rewards, float).reshape(-1, group)  # (prompts, G)
-    mean, std = table.mean(axis=1, keepdims=True), table.std(axis=1, ddof=1, keepdims=True)
-    return ((table - mean) / (std + epsilon)).ravel().tolist()
