@@ -82,6 +82,19 @@ def test_cdp_table_in_percent():
     assert found.area == 0.5 and found.n == 4
 
 
+def test_first_turns_have_intervals_around_the_tables_values():
+    labelled = rows(40, ["HR", "HR", "LR", "LR"] * 10, [["top"], ["left"], [], []] * 10)
+    done = [trajectory(crops=names, status="valid") for names in (["top"], [], ["right"], [])] * 10
+    done[0] = trajectory(crops=["top"], status="recovered")
+    done = [one if one.crops else trajectory(crops=[], status="none") for one in done]
+    found = evaluation.first_turn_intervals({"sft": done}, labelled, PARAMS.evaluation).set_index("quantity")
+    table = evaluation.cdp_table({"sft": done}, labelled, 0.25).squeeze()
+    assert all(found.value[name] == pytest.approx(table[name]) for name in ("recall", "fpr", "exact", "area"))
+    assert found.value["valid"] == 95 and found.value["recovered"] == 5 and found.value["malformed"] == 0
+    assert (found.low <= found.value).all() and (found.value <= found.high).all()
+    assert found.low["recall"] == pytest.approx(25, abs=10) and found.low["exact"] == found.high["exact"] == 100
+
+
 def test_label_rows_come_from_the_two_answers():
     labelled = evaluation.label_rows(
         rows(2), [trajectory(answer="13"), trajectory(answer="12")], [trajectory(answer="12")] * 2, PARAMS

@@ -14,9 +14,17 @@ import pandas as pd
 from awares.config import AwaresFileError, AwaresValueError, Evaluation, Params
 from awares.crops import CROPS
 from awares.curation import target_crops
-from awares.diagnostics import ERRORS, Frontier, cdp_diagnostics, error_kind, format_table, oracle_frontier
+from awares.diagnostics import (
+    ERRORS,
+    Frontier,
+    cdp_diagnostics,
+    decision_parts,
+    error_kind,
+    format_table,
+    oracle_frontier,
+)
 from awares.judges import JUDGES, label
-from awares.metrics import bootstrap_interval, paired_bootstrap, score
+from awares.metrics import bootstrap_interval, paired_bootstrap, resampled_means, score
 from awares.records import read_records
 from awares.report import AVERAGE
 from awares.rollout import Trajectory
@@ -74,6 +82,28 @@ def cdp_table(policies: Mapping[str, Sequence[Trajectory]], rows: datasets.Datas
 def form_table(policies: Mapping[str, Sequence[Trajectory]]) -> pd.DataFrame:
     """Table 9: how each policy's calls parse, in percent of its calls (nan without any)."""
     return format_table({policy: [one.call_status for one in done] for policy, done in policies.items()})
+
+
+def first_turn_intervals(
+    policies: Mapping[str, Sequence[Trajectory]], rows: datasets.Dataset, evaluation: Evaluation
+) -> pd.DataFrame:
+    """The shares of Tables 7 and 9 with bootstrap intervals over rows: policy, quantity, value, low, high.
+
+    In percent, area 0 to 1; nan where no row counts, as the region of a policy that never called.
+    """
+    records = []
+    for policy, done in policies.items():
+        requests, statuses = [one.crops for one in done], np.array([one.call_status for one in done])
+        parts = decision_parts(rows["label"][:], requests, rows["target_crops"][:], evaluation.relaxed_iou)
+        called = (statuses != "none").astype(float)
+        parts |= {name: ((statuses == name).astype(float), called) for name in ("valid", "recovered", "malformed")}
+        for quantity, (values, wholes) in parts.items():
+            mean, draws = resampled_means(values, evaluation.seed, evaluation.bootstrap, wholes=wholes)
+            draws = draws[~np.isnan(draws)] if not np.isnan(mean) else draws
+            low, high = np.quantile(draws, [(1 - evaluation.level) / 2, (1 + evaluation.level) / 2])
+            scale = 1 if quantity == "area" else 100
+            records.append((policy, quantity, scale * mean, scale * low, scale * high))
+    return pd.DataFrame(records, columns=["policy", "quantity", "value", "low", "high"])
 
 
 def majority_table(rows: datasets.Dataset) -> pd.DataFrame:
