@@ -288,6 +288,8 @@ def test_latency(line):
     assert (lengths.characters * lengths.n).sum() == pytest.approx(sum(answers), abs=0.01)
     times = pd.read_csv(line.params.run_dir("latency") / "times.csv")
     assert len(times) == 2 * 2 * len(SYSTEMS_TIMED) and (times.rows == 6).all()
+    pruners = pd.read_csv(folder / "pruners.csv").set_index("system")
+    assert len(pruners) == 13 and pruners.ratio["full"] == 1 and (pruners.ms_low > 0).all()
     assert (folder / "accuracy_time.png").is_file() and publish.publish_latency(line.params)[0].is_file()
 
 

@@ -243,6 +243,7 @@ def _with_decoder(job: Job, kind: Callable[..., Decoder], *how: Any) -> list[Tra
     """The full view through a decoder of its own; model, batches and limits are those of the job's engine."""
     engine, plain = copy.copy(job.engine), job.engine.decoder
     engine.decoder = kind(plain.model, plain.processor, plain.max_new_tokens, *how)
+    engine.decoder.lap = plain.lap
     return _one_turn(job, engine, "full")
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from PIL.Image import Image
 
-from awares import costs
+from awares import baselines, costs
 from awares.config import AwaresValueError
 from awares.decode import PHASES, Lap
 from awares.model import ImageOnlyProcessor
@@ -120,6 +120,21 @@ def jobs(
     return [job(system, budget) for budget in budgets for system in models]
 
 
+def system_jobs(
+    names: Sequence[str], model: Any, processor: ImageOnlyProcessor, rows: Any, budget: int, **limits: Any
+) -> list[Job]:
+    """One job for each system of `baselines` on ``rows``, all with the weights ``model``, in batches of ``budget`` tokens."""
+
+    def job(name: str) -> Job:
+        def work(lap: Lap | None) -> list[Trajectory]:
+            engine = Engine(model, processor, token_budget=budget, lap=lap, **limits)
+            return baselines.answer(name, baselines.Job(engine, rows))
+
+        return Job(name, budget, work)
+
+    return [job(name) for name in names]
+
+
 def play(engine: Engine, system: str, workload: Workload) -> list[Trajectory]:
     """All rows of ``workload`` as ``system`` answers them."""
     images, questions, ids = workload.images, workload.questions, workload.row_ids
@@ -203,6 +218,16 @@ def time_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
                 record[phase] = 1000 * (part[f"{phase}_1"] + part[f"{phase}_2"]).median() / rows
             record["prefill_2"] = 1000 * part.prefill_2.median() / rows
             records.append({**record, "peak_memory_mb": part.peak_memory.iloc[0] / 1e6})
+    return pd.DataFrame(records)
+
+
+def ratio_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
+    """Milliseconds a row of jobs at one token budget each, and their ratio to ``reference`` within each repetition."""
+    seconds = times.pivot(index="repetition", columns="system", values="seconds")
+    records = []
+    for system, part in times.groupby("system", sort=False):
+        spread = quartiles("ms", 1000 * seconds[system] / part.rows.iloc[0])
+        records.append({"system": system, **spread, **quartiles("ratio", seconds[system] / seconds[reference])})
     return pd.DataFrame(records)
 
 
