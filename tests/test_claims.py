@@ -348,10 +348,25 @@ def test_no_verdict_stands_in_the_file():
 def test_without_any_run_every_claim_is_undecided_and_says_why(world):
     folder = world.folder / "tables"
     table = claims.save_claims(world.params, folder)
-    assert list(pd.read_csv(folder / "claims.csv").columns) == claims.COLUMNS == list(table.columns)
+    assert list(pd.read_csv(folder / "claims.csv").columns) == claims.COLUMNS == list(table.columns)[:8]
     assert set(table.verdict) == {"undecided"} and table.effect.isna().all() and (table.seeds == 0).all()
     notes = pd.read_csv(folder / "claims_notes.csv")
     assert len(notes) == len(table) and notes.note.str.endswith("is not there").all()
+
+
+def test_reasons_belong_to_claims_that_fail(world, tmp_path, monkeypatch):
+    _, found = claims.load_claims()
+    ids = [claim.id for claim in found]
+    claims.load_reasons(ids, "data/paper/reasons.yaml")
+    table = pd.DataFrame({"id": ids[:3], "verdict": [claims.FAILS, claims.HOLDS, claims.FAILS], "note": ""})
+    table = table.reindex(columns=[*claims.COLUMNS, "id", "tables", "holds", "margin", "note"]).assign(note="")
+    monkeypatch.setattr(claims, "claims_table", lambda *_: table.copy())
+    (tmp_path / "reasons.yaml").write_text(f"{ids[0]}: small\n  models\n{ids[1]}: never shown\n")
+    said = claims.save_claims(world.params, tmp_path / "tables", tmp_path / "claims.yaml").note.tolist()
+    assert said == ["small models", "", ""]
+    (tmp_path / "reasons.yaml").write_text("nosuch: text\n")
+    with pytest.raises(AwaresError, match="reasons.yaml: unknown claim 'nosuch'"):
+        claims.load_reasons(ids, tmp_path / "reasons.yaml")
 
 
 BASE = {**CLAIM, **ACCURACY, "holds": "above"}

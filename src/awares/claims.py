@@ -32,6 +32,7 @@ from awares.measures import EVALUATION, KINDS, MEASURES, MissingRows, Runs, Samp
 from awares.report import save_table
 
 FILE = "data/paper/claims.yaml"
+REASONS = "reasons.yaml"  # beside it
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 COLUMNS = ["claim", "section", "quantity", "effect", "low", "high", "seeds", "verdict"]
 SIDES = ("above", "below", "within")  # of the margin; within: between -margin and margin
@@ -201,10 +202,33 @@ def claims_table(params: Params, path: str | Path = FILE) -> pd.DataFrame:
 
 
 def save_claims(params: Params, folder: Path, path: str | Path = FILE) -> pd.DataFrame:
-    """Write claims.csv (COLUMNS) and claims_notes.csv (id, how it is decided, why it is undecided); return the first."""
+    """Write claims.csv (COLUMNS) and claims_notes.csv (id, how it is decided, why it is undecided or does not hold); return both as one."""
     table = claims_table(params, path)
+    reasons = load_reasons(table.id.tolist(), Path(path).with_name(REASONS))
+    failing = table.verdict == FAILS
+    table["note"] = table.note.where(~failing, table.id.map(reasons).fillna(""))
     save_table(table[["id", "claim", "tables", "holds", "margin", "verdict", "note"]], folder / "claims_notes.csv")
-    return save_table(table[COLUMNS], folder / "claims.csv")
+    save_table(table[COLUMNS], folder / "claims.csv")
+    return table
+
+
+def load_reasons(ids: Sequence[str], path: str | Path) -> dict[str, str]:
+    """Why a claim does not hold here, by its id: what we have found out about it. Shown where it fails, and nowhere else.
+
+    Raises AwaresError naming an id that is no claim's, or text that is none.
+    """
+    file = find_file(Path(path))
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise AwaresFileError(f"{file.name} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise AwaresValueError(f"{file.name} must map ids of claims to text")
+    for key, text in raw.items():
+        _one_of(file.name, "claim", key, ids)
+        if not isinstance(text, str) or not text.strip():
+            raise AwaresValueError(f"{file.name}: {key} must be text, not {text!r}")
+    return {key: " ".join(text.split()) for key, text in raw.items()}
 
 
 # claims.yaml
