@@ -206,7 +206,7 @@ def save_claims(params: Params, folder: Path, path: str | Path = FILE) -> pd.Dat
     table = claims_table(params, path)
     reasons = load_reasons(table.id.tolist(), Path(path).with_name(REASONS))
     failing = table.verdict == FAILS
-    table["note"] = table.note.where(~failing, table.id.map(reasons).fillna(""))
+    table["note"] = table.note.where(~failing, table.id.map(lambda key: reasons.get(key, "")))
     save_table(table[["id", "claim", "tables", "holds", "margin", "verdict", "note"]], folder / "claims_notes.csv")
     save_table(table[COLUMNS], folder / "claims.csv")
     return table
