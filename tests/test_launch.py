@@ -94,18 +94,38 @@ def test_the_same_settings_come_out_of_their_overrides():
 def test_a_process_that_fails_ends_the_training_with_its_name(world, tmp_path):  # noqa: F811
     with pytest.raises(AwaresError, match="sft: accelerate launch ended with exit code"):
         train(
-            world, tmp_path, **{"base.launch": TWO, "sft.batch_size": 6}
-        )  # no multiple of two processes of two samples
+            world, tmp_path, **{"base.launch": TWO, "sft.batch_size": 5, "sft.per_device_batch_size": 1}
+        )  # two processes cannot share five samples
     with pytest.raises(AwaresError, match="nowhere.yaml: no such accelerate configuration"):
         train(world, tmp_path, **{"base.launch": "nowhere.yaml"})
 
 
 def test_batches_that_do_not_come_out_even_are_named(monkeypatch):
-    assert launch.micro_batches("sft", 128, 16) == 8
+    assert launch.layout("sft", 128, 16) == (16, 8)
     monkeypatch.setenv("WORLD_SIZE", "16")
-    with pytest.raises(AwaresError, match="sft.batch_size 128 is no multiple of .* 16 on 16 processes"):
-        launch.micro_batches("sft", 128, 16)
-    assert launch.micro_batches("sft", 128, 8) == 1
+    assert launch.layout("sft", 128, 16) == (8, 1) and launch.layout("grpo", 96, 4) == (3, 2)
+    with pytest.raises(AwaresError, match="sft.batch_size 100 is no multiple of the 16 processes"):
+        launch.layout("sft", 100, 16)
+
+
+@pytest.mark.parametrize("name", ["1gpu", "8gpu", "2x8gpu"])
+def test_the_papers_batches_fit_the_configurations(name, monkeypatch):
+    count = yaml.safe_load((ROOT / "data" / "launch" / f"{name}.yaml").read_text())["num_processes"]
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    params = load_params("paper", path=ROOT / "params.yaml")
+    for stage in ("sft", "grpo"):
+        section = getattr(params, stage)
+        size, steps = launch.layout(stage, section.batch_size, section.per_device_batch_size)
+        assert size * steps * count == section.batch_size and size <= section.per_device_batch_size
+
+
+def test_several_gpus_want_a_launch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    launch.require_one_gpu("cpu")
+    with pytest.raises(AwaresError, match="8 GPUs are visible.*base.launch"):
+        launch.require_one_gpu("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    launch.require_one_gpu("cuda")
 
 
 @pytest.mark.parametrize("name", sorted(file.name for file in (ROOT / "data" / "launch").glob("*.yaml")))

@@ -131,6 +131,17 @@ def test_crops_of_the_second_turn_stand_in_the_order_of_the_call(world, tmp_path
     assert text.index('"right", "top-left"') < text.index("<tool_response>\n<|vision_start|>")
 
 
+def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):
+    params = settings(**{"sft.gradient_checkpointing": True})
+    trainer = trainer_for(world, params, tmp_path, [sft.Sample(1, "trajectory", 0)])
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    base = trainer.model.get_base_model()
+    seen = base.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+    features = seen.pooler_output if hasattr(seen, "pooler_output") else seen
+    assert not any(part.requires_grad for part in (features if isinstance(features, tuple) else [features]))
+    assert base.get_input_embeddings()(batch["input_ids"]).requires_grad
+
+
 def test_micro_batches_do_not_change_the_update(world, tmp_path):
     adapters = []
     for size in (4, 1):

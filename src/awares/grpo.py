@@ -15,7 +15,8 @@ and image tokens are masked; KL to the cold-started policy. Where this departs f
     completion length *after* the environment has run. A dropped call still costs, and is counted as ``overflow``. ``check_budget``
     makes sure that every single crop fits.
 9.  Temperature 1, top-p 1, but image and video placeholders cannot be sampled.
-10. With ``share_prompts`` the G completions of a prompt share its computation (`awares.sharing`): the same numbers for less work.
+10. `grpo.answer_reward: judge` (Table 4) is the local semantic judge in both profiles, not a served language model.
+11. With ``share_prompts`` the G completions of a prompt share its computation (`awares.sharing`): the same numbers for less work.
 """
 
 import contextlib
@@ -392,12 +393,13 @@ def build_trainer(
     )
     trainer.share_prompts = params.grpo.share_prompts
     training.require_trainable(trainer.model, "grpo")
+    training.spare_vision(trainer.model, params.grpo.gradient_checkpointing)
     return trainer
 
 
 def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPOConfig:
     section, gpu = params.grpo, params.base.device != "cpu"
-    steps = launch.micro_batches("grpo", section.batch_size, section.per_device_batch_size)
+    size, steps = launch.layout("grpo", section.batch_size, section.per_device_batch_size)
     forbidden = [processor.image_token_id, processor.video_token_id]
     vllm = section.rollouts == "vllm"
     if vllm and section.share_prompts:
@@ -410,7 +412,7 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
     return GRPOConfig(
         output_dir=str(folder),
         # One generation, one update of batch_size completions, in micro-batches
-        per_device_train_batch_size=section.per_device_batch_size,
+        per_device_train_batch_size=size,
         gradient_accumulation_steps=steps,
         steps_per_generation=steps,
         num_generations=section.generations,
@@ -436,12 +438,14 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
         num_train_epochs=section.epochs,
         max_steps=section.max_steps,
         save_steps=section.save_steps,
+        save_total_limit=2,  # the last one counts; the one before is there should it be torn
         seed=params.seed,
         bf16=gpu and params.base.dtype == "bfloat16",  # TRL's default is True, on a CPU too
         use_cpu=not gpu,
         gradient_checkpointing=section.gradient_checkpointing,
         remove_unused_columns=False,
         logging_steps=1,
+        log_multimodal=False,  # every process would send its images to every other, for a table that nobody reads
         disable_tqdm=True,  # `training.Log` shows the bar
         report_to="none",
     )

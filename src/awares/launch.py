@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from awares import config, data
 from awares.config import AwaresError, AwaresFileError, Params
 
@@ -29,7 +31,8 @@ def processes() -> int:
 
 
 def device(params: Params) -> str:
-    """``base.device``, of several GPUs this process's own."""
+    """``base.device``, of several GPUs this process's own; AwaresError when there are several and one process."""
+    require_one_gpu(params.base.device)
     return (
         f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         if params.base.device == "cuda" and processes() > 1
@@ -37,15 +40,27 @@ def device(params: Params) -> str:
     )
 
 
-def micro_batches(name: str, batch_size: int, per_device: int) -> int:
-    """Micro-batches of an update on each process; AwaresError where they do not come out even."""
-    together = per_device * processes()
-    if batch_size % together:
+def layout(name: str, batch_size: int, per_device: int) -> tuple[int, int]:
+    """How an update of ``batch_size`` is cut up on each process: samples of a micro-batch, ``per_device`` at most, and micro-batches.
+
+    AwaresError where the processes cannot share the batch evenly.
+    """
+    share, rest = divmod(batch_size, processes())
+    if rest:
         raise AwaresError(
-            f"{name}.batch_size {batch_size} is no multiple of {name}.per_device_batch_size {per_device} on {processes()} processes: "
-            f"lower {name}.per_device_batch_size or take another base.launch"
+            f"{name}.batch_size {batch_size} is no multiple of the {processes()} processes of base.launch: change one of them"
         )
-    return batch_size // together
+    size = next(size for size in range(min(per_device, share), 0, -1) if share % size == 0)
+    return size, share // size
+
+
+def require_one_gpu(device: str) -> None:
+    """AwaresError when a training in one process would see several GPUs: the trainers refuse them, with less of a mend."""
+    seen = torch.cuda.device_count() if device.startswith("cuda") and processes() == 1 else 0
+    if seen > 1:
+        raise AwaresError(
+            f"{seen} GPUs are visible to a training in one process: set CUDA_VISIBLE_DEVICES=0, or base.launch to a file of data/launch"
+        )
 
 
 def launch(stage: str, params: Params, model_path: str | Path, out_dir: str | Path) -> None:

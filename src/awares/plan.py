@@ -325,7 +325,7 @@ def _hub(params: Params) -> Iterator[Finding]:
             yield Finding(f"{kind} {name}", folder.is_dir(), str(folder), "copy it there, or leave data.hub_root empty")
             continue
         try:
-            HfApi().repo_info(name, repo_type=kind, timeout=20.0)
+            HfApi().auth_check(name, repo_type=kind)  # of a gated repository anybody may read the description
             yield Finding(f"{kind} {name}", True, "readable")
         except GatedRepoError:
             yield Finding(

@@ -1,7 +1,8 @@
 """The training loop of the embedded base VLM (notebooks/00_base_model): batches, losses, checkpoints, progress.
 
 Six stages, each with its checkpoint: the lower half of the vision tower on glyphs, the whole of it on words and then on what belongs to what,
-the language tower on symbolic pages and then on calls about them, and both towers on pictures. `lookup` needs none of the others and may run beside the first three.
+the language tower on symbolic pages and then on calls about them, and both towers on pictures. The two of the language tower need none of the
+first three and may run beside them.
 """
 
 from __future__ import annotations

@@ -317,6 +317,7 @@ def build_trainer(
         peft_config=training.lora_config(params.sft),
     )
     training.require_trainable(trainer.model, "sft")
+    training.spare_vision(trainer.model, params.sft.gradient_checkpointing)
     return trainer
 
 
@@ -338,10 +339,11 @@ def _views(params: Params, rows: datasets.Dataset, samples: Sequence[Sample]) ->
 
 def _config(params: Params, folder: Path, save_steps: int) -> SFTConfig:
     section, gpu = params.sft, params.base.device != "cpu"
+    size, steps = launch.layout("sft", section.batch_size, section.per_device_batch_size)
     return SFTConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=section.per_device_batch_size,
-        gradient_accumulation_steps=launch.micro_batches("sft", section.batch_size, section.per_device_batch_size),
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=steps,
         num_train_epochs=1,  # `plan` has laid out all epochs
         train_sampling_strategy="sequential",
         learning_rate=section.learning_rate,

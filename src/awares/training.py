@@ -161,6 +161,17 @@ def require_trainable(model: Any, section: str) -> None:
         )
 
 
+def spare_vision(model: Any, checkpointing: bool) -> None:
+    """Keep gradients out of the frozen vision tower, which gradient ``checkpointing`` of an adapter would let in.
+
+    For checkpoints to pass gradients on, TRL lets the input embeddings of *all* towers require them; the language model's suffice.
+    """
+    if checkpointing:
+        base = model.get_base_model()
+        base.disable_input_require_grads()
+        base.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
+
+
 def save_policy(model: Any, processor: ImageOnlyProcessor, out_dir: str | Path, base: str) -> tuple[Path, Path]:
     """Write ``out_dir/adapter`` (LoRA weights; made for the model named ``base``) and ``out_dir/merged`` (a plain model)."""
     adapter, merged = Path(out_dir) / "adapter", Path(out_dir) / "merged"
