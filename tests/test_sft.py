@@ -134,6 +134,7 @@ def test_crops_of_the_second_turn_stand_in_the_order_of_the_call(world, tmp_path
 def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):
     params = settings(**{"sft.gradient_checkpointing": True})
     trainer = trainer_for(world, params, tmp_path, [sft.Sample(1, "trajectory", 0)])
+    trainer.train()
     batch = trainer.data_collator([trainer.train_dataset[0]])
     base = trainer.model.get_base_model()
     seen = base.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from awares import training
+from awares import records, training
 from awares.config import AwaresError, AwaresFileError, Params
 
 TASKS = {
@@ -79,7 +79,7 @@ def through_lmms_eval(
     if done.returncode:
         raise AwaresError(f"lmms-eval ended with {done.returncode} on {system}:\n{done.stdout[-2000:]}")
     results = max(folder.glob("results/**/*results.json"), key=lambda file: file.stat().st_mtime)
-    return table(system, json.loads(results.read_text())["results"], pd.DataFrame(training.read_jsonl(samples)), tasks)
+    return table(system, json.loads(results.read_text())["results"], pd.DataFrame(records.read_records(samples)), tasks)
 
 
 def table(

@@ -213,7 +213,11 @@ class _Session:
             raise Again(f"connection failed: {error.__cause__ or error}", silent=True) from error
         except openai.APIStatusError as error:
             raise self._refusal(error) from error
-        return read_reply(read_json(raw.content), time.perf_counter() - begun)
+        secret = os.environ.get(self.server.key_variable)
+        content = (
+            raw.content.replace(secret.encode(), b"***") if secret else raw.content
+        )  # some servers echo the request
+        return read_reply(read_json(content), time.perf_counter() - begun)
 
     def _refusal(self, error: openai.APIStatusError) -> Exception:
         """What an error status means: try again, this row is lost, or (AwaresRequestError) everything is."""

@@ -393,7 +393,7 @@ def build_trainer(
     )
     trainer.share_prompts = params.grpo.share_prompts
     training.require_trainable(trainer.model, "grpo")
-    training.spare_vision(trainer.model, params.grpo.gradient_checkpointing)
+    trainer.add_callback(training.SpareVision())
     return trainer
 
 

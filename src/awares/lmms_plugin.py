@@ -10,7 +10,6 @@ Several images of a row are set side by side, as our training data have them. lm
 awares imports it.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from PIL import Image
 
 from awares.config import AwaresValueError
 from awares.policy import AwaRes
+from awares.records import append_records, drop_torn_line
 from awares.rollout import Trajectory
 from awares.sources import side_by_side
 
@@ -120,15 +120,13 @@ class AwaresChat(lmms):
             return
         path = self.log if self._world_size == 1 else self.log.with_suffix(f".{self._rank}{self.log.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for name, one in zip(names, done, strict=True):
-                counts = {
-                    "visual_tokens": one.visual_tokens,
-                    "full_visual_tokens": one.full_visual_tokens,
-                    "rtr": one.rtr,
-                }
-                about = {"sample": name, "answer": one.answer, "crops": list(one.crops), "call": one.call_status}
-                file.write(json.dumps({**about, **counts, "seconds": one.seconds}, ensure_ascii=False) + "\n")
+        found = []
+        for name, one in zip(names, done, strict=True):
+            counts = {"visual_tokens": one.visual_tokens, "full_visual_tokens": one.full_visual_tokens, "rtr": one.rtr}
+            about = {"sample": name, "answer": one.answer, "crops": list(one.crops), "call": one.call_status}
+            found.append({**about, **counts, "seconds": one.seconds})
+        drop_torn_line(path)
+        append_records(path, found)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Not for a policy that decides what to see while it answers."""

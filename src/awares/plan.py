@@ -136,10 +136,15 @@ class _Count:
         policy = self._policy()
         shown = {"full": self.image, "half": self.image.scaled(0.25), "no_image": self.image.scaled(0.0)}
         done = [self._turns([(shown[name], ANSWER)]) if name in shown else policy for name in SYSTEMS]
-        tokens, flops = (rows * sum(part) for part in zip(*done, strict=True))
-        hours = self._hours(flops, rows * len(done) * ANSWER)
+        # both policies again: the dial's other trajectory, the frontier's eleven, lmms-eval's own run
+        again = 2 * (
+            min(section.dial_rows, rows) + 11 * min(section.frontier_rows, rows) + bool(section.lmms_eval) * rows
+        )
+        tokens, flops = (rows * sum(part) + again * part[-1] for part in zip(*done, strict=True))
+        hours = self._hours(flops, (rows * len(done) + again) * ANSWER)
         stored = rows * self._stored() if self.params.data.origin == "hub" else 0.0
-        return ("evaluation", rows, 0, round(tokens), flops / 1e15, hours, self._inference(), stored, self._assumed())
+        memory = self._inference() + 2 * self.weights / GB  # the base model and both policies
+        return ("evaluation", rows, 0, round(tokens), flops / 1e15, hours, memory, stored, self._assumed())
 
     # Parts
 
@@ -343,5 +348,6 @@ def _token() -> str:
 
 
 def hours(table: pd.DataFrame, params: Params) -> float:
-    """Wall-clock hours of the stages on ``plan.gpus`` GPUs that share the work evenly, servers not counted."""
-    return math.fsum(table.gpu_hours) / params.plan.gpus
+    """Wall-clock hours of the stages, servers not counted: the trainings share ``plan.gpus`` GPUs evenly, all else runs on one."""
+    shared = table.stage.isin(["sft", "grpo"])
+    return math.fsum(table.gpu_hours[~shared]) + math.fsum(table.gpu_hours[shared]) / params.plan.gpus

@@ -317,7 +317,7 @@ def build_trainer(
         peft_config=training.lora_config(params.sft),
     )
     training.require_trainable(trainer.model, "sft")
-    training.spare_vision(trainer.model, params.sft.gradient_checkpointing)
+    trainer.add_callback(training.SpareVision())
     return trainer
 
 

@@ -161,17 +161,6 @@ def require_trainable(model: Any, section: str) -> None:
         )
 
 
-def spare_vision(model: Any, checkpointing: bool) -> None:
-    """Keep gradients out of the frozen vision tower, which gradient ``checkpointing`` of an adapter would let in.
-
-    For checkpoints to pass gradients on, TRL lets the input embeddings of *all* towers require them; the language model's suffice.
-    """
-    if checkpointing:
-        base = model.get_base_model()
-        base.disable_input_require_grads()
-        base.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
-
-
 def save_policy(model: Any, processor: ImageOnlyProcessor, out_dir: str | Path, base: str) -> tuple[Path, Path]:
     """Write ``out_dir/adapter`` (LoRA weights; made for the model named ``base``) and ``out_dir/merged`` (a plain model)."""
     adapter, merged = Path(out_dir) / "adapter", Path(out_dir) / "merged"
@@ -207,6 +196,27 @@ def picture_sizes(rows: datasets.Dataset, params: Params) -> list[tuple[int, int
             size = image.size[::-1] if turned else image.size
         sizes.append(crops.cap(Image.new("1", size), params.crops.max_side).size)
     return sizes
+
+
+# Gradients
+
+
+class SpareVision(TrainerCallback):
+    """Keeps gradients out of the frozen vision tower, which gradient checkpointing of an adapter would let in.
+
+    For checkpoints to pass gradients on, trainers let the input embeddings of *all* towers require them; the language model's suffice.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer when it has switched checkpointing on."""
+        if args.gradient_checkpointing:
+            base = kwargs["model"].get_base_model()
+            base.disable_input_require_grads()
+            base.get_input_embeddings().register_forward_hook(_requiring_gradients)
+
+
+def _requiring_gradients(_module: Any, _inputs: Any, output: Any) -> None:
+    output.requires_grad_(True)
 
 
 # The log
