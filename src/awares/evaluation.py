@@ -165,7 +165,7 @@ def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], evaluation: 
         rtr = left.groupby("benchmark").rtr.mean().mean() - right.groupby("benchmark").rtr.mean().mean()
         points = {"difference": 100 * found.mean, "low": 100 * found.low, "high": 100 * found.high}
         records.append({"a": a, "b": b, **points, "p": found.p, "significant": found.significant, "rtr": rtr})
-    return pd.DataFrame(records)
+    return pd.DataFrame(records, columns=["a", "b", "difference", "low", "high", "p", "significant", "rtr"])
 
 
 def frontier(policy: str, engine: Any, rows: datasets.Dataset) -> Frontier:

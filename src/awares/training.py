@@ -210,13 +210,12 @@ class SpareVision(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer when it has switched checkpointing on."""
         if args.gradient_checkpointing:
-            base = kwargs["model"].get_base_model()
-            base.disable_input_require_grads()
-            base.get_input_embeddings().register_forward_hook(_requiring_gradients)
+            patches = kwargs["model"].get_base_model().model.visual.get_input_embeddings()
+            patches.register_forward_hook(_detached)  # after the hooks that let gradients in
 
 
-def _requiring_gradients(_module: Any, _inputs: Any, output: Any) -> None:
-    output.requires_grad_(True)
+def _detached(_module: Any, _inputs: Any, output: Any) -> Any:
+    return output.detach()
 
 
 # The log
