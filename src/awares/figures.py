@@ -166,7 +166,7 @@ def systems_figure(table: pd.DataFrame) -> Figure:
         if not stem:
             name = SYSTEM_NAMES.get(row.system, row.system)
             axes.annotate(name, (row.rtr, row.accuracy), (6, 4), textcoords="offset points", fontsize="small")
-    entries = [Patch(color=colours[name], label=name) for name in pruners]
+    entries: list[Any] = [Patch(color=colours[name], label=name) for name in pruners]
     used = [ratio for ratio in RATIO_MARKERS if any(ratio == one for _, one in ratios.values())]
     names = {ratio: "at AwaRes' RTR" if ratio == "awares" else f"{ratio} % kept" for ratio in used}
     entries += [Line2D([], [], color="grey", marker=RATIO_MARKERS[r], linestyle="", label=names[r]) for r in used]
