@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from awares import crops, data, protocol, sft, training
 from awares.config import AwaresError, load_params
 from awares.model import load_model, load_processor, save_model
+from awares.records import alone
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -141,6 +142,12 @@ def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):
     features = seen.pooler_output if hasattr(seen, "pooler_output") else seen
     assert not any(part.requires_grad for part in (features if isinstance(features, tuple) else [features]))
     assert base.get_input_embeddings()(batch["input_ids"]).requires_grad
+
+
+def test_a_second_process_may_not_train_in_the_same_folder(world, tmp_path):
+    trainer = trainer_for(world, settings(), tmp_path, [sft.Sample(1, "trajectory", 0)])
+    with alone(tmp_path / "training"), pytest.raises(AwaresError, match="another process is writing it"):
+        training.train(trainer, tmp_path, training.Log(tmp_path / "log.jsonl", sft.log_entry, "loss"))
 
 
 def test_micro_batches_do_not_change_the_update(world, tmp_path):

@@ -11,6 +11,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from awares import crops, protocol
 from awares.config import AwaresFileError, AwaresValueError, Grpo, Params, Sft
 from awares.model import ImageOnlyProcessor, save_model
+from awares.records import alone
 
 # TRL reports every trainer it builds to its makers; nothing leaves the machine here.
 huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -125,11 +127,12 @@ def require_checkpoint(folder: Path) -> None:
 
 
 def train(trainer: Trainer, folder: Path, log: "Log") -> None:
-    """Train to the end, from the last complete checkpoint of ``folder`` if there is one."""
+    """Train to the end, from the last complete checkpoint of ``folder`` if there is one. AwaresError while another process does."""
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)  # the log in full on the screen, where `log` shows a bar
-    done = checkpoints(folder)
-    trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+    with alone(folder / "training") if trainer.is_world_process_zero() else nullcontext():
+        done = checkpoints(folder)
+        trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
 
 
 # The policy
