@@ -23,7 +23,7 @@ from awares.decode import Codec
 from awares.model import ImageOnlyProcessor
 from awares.protocol import OURS, Protocol, get_protocol
 from awares.replies import Lost, Reply, Request
-from awares.rollout import Interaction, Script, Source, Trajectory, _Row
+from awares.rollout import MAX_NEW_TOKENS, Interaction, Script, Source, Trajectory, _Row
 
 NEVER = -100.0  # the API's lowest logit_bias: the token is not written
 MEND = (
@@ -50,7 +50,7 @@ class RemoteEngine(Interaction):
         self,
         client: ChatClient,
         processor: ImageOnlyProcessor,
-        max_new_tokens: int = 24,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         max_side: int = 2000,
         check: bool = True,
         protocol: str | Protocol = OURS,
