@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from awares import curation, data, judges, records, served
+from awares.client import AwaresRequestError, Failure
 from awares.config import AwaresError, load_params
 from awares.judges import AnlsJudge, EmbeddingJudge, SemanticJudge, label
 from awares.wording import same_meaning
@@ -304,6 +305,34 @@ def test_raw_outputs_are_kept_per_row(params, tmp_path):
     assert answers[1]["low"]["answer"] == "illegible" and "seconds" not in answers[1]["low"]
     assert verdicts[1]["semantic"] == {"value": 2, "low": 0.0, "high": 1.0, "both_wrong": False}
     assert [record["id"] for record in located] == [f"row-{n}" for n in range(11) if n % 4 in (1, 2)]
+
+
+def test_rows_that_the_base_models_server_gives_up_are_lost_and_no_others(params, tmp_path):
+    class Server(FakeEngine):
+        bad = {"row-4": "half", "row-9": "full"}
+
+        def answer(self, images, questions, view="full", crops=None, row_ids=None):
+            lost = [Failure(row_id, "status 400") for row_id in row_ids if self.bad.get(row_id) == view]
+            if lost:
+                raise AwaresRequestError("rows have no reply", lost)
+            return super().answer(images, questions, view, crops, row_ids)
+
+    engine = Server()
+    rows = run(params, tmp_path / "out", engine)
+    assert rows["id"] == [row_id for row_id in make_rows()["id"] if row_id not in Server.bad]
+    assert [row["label"] for row in rows] == ["HR" if n % 4 in (1, 2) else "LR" for n in range(11) if n not in (4, 9)]
+    assert rows[-1]["question"] == "what is 10?" and rows[-1]["answers"] == ["10", "10 kg"]
+    lost = records.read_records(tmp_path / "out" / curation.LOST_FILE)
+    assert lost == [{"id": row_id, "step": "base", "reason": "status 400"} for row_id in Server.bad]
+    answers = records.read_records(tmp_path / "out" / "answers.jsonl")
+    assert len(answers) == 11 and answers[4] == {"id": "row-4", "reason": "status 400"}
+    Server.bad = {row_id: "half" for row_id in make_rows()["id"]}
+    with pytest.raises(AwaresError, match="no row: all 11 are lost; lost.jsonl tells why"):
+        run(params, tmp_path / "none" / "out", Server())
+    assert len(records.read_records(tmp_path / "none" / "out" / curation.LOST_FILE)) == 11
+    Server.answer = lambda *_, **__: (_ for _ in ()).throw(AwaresRequestError("the server is gone"))
+    with pytest.raises(AwaresRequestError, match="gone"):
+        run(params, tmp_path / "gone" / "out", Server())
 
 
 def test_both_wrong_rows_can_be_dropped(params, tmp_path):

@@ -17,10 +17,11 @@ from PIL import Image
 from test_client import Faulty
 from test_rollout import NAMES, ORDERS, TIE, engine, rigged, rows_of  # noqa: F401  (rigged is a fixture)
 
-from awares import crops, protocol
+from awares import batch, crops, protocol
 from awares.client import AwaresRequestError, ChatClient, Server
 from awares.config import AwaresError
 from awares.model import make_processor
+from awares.records import read_records
 from awares.remote import RemoteEngine, data_url
 from awares.rollout import Engine, Trajectory
 
@@ -213,6 +214,25 @@ def test_lost_rows_are_named_and_the_others_kept(tiny: SimpleNamespace, remote, 
         faulty.stop()
     assert [failure.row_id for failure in caught.value.failures] == ["v", "w"]
     assert "row w: the model wrote an image placeholder" in str(caught.value)
+
+
+def test_a_batch_notes_the_row_that_the_server_gives_up_and_answers_the_others(tiny, remote, tmp_path: Path) -> None:
+    faulty, image, out = Faulty(tmp_path / "log.jsonl"), tiny.noise(112, 112, 0), tmp_path / "out.jsonl"
+    items = [
+        batch.Item(name, name, question, lambda: image)
+        for name, question in zip("uvw", ["a", "b|500", "d"], strict=True)
+    ]
+    try:
+        done = batch.run(items, out, remote(faulty.url, check=False), {"call_bias": 0.0})
+        assert faulty.counts()["a"] == faulty.counts()["d"] == 1
+    finally:
+        faulty.stop()
+    assert (done.rows, done.ran, done.errors) == (3, 3, 1)
+    assert [("error" in line, line.get("answer")) for line in read_records(out)] == [
+        (False, "reply to a"),
+        (True, None),
+        (False, "reply to d"),
+    ]
 
 
 def test_bad_input_is_named_before_anything_is_sent(tiny: SimpleNamespace, remote) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from awares import base, lexicon, pretrain, protocol, scenes, suite
 from awares.config import AwaresError
 from awares.evaluation import LEGIBLE_AT_HALF
-from awares.model import make_processor
+from awares.model import load_processor, make_processor
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,25 @@ def test_every_protocol_token_is_alive_in_base_training(tokenizer):
         "<tool_response>\n\n</tool_response>",
     ]
     assert not [tokenizer.decode([i]) for text in words for i in tokenizer(text)["input_ids"] if i not in seen]
+
+
+def test_the_shipped_tokenizer_reads_what_it_was_trained_to_read(tokenizer):
+    """A `Qwen2Tokenizer` would replace the pattern of the saved file, and read 15 as 1 and 5."""
+    shipped, rng = load_processor(Path(__file__).parent.parent / "data" / "base").tokenizer, np.random.default_rng(1)
+    examples = [base.text_example(rng) for _ in range(200)]
+    texts = ["$15", "12 and 36%", *(part for one in examples for turn in one.turns for part in (one.system, *turn))]
+    assert [shipped(text)["input_ids"] for text in texts] == [tokenizer(text)["input_ids"] for text in texts]
+    assert [shipped.decode(shipped(text)["input_ids"]) for text in texts] == texts
+
+
+def test_the_first_answer_has_the_form_that_the_question_asks_for():
+    rows = [row for name in suite.PLANS for row in suite.make_source(name, 40, 1, "train")]
+    numbers = [row for row in rows if any(answer in lexicon.NUMBER_WORDS for answer in row["answers"])]
+    asked = [row for row in numbers if " in words" in row["question"]]
+    assert len(asked) > 5 and all(row["answers"][0] in lexicon.NUMBER_WORDS for row in asked)
+    assert any(row["answers"][0].isdigit() for row in numbers) and all(
+        len(set(row["answers"])) == len(row["answers"]) for row in rows
+    )
 
 
 def test_training_format_is_the_chat_template(tokenizer):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
 from awares import lexicon as lex
 from awares import scenes
@@ -74,8 +74,11 @@ VIEW_SHARES = {
 # --- the architecture ------------------------------------------------------------------------------------------------
 
 
-def build_tokenizer(seed: int = 0, vocab_size: int = 2048) -> Qwen2Tokenizer:
-    """A byte-level BPE with Qwen's special tokens, numbers in pairs of digits, trained on what the suite says."""
+def build_tokenizer(seed: int = 0, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with Qwen's special tokens, numbers in pairs of digits, trained on what the suite says.
+
+    Not a `Qwen2Tokenizer`: when that is loaded, it puts Qwen's own pattern, digits one by one, in place of the saved one.
+    """
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -92,7 +95,7 @@ def build_tokenizer(seed: int = 0, vocab_size: int = 2048) -> Qwen2Tokenizer:
         show_progress=False,
     )
     core.train_from_iterator(_corpus(np.random.default_rng(seed)), trainer)
-    return Qwen2Tokenizer(
+    return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
         additional_special_tokens=SPECIALS,
     )  # fmt: skip
@@ -128,7 +131,7 @@ def _corpus(rng: np.random.Generator) -> Iterator[str]:
 
 
 def tiny_config(
-    tokenizer: Qwen2Tokenizer, vision_width: int = 160, width: int = 192, depth: int = 6
+    tokenizer: PreTrainedTokenizerFast, vision_width: int = 160, width: int = 192, depth: int = 6
 ) -> Qwen2_5_VLConfig:
     ids: dict[str, Any] = {
         name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")

@@ -15,6 +15,7 @@ import datasets
 from PIL import Image
 from tqdm import tqdm
 
+from awares.client import Failure, with_failures
 from awares.config import AwaresError, AwaresFileError, AwaresValueError
 from awares.crops import cap, open_image
 from awares.protocol import check_question
@@ -198,9 +199,15 @@ def _ask(engine: Any, chunk: Sequence[Item], settings: dict[str, Any]) -> list[R
             ready[item.row_id] = _image(item, engine.max_side)
         except AwaresError as error:
             found[item.row_id] = {"error": str(error)}
+    names, images = list(ready), list(ready.values())
     questions = [item.question for item in chunk if item.row_id in ready]
-    done = engine.run(list(ready.values()), questions, call_bias=settings["call_bias"], row_ids=list(ready))
-    found |= {one.row_id: one.to_dict() for one in done}
+
+    def ask(places: list[int]) -> list[Trajectory]:
+        rows = [[column[place] for place in places] for column in (images, questions, names)]
+        return engine.run(rows[0], rows[1], call_bias=settings["call_bias"], row_ids=rows[2])
+
+    done = zip(names, with_failures(names, ask), strict=True)
+    found |= {name: {"error": one.reason} if isinstance(one, Failure) else one.to_dict() for name, one in done}
     return [
         {
             "row_id": item.row_id,

@@ -149,6 +149,24 @@ class ChatClient:
         return results
 
 
+def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[T]]) -> list[T | Failure]:
+    """``ask`` on the places of all rows; a `Failure` in place of a row that its AwaresRequestError lists as lost.
+
+    The others are then asked for once more, which costs nothing where replies are recorded. A call that was given up
+    as a whole raises as before.
+    """
+    found: dict[int, T | Failure] = {}
+    while left := [place for place in range(len(row_ids)) if place not in found]:
+        try:
+            found |= dict(zip(left, ask(left), strict=True))
+        except AwaresRequestError as error:
+            if not error.failures:
+                raise
+            lost = {failure.row_id: failure for failure in error.failures}
+            found |= {place: lost[row_ids[place]] for place in left if row_ids[place] in lost}
+    return [found[place] for place in range(len(row_ids))]
+
+
 class _Session:
     """The requests of one call of `ChatClient.converse`."""
 

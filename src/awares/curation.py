@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from awares import crops, data, decode, judges, metrics, model, protocol, rollout, training, wording
+from awares.client import Failure, with_failures
 from awares.config import AwaresValueError, Params
 from awares.judges import HR, LR, Judge, label
 from awares.records import Record, in_chunks, write_records
@@ -126,11 +127,10 @@ def curate(
     answers = work.answers(engine)
     verdicts = work.verdicts(answers, panel)
     located = work.locate(verdicts, oracle)
-    rows = assemble(dataset, answers, verdicts, located, params)
     for name, records in zip(RAW_FILES, (answers, verdicts, located), strict=True):
         write_records(Path(out_dir) / name, records)
-    write_records(Path(out_dir) / LOST_FILE, lost_rows(verdicts, located, params.curation.judge))
-    data.save_rows(rows, Path(out_dir) / ROWS)
+    write_records(Path(out_dir) / LOST_FILE, lost_rows(answers, verdicts, located, params.curation.judge))
+    data.save_rows(assemble(dataset, answers, verdicts, located, params), Path(out_dir) / ROWS)
     return data.load_rows(Path(out_dir) / ROWS)
 
 
@@ -147,25 +147,36 @@ class _Work:
         }
 
     def answers(self, engine: Any) -> list[Record]:
-        """Step 1: the base model on I_low and on I. Times are left out: they would differ from run to run."""
+        """Step 1: the base model on I_low and on I, or a ``reason``. Times are left out: they would differ from run to run."""
         self.inputs["engine"] = engine_key(engine)
 
         def work(chunk: datasets.Dataset) -> list[Record]:
-            half, full = (
-                engine.answer(list(chunk["image"]), list(chunk["question"]), view=view, row_ids=list(chunk["id"]))
-                for view in ("half", "full")
-            )
-            return [
-                {"id": row_id, "low": _timeless(low), "high": _timeless(high)}
-                for row_id, low, high in zip(chunk["id"], half, full, strict=True)
-            ]
+            ids = list(chunk["id"])
+
+            def answered(view: str) -> list[Any]:
+                def ask(places: list[int]) -> list[Any]:
+                    rows = chunk.select(places)
+                    return engine.answer(
+                        list(rows["image"]), list(rows["question"]), view=view, row_ids=list(rows["id"])
+                    )
+
+                return with_failures(ids, ask)
+
+            def record(row_id: str, low: Any, high: Any) -> Record:
+                lost = [side.reason for side in (low, high) if isinstance(side, Failure)]
+                return {
+                    "id": row_id,
+                    **({"reason": lost[0]} if lost else {"low": _timeless(low), "high": _timeless(high)}),
+                }
+
+            return [record(*row) for row in zip(ids, answered("half"), answered("full"), strict=True)]
 
         return self._step(RAW_FILES[0], self.ids, work)
 
     def verdicts(self, answers: list[Record], panel: Sequence[Judge]) -> list[Record]:
-        """Step 2: every judge on every row, raw scores kept."""
+        """Step 2: every judge on every answered row, raw scores kept."""
         self.inputs |= {"judges": [judge.key() for judge in panel], "judge_code": _code(judges, metrics, wording)}
-        by_id = {record["id"]: record for record in answers}
+        by_id = {record["id"]: record for record in answers if "reason" not in record}
 
         def work(chunk: datasets.Dataset) -> list[Record]:
             lows, highs = ([by_id[row_id][side]["answer"] for row_id in chunk["id"]] for side in ("low", "high"))
@@ -176,7 +187,7 @@ class _Work:
                     record[judge.name] = asdict(verdict)
             return fresh
 
-        return self._step(RAW_FILES[1], self.ids, work, images=False)
+        return self._step(RAW_FILES[1], list(by_id), work, images=False)
 
     def locate(self, verdicts: list[Record], oracle: Oracle) -> list[Record]:
         """Step 3: the oracle on the rows that the deciding judge calls HR."""
@@ -206,6 +217,11 @@ def assemble(
 ) -> datasets.Dataset:
     """The curated rows from the raw outputs of the three steps, columns as `curate` says; lost rows are left out."""
     judge, boxes = params.curation.judge, {record["id"]: record for record in located}
+    lost = {record["id"] for record in lost_rows(answers, verdicts, located, judge)}
+    if len(lost) == len(dataset):
+        raise AwaresValueError(f"curation leaves no row: all {len(dataset)} are lost; {LOST_FILE} tells why")
+    dataset = dataset.select([index for index, record in enumerate(answers) if "reason" not in record])
+    answers = [record for record in answers if "reason" not in record]
     empty: Record = {"question_boxes": [], "answer_boxes": []}
     columns: dict[str, list[Any]] = {
         "low_answer": [record["low"]["answer"] for record in answers],
@@ -224,18 +240,27 @@ def assemble(
     columns["target_crops"] = [target_crops(record, params) for record in found]
     added = datasets.Dataset.from_dict(columns, features=_features(columns))
     rows = datasets.concatenate_datasets([dataset.select_columns(list(data.FEATURES)), added], axis=1)
-    lost = {record["id"] for record in lost_rows(verdicts, located, judge)}
     dropped = columns["both_wrong"] if params.curation.drop_both_wrong else [False] * len(rows)
     kept = [
         i for i, (row_id, wrong) in enumerate(zip(rows["id"], dropped, strict=True)) if row_id not in lost and not wrong
     ]
     if not kept:
-        raise AwaresValueError(f"curation leaves no row of {len(rows)}: {len(lost)} lost; {LOST_FILE} tells why")
+        raise AwaresValueError(
+            f"curation leaves no row: {len(lost)} lost ({LOST_FILE} tells why), the others dropped, because both answers "
+            "are wrong (curation.drop_both_wrong)"
+        )
     return rows if len(kept) == len(rows) else rows.select(kept)
 
 
-def lost_rows(verdicts: Sequence[Record], located: Sequence[Record], judge: str) -> list[Record]:
-    """The rows without a usable verdict of the deciding judge, or without a usable box: id, step (judge or oracle), reason."""
+def lost_rows(
+    answers: Sequence[Record], verdicts: Sequence[Record], located: Sequence[Record], judge: str
+) -> list[Record]:
+    """The rows without both answers, a usable verdict of the deciding judge or a usable box: id, step (base, judge or
+    oracle), reason.
+    """
+    unanswered = [
+        {"id": record["id"], "step": "base", "reason": record["reason"]} for record in answers if "reason" in record
+    ]
     unjudged = [
         {"id": record["id"], "step": "judge", "reason": record[judge]["reason"]}
         for record in verdicts
@@ -244,7 +269,7 @@ def lost_rows(verdicts: Sequence[Record], located: Sequence[Record], judge: str)
     unlocated = [
         {"id": record["id"], "step": "oracle", "reason": record["reason"]} for record in located if record.get("reason")
     ]
-    return unjudged + unlocated
+    return unanswered + unjudged + unlocated
 
 
 def _label(verdict: int | None) -> str:

@@ -237,7 +237,7 @@ def describe(splits: Mapping[str, datasets.Dataset]) -> pd.DataFrame:
             rows = of_source(dataset, source)
             sides = np.array([image.size for image in rows["image"]])
             record = {"split": split, "source": source, "rows": len(rows), "questions": len(set(rows["question"]))}
-            record["answers"] = len({answers[0] for answers in rows["answers"]})
+            record["answers"] = len({frozenset(answers) for answers in rows["answers"]})
             record |= {"side min": int(sides.min()), "side max": int(sides.max())}
             records.append({**record, "tokens mean": float((sides // MIN_SIDE).prod(axis=1).mean())})
     return pd.DataFrame(records)

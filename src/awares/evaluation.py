@@ -107,13 +107,13 @@ def first_turn_intervals(
 
 
 def majority_table(rows: datasets.Dataset) -> pd.DataFrame:
-    """Accuracy (percent) of always giving a benchmark's most frequent answer. Columns benchmark, answer, accuracy."""
+    """Accuracy (percent) of always giving the answer that most rows of a benchmark accept. Columns benchmark, answer, accuracy."""
     records = []
     for benchmark in dict.fromkeys(rows["source"]):
         accepted = [
             answers for source, answers in zip(rows["source"], rows["answers"], strict=True) if source == benchmark
         ]
-        answer = Counter(answers[0] for answers in accepted).most_common(1)[0][0]
+        answer = Counter(form for answers in accepted for form in dict.fromkeys(answers)).most_common(1)[0][0]
         accuracy = 100 * float(np.mean([score(benchmark, answer, answers) for answers in accepted]))
         records.append({"benchmark": benchmark, "answer": answer, "accuracy": accuracy})
     return pd.DataFrame(records)

@@ -20,7 +20,12 @@ import math
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -39,7 +44,7 @@ class Code:
     besides its own thoughts, and a merger that only adds up cannot write what no patch can hold.
     """
 
-    def __init__(self, tokenizer: Qwen2Tokenizer, width: int, seed: int = 0) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, width: int, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(seed)
         self.embedding = SPREAD * torch.randn(len(tokenizer), width, generator=draw)  # (V, D)
         self._compose_numbers(tokenizer, torch.Generator().manual_seed(seed + 1))
@@ -57,7 +62,7 @@ class Code:
         self.traits = self._table(tokenizer, TRAITS)
         self.subjects = self._table(tokenizer, SUBJECTS)
 
-    def _compose_numbers(self, tokenizer: Qwen2Tokenizer, draw: torch.Generator) -> None:
+    def _compose_numbers(self, tokenizer: PreTrainedTokenizerFast, draw: torch.Generator) -> None:
         """A number is the sum of its tens and its units, as the eye finds it: a merger cannot tell a hundred arbitrary pairs of digits."""
         tens, units = SPREAD * torch.randn(2, 10, self.embedding.shape[1], generator=draw) / math.sqrt(2)
         for number in range(100):
@@ -65,7 +70,7 @@ class Code:
             if len(ids) == 1:
                 self.embedding[ids[0]] = tens[number // 10] + units[number % 10]
 
-    def _table(self, tokenizer: Qwen2Tokenizer, words: list[str]) -> torch.Tensor:
+    def _table(self, tokenizer: PreTrainedTokenizerFast, words: list[str]) -> torch.Tensor:
         """(1 + words, D): nothing, then each word as the mean of its tokens with and without a space before it."""
         rows = [torch.zeros(self.embedding.shape[1])]
         for word in words:

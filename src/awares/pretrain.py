@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares.base import (
@@ -63,7 +63,7 @@ def _merge_order(grid: np.ndarray, cell: int) -> np.ndarray:
     return blocks.reshape(rows * columns, cell * cell)
 
 
-def encode(item: Example, tokenizer: Qwen2Tokenizer) -> tuple[list[int], list[int]]:
+def encode(item: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """Token ids and labels (assistant tokens only) of a conversation in the chat template's words."""
     pads = [f"<|vision_start|>{'<|image_pad|>' * (v.words.size // 4)}<|vision_end|>" for v in item.views]
     shown = {0: pads} if item.late == 0 else {0: pads[:1], item.late: pads[1:]}
@@ -93,7 +93,7 @@ def _turns(asked: str, given: str = "") -> str:
     return f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{end}"
 
 
-def collate(items: list[Example], tokenizer: Qwen2Tokenizer) -> dict[str, torch.Tensor]:
+def collate(items: list[Example], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
     """Right-padded batch: ids, labels (B, T); pixel_values (P, 1176); dense targets (P, 1), (P, 1), (P, 4)."""
     rows = [encode(item, tokenizer) for item in items]
     length = max(len(ids) for ids, _ in rows)
@@ -167,7 +167,7 @@ EMPTY = 0.25  # weight of cells where nothing stands
 
 
 def _watched(
-    items: list[Example], ids: torch.Tensor, labels: torch.Tensor, tokenizer: Qwen2Tokenizer
+    items: list[Example], ids: torch.Tensor, labels: torch.Tensor, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, torch.Tensor]:
     """For each answer token that is looked up, from where (the token before it) and to where; see `Watch.expect`."""
     special: list[Any] = [tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|im_start|>", "<|im_end|>")]
@@ -249,7 +249,7 @@ def _work(item: Example, stage: str) -> int:
 class Batches(torch.utils.data.IterableDataset):
     """Batch k depends on (seed, k) alone, so that a resumed run sees what an undisturbed one sees."""
 
-    def __init__(self, recipe: Base, tokenizer: Qwen2Tokenizer, stage: str, start: int, stop: int) -> None:
+    def __init__(self, recipe: Base, tokenizer: PreTrainedTokenizerFast, stage: str, start: int, stop: int) -> None:
         self.recipe, self.tokenizer, self.stage, self.start, self.stop = recipe, tokenizer, stage, start, stop
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -389,7 +389,7 @@ class Stage:
 class Network:
     """The model with the dense heads, and what a stage trains of it."""
 
-    def __init__(self, recipe: Base, tokenizer: Qwen2Tokenizer, stage: str) -> None:
+    def __init__(self, recipe: Base, tokenizer: PreTrainedTokenizerFast, stage: str) -> None:
         self.model = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer)).float().train()
         self.heads = DenseHeads(self.model.config)
         self.code = Code(tokenizer, self.model.config.text_config.hidden_size, recipe.seed)

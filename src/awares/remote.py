@@ -157,15 +157,24 @@ class RemoteEngine(Interaction):
             },
         }
         expected = len(row.ids)
-        return Request(row.row_id, as_sent(row.messages, urls), settings, check=lambda reply: _check(reply, expected))
+        return Request(
+            row.row_id, as_sent(row.messages, urls), settings, check=lambda reply: self._check(reply, expected)
+        )
 
     def _tokens(self, reply: Reply) -> list[int]:
         text = reply.text.removesuffix(protocol.END_OF_TURN)
+        return self.codec.tokenize(text + protocol.END_OF_TURN * (reply.finish == "stop"))
+
+    def _check(self, reply: Reply, expected: int) -> None:
+        """Before a reply is recorded: AwaresRequestError for another prompt than ours, Lost for no turn of the model."""
+        if reply.prompt_tokens is not None and reply.prompt_tokens != expected:
+            raise AwaresRequestError(
+                f"the server counts {reply.prompt_tokens} prompt tokens where we count {expected}: {MEND}"
+            )
         if reply.finish not in ("stop", "length"):
             raise Lost(f"the reply ended with finish_reason {reply.finish!r}, not stop or length")
-        if self.processor.image_token in text:
+        if self.processor.image_token in reply.text:
             raise Lost("the model wrote an image placeholder: the server ignores logit_bias")
-        return self.codec.tokenize(text + protocol.END_OF_TURN * (reply.finish == "stop"))
 
     async def _probe(self, send: Send) -> None:
         """AwaresRequestError unless the server renders a two-turn conversation with three images as we do."""
@@ -181,7 +190,7 @@ class RemoteEngine(Interaction):
                 raise AwaresRequestError("the server tells no prompt tokens to check: pass check=False to trust it")
             if ids is not None and ids != row.ids:
                 raise AwaresRequestError(f"the server renders another prompt than this model's: {MEND}")
-            _check(reply, len(row.ids))
+            self._check(reply, len(row.ids))
 
         try:
             await send(Request("probe", request.messages, settings, check=check, record=False))
@@ -214,10 +223,3 @@ def data_url(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, format="PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _check(reply: Reply, expected: int) -> None:
-    if reply.prompt_tokens is not None and reply.prompt_tokens != expected:
-        raise AwaresRequestError(
-            f"the server counts {reply.prompt_tokens} prompt tokens where we count {expected}: {MEND}"
-        )

@@ -63,7 +63,7 @@ def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
         "id": f"{name}-{split}-{seed}-{index:06d}",
         "image": {"bytes": scenes.capture(scene.image, rng), "path": None},
         "question": qa.question,
-        "answers": list(qa.answers),
+        "answers": list(dict.fromkeys((qa.answers[qa.form], *qa.answers))),  # first the form that is asked for
         "source": name,
         "question_boxes": [_thousandths(b, scene.image.size) for b in qa.question_boxes],
         "answer_boxes": [_thousandths(b, scene.image.size) for b in qa.answer_boxes],
