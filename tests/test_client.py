@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from awares.client import AwaresRequestError, ChatClient, Failure, Server, _retry_after
-from awares.config import AwaresError
+from awares.client import ChatClient, Server, _retry_after
+from awares.config import AwaresError, AwaresRequestError, Failure
 from awares.replies import Request
 
 HERE = Path(__file__).parent

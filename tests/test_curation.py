@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from awares import curation, data, judges, records, served
-from awares.client import AwaresRequestError, Failure
-from awares.config import AwaresError, load_params
+from awares.config import AwaresError, AwaresRequestError, Failure, load_params
 from awares.judges import AnlsJudge, EmbeddingJudge, SemanticJudge, label
 from awares.wording import same_meaning
 

@@ -18,8 +18,8 @@ from test_client import Faulty
 from test_rollout import NAMES, ORDERS, TIE, engine, rigged, rows_of  # noqa: F401  (rigged is a fixture)
 
 from awares import batch, crops, protocol
-from awares.client import AwaresRequestError, ChatClient, Server
-from awares.config import AwaresError
+from awares.client import ChatClient, Server
+from awares.config import AwaresError, AwaresRequestError
 from awares.model import make_processor
 from awares.records import read_records
 from awares.remote import RemoteEngine, data_url

@@ -15,12 +15,11 @@ import datasets
 from PIL import Image
 from tqdm import tqdm
 
-from awares.client import Failure, with_failures
-from awares.config import AwaresError, AwaresFileError, AwaresValueError
+from awares.config import AwaresError, AwaresFileError, AwaresValueError, Failure
 from awares.crops import cap, open_image
 from awares.protocol import check_question
 from awares.records import Record, alone, append_records, drop_torn_line, read_records, write_records
-from awares.rollout import Source, Trajectory
+from awares.rollout import Source, Trajectory, with_failures
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # taken from a folder, case aside
 CHUNK = 64  # rows: what a kill can cost

@@ -21,20 +21,12 @@ from typing import Any, TypeVar, cast
 import openai
 from tqdm import tqdm
 
-from awares.config import AwaresError, AwaresValueError
+from awares.config import AwaresRequestError, AwaresValueError, Failure
 from awares.replies import Again, Lost, Reply, ReplyFile, Request, read_json, read_reply
 
 T = TypeVar("T")
 WHOLE_JOB = (401, 403, 404)  # key, rights, address or model: no other request would fare better
 RETRYABLE = (408, 409, 425, 429)  # and everything from 500 up
-
-
-class AwaresRequestError(AwaresError, RuntimeError):
-    """A server has not answered; ``failures`` names the rows lost, unless the whole call was given up."""
-
-    def __init__(self, message: str, failures: "Sequence[Failure]" = ()) -> None:
-        super().__init__(message)
-        self.failures = tuple(failures)
 
 
 @dataclass(frozen=True)
@@ -76,14 +68,6 @@ class Server:
         """Back-off after the failed ``attempt`` (from 1); the jitter is the request's own, whatever runs beside it."""
         jitter = random.Random(f"{self.seed}:{request_key}:{attempt}").uniform(0.5, 1.0)
         return jitter * min(self.longest_wait, self.first_wait * 2.0 ** min(attempt - 1, 60))
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A row without a reply, and why."""
-
-    row_id: str
-    reason: str
 
 
 Send = Callable[[Request], Awaitable[Reply]]
@@ -147,24 +131,6 @@ class ChatClient:
             async with api:
                 await _together([worker() for _ in range(min(self.server.concurrency, len(row_ids)))])
         return results
-
-
-def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[T]]) -> list[T | Failure]:
-    """``ask`` on the places of all rows; a `Failure` in place of a row that its AwaresRequestError lists as lost.
-
-    The others are then asked for once more, which costs nothing where replies are recorded. A call that was given up
-    as a whole raises as before.
-    """
-    found: dict[int, T | Failure] = {}
-    while left := [place for place in range(len(row_ids)) if place not in found]:
-        try:
-            found |= dict(zip(left, ask(left), strict=True))
-        except AwaresRequestError as error:
-            if not error.failures:
-                raise
-            lost = {failure.row_id: failure for failure in error.failures}
-            found |= {place: lost[row_ids[place]] for place in left if row_ids[place] in lost}
-    return [found[place] for place in range(len(row_ids))]
 
 
 class _Session:

@@ -9,7 +9,7 @@ code: a key that is missing in params.yaml is an error.
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,22 @@ class AwaresFileError(AwaresError, FileNotFoundError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A row without a reply, and why."""
+
+    row_id: str
+    reason: str
+
+
+class AwaresRequestError(AwaresError, RuntimeError):
+    """A server has not answered; ``failures`` names the rows lost, unless the whole call was given up."""
+
+    def __init__(self, message: str, failures: Sequence[Failure] = ()) -> None:
+        super().__init__(message)
+        self.failures = tuple(failures)
 
 
 def _method(choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf) -> Any:

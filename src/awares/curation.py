@@ -19,8 +19,7 @@ import numpy as np
 import pandas as pd
 
 from awares import crops, data, decode, judges, metrics, model, protocol, rollout, training, wording
-from awares.client import Failure, with_failures
-from awares.config import AwaresValueError, Params
+from awares.config import AwaresValueError, Failure, Params
 from awares.judges import HR, LR, Judge, label
 from awares.records import Record, in_chunks, write_records
 
@@ -160,7 +159,7 @@ class _Work:
                         list(rows["image"]), list(rows["question"]), view=view, row_ids=list(rows["id"])
                     )
 
-                return with_failures(ids, ask)
+                return rollout.with_failures(ids, ask)
 
             def record(row_id: str, low: Any, high: Any) -> Record:
                 lost = [side.reason for side in (low, high) if isinstance(side, Failure)]

@@ -17,8 +17,8 @@ from typing import Any
 from PIL import Image
 
 from awares import protocol
-from awares.client import AwaresRequestError, ChatClient, Send
-from awares.config import AwaresValueError, Params
+from awares.client import ChatClient, Send
+from awares.config import AwaresRequestError, AwaresValueError, Params
 from awares.decode import Codec
 from awares.model import ImageOnlyProcessor
 from awares.protocol import OURS, Protocol, get_protocol

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from awares import protocol
-from awares.config import AwaresValueError, Params
+from awares.config import AwaresRequestError, AwaresValueError, Failure, Params
 from awares.crops import cap, cut, low_resolution, open_image
 from awares.decode import Codec, Decoder, Lap, Orders, Output
 from awares.model import ImageOnlyProcessor, visual_tokens
 from awares.protocol import OURS, Call, Protocol, get_protocol
 
+T = TypeVar("T")
 Source = str | Path | Image
 VIEWS = ("full", "half", "none", "half+crops")
 MAX_NEW_TOKENS = 64  # of a turn, where nobody says: a call with two free boxes fits
@@ -119,6 +120,24 @@ class _Row:
     margin: float = float("inf")
     seconds: float = 0.0
     layer_visual_tokens: float | None = None
+
+
+def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[T]]) -> list[T | Failure]:
+    """``ask`` on the places of all rows; a `Failure` in place of a row that its AwaresRequestError lists as lost.
+
+    The others are then asked for once more, which costs nothing where replies are recorded. A call that was given up
+    as a whole raises as before.
+    """
+    found: dict[int, T | Failure] = {}
+    while left := [place for place in range(len(row_ids)) if place not in found]:
+        try:
+            found |= dict(zip(left, ask(left), strict=True))
+        except AwaresRequestError as error:
+            if not error.failures:
+                raise
+            lost = {failure.row_id: failure for failure in error.failures}
+            found |= {place: lost[row_ids[place]] for place in left if row_ids[place] in lost}
+    return [found[place] for place in range(len(row_ids))]
 
 
 class Interaction(ABC):
