@@ -407,5 +407,5 @@ def test_base_model_is_trained_exported_and_described(line):
     assert (folder / "model" / "model.safetensors").stat().st_size < 20e6
     reading = pd.read_csv(folder / "reading.csv")
     assert set(reading.view) == {"full", "half"} and set(reading.evidence) == {"small", "large", "all"}
-    assert "2 of 2 joint" in (folder / "model" / "README.md").read_text()
+    assert "2 of 2 joint (0.0 h), 2 of 2 review" in (folder / "model" / "README.md").read_text()
     assert json.loads((folder / "metrics.json").read_text())["step"] == 2

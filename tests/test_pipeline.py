@@ -307,7 +307,7 @@ def test_a_second_clone_pulls_what_the_first_pushed(repository):
     call(repository, "git", "commit", "-qm", "remote")
     call(repository, "dvc", "push", "-q")
     call(repository, "git", "clone", "-q", str(repository), str(clone))
-    call(clone, "dvc", "pull", "-q")
+    call(clone, "dvc", "pull", "-q", "--allow-missing")  # some stages have never run
     weights = [folder / "runs/mini/grpo/main-s1/merged/file" for folder in (repository, clone)]
     assert weights[0].read_text() == weights[1].read_text()
     assert reproduce(clone) == []

@@ -137,6 +137,15 @@ def test_parts_come_as_the_result_of_a_call_that_is_not_learned(tokenizer):
         assert learned == "".join(f"{said}<|im_end|>" for _, said in one.turns)
 
 
+def test_the_answer_that_a_call_was_made_for_is_told_apart(tokenizer):
+    rng = np.random.default_rng(4)
+    drawn = [one for one in (base.example(rng, "review") for _ in range(120)) if one.turns and one.views]
+    assert {bool(one.call) for one in drawn} == {True, False}
+    batch = pretrain.collate(drawn, tokenizer)
+    for one, ids, called in zip(drawn, batch["input_ids"], batch["called"], strict=True):
+        assert tokenizer.decode(ids[called]) == (f"{one.turns[one.late][1]}<|im_end|>" if one.call else "")
+
+
 def test_an_answer_behind_a_call_is_looked_up_by_its_question(tokenizer):
     rng = np.random.default_rng(3)
     one = next(e for e in (base.example(rng, "joint") for _ in range(150)) if e.call and e.trails[e.late].by_word)

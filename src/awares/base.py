@@ -40,10 +40,12 @@ TRAITS = [*lex.COLOURS, "%", "$"]  # the colour of an object, or the unit of a p
 TRAIT_ID = {t: i + 1 for i, t in enumerate(TRAITS)}
 IGNORE = -100
 SYMBOLIC = ("lookup", "calls")  # stages of the language tower alone, on symbolic pages
-CALLING = ("calls", "joint")  # stages with calls of functions about pictures
+PICTURED = ("joint", "review")  # stages of both towers, on pictures
+CALLING = ("calls", *PICTURED)  # stages with calls of functions about pictures
 CALLED = {
     "calls": 0.85,
     "joint": 0.6,
+    "review": 0.9,
 }  # in those, the share of pictures with parts whose parts are the result of a call
 GROUNDED = (
     0.3  # and of the other pictures, the share with questions that ask for a call whose argument is to be looked up
@@ -59,6 +61,7 @@ PAINTER_SHARES = {
     "lookup": {"page": 0.24, "chart": 0.18, "signs": 0.2, "objects": 0.3, "collage": 0.08},
     "calls": {"page": 0.24, "chart": 0.22, "signs": 0.2, "objects": 0.26, "collage": 0.08},
     "joint": {"page": 0.24, "chart": 0.26, "signs": 0.2, "objects": 0.22, "collage": 0.08},
+    "review": {"page": 0.14, "chart": 0.16, "signs": 0.24, "objects": 0.38, "collage": 0.08},  # what is read worst
 }
 _SEES = {"full": 0.65, "half": 0.2, "part": 0.15}
 VIEW_SHARES = {
@@ -68,6 +71,7 @@ VIEW_SHARES = {
     "lookup": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
     "calls": {"full": 0.1, "half": 0.1, "part": 0.05, "group": 0.75},
     "joint": {"full": 0.35, "half": 0.25, "part": 0.05, "group": 0.35},
+    "review": {"full": 0.35, "half": 0.2, "part": 0.05, "group": 0.4},
 }
 
 
@@ -365,7 +369,7 @@ def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
 
 def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Example:
     """One conversation about one picture: whole, halved, a part of it, or a halved view with parts of it."""
-    silent = stage not in ("joint", *SYMBOLIC)
+    silent = stage not in (*PICTURED, *SYMBOLIC)
     if not silent and rng.random() < 0.06:
         return text_example(rng)
     painter = _drawn(rng, PAINTER_SHARES[stage])

@@ -28,6 +28,7 @@ from awares.base import (
     IGNORE,
     LINKS,
     PATCH,
+    PICTURED,
     SYMBOLIC,
     TOKEN,
     WORDS,
@@ -94,7 +95,7 @@ def _turns(asked: str, given: str = "") -> str:
 
 
 def collate(items: list[Example], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
-    """Right-padded batch: ids, labels (B, T); pixel_values (P, 1176); dense targets (P, 1), (P, 1), (P, 4)."""
+    """Right-padded batch: ids, labels, called (the answers after a call) (B, T); pixel_values (P, 1176); dense targets (P, 1), (P, 1), (P, 4)."""
     rows = [encode(item, tokenizer) for item in items]
     length = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), length), tokenizer.pad_token_id)
@@ -103,11 +104,12 @@ def collate(items: list[Example], tokenizer: PreTrainedTokenizerFast) -> dict[st
     for i, (row, target) in enumerate(rows):
         ids[i, : len(row)], labels[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), torch.tensor(target), 1
     pad: Any = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    called = torch.stack([_after_call(item, row) for item, row in zip(items, labels, strict=True)])
     watched = _watched(items, ids, labels, tokenizer)
     views: list[View] = [v for item in items for v in item.views]
     stack = lambda parts: torch.from_numpy(np.concatenate(parts))  # noqa: E731
     return {
-        "input_ids": ids, "labels": labels, "attention_mask": mask,
+        "input_ids": ids, "labels": labels, "attention_mask": mask, "called": called,
         "mm_token_type_ids": torch.eq(ids, pad).long(), **watched,
         "pixel_values": stack([patchify(np.asarray(v.image)) for v in views]),
         "image_grid_thw": torch.tensor([[1, *v.words.shape] for v in views]),
@@ -116,6 +118,13 @@ def collate(items: list[Example], tokenizer: PreTrainedTokenizerFast) -> dict[st
         "links": stack([np.stack([_merge_order(v.links[..., i], 1)[:, 0] for i in range(LINKS)], -1) for v in views]),
         "leads": _leads(views),
     }  # fmt: skip
+
+
+def _after_call(item: Example, labels: torch.Tensor) -> torch.Tensor:
+    """(T,) whether a token belongs to the answer that the conversation's call was made for."""
+    learned = torch.ne(labels, IGNORE)
+    before = torch.cat([torch.zeros(1, dtype=torch.bool), learned[:-1]])
+    return learned & ((learned & ~before).cumsum(0) == item.late + 1) & bool(item.call)
 
 
 def _leads(views: list[View]) -> torch.Tensor:
@@ -162,8 +171,12 @@ STAGES: dict[str, tuple[str, ...]] = {
     "lookup": (),
     "calls": ("lookup",),
     "joint": ("vision", "calls"),
+    "review": ("joint",),
 }
 EMPTY = 0.25  # weight of cells where nothing stands
+AFTER_CALL = {
+    "review": 4.0
+}  # weight of the answer that a call was made for, 1 in other stages: there is one a conversation
 
 
 def _watched(
@@ -243,7 +256,7 @@ def _work(item: Example, stage: str) -> int:
     """Cost of an example in patches; a token of the language tower costs about as much as a patch of the vision tower."""
     seen = sum(v.words.size for v in item.views)
     read = sum(v.tokens for v in item.views) + 20 * len(item.turns) + len(item.system) // 3
-    return read if stage in SYMBOLIC else seen + read if stage == "joint" else seen
+    return read if stage in SYMBOLIC else seen + read if stage in PICTURED else seen
 
 
 class Batches(torch.utils.data.IterableDataset):
@@ -374,7 +387,8 @@ def _window_order(visual: Any, grid: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Stage:
     """`glyphs` (half the vision tower, on print), `words` (all of it, on what stands where), `vision` (and whose value it is), `lookup` (the
-    language tower, on symbolic pages), `calls` (the same, with calls of functions), or `joint` (both, on pictures)."""
+    language tower, on symbolic pages), `calls` (the same, with calls of functions), `joint` (both towers, on pictures), or `review` (the
+    same, with more of what is read worst)."""
 
     name: str
     steps: int
@@ -395,11 +409,11 @@ class Network:
         self.code = Code(tokenizer, self.model.config.text_config.hidden_size, recipe.seed)
         self.dense = Dense(self.model.model.visual, self.heads, self.code)
         self.recipe, self.stage = recipe, stage
-        if stage in ("joint", *SYMBOLIC):
+        if stage in (*PICTURED, *SYMBOLIC):
             self.watch = Watch(self.model)
             prepare(self.model, self.code)
         visual: Any = self.model.model.visual
-        if stage not in ("joint", *SYMBOLIC):
+        if stage not in (*PICTURED, *SYMBOLIC):
             _spread(visual)
         if stage == "glyphs":
             del visual.blocks[visual.config.depth // 2 + 1 :]  # above, nothing is read off yet
@@ -411,7 +425,7 @@ class Network:
         }
         every |= {f"placing.{k}": v for k, v in self.placing.named_parameters()}
         sees = lambda name: name.startswith(("model.model.visual.", "heads."))  # noqa: E731
-        self.parameters = {k: v for k, v in every.items() if stage == "joint" or sees(k) == (stage not in SYMBOLIC)}
+        self.parameters = {k: v for k, v in every.items() if stage in PICTURED or sees(k) == (stage not in SYMBOLIC)}
 
     def begin(self, work: Path) -> None:
         """Take what the stages before this one left in `work`."""
@@ -428,15 +442,15 @@ class Network:
     def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch, and what to log."""
         asked = ASKED.get(self.stage, tuple(DENSE))
-        if self.stage not in ("joint", *SYMBOLIC):
+        if self.stage not in (*PICTURED, *SYMBOLIC):
             if "glance" in asked:
                 self.dense.expect(batch)
             self.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
             return self.dense(batch, asked)
-        if self.stage == "joint":
+        if self.stage in PICTURED:
             self.dense.expect(batch)
         total, parts = self._answers(batch)
-        if self.stage == "joint":
+        if self.stage in PICTURED:
             seen, more = self.dense(batch, asked)
             return total + seen, parts | more
         return total, parts
@@ -445,7 +459,7 @@ class Network:
         inputs: dict[str, Any] = {
             k: batch[k] for k in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
         }
-        if self.stage == "joint":
+        if self.stage in PICTURED:
             inputs["pixel_values"] = batch["pixel_values"]
         else:
             symbols: Any = self._symbols(batch)  # declared as one tensor, taken as one a picture
@@ -455,7 +469,8 @@ class Network:
         target = batch["labels"][:, 1:]
         learned = target != IGNORE
         logits = self.model.lm_head(hidden[:, :-1][learned])  # (N, V): answers only, the rest would be wasted work
-        answer = F.cross_entropy(logits, target[learned])
+        weights = 1 + (AFTER_CALL.get(self.stage, 1.0) - 1) * batch["called"][:, 1:][learned].float()
+        answer = (weights * F.cross_entropy(logits, target[learned], reduction="none")).sum() / weights.sum()
         place = self._placed(batch)
         missed, found = self.watch.found()
         hits = (logits.argmax(-1) == target[learned]).float().mean()
@@ -565,10 +580,10 @@ def inputs(recipe: Base) -> dict[str, Any]:
 
 def write_card(folder: Path, recipe: Base, log: pd.DataFrame, reading: pd.DataFrame) -> None:
     """The model card, README.md of `folder`: what it is, how it was trained, what it reads; numbers from this run."""
-    stages = {name: part for name, part in log.groupby("stage", sort=False)}
+    stages = {name: log[log.stage == name] for name in STAGES if (log.stage == name).any()}
     hours = {k: float((v.seconds * v.step.diff().fillna(v.step)).sum() / 3600) for k, v in stages.items()}
     spent = ", ".join(
-        f"{int(v.step.iloc[-1])} of {Stage.of(str(k), recipe).steps} {k} ({hours[k]:.1f} h)" for k, v in stages.items()
+        f"{int(v.step.iloc[-1])} of {Stage.of(k, recipe).steps} {k} ({hours[k]:.1f} h)" for k, v in stages.items()
     )
     lines = "\n".join(f"| {r.view} | {r.evidence} | {r.accuracy:.1f} | {r.n} |" for r in reading.itertuples())
     config = json.loads((folder / "config.json").read_text())
@@ -596,14 +611,14 @@ Validation rows of the embedded suite, percent right:
 
 
 def export(work: Path, recipe: Base, folder: Path) -> int:
-    """Write the newest joint checkpoint of `work` as a Hugging Face model in bfloat16, with processor; returns its step.
+    """Write the newest checkpoint of `work` with both towers as a Hugging Face model in bfloat16, with processor; returns its step.
 
     Raises AwaresError where there is no checkpoint.
     """
     from awares.model import make_processor, save_model
 
-    path = _checkpoint(work, "joint")
-    if not path.exists():
+    path = next((path for stage in reversed(PICTURED) if (path := _checkpoint(work, stage)).exists()), None)
+    if path is None:
         raise AwaresError(f"{work} holds no checkpoint of the joint stage: run base training first")
     state = load_file(path)
     tokenizer = build_tokenizer(recipe.seed)
