@@ -174,9 +174,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "review": ("joint",),
 }
 EMPTY = 0.25  # weight of cells where nothing stands
-AFTER_CALL = {
-    "review": 4.0
-}  # weight of the answer that a call was made for, 1 in other stages: there is one a conversation
+# weight of the answer that a call was made for, by stage, elsewhere 1: there is one a conversation
+AFTER_CALL = {"review": 4.0}
 
 
 def _watched(

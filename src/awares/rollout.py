@@ -133,10 +133,11 @@ def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[T]
         try:
             found |= dict(zip(left, ask(left), strict=True))
         except AwaresRequestError as error:
-            if not error.failures:
-                raise
             lost = {failure.row_id: failure for failure in error.failures}
-            found |= {place: lost[row_ids[place]] for place in left if row_ids[place] in lost}
+            fallen = {place: lost[row_ids[place]] for place in left if row_ids[place] in lost}
+            if not fallen:
+                raise
+            found |= fallen
     return [found[place] for place in range(len(row_ids))]
 
 
