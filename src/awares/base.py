@@ -47,9 +47,8 @@ CALLED = {
     "joint": 0.6,
     "review": 0.9,
 }  # in those, the share of pictures with parts whose parts are the result of a call
-GROUNDED = (
-    0.3  # and of the other pictures, the share with questions that ask for a call whose argument is to be looked up
-)
+# and of the other pictures, the share with questions that ask for a call whose argument is to be looked up
+GROUNDED = {"calls": 0.3, "joint": 0.3, "review": 0.5}
 LOCATED = 0.6  # of which the share where the argument is the place of an answer, not the answer
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
@@ -408,7 +407,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         if rng.random() < 0.7:
             system += f"\n{_offer(name, argument, offered)}"
     asking: list[bool] = [False] * len(order)
-    if stage in CALLING and not call and rng.random() < GROUNDED:
+    if stage in CALLING and not call and rng.random() < GROUNDED[stage]:
         name, argument, offered, _ = _function(rng)
         asking = [bool(rng.random() < 0.35) for _ in order]
         if kind != "part" and rng.random() < LOCATED:
