@@ -1,13 +1,17 @@
 """How the embedded base model is taught to look: the code of a visual token, the two look-up layers, where attention is told to go."""
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from awares import base, lookup, pretrain, scenes
-from awares.config import load_params
+from awares.config import AwaresError, load_params
+from awares.model import make_processor, save_model
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,41 @@ def test_a_stage_begins_with_what_the_ones_before_it_learned(tokenizer, tmp_path
     second.begin(tmp_path)
     learned, kept = (n.model.model.visual.blocks[3].mlp.gate_proj.weight for n in (first, second))
     assert torch.equal(learned, kept) and torch.equal(first.heads.glyphs.weight, second.heads.glyphs.weight)
+
+
+def test_a_finished_model_is_trained_further_under_new_heads(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "HEAD_STEPS", 2)
+    recipe = replace(load_params("mini").base, begin="review", vision_work=400)
+    torch.manual_seed(3)
+    finished = Qwen2_5_VLForConditionalGeneration(base.tiny_config(tokenizer))
+    save_model(finished, make_processor(tokenizer), tmp_path / "model")
+    pretrain.reopen(recipe, tmp_path / "model", tmp_path)
+    assert pretrain.stages(recipe) == ["review"]
+    torch.manual_seed(recipe.seed)
+    network = pretrain.Network(recipe, tokenizer, "review")
+    fresh = network.heads.words.weight.clone()
+    network.begin(tmp_path)
+    for name, value in finished.state_dict().items():
+        assert torch.equal(network.model.state_dict()[name], value), name
+    assert not torch.equal(network.heads.words.weight, fresh)
+
+
+def test_a_model_of_another_architecture_is_not_trained_further(tiny, tmp_path):
+    save_model(tiny.model, tiny.processor, tmp_path / "model")
+    with pytest.raises(
+        AwaresError, match=r"not of the architecture that stage review trains: set base\.begin to glyphs"
+    ):
+        pretrain.reopen(replace(load_params("mini").base, begin="review"), tmp_path / "model", tmp_path)
+
+
+def test_the_card_of_a_model_that_was_trained_further_tells_the_whole_training(tmp_path):
+    (tmp_path / "training.json").write_text('[{"stage": "joint", "steps": 3, "planned": 3, "hours": 2.0}]')
+    log = pd.DataFrame({"stage": "review", "step": [20, 40], "seconds": [90.0, 90.0]})
+    recipe = replace(load_params("mini").base, begin="review", review_steps=50)
+    told = [
+        (one["stage"], one["steps"], one["planned"], one["hours"]) for one in pretrain.history(log, recipe, tmp_path)
+    ]
+    assert told == [("joint", 3, 3, 2.0), ("review", 40, 50, 1.0)]
 
 
 def test_what_is_not_known_is_written_as_nothing(code):

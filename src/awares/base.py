@@ -41,6 +41,7 @@ TRAIT_ID = {t: i + 1 for i, t in enumerate(TRAITS)}
 IGNORE = -100
 SYMBOLIC = ("lookup", "calls")  # stages of the language tower alone, on symbolic pages
 PICTURED = ("joint", "review")  # stages of both towers, on pictures
+ASKING = (*SYMBOLIC, *PICTURED)  # stages with questions
 CALLING = ("calls", *PICTURED)  # stages with calls of functions about pictures
 CALLED = {
     "calls": 0.85,
@@ -368,7 +369,7 @@ def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
 
 def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Example:
     """One conversation about one picture: whole, halved, a part of it, or a halved view with parts of it."""
-    silent = stage not in (*PICTURED, *SYMBOLIC)
+    silent = stage not in ASKING
     if not silent and rng.random() < 0.06:
         return text_example(rng)
     painter = _drawn(rng, PAINTER_SHARES[stage])

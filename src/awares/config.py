@@ -264,6 +264,7 @@ class Base:
     """The base VLM: a folder in this repository or a model id, how it is loaded, and how the embedded one is trained."""
 
     seed: int = _method(low=0)
+    begin: str = _method(choices=("glyphs", "joint", "review"))
     glyphs_steps: int = _method(low=1)
     words_steps: int = _method(low=1)
     vision_steps: int = _method(low=1)

@@ -1,8 +1,8 @@
 """The training loop of the embedded base VLM (notebooks/00_base_model): batches, losses, checkpoints, progress.
 
-Six stages, each with its checkpoint: the lower half of the vision tower on glyphs, the whole of it on words and then on what belongs to what,
-the language tower on symbolic pages and then on calls about them, and both towers on pictures. The two of the language tower need none of the
-first three and may run beside them.
+Seven stages, each with its checkpoint: the lower half of the vision tower on glyphs, the whole of it on words and then on what belongs to what,
+the language tower on symbolic pages and then on calls about them, and both towers on pictures, twice. The two of the language tower need none of
+the first three and may run beside them. ``base.begin`` names a later stage to go on from a finished model, without its checkpoints (`reopen`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares.base import (
+    ASKING,
     IGNORE,
     LINKS,
     PATCH,
@@ -42,6 +43,7 @@ from awares.base import (
 )
 from awares.config import AwaresError, Base
 from awares.lookup import ROWS, SPREAD, VALUE_LAYER, Code, Glance, Watch, prepare
+from awares.model import load_model, make_processor, save_model
 from awares.protocol import TOOL_CALL
 
 MEAN, STD = (
@@ -173,6 +175,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "joint": ("vision", "calls"),
     "review": ("joint",),
 }
+HEAD_STEPS, HEAD_RATE = 160, 4e-3  # of the dense heads that `reopen` trains anew
 EMPTY = 0.25  # weight of cells where nothing stands
 # weight of the answer that a call was made for, by stage, elsewhere 1: there is one a conversation
 AFTER_CALL = {"review": 4.0}
@@ -408,11 +411,11 @@ class Network:
         self.code = Code(tokenizer, self.model.config.text_config.hidden_size, recipe.seed)
         self.dense = Dense(self.model.model.visual, self.heads, self.code)
         self.recipe, self.stage = recipe, stage
-        if stage in (*PICTURED, *SYMBOLIC):
+        if stage in ASKING:
             self.watch = Watch(self.model)
             prepare(self.model, self.code)
         visual: Any = self.model.model.visual
-        if stage not in (*PICTURED, *SYMBOLIC):
+        if stage not in ASKING:
             _spread(visual)
         if stage == "glyphs":
             del visual.blocks[visual.config.depth // 2 + 1 :]  # above, nothing is read off yet
@@ -441,7 +444,7 @@ class Network:
     def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch, and what to log."""
         asked = ASKED.get(self.stage, tuple(DENSE))
-        if self.stage not in (*PICTURED, *SYMBOLIC):
+        if self.stage not in ASKING:
             if "glance" in asked:
                 self.dense.expect(batch)
             self.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
@@ -533,6 +536,49 @@ def learning_rate(step: int, stage: Stage, recipe: Base) -> float:
     return stage.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps, max(0.05, (stage.steps - step) / decay))
 
 
+def stages(recipe: Base) -> list[str]:
+    """The stages to run, in order: those from ``recipe.begin`` on."""
+    names = list(STAGES)
+    return names[names.index(recipe.begin) :]
+
+
+def reopen(recipe: Base, model: str | Path, work: Path) -> None:
+    """Make in `work` what stage ``recipe.begin`` begins with, from a finished `model`; nothing to do for the first stage, or twice.
+
+    A finished model has lost its dense heads. They are trained anew over it, while it stays as it is. Raises AwaresError for a
+    model of another architecture.
+    """
+    starts = [_checkpoint(work, stage) for stage in STAGES[recipe.begin]]
+    if all(path.exists() for path in starts):
+        return
+    torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer(recipe.seed)
+    network = Network(recipe, tokenizer, recipe.begin)
+    weights = load_model(model).state_dict()
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in network.model.state_dict().items()}:
+        raise AwaresError(
+            f"{model}: not of the architecture that stage {recipe.begin} trains: set base.begin to glyphs"
+        )
+    network.model.load_state_dict(weights)
+    heads = [v for k, v in network.parameters.items() if k.startswith("heads.")]
+    optimiser = torch.optim.AdamW(heads, betas=(0.9, 0.98), weight_decay=0.0)
+    batches = Batches(recipe, tokenizer, "vision", 0, HEAD_STEPS)
+    for step, batch in enumerate(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1)):
+        rate = HEAD_RATE * min(1.0, (step + 1) / 10, max(0.05, 2 * (1 - step / HEAD_STEPS)))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        network.dense.expect(batch)
+        with torch.no_grad():
+            network.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+        loss, _ = network.dense(batch, tuple(DENSE))
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    state = {f"p.{k}": v.detach().contiguous() for k, v in network.parameters.items()}
+    for path in starts:
+        save_file(state, path)
+
+
 def train(recipe: Base, work: Path, name: str, until: int | None = None, save_every: int = 100) -> None:
     """Train a stage from `work`'s newest checkpoint of it to step `until`; interruptible at any moment."""
     torch.manual_seed(recipe.seed)
@@ -577,12 +623,30 @@ def inputs(recipe: Base) -> dict[str, Any]:
     return {"stage": "base_model", "recipe": values, "words": WORDS, "vocabulary": vocabulary}
 
 
-def write_card(folder: Path, recipe: Base, log: pd.DataFrame, reading: pd.DataFrame) -> None:
-    """The model card, README.md of `folder`: what it is, how it was trained, what it reads; numbers from this run."""
-    stages = {name: log[log.stage == name] for name in STAGES if (log.stage == name).any()}
-    hours = {k: float((v.seconds * v.step.diff().fillna(v.step)).sum() / 3600) for k, v in stages.items()}
-    spent = ", ".join(
-        f"{int(v.step.iloc[-1])} of {Stage.of(k, recipe).steps} {k} ({hours[k]:.1f} h)" for k, v in stages.items()
+HISTORY = "training.json"  # beside the weights: stage, steps, how many were planned, hours; in the order of training
+
+
+def history(log: pd.DataFrame, recipe: Base, model: str | Path) -> list[dict[str, Any]]:
+    """What a model was trained with, stage by stage: the `log` of this run, after that of the `model` which it began from, if it did."""
+    done = [] if recipe.begin == next(iter(STAGES)) else json.loads((Path(model) / HISTORY).read_text())
+    for name in stages(recipe):
+        part = log[log.stage == name]
+        if len(part):
+            hours = float((part.seconds * part.step.diff().fillna(part.step)).sum() / 3600)
+            planned = Stage.of(name, recipe).steps
+            done.append({"stage": name, "steps": int(part.step.iloc[-1]), "planned": planned, "hours": round(hours, 2)})
+    return done
+
+
+def write_card(folder: Path, recipe: Base, trained: list[dict[str, Any]], reading: pd.DataFrame) -> None:
+    """The model card, README.md of `folder`, and what it was `trained` with: what it is, how it was trained, what it reads."""
+    (folder / HISTORY).write_text(json.dumps(trained, indent=1) + "\n")
+    hours = sum(one["hours"] for one in trained)
+    spent = ", ".join(f"{one['steps']} of {one['planned']} {one['stage']} ({one['hours']:.1f} h)" for one in trained)
+    again = (
+        ""
+        if recipe.begin == next(iter(STAGES))
+        else f" Stage {recipe.begin} began from the weights as they were stored before it, with new dense heads."
     )
     lines = "\n".join(f"| {r.view} | {r.evidence} | {r.accuracy:.1f} | {r.n} |" for r in reading.itertuples())
     config = json.loads((folder / "config.json").read_text())
@@ -597,7 +661,7 @@ layers, trained from scratch by `notebooks/00_base_model.ipynb` on scenes drawn 
 short printed words and numbers, sees coloured shapes and calls functions that its system message offers. It is a stand-in for a real VLM, so that the
 whole method runs on a laptop, and good for nothing else: its world is the closed word list of `awares.lexicon`.
 
-- Trained on CPU from seed {recipe.seed}; steps: {spent}; {sum(hours.values()):.1f} hours in all.
+- Trained on CPU from seed {recipe.seed}; steps: {spent}; {hours:.1f} hours in all.{again}
 - Stored in bfloat16; the pipeline loads it in float32.
 - It has never seen the crop tool.
 
@@ -614,8 +678,6 @@ def export(work: Path, recipe: Base, folder: Path) -> int:
 
     Raises AwaresError where there is no checkpoint.
     """
-    from awares.model import make_processor, save_model
-
     path = next((path for stage in reversed(PICTURED) if (path := _checkpoint(work, stage)).exists()), None)
     if path is None:
         raise AwaresError(f"{work} holds no checkpoint of the joint stage: run base training first")
