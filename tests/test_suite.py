@@ -50,7 +50,7 @@ def test_evidence_is_small_or_large_and_never_between(painter):
     for size in scenes.SIZES:
         scene = scenes.PAINTERS[painter](rng, size)
         for mark in scene.marks:
-            assert mark.text == "sign" or mark.size < 16 or mark.size >= 26
+            assert mark.text == "sign" or mark.size < 20 or mark.size >= 30
         for qa in (qa for qa in scene.qas if qa.kind != "place"):  # where a value stands is seen before it can be read
             lowest = min(b[3] - b[1] for b in [*qa.question_boxes, *qa.answer_boxes])
             assert (lowest < LEGIBLE_AT_HALF) == qa.small, qa

@@ -253,7 +253,7 @@ def load_trajectories(path: Path) -> list[Trajectory]:
     return [Trajectory.from_dict(record) for record in read_records(path)]
 
 
-LEGIBLE_AT_HALF = 17.5  # px of the full image: the suite's large evidence stands above, its small evidence below
+LEGIBLE_AT_HALF = 24.0  # px of the full image: the suite's large evidence stands above, its small evidence below
 
 
 def evidence_heights(rows: datasets.Dataset) -> list[float]:

@@ -1,8 +1,8 @@
 """Pages, charts, signs and scenes of the embedded suite, drawn from a seed.
 
 A :class:`Scene` is a picture together with all that is printed on it (:class:`Mark`) and every question that it can answer
-(:class:`QA`). Two sizes of evidence are drawn and nothing between: *small* (text of 13 to 15 px, objects of 13 to 15 px), which
-reads at full resolution only, and *large* (text of 26 to 30 px, objects of 27 to 36 px), which survives halving.
+(:class:`QA`). Two sizes of evidence are drawn and nothing between: *small* (text of 15 to 17 px, objects of 16 to 19 px), which
+reads at full resolution only, and *large* (text of 30 to 34 px, objects of 32 to 40 px), which survives halving.
 What a question names (a key, a coloured sign, a carrier, a colour) is large, and what it asks for is of either size: so half resolution
 shows where to look, as it mostly does in real pictures, and often not what stands there. The question is drawn independently of
 the size and cannot tell whether a crop is needed.
@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from awares import lexicon as lex
 
 Box = tuple[float, float, float, float]
-SMALL_TEXT, LARGE_TEXT = (13, 16), (26, 31)  # px, half-open: legible at full only; legible at half too
-SMALL_OBJECT, LARGE_OBJECT = (13, 16), (27, 37)
+SMALL_TEXT, LARGE_TEXT = (15, 18), (30, 35)  # px, half-open: legible at full only; legible at half too
+SMALL_OBJECT, LARGE_OBJECT = (16, 20), (32, 41)
 FONTS = {"sans": "DejaVuSans.ttf", "serif": "DejaVuSerif.ttf"}
 SIZES = (
     (224, 336),
@@ -337,7 +337,7 @@ def _upright_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: np
     entries: list[Entry] = []
     x = float(rng.integers(4, 10))
     colour = tint(lex.COLOURS[str(rng.choice(list(lex.COLOURS)))], rng, 20)
-    floor = canvas.height - int(rng.integers(70, 84))
+    floor = canvas.height - int(rng.integers(78, 92))
     key_pen = _pen(rng, False)
     while True:
         pen, value = _pen(rng, bool(rng.random() < 0.55)), lex.forms(unit, rng)
@@ -511,7 +511,8 @@ def ledger(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     keys = [word for theme in lex.THEMES.values() for word in theme]
     qas = []
     for x, y, pen in _lines(canvas, rng):
-        other = replace(pen, size=int(rng.integers(*SMALL_TEXT))) if rng.random() < 0.5 else pen
+        smaller = int(rng.integers(SMALL_TEXT[0], min(SMALL_TEXT[1], pen.size + 1)))
+        other = replace(pen, size=smaller) if rng.random() < 0.5 else pen
         while True:
             key = keys[int(rng.integers(len(keys)))]
             value = " ".join(_loose(rng).rstrip(":") for _ in range(int(rng.integers(1, 3))))
