@@ -515,7 +515,7 @@ def test_published_adapters_name_what_they_were_made_for(model: Path, scans: Pat
 
 
 def test_without_a_name_the_shipped_policy_is_asked(capsys: Any) -> None:
-    line = ["ask", str(ROOT / "data" / "examples" / "page.jpg"), "look up monday.", "--json"]
+    line = ["ask", str(ROOT / "data" / "examples" / "page.jpg"), "look up ben.", "--json"]
     try:
         shipped()
     except AwaresError as error:
