@@ -192,14 +192,13 @@ def test_a_call_asks_for_the_place_of_an_answer_that_may_be_too_small_to_read():
         for t, arguments in zip(asked, told, strict=True):
             ((place,),) = arguments.values()
             view, shown = one.views[0], one.trails[t].places[0][0]
-            index, token, line = next(iter(shown))
-            assert index == 0  # the whole picture tells where, a part of it does not
-            row, column = divmod(token, view.words.shape[1] // 2)
-            x, y = (column + 0.5) / (view.words.shape[1] // 2), (row + 0.5) / (view.words.shape[0] // 2)
+            assert {index for index, _, _ in shown} == {0}  # the whole picture tells where, a part of it does not
+            rows, columns = (size // 2 for size in view.words.shape)
+            x, y = np.mean([((t % columns + 0.5) / columns, (t // columns + 0.5) / rows) for _, t, _ in shown], axis=0)
             near = {lexicon.place(x + dx, y + dy)[0] for dx in (-0.2, 0, 0.2) for dy in (-0.2, 0, 0.2)}
             assert place in near
             places.add(place)
-            small += (view.words[2 * row + line, 2 * column : 2 * column + 2] == base.IGNORE).any()
+            small += all(view.words[2 * (t // columns) + line, 2 * (t % columns)] == 0 for _, t, line in shown)
 
 
 def test_patches_are_the_processors(tokenizer):
@@ -215,8 +214,9 @@ def test_dense_targets_stand_where_the_word_stands():
     grid = base.view(scene).words
     assert grid[2].tolist() == [0, 0, base.WORD_ID["anna"], base.WORD_ID["anna"], 0, 0, 0, 0]
     assert (np.delete(grid, 2, axis=0) == 0).all()
-    halved = base.view(scene, halve=True).words
-    assert (halved[halved != 0] == base.IGNORE).all()  # illegible: neither this word nor nothing
+    assert (base.view(scene, halve=True).words == 0).all()  # too small: nothing that can be read
+    cut = base.view(scene, (0.375, 0.0, 1.0, 1.0)).words
+    assert base.IGNORE in cut and not (cut > 0).any()  # part of a word: neither this word nor nothing
 
 
 @pytest.mark.parametrize("painter", scenes.PAINTERS)

@@ -180,7 +180,11 @@ class DenseHeads(torch.nn.Module):
 
 @dataclass
 class View:
-    """A picture as the model sees it, and its dense targets on the patch grid; 0 = nothing, IGNORE = not legible here."""
+    """A picture as the model sees it, and its dense targets on the patch grid.
+
+    0 = nothing that can be read; of print too small to read, too, so that a guess at it does not stand beside the legible copy in a part.
+    IGNORE = not known, as what an edge cuts; glyphs that are too small as well.
+    """
 
     image: Image.Image
     origin: tuple[int, int]  # px of the scene at the top left corner
@@ -286,15 +290,20 @@ def _patches(rows: np.ndarray, columns: np.ndarray, width: int) -> list[int]:
 
 def _stamp(target: View, mark: scenes.Mark) -> None:
     grid = np.ix_(*target.cells(mark.box, bool(mark.chars)))
-    known = target.legible(mark)
+    known, cut = target.legible(mark), not target.holds(mark.box)
     text = mark.text.strip("$%:") if mark.chars else mark.text
     unit = next((sign for sign in "%$" if sign in mark.text), "")
     if mark.colour or unit:
-        seen = known if unit else target.coloured(mark)
-        target.traits[grid] = TRAIT_ID[mark.colour or unit] if seen else IGNORE
+        if known if unit else target.coloured(mark):
+            target.traits[grid] = TRAIT_ID[mark.colour or unit]
+        elif cut or not unit:
+            target.traits[grid] = IGNORE
     if text == "sign":  # its words stand on it: mark the colour alone
         return
-    target.words[grid] = WORD_ID[text] if known else IGNORE
+    if known:
+        target.words[grid] = WORD_ID[text]
+    elif cut:
+        target.words[grid] = IGNORE
     for char, x in mark.chars:
         x, y, _, _ = target.place((x, (mark.box[1] + mark.box[3]) / 2, x, 0))
         row, column = int(y // 7), int(x // 7)

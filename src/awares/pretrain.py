@@ -359,7 +359,9 @@ class Dense:
         code = self.code(words, traits, links)
         far = self.code.distance(self._seen["merged"], code)
         known = ((words != IGNORE) & (traits != IGNORE) & (links != IGNORE).all(-1)).all(1)
-        full = known & ((words > 0).any(1) | (traits > 0).any(1))
+        full = known & (
+            (words > 0).any(1) | (traits > 0).any(1) | (links > 0).any((1, 2))
+        )  # also a value too small to read
         seen["code_missed"] = far.detach()[full].sum() / self.code.distance(code[full], torch.zeros(1)).sum()
         return far[full].mean() + EMPTY * far[known & ~full].mean()
 
