@@ -201,6 +201,18 @@ def test_a_call_asks_for_the_place_of_an_answer_that_may_be_too_small_to_read():
             small += all(view.words[2 * (t // columns) + line, 2 * (t % columns)] == 0 for _, t, line in shown)
 
 
+def test_the_parts_that_a_call_returns_answer_the_question_behind_it():
+    rng, pairs, calls = np.random.default_rng(5), 0, 0
+    while calls < 120:
+        one = base.example(rng, "review")
+        if one.call:
+            calls += 1
+            pairs += " and " in one.turns[one.late][1]
+            for places in (word for part in one.trails[one.late].places for word in part if word):
+                assert any(view > 0 for view, _, _ in places)  # not in the half-resolution view alone
+    assert pairs > 0.08 * calls
+
+
 def test_patches_are_the_processors(tokenizer):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (168, 224, 3), dtype=np.uint8))
     found = make_processor(tokenizer, min_pixels=28 * 28).image_processor(images=[image], return_tensors="np")

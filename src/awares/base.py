@@ -51,6 +51,7 @@ CALLED = {
 # and of the other pictures, the share with questions that ask for a call whose argument is to be looked up
 GROUNDED = {"calls": 0.3, "joint": 0.3, "review": 0.5}
 LOCATED = 0.6  # of which the share where the argument is the place of an answer, not the answer
+SMALL_WANTED = 0.6  # of the questions behind a call, the share about what half resolution does not show, where there is such a thing
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
 # shares of painters and of views by stage; the vision tower learns most from full pages
@@ -392,6 +393,12 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         names = [c for c in CROPS if c != "all"]
         count = 2 if kind == "group" and rng.random() < 0.2 else 1
         regions = [CROPS[str(c)] for c in rng.choice(names, count, replace=False)]
+    wanted = _wanted(rng, scene) if kind == "group" and stage in CALLING else None
+    if (
+        wanted
+    ):  # the first part shows what is asked behind a call: drawn blindly, hardly one holds both values of a pair
+        fitting = [region for region in CROPS.values() if _inside(scene, region, wanted)]
+        regions[0] = fitting[int(rng.integers(len(fitting)))]
     views = [view(scene, halve=kind != "full")] if kind in ("full", "half", "group") else []
     views += [view(scene, region) for region in regions]
     if silent:
@@ -407,10 +414,9 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     dice = rng.random()
     system = text_example(rng).system if dice < 0.12 else str(rng.choice(lex.SYSTEMS)) if dice < 0.3 else lex.SYSTEMS[0]
     call = ""
-    found = [qa for qa in order if any(shows(one, qa) for one in views[1:])]
-    if stage in CALLING and kind == "group" and found and rng.random() < CALLED[stage]:
-        early = [qa for qa in order if not qa.small and qa is not found[0]][: int(rng.integers(3))]
-        order = [*early, found[0], *(qa for qa in order if qa not in early and qa is not found[0])]
+    if wanted and rng.random() < CALLED[stage]:
+        early = [qa for qa in order if not qa.small and qa is not wanted][: int(rng.integers(3))]
+        order = [*early, wanted, *(qa for qa in order if qa not in early and qa is not wanted)]
         order, late = order[: len(early) + 2], len(early)
         name, argument, offered, words = _function(rng, bool(rng.random() < 0.5))
         call = _call(name, argument, words)
@@ -431,6 +437,22 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     whole = views[:1] if stage in CALLING else views  # a part does not tell a place in the whole
     trails = [trail(qa, scene, whole if qa.kind == "place" else views) for qa in order]
     return Example(views, turns, system, late if late < len(order) else 0, trails, call)
+
+
+def _wanted(rng: np.random.Generator, scene: scenes.Scene) -> scenes.QA | None:
+    """A question to ask behind a call, of a kind drawn first and mostly about something small; None where nothing can be asked."""
+    pool = [qa for qa in scene.qas if qa.kind != "place"]
+    asked = _balanced(rng, [qa for qa in pool if qa.small] if rng.random() < SMALL_WANTED else pool) or _balanced(
+        rng, pool
+    )
+    return asked[0] if asked else None
+
+
+def _inside(scene: scenes.Scene, region: scenes.Box, qa: scenes.QA) -> bool:
+    """Whether the evidence of a question lies in a region (in 0..1) of a scene, give or take a pixel."""
+    left, top, right, bottom = (v * s for v, s in zip(region, (*scene.image.size, *scene.image.size), strict=True))
+    boxes = (*qa.question_boxes, *qa.answer_boxes)
+    return all(b[0] >= left - 1 and b[1] >= top - 1 and b[2] <= right + 1 and b[3] <= bottom + 1 for b in boxes)
 
 
 def _drawn(rng: np.random.Generator, shares: dict[str, float]) -> str:
