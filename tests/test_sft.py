@@ -89,6 +89,11 @@ def weights_by_hand(world, ids: list[int], row: dict, tool_weight: float) -> dic
     return weights
 
 
+def test_the_most_accurate_checkpoint_is_chosen_and_of_equals_the_latest():
+    scores = [{"step": step, "validation_accuracy": right} for step, right in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.6))]
+    assert sft.most_accurate(scores)["step"] == 3
+
+
 def test_loss_is_the_weighted_cross_entropy_of_the_assistant_tokens(world, tmp_path):
     params = settings(**{"sft.tool_turn_weight": 5.0})
     samples = [sft.Sample(1, "trajectory", 0), sft.Sample(0, "direct", 0), sft.Sample(7, "trajectory", 0)]

@@ -10,7 +10,7 @@ turn and 1 on other assistant tokens. Where we depart from the paper, or fill in
    optimiser and one learning-rate schedule.
 4. Samples of one optimiser batch are ordered by length, so that micro-batches pad less; the gradient of the batch is the same.
 5. ``sft.checkpoints`` candidates are kept at even distances; the one whose two-turn answers to validation rows are the most
-   accurate is the result, of equals the earliest.
+   accurate is the result, of equals the latest: calls take longest to become well-formed.
 6. In several processes the last batch, if it is a short one, is filled up with the first samples.
 """
 
@@ -85,12 +85,17 @@ def train_sft(
         candidate_score(path, params, job.chosen, model_path, processor) for path in training.checkpoints(job.folder)
     ]
     training.write_jsonl(job.log, [*training.read_jsonl(job.log), *scores])
-    best = max(scores, key=lambda entry: entry["validation_accuracy"])  # of equals the first
+    best = most_accurate(scores)
     policy = models.load_model(
         model_path, params.base.dtype, params.base.device, job.folder / f"checkpoint-{best['step']}", True
     )
     adapter, merged = training.save_policy(policy, processor, out_dir, training.relative(model_path, params.root))
     return SftResult(adapter, merged, job.log, best["step"], best["validation_accuracy"])
+
+
+def most_accurate(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The candidate (``step``, ``validation_accuracy``) that becomes the policy; of equals the latest."""
+    return max(scores, key=lambda entry: (entry["validation_accuracy"], entry["step"]))
 
 
 def fit(
