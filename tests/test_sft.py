@@ -89,11 +89,6 @@ def weights_by_hand(world, ids: list[int], row: dict, tool_weight: float) -> dic
     return weights
 
 
-def test_the_most_accurate_checkpoint_is_chosen_and_of_equals_the_latest():
-    scores = [{"step": step, "validation_accuracy": right} for step, right in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.6))]
-    assert sft.most_accurate(scores)["step"] == 3
-
-
 def test_loss_is_the_weighted_cross_entropy_of_the_assistant_tokens(world, tmp_path):
     params = settings(**{"sft.tool_turn_weight": 5.0})
     samples = [sft.Sample(1, "trajectory", 0), sft.Sample(0, "direct", 0), sft.Sample(7, "trajectory", 0)]
@@ -316,8 +311,8 @@ def test_a_torn_checkpoint_is_skipped(finished, tmp_path):
     assert [training.step_of(path) for path in training.checkpoints(folder)] == [1]
 
 
-def test_the_checkpoint_with_the_best_validation_accuracy_is_kept(world, tmp_path, monkeypatch):
-    marks = {1: 0.5, 2: 0.9, 3: 0.9}
+def test_the_most_accurate_checkpoint_is_kept_and_of_equals_the_latest(world, tmp_path, monkeypatch):
+    marks = {1: 0.9, 2: 0.9, 3: 0.5}
 
     def score(checkpoint, *others):
         step = training.step_of(checkpoint)

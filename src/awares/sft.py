@@ -85,17 +85,12 @@ def train_sft(
         candidate_score(path, params, job.chosen, model_path, processor) for path in training.checkpoints(job.folder)
     ]
     training.write_jsonl(job.log, [*training.read_jsonl(job.log), *scores])
-    best = most_accurate(scores)
+    best = max(scores, key=lambda entry: (entry["validation_accuracy"], entry["step"]))  # of equals the latest
     policy = models.load_model(
         model_path, params.base.dtype, params.base.device, job.folder / f"checkpoint-{best['step']}", True
     )
     adapter, merged = training.save_policy(policy, processor, out_dir, training.relative(model_path, params.root))
     return SftResult(adapter, merged, job.log, best["step"], best["validation_accuracy"])
-
-
-def most_accurate(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The candidate (``step``, ``validation_accuracy``) that becomes the policy; of equals the latest."""
-    return max(scores, key=lambda entry: (entry["validation_accuracy"], entry["step"]))
 
 
 def fit(
