@@ -394,9 +394,8 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         count = 2 if kind == "group" and rng.random() < 0.2 else 1
         regions = [CROPS[str(c)] for c in rng.choice(names, count, replace=False)]
     wanted = _wanted(rng, scene) if kind == "group" and stage in CALLING else None
-    if (
-        wanted
-    ):  # the first part shows what is asked behind a call: drawn blindly, hardly one holds both values of a pair
+    # the first part shows what is asked behind a call: drawn blindly, hardly one holds both values of a pair
+    if wanted:
         fitting = [region for region in CROPS.values() if _inside(scene, region, wanted)]
         regions[0] = fitting[int(rng.integers(len(fitting)))]
     views = [view(scene, halve=kind != "full")] if kind in ("full", "half", "group") else []
@@ -442,9 +441,8 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
 def _wanted(rng: np.random.Generator, scene: scenes.Scene) -> scenes.QA | None:
     """A question to ask behind a call, of a kind drawn first and mostly about something small; None where nothing can be asked."""
     pool = [qa for qa in scene.qas if qa.kind != "place"]
-    asked = _balanced(rng, [qa for qa in pool if qa.small] if rng.random() < SMALL_WANTED else pool) or _balanced(
-        rng, pool
-    )
+    small = [qa for qa in pool if qa.small]
+    asked = _balanced(rng, small if small and rng.random() < SMALL_WANTED else pool)
     return asked[0] if asked else None
 
 
