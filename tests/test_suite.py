@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from awares import base, lexicon, pretrain, protocol, scenes, suite
+from awares import base, crops, lexicon, pretrain, protocol, scenes, suite
 from awares.config import AwaresError
 from awares.evaluation import LEGIBLE_AT_HALF
 from awares.model import load_processor, make_processor
@@ -181,24 +181,41 @@ def test_the_argument_of_a_call_is_looked_up_and_the_rest_of_it_is_not(tokenizer
     assert first in looked_up
 
 
-def test_a_call_asks_for_the_place_of_an_answer_that_may_be_too_small_to_read():
-    rng, places, small = np.random.default_rng(4), set(), 0
-    while len(places) < len(lexicon.PLACES) or not small:
+def test_a_call_asks_for_the_part_that_holds_the_evidence_which_may_be_too_small_to_read():
+    rng, parts, small = np.random.default_rng(4), set(), 0
+    while len(parts) < len(crops.CROPS) or not small:
         one = base.example(rng, "calls")
         asked = [t for t, (_, said) in enumerate(one.turns) if one.views and said.startswith(protocol.TOOL_CALL)]
         told = [json.loads(one.turns[t][1].split("\n")[1])["arguments"] for t in asked]
-        if not told or not {word for one in told for (word,) in one.values()} <= {*lexicon.PLACES}:
+        if not told or not {word for one in told for (word,) in one.values()} <= {*crops.CROPS}:
             continue
         for t, arguments in zip(asked, told, strict=True):
-            ((place,),) = arguments.values()
+            ((part,),) = arguments.values()
             view, shown = one.views[0], one.trails[t].places[0][0]
             assert {index for index, _, _ in shown} == {0}  # the whole picture tells where, a part of it does not
             rows, columns = (size // 2 for size in view.words.shape)
-            x, y = np.mean([((t % columns + 0.5) / columns, (t // columns + 0.5) / rows) for _, t, _ in shown], axis=0)
-            near = {lexicon.place(x + dx, y + dy)[0] for dx in (-0.2, 0, 0.2) for dy in (-0.2, 0, 0.2)}
-            assert place in near
-            places.add(place)
+            left, top, right, bottom = crops.CROPS[part]
+            token_size = 1 / min(rows, columns)
+            for _, token, line in shown:
+                x, y = (token % columns + 0.5) / columns, (token // columns + 0.25 + 0.5 * line) / rows
+                assert left - token_size <= x <= right + token_size and top - token_size <= y <= bottom + token_size
+            parts.add(part)
             small += all(view.words[2 * (t // columns) + line, 2 * (t % columns)] == 0 for _, t, line in shown)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "part"),
+    [
+        ([(10, 10, 40, 20)], "top-left"),
+        ([(95, 95, 115, 105)], "center"),
+        ([(10, 10, 40, 20), (150, 12, 190, 22)], "top"),
+        ([(150, 12, 190, 22), (160, 180, 170, 190)], "right"),
+        ([(10, 10, 40, 20), (160, 180, 170, 190)], "all"),
+        ([(-1, 30, 8, 40)], "top-left"),
+    ],
+)
+def test_the_part_that_holds_boxes_is_the_smallest_that_does(boxes, part):
+    assert base._part(scenes.Scene(Image.new("RGB", (200, 200))), tuple(boxes)) == part
 
 
 def test_the_parts_that_a_call_returns_answer_the_question_behind_it():

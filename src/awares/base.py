@@ -21,8 +21,8 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
+from awares import crops, scenes
 from awares import lexicon as lex
-from awares import scenes
 from awares.crops import CROPS
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -49,8 +49,8 @@ CALLED = {
     "review": 0.9,
 }  # in those, the share of pictures with parts whose parts are the result of a call
 # and of the other pictures, the share with questions that ask for a call whose argument is to be looked up
-GROUNDED = {"calls": 0.3, "joint": 0.3, "review": 0.5}
-LOCATED = 0.6  # of which the share where the argument is the place of an answer, not the answer
+GROUNDED = {"calls": 0.3, "joint": 0.3, "review": 0.6}
+LOCATED = 0.7  # of which the share where the argument is the part of the picture that holds an answer's evidence, not the answer
 SMALL_WANTED = 0.6  # of the questions behind a call, the share about what half resolution does not show, where there is such a thing
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
@@ -62,7 +62,7 @@ PAINTER_SHARES = {
     "lookup": {"page": 0.24, "chart": 0.18, "signs": 0.2, "objects": 0.3, "collage": 0.08},
     "calls": {"page": 0.24, "chart": 0.22, "signs": 0.2, "objects": 0.26, "collage": 0.08},
     "joint": {"page": 0.24, "chart": 0.26, "signs": 0.2, "objects": 0.22, "collage": 0.08},
-    "review": {"page": 0.14, "chart": 0.16, "signs": 0.24, "objects": 0.38, "collage": 0.08},  # what is read worst
+    "review": {"page": 0.16, "chart": 0.16, "signs": 0.28, "objects": 0.32, "collage": 0.08},  # what is read worst
 }
 _SEES = {"full": 0.65, "half": 0.2, "part": 0.15}
 VIEW_SHARES = {
@@ -72,7 +72,7 @@ VIEW_SHARES = {
     "lookup": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
     "calls": {"full": 0.1, "half": 0.1, "part": 0.05, "group": 0.75},
     "joint": {"full": 0.35, "half": 0.25, "part": 0.05, "group": 0.35},
-    "review": {"full": 0.35, "half": 0.2, "part": 0.05, "group": 0.4},
+    "review": {"full": 0.27, "half": 0.33, "part": 0.04, "group": 0.36},
 }
 
 
@@ -355,6 +355,7 @@ def marks_in(scene: scenes.Scene, box: scenes.Box) -> list[scenes.Mark]:
 
 def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
     by_word = qa.kind in (*VALUES, "pair", "bars")
+    subjects = tuple(frozenset(subject.split()) for subject in qa.subject.split("+"))
     parts = [[[mark] for mark in marks_in(scene, box)] for box in qa.answer_boxes]
     if qa.kind == "presence":  # the very thing, or nowhere
         parts = [[[mark for mark in scene.marks if f"{mark.colour} {mark.text}" == qa.subject]]]
@@ -362,6 +363,7 @@ def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
         parts = []
     elif qa.kind == "place":
         parts = [[[mark for box in qa.answer_boxes for mark in marks_in(scene, box)]]]
+        subjects = (frozenset().union(*subjects),)
     showing = [(i, one) for i, one in enumerate(views) if shows(one, qa)]
 
     def places(marks: list[scenes.Mark]) -> frozenset[Place]:
@@ -373,7 +375,6 @@ def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
                 found |= {(index, y // 2 * tokens + x // 2, y % 2) for y in ys.tolist() for x in xs.tolist()}
         return frozenset(found)
 
-    subjects = tuple(frozenset(subject.split()) for subject in qa.subject.split("+"))
     return Trail(subjects, tuple(tuple(places(marks) for marks in words) for words in parts), by_word)
 
 
@@ -426,7 +427,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         name, argument, offered, _ = _function(rng)
         asking = [bool(rng.random() < 0.35) for _ in order]
         if kind != "part" and rng.random() < LOCATED:
-            offered = [str(place) for place in rng.permutation(lex.PLACES)]
+            offered = [str(place) for place in rng.permutation(list(CROPS))]
             places = _located(rng, scene, views[0])
             asking = [ask and index < len(places) for index, ask in enumerate(asking)]
             order = [place if ask else qa for qa, place, ask in zip(order, places + order, asking, strict=False)]
@@ -458,14 +459,29 @@ def _drawn(rng: np.random.Generator, shares: dict[str, float]) -> str:
 
 
 def _located(rng: np.random.Generator, scene: scenes.Scene, whole: View) -> list[scenes.QA]:
-    """The questions about values, each answered by where the value stands, which is told of print too small to read as well."""
+    """Questions, each answered by the part of the picture that holds the evidence, which is told of print too small to read as well."""
     found = []
-    for qa in scene.qas:
-        if qa.kind in VALUES and all(whole.holds(box) for box in (*qa.question_boxes, *qa.answer_boxes)):
-            x0, y0, x1, y1 = qa.answer_boxes[0]
-            place, _ = lex.place((x0 + x1) / 2 / scene.image.width, (y0 + y1) / 2 / scene.image.height)
-            found.append(replace(qa, kind="place", answers=(place,), form=0, small=False))
-    return [found[index] for index in rng.permutation(len(found))]
+    for qa in _balanced(rng, [qa for qa in scene.qas if qa.kind != "place" and qa.answer_boxes]):
+        boxes = tuple(dict.fromkeys((*qa.question_boxes, *qa.answer_boxes)))
+        if all(whole.holds(box) for box in boxes):
+            answers = (_part(scene, boxes),)
+            found.append(replace(qa, kind="place", answers=answers, answer_boxes=boxes, form=0, small=False))
+    return found
+
+
+def _part(scene: scenes.Scene, boxes: tuple[scenes.Box, ...]) -> str:
+    """The word for the smallest part of a scene that holds boxes, of equals the nearest."""
+    width, height = scene.image.size
+    x0, y0, x1, y1 = crops.box_union(boxes)  # it may stand out of the picture by a pixel
+    edges = (x0 / width, y0 / height, x1 / width, y1 / height)
+    box = tuple(min(1000, max(0, round(1000 * edge))) for edge in edges)
+    holding = [name for name in CROPS if crops.coverage(box, [name]) >= 0.95]
+
+    def cost(name: str) -> tuple[float, float]:
+        left, top, right, bottom = crops.crop_box(name)
+        return crops.area(name), abs(left + right - box[0] - box[2]) + abs(top + bottom - box[1] - box[3])
+
+    return min(holding, key=cost)
 
 
 def _answerable(qa: scenes.QA, kind: str, views: list[View]) -> bool:

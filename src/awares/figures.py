@@ -37,6 +37,7 @@ RATIO_MARKERS = {
     "awares": "D",
 }  # of a pruner's name: percent of tokens kept, or as many as AwaRes
 COLOURS = dict(zip(SYSTEM_NAMES, sns.color_palette("colorblind"), strict=False))
+CURVE_POINTS = 24  # of a training curve, above which it is smoothed
 
 
 def style(dpi: int) -> None:
@@ -131,17 +132,17 @@ def accuracy_rtr_figure(table: pd.DataFrame) -> Figure:
 
     ``table`` has the columns of table1_main.csv.
     """
-    benchmarks = [AVERAGE, *[name for name in table.benchmark.unique() if name != AVERAGE]]
-    figure, grid = plt.subplots(2, -(-len(benchmarks) // 2), figsize=(12, 5.5), sharex=True, squeeze=False)
-    for axes, benchmark in zip(grid.flat, benchmarks, strict=False):
+    benchmarks = [name for name in table.benchmark.unique() if name != AVERAGE]
+    cells = benchmarks + ["."] * (len(benchmarks) % 2)
+    rows = [[AVERAGE, AVERAGE, *cells[: len(cells) // 2]], [AVERAGE, AVERAGE, *cells[len(cells) // 2 :]]]
+    figure, panels = plt.subplot_mosaic(rows, figsize=(13, 5.5), sharex=True)
+    for benchmark, axes in panels.items():
         for row in table[table.benchmark == benchmark].itertuples():
             error = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
             name, colour = SYSTEM_NAMES.get(row.system, row.system), COLOURS.get(row.system)
             axes.errorbar(row.rtr, row.accuracy, error, fmt="o", capsize=3, color=colour, label=name)
         axes.set(title=benchmark, xlim=(-0.05, 1.2))
-    for axes in list(grid.flat)[len(benchmarks) :]:
-        axes.set_axis_off()
-    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.legend(*panels[AVERAGE].get_legend_handles_labels(), loc="outside right upper")
     figure.supxlabel("retain token ratio (visual tokens / tokens of the full image)")
     figure.supylabel("accuracy (%)")
     return figure
@@ -243,13 +244,20 @@ def _dial_curve(axes: Axes, rows: pd.DataFrame, name: str, colour: Any, interval
 
 
 def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step") -> Figure:
-    """Training curves: one small panel per column of ``labels`` (column -> axis label, with unit) that was logged."""
+    """Training curves: one small panel per column of ``labels`` (column -> axis label, with unit) that was logged.
+
+    A long log is shown as points under its running mean over an eighth of it.
+    """
     columns = [name for name in labels if name in log and log[name].notna().any()]
     width = min(3, max(1, len(columns)))
     rows = max(1, -(-len(columns) // width))
     figure, grid = plt.subplots(rows, width, figsize=(3.6 * width, 2.6 * rows), squeeze=False)
     for axes, name in zip(grid.flat, columns, strict=False):
-        sns.lineplot(log.dropna(subset=[name]), x=x, y=name, ax=axes, marker="o", markersize=4, errorbar=None)
+        points = log.dropna(subset=[name])
+        window = len(points) // 8 if len(points) > CURVE_POINTS else 1
+        axes.plot(points[x], points[name], "o", markersize=4 if window == 1 else 3, alpha=1 if window == 1 else 0.3)
+        mean = points[name].rolling(window, center=True, min_periods=1).mean()
+        axes.plot(points[x], mean, color="C0", linewidth=1.5 if window == 1 else 2)
         axes.set(xlabel=x, ylabel=labels[name])
     for axes in list(grid.flat)[len(columns) :]:
         axes.set_axis_off()
