@@ -650,7 +650,9 @@ def write_card(folder: Path, recipe: Base, trained: list[dict[str, Any]], readin
         if recipe.begin == next(iter(STAGES))
         else f" Stage {recipe.begin} began from the weights as they were stored before it, with new dense heads."
     )
-    notes = "".join(f"\n- {one['stage'].capitalize()}, {one['steps']} steps: {one['note']}" for one in trained if "note" in one)
+    notes = "".join(
+        f"\n- {one['stage'].capitalize()}, {one['steps']} steps: {one['note']}" for one in trained if "note" in one
+    )
     lines = "\n".join(f"| {r.view} | {r.evidence} | {r.accuracy:.1f} | {r.n} |" for r in reading.itertuples())
     config = json.loads((folder / "config.json").read_text())
     (folder / "README.md").write_text(f"""---
@@ -666,8 +668,9 @@ whole method runs on a laptop, and good for nothing else: its world is the close
 
 - Trained on CPU from seed {recipe.seed}; steps: {spent}; {hours:.1f} hours in all.{again}{notes}
 - Stored in bfloat16; the pipeline loads it in float32.
-- It has never seen the crop tool. As a VLM that grounds, it tells which part of a picture (a quadrant, the center, a half, all) holds something, also of
-  print too small to read, where another function takes that as its argument. When to look, and that this tool takes such a part, is for the cold start.
+- It has never seen the crop tool. As a VLM that grounds, it tells which part of a picture (a quadrant, the center, a half, all) holds something, also
+  of print too small to read, where another function takes that as its argument. When to look, and that this tool wants such a part, the
+  cold start has to teach.
 
 Validation rows of the embedded suite, percent right:
 
