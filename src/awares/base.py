@@ -441,7 +441,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
 
 def _wanted(rng: np.random.Generator, scene: scenes.Scene) -> scenes.QA | None:
     """A question to ask behind a call, of a kind drawn first and mostly about something small; None where nothing can be asked."""
-    pool = [qa for qa in scene.qas if qa.kind != "place"]
+    pool = [qa for qa in scene.qas if qa.kind != "place" and _inside(scene, CROPS["all"], qa)]
     small = [qa for qa in pool if qa.small]
     asked = _balanced(rng, small if small and rng.random() < SMALL_WANTED else pool)
     return asked[0] if asked else None
@@ -475,13 +475,8 @@ def _part(scene: scenes.Scene, boxes: tuple[scenes.Box, ...]) -> str:
     x0, y0, x1, y1 = crops.box_union(boxes)  # it may stand out of the picture by a pixel
     edges = (x0 / width, y0 / height, x1 / width, y1 / height)
     box = tuple(min(1000, max(0, round(1000 * edge))) for edge in edges)
-    holding = [name for name in CROPS if crops.coverage(box, [name]) >= 0.95]
-
-    def cost(name: str) -> tuple[float, float]:
-        left, top, right, bottom = crops.crop_box(name)
-        return crops.area(name), abs(left + right - box[0] - box[2]) + abs(top + bottom - box[1] - box[3])
-
-    return min(holding, key=cost)
+    names = crops.boxes_to_crops(box)
+    return names[0] if len(names) == 1 else "all"
 
 
 def _answerable(qa: scenes.QA, kind: str, views: list[View]) -> bool:
