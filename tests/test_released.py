@@ -154,7 +154,7 @@ def test_the_released_dataset_gives_curated_rows(tiny: SimpleNamespace, tmp_path
     data.save_rows(rows, tmp_path / "dataset")
     read = data.load_rows(tmp_path / "dataset")
     values = {"sft.max_length": 8192, "protocol.max_new_tokens": 64}
-    assert len(sft.plan(read, tiny.processor, settings(**values))) == 8  # both epochs
+    assert len(sft.plan(read, tiny.processor, settings(**values))) == 4 * settings(**values).sft.epochs
     assert curation.label_shares(read).set_index("judge").hr["released"] == 50
 
 
