@@ -199,12 +199,14 @@ def test_oracle_error_has_the_size_asked_for():
     assert np.abs(errors.mean(axis=0)).max() < 3 and errors.std() == pytest.approx(20, rel=0.1)
     exact = curation.AnnotationOracle(0, 0).locate(rows[:1])
     assert exact == [{"question_boxes": [[300, 300, 700, 700]], "answer_boxes": []}]
+    grown = curation.AnnotationOracle(0, 0, 20).locate([oracle_row(question=((10, 300, 990, 700),), answer=())])
+    assert grown == [{"question_boxes": [[0, 280, 1000, 720]], "answer_boxes": []}]
 
 
 def test_oracle_boxes_stay_boxes():
     for number in range(200):
         row = oracle_row(f"row-{number}", question=((0, 0, 3, 3),), answer=((997, 0, 1000, 1000),))
-        for box in sum(curation.AnnotationOracle(3, 300).locate([row])[0].values(), []):
+        for box in sum(curation.AnnotationOracle(3, 300, number % 30).locate([row])[0].values(), []):
             assert 0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000
 
 

@@ -152,6 +152,9 @@ def test_turn_two_resends_turn_one_byte_for_byte_and_crops_without_loss(
         faulty.stop()
     assert found.crops == ("right", "top-left") and found.answer == "reply to \n</tool_response>".strip()
     low, both = first.pop("messages"), second.pop("messages")
+    barred, barred_then = first.pop("logit_bias"), second.pop("logit_bias")  # there is no third turn
+    call_token = tiny.processor.tokenizer.convert_tokens_to_ids(protocol.TOOL_CALL)
+    assert barred_then.keys() - barred.keys() == {str(call_token)}
     assert json.dumps(both[:2]) == json.dumps(low) and first == second
     assert [message["role"] for message in both] == ["system", "user", "assistant", "user"]
     assert both[2]["content"] == call

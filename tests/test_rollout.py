@@ -231,6 +231,25 @@ def rigged(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleName
     return tiny
 
 
+class Insisting(decode.FirstToken):
+    """The call token is the likeliest everywhere."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.token] = scores.max() + 1
+        return super().__call__(input_ids, scores)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_the_second_turn_cannot_call(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, reuse: bool) -> None:
+    monkeypatch.setattr(decode, "FirstToken", Insisting)
+    free, forced, silent = engine(tiny, reuse=reuse).run(
+        rows_of(tiny, ["a", "b", "c"]), ["a", "b", "c"], forced=[None, ("top",), ()]
+    )
+    assert free.call_status == "malformed" and "<tool_call>" in free.turns[1].text
+    assert [one.turns[-1].role for one in (free, forced, silent)] == ["assistant"] * 3
+    assert not any("<tool_call>" in one.turns[-1].text for one in (free, forced, silent))
+
+
 ORDERS = [
     "do top-left",
     "plain",

@@ -49,8 +49,10 @@ CALLED = {
     "review": 0.9,
 }  # in those, the share of pictures with parts whose parts are the result of a call
 # and of the other pictures, the share with questions that ask for a call whose argument is to be looked up
-GROUNDED = {"calls": 0.3, "joint": 0.3, "review": 0.6}
-LOCATED = 0.7  # of which the share where the argument is the part of the picture that holds an answer's evidence, not the answer
+GROUNDED = {"calls": 0.3, "joint": 0.3, "review": 0.85}
+ASKED = 0.5  # of their questions, the share that asks for it
+LOCATED = 0.85  # of which the share where the argument is the part of the picture that holds an answer's evidence, not the answer
+TIGHT = 0.5  # of the questions behind a call, the share whose part is a smallest one that holds the evidence
 SMALL_WANTED = 0.6  # of the questions behind a call, the share about what half resolution does not show, where there is such a thing
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
@@ -72,7 +74,7 @@ VIEW_SHARES = {
     "lookup": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
     "calls": {"full": 0.1, "half": 0.1, "part": 0.05, "group": 0.75},
     "joint": {"full": 0.35, "half": 0.25, "part": 0.05, "group": 0.35},
-    "review": {"full": 0.27, "half": 0.33, "part": 0.04, "group": 0.36},
+    "review": {"full": 0.2, "half": 0.22, "part": 0.03, "group": 0.55},
 }
 
 
@@ -397,8 +399,9 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     wanted = _wanted(rng, scene) if kind == "group" and stage in CALLING else None
     # the first part shows what is asked behind a call: drawn blindly, hardly one holds both values of a pair
     if wanted:
-        fitting = [region for region in CROPS.values() if _inside(scene, region, wanted)]
-        regions[0] = fitting[int(rng.integers(len(fitting)))]
+        parts = [str(part) for part in rng.permutation(list(CROPS))]
+        fitting = [part for part in parts if _inside(scene, CROPS[part], wanted)]
+        regions[0] = CROPS[min(fitting, key=crops.area) if rng.random() < TIGHT else fitting[0]]
     views = [view(scene, halve=kind != "full")] if kind in ("full", "half", "group") else []
     views += [view(scene, region) for region in regions]
     if silent:
@@ -425,7 +428,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     asking: list[bool] = [False] * len(order)
     if stage in CALLING and not call and rng.random() < GROUNDED[stage]:
         name, argument, offered, _ = _function(rng)
-        asking = [bool(rng.random() < 0.35) for _ in order]
+        asking = [bool(rng.random() < ASKED) for _ in order]
         if kind != "part" and rng.random() < LOCATED:
             offered = [str(place) for place in rng.permutation(list(CROPS))]
             places = _located(rng, scene, views[0])

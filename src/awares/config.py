@@ -149,6 +149,7 @@ class Curation:
     judges: tuple[str, ...] = _size(choices=JUDGES)
     oracle: str = _size(choices=ORACLES)
     oracle_sigma: float = _size(low=0)
+    oracle_margin: int = _size(low=0)
     chunk_rows: int = _size(low=1)
 
     @property

@@ -55,7 +55,7 @@ class Oracle(ABC):
 
 
 class AnnotationOracle(Oracle):
-    """The boxes that the rows carry, each edge moved by a normal error of ``sigma`` thousandths of the image side.
+    """The boxes that the rows carry, each edge moved by a normal error of ``sigma`` thousandths of the image side, then out by ``margin``.
 
     The error is drawn from ``seed`` and the row's id alone, so that a row always gets the same one.
     """
@@ -63,8 +63,8 @@ class AnnotationOracle(Oracle):
     name = "annotation"
     looks = False
 
-    def __init__(self, seed: int, sigma: float) -> None:
-        self.seed, self.sigma = seed, sigma
+    def __init__(self, seed: int, sigma: float, margin: int = 0) -> None:
+        self.seed, self.sigma, self.margin = seed, sigma, margin
 
     def locate(self, rows: Sequence[Record]) -> list[Record]:
         return [self._locate(row) for row in rows]
@@ -77,13 +77,15 @@ class AnnotationOracle(Oracle):
     def _moved(self, box: Sequence[int], rng: np.random.Generator) -> list[int]:
         """Still a box of at least one unit a side, inside the image."""
         edges = np.rint(np.asarray(box) + rng.normal(0.0, self.sigma, 4)).astype(int)
-        left, right = sorted(np.clip(edges[[0, 2]], 0, 1000).tolist())
-        top, bottom = sorted(np.clip(edges[[1, 3]], 0, 1000).tolist())
+        spans = [
+            [low - self.margin, high + self.margin] for low, high in (sorted(edges[[0, 2]]), sorted(edges[[1, 3]]))
+        ]
+        (left, right), (top, bottom) = np.clip(spans, 0, 1000).tolist()
         left, top = min(left, 999), min(top, 999)
         return [left, top, max(right, left + 1), max(bottom, top + 1)]
 
     def key(self) -> str:
-        return f"{self.name}:{self.seed}:{self.sigma}"
+        return f"{self.name}:{self.seed}:{self.sigma}:{self.margin}"
 
     def check(self, rows: datasets.Dataset) -> None:
         boxes = zip(rows["id"], rows["question_boxes"], rows["answer_boxes"], strict=True)

@@ -67,11 +67,15 @@ class Output:
 
 
 class FirstToken(LogitsProcessor):
-    """Keeps the logits of the first generated position and adds ``bias`` (B,) to ``token``'s there; notes every gap."""
+    """Keeps the logits of the first generated position and adds ``bias`` (B,) to ``token``'s there; notes every gap.
 
-    def __init__(self, token: int, bias: Tensor) -> None:
+    A bias of -inf says that the row may not call; ``everywhere``, at no position.
+    """
+
+    def __init__(self, token: int, bias: Tensor, everywhere: bool = False) -> None:
         self.token = token
         self.bias = bias
+        self.barred = torch.isneginf(bias) & everywhere
         self.logits: Tensor | None = None
         self.gaps: list[Tensor] = []  # of each step: (B,)
 
@@ -80,6 +84,9 @@ class FirstToken(LogitsProcessor):
             self.logits = scores.float()
             scores = scores.clone()
             scores[:, self.token] += self.bias.to(scores)
+        elif self.barred.any():
+            scores = scores.clone()
+            scores[self.barred.to(scores.device), self.token] = float("-inf")
         best = scores.topk(2, dim=-1).values.float()
         self.gaps.append(best[:, 0] - best[:, 1])
         return scores
@@ -135,7 +142,9 @@ class Codec:
     def __init__(self, processor: ImageOnlyProcessor, opening: str = protocol.TOOL_CALL) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.call_token = self.tokenizer(opening, add_special_tokens=False)["input_ids"][0]
+        spelling = self.tokenizer(opening, add_special_tokens=False)["input_ids"]
+        self.call_token = spelling[0]
+        self.call_only = len(spelling) == 1  # a token that opens calls and stands in no answer
         self.end = self.tokenizer.convert_tokens_to_ids(protocol.END_OF_TURN)
 
     def tokenize(self, text: str, sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
@@ -226,18 +235,19 @@ class Decoder(Codec):
         reuse: bool = True,
         orders: Sequence[Orders] | None = None,
     ) -> Output:
-        """Append ``suffixes`` (ids) and new ``images`` to the rows ``picked`` of ``state`` and generate.
+        """Append ``suffixes`` (ids) and new ``images`` to the rows ``picked`` of ``state`` and generate; they may not call again.
 
         ``reuse=False`` prefills the same ids from nothing, all images encoded again: the reference for reuse.
         """
         rows = torch.tensor(picked, device=state.ids.device)
+        barred = [float("-inf")] * len(picked)
         kept = [[*state.images[row], *new] for row, new in zip(picked, images, strict=True)]
         if not reuse:
             sequences = [state.ids[row][state.mask[row].bool()].tolist() for row in picked]
             ids, mask, types = self._pad([old + new for old, new in zip(sequences, suffixes, strict=True)])
             features, grids = self._encode(kept, 2)
             fresh = State(ids, mask, types, kept, grids, DynamicCache(config=self.model.config))
-            return self._generate(fresh, features, None, orders, 2)
+            return self._generate(fresh, features, barred, orders, 2)
         ids, mask, types = self._pad(suffixes)
         features, new_grids = self._encode(images, 2)
         grids = [torch.cat([state.grids[row], new]) for row, new in zip(picked, new_grids, strict=True)]
@@ -249,7 +259,7 @@ class Decoder(Codec):
             grids,
             _select(state.cache, rows),
         )
-        return self._generate(longer, features, None, orders, 2)
+        return self._generate(longer, features, barred, orders, 2)
 
     def _generate(
         self,
@@ -262,7 +272,7 @@ class Decoder(Codec):
         """Feed what ``state.cache`` does not hold yet, then decode until every row has ended its turn."""
         known = state.ids.shape[1]
         bias = torch.tensor([0.0] * len(state.ids) if call_bias is None else list(call_bias))
-        first = FirstToken(self.call_token, bias)
+        first = FirstToken(self.call_token, bias, self.call_only)
         steps: list[LogitsProcessor] = [PrefillEnd(lambda: self._lap("prefill", turn)), first]
         if orders and any(order is not None for order in orders):
             steps.append(Ordered(orders, self.end, self.max_new_tokens, state.ids.device))

@@ -8,7 +8,7 @@ and image tokens are masked; KL to the cold-started policy. Where this departs f
 3.  Advantage: the sample's standard deviation (n - 1) and 1e-4 under the fraction, both TRL's.
 4.  The loss is the mean over a completion's tokens, then over completions, as GRPO was published; TRL's own default is DAPO's.
 5.  The policy that is trained is a *new* adapter over the merged cold-started model. With the adapter off, that model is the reference.
-6.  One tool call at most. A second one is not answered: the rollout ends with an empty answer.
+6.  One tool call at most. A second one is not answered: the rollout ends with an empty answer. The engine does not let it be written.
 7.  In training a call that is not JSON ends the rollout, and its text is the answer (TRL runs only what it can parse). The engine
     would recover it or answer it with an error. Such calls are counted, ``malformed`` in the log.
 8.  The tool's cost is read from the completion, not counted by the environment: TRL drops a tool result that overflows the

@@ -42,8 +42,8 @@ class RemoteEngine(Interaction):
     Where the results differ from the in-process engine's: ``seconds`` is the time that the row's own requests took, in
     the server's queue too; ``margin`` is infinite and ``call_logprob`` None, since the server tells no logits; in
     turn 2 the server tokenizes the text of turn 1 anew, so a call that the model spelt with other tokens than its tokenizer
-    would is read back with the tokenizer's; the call token is barred from the whole turn of a row
-    that may not call, not from its first position only.
+    would is read back with the tokenizer's; a call that begins with a word (protocol released) is barred from the whole
+    first turn of a row that may not call, not from its first position only, and in turn 2 from no position.
     """
 
     def __init__(
@@ -143,7 +143,8 @@ class RemoteEngine(Interaction):
 
     def _request(self, row: _Row, urls: Sequence[str]) -> Request:
         barred = [self.processor.image_token_id, self.processor.video_token_id]
-        barred += [self.codec.call_token] if row.bias < 0 else []
+        may_not_call = row.bias < 0 if row.call.status == "none" else self.codec.call_only
+        barred += [self.codec.call_token] if may_not_call else []
         settings = {
             "temperature": 0.0,
             "max_tokens": self.max_new_tokens,

@@ -1,8 +1,8 @@
 """The one two-turn interaction: used by curation, evaluation, the library front and the benchmarks (PAPER §1).
 
 Turn 1 sees the question and I_low, and answers or calls for crops. Turn 2 adds the crops, or an error in words when the
-call could not be read, and answers. Rows that answer directly and rows that call share batches; a batch is bounded by
-its tokens.
+call could not be read, and answers: it cannot call again, since there is no third turn. Rows that answer directly and
+rows that call share batches; a batch is bounded by its tokens.
 """
 
 import time
@@ -271,7 +271,7 @@ class Interaction(ABC):
     def _force(self, row: _Row, crops: tuple[str, ...]) -> _Row:
         text = self.protocol.render_call(crops)
         self._write(row, self.codec.tokenize(text + protocol.END_OF_TURN))
-        row.call = Call(tuple(crops), "forced", text)
+        row.call, row.bias = Call(tuple(crops), "forced", text), float("-inf")
         self._respond(row)
         return row
 

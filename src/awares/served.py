@@ -414,7 +414,7 @@ def make_oracle(params: Params) -> Oracle:
     """The oracle of ``curation.oracle``."""
     section = params.curation
     if section.oracle == AnnotationOracle.name:
-        return AnnotationOracle(section.oracle_seed, section.oracle_sigma)
+        return AnnotationOracle(section.oracle_seed, section.oracle_sigma, section.oracle_margin)
     return ServedOracle(section.oracle, params)
 
 
