@@ -28,7 +28,7 @@ def test_rows_depend_on_name_seed_split_and_index_alone():
 
 @pytest.mark.parametrize("name", suite.PLANS)
 def test_every_source_makes_rows_of_one_evidence_size(name):
-    rows = suite.make_source(name, 12, 1, "train")
+    rows = suite.make_source(name, 24, 1, "train")
     for row in rows:
         width, height = Image.open(io.BytesIO(row["image"]["bytes"])).size
         assert width % 56 == height % 56 == 0 and min(width, height) >= 224
