@@ -219,6 +219,9 @@ def test_leaks_are_found_where_there_are_any_and_only_there():
     words, majority = leaks.question_accuracy(telling[:100], labels[:100], telling[100:], labels[100:])
     assert words == 1.0 and majority < 0.7
     assert leaks.question_accuracy(["q"], ["a"], ["q", "r"], ["a", "b"]) == (0.5, 0.5)
+    assert leaks.crossed_accuracy(telling, labels)[0] == 1.0
+    assert leaks.crossed_accuracy(silent, labels)[0] < 0.65
+    assert leaks.crossed_accuracy(["q"], ["a"]) == (1.0, 1.0)
     with pytest.raises(AwaresError, match="needs both LR and HR"):
         leaks.question_auc(["q"], ["LR"], ["q"], ["LR"])
 
