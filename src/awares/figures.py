@@ -321,11 +321,27 @@ def histogram_figure(table: pd.DataFrame, x: str, hue: str | None, labels: tuple
 
 
 def scatter_figure(table: pd.DataFrame, x: str, y: str, hue: str, labels: tuple[str, str]) -> Figure:
-    """One dot per row, e.g. image widths against heights (the paper's Fig. 8). ``labels``: x, y axis."""
-    figure, axes = plt.subplots(figsize=(6, 4.2))
-    sns.scatterplot(table, x=x, y=y, hue=hue, ax=axes, s=18, alpha=0.6, linewidth=0)
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), frameon=False)
+    """Where the rows lie, one panel per ``hue``, rows at one place as one larger dot (the paper's Fig. 8). ``labels``: x, y axis."""
+    names = list(dict.fromkeys(table[hue]))
+    columns = min(3, len(names))
+    height = -(-len(names) // columns)
+    figure, grid = plt.subplots(
+        height, columns, figsize=(3 * columns, 2.7 * height), sharex=True, sharey=True, squeeze=False
+    )
+    places = table.groupby([hue, x, y], sort=False, observed=True).size().rename("rows").reset_index()
+    scale = (places["rows"].min(), max(places["rows"].max(), places["rows"].min() + 1))
+    for axes, name in zip(grid.flat, names, strict=False):
+        dots = places[places[hue] == name]
+        sns.scatterplot(
+            dots, x=x, y=y, size="rows", sizes=(15, 120), size_norm=scale, ax=axes, alpha=0.7, linewidth=0, legend=False
+        )
+        axes.set(title=name, xlabel="", ylabel="")
+    for axes in grid.flat[len(names) - columns : len(names)]:
+        axes.tick_params(labelbottom=True)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    figure.supxlabel(labels[0], fontsize="medium")
+    figure.supylabel(labels[1], fontsize="medium")
     return figure
 
 
