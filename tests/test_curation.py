@@ -294,7 +294,9 @@ def test_curated_rows(params, tmp_path):
     assert (first["low_score_semantic"], first["high_score_anls"]) == (0.0, 1.0)
     # C* covers the question *and* the answer box, so that the evidence is whole
     assert first["target_crops"] == ["top-left"] and second["target_crops"] == ["all"]
-    assert abs(np.array(first["oracle_answer_boxes"][0]) - [300, 50, 400, 100]).max() < 30
+    air = params.curation.oracle_margin
+    grown = [300 - air, max(0, 50 - air), 400 + air, 100 + air]
+    assert abs(np.array(first["oracle_answer_boxes"][0]) - grown).max() < 30
     assert rows[0]["target_crops"] == [] and rows[0]["oracle_question_boxes"] == []
     assert rows[0]["image"].size == (84, 56)
 
