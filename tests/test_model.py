@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 
 from awares import protocol
@@ -43,6 +44,15 @@ def test_saved_files_can_be_read_by_others_and_nothing_is_printed(saved: Path, c
     load_model(saved)
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in saved.iterdir())
     assert capfd.readouterr() == ("", "")
+
+
+def test_others_find_the_stock_processor_with_its_video_half(saved: Path) -> None:
+    """It cannot be loaded here, for want of torchvision; without the second entry it refuses the folder."""
+    config = json.loads((saved / "processor_config.json").read_text())
+    assert getattr(transformers, config["processor_class"]).__name__ == "Qwen2_5_VLProcessor"
+    video = config["video_processor"]
+    assert hasattr(transformers, video["video_processor_type"])
+    assert video["patch_size"] == config["image_processor"]["patch_size"]
 
 
 def test_an_interrupted_save_leaves_the_old_folder(tiny: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:

@@ -309,6 +309,7 @@ def test_a_torn_checkpoint_is_skipped(finished, tmp_path):
     (folder / "checkpoint-3" / "trainer_state.json").write_text("{")
     (folder / "checkpoint-2" / "optimizer.pt").unlink()
     assert [training.step_of(path) for path in training.checkpoints(folder)] == [1]
+    assert training.checkpoints(folder, 2) == []  # one process wrote it, two cannot go on from it
 
 
 def test_the_most_accurate_checkpoint_is_kept_and_of_equals_the_latest(world, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ The processor is that of Qwen2.5-VL and Qwen3-VL without its video half, which i
 a bare tokenizer for it, so it is always built here and passed explicitly.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,11 @@ from awares.config import AwaresFileError, AwaresValueError
 
 # model_type of a checkpoint -> its class; of every size
 CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
+# and the names of its stock processor and of that one's video half
+STOCK = {
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -107,6 +113,7 @@ def save_model(model: Any, processor: ImageOnlyProcessor, path: str | Path) -> N
     with _quiet():
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
+    _name_stock_processor(partial / "processor_config.json", processor, model.config.model_type)
     for file in filter(Path.is_file, partial.rglob("*")):
         file.chmod(0o644)  # safetensors writes for the owner alone
     shutil.rmtree(path, ignore_errors=True)
@@ -146,6 +153,16 @@ def _load_weights(path: str | Path, dtype: torch.dtype) -> Any:
     if lacking:
         raise AwaresValueError(f"{path}: incomplete checkpoint, {len(lacking)} weights missing, such as {lacking[0]}")
     return model
+
+
+def _name_stock_processor(file: Path, processor: ImageOnlyProcessor, kind: str) -> None:
+    """Name the stock processor, with the video half that it insists on: other programs (vLLM) load that one."""
+    config = json.loads(file.read_text())
+    shared = ("merge_size", "patch_size", "temporal_patch_size", "image_mean", "image_std")
+    stock, video = STOCK[kind]
+    half = {name: getattr(processor.image_processor, name) for name in shared}
+    config |= {"processor_class": stock, "video_processor": {"video_processor_type": video, **half}}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _add_adapter(model: Any, adapter: str | Path, trainable: bool) -> Any:

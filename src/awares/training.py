@@ -34,7 +34,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 TRAINED_ON = ("id", "question", "answers", "label", "target_crops")  # and the image: what a training takes from a row
-COMPLETE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")  # the state file comes last
+COMPLETE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")  # beside one `rng_state*.pth` a process and the state
 
 
 # Inputs and checkpoints
@@ -99,9 +99,11 @@ def checkpoint_folder(out_dir: str | Path, inputs: dict[str, Any]) -> Path:
     return folder
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of ``folder``, oldest first. A torn one (the process was killed while it wrote) is skipped."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _is_complete(path)]
+def checkpoints(folder: Path, processes: int = 1) -> list[Path]:
+    """The complete checkpoints of ``folder``, oldest first, for as many ``processes`` to go on from. A torn one (a process was
+    killed while it wrote) is skipped.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _is_complete(path, processes)]
     return sorted(found, key=step_of)
 
 
@@ -110,12 +112,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path, processes: int) -> bool:
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    return state.get("global_step") == step_of(checkpoint) and all(any(checkpoint.glob(name)) for name in COMPLETE)
+    written = all((checkpoint / name).is_file() for name in COMPLETE)
+    each = len(list(checkpoint.glob("rng_state*.pth"))) >= processes
+    return written and each and state.get("global_step") == step_of(checkpoint)
 
 
 def require_checkpoint(folder: Path) -> None:
@@ -131,7 +135,7 @@ def train(trainer: Trainer, folder: Path, log: "Log") -> None:
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)  # the log in full on the screen, where `log` shows a bar
     with alone(folder / "training") if trainer.is_world_process_zero() else nullcontext():
-        done = checkpoints(folder)
+        done = checkpoints(folder, trainer.args.world_size)
         trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
 
 
