@@ -312,8 +312,23 @@ def test_a_torn_checkpoint_is_skipped(finished, tmp_path):
     assert training.checkpoints(folder, 2) == []  # one process wrote it, two cannot go on from it
 
 
-def test_the_most_accurate_checkpoint_is_kept_and_of_equals_the_latest(world, tmp_path, monkeypatch):
-    marks = {1: 0.9, 2: 0.9, 3: 0.5}
+@pytest.mark.parametrize(
+    ("marks", "step"),
+    [
+        ([0.9, 0.92, 0.93], 3),
+        ([0.93, 0.9, 0.9], 3),
+        ([0.93, 0.92, 0.85], 2),
+        ([0.9, 0.7, 0.8], 1),
+        ([1.0, 1.0, 0.97], 2),
+    ],
+)
+def test_the_latest_checkpoint_that_is_not_worse_than_the_best_is_chosen(marks, step):
+    scores = [{"step": at, "validation_accuracy": mark} for at, mark in enumerate(marks, 1)]
+    assert sft.choose(scores, 300)["step"] == step
+
+
+def test_the_chosen_checkpoint_is_the_one_that_is_saved(world, tmp_path, monkeypatch):
+    marks = {1: 0.9, 2: 0.9, 3: 0.0}
 
     def score(checkpoint, *others):
         step = training.step_of(checkpoint)

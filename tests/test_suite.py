@@ -230,6 +230,19 @@ def test_the_parts_that_a_call_returns_answer_the_question_behind_it():
     assert pairs > 0.08 * calls
 
 
+def test_only_who_is_asked_to_says_that_print_is_too_small_and_only_of_half_views():
+    rng, unread, read = np.random.default_rng(6), 0, 0
+    while unread < 60 or read < 60:
+        one = base.example(rng, "review")
+        candid = any(one.system.startswith(told) for told in lexicon.CANDID)
+        said = sum(answer == lexicon.UNREAD for _, answer in one.turns)
+        assert not said or (candid and [view.scale for view in one.views] == [0.5])
+        assert all(any(part) for (_, answer), trail in zip(one.turns, one.trails, strict=bool(one.views))
+                   if answer == lexicon.UNREAD for part in trail.places)  # fmt: skip
+        unread += said
+        read += candid * (len(one.turns) - said)
+
+
 def test_patches_are_the_processors(tokenizer):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (168, 224, 3), dtype=np.uint8))
     found = make_processor(tokenizer, min_pixels=28 * 28).image_processor(images=[image], return_tensors="np")

@@ -54,6 +54,9 @@ ASKED = 0.5  # of their questions, the share that asks for it
 LOCATED = 0.85  # of which the share where the argument is the part of the picture that holds an answer's evidence, not the answer
 TIGHT = 0.5  # of the questions behind a call, the share whose part is a smallest one that holds the evidence
 SMALL_WANTED = 0.6  # of the questions behind a call, the share about what half resolution does not show, where there is such a thing
+CANDID = {
+    "review": 0.5
+}  # share of the full and half views whose system message asks to say so where something is too small to read
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
 # shares of painters and of views by stage; the vision tower learns most from full pages
@@ -74,7 +77,7 @@ VIEW_SHARES = {
     "lookup": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
     "calls": {"full": 0.1, "half": 0.1, "part": 0.05, "group": 0.75},
     "joint": {"full": 0.35, "half": 0.25, "part": 0.05, "group": 0.35},
-    "review": {"full": 0.2, "half": 0.22, "part": 0.03, "group": 0.55},
+    "review": {"full": 0.18, "half": 0.3, "part": 0.03, "group": 0.49},
 }
 
 
@@ -363,7 +366,7 @@ def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
         parts = [[[mark for mark in scene.marks if f"{mark.colour} {mark.text}" == qa.subject]]]
     elif qa.kind == "count":  # attention that is told to rest on all instances alike cannot tell how many they are
         parts = []
-    elif qa.kind == "place":
+    elif qa.kind in ("place", "unread"):
         parts = [[[mark for box in qa.answer_boxes for mark in marks_in(scene, box)]]]
         subjects = (frozenset().union(*subjects),)
     showing = [(i, one) for i, one in enumerate(views) if shows(one, qa)]
@@ -407,6 +410,11 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     if silent:
         return Example(views)
     order = _balanced(rng, [qa for qa in scene.qas if _answerable(qa, kind, views)])[:questions]
+    candid = kind in ("full", "half") and rng.random() < CANDID.get(stage, 0)
+    if candid and kind == "half":
+        unread = [_unread(qa) for qa in _balanced(rng, [qa for qa in scene.qas if qa.small])[: questions // 2]]
+        order = order[: questions - len(unread)] + unread
+        order = [order[i] for i in rng.permutation(len(order))]
     late = 0
     if (
         kind == "group" and rng.random() < 0.5
@@ -416,6 +424,9 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         late = min(len(early), 2)
     dice = rng.random()
     system = text_example(rng).system if dice < 0.12 else str(rng.choice(lex.SYSTEMS)) if dice < 0.3 else lex.SYSTEMS[0]
+    if candid:
+        name, argument, offered, _ = _function(rng)
+        system = str(rng.choice(lex.CANDID)) + (f"\n{_offer(name, argument, offered)}" if rng.random() < 0.5 else "")
     call = ""
     if wanted and rng.random() < CALLED[stage]:
         early = [qa for qa in order if not qa.small and qa is not wanted][: int(rng.integers(3))]
@@ -426,7 +437,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         if rng.random() < 0.7:
             system += f"\n{_offer(name, argument, offered)}"
     asking: list[bool] = [False] * len(order)
-    if stage in CALLING and not call and rng.random() < GROUNDED[stage]:
+    if stage in CALLING and not call and not candid and rng.random() < GROUNDED[stage]:
         name, argument, offered, _ = _function(rng)
         asking = [bool(rng.random() < ASKED) for _ in order]
         if kind != "part" and rng.random() < LOCATED:
@@ -438,7 +449,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     turns = [(qa.question, qa.answers[qa.form]) for qa in order]
     turns = [_as_call(*turn, name, argument) if ask else turn for ask, turn in zip(asking, turns, strict=True)]
     whole = views[:1] if stage in CALLING else views  # a part does not tell a place in the whole
-    trails = [trail(qa, scene, whole if qa.kind == "place" else views) for qa in order]
+    trails = [trail(qa, scene, whole if qa.kind in ("place", "unread") else views) for qa in order]
     return Example(views, turns, system, late if late < len(order) else 0, trails, call)
 
 
@@ -470,6 +481,12 @@ def _located(rng: np.random.Generator, scene: scenes.Scene, whole: View) -> list
             answers = (_part(scene, boxes),)
             found.append(replace(qa, kind="place", answers=answers, answer_boxes=boxes, form=0, small=False))
     return found
+
+
+def _unread(qa: scenes.QA) -> scenes.QA:
+    """A question about something too small to read, with the answer that it is."""
+    boxes = qa.answer_boxes or qa.question_boxes
+    return replace(qa, kind="unread", answers=(lex.UNREAD,), form=0, small=False, answer_boxes=boxes)
 
 
 def _part(scene: scenes.Scene, boxes: tuple[scenes.Box, ...]) -> str:

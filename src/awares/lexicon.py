@@ -109,6 +109,11 @@ PHRASINGS = {
               "tell me in words the number of the {o}."],
 }  # fmt: skip
 
+# said in base training alone; apart, so that the tokenizer is trained on the same text as ever
+UNREAD = "unclear"
+CANDID = [f"Where something is too small to read, say {UNREAD}.", f"Say {UNREAD} if you cannot read it.",
+          f"If it is too small, the answer is {UNREAD}."]  # fmt: skip
+
 # system messages: the first is the plain one; the others make the base used to instructions and to their words
 SYSTEMS = [
     "You are a helpful assistant.", "Answer the question.", "Answer in a few words.", "The image is shown at full resolution.",

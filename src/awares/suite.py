@@ -30,7 +30,7 @@ PLANS: dict[str, dict[tuple[str, str], float]] = {
     "vstar": {("objects", "badge"): 1.0},
     "textvqa": {("signs", "sign"): 0.8, ("objects", "plate"): 0.2},
     "llava_multi": {("collage", kind): 0.2 for kind in ("field", "bar", "sign", "badge", "plate")},
-    "visionthink_smart": {("objects", "presence"): 0.45, ("objects", "badge"): 0.25, ("objects", "count"): 0.3},
+    "visionthink_smart": {("objects", "presence"): 0.55, ("objects", "badge"): 0.2, ("objects", "count"): 0.25},
 }  # fmt: skip
 TRIES = 200
 
