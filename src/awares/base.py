@@ -54,9 +54,8 @@ ASKED = 0.5  # of their questions, the share that asks for it
 LOCATED = 0.85  # of which the share where the argument is the part of the picture that holds an answer's evidence, not the answer
 TIGHT = 0.5  # of the questions behind a call, the share whose part is a smallest one that holds the evidence
 SMALL_WANTED = 0.6  # of the questions behind a call, the share about what half resolution does not show, where there is such a thing
-CANDID = {
-    "review": 0.5
-}  # share of the full and half views whose system message asks to say so where something is too small to read
+# share of the full and half views whose system message asks to say so where something is too small to read
+CANDID = {"review": 0.5}
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
 # shares of painters and of views by stage; the vision tower learns most from full pages
@@ -410,7 +409,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     if silent:
         return Example(views)
     order = _balanced(rng, [qa for qa in scene.qas if _answerable(qa, kind, views)])[:questions]
-    candid = kind in ("full", "half") and rng.random() < CANDID.get(stage, 0)
+    candid = stage in CANDID and kind in ("full", "half") and rng.random() < CANDID[stage]
     if candid and kind == "half":
         unread = [_unread(qa) for qa in _balanced(rng, [qa for qa in scene.qas if qa.small])[: questions // 2]]
         order = order[: questions - len(unread)] + unread

@@ -34,11 +34,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 TRAINED_ON = ("id", "question", "answers", "label", "target_crops")  # and the image: what a training takes from a row
-COMPLETE = (
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-)  # beside one `rng_state*.pth` a process and the state
+# files of a whole checkpoint, beside its state and one `rng_state*.pth` a process
+COMPLETE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
 
 
 # Inputs and checkpoints
