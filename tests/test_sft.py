@@ -27,6 +27,7 @@ SMALL = {
     "sft.warmup_ratio": 0.0,
     "protocol.max_new_tokens": 12,
 }
+MIXED = [(0, "direct"), (1, "trajectory"), (4, "trajectory"), (5, "direct")]
 CROPS_OF = {1: ["top-left", "bottom-right"], 4: ["bottom"], 7: ["right", "top-left"]}
 
 
@@ -133,7 +134,7 @@ def test_crops_of_the_second_turn_stand_in_the_order_of_the_call(world, tmp_path
 
 
 def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):
-    params = settings(**{"sft.gradient_checkpointing": True})
+    params = settings(**{"sft.gradient_checkpointing": True, "sft.share_prefix": False})
     trainer = trainer_for(world, params, tmp_path, [sft.Sample(1, "trajectory", 0)])
     trainer.train()
     batch = trainer.data_collator([trainer.train_dataset[0]])
@@ -161,6 +162,36 @@ def test_micro_batches_do_not_change_the_update(world, tmp_path):
         )
     for name, value in adapters[0].items():
         torch.testing.assert_close(value, adapters[1][name], atol=1e-5, rtol=1e-3)
+
+
+def test_a_shared_prefix_gives_the_loss_and_the_gradients_of_whole_samples(world, tmp_path):
+    found = {}
+    for share in (True, False):
+        params = settings(**{"sft.share_prefix": share})
+        trainer = trainer_for(world, params, tmp_path / str(share), [sft.Sample(i, kind, 0) for i, kind in MIXED])
+        torch.manual_seed(3)
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:  # it starts at zero, where half of the gradients would be zero
+                weight.data.normal_(0.0, 0.3)
+        batch = collate(trainer, len(MIXED))
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        found[share] = loss.item(), {n: w.grad for n, w in trainer.model.named_parameters() if w.requires_grad}
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
+    for name, gradient in found[False][1].items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found[True][1][name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_a_shared_prefix_leaves_less_to_compute_and_does_not_go_with_checkpointing(world, tmp_path):
+    trainer = trainer_for(world, settings(), tmp_path, [sft.Sample(i, kind, 0) for i, kind in MIXED])
+    batch = collate(trainer, len(MIXED))
+    rest = sft.without_prefix(trainer.model.get_base_model(), batch)
+    system = world.processor.apply_chat_template(protocol.messages("what?", None)[:1], tokenize=False)
+    shared = batch["input_ids"].shape[1] - rest["input_ids"].shape[1]
+    assert shared == rest["past_key_values"].get_seq_length() >= len(world.processor.tokenizer(system)["input_ids"])
+    with pytest.raises(AwaresError, match=r"sft\.share_prefix"):
+        trainer_for(world, settings(**{"sft.gradient_checkpointing": True}), tmp_path)
 
 
 def test_planned_length_is_the_length_of_the_collated_sample(world, tmp_path):

@@ -182,6 +182,7 @@ class Sft:
     per_device_batch_size: int = _size(low=1)
     checkpoints: int = _size(low=1)
     selection_rows: int = _size(low=1)
+    share_prefix: bool = _size()
     gradient_checkpointing: bool = _size()
 
 

@@ -217,7 +217,7 @@ class Decoder(Codec):
         cache = DynamicCache(config=self.model.config)
         if shared:
             prefix = torch.tensor([rows[0][:shared]], device=ids.device)
-            cache = self._prefix_cache(prefix, len(rows))
+            cache = prefix_cache(self.model, prefix, len(rows))
             ids = torch.cat([prefix.expand(len(rows), -1), ids], dim=1)
             mask = torch.cat([mask.new_ones(len(rows), shared), mask], dim=1)
             types = torch.cat([types.new_zeros(len(rows), shared), types], dim=1)
@@ -322,15 +322,6 @@ class Decoder(Codec):
         shared = min(len(common), min(map(len, rows)) - 1)
         return shared if shared * (len(rows) - 1) >= SHARE_FROM else 0
 
-    def _prefix_cache(self, prefix: Tensor, rows: int) -> DynamicCache:
-        """The cache of text ids (1, P), seen by ``rows`` rows. At the start of a row text has the same positions in all."""
-        cache = DynamicCache(config=self.model.config)
-        self.model.model.language_model(input_ids=prefix, past_key_values=cache, use_cache=True)
-        layers: list[Any] = cache.layers
-        return DynamicCache(
-            [(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)) for layer in layers]
-        )
-
     def _pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and type ids of B rows, left padded, each (B, longest)."""
         longest = max(len(row) for row in rows)
@@ -356,6 +347,19 @@ class Decoder(Codec):
             features += [torch.cat([one, *more], dim=-1) for one, *more in zip(found.pooler_output, *deep, strict=True)]
         self._lap("vision", turn)
         return features, list(grids.split([len(row) for row in images]))
+
+
+def prefix_cache(model: Any, prefix: Tensor, rows: int) -> DynamicCache:
+    """The cache of text ids (1, P), seen by ``rows`` rows. At the start of a row text has the same positions in all.
+
+    Gradients pass through it where they are on.
+    """
+    cache = DynamicCache(config=model.config)
+    model.model.language_model(input_ids=prefix, past_key_values=cache, use_cache=True)
+    layers: list[Any] = cache.layers
+    return DynamicCache(
+        [(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)) for layer in layers]
+    )
 
 
 def _encoded(features: Sequence[Tensor], width: int) -> Any:

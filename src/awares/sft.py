@@ -11,7 +11,9 @@ turn and 1 on other assistant tokens. Where we depart from the paper, or fill in
 4. Samples of one optimiser batch are ordered by length, so that micro-batches pad less; the gradient of the batch is the same.
 5. ``sft.checkpoints`` candidates are kept at even distances and answer validation rows in two turns; the result is the latest one
    that these cannot tell from the most accurate (`choose`).
-6. In several processes the last batch, if it is a short one, is filled up with the first samples.
+6. With ``share_prefix`` what all samples of a micro-batch begin with, the system prompt, passes through the language model once: the same
+   numbers for less work.
+7. In several processes the last batch, if it is a short one, is filled up with the first samples.
 """
 
 import functools
@@ -34,6 +36,7 @@ from awares import crops, launch, protocol, training
 from awares import model as models
 from awares.config import AwaresValueError, Params
 from awares.data import share_of
+from awares.decode import prefix_cache
 from awares.judges import SemanticJudge
 from awares.model import ImageOnlyProcessor
 from awares.protocol import Protocol
@@ -279,6 +282,8 @@ class WeightedSFTTrainer(SFTTrainer):
         True  # the loss is divided by the tokens of the whole optimiser batch, not of the micro-batch
     )
 
+    share_prefix = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # Qwen2.5-VL says False, and the trainer would not count those tokens
@@ -287,6 +292,8 @@ class WeightedSFTTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Sum of w_t * -log pi(y_t) over the assistant tokens, divided by their number in the optimiser batch."""
+        if self.share_prefix:
+            inputs = without_prefix(self.accelerator.unwrap_model(model).get_base_model(), inputs)
         weights = inputs.pop("loss_weights")[:, 1:]  # (B, T-1), as the token at t is predicted at t-1
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # log_probs (B, T-1), 0 where the label is -100
         tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
@@ -295,6 +302,30 @@ class WeightedSFTTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # the data-parallel wrapper averages gradients over processes
         self._metrics["train"]["mean_token_accuracy"].append((outputs.is_top1.sum() / outputs.label_mask.sum()).item())
         return (loss, outputs) if return_outputs else loss
+
+
+def without_prefix(core: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    """``inputs`` of B right-padded samples from the column on where they differ, with the cache of what stands before it.
+
+    ``core``: the plain model with its LoRA layers. All but the last of the text tokens that every sample begins with, none of them trained
+    on, become a key-value cache that gradients pass through; every position stays what it was.
+    """
+    ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
+    same = (ids == ids[:1]).all(0) & (types == 0).all(0) & (inputs["labels"] == -100).all(0)
+    shared = int(same.int().cumprod(0).sum()) - 1
+    if shared < 1:
+        return inputs
+    positions, _ = core.model.get_rope_index(
+        ids, mm_token_type_ids=types, image_grid_thw=inputs["image_grid_thw"], attention_mask=inputs["attention_mask"]
+    )
+    rest = {name: inputs[name][:, shared:] for name in ("input_ids", "labels", "loss_weights")}
+    cache = prefix_cache(core, ids[:1, :shared], len(ids))
+    return {
+        **{name: value for name, value in inputs.items() if name != "mm_token_type_ids"},
+        **rest,
+        "position_ids": positions[..., shared:],
+        "past_key_values": cache,
+    }
 
 
 def build_trainer(
@@ -307,6 +338,10 @@ def build_trainer(
 ) -> WeightedSFTTrainer:
     """The trainer that takes ``samples`` in their order; checkpoints go to ``folder``."""
     training.require_plain(model)
+    if params.sft.share_prefix and params.sft.gradient_checkpointing:
+        raise AwaresValueError(
+            "sft.share_prefix keeps a cache, which checkpointing drops: set it or sft.gradient_checkpointing to false"
+        )
     steps = math.ceil(len(samples) / params.sft.batch_size)
     trainer = WeightedSFTTrainer(
         model=model,
@@ -316,6 +351,7 @@ def build_trainer(
         processing_class=processor,
         peft_config=training.lora_config(params.sft),
     )
+    trainer.share_prefix = params.sft.share_prefix
     training.require_trainable(trainer.model, "sft")
     trainer.add_callback(training.SpareVision())
     return trainer
