@@ -249,6 +249,26 @@ def test_shared_prefill_samples_the_tokens_of_trl(world, tmp_path):
     assert len({tuple(row) for row in sampled[True]}) > 4
 
 
+def test_a_picture_passes_through_the_vision_tower_once_an_update(world, tmp_path):
+    trainer = trainer_for(world, tmp_path, settings())
+    base, images = trainer.model.get_base_model(), [world.rows[i]["image"] for i in (0, 1, 0, 2)]
+    pixels = dict(world.processor.image_processor(images=images, return_tensors="pt"))
+    plain = base.model.get_image_features(**pixels).pooler_output
+    passed = []
+    hook = base.model.visual.patch_embed.register_forward_hook(lambda _m, inputs, _out: passed.append(len(inputs[0])))
+    with sharing.vision_memo(base):
+        for _ in range(2):
+            for one, other in zip(base.model.get_image_features(**pixels).pooler_output, plain, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert passed == [pixels["image_grid_thw"].prod(-1)[[0, 1, 3]].sum()]
+    base.model.get_image_features(**pixels)
+    hook.remove()
+    assert len(passed) == 2  # as before, outside of the block
+    base.model.visual.merger.requires_grad_(True)
+    with pytest.raises(AwaresError, match="vision tower is trained"), sharing.vision_memo(base):
+        pass
+
+
 # Reward
 
 

@@ -323,9 +323,15 @@ def call_metrics(outcomes: Sequence[Outcome], labels: Sequence[str]) -> dict[str
 
 
 class CropGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer whose completions share the computation of their prompt (departure 10)."""
+    """GRPOTrainer whose completions share the computation of their prompt (departure 11)."""
 
     share_prompts = False
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch, its rollouts included where they are due."""
+        plain = self.accelerator.unwrap_model(self.model).get_base_model()
+        with sharing.vision_memo(plain) if self.share_prompts else contextlib.nullcontext():
+            return super().training_step(*args, **kwargs)
 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False

@@ -1,8 +1,9 @@
 """The G completions of one prompt share its computation: the same numbers as TRL's, for a fraction of the work.
 
-A GRPO batch holds every prompt G times, and with short answers the prompt is most of a completion's tokens. Two exact short cuts:
+A GRPO batch holds every prompt G times, and with short answers the prompt is most of a completion's tokens. Three exact short cuts:
 
 - `shared_prefill`: generation prefills each prompt once and copies the key-value cache.
+- `vision_memo`: the frozen vision tower encodes a picture once, however many completions, turns and passes show it.
 - `packed_log_probs`: reference and policy passes put a prompt and all its completions into one sequence::
 
       [prompt without its last token | last token, completion 1 | last token, completion 2 | ...]
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares.config import AwaresValueError
 
@@ -58,6 +60,40 @@ def shared_prefill(model: Any, copies: int) -> Iterator[None]:
         yield
     finally:
         del model.generate  # the class's own method shows again
+
+
+@contextlib.contextmanager
+def vision_memo(model: Any) -> Iterator[None]:
+    """Within the block the vision tower of ``model``, which must be frozen, passes every picture through once."""
+    tower, known = model.model.visual, dict[Any, Tensor]()
+    if any(weight.requires_grad for weight in tower.parameters()):
+        raise AwaresValueError("the vision tower is trained: set grpo.share_prompts: false")
+    forward, area = tower.forward, tower.spatial_merge_size**2
+
+    def run(hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        pieces = hidden_states.split(grid_thw.prod(-1).tolist())
+        seen = [(_digest(piece), *grid) for piece, grid in zip(pieces, grid_thw.tolist(), strict=True)]
+        fresh = {key: index for index, key in enumerate(seen) if key not in known}
+        if fresh:
+            places = list(fresh.values())
+            with torch.no_grad():
+                found = forward(
+                    torch.cat([pieces[place] for place in places]), grid_thw[places], **kwargs
+                ).pooler_output
+            known.update(zip(fresh, found.split([len(pieces[place]) // area for place in places]), strict=True))
+        features: Any = torch.cat([known[key] for key in seen])
+        return BaseModelOutputWithPooling(pooler_output=features)
+
+    tower.forward = run
+    try:
+        yield
+    finally:
+        del tower.forward  # the class's own method shows again
+
+
+def _digest(piece: Tensor) -> int:
+    """Of the pixels of a picture."""
+    return hash(piece.cpu().numpy().tobytes())
 
 
 @dataclass
@@ -111,7 +147,7 @@ def _groups(batch: Batch) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for row in range(len(batch.ids)):
         real = batch.ids[row, : batch.prompt][batch.mask[row, : batch.prompt].bool()]
-        seen = [hash(piece.cpu().numpy().tobytes()) for piece in batch.pixels[row][: batch.prompt_images[row]]]
+        seen = [_digest(piece) for piece in batch.pixels[row][: batch.prompt_images[row]]]
         groups.setdefault((tuple(real.tolist()), tuple(seen)), []).append(row)
     return list(groups.values())
 
