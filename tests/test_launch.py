@@ -183,6 +183,15 @@ def test_a_cold_start_alone_may_have_a_configuration_of_its_own(tmp_path):
     assert settings(tmp_path, **{"base.launch": TWO}).launch("sft") == TWO
 
 
+def test_a_process_loads_the_model_on_its_own_gpu_and_for_fsdp_beside_it(tmp_path, monkeypatch):
+    params = settings(tmp_path, **{"base.device": "cuda"})
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch.device(params) == "cuda:1"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert launch.device(params) == "cpu"
+
+
 def test_batches_that_do_not_come_out_even_are_named(monkeypatch):
     assert launch.layout("sft", 128, 16) == (16, 8)
     monkeypatch.setenv("WORLD_SIZE", "16")
