@@ -170,11 +170,18 @@ def test_grpo_refuses_to_be_sharded(grpo_world, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("key, value", [("fsdp_version", 1), ("fsdp_state_dict_type", "SHARDED_STATE_DICT")])
 def test_a_sharded_configuration_must_keep_checkpoints_that_can_be_chosen_from(tmp_path, key, value):
+    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_prefix": False})
     found = yaml.safe_load((ROOT / FSDP2).read_text())
-    launch._check_fsdp(settings(tmp_path, **{"base.device": "cuda"}), "sft.launch", found)
+    launch._check_fsdp(params, "sft.launch", found)
     found["fsdp_config"][key] = value
     with pytest.raises(AwaresError, match=f"sft.launch: fsdp_config.{key} must be .*, not {value}"):
-        launch._check_fsdp(settings(tmp_path, **{"base.device": "cuda"}), "sft.launch", found)
+        launch._check_fsdp(params, "sft.launch", found)
+
+
+def test_a_prefix_cannot_be_shared_when_sharded(tmp_path):
+    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_prefix": True})
+    with pytest.raises(AwaresError, match="set sft.share_prefix to false"):
+        launch._check_fsdp(params, "sft.launch", yaml.safe_load((ROOT / FSDP2).read_text()))
 
 
 def test_a_cold_start_alone_may_have_a_configuration_of_its_own(tmp_path):
