@@ -2,23 +2,26 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import test_grpo
 import torch
 import yaml
 from safetensors.torch import load_file
 from test_grpo import world as grpo_world  # noqa: F401
 from test_sft import SMALL, world  # noqa: F401
 
-from awares import config, data, launch, sft, training
+from awares import config, data, grpo, launch, sft, training
 from awares.config import AwaresError, load_params
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 TWO = "data/launch/2cpu.yaml"
+FSDP2 = "data/launch/fsdp2-8gpu.yaml"
 
 
 def settings(folder, **overrides):
@@ -37,6 +40,11 @@ def train(world, folder, **overrides):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):  # noqa: F811
+    return train(world, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
 def launched(world, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("two")
     return folder, train(world, folder, **{"base.launch": TWO})
@@ -46,13 +54,20 @@ def weights(result):
     return load_file(result.adapter / "adapter_model.safetensors")
 
 
-def test_sft_in_two_processes_has_the_losses_of_one(world, launched, tmp_path):  # noqa: F811
-    one, two = train(world, tmp_path), launched[1]
-    alone, together = ([e for e in training.read_jsonl(r.log) if "loss" in e] for r in (one, two))
-    assert [e["step"] for e in alone] == [e["step"] for e in together] == [1, 2, 3]
-    for a, b in zip(alone, together, strict=True):
+def losses(log):
+    return [entry for entry in training.read_jsonl(log) if "loss" in entry]
+
+
+def require_same_training(log, other):
+    assert [e["step"] for e in losses(log)] == [e["step"] for e in losses(other)] == [1, 2, 3]
+    for a, b in zip(losses(log), losses(other), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4) and b["lr"] == a["lr"]
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+def test_sft_in_two_processes_has_the_losses_of_one(alone, launched):
+    one, two = alone, launched[1]
+    require_same_training(one.log, two.log)
     assert one.step == two.step
     for name, value in weights(one).items():
         assert torch.allclose(value, weights(two)[name], atol=1e-3)
@@ -69,6 +84,37 @@ def test_a_launched_training_goes_on_from_its_checkpoint_and_ends_the_same(world
     again = train(world, folder, **{"base.launch": TWO})
     assert [e["step"] for e in training.read_jsonl(again.log) if "loss" in e] == [1, 2, 3]
     assert all(torch.equal(value, weights(again)[name]) for name, value in before.items())
+
+
+def run_sharded(world, folder):  # noqa: F811
+    """The cold start in two processes under the FSDP2 configuration that ships, on a CPU; what they print."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    start = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / FSDP2), "--num_processes", "2"]
+    command = [sys.executable, *start, str(HERE / "fsdp_worker.py"), str(world.base), str(folder)]
+    return subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def test_a_sharded_cold_start_has_the_losses_of_one_and_goes_on_from_its_checkpoint(world, alone, tmp_path):  # noqa: F811
+    params = settings(tmp_path)
+    data.save_rows(world.rows, params.run_dir("curation") / "train" / "dataset")
+    said, log = run_sharded(world, tmp_path), params.run_dir("sft") / "log.jsonl"
+    here = [tuple(map(int, found)) for found in re.findall(r"(\d+) parts, (\d+) of (\d+) weights", said)]
+    assert len(here) == 2 and sum(held for _, held, _ in here) == here[0][2]  # each process holds its share and no more
+    assert all(parts >= 5 for parts, _, _ in here)  # the layers of both towers, and what is left
+    require_same_training(alone.log, log)
+    (work,) = (params.run_dir("sft").parent / ".checkpoints").iterdir()
+    last = training.checkpoints(work, 2)[-1]
+    assert training.step_of(last) == 3
+    before, first = load_file(last / "adapter_model.safetensors"), (work / "checkpoint-1" / "optimizer.bin").stat()
+    assert before.keys() == weights(alone).keys() and alone.step == 3
+    assert all(torch.allclose(value, before[name], atol=1e-3) for name, value in weights(alone).items())
+    (last / "optimizer.bin").unlink()  # killed between the parts of the checkpoint
+    assert [training.step_of(path) for path in training.checkpoints(work, 2)] == [1, 2]
+    run_sharded(world, tmp_path)
+    assert [entry["step"] for entry in losses(log)] == [1, 2, 3]
+    after = load_file(training.checkpoints(work, 2)[-1] / "adapter_model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+    assert (work / "checkpoint-1" / "optimizer.bin").stat() == first  # it went on, and did not begin again
 
 
 def test_grpo_in_two_processes_has_the_gradients_of_one(grpo_world, tmp_path):  # noqa: F811
@@ -100,6 +146,59 @@ def test_a_process_that_fails_ends_the_training_with_its_name(world, tmp_path): 
         train(world, tmp_path, **{"base.launch": "nowhere.yaml"})
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"base.launch": FSDP2},
+            "base.launch: GRPO cannot be trained with FSDP.*in sft.launch.*8gpu.yaml, in base.launch",
+        ),
+        ({"sft.launch": FSDP2}, "sft.launch: accelerate shards on GPUs only.*base.device cpu"),
+        ({"sft.launch": "nowhere.yaml"}, "nowhere.yaml: no such accelerate configuration; sft.launch names it"),
+    ],
+)
+def test_a_configuration_that_would_not_train_as_it_says_is_refused(world, tmp_path, changes, message):  # noqa: F811
+    with pytest.raises(AwaresError, match=message):
+        train(world, tmp_path, **changes)
+
+
+def test_grpo_refuses_to_be_sharded(grpo_world, tmp_path):  # noqa: F811
+    params = test_grpo.settings(**{"base.launch": FSDP2, "paths.runs": str(tmp_path)})
+    with pytest.raises(AwaresError, match="base.launch: GRPO cannot be trained with FSDP"):
+        grpo.train_grpo(params, grpo_world.rows, grpo_world.policy, tmp_path / "grpo")
+
+
+@pytest.mark.parametrize("key, value", [("fsdp_version", 1), ("fsdp_state_dict_type", "SHARDED_STATE_DICT")])
+def test_a_sharded_configuration_must_keep_checkpoints_that_can_be_chosen_from(tmp_path, key, value):
+    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_prefix": False})
+    found = yaml.safe_load((ROOT / FSDP2).read_text())
+    launch._check_fsdp(params, "sft.launch", found)
+    found["fsdp_config"][key] = value
+    with pytest.raises(AwaresError, match=f"sft.launch: fsdp_config.{key} must be .*, not {value}"):
+        launch._check_fsdp(params, "sft.launch", found)
+
+
+def test_a_prefix_cannot_be_shared_when_sharded(tmp_path):
+    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_prefix": True})
+    with pytest.raises(AwaresError, match="set sft.share_prefix to false"):
+        launch._check_fsdp(params, "sft.launch", yaml.safe_load((ROOT / FSDP2).read_text()))
+
+
+def test_a_cold_start_alone_may_have_a_configuration_of_its_own(tmp_path):
+    params = settings(tmp_path, **{"base.launch": TWO, "sft.launch": FSDP2})
+    assert (params.launch("sft"), params.launch("grpo")) == (FSDP2, TWO)
+    assert settings(tmp_path, **{"base.launch": TWO}).launch("sft") == TWO
+
+
+def test_a_process_loads_the_model_on_its_own_gpu_and_for_fsdp_beside_it(tmp_path, monkeypatch):
+    params = settings(tmp_path, **{"base.device": "cuda"})
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch.device(params) == "cuda:1"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert launch.device(params) == "cpu"
+
+
 def test_batches_that_do_not_come_out_even_are_named(monkeypatch):
     assert launch.layout("sft", 128, 16) == (16, 8)
     monkeypatch.setenv("WORLD_SIZE", "16")
@@ -108,7 +207,7 @@ def test_batches_that_do_not_come_out_even_are_named(monkeypatch):
         launch.layout("sft", 100, 16)
 
 
-@pytest.mark.parametrize("name", ["1gpu", "8gpu", "2x8gpu"])
+@pytest.mark.parametrize("name", ["1gpu", "8gpu", "2x8gpu", "fsdp2-8gpu"])
 def test_the_papers_batches_fit_the_configurations(name, monkeypatch):
     count = yaml.safe_load((ROOT / "data" / "launch" / f"{name}.yaml").read_text())["num_processes"]
     monkeypatch.setenv("WORLD_SIZE", str(count))
@@ -131,6 +230,8 @@ def test_several_gpus_want_a_launch(monkeypatch):
 @pytest.mark.parametrize("name", sorted(file.name for file in (ROOT / "data" / "launch").glob("*.yaml")))
 def test_the_configurations_are_accelerates_own(name):
     from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
 
     found = load_config_from_file(str(ROOT / "data" / "launch" / name))
     assert found.num_processes == yaml.safe_load((ROOT / "data" / "launch" / name).read_text())["num_processes"]
+    assert found.fsdp_config.keys() <= vars(launch_command_parser().parse_args(["script.py"])).keys()

@@ -98,23 +98,22 @@ def test_parameters_are_names_and_overrides(path):
 
 
 class Line:
-    """The stages' notebooks, executed into a folder of their own."""
+    """The stages' notebooks under ``profile``, executed into a folder of their own; its base model stands in ``base``."""
 
-    def __init__(self, folder: Path, tiny) -> None:
-        save_model(tiny.model, tiny.processor, folder / "base")
+    def __init__(self, folder: Path, values: dict, profile: str = "mini") -> None:
         places = {"paths.runs": folder / "runs", "paths.reports": folder / "reports", "base.model": folder / "base"}
-        self.values = {**SMOKE, **{key: str(path) for key, path in places.items()}}
-        self.params = self.with_values()
+        self.values = {**values, **{key: str(path) for key, path in places.items()}}
+        self.profile, self.params = profile, load_params(profile, "main", self.values, ROOT / "params.yaml")
 
     def with_values(self, variant: str = "main", **more):
-        return load_params("mini", variant, {**self.values, **more}, ROOT / "params.yaml")
+        return load_params(self.profile, variant, {**self.values, **more}, ROOT / "params.yaml")
 
     def run(self, name: str, stage: str, variant: str = "main", **more) -> Path:
         """Execute notebook ``name`` as the pipeline does; the executed copy."""
         executed = self.with_values(variant, **more).run_dir(stage) / "notebook.ipynb"
         executed.parent.mkdir(parents=True, exist_ok=True)
         overrides = yaml.safe_dump({**self.values, **more}, default_flow_style=True, width=10**6).strip()
-        parameters = {"profile": "mini", "variant": variant, "overrides": overrides}
+        parameters = {"profile": self.profile, "variant": variant, "overrides": overrides}
         source = ROOT / "notebooks" / f"{name}.ipynb"
         papermill.execute_notebook(
             source, executed, parameters, kernel_name="python3", progress_bar=False, cwd=ROOT / "notebooks"
@@ -131,7 +130,9 @@ class Line:
 @pytest.fixture(scope="module")
 def line(tmp_path_factory, tiny):
     """The whole main line, once for all tests of this file, on this checkout's own code."""
-    made = Line(tmp_path_factory.mktemp("line"), tiny)
+    folder = tmp_path_factory.mktemp("line")
+    save_model(tiny.model, tiny.processor, folder / "base")
+    made = Line(folder, SMOKE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT / "src"))
         for name, stage in publish.STAGES.items():

@@ -174,6 +174,7 @@ class Sft:
     weight_decay: float = _method(low=0)
     max_grad_norm: float = _method(low=0)
     max_length: int = _method(low=1)
+    launch: str = _method()
     lora_modules: tuple[str, ...] = _method(choices=LORA_MODULES)
     share: float = _size(low=0, high=1)
     learning_rate: float = _size(low=0)
@@ -382,6 +383,10 @@ class Params:
         """The base model: a folder of this repository, or else an id of the model hub as it stands in params.yaml."""
         local = self.path(self.base.model)
         return local if local.parent.is_dir() else self.base.model
+
+    def launch(self, stage: str) -> str:
+        """The accelerate configuration in which ``stage`` (sft or grpo) trains; "" = in the notebook's process."""
+        return (self.sft.launch if stage == "sft" else "") or self.base.launch
 
     def report_dir(self) -> Path:
         """reports/<profile>: what a visitor reads."""

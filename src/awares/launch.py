@@ -1,6 +1,7 @@
 """Training in several processes: a notebook hands its job to `accelerate launch`, and goes on when the checkpoints are there.
 
-``base.launch`` names an accelerate configuration (data/launch); without one the training runs in the notebook's process. Both run the same
+``base.launch`` names an accelerate configuration (data/launch), ``sft.launch`` another one for the cold start, the only training that may shard
+the model (FSDP2); without one the training runs in the notebook's process. Both run the same
 `fit` of the stage, on the same rows, into the same checkpoint folder. On several nodes the notebook runs on the first one; the others join with
 ``python -m awares.launch JOB``, JOB being the file that the first one writes, on a file system that all of them share.
 """
@@ -12,12 +13,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from awares import config, data
 from awares.config import AwaresError, AwaresFileError, Params
 
+FSDP = {  # what an FSDP configuration must say, and why
+    "fsdp_version": (2, "the first one is on its way out of the libraries"),
+    "fsdp_state_dict_type": ("FULL_STATE_DICT", "a sharded checkpoint holds no adapter to choose"),
+}
 NODE = {"MASTER_ADDR": "--main_process_ip", "MASTER_PORT": "--main_process_port", "NODE_RANK": "--machine_rank"}
 
 
@@ -31,8 +37,13 @@ def processes() -> int:
 
 
 def device(params: Params) -> str:
-    """``base.device``, of several GPUs this process's own; AwaresError when there are several and one process."""
+    """Where this process loads the model: ``base.device``, of several GPUs its own; the host's memory for FSDP, which moves it on in parts.
+
+    AwaresError when there are several GPUs and one process.
+    """
     require_one_gpu(params.base.device)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return "cpu"
     return (
         f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         if params.base.device == "cuda" and processes() > 1
@@ -64,7 +75,7 @@ def require_one_gpu(device: str) -> None:
 
 
 def launch(stage: str, params: Params, model_path: str | Path, out_dir: str | Path) -> None:
-    """Run the ``fit`` of ``stage`` (sft or grpo) in the processes of ``base.launch`` and wait for it; what it prints is printed.
+    """Run the ``fit`` of ``stage`` (sft or grpo) in the processes of its configuration and wait for it; what it prints is printed.
 
     The rows are those of the pipeline's run folder. AwaresError when a process fails; the same call then goes on from the last checkpoint.
     """
@@ -83,9 +94,11 @@ def join(job: Path) -> None:
     """Start this node's processes of a job."""
     asked = _read(job)
     params = _params(asked)
-    settings = params.path(params.base.launch)
+    settings = params.path(params.launch(asked["stage"]))
+    named = "sft.launch" if asked["stage"] == "sft" and params.sft.launch else "base.launch"
     if not settings.is_file():
-        raise AwaresFileError(f"{settings}: no such accelerate configuration; base.launch names it")
+        raise AwaresFileError(f"{settings}: no such accelerate configuration; {named} names it")
+    _check_fsdp(params, named, config.read_yaml(settings, named))
     node = [
         part for variable, flag in NODE.items() if os.environ.get(variable) for part in (flag, os.environ[variable])
     ]
@@ -102,6 +115,29 @@ def join(job: Path) -> None:
             f"{asked['stage']}: accelerate launch ended with exit code {done.returncode}; what its processes printed tells why. "
             "Run again and it goes on from the last checkpoint"
         )
+
+
+def _check_fsdp(params: Params, named: str, settings: dict[str, Any]) -> None:
+    """AwaresError where ``settings``, the configuration that ``named`` names, is one of FSDP and would not train as it says."""
+    if settings.get("distributed_type") != "FSDP":
+        return
+    if named != "sft.launch":  # said before the cold start, not hours later
+        raise AwaresError(
+            f"{named}: GRPO cannot be trained with FSDP: processes with different numbers of tool turns would wait for each other. "
+            "Name this configuration in sft.launch, and one without FSDP, such as data/launch/8gpu.yaml, in base.launch"
+        )
+    if params.base.device == "cpu":
+        raise AwaresError(
+            f"{named}: accelerate shards on GPUs only, and would train whole copies without a word: with base.device cpu take data/launch/2cpu.yaml"
+        )
+    if params.sft.share_prefix:
+        raise AwaresError(
+            f"{named}: FSDP gathers the weights only when the whole model is called: set sft.share_prefix to false"
+        )
+    for key, (wanted, why) in FSDP.items():
+        found = (settings.get("fsdp_config") or {}).get(key)
+        if found != wanted:
+            raise AwaresError(f"{named}: fsdp_config.{key} must be {wanted}, not {found}: {why}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -156,9 +156,9 @@ def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
 
 
 def hyperparameters(params: Params) -> pd.DataFrame:
-    """Table 11 for this profile: every parameter of the two trainings, as params.yaml gives it. Columns parameter, sft, grpo."""
+    """Table 11 for this profile: every parameter of the two trainings but where they run, as params.yaml gives it. Columns parameter, sft, grpo."""
     values = params.as_dict()
-    names = list(dict.fromkeys([*values["sft"], *values["grpo"]]))
+    names = [name for name in dict.fromkeys([*values["sft"], *values["grpo"]]) if name != "launch"]
     cells = {
         stage: [str(values[stage][name]) if name in values[stage] else "" for name in names]
         for stage in ("sft", "grpo")

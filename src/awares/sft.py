@@ -78,7 +78,7 @@ def train_sft(
     the same call goes on from the last checkpoint. AwaresError for rows that cannot be trained on, before any training.
     """
     job = _prepare(params, dataset, validation, model_path, out_dir)
-    if params.base.launch:
+    if params.launch("sft"):
         launch.launch("sft", params, model_path, out_dir)
         training.require_checkpoint(job.folder)
     else:

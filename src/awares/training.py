@@ -34,8 +34,9 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 TRAINED_ON = ("id", "question", "answers", "label", "target_crops")  # and the image: what a training takes from a row
-# files of a whole checkpoint, beside its state and one `rng_state*.pth` a process
-COMPLETE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+# files of a whole checkpoint, beside its state and one `rng_state*.pth` a process; the optimizer's as FSDP keeps them, or as all others do
+COMPLETE = ("adapter_model.safetensors", "scheduler.pt")
+OPTIMIZER = (("optimizer.pt",), ("optimizer.bin", "pytorch_model_fsdp.bin"))
 
 
 # Inputs and checkpoints
@@ -47,12 +48,12 @@ def describe_inputs(
     """Everything that determines the result of a training ``stage``, as JSON values; ``sources`` are the files of its own code."""
     values = params.as_dict()
     sources = [*sources, __file__, str(crops.__file__), str(protocol.__file__)]
-    launch = params.path(params.base.launch) if params.base.launch else None
+    launch = params.launch(stage)
     return {
         "stage": stage,
-        "launch": hashlib.sha256(launch.read_bytes()).hexdigest()
-        if launch and launch.is_file()
-        else params.base.launch,
+        "launch": hashlib.sha256(params.path(launch).read_bytes()).hexdigest()
+        if launch and params.path(launch).is_file()
+        else launch,
         "params": {key: values[key] for key in ("seed", "threads", "crops", "protocol", stage)},
         "numbers": [params.base.dtype, params.base.device],
         "rows": [rows_digest(part) for part in rows],
@@ -118,7 +119,7 @@ def _is_complete(checkpoint: Path, processes: int) -> bool:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    written = all((checkpoint / name).is_file() for name in COMPLETE)
+    written = any(all((checkpoint / name).is_file() for name in (*COMPLETE, *kind)) for kind in OPTIMIZER)
     each = len(list(checkpoint.glob("rng_state*.pth"))) >= processes
     return written and each and state.get("global_step") == step_of(checkpoint)
 
