@@ -27,7 +27,9 @@ class Sharded(TrainerCallback):
 
 if __name__ == "__main__":
     base, folder = map(Path, sys.argv[1:])
-    params = settings(folder, **{"sft.launch": FSDP2, "sft.share_prefix": False, "sft.gradient_checkpointing": True})
+    params = settings(
+        folder, **{"sft.launch": FSDP2, "sft.share_computation": False, "sft.gradient_checkpointing": True}
+    )
     rows = data.load_rows(params.run_dir("curation") / "train" / "dataset")
     job = sft._prepare(params, rows, rows, base, params.run_dir("sft"))
     model = load_model(base, params.base.dtype, launch.device(params))

@@ -170,7 +170,7 @@ def test_grpo_refuses_to_be_sharded(grpo_world, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("key, value", [("fsdp_version", 1), ("fsdp_state_dict_type", "SHARDED_STATE_DICT")])
 def test_a_sharded_configuration_must_keep_checkpoints_that_can_be_chosen_from(tmp_path, key, value):
-    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_prefix": False})
+    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_computation": False})
     found = yaml.safe_load((ROOT / FSDP2).read_text())
     launch._check_fsdp(params, "sft.launch", found)
     found["fsdp_config"][key] = value
@@ -179,8 +179,8 @@ def test_a_sharded_configuration_must_keep_checkpoints_that_can_be_chosen_from(t
 
 
 def test_a_prefix_cannot_be_shared_when_sharded(tmp_path):
-    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_prefix": True})
-    with pytest.raises(AwaresError, match="set sft.share_prefix to false"):
+    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_computation": True})
+    with pytest.raises(AwaresError, match="set sft.share_computation to false"):
         launch._check_fsdp(params, "sft.launch", yaml.safe_load((ROOT / FSDP2).read_text()))
 
 

@@ -134,7 +134,7 @@ def test_crops_of_the_second_turn_stand_in_the_order_of_the_call(world, tmp_path
 
 
 def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):
-    params = settings(**{"sft.gradient_checkpointing": True, "sft.share_prefix": False})
+    params = settings(**{"sft.gradient_checkpointing": True, "sft.share_computation": False})
     trainer = trainer_for(world, params, tmp_path, [sft.Sample(1, "trajectory", 0)])
     trainer.train()
     batch = trainer.data_collator([trainer.train_dataset[0]])
@@ -167,7 +167,7 @@ def test_micro_batches_do_not_change_the_update(world, tmp_path):
 def test_a_shared_prefix_gives_the_loss_and_the_gradients_of_whole_samples(world, tmp_path):
     found = {}
     for share in (True, False):
-        params = settings(**{"sft.share_prefix": share})
+        params = settings(**{"sft.share_computation": share})
         trainer = trainer_for(world, params, tmp_path / str(share), [sft.Sample(i, kind, 0) for i, kind in MIXED])
         torch.manual_seed(3)
         for name, weight in trainer.model.named_parameters():
@@ -183,6 +183,25 @@ def test_a_shared_prefix_gives_the_loss_and_the_gradients_of_whole_samples(world
         torch.testing.assert_close(found[True][1][name], gradient, atol=1e-5, rtol=1e-3)
 
 
+def test_a_picture_passes_through_the_vision_tower_once_in_all_epochs(world, tmp_path, monkeypatch):
+    passed = []
+    made = sft.build_trainer
+
+    def watched(*args):
+        trainer = made(*args)
+        eye = trainer.model.get_base_model().model.visual.patch_embed
+        eye.register_forward_hook(lambda _module, inputs, _output: passed.append(len(inputs[0])))
+        return trainer
+
+    monkeypatch.setattr(sft, "build_trainer", watched)
+    counts = []
+    for epochs in (1.0, 2.0):
+        passed.clear()
+        run(world, tmp_path / str(epochs), **{"sft.epochs": epochs, "sft.share_computation": True})
+        counts.append(sum(passed))
+    assert counts[0] == counts[1] > 0
+
+
 def test_a_shared_prefix_leaves_less_to_compute_and_does_not_go_with_checkpointing(world, tmp_path):
     trainer = trainer_for(world, settings(), tmp_path, [sft.Sample(i, kind, 0) for i, kind in MIXED])
     batch = collate(trainer, len(MIXED))
@@ -190,7 +209,7 @@ def test_a_shared_prefix_leaves_less_to_compute_and_does_not_go_with_checkpointi
     system = world.processor.apply_chat_template(protocol.messages("what?", None)[:1], tokenize=False)
     shared = batch["input_ids"].shape[1] - rest["input_ids"].shape[1]
     assert shared == rest["past_key_values"].get_seq_length() >= len(world.processor.tokenizer(system)["input_ids"])
-    with pytest.raises(AwaresError, match=r"sft\.share_prefix"):
+    with pytest.raises(AwaresError, match=r"sft\.share_computation"):
         trainer_for(world, settings(**{"sft.gradient_checkpointing": True}), tmp_path)
 
 

@@ -183,7 +183,7 @@ class Sft:
     per_device_batch_size: int = _size(low=1)
     checkpoints: int = _size(low=1)
     selection_rows: int = _size(low=1)
-    share_prefix: bool = _size()
+    share_computation: bool = _size()
     gradient_checkpointing: bool = _size()
 
 

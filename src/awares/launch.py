@@ -130,9 +130,9 @@ def _check_fsdp(params: Params, named: str, settings: dict[str, Any]) -> None:
         raise AwaresError(
             f"{named}: accelerate shards on GPUs only, and would train whole copies without a word: with base.device cpu take data/launch/2cpu.yaml"
         )
-    if params.sft.share_prefix:
+    if params.sft.share_computation:
         raise AwaresError(
-            f"{named}: FSDP gathers the weights only when the whole model is called: set sft.share_prefix to false"
+            f"{named}: FSDP gathers the weights only when the whole model is called: set sft.share_computation to false"
         )
     for key, (wanted, why) in FSDP.items():
         found = (settings.get("fsdp_config") or {}).get(key)

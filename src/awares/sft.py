@@ -11,11 +11,12 @@ turn and 1 on other assistant tokens. Where we depart from the paper, or fill in
 4. Samples of one optimiser batch are ordered by length, so that micro-batches pad less; the gradient of the batch is the same.
 5. ``sft.checkpoints`` candidates are kept at even distances and answer validation rows in two turns; the result is the latest one
    that these cannot tell from the most accurate (`choose`).
-6. With ``share_prefix`` what all samples of a micro-batch begin with, the system prompt, passes through the language model once: the same
-   numbers for less work.
+6. With ``share_computation`` what all samples of a micro-batch begin with, the system prompt, passes through the language model once, and a
+   picture through the frozen vision tower once in all epochs, whose features are kept in memory: the same numbers for less work.
 7. In several processes the last batch, if it is a short one, is filled up with the first samples.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -32,7 +33,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from awares import crops, launch, protocol, training
+from awares import crops, launch, protocol, sharing, training
 from awares import model as models
 from awares.config import AwaresValueError, Params
 from awares.data import share_of
@@ -124,7 +125,8 @@ def _prepare(
     chosen = validation.select(range(min(section.selection_rows, len(validation))))
     processor = models.load_processor(model_path)
     samples = plan(rows, processor, params)
-    inputs = training.describe_inputs("sft", params, [rows, chosen], model_path, [__file__])
+    code = [__file__, str(sharing.__file__)]
+    inputs = training.describe_inputs("sft", params, [rows, chosen], model_path, code)
     folder = training.checkpoint_folder(out_dir, inputs)
     return _Job(rows, samples, chosen, processor, folder, Path(out_dir) / "log.jsonl")
 
@@ -132,7 +134,9 @@ def _prepare(
 def _fit(job: _Job, params: Params, model_path: str | Path) -> None:
     model = models.load_model(model_path, params.base.dtype, launch.device(params))
     trainer = build_trainer(params, job.rows, job.samples, model, job.processor, job.folder)
-    training.train(trainer, job.folder, training.Log(job.log, log_entry, "loss"))
+    share = params.sft.share_computation
+    with sharing.vision_memo(model) if share else contextlib.nullcontext():
+        training.train(trainer, job.folder, training.Log(job.log, log_entry, "loss"))
 
 
 def log_entry(entry: dict[str, Any]) -> dict[str, Any]:
@@ -282,7 +286,7 @@ class WeightedSFTTrainer(SFTTrainer):
         True  # the loss is divided by the tokens of the whole optimiser batch, not of the micro-batch
     )
 
-    share_prefix = False
+    share_prefix = False  # of a micro-batch
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -338,9 +342,9 @@ def build_trainer(
 ) -> WeightedSFTTrainer:
     """The trainer that takes ``samples`` in their order; checkpoints go to ``folder``."""
     training.require_plain(model)
-    if params.sft.share_prefix and params.sft.gradient_checkpointing:
+    if params.sft.share_computation and params.sft.gradient_checkpointing:
         raise AwaresValueError(
-            "sft.share_prefix keeps a cache, which checkpointing drops: set it or sft.gradient_checkpointing to false"
+            "sft.share_computation keeps a cache, which checkpointing drops: set it or sft.gradient_checkpointing to false"
         )
     steps = math.ceil(len(samples) / params.sft.batch_size)
     trainer = WeightedSFTTrainer(
@@ -351,7 +355,7 @@ def build_trainer(
         processing_class=processor,
         peft_config=training.lora_config(params.sft),
     )
-    trainer.share_prefix = params.sft.share_prefix
+    trainer.share_prefix = params.sft.share_computation
     training.require_trainable(trainer.model, "sft")
     trainer.add_callback(training.SpareVision())
     return trainer

@@ -67,7 +67,7 @@ def vision_memo(model: Any) -> Iterator[None]:
     """Within the block the vision tower of ``model``, which must be frozen, passes every picture through once."""
     tower, known = model.model.visual, dict[Any, Tensor]()
     if any(weight.requires_grad for weight in tower.parameters()):
-        raise AwaresValueError("the vision tower is trained: set grpo.share_prompts: false")
+        raise AwaresValueError("the vision tower is trained: set grpo.share_prompts and sft.share_computation to false")
     forward, area = tower.forward, tower.spatial_merge_size**2
 
     def run(hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
