@@ -21,6 +21,7 @@ from awares.config import AwaresFileError, AwaresValueError, Crops, Params
 from awares.crops import MIN_SIDE, box_union, boxes_to_crops, check_image
 
 datasets.disable_progress_bars()
+datasets.disable_caching()  # it would write files beside stored rows, and DVC would take them for other rows
 
 SPLITS = ("train", "validation", "evaluation", "base")
 

@@ -1,0 +1,56 @@
+"""What the repository ships as results: the tables of reports/mini, the README's copy of them, the trained policy."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from awares import AwaRes, data, evaluation
+from awares.config import load_params
+
+ROOT = Path(__file__).parents[1]
+TABLES = ROOT / "reports" / "mini" / "tables"
+SYSTEMS = {"full resolution": "full", "half resolution": "half", "cold start (SFT)": "sft", "AwaRes": "awares"}
+
+
+def readme_table() -> dict[str, list[str]]:
+    """The rows of the README's table of results: name -> cells."""
+    lines = re.findall(r"^\| ([^|]+?) \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in lines if name in SYSTEMS}
+
+
+def test_the_readme_shows_the_numbers_of_the_report() -> None:
+    table = pd.read_csv(TABLES / "table1_main.csv")
+    shown = readme_table()
+    assert set(shown) == set(SYSTEMS)
+    tasks = [*load_params(path=ROOT / "params.yaml").data.tasks, "average"]
+    for name, system in SYSTEMS.items():
+        rows = table[table.system == system].set_index("benchmark")
+        expected = [f"{rows.accuracy[task]:.1f}" for task in tasks]
+        average = rows.loc["average"]
+        expected[-1] += f" [{average.accuracy_low:.1f}, {average.accuracy_high:.1f}]"
+        assert shown[name] == [*expected, f"{average.rtr:.3f}"], name
+
+
+def test_the_published_rows_are_as_many_as_params_yaml_says() -> None:
+    table = pd.read_csv(TABLES / "table1_main.csv")
+    params = load_params(path=ROOT / "params.yaml")
+    assert set(table[table.benchmark != "average"].n) == {params.evaluation.rows}
+    assert set(table.system) == {"full", "half", "no_image", "sft", "awares"}
+    assert set(table.benchmark) == {*params.data.tasks, "average"}
+
+
+def test_the_policy_that_ships_reads_what_the_report_says() -> None:
+    params = load_params(
+        path=ROOT / "params.yaml", overrides={"evaluation.rows": 8, "evaluation.seed": 301, "threads": 1}
+    )
+    rows = data.make_split(params, "evaluation")
+    done = AwaRes.from_pretrained().engine.run(rows["image"], rows["question"], row_ids=rows["id"])
+    found = evaluation.scored("awares", rows, done)
+    reported = pd.read_csv(TABLES / "table1_main.csv").query("system == 'awares' and benchmark == 'average'").iloc[0]
+    # 48 rows: three standard errors below the report, and never above what the full image would cost
+    spread = (reported.accuracy * (100 - reported.accuracy) / len(rows)) ** 0.5
+    assert 100 * found.score.mean() > reported.accuracy - 3 * spread
+    assert found.rtr.mean() == pytest.approx(reported.rtr, abs=0.1)
+    assert {one.call_status for one in done} <= {"none", "valid", "recovered"} and any(one.crops for one in done)
