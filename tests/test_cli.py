@@ -1,5 +1,6 @@
 """The command: real processes on a tiny model; what is printed, what is refused, and batches that a kill cannot harm."""
 
+import functools
 import json
 import os
 import re
@@ -395,7 +396,10 @@ def started(scans: Path, out: Path, model: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     line = ["ask", str(scans), "what?", "--out", str(out), "--model", str(model), "--chunk", "1"]
     command = [sys.executable, "-m", "awares", *line]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    # under nohup, and in a shell's background, ctrl-c is ignored and its children inherit that
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, preexec_fn=listening, **pipes)
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
