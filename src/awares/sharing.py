@@ -3,7 +3,8 @@
 A GRPO batch holds every prompt G times, and with short answers the prompt is most of a completion's tokens. Three exact short cuts:
 
 - `shared_prefill`: generation prefills each prompt once and copies the key-value cache.
-- `vision_memo`: the frozen vision tower encodes a picture once, however many completions, turns and passes show it.
+- `vision_memo`: the frozen vision tower encodes a picture once, however many completions, turns and passes show it (the cold start keeps it up
+  over its epochs).
 - `packed_log_probs`: reference and policy passes put a prompt and all its completions into one sequence::
 
       [prompt without its last token | last token, completion 1 | last token, completion 2 | ...]
