@@ -50,7 +50,7 @@ def test_evidence_is_small_or_large_and_never_between(painter):
     for size in scenes.SIZES:
         scene = scenes.PAINTERS[painter](rng, size)
         for mark in scene.marks:
-            assert mark.text == "sign" or mark.size < 20 or mark.size >= 30
+            assert mark.text == "sign" or mark.size < 20 or mark.size >= 32
         for qa in (qa for qa in scene.qas if qa.kind != "place"):  # where a value stands is seen before it can be read
             lowest = min(b[3] - b[1] for b in [*qa.question_boxes, *qa.answer_boxes])
             assert (lowest < LEGIBLE_AT_HALF) == qa.small, qa
@@ -241,6 +241,13 @@ def test_only_who_is_asked_to_says_that_print_is_too_small_and_only_of_half_view
                    if answer == lexicon.UNREAD for part in trail.places)  # fmt: skip
         unread += said
         read += candid * (len(one.turns) - said)
+
+
+@pytest.mark.parametrize(("twice", "counts"), [((), 6), (("count",), 8)])
+def test_kinds_come_in_turn_and_some_of_them_twice(twice, counts):
+    asked = [scenes.QA(kind, "?", ("1",), (), (), False) for kind in ("count", "field") for _ in range(20)]
+    kinds = [qa.kind for qa in base._balanced(np.random.default_rng(0), asked, twice)]
+    assert (len(kinds), kinds.count("count")) == (12, counts)
 
 
 def test_patches_are_the_processors(tokenizer):

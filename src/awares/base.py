@@ -55,7 +55,8 @@ LOCATED = 0.85  # of which the share where the argument is the part of the pictu
 TIGHT = 0.5  # of the questions behind a call, the share whose part is a smallest one that holds the evidence
 SMALL_WANTED = 0.6  # of the questions behind a call, the share about what half resolution does not show, where there is such a thing
 # share of the full and half views whose system message asks to say so where something is too small to read
-CANDID = {"review": 0.5}
+CANDID = {"review": 0.4}
+TWICE = {"review": ("count", "pair", "bars")}  # kinds of questions that come up twice as often: those read worst
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
 # shares of painters and of views by stage; the vision tower learns most from full pages
@@ -76,7 +77,7 @@ VIEW_SHARES = {
     "lookup": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
     "calls": {"full": 0.1, "half": 0.1, "part": 0.05, "group": 0.75},
     "joint": {"full": 0.35, "half": 0.25, "part": 0.05, "group": 0.35},
-    "review": {"full": 0.18, "half": 0.3, "part": 0.03, "group": 0.49},
+    "review": {"full": 0.17, "half": 0.33, "part": 0.03, "group": 0.47},
 }
 
 
@@ -398,7 +399,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
         names = [c for c in CROPS if c != "all"]
         count = 2 if kind == "group" and rng.random() < 0.2 else 1
         regions = [CROPS[str(c)] for c in rng.choice(names, count, replace=False)]
-    wanted = _wanted(rng, scene) if kind == "group" and stage in CALLING else None
+    wanted = _wanted(rng, scene, stage) if kind == "group" and stage in CALLING else None
     # the first part shows what is asked behind a call: drawn blindly, hardly one holds both values of a pair
     if wanted:
         parts = [str(part) for part in rng.permutation(list(CROPS))]
@@ -408,7 +409,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     views += [view(scene, region) for region in regions]
     if silent:
         return Example(views)
-    order = _balanced(rng, [qa for qa in scene.qas if _answerable(qa, kind, views)])[:questions]
+    order = _balanced(rng, [qa for qa in scene.qas if _answerable(qa, kind, views)], TWICE.get(stage, ()))[:questions]
     candid = stage in CANDID and kind in ("full", "half") and rng.random() < CANDID[stage]
     if candid and kind == "half":
         unread = [_unread(qa) for qa in _balanced(rng, [qa for qa in scene.qas if qa.small])[: questions // 2]]
@@ -430,7 +431,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     if wanted and rng.random() < CALLED[stage]:
         early = [qa for qa in order if not qa.small and qa is not wanted][: int(rng.integers(3))]
         order = [*early, wanted, *(qa for qa in order if qa not in early and qa is not wanted)]
-        order, late = order[: len(early) + 2], len(early)
+        order, late = order[: len(early) + 4], len(early)
         name, argument, offered, words = _function(rng, bool(rng.random() < 0.5))
         call = _call(name, argument, words)
         if rng.random() < 0.7:
@@ -452,11 +453,11 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     return Example(views, turns, system, late if late < len(order) else 0, trails, call)
 
 
-def _wanted(rng: np.random.Generator, scene: scenes.Scene) -> scenes.QA | None:
+def _wanted(rng: np.random.Generator, scene: scenes.Scene, stage: str) -> scenes.QA | None:
     """A question to ask behind a call, of a kind drawn first and mostly about something small; None where nothing can be asked."""
     pool = [qa for qa in scene.qas if qa.kind != "place" and _inside(scene, CROPS["all"], qa)]
     small = [qa for qa in pool if qa.small]
-    asked = _balanced(rng, small if small and rng.random() < SMALL_WANTED else pool)
+    asked = _balanced(rng, small if small and rng.random() < SMALL_WANTED else pool, TWICE.get(stage, ()))
     return asked[0] if asked else None
 
 
@@ -510,15 +511,17 @@ def shows(one: View, qa: scenes.QA) -> bool:
     return not (qa.small and one.scale < 1) and all(one.holds(box) for box in (*qa.question_boxes, *qa.answer_boxes))
 
 
-def _balanced(rng: np.random.Generator, qas: list[scenes.QA]) -> list[scenes.QA]:
-    """Kinds in turn, so that the many fields of a page do not drown the rest."""
+def _balanced(rng: np.random.Generator, qas: list[scenes.QA], twice: tuple[str, ...] = ()) -> list[scenes.QA]:
+    """Kinds in turn, so that the many fields of a page do not drown the rest; two a turn of those that come ``twice``."""
     by_kind: dict[str, list[scenes.QA]] = {}
     for index in rng.permutation(len(qas)):
         by_kind.setdefault(qas[index].kind, []).append(qas[index])
     picked = []
     while by_kind:
         for kind in list(by_kind):
-            picked.append(by_kind[kind].pop())
+            for _ in range(2 if kind in twice else 1):
+                if by_kind[kind]:
+                    picked.append(by_kind[kind].pop())
             if not by_kind[kind]:
                 del by_kind[kind]
     return [picked[i] for i in rng.permutation(min(len(picked), 12))] if picked else []

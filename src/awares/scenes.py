@@ -2,7 +2,7 @@
 
 A :class:`Scene` is a picture together with all that is printed on it (:class:`Mark`) and every question that it can answer
 (:class:`QA`). Two sizes of evidence are drawn and nothing between: *small* (text of 15 to 17 px, objects of 16 to 19 px), which
-reads at full resolution only, and *large* (text of 30 to 34 px, objects of 32 to 40 px), which survives halving.
+reads at full resolution only, and *large* (text of 32 to 36 px, objects of 36 to 43 px), which survives halving.
 What a question names (a key, a coloured sign, a carrier, a colour) is large, and what it asks for is of either size: so half resolution
 shows where to look, as it mostly does in real pictures, and often not what stands there. The question is drawn independently of
 the size and cannot tell whether a crop is needed.
@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from awares import lexicon as lex
 
 Box = tuple[float, float, float, float]
-SMALL_TEXT, LARGE_TEXT = (15, 18), (30, 35)  # px, half-open: legible at full only; legible at half too
-SMALL_OBJECT, LARGE_OBJECT = (16, 20), (32, 41)
+SMALL_TEXT, LARGE_TEXT = (15, 18), (32, 37)  # px, half-open: legible at full only; legible at half too
+SMALL_OBJECT, LARGE_OBJECT = (16, 20), (36, 44)
 FONTS = {"sans": "DejaVuSans.ttf", "serif": "DejaVuSerif.ttf"}
 SIZES = (
     (224, 336),
