@@ -236,7 +236,9 @@ def png(picture):
 def test_figures_draw_and_repeat(tmp_path):
     figures.style(60)
     requests = {"oracle": [(), ("top",), ("top", "left")], "SFT": [(), (), ("all",)]}
-    first, second = (figures.save_figure(figures.flow_figure(requests), tmp_path / f"{n}.png") for n in range(2))
+    first, second = (
+        figures.save_figure(figures.flow_figure(requests, "held-out"), tmp_path / f"{n}.png") for n in range(2)
+    )
     assert png(first) and first.data == second.data == (tmp_path / "0.png").read_bytes()
     main = pd.DataFrame(
         [(s, b, 50.0, 40.0, 60.0, 0.5, 9) for s in ("full", "awares") for b in ("pope", "average")],

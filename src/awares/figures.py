@@ -64,10 +64,10 @@ def save_figure(figure: Figure, path: Path) -> Picture:
     return picture
 
 
-def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]]) -> Figure:
+def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]], rows: str) -> Figure:
     """Fig. 5: a column per policy (oracle, SFT, GRPO), ribbons show where the rows of an outcome go at the next one.
 
-    ``policies``: name -> crops requested row by row, the same rows in the same order.
+    ``policies``: name -> crops requested row by row, the same rows in the same order. ``rows``: what rows they are, for the title.
     """
     figure, axes = plt.subplots(figsize=(8, 5))
     colours = dict(zip(OUTCOMES, sns.color_palette("colorblind", 10) + sns.color_palette("dark", 2), strict=True))
@@ -77,7 +77,9 @@ def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]]) -> Figure:
         _flow_column(axes, column, found[name], colours)
     for column, (left, right) in enumerate(zip(names, names[1:], strict=False)):
         _flow_ribbons(axes, column, found[left], found[right], colours)
-    axes.set(xlim=(-0.3, len(names) - 0.7), ylim=(102, -2), ylabel="rows (%)")
+    axes.set(
+        xlim=(-0.3, len(names) - 0.7), ylim=(102, -2), ylabel="rows (%)", title=f"{len(found[names[0]])} {rows} rows"
+    )
     axes.set_xticks(range(len(names)), names)
     axes.grid(False)
     used = [name for name in OUTCOMES if any(name in rows for rows in found.values())]
@@ -103,7 +105,12 @@ def _flow_column(axes: Axes, column: int, rows: Sequence[str], colours: Mapping[
     for name, (top, height) in _tops(rows).items():
         axes.add_patch(Rectangle((column - _BAR, top), 2 * _BAR, height, color=colours[name], linewidth=0))
         if height >= 4:
-            axes.text(column, top + height / 2, f"{height:.0f}", ha="center", va="center", color="white", weight="bold")
+            ink = "black" if _luminance(colours[name]) > 0.5 else "white"
+            axes.text(column, top + height / 2, f"{height:.0f}", ha="center", va="center", color=ink, weight="bold")
+
+
+def _luminance(colour: tuple[float, float, float]) -> float:
+    return sum(share * part for share, part in zip((0.299, 0.587, 0.114), colour, strict=True))
 
 
 def _flow_ribbons(
@@ -224,9 +231,10 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
         error = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
         name, colour = SYSTEM_NAMES[row.system], COLOURS[row.system]
         left.errorbar(row.rtr, row.accuracy, error, fmt="s", capsize=3, color=colour, label=name)
-    for system, rows in frontier.groupby("system", sort=False):
+    for place, (system, rows) in enumerate(frontier.groupby("system", sort=False)):
         name = f"{SYSTEM_NAMES.get(system, system)}: oracle frontier"
-        right.plot(rows.rtr, rows.accuracy, linestyle="--", color=COLOURS.get(system), label=name)
+        dashes = (4 * place, (4, 4))  # where two frontiers coincide, the dashes of one fill the gaps of the other
+        right.plot(rows.rtr, rows.accuracy, linestyle=dashes, color=COLOURS.get(system), label=name)
     counts = dial.groupby("rows").n.first()
     left.set(ylabel="accuracy (%), average over tasks", title=f"the dial, {counts['all']} rows (ring: as trained)")
     right.set(title=f"under the oracle frontier, {counts['frontier']} rows")
