@@ -150,6 +150,7 @@ class Curation:
     oracle: str = _size(choices=ORACLES)
     oracle_sigma: float = _size(low=0)
     oracle_margin: int = _size(low=0)
+    lucky_margin: float = _size(low=0)
     chunk_rows: int = _size(low=1)
 
     @property
@@ -644,6 +645,11 @@ def _check_whole(params: Params) -> None:
                 f"{name}.batch_size {section.batch_size} must be a multiple of "
                 f"{name}.per_device_batch_size {section.per_device_batch_size}"
             )
+    if params.curation.lucky_margin and params.curation.engine != "local":
+        raise AwaresValueError(
+            f"curation.lucky_margin {params.curation.lucky_margin} needs the logits of curation.engine local: "
+            f"{params.curation.engine!r} answers in text alone; set it to 0"
+        )
     if params.evaluation.dial_rows < params.evaluation.frontier_rows:
         raise AwaresValueError(
             f"evaluation.dial_rows {params.evaluation.dial_rows} must be at least evaluation.frontier_rows "

@@ -20,7 +20,7 @@ import pandas as pd
 
 from awares import crops, data, decode, judges, metrics, model, protocol, rollout, training, wording
 from awares.config import AwaresValueError, Failure, Params
-from awares.judges import HR, LR, Judge, label
+from awares.judges import HIGH_BETTER, HR, LOW_BETTER, LR, TIE, Judge, label
 from awares.records import Record, in_chunks, write_records
 
 RAW_FILES = ("answers.jsonl", "verdicts.jsonl", "oracle.jsonl")
@@ -127,7 +127,7 @@ def curate(
     work = _Work(dataset, params, Path(out_dir).parent if work_dir is None else Path(work_dir))
     answers = work.answers(engine)
     verdicts = work.verdicts(answers, panel)
-    located = work.locate(verdicts, oracle)
+    located = work.locate(answers, verdicts, oracle)
     for name, records in zip(RAW_FILES, (answers, verdicts, located), strict=True):
         write_records(Path(out_dir) / name, records)
     write_records(Path(out_dir) / LOST_FILE, lost_rows(answers, verdicts, located, params.curation.judge))
@@ -190,11 +190,12 @@ class _Work:
 
         return self._step(RAW_FILES[1], list(by_id), work, images=False)
 
-    def locate(self, verdicts: list[Record], oracle: Oracle) -> list[Record]:
-        """Step 3: the oracle on the rows that the deciding judge calls HR."""
-        judge = self.params.curation.judge
-        self.inputs |= {"judge": judge, "oracle": oracle.key(), "oracle_code": code_of(__file__)}
-        wanted = [record["id"] for record in verdicts if _label(record[judge]["value"]) == HR]
+    def locate(self, answers: list[Record], verdicts: list[Record], oracle: Oracle) -> list[Record]:
+        """Step 3: the oracle on the rows that are HR."""
+        judge, lucky = self.params.curation.judge, self.params.curation.lucky_margin
+        self.inputs |= {"judge": judge, "lucky_margin": lucky, "oracle": oracle.key(), "oracle_code": code_of(__file__)}
+        answered = {record["id"]: record for record in answers}
+        wanted = [one["id"] for one in verdicts if row_label(answered[one["id"]], one[judge], lucky) == HR]
 
         def work(chunk: datasets.Dataset) -> list[Record]:
             found = oracle.locate(list(chunk))
@@ -228,7 +229,10 @@ def assemble(
         "low_answer": [record["low"]["answer"] for record in answers],
         "high_answer": [record["high"]["answer"] for record in answers],
         "verdict": [record[judge]["value"] for record in verdicts],
-        "label": [_label(record[judge]["value"]) for record in verdicts],
+        "label": [
+            row_label(answer, record[judge], params.curation.lucky_margin)
+            for answer, record in zip(answers, verdicts, strict=True)
+        ],
         "both_wrong": [record[judge]["both_wrong"] for record in verdicts],
     }
     for name in [key for key in verdicts[0] if key != "id"]:
@@ -273,8 +277,41 @@ def lost_rows(
     return unanswered + unjudged + unlocated
 
 
-def _label(verdict: int | None) -> str:
-    return "" if verdict is None else label(verdict)
+def row_label(answers: Record, verdict: Record, lucky_margin: float) -> str:
+    """LR or HR of one row (PAPER §2) from its two answers and the deciding judge's verdict; "" without a usable one.
+
+    Beyond the paper: where both answers are right, the half-resolution one with less than ``lucky_margin`` (nats) between its two best
+    tokens somewhere and the full one with as much or more everywhere, the former was luck, and the row is HR. 0: the paper's rule.
+    """
+    if verdict["value"] is None:
+        return ""
+    right = verdict["value"] == TIE and not verdict["both_wrong"]
+    lucky = right and answers["low"]["margin"] < lucky_margin <= answers["high"]["margin"]
+    return HR if lucky else label(verdict["value"])
+
+
+def luck_table(answers: Sequence[Record], curated: datasets.Dataset, edges: Sequence[float]) -> pd.DataFrame:
+    """How far an answer's margin tells whether it is right: one line per range of the half-resolution answer's margin (nats).
+
+    ``answers``: the raw records of `curate`. Columns at_least, below, half and full (percent right by the deciding judge), hr (percent
+    labelled HR), n.
+    """
+    margins = {record["id"]: record["low"]["margin"] for record in answers if "reason" not in record}
+    table = pd.DataFrame(
+        {
+            "margin": [margins[row_id] for row_id in curated["id"]],
+            "half": [verdict != HIGH_BETTER for verdict in curated["verdict"]],
+            "full": [verdict != LOW_BETTER for verdict in curated["verdict"]],
+            "wrong": curated["both_wrong"][:],
+            "hr": [name == HR for name in curated["label"]],
+        }
+    )
+    records = []
+    for low, high in zip(edges, [*edges[1:], float("inf")], strict=True):
+        part = table[(table.margin >= low) & (table.margin < high)]
+        right = [100 * float((part[view] & ~part.wrong).mean()) for view in ("half", "full")]
+        records.append((low, high, *right, 100 * float(part.hr.mean()), len(part)))
+    return pd.DataFrame(records, columns=["at_least", "below", "half", "full", "hr", "n"])
 
 
 def target_crops(record: Record, params: Params) -> list[str]:

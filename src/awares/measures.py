@@ -308,10 +308,10 @@ def _row_set(place: str, table: pd.DataFrame) -> RowSet:
 
 
 def _agreement(place: str, rows: datasets.Dataset, judge: str) -> RowSet:
-    """Whether ``judge`` gives each curated row the label that it has."""
+    """Whether ``judge`` gives each curated row the label that the deciding judge gives it."""
     column = f"verdict_{judge}"
     if column not in rows.column_names:
         raise MissingRows(f"{place} has no verdicts of the judge {judge!r}")
-    same = [label(verdict) == name for verdict, name in zip(rows[column][:], rows["label"][:], strict=True)]
+    same = [label(one) == label(deciding) for one, deciding in zip(rows[column][:], rows["verdict"][:], strict=True)]
     parts: dict[str, Parts] = {"agreement": (np.array(same, float), np.ones(len(rows)))}
     return RowSet(place, tuple(rows["id"][:]), tuple(rows["source"][:]), parts)
