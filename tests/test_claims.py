@@ -62,6 +62,8 @@ class World:
     def curated(self, split, labels, target, verdicts=()):
         made = data.from_rows(row(f"{split}-{n}", "chartqa", split) for n in range(len(labels)))
         made = made.add_column("label", labels).add_column("target_crops", target)
+        if verdicts:
+            made = made.add_column("verdict", [2 if label == "HR" else 0 for label in labels])
         for judge, values in dict(verdicts).items():
             made = made.add_column(f"verdict_{judge}", values)
         data.save_rows(made, self.runs / "curation" / split / "dataset")

@@ -252,10 +252,18 @@ class FakeEngine:
         assert [image.size for image in images] == [(84, 56)] * len(row_ids)
         return [self._trajectory(question, view) for question in questions]
 
+    def margin(self, number, view):
+        return 9.0
+
     def _trajectory(self, question, view):
         number = int(question.split()[-1].rstrip("?"))
         answer = f"{number} KG" if number % 4 < {"half": 1, "full": 3}[view] else "illegible"
-        values = {"answer": answer, "visual_tokens": 3, "seconds": np.random.random()}
+        values = {
+            "answer": answer,
+            "visual_tokens": 3,
+            "seconds": np.random.random(),
+            "margin": self.margin(number, view),
+        }
         return SimpleNamespace(answer=answer, to_dict=lambda: dict(values))
 
 
@@ -299,6 +307,50 @@ def test_curated_rows(params, tmp_path):
     assert abs(np.array(first["oracle_answer_boxes"][0]) - grown).max() < 30
     assert rows[0]["target_crops"] == [] and rows[0]["oracle_question_boxes"] == []
     assert rows[0]["image"].size == (84, 56)
+
+
+@pytest.mark.parametrize(
+    ("value", "both_wrong", "low", "high", "expected"),
+    [
+        (0, False, 1.4, 1.5, "HR"),
+        (0, False, 1.5, 9.0, "LR"),  # sure enough
+        (0, False, 0.1, 1.4, "LR"),  # full resolution is no surer
+        (0, True, 0.1, 9.0, "LR"),  # wrong at both is nothing that a crop mends
+        (1, False, 0.1, 9.0, "LR"),
+        (2, False, 9.0, 0.1, "HR"),
+        (None, None, 0.1, 9.0, ""),
+    ],
+)
+def test_a_row_that_half_resolution_gets_right_by_luck_needs_a_crop(value, both_wrong, low, high, expected):
+    answers, verdict = {"low": {"margin": low}, "high": {"margin": high}}, {"value": value, "both_wrong": both_wrong}
+    assert curation.row_label(answers, verdict, 1.5) == expected
+    assert curation.row_label(answers, verdict, 0.0) == {0: "LR", 1: "LR", 2: "HR", None: ""}[value]  # the paper's rule
+
+
+class Lucky(FakeEngine):
+    """Unsure of row 4 at half resolution."""
+
+    def margin(self, number, view):
+        return 0.5 if (number, view) == (4, "half") else 9.0
+
+
+def test_lucky_rows_are_located_and_told(params, tmp_path):
+    rows = run(params, tmp_path / "out", Lucky())
+    assert (rows[4]["label"], rows[4]["verdict"], rows[4]["low_answer"]) == ("HR", 0, "4 KG") and rows[4][
+        "target_crops"
+    ]
+    table = curation.luck_table(records.read_records(tmp_path / "out" / "answers.jsonl"), rows, [0.0, 1.5])
+    assert table.n.tolist() == [1, 10] and table.hr.tolist() == [100.0, pytest.approx(60.0)]
+    assert table.half.tolist() == [100.0, pytest.approx(20.0)] and table.full.tolist() == [100.0, pytest.approx(80.0)]
+    trusting = dataclasses.replace(params, curation=dataclasses.replace(params.curation, lucky_margin=0.0))
+    assert run(trusting, tmp_path / "out", Lucky(dies_at=0))["label"][4] == "LR"  # and no answer is asked for again
+
+
+def test_luck_cannot_be_told_without_logits():
+    with pytest.raises(
+        AwaresError, match="curation.lucky_margin 1.5 needs the logits of curation.engine local: 'base'"
+    ):
+        load_params(path=PARAMS, overrides={"curation.engine": "base"})
 
 
 def test_raw_outputs_are_kept_per_row(params, tmp_path):
