@@ -54,8 +54,9 @@ ASKED = 0.5  # of their questions, the share that asks for it
 LOCATED = 0.85  # of which the share where the argument is the part of the picture that holds an answer's evidence, not the answer
 TIGHT = 0.5  # of the questions behind a call, the share whose part is a smallest one that holds the evidence
 SMALL_WANTED = 0.6  # of the questions behind a call, the share about what half resolution does not show, where there is such a thing
-# share of the full and half views whose system message asks to say so where something is too small to read
-CANDID = {"review": 0.4}
+# share of the full and half views whose system message asks to say so where something is too small to read; there the base also learns
+# how likely it is to misread the rest (`pretrain.doubted`)
+CANDID = {"review": 0.6}
 TWICE = {"review": ("count", "pair", "bars")}  # kinds of questions that come up twice as often: those read worst
 LINKS = 2  # words that lead to what stands on a patch
 VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
@@ -260,6 +261,7 @@ class Example:
     call: str = (
         ""  # a call of some function, given, whose result those views are; it stands before the answer of that turn
     )
+    candid: bool = False  # the system message asks to say so where something cannot be read
 
 
 def view(scene: scenes.Scene, region: scenes.Box = (0.0, 0.0, 1.0, 1.0), halve: bool = False) -> View:
@@ -450,7 +452,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     turns = [_as_call(*turn, name, argument) if ask else turn for ask, turn in zip(asking, turns, strict=True)]
     whole = views[:1] if stage in CALLING else views  # a part does not tell a place in the whole
     trails = [trail(qa, scene, whole if qa.kind in ("place", "unread") else views) for qa in order]
-    return Example(views, turns, system, late if late < len(order) else 0, trails, call)
+    return Example(views, turns, system, late if late < len(order) else 0, trails, call, candid)
 
 
 def _wanted(rng: np.random.Generator, scene: scenes.Scene, stage: str) -> scenes.QA | None:

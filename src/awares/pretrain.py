@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from awares import lexicon as lex
 from awares.base import (
     ASKING,
     IGNORE,
@@ -97,7 +98,9 @@ def _turns(asked: str, given: str = "") -> str:
 
 
 def collate(items: list[Example], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
-    """Right-padded batch: ids, labels, called (the answers after a call) (B, T); pixel_values (P, 1176); dense targets (P, 1), (P, 1), (P, 4)."""
+    """Right-padded batch: ids, labels, called (the answers after a call), candid (the answers that may be doubted, numbered) (B, T); pixel_values
+    (P, 1176); dense targets (P, 1), (P, 1), (P, 4).
+    """
     rows = [encode(item, tokenizer) for item in items]
     length = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), length), tokenizer.pad_token_id)
@@ -107,11 +110,14 @@ def collate(items: list[Example], tokenizer: PreTrainedTokenizerFast) -> dict[st
         ids[i, : len(row)], labels[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), torch.tensor(target), 1
     pad: Any = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     called = torch.stack([_after_call(item, row) for item, row in zip(items, labels, strict=True)])
+    candid = torch.stack(
+        [_doubtful(item, row, i * length) for i, (item, row) in enumerate(zip(items, labels, strict=True))]
+    )
     watched = _watched(items, ids, labels, tokenizer)
     views: list[View] = [v for item in items for v in item.views]
     stack = lambda parts: torch.from_numpy(np.concatenate(parts))  # noqa: E731
     return {
-        "input_ids": ids, "labels": labels, "attention_mask": mask, "called": called,
+        "input_ids": ids, "labels": labels, "attention_mask": mask, "called": called, "candid": candid,
         "mm_token_type_ids": torch.eq(ids, pad).long(), **watched,
         "pixel_values": stack([patchify(np.asarray(v.image)) for v in views]),
         "image_grid_thw": torch.tensor([[1, *v.words.shape] for v in views]),
@@ -122,11 +128,23 @@ def collate(items: list[Example], tokenizer: PreTrainedTokenizerFast) -> dict[st
     }  # fmt: skip
 
 
-def _after_call(item: Example, labels: torch.Tensor) -> torch.Tensor:
-    """(T,) whether a token belongs to the answer that the conversation's call was made for."""
+def _turn_of(labels: torch.Tensor) -> torch.Tensor:
+    """(T,) of a token of an answer, which answer of its conversation it belongs to, from 1; elsewhere 0."""
     learned = torch.ne(labels, IGNORE)
     before = torch.cat([torch.zeros(1, dtype=torch.bool), learned[:-1]])
-    return learned & ((learned & ~before).cumsum(0) == item.late + 1) & bool(item.call)
+    return (learned & ~before).cumsum(0) * learned
+
+
+def _after_call(item: Example, labels: torch.Tensor) -> torch.Tensor:
+    """(T,) whether a token belongs to the answer that the conversation's call was made for."""
+    return (_turn_of(labels) == item.late + 1) & bool(item.call)
+
+
+def _doubtful(item: Example, labels: torch.Tensor, offset: int) -> torch.Tensor:
+    """(T,) a number of its own, above ``offset``, for each answer that might be doubted, on its tokens; elsewhere 0."""
+    turn = _turn_of(labels)
+    read = torch.tensor([False, *(item.candid and answer != lex.UNREAD for _, answer in item.turns)])
+    return (turn + offset) * read[turn]
 
 
 def _leads(views: list[View]) -> torch.Tensor:
@@ -413,6 +431,7 @@ class Network:
         self.code = Code(tokenizer, self.model.config.text_config.hidden_size, recipe.seed)
         self.dense = Dense(self.model.model.visual, self.heads, self.code)
         self.recipe, self.stage = recipe, stage
+        self.unread = tokenizer(lex.UNREAD, add_special_tokens=False)["input_ids"][0]
         if stage in ASKING:
             self.watch = Watch(self.model)
             prepare(self.model, self.code)
@@ -474,7 +493,8 @@ class Network:
         learned = target != IGNORE
         logits = self.model.lm_head(hidden[:, :-1][learned])  # (N, V): answers only, the rest would be wasted work
         weights = 1 + (AFTER_CALL.get(self.stage, 1.0) - 1) * batch["called"][:, 1:][learned].float()
-        answer = (weights * F.cross_entropy(logits, target[learned], reduction="none")).sum() / weights.sum()
+        each = doubted(logits, target[learned], batch["candid"][:, 1:][learned], self.unread)
+        answer = (weights * each).sum() / weights.sum()
         place = self._placed(batch)
         missed, found = self.watch.found()
         hits = (logits.argmax(-1) == target[learned]).float().mean()
@@ -508,6 +528,31 @@ class Network:
         pictures = code.split((batch["image_grid_thw"].prod(1) // 4).tolist())
         blur = lambda picture: picture + BLUR * SPREAD * torch.rand(()) * torch.randn_like(picture)  # noqa: E731
         return tuple(blur(picture) for picture in pictures)
+
+
+def doubted(logits: torch.Tensor, target: torch.Tensor, answers: torch.Tensor, unread: int) -> torch.Tensor:
+    """Cross-entropy (N,) of ``logits`` (N, V) with ``target`` (N,), where an answer may also be that it cannot be read.
+
+    Tokens with the same number in ``answers`` (N,), in order, are an answer that may be doubted; 0: none of it. Such an answer gives way to
+    ``unread``, the first token of saying so, with the probability that the model itself would misread it, had it to commit itself.
+    """
+    each = F.cross_entropy(logits, target, reduction="none")
+    if not answers.any():
+        return each
+    names, place = answers.unique(return_inverse=True)
+    first = torch.ones_like(answers, dtype=torch.bool)
+    first[1:] = answers[1:] != answers[:-1]
+    first &= answers > 0
+    with torch.no_grad():
+        admitted = F.log_softmax(logits[first], -1)[:, unread]
+        right = -each.detach()
+        right[first] -= torch.log1p(-admitted.exp().clamp(max=1 - 1e-6))  # of the answers that commit themselves
+        doubt = 1 - torch.zeros(len(names)).index_add_(0, place, right).exp().clamp(max=1)  # of each answer
+        doubt[names == 0] = 0
+        doubt = doubt[place]
+    unsaid = torch.full_like(target, unread)
+    said = torch.where(first, F.cross_entropy(logits, unsaid, reduction="none"), torch.zeros(()))
+    return (1 - doubt) * each + doubt * said
 
 
 def _spread(visual: Any) -> None:
