@@ -9,7 +9,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from awares import base, lookup, pretrain, scenes
+from awares import base, lexicon, lookup, pretrain, scenes
 from awares.config import AwaresError, load_params
 from awares.model import make_processor, save_model
 
@@ -209,6 +209,53 @@ def test_attention_is_sent_to_the_token_that_shows_the_next_word(tokenizer):
             assert base.WORD_ID[word] in seen, (word, [base.WORDS[w - 1] for w in seen if w > 0])
             checked += 1
     assert checked > 60
+
+
+def answers_loss(sure, tokens, unread=7, vocabulary=9):
+    """`doubted` of two answers of two tokens, 1 2 and 3 4; the model gives ``sure`` to the right token where it is not told another one."""
+    target, answers = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 0, 5, 5])
+    logits = torch.zeros(4, vocabulary).scatter_(1, target[:, None], sure)
+    for place, token, height in tokens:
+        logits[place, token] = height
+    logits.requires_grad_()
+    loss = pretrain.doubted(logits, target, answers, unread)
+    loss.sum().backward()
+    return loss.detach(), torch.nn.functional.cross_entropy(logits, target, reduction="none").detach(), logits.grad
+
+
+def test_an_answer_that_the_model_would_misread_gives_way_to_saying_so():
+    loss, plain, _ = answers_loss(30.0, [])
+    assert torch.allclose(loss, plain, atol=1e-5)  # sure of all: nothing changes
+    loss, plain, slope = answers_loss(30.0, [(3, 6, 60.0)])  # wrong at the last token: the first one should admit it
+    assert torch.equal(loss[:2], plain[:2]) and loss[3] < 1e-5 < plain[3] and loss[2] > 25
+    assert slope[2, 7] < -0.9 and slope[3].abs().max() < 1e-5
+    loss, plain, _ = answers_loss(30.0, [(1, 6, 60.0)])  # an answer that may not be doubted
+    assert torch.equal(loss[:2], plain[:2]) and torch.allclose(loss[2:], plain[2:], atol=1e-5)
+    _, _, slope = answers_loss(0.0, [(2, 3, 4.0), (2, 7, 4.0), (3, 4, 30.0)])
+    share = torch.tensor(
+        [0.0] * 7 + [4.0]
+    ).exp()  # what it would say, had it to commit itself: 3, or one of seven others
+    doubt = 7 / (7 + share[-1])
+    said = torch.softmax(torch.tensor([0.0, 0, 0, 4, 0, 0, 0, 4, 0]), 0)
+    assert torch.allclose(slope[2, 7], said[7] - doubt, atol=1e-5)
+    assert torch.allclose(slope[2, 3], said[3] - (1 - doubt), atol=1e-5)
+
+
+def test_only_readable_answers_of_candid_conversations_are_doubted(tokenizer):
+    found = []
+    rng = np.random.default_rng(3)
+    while len(found) < 40:
+        one = base.example(rng, "review")
+        found += [one] if one.views and one.turns else []
+    assert {one.candid for one in found} == {True, False}
+    batch = pretrain.collate(found, tokenizer)
+    seen = 0
+    for one, numbers, labels in zip(found, batch["candid"], batch["labels"], strict=True):
+        told = [answer for _, answer in one.turns if one.candid and answer != lexicon.UNREAD]
+        names = [int(name) for name in numbers[numbers > 0].unique_consecutive()]
+        assert [tokenizer.decode(labels[numbers == name]) for name in names] == [f"{text}<|im_end|>" for text in told]
+        seen += len(names)
+    assert seen == len(batch["candid"][batch["candid"] > 0].unique()) > 20
 
 
 def test_leads_go_from_a_value_to_the_words_that_lead_to_it():
