@@ -43,8 +43,8 @@ def system_prompt(offered: Sequence[str]) -> str:
     """Our system prompt, with the tool and the regions that it is ``offered`` for."""
     offered = [FREE_FORM if name == FREE else name for name in offered]
     return (
-        "You are a helpful assistant. The image is shown at half resolution. Answer the question, "
-        "or call the tool to see regions of the image at full resolution.\n"
+        "You are a helpful assistant. The image is shown at half resolution. Answer the question. "
+        "Where something is too small to read, call the tool to see regions of the image at full resolution.\n"
         '<tools>\n{"name": "crop", "arguments": {"regions": ' + json.dumps(offered) + "}}\n</tools>"
     )
 
