@@ -715,7 +715,8 @@ whole method runs on a laptop, and good for nothing else: its world is the close
 - Stored in bfloat16; the pipeline loads it in float32.
 - It has never seen the crop tool. As a VLM that grounds, it tells which part of a picture (a quadrant, the center, a half, all) holds something, also
   of print too small to read, where another function takes that as its argument; where the system message asks for it, and at times unasked, it says
-  of such print, and of any that it would rather misread than read, that it is unclear. That there is a way to look, when that pays, and which part this tool wants, the cold start has to teach.
+  of such print, and of any that it would rather misread than read, that it is unclear. That there is a way to look, when that pays, and which
+  part this tool wants, the cold start has to teach.
 
 Validation rows of the embedded suite, percent right:
 
