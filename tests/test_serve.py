@@ -688,7 +688,7 @@ def test_the_engine_takes_a_bias_for_each_row(tiny: SimpleNamespace, engine: Eng
     together = engine.run(images, ["q"] * 3, call_bias=biases)
     alone = [engine.run([image], ["q"], call_bias=bias)[0] for image, bias in zip(images, biases, strict=True)]
     assert [row.answer for row in together] == [row.answer for row in alone]
-    assert [row.call_status == "none" for row in together] == [False, True, True]
+    assert [row.turns[1].text.startswith("<tool_call>") for row in together] == [True, False, False]
     assert engine.prompt_length(images[0], "q") == together[0].turns[0].text_tokens + together[0].turns[0].visual_tokens
     with pytest.raises(AwaresError, match="3 questions but 2 call_bias"):
         engine.run(images, ["q"] * 3, call_bias=biases[:2])

@@ -73,6 +73,7 @@ def test_base_never_sees_the_crop_tool(tokenizer):
 def test_every_protocol_token_is_alive_in_base_training(tokenizer):
     rng = np.random.default_rng(0)
     seen = {i for _ in range(1500) for i in pretrain.encode(base.text_example(rng), tokenizer)[0]}
+    seen |= {i for text in lexicon.CANDID for i in tokenizer(text)["input_ids"]}  # system messages of pictures
     words = [
         protocol.SYSTEM,
         protocol.render_call(lexicon.PLACES),

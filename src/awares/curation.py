@@ -7,6 +7,7 @@ and target crops: what a trajectory is made of (`protocol.messages` renders it).
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -286,7 +287,10 @@ def row_label(answers: Record, verdict: Record, lucky_margin: float) -> str:
     if verdict["value"] is None:
         return ""
     right = verdict["value"] == TIE and not verdict["both_wrong"]
-    lucky = right and answers["low"]["margin"] < lucky_margin <= answers["high"]["margin"]
+    low, high = (
+        answers[side].get("margin", math.inf) for side in ("low", "high")
+    )  # answers from elsewhere come without
+    lucky = right and low < lucky_margin <= high
     return HR if lucky else label(verdict["value"])
 
 
@@ -296,7 +300,7 @@ def luck_table(answers: Sequence[Record], curated: datasets.Dataset, edges: Sequ
     ``answers``: the raw records of `curate`. Columns at_least, below, half and full (percent right by the deciding judge), hr (percent
     labelled HR), n.
     """
-    margins = {record["id"]: record["low"]["margin"] for record in answers if "reason" not in record}
+    margins = {record["id"]: record["low"].get("margin", math.inf) for record in answers if "reason" not in record}
     table = pd.DataFrame(
         {
             "margin": [margins[row_id] for row_id in curated["id"]],
@@ -307,7 +311,7 @@ def luck_table(answers: Sequence[Record], curated: datasets.Dataset, edges: Sequ
         }
     )
     records = []
-    for low, high in zip(edges, [*edges[1:], float("inf")], strict=True):
+    for low, high in zip(edges, [*edges[1:], math.inf], strict=False):  # no edges, no ranges
         part = table[(table.margin >= low) & (table.margin < high)]
         right = [100 * float((part[view] & ~part.wrong).mean()) for view in ("half", "full")]
         records.append((low, high, *right, 100 * float(part.hr.mean()), len(part)))
