@@ -44,7 +44,7 @@ SMOKE |= {
     "sft.share": 1.0,
     "sft.epochs": 3,
     "sft.learning_rate": 1.0e-2,  # enough that some calls name a crop, and that GRPO's policy answers otherwise than the cold start's
-    "grpo.learning_rate": 1.0e-2,
+    "grpo.learning_rate": 3.0e-2,
 }
 NUMBERS = ["accuracy", "rtr", "n"]
 
