@@ -287,11 +287,13 @@ def row_label(answers: Record, verdict: Record, lucky_margin: float) -> str:
     if verdict["value"] is None:
         return ""
     right = verdict["value"] == TIE and not verdict["both_wrong"]
-    low, high = (
-        answers[side].get("margin", math.inf) for side in ("low", "high")
-    )  # answers from elsewhere come without
-    lucky = right and low < lucky_margin <= high
+    lucky = right and _margin(answers, "low") < lucky_margin <= _margin(answers, "high")
     return HR if lucky else label(verdict["value"])
+
+
+def _margin(answers: Record, side: str) -> float:
+    """Of one answer, in nats; endless where it came from elsewhere, without."""
+    return answers[side].get("margin", math.inf)
 
 
 def luck_table(answers: Sequence[Record], curated: datasets.Dataset, edges: Sequence[float]) -> pd.DataFrame:
@@ -300,7 +302,7 @@ def luck_table(answers: Sequence[Record], curated: datasets.Dataset, edges: Sequ
     ``answers``: the raw records of `curate`. Columns at_least, below, half and full (percent right by the deciding judge), hr (percent
     labelled HR), n.
     """
-    margins = {record["id"]: record["low"].get("margin", math.inf) for record in answers if "reason" not in record}
+    margins = {record["id"]: _margin(record, "low") for record in answers if "reason" not in record}
     table = pd.DataFrame(
         {
             "margin": [margins[row_id] for row_id in curated["id"]],
