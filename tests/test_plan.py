@@ -60,13 +60,19 @@ def test_the_forecast_follows_the_parameters():
 
 
 def test_measured_rates_take_the_place_of_the_count(tmp_path):
-    rates = pd.DataFrame({"step": ["sft", "grpo"], "tokens_per_second": [1000.0, 500.0], "device": "NVIDIA H100"})
+    rates = pd.DataFrame({"step": ["sft", "grpo"], "tokens_per_second": [1000.0, 500.0], "peak_memory_mb": [30e3, 43e3]})
+    rates["device"] = "NVIDIA H100"
     rates.to_csv(tmp_path / "training.csv", index=False)
     table = forecast(plan__bench=str(tmp_path))
     assert table.gpu_hours["sft"] == pytest.approx(table.tokens["sft"] / 1000 / 3600, rel=1e-3)
+    assert table.gpu_memory_gb[["sft", "grpo"]].tolist() == [30.0, 43.0]
     assert table.basis["grpo"] == "measured on NVIDIA H100"
     with pytest.raises(AwaresError, match="training.csv: no such table; plan.bench"):
         forecast(plan__bench=str(tmp_path / "nowhere"))
+
+
+def test_the_committed_measurement_is_one_to_plan_with():
+    assert forecast(plan__bench="reports/h200").basis["sft"] == "measured on NVIDIA H200"
 
 
 def test_a_model_of_unknown_size_is_named():

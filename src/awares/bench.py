@@ -20,7 +20,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,14 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
     dtype = "bfloat16" if options.device == "cuda" else "float32"
     named = machine(options, dtype)
     options.out.mkdir(parents=True, exist_ok=True)
-    table, times = interactions(options, dtype)
-    _write(table, options.out / "latency.csv", named)
-    _write(times, options.out / "times.csv", named)
     (options.out / "machine.json").write_text(json.dumps(named, indent=2) + "\n")
-    print(json.dumps(named, indent=2), _shown(table), sep="\n\n")
+    print(json.dumps(named, indent=2))
+    table, times = pd.DataFrame(), pd.DataFrame()
+    for of_one, its_times in interactions(options, dtype):  # written one by one: a kill costs one benchmark
+        table, times = pd.concat([table, of_one], ignore_index=True), pd.concat([times, its_times], ignore_index=True)
+        _write(table, options.out / "latency.csv", named)
+        _write(times, options.out / "times.csv", named)
+        print(f"\n{_shown(of_one)}", flush=True)
     if options.train:
         steps = training_steps(options, dtype)
         _write(steps, options.out / "training.csv", named)
@@ -118,15 +121,14 @@ def machine(options: argparse.Namespace, dtype: str) -> dict[str, str]:
 # Interactions
 
 
-def interactions(options: argparse.Namespace, dtype: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The table of all benchmarks (time, ratios, phases, counts, roofline), and the single times."""
+def interactions(options: argparse.Namespace, dtype: str) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Of each benchmark the table (time, ratios, phases, counts, roofline), and the single times."""
     model, processor = shapes.build(options.shape, options.scale, dtype, options.device, options.seed)
     work = {
         name: shapes.workload(name, options.rows, shapes.image_size(name, options.shape, options.scale))
         for name in options.benchmarks
     }
     limits = {"max_new_tokens": shapes.longest_turn(list(work.values()), processor)}
-    tables, raw = [], []
     for name, rows in work.items():
         models, budgets = dict.fromkeys(latency.SYSTEMS, model), [LOOP, *options.batch_tokens]
         jobs = latency.jobs(models, processor, rows, budgets, **limits)
@@ -138,9 +140,7 @@ def interactions(options: argparse.Namespace, dtype: str) -> tuple[pd.DataFrame,
         ]
         table.insert(0, "benchmark", name)
         table.insert(1, "image", "{}x{}".format(*rows.images[0].size))
-        tables.append(table)
-        raw.append(times.assign(benchmark=name))
-    return pd.concat(tables, ignore_index=True), pd.concat(raw, ignore_index=True)
+        yield table, times.assign(benchmark=name)
 
 
 def _roofline(

@@ -1,7 +1,7 @@
 """What the pipeline will ask for, from params.yaml alone, and whether this machine has it: before hours or money are spent.
 
 Counted, not measured: FLOPs by `awares.costs` at an assumed share of the GPU's peak, decoding at its memory's speed. Where `awares bench --train` has
-measured the two training steps on the GPU, their tokens per second take the place of the count. Take the hours as good to a factor of two.
+measured the two training steps on the GPU, its tokens per second and peak memory stand instead. Take the hours as good to a factor of two.
 """
 
 import math
@@ -96,8 +96,8 @@ class _Count:
         section = self.params.sft
         rows = round(section.share * self.train_rows * section.epochs)
         tokens, flops = self._trained(section.gradient_checkpointing)
-        hours, basis = self._measured("sft", rows * tokens, self._hours(rows * flops, 0))
         memory = self._training(section.per_device_batch_size * tokens, section.gradient_checkpointing)
+        hours, memory, basis = self._measured("sft", rows * tokens, self._hours(rows * flops, 0), memory)
         return (
             "sft",
             rows,
@@ -120,8 +120,8 @@ class _Count:
         once = self._policy()[1]  # the rollout, and the reference once more
         written = ANSWER + shapes.CALL_RATES["awares"] * CALL
         hours = self._hours(rows * (flops + 2 * once), rows * written)
-        hours, basis = self._measured("grpo", rows * tokens, hours)
         memory = self._training(section.per_device_batch_size * tokens, section.gradient_checkpointing)
+        hours, memory, basis = self._measured("grpo", rows * tokens, hours, memory)
         pflop = rows * (flops + 2 * once) / 1e15
         return ("grpo", rows, 0, round(rows * tokens), pflop, hours, memory, 1.1 * self.weights / GB, basis)
 
@@ -175,17 +175,17 @@ class _Count:
     def _assumed(self) -> str:
         return f"{self.params.plan.utilisation:.0%} of the peak of {self.params.plan.gpu}"
 
-    def _measured(self, step: str, tokens: float, hours: float) -> tuple[float, str]:
-        """Hours by the tokens per second of `awares bench --train`, where there is a table of it; else ``hours``."""
+    def _measured(self, step: str, tokens: float, hours: float, memory: float) -> tuple[float, float, str]:
+        """Hours and GB by the tokens per second and the peak of `awares bench --train`, where there is a table of it; else as given."""
         if not self.params.plan.bench:
-            return hours, self._assumed()
+            return hours, memory, self._assumed()
         path = self.params.path(self.params.plan.bench) / "training.csv"
         if not path.is_file():
             raise AwaresFileError(
                 f"{path}: no such table; plan.bench names the folder that `awares bench --train` wrote"
             )
         line = pd.read_csv(path).set_index("step").loc[step]
-        return tokens / line.tokens_per_second / 3600, f"measured on {line.device}"
+        return tokens / line.tokens_per_second / 3600, line.peak_memory_mb / 1e3, f"measured on {line.device}"
 
     def _stored(self) -> float:
         return self.image.pixels * BYTES_PER_PIXEL / GB
