@@ -227,3 +227,18 @@ def test_bench_says_what_to_mend(tmp_path: Path, capsys: Any, arguments: list[st
 def test_bench_without_a_gpu(tmp_path: Path, capsys: Any) -> None:
     assert bench.main(["--device", "cuda", "--out", str(tmp_path)]) == 1
     assert "no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_is_done_outlives_a_kill_in_the_next(tmp_path: Path, monkeypatch: Any) -> None:
+    measure = bench.latency.measure
+
+    def killed(*given: Any) -> Any:
+        if (tmp_path / "latency.csv").exists():
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(bench.latency, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(options(tmp_path, "--benchmarks", "pope", "chartqa", "--shape", "mini"))
+    assert set(pd.read_csv(tmp_path / "latency.csv").benchmark) == {"pope"}
+    assert (tmp_path / "machine.json").exists() and set(pd.read_csv(tmp_path / "times.csv").benchmark) == {"pope"}

@@ -60,7 +60,9 @@ def test_the_forecast_follows_the_parameters():
 
 
 def test_measured_rates_take_the_place_of_the_count(tmp_path):
-    rates = pd.DataFrame({"step": ["sft", "grpo"], "tokens_per_second": [1000.0, 500.0], "peak_memory_mb": [30e3, 43e3]})
+    rates = pd.DataFrame(
+        {"step": ["sft", "grpo"], "tokens_per_second": [1000.0, 500.0], "peak_memory_mb": [30e3, 43e3]}
+    )
     rates["device"] = "NVIDIA H100"
     rates.to_csv(tmp_path / "training.csv", index=False)
     table = forecast(plan__bench=str(tmp_path))
