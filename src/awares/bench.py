@@ -77,12 +77,13 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "machine.json").write_text(json.dumps(named, indent=2) + "\n")
     print(json.dumps(named, indent=2))
-    table, times = pd.DataFrame(), pd.DataFrame()
-    for of_one, its_times in interactions(options, dtype):  # written one by one: a kill costs one benchmark
-        table, times = pd.concat([table, of_one], ignore_index=True), pd.concat([times, its_times], ignore_index=True)
+    done: list[tuple[pd.DataFrame, pd.DataFrame]] = []
+    for measured in interactions(options, dtype):  # written one by one: a kill costs one benchmark
+        done.append(measured)
+        table, times = (pd.concat(parts, ignore_index=True) for parts in zip(*done, strict=True))
         _write(table, options.out / "latency.csv", named)
         _write(times, options.out / "times.csv", named)
-        print(f"\n{_shown(of_one)}", flush=True)
+        print(f"\n{_shown(measured[0])}", flush=True)
     if options.train:
         steps = training_steps(options, dtype)
         _write(steps, options.out / "training.csv", named)

@@ -7,6 +7,7 @@ and target crops: what a trajectory is made of (`protocol.messages` renders it).
 """
 
 import hashlib
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -313,7 +314,7 @@ def luck_table(answers: Sequence[Record], curated: datasets.Dataset, edges: Sequ
         }
     )
     records = []
-    for low, high in zip(edges, [*edges[1:], math.inf], strict=False):  # no edges, no ranges
+    for low, high in itertools.pairwise([*edges, math.inf]):
         part = table[(table.margin >= low) & (table.margin < high)]
         right = [100 * float((part[view] & ~part.wrong).mean()) for view in ("half", "full")]
         records.append((low, high, *right, 100 * float(part.hr.mean()), len(part)))
