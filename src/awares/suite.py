@@ -23,15 +23,15 @@ SMALL_SHARES = {"evaluation": 0.2}
 SMALL_SHARE = 0.32  # of all other splits
 # name -> {(painter, kind of question): weight}
 PLANS: dict[str, dict[tuple[str, str], float]] = {
-    "chartqa": {("chart", "bar"): 0.88, ("chart", "bars"): 0.12},
-    "docvqa": {("page", "field"): 0.92, ("page", "pair"): 0.08},
+    "chartqa": {("chart", "bar"): 0.9, ("chart", "bars"): 0.1},
+    "docvqa": {("page", "field"): 0.94, ("page", "pair"): 0.06},
     "ocrbench": {("signs", "sign"): 0.7, ("page", "field"): 0.3},
     "pope": {("objects", "presence"): 1.0},
     "realworldqa": {("objects", "count"): 0.5, ("objects", "plate"): 0.5},
     "vstar": {("objects", "badge"): 1.0},
     "textvqa": {("signs", "sign"): 0.8, ("objects", "plate"): 0.2},
     "llava_multi": {("collage", kind): 0.2 for kind in ("field", "bar", "sign", "badge", "plate")},
-    "visionthink_smart": {("objects", "presence"): 0.6, ("objects", "badge"): 0.25, ("objects", "count"): 0.15},
+    "visionthink_smart": {("objects", "presence"): 0.6, ("objects", "badge"): 0.3, ("objects", "count"): 0.1},
 }  # fmt: skip
 TRIES = 200
 PARALLEL_ROWS = 100  # from which the start of worker processes is worth it
