@@ -151,6 +151,15 @@ def test_crops_of_the_second_turn_stand_in_the_order_of_the_call(world, tmp_path
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
 
 
+def test_a_batch_whose_only_calls_are_malformed_is_answered_in_words(world, tmp_path, monkeypatch):
+    trainer = trainer_for(world, tmp_path, settings())
+    write(trainer, monkeypatch, call=["nowhere"])
+    batch = rollouts(trainer)
+    assert batch["num_images"] == [1] * 8
+    replies = [world.processor.tokenizer.decode(ids) for ids in batch["completion_ids"]]
+    assert ["nowhere" in reply.split("<|im_end|>")[1] for reply in replies] == [i in (1, 4) for i in range(8)]
+
+
 def test_the_reference_is_the_cold_started_policy(world, tmp_path, monkeypatch):
     trainer = trainer_for(world, tmp_path, settings())
     disturb(trainer)

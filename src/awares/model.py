@@ -48,6 +48,12 @@ class ImageOnlyProcessor(ProcessorMixin):
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or protocol.CHAT_TEMPLATE)
 
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """As of `ProcessorMixin`, but pictures are tensors also where the text is not asked for as such: TRL counts on it."""
+        if images is not None and kwargs.get("return_tensors") is None:
+            kwargs["images_kwargs"] = {"return_tensors": "pt", **kwargs.get("images_kwargs", {})}
+        return super().__call__(images=images, text=text, **kwargs)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """One placeholder per visual token of image ``image_idx``."""
         patches = int(image_inputs["image_grid_thw"][image_idx].prod())
