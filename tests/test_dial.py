@@ -185,5 +185,5 @@ def test_figure_draws_both_sets_of_rows() -> None:
 
 
 def test_dial_needs_the_frontiers_rows() -> None:
-    with pytest.raises(AwaresError, match=r"evaluation\.dial_rows 5 must be at least evaluation\.frontier_rows 120"):
+    with pytest.raises(AwaresError, match=r"evaluation\.dial_rows 5 must be at least evaluation\.frontier_rows 72"):
         load_params("mini", overrides={"evaluation.dial_rows": 5})
