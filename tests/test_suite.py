@@ -21,6 +21,8 @@ def tokenizer():
 
 def test_rows_depend_on_name_seed_split_and_index_alone():
     assert suite.make_source("docvqa", 3, 5, "train") == suite.make_source("docvqa", 4, 5, "train")[:3]
+    many = suite.make_source("vstar", suite.PARALLEL_ROWS, 5, "train")  # drawn by several processes
+    assert many[:3] == suite.make_source("vstar", 3, 5, "train") and len({row["id"] for row in many}) == len(many)
     other = [suite.make_source("docvqa", 3, seed, split) for seed, split in ((6, "train"), (5, "validation"))]
     pictures = {row["image"]["bytes"] for rows in [suite.make_source("docvqa", 3, 5, "train"), *other] for row in rows}
     assert len(pictures) == 9
