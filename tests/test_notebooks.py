@@ -338,7 +338,9 @@ def test_means_over_seeds(line):
     paired = pd.read_csv(out / "differences_unseen.csv").set_index(["a", "b"])
     lower = checks["full less AwaRes on unseen rows, lower end of the interval (points)"]
     assert lower == pytest.approx(-paired.high["awares", "full"], abs=1e-3)
-    average = main.accuracy.xs(AVERAGE, level="benchmark")  # of the unseen rows, each seed's trajectories being the same
+    average = main.accuracy.xs(
+        AVERAGE, level="benchmark"
+    )  # of the unseen rows, each seed's trajectories being the same
     assert paired.difference["awares", "full"] == pytest.approx(average["awares"] - average["full"], abs=1e-3)
     assert publish.publish_seeds(line.params)[0].is_file()
 

@@ -182,15 +182,22 @@ def test_what_is_asked_over_seeds():
         rows = [(name, report.AVERAGE, value, rtr) for name, (value, rtr) in accuracies.items()]
         return pd.DataFrame(rows, columns=["system", "benchmark", "accuracy", "rtr"])
 
+    def paired(sft, full):
+        return pd.DataFrame({"a": ["awares", "awares"], "b": ["sft", "full"], "high": [sft, full]})
+
     checks = report.seed_checks(
         table(full=(85.0, 1.0), sft=(83.0, 0.40), awares=(84.0, 0.42)),
-        pd.DataFrame({"a": ["awares"], "b": ["sft"], "high": [1.8]}),
+        paired(1.8, -0.1),
         pd.DataFrame({"system": ["awares", "awares", "sft"], "valid": [99.5, 98.5, 50.0]}),
         pd.DataFrame({"policy": ["sft"], "rtr": [0.40], "rtr_at_accuracy": [0.38]}),
-        table(full=(86.0, 1.0), sft=(0.0, 0.0), awares=(84.0, 0.44)),
+        table(full=(86.0, 1.0), sft=(0.0, 0.45), awares=(84.0, 0.44)),
+        paired(-0.2, -0.7),
     )
-    assert checks.value.round(3).tolist() == [1.0, 0.42, 98.5, 2.0, 0.44, -0.02, 1.8, 0.02]
-    assert checks.holds.tolist() == [True, True, False, False, True, False, True, True]
+    own, unseen = checks.iloc[:6], checks.iloc[6:]
+    assert own.value.round(3).tolist() == [1.0, 0.42, 98.5, -0.02, 1.8, 0.02]
+    assert own.holds.tolist() == [True, True, False, False, True, True]
+    assert unseen.value.round(3).tolist() == [2.0, 0.7, 0.44, 0.01, -0.2]
+    assert unseen.holds.tolist() == [False, True, True, True, False]
 
 
 def test_seed_means_and_missing_seed(tmp_path):
