@@ -112,7 +112,7 @@ if variant != "main":
     stage = {{"evaluation": "sft_ablations_evaluation"}}.get(stage, stage + "_ablations")
 items = [item for kind in ("outs", "metrics", "plots") for item in stages[stage].get(kind, [])]
 for name in [item if isinstance(item, str) else next(iter(item)) for item in items]:
-    names = {{"item.profile": profile, "seed": seed, "item.variant": variant, "item.system": system}}
+    names = {{"item.profile": profile, "seed": seed, "item.seed": seed, "item.variant": variant, "item.system": system}}
     names["evaluation.unseen_seed"] = run.name.rpartition("-e")[2] if tree == ("runs/",) else ""
     for key, value in names.items():
         name = name.replace("${{" + key + "}}", value)
