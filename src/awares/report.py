@@ -221,8 +221,9 @@ def check_table(tables: Path, metrics: Mapping[str, Any]) -> pd.DataFrame:
     return _verdicts(CHECKS, [*_suite_values(read, metrics), *_policy_values(read)])
 
 
-# What the trained policies are asked for over training seeds. Either the rows on what GRPO saves hold, or the last one does. On unseen
-# rows the same is asked for within the interval: the row of its lower end decides, the one above it says where the mean lies.
+# What the trained policies are asked for over training seeds. Either the rows on what GRPO saves hold, or the one on
+# the oracle frontier does. On unseen rows the same is asked for within the interval: the row of its lower end decides, the one
+# above it says where the mean lies.
 SEED_CHECKS: dict[str, tuple[str, float]] = {
     "full less AwaRes, mean over seeds (points)": ("<=", 1.5),
     "RTR of AwaRes, mean over seeds": ("<=", 0.45),
