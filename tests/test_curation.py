@@ -350,7 +350,7 @@ def test_luck_cannot_be_told_without_logits():
     with pytest.raises(
         AwaresError, match="curation.lucky_margin 1.5 needs the logits of curation.engine local: 'base'"
     ):
-        load_params(path=PARAMS, overrides={"curation.engine": "base"})
+        load_params(path=PARAMS, overrides={"curation.engine": "base", "curation.lucky_margin": 1.5})
 
 
 def test_raw_outputs_are_kept_per_row(params, tmp_path):

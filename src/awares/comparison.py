@@ -34,8 +34,7 @@ def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scores(params: Params, places: Iterable[tuple[str, int, Path]]) -> pd.DataFrame:
-    stored = params.run_dir("data") / "evaluation"
-    rows = data.make_split(params, "evaluation") if params.unseen else data.load_rows(stored)
+    rows = data.evaluation_rows(params)
     found = []
     for system, seed, path in places:
         if not path.is_file():

@@ -98,6 +98,11 @@ def make_split(params: Params, split: str) -> datasets.Dataset:
     return _check_ids(datasets.concatenate_datasets(parts).select(order).flatten_indices(), split)
 
 
+def evaluation_rows(params: Params) -> datasets.Dataset:
+    """The rows that ``params`` scores: those that stage `data` stored, or with another ``evaluation.seed`` unseen ones, drawn here."""
+    return make_split(params, "evaluation") if params.unseen else load_rows(params.run_dir("data") / "evaluation")
+
+
 def from_rows(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
     """Rows as dicts of FEATURES -> Dataset. ``image``: PIL, or {"bytes": encoded file} to keep its very bytes."""
     listed = list(rows)
