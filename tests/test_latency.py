@@ -81,6 +81,12 @@ def test_ratios_are_taken_within_a_repetition() -> None:
     assert half.ms_low < half.ms < half.ms_high
 
 
+def test_rate_of_a_matrix_product(monkeypatch: Any) -> None:
+    times = iter([0.0, 5.0, 7.0, 17.0])  # the first product, 5 s later the next one, ...
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(times))
+    assert latency.matmul_rate("cpu", "float32", size=100, repetitions=3) == pytest.approx(2 * 100**3 / 2.0 / 1e9)
+
+
 def test_peak_memory_sees_what_was_held_and_let_go() -> None:
     memory = latency.PeakMemory("cpu")
     before = memory.read()

@@ -189,6 +189,18 @@ def measure(
     return pd.DataFrame(records), done
 
 
+def matmul_rate(device: str, dtype: str, size: int = 1024, repetitions: int = 20) -> float:
+    """GFLOP/s of a square matrix product on ``device``, the best of ``repetitions``: no batching makes more of its arithmetic."""
+    square = torch.rand(size, size, device=device, dtype=getattr(torch, dtype))
+    ends = []
+    for _ in range(repetitions + 1):
+        _ = square @ square
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+    return 2 * size**3 / float(np.diff(ends).min()) / 1e9
+
+
 def best_budgets(times: pd.DataFrame) -> dict[str, int]:
     """The token budget at which each system is fastest, rows running alone left out."""
     batched = times[times.token_budget != LOOP]
