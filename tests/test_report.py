@@ -4,6 +4,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import PathCollection
 from nbformat import v4
 from PIL import Image
 
@@ -269,6 +270,25 @@ def test_whiskers_stand_on_their_own_bars():
     marks = [lines.get_segments()[0] for lines in axes.collections]
     assert sorted((round(low[0], 3), low[1] + 1) for low, _ in marks) == tops
     figures.show(figure)
+
+
+def test_effects_stand_in_their_order_and_a_hollow_dot_is_none():
+    table = pd.DataFrame(
+        [("first", "sft", 1.0, 0.5, 1.5, 0.1, True), ("second", "awares", -2.0, -5.0, 1.0, -0.2, False)],
+        columns=["variant", "system", "difference", "low", "high", "rtr", "significant"],
+    )
+    figure = figures.effects_figure(table)
+    left = figure.axes[0]
+    places = {label.get_text(): place for label, place in zip(left.get_yticklabels(), left.get_yticks(), strict=True)}
+    assert places["first"] > places["second"]
+    dots = {
+        tuple(offset): tuple(dot.get_facecolor()[0][:3])
+        for dot in left.collections
+        if isinstance(dot, PathCollection)
+        for offset in dot.get_offsets()
+    }
+    assert dots == {(1.0, places["first"]): figures.COLOURS["sft"], (-2.0, places["second"]): (1.0, 1.0, 1.0)}
+    assert png(figures.show(figure))
 
 
 def test_gallery_takes_whatever_a_policy_writes():

@@ -293,6 +293,30 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def effects_figure(table: pd.DataFrame) -> Figure:
+    """Each variant less the main line: points of accuracy with their interval on the left, RTR on the right.
+
+    ``table``: variant, system (of Table 1, which is compared), difference, low, high, rtr, significant. One colour per system;
+    a filled dot is a difference that the interval tells from zero.
+    """
+    rows = table.iloc[::-1].reset_index(drop=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.8 + 0.26 * len(rows)), sharey=True, width_ratios=(2, 1))
+    compared = list(dict.fromkeys(table.system))
+    for name in compared:
+        part, colour = rows[rows.system == name], COLOURS[name]
+        left.hlines(part.index, part.low, part.high, color=colour, linewidth=1.4)
+        for told, inside in ((part[part.significant], colour), (part[~part.significant], "white")):
+            left.scatter(told.difference, told.index, color=inside, edgecolor=colour, zorder=3)
+        right.scatter(part.rtr, part.index, color=colour, label=SYSTEM_NAMES[name])
+    for axes in (left, right):
+        axes.axvline(0, color="black", linewidth=0.8)
+    left.set_yticks(rows.index, rows.variant)
+    left.set_xlabel("accuracy difference (points)")
+    right.set_xlabel("RTR difference")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=len(compared), frameon=False)
+    return figure
+
+
 def bars_figure(table: pd.DataFrame, x: str, y: str, hue: str | None, labels: tuple[str, str]) -> Figure:
     """Grouped bars of ``y`` over ``x``; whiskers where ``table`` has columns ``<y>_low`` and ``<y>_high``.
 
