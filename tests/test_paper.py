@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,14 @@ def test_side_by_side_keeps_the_blocks_apart():
     assert "arXiv 2603.16932, Table 7" in published and "79.69 [1]" in published and "[1] cannot go" in published
     assert page.count("<table") == 2
     assert "profile paper" in paper.side_by_side(ours, "table7", profile="paper").data
+
+
+def test_a_published_table_over_benchmarks_has_a_line_each():
+    page = paper.side_by_side(pd.DataFrame({"benchmark": ["pope"]}), "table1").data
+    lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in page.split("</section>")[1].split("<tr")[1:]]
+    turned = pd.DataFrame(lines[1:], columns=lines[0]).set_index("")
+    assert turned.loc["docvqa accuracy", "awares"] == "94.43" and turned.loc["average rtr", "visionthink"] == "0.61"
+    assert turned.loc["vstar rtr", "awares"] == "0.42 [1]"
 
 
 def test_unknown_table_is_named():

@@ -257,15 +257,19 @@ def side_by_side(
 ) -> HTML:
     """Two blocks, ``measured`` above and the published ``table`` below with its source, notes and slips.
 
-    They share no column: another model, other rows. Raises AwaresError for an unknown ``table``.
+    They share no column: another model, other rows. A published table over benchmarks is turned, so that
+    it fits a page: a line each benchmark and measure. Raises AwaresError for an unknown ``table``.
     """
     paper = load_paper(path)
     found = _choose(table, paper)
     remarks = [*found.notes, *(f"[{n}] {slip.note}" for n, slip in enumerate(found.slips, start=1))]
+    text = printed(table, path)
+    if found.benchmarks:
+        text = text.set_index(next(iter(found.names))).T.rename_axis(columns=None).reset_index(names="")
     source = f"{found.caption} arXiv {paper.arxiv}, {found.source}, section {found.section}."
     blocks = [
         _block(f"measured here (profile {profile})", shown(measured, digits).data, []),
-        _block(f"published ({paper.model})", printed(table, path).to_html(index=False, border=0), [source, *remarks]),
+        _block(f"published ({paper.model})", text.to_html(index=False, border=0), [source, *remarks]),
     ]
     return HTML("\n".join(blocks))
 
