@@ -62,8 +62,7 @@ def test_edit_distance_is_a_metric():
         ("pope", " Yes ", ["yes"], 1),
         ("pope", "Yes.", ["yes"], 0),  # lmms-eval compares whole answers
         ("realworldqa", "Left.", ["left"], 1),
-        ("realworldqa", "three", ["3"], 1),
-        ("realworldqa", "eleven", ["11"], 0),  # lmms-eval maps zero to ten
+        ("realworldqa", "three", ["3"], 0),  # lmms-eval's task reads no number words
         ("realworldqa", "stop-sign", ["stop sign"], 0),
         ("vstar", "The answer is B", ["B"], 1),
         ("vstar", "(C) the red one", ["C"], 1),
@@ -77,11 +76,32 @@ def test_other_benchmarks(benchmark, prediction, answers, expected):
     assert metrics.score(benchmark, prediction, answers) == expected
 
 
-def test_realworldqa_takes_the_text_of_a_choice_for_its_letter():
-    question = "Which way?\nA. left\nB. straight on\nC. right"
-    assert metrics.score("realworldqa", "straight on", ["B"], question) == 1
-    assert metrics.score("realworldqa", "B", ["B"], question) == 1
-    assert metrics.score("realworldqa", "left", ["B"], question) == 0
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(C) the red one", "C"),
+        ("The answer is B", "B"),
+        ("First I thought the answer is A, no: the correct answer is C or so", "C"),
+        ("A, I am sure it is not D", "A"),  # at the beginning counts more than at the end
+        ("Bicycle", "B"),  # no letter stands alone: any
+        ("left", ""),
+    ],
+)
+def test_realworldqa_reads_the_letter_of_an_option(prediction, letter):
+    assert metrics.option_letter(prediction) == letter
+    assert [metrics.score("realworldqa", prediction, [answer]) for answer in "ABC"] == [letter == one for one in "ABC"]
+
+
+def test_ocrbench_counts_the_case_of_formulas_and_no_white_space():
+    formula = "Please write out the expression of the formula in the image using LaTeX format."
+    assert metrics.score("ocrbench", "x ^ { 2 }\n+ Y", ["x^{2} + Y"], formula) == 1
+    assert metrics.score("ocrbench", "x^{2}+y", ["x^{2} + Y"], formula) == 0
+    assert metrics.score("ocrbench", "open", ["O pen"], "what is written in the image?") == 0
+    assert (
+        metrics.score("ocrbench", "\uff21\uff22 1", ["ab\u3000\uff11"], "what is written in the image?") == 1
+    )  # full-width forms
 
 
 def test_score_of_other_sources_is_exact_match():

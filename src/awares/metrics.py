@@ -1,11 +1,10 @@
 """Benchmark scores and their intervals (PAPER §5); what they say of the policy stands in `diagnostics`.
 
-The six benchmark metrics follow lmms-eval's definitions. Where a row accepts several answers the best counts; with one
+The six benchmark metrics follow the definitions of lmms-eval 0.7.3. Where a row accepts several answers the best counts; with one
 accepted answer every score is lmms-eval's own. All scores lie in 0 to 1; tables multiply by 100.
 """
 
 import re
-import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +62,24 @@ def edit_distance(a: str, b: str) -> int:
     return previous[-1]
 
 
-def ocr_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """OCRBench: an accepted answer stands somewhere in the prediction; case does not count, a line break is a space."""
-    text = prediction.lower().strip().replace("\n", " ")
-    return float(any(answer.lower().strip().replace("\n", " ") in text for answer in answers))
+def ocr_accuracy(prediction: str, answers: Sequence[str], question: str = "") -> float:
+    """OCRBench: an accepted answer stands somewhere in the prediction; case does not count, a line break is a space.
+
+    Of a formula (HME100k's rows, whose ``question`` asks for LaTeX) case does count, and white space does not.
+    """
+    read = _formula if "latex" in question.lower() else _print
+    return float(any(read(answer) in read(prediction) for answer in answers))
+
+
+def _formula(text: str) -> str:
+    return text.strip().replace("\n", " ").replace(" ", "")
+
+
+_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " "}  # full-width forms of ASCII
+
+
+def _print(text: str) -> str:
+    return text.translate(_HALF_WIDTH).lower().strip().replace("\n", " ")
 
 
 def pope_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -74,26 +87,50 @@ def pope_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return float(prediction.lower().strip() in {answer.lower().strip() for answer in answers})
 
 
-_DIGITS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
-_CHOICE = re.compile(r"\b([A-Z])\.\s+([^\n]*)")
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """RealWorldQA: the same text but for case, outer white space and a full stop; of a row with options, the right letter."""
+    if letters := {answer.strip().upper() for answer in answers} & set("ABCD"):
+        return float(option_letter(prediction) in letters)
+    return float(prediction.lower().strip().rstrip(".") in {answer.lower().strip() for answer in answers})
 
 
-def exact_match(prediction: str, answers: Sequence[str], question: str = "") -> float:
-    """RealWorldQA: the same text but for case and punctuation.
+_NAMED = [
+    f"{the}{what} is"
+    for the in ("", "the ")
+    for what in ("answer", "correct answer", "best answer", "choice", "correct choice")
+]
+_NAMED += [f"{the}{what} option is" for the in ("", "the ") for what in ("correct", "best")]
+_NAMED += ["my answer is", "my choice is", "i choose", "i select", "i pick"]
 
-    A number word zero to ten counts as its digits. Where ``question`` lists choices ("A. left"), the text of a choice
-    counts as its letter.
+
+def option_letter(prediction: str) -> str:
+    """The option A-D that a prediction names, "" if none; lmms-eval's rule for RealWorldQA, in English.
+
+    A letter alone at the beginning counts most, then one at the end, after words such as "the answer is", in brackets, before a
+    full stop, a colon, a closing bracket or a space, anywhere; of equals the one that stands last.
     """
-    text = re.sub(r"[^\w\s]", "", _DIGITS.get(prediction.lower(), prediction)).strip()
-    for letter, choice in _CHOICE.findall(question):
-        if choice.strip() and choice.strip() in text:
-            text = letter
-            break
-    return float(any(_bare(text) == _bare(answer) for answer in answers))
+    bare = prediction.strip()
+    for mark in ",.!?;:'\"":
+        bare = bare.strip(mark)
+    text = f" {bare} "
+    told = [text.find(letter, start) for start in _after(text) for letter in "ABCD"]
+    ranked: list[list[int]] = [
+        [match.start(1) for match in re.finditer(r"^\s*([A-D])(?![^\W\d_])", text)],
+        [match.start(1) for match in re.finditer(r"(?<![^\W\d_])([A-D])\s*$", text)],
+        [place for place in told if place >= 0],
+        *([match.start(1) for match in re.finditer(form, text)] for form in _FORMS),
+    ]
+    best = next((places for places in ranked if places), [])
+    return text[max(best)] if best else ""
 
 
-def _bare(text: str) -> str:
-    return text.lower().translate(str.maketrans("", "", string.punctuation)).strip()
+_FORMS = (r"\(([A-D])\)", r"([A-D])\.", r"([A-D]):", r"([A-D])\)", r"([A-D]) ", r"([A-D])")
+
+
+def _after(text: str) -> list[int]:
+    """Where those of the words that name an answer end, each where it first stands."""
+    lower = text.lower()
+    return [lower.find(words) + len(words) for words in _NAMED if words in lower]
 
 
 _LETTER_PATTERNS = (
@@ -124,7 +161,7 @@ def vstar_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return exact_match(prediction, answers)
 
 
-SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
+SCORES: dict[str, Callable[..., float]] = {
     "chartqa": relaxed_accuracy,
     "docvqa": anls,
     "ocrbench": ocr_accuracy,
@@ -138,14 +175,13 @@ def score(benchmark: str, prediction: str, answers: Sequence[str], question: str
     """The score of one prediction, 0 to 1, by the metric of ``benchmark``.
 
     A source that is no benchmark (most training sources, a user's own rows) has no published metric: there the exact
-    match counts. ``question`` matters only where it lists choices. Raises AwaresError for a row without accepted
-    answers.
+    match counts. ``question`` matters to OCRBench alone. Raises AwaresError for a row without accepted answers.
     """
     if not answers:
         raise AwaresValueError(f"{benchmark}: a row without accepted answers cannot be scored")
-    if benchmark in SCORES and benchmark != "realworldqa":
-        return SCORES[benchmark](prediction, answers)
-    return exact_match(prediction, answers, question)
+    if benchmark == "ocrbench":
+        return ocr_accuracy(prediction, answers, question)
+    return SCORES.get(benchmark, exact_match)(prediction, answers)
 
 
 # Intervals
