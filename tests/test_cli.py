@@ -392,9 +392,9 @@ def waiting(process: subprocess.Popen[str], out: Path, lines: int) -> Iterator[i
         time.sleep(0.01)
 
 
-def started(scans: Path, out: Path, model: Path) -> subprocess.Popen[str]:
+def started(scans: Path, out: Path, model: Path, *more: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    line = ["ask", str(scans), "what?", "--out", str(out), "--model", str(model), "--chunk", "1"]
+    line = ["ask", str(scans), "what?", "--out", str(out), "--model", str(model), "--chunk", "1", *more]
     command = [sys.executable, "-m", "awares", *line]
     # under nohup, and in a shell's background, ctrl-c is ignored and its children inherit that
     listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -402,13 +402,22 @@ def started(scans: Path, out: Path, model: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, preexec_fn=listening, **pipes)
 
 
+@pytest.mark.parametrize("where", ["in this process", "over HTTP"])
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
-def test_a_killed_batch_goes_on(kill: signal.Signals, tiny: SimpleNamespace, model: Path, tmp_path: Path) -> None:
-    scans, out = tmp_path / "many", tmp_path / "out.jsonl"
+def test_a_killed_batch_goes_on(
+    kill: signal.Signals,
+    where: str,
+    tiny: SimpleNamespace,
+    model: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    more = ["--server", request.getfixturevalue("served")] if where == "over HTTP" else []
+    scans, out, count = tmp_path / "many", tmp_path / "out.jsonl", 120 if more else 300
     scans.mkdir()
-    for number in range(300):
+    for number in range(count):
         tiny.noise(56, 56, number).save(scans / f"page{number:03}.png")
-    process = started(scans, out, model)
+    process = started(scans, out, model, *more)
     for _ in waiting(process, out, 3):
         pass
     process.send_signal(signal.SIGSTOP)  # it must not finish while this one looks
@@ -419,7 +428,7 @@ def test_a_killed_batch_goes_on(kill: signal.Signals, tiny: SimpleNamespace, mod
     _, stderr = process.communicate(timeout=300)
     left = out.read_bytes()
     done = left.count(b"\n")
-    assert 3 <= done < 300, "it must be hit in the middle"
+    assert 3 <= done < count, "it must be hit in the middle"
     if kill == signal.SIGINT:
         assert process.returncode == 130 and stderr.splitlines()[-1] == "awares: interrupted"
         assert "Traceback" not in stderr
@@ -427,11 +436,14 @@ def test_a_killed_batch_goes_on(kill: signal.Signals, tiny: SimpleNamespace, mod
         assert process.returncode == -signal.SIGKILL
     with out.open("ab") as file:  # and in the middle of a line, the worst moment
         file.write(b'{"row_id": "page299.png", "image": "page5')
-    again = started(scans, out, model)
+    again = started(scans, out, model, *more)
     _, stderr = again.communicate(timeout=500)
-    assert again.returncode == 0 and f"300 rows, {300 - done} asked now, {done} done before, 0 with an error" in stderr
+    assert (
+        again.returncode == 0
+        and f"{count} rows, {count - done} asked now, {done} done before, 0 with an error" in stderr
+    )
     assert out.read_bytes().startswith(left[: left.rindex(b"\n") + 1])
-    assert sorted(rows_of(out)) == [f"page{number:03}.png" for number in range(300)]
+    assert sorted(rows_of(out)) == [f"page{number:03}.png" for number in range(count)]
 
 
 # eval

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -36,7 +37,6 @@ SMOKE |= {
     "base.device": "cpu",
     "base.dtype": "float32",
     "base.launch": "data/launch/2cpu.yaml",
-    "evaluation.lmms_eval": "",  # a program of another environment: `make lmms` runs it
     "curation.chunk_rows": 16,
     "protocol.max_new_tokens": 12,
     "protocol.token_budget": 4096,
@@ -47,6 +47,22 @@ SMOKE |= {
     "grpo.learning_rate": 3.0e-2,
 }
 NUMBERS = ["accuracy", "rtr", "n"]
+# lmms-eval lives in another environment, where `make lmms` runs it; here a program that writes what it would write
+LMMS_EVAL = """
+import json, sys
+from pathlib import Path
+assert sys.argv[1:3] == ["-m", "lmms_eval"]
+options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+given = dict(pair.split("=", 1) for pair in options["--model_args"].split(","))
+assert options["--model"] == "awares" and (Path(given["pretrained"]) / "model.safetensors").is_file()
+tasks = options["--tasks"].split(",")
+lines = [json.dumps({"sample": f"{task}/test/{n}", "rtr": 0.25 + n / 2, "seconds": 0.1}) for task in tasks for n in (0, 1)]
+Path(given["log"]).write_text("\\n".join(lines) + "\\n")
+results = Path(options["--output_path"], "run", "0_results.json")
+results.parent.mkdir(parents=True, exist_ok=True)
+values = {"score,none": 0.5, "score_stderr,none": 0.1, "alias": "one"}
+results.write_text(json.dumps({"results": {task: values for task in tasks}}))
+"""
 
 pytestmark = pytest.mark.notebooks
 
@@ -60,6 +76,9 @@ def folder(tiny, tmp_path_factory):
     declared = yaml.safe_load((ROOT / "data" / "served.yaml").read_text())
     declared["models"]["base"]["model"] = str(made / "base")
     (made / "served.yaml").write_text(yaml.safe_dump(declared))
+    program = made / "lmms_eval"
+    program.write_text(f"#!{sys.executable}\n{LMMS_EVAL}")
+    program.chmod(0o755)
     return made
 
 
@@ -88,6 +107,7 @@ def servers(folder):
 def line(folder, servers):
     """The whole main line, once for all tests of this file, on this checkout's own code."""
     places = {"data.hub_root": folder / "hub", "curation.served_file": folder / "served.yaml"}
+    places |= {"evaluation.lmms_eval": folder / "lmms_eval"}
     made = test_notebooks.Line(folder, {**SMOKE, **{key: str(path) for key, path in places.items()}}, "paper")
     settings = {"PYTHONPATH": str(ROOT / "src"), "HF_DATASETS_CACHE": str(folder / "cache"), "NO_PROXY": "127.0.0.1"}
     with pytest.MonkeyPatch.context() as patch:
@@ -142,6 +162,14 @@ def test_main_table_and_report(line):
     assert knobs.loc["gradient_checkpointing"].tolist() == ["True", "True"]  # the profile's own, like
     assert knobs.loc["crop_token_budget", "grpo"] == "10404" and "launch" not in knobs.index
     assert {file.stem for file in publish.publish(line.params)} == set(publish.STAGES)
+
+
+def test_lmms_eval_scores_both_policies(line):
+    table = line.table("evaluation", "lmms_eval")
+    assert [(row.system, row.benchmark) for row in table.itertuples()] == list(product(("sft", "awares"), TASKS))
+    assert (
+        set(table.metric) == {"score"} and set(table.value) == {0.5} and set(table.rtr) == {0.5} and set(table.n) == {2}
+    )
 
 
 # What stands beside it

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,34 +88,43 @@ def test_reuse_equals_recomputation_in_mixed_batches_and_alone(tiny: SimpleNames
 
 
 def test_hundreds_of_trajectories_are_the_same_in_batches_of_1_8_and_64(tiny: SimpleNamespace) -> None:
-    """One to three crops each: turn 2 from the cache against a recomputation, and its tokens at each batch size."""
+    """Most rows ask for one to three crops: turn 2 from the cache against a recomputation, and its tokens at each batch size."""
     rng = np.random.default_rng(0)
     decoder = Decoder(tiny.model, tiny.processor, max_new_tokens=6)
-    images = [[image] for image in random_images(tiny, rng, 192)]
+    images = [[image] for image in random_images(tiny, rng, 240)]
     rows = [prompt_ids(tiny, decoder, "q" * int(rng.integers(1, 40)), row[0]) for row in images]
     end_early(decoder, decoder.start(rows[:5], images[:5]).tokens)
+    calls = rng.random(len(rows)) < 0.85
     new = [random_images(tiny, rng, int(rng.integers(1, 4))) for _ in rows]
     suffixes = [suffix_ids(tiny, decoder, crop_images) for crop_images in new]
     found: dict[int, list[list[tuple[list[int], float]]]] = {}
     for size in (1, 8, 64):
-        found[size] = []
+        found[size] = [[] for _ in rows]
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             first = decoder.start(rows[part], images[part])
-            places = list(range(len(rows[part])))
-            reused = decoder.extend(first.state, places, suffixes[part], new[part])
-            fresh = decoder.extend(first.state, places, suffixes[part], new[part], reuse=False)
+            for row, *turn in zip(range(start, len(rows)), first.tokens, first.margins, strict=False):
+                found[size][row].append((turn[0], turn[1]))
+            places = [place for place in rng.permutation(len(rows[part])).tolist() if calls[start + place]]
+            if not places:
+                continue
+            given = [suffixes[start + place] for place in places], [new[start + place] for place in places]
+            reused = decoder.extend(first.state, places, *given)
+            fresh = decoder.extend(first.state, places, *given, reuse=False)
             assert difference(reused.first_logits, fresh.first_logits) < 1e-4
-            turns = [zip(turn.tokens, turn.margins, strict=True) for turn in (first, reused, fresh)]
-            found[size] += [list(row) for row in zip(*turns, strict=True)]
+            for second in (reused, fresh):
+                for place, tokens, margin in zip(places, second.tokens, second.margins, strict=True):
+                    found[size][start + place].append((tokens, margin))
+    assert [len(turns) for turns in found[64]] == [3 if call else 1 for call in calls] and sum(calls) > 192
     ties = 0
     for others in (found[8], found[64]):
         for row, other in zip(found[1], others, strict=True):
-            differ = next((turn for turn in range(3) if row[turn][0] != other[turn][0]), None)
+            differ = next((turn for turn in range(len(row)) if row[turn][0] != other[turn][0]), None)
             if differ is not None:  # what follows another first turn may differ
                 assert min(row[differ][1], other[differ][1]) < TIE
                 ties += 1
-    print(f"{ties} of {2 * len(rows)} comparisons end in a tie")
+    told = f"{ties} of {2 * len(rows)} comparisons of batch sizes end where two logits tie"
+    warnings.warn(told, stacklevel=1)  # so that every run of the tests prints the count
     assert ties < 0.02 * 2 * len(rows)
 
 

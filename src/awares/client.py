@@ -165,7 +165,7 @@ class _Session:
                     request.check(reply)
                 if request.record:
                     self.replies.add(key, reply, request, self.server.model, attempts)
-        self.silent = 0
+                self.silent = 0
         return reply
 
     async def _fetch(self, request: Request, key: str) -> tuple[int, Reply]:
