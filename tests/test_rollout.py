@@ -16,7 +16,7 @@ from awares import AwaRes, crops, decode, protocol
 from awares.config import AwaresError
 from awares.decode import Decoder
 from awares.model import save_model, visual_tokens
-from awares.rollout import Engine, Script, Trajectory
+from awares.rollout import Engine, Script, Trajectory, windows
 
 NAMES = list(crops.CROPS)
 
@@ -359,6 +359,15 @@ def test_text_tokens_add_up_to_the_processors_sequence(rigged: SimpleNamespace) 
     messages = protocol.messages("do top-left,right", crops.low_resolution(image), names, pictures)
     ids = rigged.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)[0]
     assert sum(turn.text_tokens + turn.visual_tokens for turn in called.turns[:3]) == len(ids)
+
+
+def test_large_images_are_opened_few_at_a_time(monkeypatch) -> None:
+    monkeypatch.setattr("awares.rollout.WINDOW", 4)
+    monkeypatch.setattr("awares.rollout.WINDOW_PIXELS", 100 * 100)
+    sides = [10, 10, 10, 10, 10, 100, 80, 80, 10]
+    rows: list[Any] = [SimpleNamespace(full=Image.new("RGB", (side, side))) for side in sides]
+    parts = [[row.full.width for row in part] for part in windows(len(rows), rows.__getitem__)]
+    assert parts == [[10, 10, 10, 10], [10, 100], [80, 80], [10]]
 
 
 def test_turn_two_encodes_the_crops_only_and_feeds_the_new_tokens_only(rigged: SimpleNamespace, monkeypatch) -> None:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 Source = str | Path | Image
 VIEWS = ("full", "half", "none", "half+crops")
 MAX_NEW_TOKENS = 64  # of a turn, where nobody says: a call with two free boxes fits
-WINDOW = 256  # rows opened and sorted at a time: bounds the memory for images
+WINDOW, WINDOW_PIXELS = 256, 2**28  # rows opened and sorted at a time, and pixels of their images: 0.8 GB
 
 
 @dataclass(frozen=True)
@@ -296,6 +296,20 @@ class Interaction(ABC):
         )
 
 
+def windows(count: int, prepare: Callable[[int], _Row]) -> Iterator[list[_Row]]:
+    """The rows ``prepare(0)`` to ``prepare(count - 1)`` in parts that may be open at a time, by number and by pixels."""
+    rows: list[_Row] = []
+    pixels = 0
+    for index in range(count):
+        rows.append(prepare(index))
+        pixels += rows[-1].full.width * rows[-1].full.height
+        if len(rows) >= WINDOW or pixels >= WINDOW_PIXELS:
+            yield rows
+            rows, pixels = [], 0
+    if rows:
+        yield rows
+
+
 class Engine(Interaction):
     """Runs rows through ``model``; ``token_budget`` bounds the tokens of a padded batch, a longer row runs alone.
 
@@ -343,8 +357,7 @@ class Engine(Interaction):
         self.decoder.model.eval()
         try:
             with tqdm(total=count, unit="row", leave=False, disable=not self.progress) as bar:
-                for begin in range(0, count, WINDOW):
-                    rows = [prepare(index) for index in range(begin, min(begin + WINDOW, count))]
+                for rows in windows(count, prepare):
                     for batch in self._batches(rows):
                         self._play(batch)
                         bar.update(len(batch))
