@@ -103,8 +103,8 @@ def test_hundreds_of_trajectories_are_the_same_in_batches_of_1_8_and_64(tiny: Si
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             first = decoder.start(rows[part], images[part])
-            for row, *turn in zip(range(start, len(rows)), first.tokens, first.margins, strict=False):
-                found[size][row].append((turn[0], turn[1]))
+            for place, turn in enumerate(zip(first.tokens, first.margins, strict=True)):
+                found[size][start + place].append(turn)
             places = [place for place in rng.permutation(len(rows[part])).tolist() if calls[start + place]]
             if not places:
                 continue
