@@ -268,6 +268,30 @@ def test_images_of_a_benchmark_are_left_out(own_hub, tmp_path):
     assert (counts["train"] == 5).all() and (counts["drawn"] == COUNT).all()
 
 
+def test_every_picture_of_a_strip_counts_in_training_and_in_a_benchmark(own_hub, tmp_path):
+    """Of a conversation's three pictures the middle one is POPE's; a training chart is the last of three in another benchmark."""
+    pictures = [noise(112, 84, 1), altered(noise(168, 112, 93_000), "jpeg"), noise(112, 84, 2)]
+    strip = [{"bytes": file_of(picture), "path": None} for picture in pictures]
+    spoil(own_hub, "TIGER-Lab/Mantis-Instruct", "images", {7: strip})
+    published.llava_multi(tmp_path / "made", 4, 70_000)
+    shutil.move(tmp_path / "made/TIGER-Lab/Mantis-Instruct", own_hub / "lmms-lab/Strips")
+    spoil(own_hub, "HuggingFaceM4/ChartQA", "image", {3: published.encoded(70_032, 112, 140)})
+    entry = yaml.safe_load((ROOT / "data/sources.yaml").read_text())["training"]["llava_multi"]
+    file = declared(tmp_path, evaluation__vstar={**entry, "hub": "lmms-lab/Strips"})
+    params = settings(own_hub, tmp_path, **{"data.reserve": 1.0, "data.sources_file": file})
+    counts = sampling.provenance(params).set_index("source")
+    assert counts["of benchmarks"].to_dict() == {
+        "chartqa": 1, "docvqa": 0, "textvqa": 0, "llava_multi": 1, "visionthink_smart": 0,
+    }  # fmt: skip
+    taken = {
+        record["id"]
+        for part in sampling.select(params).splits.values()
+        for records in part.values()
+        for record in records
+    }
+    assert not taken & {"chartqa-train-000003", "llava_multi-train-000007"}
+
+
 def test_rows_of_a_held_out_image_are_left_out_of_training(drawn, hub, tmp_path):
     """DocVQA asks twice of each page: a page held out must not come back with its other question."""
     params = settings(hub, tmp_path, **{"data.train_rows": 3, "data.reserve": 2.0})

@@ -70,7 +70,7 @@ class Collected:
     """What was drawn from a source. ``records``: one a drawn row, by ascending position in the published split.
 
     A record has id, row (position), state (row, empty or fault), and of a good row question, answers, call, image (sha256
-    of its file under ``folder``/images) and phash.
+    of its file under ``folder``/images) and phashes: of the image and of every picture that was joined to make it.
     """
 
     source: Source
@@ -153,7 +153,8 @@ def _read(opened: Opened, index: int, files: Path, max_side: int) -> Record:
     digest = hashlib.sha256(encoded).hexdigest()
     _keep(files / digest, encoded)
     words = {"question": draft.question, "answers": list(draft.answers), "call": draft.call}
-    return {**record, "state": "row", **words, "image": digest, "phash": perceptual_hash(picture)}
+    phashes = [perceptual_hash(one) for one in (picture, *draft.pictures)]
+    return {**record, "state": "row", **words, "image": digest, "phashes": phashes}
 
 
 def _keep(file: Path, content: bytes) -> None:
@@ -193,9 +194,9 @@ class Selection:
 def select(params: Params) -> Selection:
     """Validation and training rows of all hub sources of ``data.sources``, disjoint by image from each other and the benchmarks.
 
-    Two images are one where their perceptual hashes differ by at most ``data.duplicate_distance`` bits. Validation rows
-    are taken first, by ``data.validation_seed``; training rows follow in the order of the draw and leave out every image
-    of any validation row. Raises AwaresError for a source that runs short.
+    Two images are one where their perceptual hashes differ by at most ``data.duplicate_distance`` bits; of a row with several pictures
+    each counts. Validation rows are taken first, by ``data.validation_seed``; training rows follow in the order of the draw and
+    leave out every image of any validation row. Raises AwaresError for a source that runs short.
     """
     sources.read_sources(params, "training")  # says what is wrong with the file
     return _select(params, params.path(params.data.sources_file).read_text(encoding="utf-8"))
@@ -211,7 +212,7 @@ def _select(params: Params, declared: str) -> Selection:
     limit = params.data.duplicate_distance
     clean = {name: apart(_good(one), seen, limit) for name, one in collected.items()}
     held = {name: _held_out(clean[name], params) for name in names}
-    held_hashes = [record["phash"] for records in held.values() for record in records]
+    held_hashes = [one for records in held.values() for record in records for one in record["phashes"]]
     free = {name: apart(clean[name], held_hashes, limit) for name in names}
     train = {name: _ranked(free[name], params.data.train_seed)[: params.data.train_rows] for name in names}
     counts = [_count(collected[name], clean[name], free[name], held[name], train[name]) for name in names]
@@ -239,7 +240,8 @@ def preflight(params: Params) -> None:
 def benchmark_hashes(params: Params) -> list[str]:
     """The perceptual hashes of every image of every benchmark in the sources file, evaluated or not."""
     tasks = sources.read_sources(params, "evaluation")
-    return [record["phash"] for task in tasks for record in _good(collect(params, "evaluation", task))]
+    rows = [record for task in tasks for record in _good(collect(params, "evaluation", task))]
+    return [one for record in rows for one in record["phashes"]]
 
 
 def _good(collected: Collected) -> list[Record]:
@@ -247,9 +249,10 @@ def _good(collected: Collected) -> list[Record]:
 
 
 def apart(records: list[Record], hashes: Sequence[str], limit: int) -> list[Record]:
-    """The records whose image differs from all of those behind ``hashes`` by more than ``limit`` bits."""
-    far = distances([record["phash"] for record in records], hashes) > limit
-    return [record for record, keep in zip(records, far, strict=True) if keep]
+    """The records of whose pictures each differs from all of those behind ``hashes`` by more than ``limit`` bits."""
+    shown = sorted({one for record in records for one in record["phashes"]})
+    far = dict(zip(shown, distances(shown, hashes) > limit, strict=True))
+    return [record for record in records if all(far[one] for one in record["phashes"])]
 
 
 def _ranked(records: Sequence[Record], seed: int) -> list[Record]:
