@@ -118,7 +118,9 @@ def llava_multi(root: Path, count: int, seed: int) -> None:
 
 
 def visionthink_smart(root: Path, count: int, seed: int) -> None:
-    """Published as what save_to_disk wrote: arrow files with dataset_info.json and state.json."""
+    """Published as what save_to_disk wrote: arrow files with dataset_info.json and state.json, which `load_dataset` refuses on disk and
+    passes over on the hub.
+    """
     info: dict = {"id": TEXT, "tgt_height": Value("int64"), "tgt_width": Value("int64"), "use_tool": Value("bool")}
     features = Features(
         images=Image(), doc_id=TEXT, problem=TEXT, solution=TEXT, info=info, original_answer=TEXT, data_source=TEXT
@@ -132,7 +134,7 @@ def visionthink_smart(root: Path, count: int, seed: int) -> None:
     ]  # fmt: skip
     columns = {name: [row[name] for row in rows] for name in features}
     folder = root / "Senqiao/VisionThink-Smart-Train"
-    datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder)
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder, num_shards=2)
 
 
 def benchmarks(root: Path, count: int, seed: int) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -424,14 +425,59 @@ class Gate(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gate)
+class Commits(Gate):
+    """A hub whose every dataset has a commit for each revision."""
+
+    def do_GET(self):
+        repository, revision = self.path.removeprefix("/api/datasets/").split("/revision/")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"id": repository, "sha": commit_of(repository, revision)}).encode())
+
+
+def commit_of(repository, revision):
+    return hashlib.sha1(f"{repository} {revision}".encode()).hexdigest()
+
+
+@contextmanager
+def serving(handler):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(hub_constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub_constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        patch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+        yield
     server.shutdown()
+
+
+@pytest.fixture
+def gate():
+    with serving(Gate):
+        yield
+
+
+def test_rows_of_the_hub_are_read_at_the_commit_that_the_manifest_keeps(own_hub, tmp_path, monkeypatch, drawn):
+    """The hub's answers are real, its files are the copies, VisionThink's streamed from arrow files as there."""
+    (own_hub / "Senqiao/VisionThink-Smart-Train/state.json").unlink()
+    load, asked = datasets.load_dataset, {}
+
+    def from_copy(path, revision, **how):
+        asked[path] = (revision, how["streaming"])
+        return load(str(own_hub / path), **how)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_copy)
+    params = settings("", tmp_path)
+    with serving(Commits):
+        records = sampling.manifest(params, drawn[1])
+        streamed = sampling.collect(params, "training", "visionthink_smart")
+    declared = yaml.safe_load((ROOT / "data/sources.yaml").read_text())
+    named = [one for kind in ("training", "evaluation") for one in declared[kind].values()]
+    assert asked == {one["hub"]: (commit_of(one["hub"], one["revision"]), one["streaming"]) for one in named}
+    assert len(records) == sum(map(len, drawn[1].values()))
+    assert all(record["commit"] == asked[record["hub"]][0] for record in records)
+    assert streamed.published == COUNT
+    copied = sampling.collect(drawn[0], "training", "visionthink_smart")  # by load_from_disk
+    assert streamed.records == copied.records
 
 
 def test_gated_and_missing_datasets_say_what_to_do(gate, tmp_path):
