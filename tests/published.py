@@ -209,8 +209,8 @@ def opened(content: bytes) -> Pictures.Image:
     return Pictures.open(io.BytesIO(content))
 
 
-def released(root: Path, count: int, seed: int) -> None:
-    """NimrodShabtay1986/AwaRes in the schema that data/sources.yaml assumes; every second row calls."""
+def released(root: Path, count: int, seed: int, pictures: int = 1000) -> None:
+    """NimrodShabtay1986/AwaRes in the schema that data/sources.yaml assumes; every second row calls. So many ``pictures`` take turns."""
     features = Features(images=List(Image()), messages=List({"role": TEXT, "content": TEXT}))
     rows = []
     for i in range(count):
@@ -224,6 +224,7 @@ def released(root: Path, count: int, seed: int) -> None:
         turns = said if calls else [said[0], said[3]]
         messages = [{"role": "system", "content": "Look."}]
         messages += [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(turns)]
-        images = [picture(seed + i), picture(seed + i, width=84, height=56)] if calls else [picture(seed + i)]
+        own = seed + i % pictures
+        images = [picture(own), picture(own, width=84, height=56)] if calls else [picture(own)]
         rows.append(dict(images=images, messages=messages))
     write(root, "NimrodShabtay1986/AwaRes", rows, features, "data/train-00000-of-00001.parquet")

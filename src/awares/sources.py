@@ -87,7 +87,7 @@ def get_source(params: Params, kind: str, name: str) -> Source:
     """One source of `read_sources`; AwaresError listing the known ones for another name."""
     known = read_sources(params, kind)
     if name not in known:
-        key = {"training": "data.sources", "evaluation": "data.tasks"}.get(kind, kind)
+        key = {"training": "data.sources", "evaluation": "data.tasks", "curated": "curation.released"}[kind]
         raise AwaresValueError(
             f"{key}: {name!r} is not declared in {params.data.sources_file}: it has {', '.join(known)}"
         )
