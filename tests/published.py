@@ -118,7 +118,9 @@ def llava_multi(root: Path, count: int, seed: int) -> None:
 
 
 def visionthink_smart(root: Path, count: int, seed: int) -> None:
-    """Published as what save_to_disk wrote: arrow files with dataset_info.json and state.json."""
+    """Published as what save_to_disk wrote: arrow files with dataset_info.json and state.json, which `load_dataset` refuses on disk and
+    passes over on the hub.
+    """
     info: dict = {"id": TEXT, "tgt_height": Value("int64"), "tgt_width": Value("int64"), "use_tool": Value("bool")}
     features = Features(
         images=Image(), doc_id=TEXT, problem=TEXT, solution=TEXT, info=info, original_answer=TEXT, data_source=TEXT
@@ -132,7 +134,7 @@ def visionthink_smart(root: Path, count: int, seed: int) -> None:
     ]  # fmt: skip
     columns = {name: [row[name] for row in rows] for name in features}
     folder = root / "Senqiao/VisionThink-Smart-Train"
-    datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder)
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder, num_shards=2)
 
 
 def benchmarks(root: Path, count: int, seed: int) -> None:
@@ -207,8 +209,8 @@ def opened(content: bytes) -> Pictures.Image:
     return Pictures.open(io.BytesIO(content))
 
 
-def released(root: Path, count: int, seed: int) -> None:
-    """NimrodShabtay1986/AwaRes in the schema that data/sources.yaml assumes; every second row calls."""
+def released(root: Path, count: int, seed: int, pictures: int = 1000) -> None:
+    """NimrodShabtay1986/AwaRes in the schema that data/sources.yaml assumes; every second row calls. So many ``pictures`` take turns."""
     features = Features(images=List(Image()), messages=List({"role": TEXT, "content": TEXT}))
     rows = []
     for i in range(count):
@@ -222,6 +224,7 @@ def released(root: Path, count: int, seed: int) -> None:
         turns = said if calls else [said[0], said[3]]
         messages = [{"role": "system", "content": "Look."}]
         messages += [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(turns)]
-        images = [picture(seed + i), picture(seed + i, width=84, height=56)] if calls else [picture(seed + i)]
+        own = seed + i % pictures
+        images = [picture(own), picture(own, width=84, height=56)] if calls else [picture(own)]
         rows.append(dict(images=images, messages=messages))
     write(root, "NimrodShabtay1986/AwaRes", rows, features, "data/train-00000-of-00001.parquet")

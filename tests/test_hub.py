@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -65,6 +66,8 @@ def test_rows_go_up_without_images_unless_asked_for_and_with_their_sources_terms
     card = huggingface_hub.DatasetCard.load(folder / "README.md")
     assert "| train | 4 | 2 |" in card.text and "| chartqa | generated | Apache-2.0 |" in card.text
     assert "image" in pd.read_parquet(hub.dataset_folder(params, images=True) / "data" / "train.parquet")
+    with pytest.raises(AwaresError, match="curation.released: these rows are published already"):
+        hub.dataset_folder(replace(params, curation=replace(params.curation, released="awares")))
 
 
 def test_what_has_not_run_is_named(params):

@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import papermill
+import published
 import pytest
 import yaml
 
@@ -259,6 +260,29 @@ def test_report_publishes_tables_figures_notebooks_and_pages(line):
     assert set(json.loads((folder / "metrics.json").read_text())) >= {"curation", "sft", "grpo", "evaluation"}
     page = (folder / "html" / "05_evaluation.html").read_text()
     assert "<script" not in page and "data:image/png;base64" in page and 'src="http' not in page
+
+
+def test_released_rows_take_the_place_of_curation(tiny, tmp_path, monkeypatch):
+    """Both trainings go on from what 01 makes of the released dataset; base model, judge and oracle are not asked."""
+    save_model(tiny.model, tiny.processor, tmp_path / "base")
+    published.released(tmp_path / "hub", 32, 80_000)
+    published.benchmarks(tmp_path / "hub", 2, 90_000)
+    places = {"data.hub_root": str(tmp_path / "hub"), "curation.released": "awares"}
+    made = Line(tmp_path, {**SMOKE, **places, "data.validation_rows": 2})
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    executed = made.run("01_curation", "curation").read_text()  # own rows are not read: stage data has not run
+    assert executed.count("Skipped: the rows are the released ones") >= 5
+    rows = {
+        split: data.load_rows(made.params.run_dir("curation") / split / "dataset") for split in ("train", "validation")
+    }
+    assert {split: len(part) for split, part in rows.items()} == {"train": 22, "validation": 10}
+    assert not set(rows["train"]["id"]) & set(rows["validation"]["id"])
+    assert made.metrics("curation")["both_wrong"] is None
+    made.run("02_crop_distribution", "crop_distribution")
+    made.run("03_sft", "sft")
+    answered = (made.params.run_dir("sft") / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(text)["row_id"] for text in answered] == rows["validation"]["id"][:]
 
 
 def test_executed_notebooks_are_byte_stable(line):

@@ -10,7 +10,7 @@ import published
 import pytest
 
 from awares import AwaRes, calls, curation, data, protocol, released, sft
-from awares.config import AwaresError, load_params
+from awares.config import CROP_NAMES, AwaresError, load_params
 from awares.crops import CROPS
 from awares.grpo import build_trainer
 from awares.model import save_model
@@ -140,22 +140,54 @@ def test_sft_speaks_the_protocol_and_grpo_refuses_what_it_cannot(tiny: SimpleNam
 
 def test_the_released_dataset_gives_curated_rows(tiny: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    published.released(tmp_path / "hub", 6, 80_000)
+    published.released(tmp_path / "hub", 12, 80_000)
     published.benchmarks(tmp_path / "hub", 2, 80_000)  # chartqa's first two pictures are those of rows 0 and 1
-    params = settings(**{"data.hub_root": str(tmp_path / "hub"), "paths.runs": str(tmp_path / "runs")})
-    rows = released.curated(params)
-    assert [row_id[-1] for row_id in rows["id"]] == ["2", "3", "4", "5"]
-    assert rows["label"][:] == ["LR", "HR", "LR", "HR"]
-    assert rows["target_crops"][:] == [[], ["all"], [], ["top"]]
-    assert rows["question"][0] == "What is this?" and rows["answers"][1] == ["a 3"]
-    assert rows[1]["image"].size == (168, 112)  # the picture, not the crop
+    places = {"data.hub_root": str(tmp_path / "hub"), "paths.runs": str(tmp_path / "runs")}
+    params = settings(**{"curation.released": "awares", "data.validation_rows": 1, **places})
+    curated = released.curate(params, tmp_path / "out")
+    rows, held = curated["train"], curated["validation"]
+    assert (
+        len(held) == 5 and len(rows) == 5 and set(held["split"]) == {"validation"} and set(rows["split"]) == {"train"}
+    )
+    assert {int(row_id[-2:]) for row_id in [*rows["id"], *held["id"]]} == set(range(2, 12))
+    assert rows["id"][:] != sorted(rows["id"])  # so that the first share of them is a fair one
+    for row in [*rows, *held]:
+        number = int(row["id"][-2:])
+        crops = list(dict.fromkeys([CROP_NAMES[number % 9], "top"])) if number != 3 else ["all"]
+        assert row["target_crops"] == (crops if number % 2 else [])
+        assert row["label"] == ("HR" if number % 2 else "LR")
+        assert row["question"] == "What is this?" and row["answers"] == [f"a {number}"]
+        assert row["image"].size == (168, 112)  # the picture, not the crop
     reference = {"low_answer", "high_answer", "verdict", "label", "both_wrong", "target_crops", "oracle_answer_boxes"}
     assert reference <= set(rows.column_names) and curation.judge_names(rows) == ["released"]
-    data.save_rows(rows, tmp_path / "dataset")
-    read = data.load_rows(tmp_path / "dataset")
+    read = data.load_rows(tmp_path / "out/train/dataset")
     values = {"sft.max_length": 8192, "protocol.max_new_tokens": 64}
-    assert len(sft.plan(read, tiny.processor, settings(**values))) == 4 * settings(**values).sft.epochs
-    assert curation.label_shares(read).set_index("judge").hr["released"] == 50
+    assert len(sft.plan(read, tiny.processor, settings(**values))) == 5 * settings(**values).sft.epochs
+    needed = sum(label == "HR" for label in read["label"])
+    assert curation.label_shares(read).set_index("judge").hr["released"] == 20 * needed > 0
+    again = released.curate(params, tmp_path / "again")
+    assert [again[split]["id"][:] for split in again] == [curated[split]["id"][:] for split in curated]
+    with pytest.raises(
+        AwaresError, match=r"curated.awares: 10 usable rows .* beside the 10 of data.validation_rows: lower"
+    ):
+        released.curate(settings(**{"curation.released": "awares", "data.validation_rows": 2, **places}), tmp_path)
+
+
+def test_pictures_held_out_of_the_released_dataset_do_not_come_back_in_training(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    published.released(tmp_path / "hub", 12, 80_000, pictures=6)  # every picture twice
+    published.benchmarks(tmp_path / "hub", 2, 90_000)
+    places = {"data.hub_root": str(tmp_path / "hub"), "paths.runs": str(tmp_path / "runs")}
+    some = {"curation.released": "awares", "data.validation_rows": 2, "data.sources": ["chartqa"]}
+    curated = released.curate(settings(**some, **places), tmp_path / "out")
+    numbers = {split: {int(row_id[-2:]) for row_id in rows["id"]} for split, rows in curated.items()}
+    assert len(numbers["validation"]) == 2
+    assert numbers["train"] == {n for n in range(12) if n % 6 not in {held % 6 for held in numbers["validation"]}}
+
+
+def test_an_unknown_name_for_the_released_dataset_is_told(tmp_path: Path) -> None:
+    with pytest.raises(AwaresError, match="curation.released: 'nothing' is not declared in .*: it has awares"):
+        released.curate(settings(**{"curation.released": "nothing"}), tmp_path)
 
 
 def test_an_unreadable_call_of_the_released_dataset_is_named() -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,6 +269,30 @@ def test_images_of_a_benchmark_are_left_out(own_hub, tmp_path):
     assert (counts["train"] == 5).all() and (counts["drawn"] == COUNT).all()
 
 
+def test_every_picture_of_a_strip_counts_in_training_and_in_a_benchmark(own_hub, tmp_path):
+    """Of a conversation's three pictures the middle one is POPE's; a training chart is the last of three in another benchmark."""
+    pictures = [noise(112, 84, 1), altered(noise(168, 112, 93_000), "jpeg"), noise(112, 84, 2)]
+    strip = [{"bytes": file_of(picture), "path": None} for picture in pictures]
+    spoil(own_hub, "TIGER-Lab/Mantis-Instruct", "images", {7: strip})
+    published.llava_multi(tmp_path / "made", 4, 70_000)
+    shutil.move(tmp_path / "made/TIGER-Lab/Mantis-Instruct", own_hub / "lmms-lab/Strips")
+    spoil(own_hub, "HuggingFaceM4/ChartQA", "image", {3: published.encoded(70_032, 112, 140)})
+    entry = yaml.safe_load((ROOT / "data/sources.yaml").read_text())["training"]["llava_multi"]
+    file = declared(tmp_path, evaluation__vstar={**entry, "hub": "lmms-lab/Strips"})
+    params = settings(own_hub, tmp_path, **{"data.reserve": 1.0, "data.sources_file": file})
+    counts = sampling.provenance(params).set_index("source")
+    assert counts["of benchmarks"].to_dict() == {
+        "chartqa": 1, "docvqa": 0, "textvqa": 0, "llava_multi": 1, "visionthink_smart": 0,
+    }  # fmt: skip
+    taken = {
+        record["id"]
+        for part in sampling.select(params).splits.values()
+        for records in part.values()
+        for record in records
+    }
+    assert not taken & {"chartqa-train-000003", "llava_multi-train-000007"}
+
+
 def test_rows_of_a_held_out_image_are_left_out_of_training(drawn, hub, tmp_path):
     """DocVQA asks twice of each page: a page held out must not come back with its other question."""
     params = settings(hub, tmp_path, **{"data.train_rows": 3, "data.reserve": 2.0})
@@ -400,14 +425,59 @@ class Gate(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gate)
+class Commits(Gate):
+    """A hub whose every dataset has a commit for each revision."""
+
+    def do_GET(self):
+        repository, revision = self.path.removeprefix("/api/datasets/").split("/revision/")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"id": repository, "sha": commit_of(repository, revision)}).encode())
+
+
+def commit_of(repository, revision):
+    return hashlib.sha1(f"{repository} {revision}".encode()).hexdigest()
+
+
+@contextmanager
+def serving(handler):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(hub_constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub_constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        patch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+        yield
     server.shutdown()
+
+
+@pytest.fixture
+def gate():
+    with serving(Gate):
+        yield
+
+
+def test_rows_of_the_hub_are_read_at_the_commit_that_the_manifest_keeps(own_hub, tmp_path, monkeypatch, drawn):
+    """The hub's answers are real, its files are the copies, VisionThink's streamed from arrow files as there."""
+    (own_hub / "Senqiao/VisionThink-Smart-Train/state.json").unlink()
+    load, asked = datasets.load_dataset, {}
+
+    def from_copy(path, revision, **how):
+        asked[path] = (revision, how["streaming"])
+        return load(str(own_hub / path), **how)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_copy)
+    params = settings("", tmp_path)
+    with serving(Commits):
+        records = sampling.manifest(params, drawn[1])
+        streamed = sampling.collect(params, "training", "visionthink_smart")
+    declared = yaml.safe_load((ROOT / "data/sources.yaml").read_text())
+    named = [one for kind in ("training", "evaluation") for one in declared[kind].values()]
+    assert asked == {one["hub"]: (commit_of(one["hub"], one["revision"]), one["streaming"]) for one in named}
+    assert len(records) == sum(map(len, drawn[1].values()))
+    assert all(record["commit"] == asked[record["hub"]][0] for record in records)
+    assert streamed.published == COUNT
+    copied = sampling.collect(drawn[0], "training", "visionthink_smart")  # by load_from_disk
+    assert streamed.records == copied.records
 
 
 def test_gated_and_missing_datasets_say_what_to_do(gate, tmp_path):

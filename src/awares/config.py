@@ -144,6 +144,7 @@ class Curation:
     anls_threshold: float = _method(low=0, high=1)
     oracle_seed: int = _method(low=0)
     served_file: str = _method()
+    released: str = _method()
     engine: str = _size(choices=ENGINES)
     judge: str = _size(choices=JUDGES)
     judges: tuple[str, ...] = _size(choices=JUDGES)

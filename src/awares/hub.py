@@ -13,7 +13,7 @@ import pandas as pd
 from huggingface_hub import DatasetCardData, EvalResult, HfApi, ModelCardData
 
 from awares import data, sources
-from awares.config import AwaresError, AwaresFileError, Params
+from awares.config import AwaresError, AwaresFileError, AwaresValueError, Params
 
 PAPER = "https://arxiv.org/abs/2603.16932"
 SPLITS = ("train", "validation")
@@ -84,8 +84,11 @@ done = AwaRes.from_pretrained("this folder").ask("page.png", "what is the total?
 def dataset_folder(params: Params, images: bool = False) -> Path:
     """The curated rows ready to upload: a Parquet file a split, raw labels beside them, a card with the sources' licences.
 
-    ``images``: with the pictures; without them a row is found again by its id. AwaresError where curation has not run.
+    ``images``: with the pictures; without them a row is found again by its id. AwaresError where curation has not run, and for released
+    rows: they are others' work.
     """
+    if params.curation.released:
+        raise AwaresValueError("curation.released: these rows are published already, and were not curated here")
     curated = params.run_dir("curation")
     for split in SPLITS:
         if not (curated / split / "dataset").is_dir():

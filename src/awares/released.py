@@ -1,47 +1,60 @@
-"""The released AwaRes dataset as curated rows: a ready-made alternative to running `curation` (PAPER §7).
+"""The released AwaRes dataset as curated rows: a ready-made alternative to `curation` (PAPER §7), which ``curation.released`` chooses.
 
-    rows = released.curated(params)
-    data.save_rows(rows, params.run_dir("curation") / "train" / curation.ROWS)
-
-and both trainings go on from there. Its published schema could not be read when this was written: what is assumed of it
-stands in `sources.READERS` (trajectory) and under ``curated`` in data/sources.yaml, which is where to correct it.
+Its published schema could not be read when this was written: what is assumed of it stands in `sources.READERS` (trajectory)
+and under ``curated`` in data/sources.yaml, which is where to correct it.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 
-from awares import curation, protocol, sampling
+from awares import curation, data, protocol, sampling
 from awares.config import AwaresValueError, Params
 from awares.records import Record
+from awares.sampling import Collected
 
 JUDGE = "released"  # name of the verdict columns: whoever labelled the release
 
 
-def curated(params: Params, name: str = "awares") -> datasets.Dataset:
-    """The rows of `curation.curate`, from the trajectories of ``name`` under ``curated`` in the sources file.
+def curate(params: Params, out_dir: str | Path) -> dict[str, datasets.Dataset]:
+    """Write the curated rows of both splits to ``out_dir``, where `curation.curate` would, and return them.
 
     A trajectory that calls is HR with the crops it asks for as target, one that answers at once is LR. Answers of a base model
     and boxes were not released and stay empty; the verdict is 2 for HR and 0 for LR. Rows with an image of a benchmark
-    are left out. Raises AwaresError as `sampling.collect` does, and for a call that cannot be read.
+    are left out. Validation rows are as many as `data` would hold out of all sources; training rows are all others but those that
+    share an image with one of them. Raises AwaresError as `sampling.collect` does, for too few rows, and for a call that
+    cannot be read.
     """
-    one = sampling.collect(params, "curated", name)
-    good = [record for record in one.records if record["state"] == "row"]
-    kept = sampling.apart(good, sampling.benchmark_hashes(params), params.data.duplicate_distance)
-    if not kept:
-        raise AwaresValueError(f"{one.source.place}: no usable row in {one.source.hub}")
-    targets = [_target(record, one.source.place) for record in kept]
-    base = sampling.build(one, kept, "train")
+    one = sampling.collect(params, "curated", params.curation.released)
+    limit = params.data.duplicate_distance
+    clean = sampling.apart(sampling.good(one), sampling.benchmark_hashes(params), limit)
+    count = params.data.validation_rows * len(params.data.sources)
+    held = sampling.ranked(clean, params.data.validation_seed)[:count]
+    train = sampling.ranked(sampling.apart(clean, sampling.phashes(held), limit), params.data.train_seed)
+    if not train:
+        raise AwaresValueError(
+            f"{one.source.place}: {len(clean)} usable rows in {one.source.hub} leave none to train on beside the {count} of "
+            "data.validation_rows: lower it"
+        )
+    for split, records in {"train": train, "validation": held}.items():
+        data.save_rows(_curated(one, records, split, params), Path(out_dir) / split / curation.ROWS)
+    return {split: data.load_rows(Path(out_dir) / split / curation.ROWS) for split in ("train", "validation")}
+
+
+def _curated(one: Collected, records: Sequence[Record], split: str, params: Params) -> datasets.Dataset:
+    targets = [_target(record, one.source.place) for record in records]
+    base = sampling.build(one, records, split)
     blank: Record = {"answer": ""}
-    answers = [{"id": record["id"], "low": blank, "high": blank} for record in kept]
-    verdicts = [{"id": record["id"], JUDGE: _verdict(crops)} for record, crops in zip(kept, targets, strict=True)]
+    answers = [{"id": record["id"], "low": blank, "high": blank} for record in records]
+    verdicts = [{"id": record["id"], JUDGE: _verdict(crops)} for record, crops in zip(records, targets, strict=True)]
     section = replace(params.curation, judge=JUDGE, drop_both_wrong=False)
     rows = curation.assemble(base, answers, verdicts, [], replace(params, curation=section))
     column = datasets.Dataset.from_dict(
         {"target_crops": targets}, features=rows.select_columns("target_crops").features
     )
-    found = datasets.concatenate_datasets([rows.remove_columns("target_crops"), column], axis=1)
-    return found
+    return datasets.concatenate_datasets([rows.remove_columns("target_crops"), column], axis=1)
 
 
 def _target(record: Record, place: str) -> list[str]:

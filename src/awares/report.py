@@ -99,22 +99,23 @@ def crop_table(rows: datasets.Dataset) -> pd.DataFrame:
 
 def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
     """One line per curated row: source, label, image width and height (px), height (shorter side of its smallest evidence box, px of the full
-    image), and whether the deciding judge calls the answers right: half, full.
+    image), and whether the deciding judge calls the answers right: half, full (not of released rows, which come without answers).
 
     A row without boxes of its own counts with the oracle's; one that has neither (an LR row of a public dataset) has height nan.
     """
     judge = params.curation.judge
     passed = right_at(judge, params)
-    scores = {view: rows[f"{side}_score_{judge}"][:] for view, side in (("half", "low"), ("full", "high"))}
+    sides = {"half": "low", "full": "high"} if not params.curation.released else {}
+    scores = {view: rows[f"{side}_score_{judge}"][:] for view, side in sides.items()}
     records = []
     for index, row in enumerate(rows):
         own = row["answer_boxes"] or row["question_boxes"]
         boxes = own or row.get("oracle_answer_boxes") or row.get("oracle_question_boxes") or []
         width, height = row["image"].size
-        sides = [min((box[2] - box[0]) * width, (box[3] - box[1]) * height) / 1000 for box in boxes]
+        spans = [min((box[2] - box[0]) * width, (box[3] - box[1]) * height) / 1000 for box in boxes]
         record = {"source": row["source"], "label": row["label"], "image width": width, "image height": height}
         right = {view: values[index] >= passed for view, values in scores.items()}
-        records.append({**record, "height": min(sides, default=math.nan), **right})
+        records.append({**record, "height": min(spans, default=math.nan), **right})
     return pd.DataFrame(records)
 
 

@@ -70,7 +70,7 @@ class Collected:
     """What was drawn from a source. ``records``: one a drawn row, by ascending position in the published split.
 
     A record has id, row (position), state (row, empty or fault), and of a good row question, answers, call, image (sha256
-    of its file under ``folder``/images) and phash.
+    of its file under ``folder``/images) and phashes: of the image and of every picture that was joined to make it.
     """
 
     source: Source
@@ -153,7 +153,8 @@ def _read(opened: Opened, index: int, files: Path, max_side: int) -> Record:
     digest = hashlib.sha256(encoded).hexdigest()
     _keep(files / digest, encoded)
     words = {"question": draft.question, "answers": list(draft.answers), "call": draft.call}
-    return {**record, "state": "row", **words, "image": digest, "phash": perceptual_hash(picture)}
+    phashes = [perceptual_hash(one) for one in (picture, *draft.pictures)]
+    return {**record, "state": "row", **words, "image": digest, "phashes": phashes}
 
 
 def _keep(file: Path, content: bytes) -> None:
@@ -193,9 +194,9 @@ class Selection:
 def select(params: Params) -> Selection:
     """Validation and training rows of all hub sources of ``data.sources``, disjoint by image from each other and the benchmarks.
 
-    Two images are one where their perceptual hashes differ by at most ``data.duplicate_distance`` bits. Validation rows
-    are taken first, by ``data.validation_seed``; training rows follow in the order of the draw and leave out every image
-    of any validation row. Raises AwaresError for a source that runs short.
+    Two images are one where their perceptual hashes differ by at most ``data.duplicate_distance`` bits; of a row with several pictures
+    each counts. Validation rows are taken first, by ``data.validation_seed``; training rows follow in the order of the draw and
+    leave out every image of any validation row. Raises AwaresError for a source that runs short.
     """
     sources.read_sources(params, "training")  # says what is wrong with the file
     return _select(params, params.path(params.data.sources_file).read_text(encoding="utf-8"))
@@ -209,11 +210,11 @@ def _select(params: Params, declared: str) -> Selection:
     seen = benchmark_hashes(params)
     collected = {name: collect(params, "training", name) for name in names}
     limit = params.data.duplicate_distance
-    clean = {name: apart(_good(one), seen, limit) for name, one in collected.items()}
+    clean = {name: apart(good(one), seen, limit) for name, one in collected.items()}
     held = {name: _held_out(clean[name], params) for name in names}
-    held_hashes = [record["phash"] for records in held.values() for record in records]
+    held_hashes = [one for records in held.values() for one in phashes(records)]
     free = {name: apart(clean[name], held_hashes, limit) for name in names}
-    train = {name: _ranked(free[name], params.data.train_seed)[: params.data.train_rows] for name in names}
+    train = {name: ranked(free[name], params.data.train_seed)[: params.data.train_rows] for name in names}
     counts = [_count(collected[name], clean[name], free[name], held[name], train[name]) for name in names]
     for name, taken in (*held.items(), *train.items()):
         _enough(collected[name], taken, params, "validation_rows" if taken is held[name] else "train_rows", counts)
@@ -239,35 +240,43 @@ def preflight(params: Params) -> None:
 def benchmark_hashes(params: Params) -> list[str]:
     """The perceptual hashes of every image of every benchmark in the sources file, evaluated or not."""
     tasks = sources.read_sources(params, "evaluation")
-    return [record["phash"] for task in tasks for record in _good(collect(params, "evaluation", task))]
+    return [one for task in tasks for one in phashes(good(collect(params, "evaluation", task)))]
 
 
-def _good(collected: Collected) -> list[Record]:
+def good(collected: Collected) -> list[Record]:
+    """The records of usable rows."""
     return [record for record in collected.records if record["state"] == "row"]
 
 
+def phashes(records: Sequence[Record]) -> list[str]:
+    """The perceptual hashes of all pictures of ``records``."""
+    return [one for record in records for one in record["phashes"]]
+
+
 def apart(records: list[Record], hashes: Sequence[str], limit: int) -> list[Record]:
-    """The records whose image differs from all of those behind ``hashes`` by more than ``limit`` bits."""
-    far = distances([record["phash"] for record in records], hashes) > limit
-    return [record for record, keep in zip(records, far, strict=True) if keep]
+    """The records of whose pictures each differs from all of those behind ``hashes`` by more than ``limit`` bits."""
+    shown = sorted(set(phashes(records)))
+    far = dict(zip(shown, distances(shown, hashes) > limit, strict=True))
+    return [record for record in records if all(far[one] for one in record["phashes"])]
 
 
-def _ranked(records: Sequence[Record], seed: int) -> list[Record]:
+def ranked(records: Sequence[Record], seed: int) -> list[Record]:
+    """``records`` in the order of ``seed``."""
     return sorted(records, key=lambda record: rank(seed, record["id"]))
 
 
 def _held_out(records: Sequence[Record], params: Params) -> list[Record]:
-    return _ranked(records, params.data.validation_seed)[: params.data.validation_rows]
+    return ranked(records, params.data.validation_seed)[: params.data.validation_rows]
 
 
 def _count(one: Collected, clean: list[Record], free: list[Record], held: list[Record], train: list[Record]) -> Record:
-    good = len(_good(one))
+    usable = len(good(one))
     return {
         "source": one.source.name,
         "published": one.published,
         "drawn": len(one.records),
-        "empty": len(one.records) - good,
-        "of benchmarks": good - len(clean),
+        "empty": len(one.records) - usable,
+        "of benchmarks": usable - len(clean),
         "of validation": len(clean) - len(free) - len(held),
         "validation": len(held),
         "train": len(train),
@@ -290,7 +299,7 @@ def load(params: Params, name: str, split: str) -> datasets.Dataset:
     """The rows of source (train, validation) or benchmark (evaluation) ``name``: what `data.load_source` gives for origin hub."""
     if split == "evaluation":
         one = collect(params, "evaluation", name)
-        drawn = _ranked(_good(one), params.evaluation.seed)[: params.evaluation.rows]
+        drawn = ranked(good(one), params.evaluation.seed)[: params.evaluation.rows]
         return build(one, sorted(drawn, key=lambda record: int(record["row"])), split)
     if split not in ("train", "validation"):
         raise AwaresValueError(f"origin hub has splits train, validation and evaluation, not {split!r}")

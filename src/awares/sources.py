@@ -10,7 +10,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -58,13 +58,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Draft:
-    """A published row in our terms, its image not yet capped. ``call``: the released trajectory's first turn."""
+    """A published row in our terms, its image not yet capped.
+
+    ``call``: the released trajectory's first turn. ``pictures``: those that the image was joined from, where there are several.
+    """
 
     image: Image.Image
     encoded: bytes | None  # the published file, where the image is one as it stands
     question: str
     answers: tuple[str, ...]
     call: str = ""
+    pictures: tuple[Image.Image, ...] = ()
 
 
 # Declarations
@@ -83,7 +87,7 @@ def get_source(params: Params, kind: str, name: str) -> Source:
     """One source of `read_sources`; AwaresError listing the known ones for another name."""
     known = read_sources(params, kind)
     if name not in known:
-        key = {"training": "data.sources", "evaluation": "data.tasks"}.get(kind, kind)
+        key = {"training": "data.sources", "evaluation": "data.tasks", "curated": "curation.released"}[kind]
         raise AwaresValueError(
             f"{key}: {name!r} is not declared in {params.data.sources_file}: it has {', '.join(known)}"
         )
@@ -354,8 +358,9 @@ def _conversation(row: Record, opened: Opened, index: int) -> Draft | None:
     pictures = [row["images"][place] for place in shown]
     if len(pictures) == 1:
         return _draft(pictures[0], question, [answer], opened)
-    strip = side_by_side([_image(_bytes(picture, opened)) for picture in pictures])
-    return _draft(strip, question, [answer], opened)
+    decoded = [_image(_bytes(picture, opened)) for picture in pictures]
+    draft = _draft(side_by_side(decoded), question, [answer], opened)
+    return draft and replace(draft, pictures=tuple(decoded))
 
 
 def _trajectory(row: Record, opened: Opened, index: int) -> Draft | None:
@@ -369,7 +374,7 @@ def _trajectory(row: Record, opened: Opened, index: int) -> Draft | None:
         return None
     call = said[0] if len(said) > 1 else ""
     draft = _draft(row["images"][0], turns[0][1], [said[-1]], opened)
-    return draft and Draft(draft.image, draft.encoded, draft.question, draft.answers, call)
+    return draft and replace(draft, call=call)
 
 
 READERS: dict[str, Reader] = {
