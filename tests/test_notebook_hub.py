@@ -209,12 +209,12 @@ def test_latency(line):
 
 
 def test_plan_finds_what_is_there_and_what_is_not(line):
-    missing = {"base.device": "cuda", "evaluation.lmms_eval": "nowhere/python"}
+    missing = {"base.device": "cuda", "base.launch": "data/launch/8gpu.yaml", "evaluation.lmms_eval": "nowhere/python"}
     text = shown(line.run("08_plan", "plan", **missing))
     hub = [f"dataset {path.parent.name}/{path.name}" for path in Path(line.params.data.hub_root).glob("*/*")]
     assert len(hub) == 11 and all(name in text for name in hub)
     assert f"base: {line.params.base.model}" in text and "llama: meta-llama/Llama-3.3-70B-Instruct" in text
-    assert "8 GPUs" in text and "say how many there are in plan.gpus" in text
+    assert "8 GPUs here, for data/launch/8gpu.yaml" in text and "name another file in base.launch" in text
     assert "start it with --served-model-name deepseek-ai/DeepSeek-V3.2" in text  # the server has the other two
     assert re.search(r"\*\*3 of \d+ missing\*\*", text)
     assert "248 requests to servers" in text  # 40 rows: two views, two judges in both orders, boxes for about a fifth
