@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from test_served import Server
 from test_sources_hub import Gate, gate  # noqa: F401  (a fixture)
+from transformers import Qwen3VLConfig
 
 from awares import cli, costs, plan
 from awares.config import AwaresError, load_params
@@ -79,9 +80,32 @@ def test_the_committed_measurement_is_one_to_plan_with():
     assert forecast(plan__bench="reports/h200").basis["sft"] == "measured on NVIDIA H200"
 
 
-def test_a_model_of_unknown_size_is_named():
-    with pytest.raises(AwaresError, match="base.model Some/Other"):
-        forecast(base__model="Some/Other")
+@pytest.mark.parametrize("name", ["Some/Other", "Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-32B-Instruct"])
+def test_a_model_of_unknown_size_is_named_with_the_mend(name):
+    said = f"base.model {name}: sizes are known of qwen2.5-vl-7b, .*72b, .*`hf download {name} config.json"
+    with pytest.raises(AwaresError, match=said):
+        forecast(base__model=name)
+
+
+def test_larger_models_cost_more():
+    tables = {size: forecast(base__model=f"Qwen/Qwen2.5-VL-{size}-Instruct").loc["sft"] for size in ("3B", "7B", "72B")}
+    assert tables["7B"].equals(forecast().loc["sft"])
+    assert tables["3B"].pflop * 1.7 < tables["7B"].pflop < tables["72B"].pflop / 7
+    assert tables["72B"].gpu_memory_gb > 2 * 72.2  # bf16
+
+
+def test_a_folder_is_counted_as_what_its_config_says(tmp_path):
+    """Qwen3-VL from config.json alone: every token of an image stands for 32 px, not 28."""
+    Qwen3VLConfig().save_pretrained(tmp_path)
+    sft, other = forecast(base__model=str(tmp_path)).loc["sft"], forecast().loc["sft"]
+    config = plan.model_config(load_params("paper", overrides={"base.model": str(tmp_path)}, path=PARAMS))
+    _, language = costs.parameters(config)
+    assert sft.pflop == pytest.approx(3 * 2 * language * sft.tokens / 1e15, rel=0.35)
+    written = sft.rows * (plan.TEXT + plan.ANSWER + 0.278 * (plan.CALL + plan.ANSWER))
+    assert (sft.tokens - written) / (other.tokens - written) == pytest.approx((28 / 32) ** 2, rel=0.02)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    with pytest.raises(AwaresError, match="a model of type qwen2_vl; awares runs qwen2_5_vl, qwen3_vl"):
+        forecast(base__model=str(tmp_path))
 
 
 @pytest.fixture

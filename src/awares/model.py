@@ -24,7 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as transformers_logging
 
 from awares import protocol
-from awares.config import AwaresFileError, AwaresValueError
+from awares.config import AwaresError, AwaresFileError, AwaresValueError
 
 # model_type of a checkpoint -> its class; of every size
 CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
@@ -86,6 +86,19 @@ def load_processor(path: str | Path) -> ImageOnlyProcessor:
     return ImageOnlyProcessor(image_processor, tokenizer)
 
 
+def load_config(path: str | Path) -> Any:
+    """The configuration of a checkpoint folder (or hub name); AwaresError for none, or of a model that awares does not run."""
+    source = _source(path)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if config.model_type not in CLASSES:
+        raise AwaresValueError(f"{path}: a model of type {config.model_type}; awares runs {', '.join(CLASSES)}")
+    return config
+
+
 def load_model(
     path: str | Path,
     dtype: str = "float32",
@@ -139,26 +152,25 @@ def set_threads(threads: int) -> None:
 
 
 def _load_weights(path: str | Path, dtype: torch.dtype) -> Any:
-    source = _source(path)
+    maker: Any = CLASSES[load_config(path).model_type]
     try:
         with _quiet():  # missing weights are an error below, not a table on the screen
-            kind = AutoConfig.from_pretrained(source).model_type
-            maker: Any = CLASSES.get(kind)
-            loaded: Any = maker and maker.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            model, info = maker.from_pretrained(
+                _source(path), dtype=dtype, use_safetensors=True, output_loading_info=True
             )
     except Exception as error:  # safetensors' own error class derives from Exception alone
-        reason = _first_line(error)
-        if not Path(path).is_dir():
-            raise AwaresFileError(f"{path}: no such model folder, nor to be had from the hub ({reason})") from error
-        raise AwaresValueError(f"{path}: no readable safetensors checkpoint ({reason}): fetch it again") from error
-    if maker is None:
-        raise AwaresValueError(f"{path}: a model of type {kind}; awares runs {', '.join(CLASSES)}")
-    model, info = loaded
+        raise _unreadable(path, error) from error
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise AwaresValueError(f"{path}: incomplete checkpoint, {len(lacking)} weights missing, such as {lacking[0]}")
     return model
+
+
+def _unreadable(path: str | Path, error: Exception) -> AwaresError:
+    reason = _first_line(error)
+    if not Path(path).is_dir():
+        return AwaresFileError(f"{path}: no such model folder, nor to be had from the hub ({reason})")
+    return AwaresValueError(f"{path}: no readable safetensors checkpoint ({reason}): fetch it again")
 
 
 def _name_stock_processor(file: Path, processor: ImageOnlyProcessor, kind: str) -> None:

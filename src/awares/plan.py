@@ -17,6 +17,7 @@ import torch
 
 from awares import base, costs, served, shapes, sources
 from awares.config import SYSTEMS, AwaresFileError, AwaresValueError, Params, read_yaml
+from awares.model import load_config
 
 COLUMNS = ("stage", "rows", "requests", "tokens", "pflop", "gpu_hours", "gpu_memory_gb", "disk_gb", "basis")
 TEXT = 300  # tokens of system prompt, tool schema and question: assumed
@@ -206,13 +207,12 @@ def model_config(params: Params) -> Any:
     """The configuration of ``base.model``: of the folder, or the published sizes; AwaresError for a model whose sizes are not known here."""
     path = params.model_path()
     if isinstance(path, Path):
-        from transformers import Qwen2_5_VLConfig
-
-        return Qwen2_5_VLConfig.from_pretrained(path)
+        return load_config(path)
     shape = next((name for name in shapes.SHAPES if name in path.lower()), None)
     if shape is None:
         raise AwaresValueError(
-            f"base.model {path}: sizes are known of {', '.join(shapes.SHAPES)}, and of a folder here"
+            f"base.model {path}: sizes are known of {', '.join(shapes.SHAPES)}, and of a folder here, Qwen3-VL's too: "
+            f"run `hf download {path} config.json --local-dir FOLDER` and plan with base.model FOLDER"
         )
     return shapes.config_of(shape, 1.0, base.build_tokenizer())
 
@@ -220,11 +220,13 @@ def model_config(params: Params) -> Any:
 def _typical(params: Params, config: Any) -> Image:
     """The mean over the six benchmarks' common sizes (assumed for the training sources, too)."""
     shape = shapes.MINI if params.data.origin != "hub" else "paper"
+    merge = config.vision_config.spatial_merge_size
+    side = merge * config.vision_config.patch_size
     found = []
     for name in shapes.BENCHMARKS:
         width, height = shapes.image_size(name, shape, 1.0)
-        grid = 2 * round(height / 28), 2 * round(width / 28)
-        found.append((width * height, grid[0] * grid[1] / 4, costs.vision_flops(grid, config)))
+        grid = merge * round(height / side), merge * round(width / side)
+        found.append((width * height, grid[0] * grid[1] / merge**2, costs.vision_flops(grid, config)))
     return Image(*(sum(part) / len(found) for part in zip(*found, strict=True)))
 
 
