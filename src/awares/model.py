@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -33,6 +35,7 @@ STOCK = {
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
 }
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -123,6 +126,27 @@ def load_model(
     return model.to(device).train(trainable)
 
 
+def adapter_folder(path: str | Path) -> Path | None:
+    """Where the adapter ``path`` lies, a folder or a hub name, which is fetched: its configuration and safetensors alone. None for no adapter."""
+    if Path(path).is_dir() or not _is_hub_name(str(path)):
+        return Path(path) if Path(path, ADAPTER_CONFIG).is_file() else None
+    try:
+        with _quiet():
+            folder = Path(hf_hub_download(str(path), ADAPTER_CONFIG)).parent
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # whatever the network does
+        raise _unreadable(path, error) from error
+    try:
+        with _quiet():
+            hf_hub_download(str(path), ADAPTER_WEIGHTS, revision=folder.name)  # of the same commit
+    except Exception as error:
+        raise AwaresFileError(
+            f"{path}: no {ADAPTER_WEIGHTS} there, and only safetensors are read ({_first_line(error)})"
+        ) from error
+    return folder
+
+
 def save_model(model: Any, processor: ImageOnlyProcessor, path: str | Path) -> None:
     """Save weights (an adapter for a PEFT model) and processor; the folder appears only when all of it is written."""
     path = Path(path)
@@ -186,10 +210,15 @@ def _name_stock_processor(file: Path, processor: ImageOnlyProcessor, kind: str) 
 def _add_adapter(model: Any, adapter: str | Path, trainable: bool) -> Any:
     from peft import PeftModel
 
-    if not Path(adapter, "adapter_config.json").is_file():
-        raise AwaresFileError(f"{adapter}: no adapter_config.json there: give the folder that an awares training wrote")
+    folder = adapter_folder(adapter)
+    if folder is None:
+        raise AwaresFileError(
+            f"{adapter}: no adapter_config.json there: give the folder that an awares training wrote, or a hub name"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise AwaresFileError(f"{adapter}: no {ADAPTER_WEIGHTS} there, and only safetensors are read")
     try:
-        peft_model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except Exception as error:
         raise AwaresValueError(f"{adapter}: adapter does not fit or is damaged ({_first_line(error)})") from error
     return peft_model if trainable else peft_model.merge_and_unload()
@@ -198,10 +227,13 @@ def _add_adapter(model: Any, adapter: str | Path, trainable: bool) -> Any:
 def _source(path: str | Path) -> str:
     """``path`` if it is a folder, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct."""
     text = str(path)
-    hub_name = text.count("/") == 1 and not text.startswith((".", "/")) and not Path(text).parent.exists()
-    if not Path(text).is_dir() and not hub_name:
+    if not Path(text).is_dir() and not _is_hub_name(text):
         raise AwaresFileError(f"{path}: no such model folder")
     return text
+
+
+def _is_hub_name(text: str) -> bool:
+    return text.count("/") == 1 and not text.startswith((".", "/")) and not Path(text).parent.exists()
 
 
 @contextmanager
