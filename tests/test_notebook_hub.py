@@ -28,7 +28,7 @@ from awares.model import save_model
 from awares.report import AVERAGE, CHECKS
 
 ROOT = Path(__file__).parent.parent
-KEY = "sk-planted-paper-0b7d"
+KEYS = {"AWARES_API_KEY": "sk-planted-paper-0b7d", "HF_TOKEN": "hf_planted_paper_4e8c"}
 SMOKE = {key: value for key, value in test_notebooks.SMOKE.items() if not key.startswith("curation.")}
 SMOKE |= {
     "data.train_rows": 6,
@@ -91,7 +91,7 @@ def line(folder, servers):
     made = test_notebooks.Line(folder, {**SMOKE, **{key: str(path) for key, path in places.items()}}, "paper")
     settings = {"PYTHONPATH": str(ROOT / "src"), "HF_DATASETS_CACHE": str(folder / "cache"), "NO_PROXY": "127.0.0.1"}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**settings, **servers, "AWARES_API_KEY": KEY}.items():
+        for name, value in {**settings, **servers, **KEYS}.items():
             patch.setenv(name, value)
         for name, stage in publish.STAGES.items():
             made.run(name, stage)
@@ -269,4 +269,6 @@ def test_systems_are_compared_and_claims_decided(line, ablations):
 
 def test_no_key_is_left_behind(line, folder):
     files = [path for part in ("runs", "reports") for path in (folder / part).rglob("*") if path.is_file()]
-    assert len(files) > 50 and not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert len(files) > 50 and line.printed.stat().st_size > 0
+    for key in KEYS.values():
+        assert not [path for path in (*files, line.printed) if key.encode() in path.read_bytes()]
