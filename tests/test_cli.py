@@ -1,6 +1,8 @@
 """The command: real processes on a tiny model; what is printed, what is refused, and batches that a kill cannot harm."""
 
 import functools
+import hashlib
+import http.server
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import urllib.error
@@ -528,6 +531,84 @@ def test_published_adapters_name_what_they_were_made_for(model: Path, scans: Pat
     first = AwaRes.from_pretrained(policy / "sft").ask(scans / "page0.png", "q")
     assert first.call_gap != both.call_gap
     assert shipped(tmp_path).adapters == (policy / "sft", policy / "grpo")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub whose repositories are the folders OWNER/NAME of ``root``, all of one commit; ``asked``: for which files."""
+
+    root: Path
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        found = re.match(r"/(?:api/models/)?(\w+/\w+)", self.path)
+        repository = self.root / (found[1] if found else "")
+        file = repository / self.path.partition("/resolve/")[2].partition("/")[2]
+        self.asked.append(file.name)
+        body = file.read_bytes() if file.is_file() else b""
+        self.send_response(200 if file.is_file() else 404)
+        if not file.is_file():
+            self.send_header("X-Error-Code", "EntryNotFound" if repository.is_dir() else "RepoNotFound")
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *values: Any) -> None:
+        pass
+
+
+def test_adapters_of_the_hub_are_fetched_without_pickles(model: Path, scans: Path, tmp_path: Path) -> None:
+    """Over HTTP once, then from the cache, and with the answers of the same adapters in folders."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    root = tmp_path / "hub"
+    shutil.copytree(model, root / "me" / "base")
+    for seed, (name, base) in enumerate({"sft": "me/base", "grpo": "me/sft"}.items()):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(load_model(model), config).save_pretrained(str(root / "me" / name))
+        written = root / "me" / name / "adapter_config.json"
+        written.write_text(json.dumps({**json.loads(written.read_text()), "base_model_name_or_path": base}))
+    (root / "me" / "pickled").mkdir()
+    shutil.copy(root / "me" / "sft" / "adapter_config.json", root / "me" / "pickled")
+    for name in ("sft", "pickled"):
+        torch.save({}, root / "me" / name / "adapter_model.bin")
+    handler: Any = type("Here", (Hub,), {"root": root, "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    places = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    environment = {**os.environ, **places, "PYTHONPATH": str(ROOT / "src"), "NO_PROXY": "127.0.0.1"}
+    environment |= {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+
+    def ask(*policy: str, **more: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "awares", "ask", str(scans / "page0.png"), "q", "--json", *policy]
+        return subprocess.run(line, env={**environment, **more}, cwd=tmp_path, capture_output=True, text=True)
+
+    try:
+        online = ask("--model", "me/grpo")
+        asked = set(handler.asked)
+        given = ask("--model", str(model), "--adapter", "me/sft", "--adapter", "me/grpo")
+        pickled, absent = ask("--model", "me/pickled"), ask("--model", str(model), "--adapter", "me/none")
+    finally:
+        server.shutdown()
+    offline = ask("--model", "me/grpo", HF_HUB_OFFLINE="1")
+    folders = [root / "me" / name for name in ("sft", "grpo")]
+    expected = AwaRes.from_pretrained(model, folders).ask(scans / "page0.png", "q").call_gap
+    assert expected != AwaRes.from_pretrained(model, folders[:1]).ask(scans / "page0.png", "q").call_gap
+    for done in (online, given, offline):
+        assert done.returncode == 0 and json.loads(done.stdout)["call_gap"] == expected, done.stderr
+    assert {"adapter_config.json", "adapter_model.safetensors"} < asked
+    assert not [name for name in handler.asked if name.endswith((".bin", ".pt", ".pth"))]
+    assert pickled.returncode == 1 and "me/pickled: no adapter_model.safetensors there" in pickled.stderr
+    assert absent.returncode == 1 and "me/none: no such model folder, nor to be had from the hub" in absent.stderr
+    mistyped = ask("--model", str(model), "--adapter", str(tmp_path / "polcy"))
+    assert mistyped.returncode == 1 and "polcy: no adapter_config.json there: give the folder" in mistyped.stderr
 
 
 def test_without_a_name_the_shipped_policy_is_asked(capsys: Any) -> None:

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_bases import qwen3
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from awares import costs, protocol
 from awares.config import AwaresError
 from awares.decode import Decoder
-from awares.model import visual_tokens
+from awares.model import ImageOnlyProcessor, visual_tokens
 from awares.rollout import Engine, Script, Trajectory
 
 
@@ -20,12 +22,25 @@ def counted(work: Any) -> float:
     return counter.get_total_flops()
 
 
-@pytest.fixture(scope="module")
-def eager(tiny: SimpleNamespace):
-    """The tiny model with attention in plain matrix products: torch's counter does not know the CPU's fused kernel."""
-    tiny.model.set_attn_implementation("eager")
-    yield tiny
-    tiny.model.set_attn_implementation("sdpa")
+@pytest.fixture(scope="module", params=["qwen2.5-vl", "qwen3-vl"])
+def family(request: pytest.FixtureRequest, tiny: SimpleNamespace) -> SimpleNamespace:
+    """A tiny model of either family."""
+    if request.param == "qwen2.5-vl":
+        return tiny
+    torch.manual_seed(0)
+    model, patch = qwen3(tiny.processor.tokenizer)
+    size = {"shortest_edge": 4 * patch * patch, "longest_edge": 2000 * 2000}
+    pictures = Qwen2VLImageProcessorPil(patch_size=patch, size=size)
+    processor = ImageOnlyProcessor(pictures, tiny.processor.tokenizer)
+    return SimpleNamespace(model=model.eval(), processor=processor, noise=tiny.noise)
+
+
+@pytest.fixture
+def eager(family: SimpleNamespace):
+    """The model with attention in plain matrix products: torch's counter does not know the CPU's fused kernel."""
+    family.model.set_attn_implementation("eager")
+    yield family
+    family.model.set_attn_implementation("sdpa")
 
 
 @pytest.mark.parametrize("size", [(28 * 5, 28 * 9), (112, 112), (300, 100), (28 * 11, 28 * 4)])
@@ -36,7 +51,11 @@ def test_vision_tower_exactly(eager: SimpleNamespace, size: tuple[int, int]) -> 
     assert grid[0] * grid[1] // 4 == visual_tokens(size, eager.processor)
     found = counted(lambda: eager.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"]))
     assert costs.vision_flops(grid, eager.model.config) == found
-    windows = costs.window_sizes(grid, eager.model.config)
+
+
+@pytest.mark.parametrize("grid", [(10, 18), (8, 8), (22, 8)])
+def test_windows_cover_the_image(tiny: SimpleNamespace, grid: tuple[int, int]) -> None:
+    windows = costs.window_sizes(grid, tiny.model.config)
     assert sum(windows) == grid[0] * grid[1] and max(windows) <= 64
 
 
@@ -92,19 +111,22 @@ def test_a_row_costs_less_than_the_full_image(tiny: SimpleNamespace) -> None:
     assert flops == sorted(flops)
 
 
-def test_bytes(tiny: SimpleNamespace) -> None:
-    decoder = Decoder(tiny.model, tiny.processor, max_new_tokens=2)
-    image = tiny.noise(112, 112, 0)
-    text = tiny.processor.apply_chat_template(protocol.messages("q", None), tokenize=False, add_generation_prompt=True)
+def test_bytes(family: SimpleNamespace) -> None:
+    decoder = Decoder(family.model, family.processor, max_new_tokens=2)
+    image = family.noise(112, 112, 0)
+    text = family.processor.apply_chat_template(
+        protocol.messages("q", None), tokenize=False, add_generation_prompt=True
+    )
     cache = decoder.start([decoder.tokenize(text, [image.size])], [[image]]).state.cache
     layers: list[Any] = cache.layers
     held = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
-    assert costs.cache_bytes(cache.get_seq_length(), tiny.model.config, 4) == held
+    assert costs.cache_bytes(cache.get_seq_length(), family.model.config, 4) == held
 
 
-def test_parameters_are_the_models_matrices(tiny: SimpleNamespace) -> None:
-    tower, language = costs.parameters(tiny.model.config)
-    matrices = {name: weight.numel() for name, weight in tiny.model.named_parameters() if weight.dim() > 1}
+def test_parameters_are_the_models_matrices(family: SimpleNamespace) -> None:
+    tower, language = costs.parameters(family.model.config)
+    matrices = {name: weight.numel() for name, weight in family.model.named_parameters() if weight.dim() > 1}
+    matrices.pop("model.visual.pos_embed.weight", None)  # looked up
     assert tower == sum(count for name, count in matrices.items() if ".visual." in name)
     rest = {name: count for name, count in matrices.items() if ".visual." not in name and "embed_tokens" not in name}
     assert language == sum(rest.values())

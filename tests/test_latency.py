@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from awares import base, bench, costs, latency, shapes, suite
 from awares.config import TASKS
@@ -157,12 +158,17 @@ def test_escalation_plays_only_the_callers_again(embedded: SimpleNamespace) -> N
 
 
 def test_published_sizes() -> None:
-    """Parameters of the matrices as the published checkpoints have them, counted without building a model."""
+    """All parameters, as many as the published checkpoints' pages list, of models without memory."""
     tokenizer = base.build_tokenizer()
-    for shape, billions in (("qwen2.5-vl-7b", 8.29), ("qwen2.5-vl-3b", 3.75)):
-        config: Any = shapes.config_of(shape, 1.0, tokenizer)
+    published = {"7b": 8_292_166_656, "3b": 3_754_622_976, "72b": 73_410_777_344}
+    assert {f"qwen2.5-vl-{size}" for size in published} == set(shapes.SHAPES)
+    for size, count in published.items():
+        config: Any = shapes.config_of(f"qwen2.5-vl-{size}", 1.0, tokenizer)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        assert sum(weight.numel() for weight in model.parameters()) == count
         lookup = 0 if config.tie_word_embeddings else config.text_config.vocab_size * config.text_config.hidden_size
-        assert (sum(costs.parameters(config)) + lookup) / 1e9 == pytest.approx(billions, rel=0.01)
+        assert sum(costs.parameters(config)) + lookup == pytest.approx(count, rel=1e-3)  # norms and biases are the rest
         assert config.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
         assert config.text_config.hidden_size // config.text_config.num_attention_heads == shapes.HEAD
     small = shapes.config_of("qwen2.5-vl-7b", 0.001, tokenizer)

@@ -105,6 +105,7 @@ class Line:
         places = {"paths.runs": folder / "runs", "paths.reports": folder / "reports", "base.model": folder / "base"}
         self.values = {**values, **{key: str(path) for key, path in places.items()}}
         self.profile, self.params = profile, load_params(profile, "main", self.values, ROOT / "params.yaml")
+        self.printed = folder / "printed.txt"  # what the notebooks print: the pipeline shows it
         self.written: dict[str, set] = {}  # of a stage: its files as it left them
 
     def with_values(self, variant: str = "main", **more):
@@ -117,9 +118,9 @@ class Line:
         overrides = yaml.safe_dump({**self.values, **more}, default_flow_style=True, width=10**6).strip()
         parameters = {"profile": self.profile, "variant": variant, "overrides": overrides}
         source = ROOT / "notebooks" / f"{name}.ipynb"
-        papermill.execute_notebook(
-            source, executed, parameters, kernel_name="python3", progress_bar=False, cwd=ROOT / "notebooks"
-        )
+        options = {"kernel_name": "python3", "progress_bar": False, "cwd": ROOT / "notebooks"}
+        with self.printed.open("a") as shown:
+            papermill.execute_notebook(source, executed, parameters, **options, stdout_file=shown, stderr_file=shown)
         return executed
 
     def files(self, stage: str) -> set[tuple[str, int]]:

@@ -93,11 +93,14 @@ def test_report_needs_no_further_seed():
 # Manners
 
 
+KEYS = {"AWARES_API_KEY": "sk-planted-pipeline-51fe", "HF_TOKEN": "hf_planted_pipeline_92ab"}
+
 STAND_IN = '''#!{python}
 """papermill, or python -m awares.publish: writes what dvc.yaml declares for the stage, and notes that it ran."""
-import sys
+import os, sys
 from pathlib import Path
 import yaml
+assert {{"AWARES_API_KEY", "HF_TOKEN"}} <= {{*os.environ}}
 beta = yaml.safe_load(open("params.yaml"))["grpo"]["beta"]
 stages = yaml.safe_load(open("dvc.yaml"))["stages"]
 if sys.argv[1] == "-m":
@@ -173,13 +176,14 @@ def repository(tmp_path_factory):
 
 
 def call(folder, *command):
-    """Run a command in ``folder`` with the stand-ins first on PATH; its output, or an assertion with it."""
+    """Run a command in ``folder`` with the stand-ins first on PATH and keys in the environment; its output, or an assertion with it."""
     path = os.pathsep.join([str(folder.parent / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     program = [sys.executable, "-m", "dvc", *command[1:]] if command[0] == "dvc" else list(command)
     settings = {"PATH": path, "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(folder.parent / "site")}
-    environment = {**os.environ, **settings}
+    environment = {**os.environ, **settings, **KEYS}
     done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not [name for name, key in KEYS.items() if key in done.stdout + done.stderr]
     return done.stdout
 
 
@@ -323,3 +327,13 @@ def test_an_experiment_changes_one_value_and_keeps_the_comments(repository):
     text = (repository / "params.yaml").read_text()
     assert "  beta: 0.1" in text and "# Table 11" in text and text.startswith("profile: mini")
     call(repository, "git", "checkout", "-q", "params.yaml")
+
+
+# Last: it looks at all that the others wrote
+
+
+def test_no_key_is_left_behind(repository):
+    """Every stage had them: neither stands in dvc.lock, params.yaml, a log, the cache or any other file."""
+    files = [path for path in repository.parent.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert {repository / "dvc.lock", repository / "params.yaml", repository / "ran.txt"} <= {*files}
+    assert [path for path in files if any(key.encode() in path.read_bytes() for key in KEYS.values())] == []

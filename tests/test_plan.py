@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from test_served import Server
+from test_sources_hub import Gate, gate  # noqa: F401  (a fixture)
+from transformers import Qwen3VLConfig
 
 from awares import cli, costs, plan
 from awares.config import AwaresError, load_params
@@ -77,9 +80,32 @@ def test_the_committed_measurement_is_one_to_plan_with():
     assert forecast(plan__bench="reports/h200").basis["sft"] == "measured on NVIDIA H200"
 
 
-def test_a_model_of_unknown_size_is_named():
-    with pytest.raises(AwaresError, match="base.model Some/Other"):
-        forecast(base__model="Some/Other")
+@pytest.mark.parametrize("name", ["Some/Other", "Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-32B-Instruct"])
+def test_a_model_of_unknown_size_is_named_with_the_mend(name):
+    said = f"base.model {name}: sizes are known of qwen2.5-vl-7b, .*72b, .*`hf download {name} config.json"
+    with pytest.raises(AwaresError, match=said):
+        forecast(base__model=name)
+
+
+def test_larger_models_cost_more():
+    tables = {size: forecast(base__model=f"Qwen/Qwen2.5-VL-{size}-Instruct").loc["sft"] for size in ("3B", "7B", "72B")}
+    assert tables["7B"].equals(forecast().loc["sft"])
+    assert tables["3B"].pflop * 1.7 < tables["7B"].pflop < tables["72B"].pflop / 7
+    assert tables["72B"].gpu_memory_gb > 2 * 72.2  # bf16
+
+
+def test_a_folder_is_counted_as_what_its_config_says(tmp_path):
+    """Qwen3-VL from config.json alone: every token of an image stands for 32 px, not 28."""
+    Qwen3VLConfig().save_pretrained(tmp_path)
+    sft, other = forecast(base__model=str(tmp_path)).loc["sft"], forecast().loc["sft"]
+    config = plan.model_config(load_params("paper", overrides={"base.model": str(tmp_path)}, path=PARAMS))
+    _, language = costs.parameters(config)
+    assert sft.pflop == pytest.approx(3 * 2 * language * sft.tokens / 1e15, rel=0.35)
+    written = sft.rows * (plan.TEXT + plan.ANSWER + 0.278 * (plan.CALL + plan.ANSWER))
+    assert (sft.tokens - written) / (other.tokens - written) == pytest.approx((28 / 32) ** 2, rel=0.02)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    with pytest.raises(AwaresError, match="a model of type qwen2_vl; awares runs qwen2_5_vl, qwen3_vl"):
+        forecast(base__model=str(tmp_path))
 
 
 @pytest.fixture
@@ -107,7 +133,8 @@ def test_preflight_says_what_is_there_and_how_to_mend_the_rest(server, tmp_path,
     assert not other.there and "meta-llama" in other.found and "--served-model-name" in other.mend
     gone = found["base: Qwen/Qwen2.5-VL-7B-Instruct"]
     assert not gone.there and "no answer" in gone.found and "AWARES_BASE_URL" in gone.mend
-    assert not found["8 GPUs"].there and "plan.gpus" in found["8 GPUs"].mend
+    gpus = found["8 GPUs here, for data/launch/8gpu.yaml"]
+    assert not gpus.there and "base.launch" in gpus.mend
     assert found["dataset lmms-lab/POPE"].there and not found["dataset HuggingFaceM4/ChartQA"].there
     assert not found["lmms-eval"].there and "evaluation.lmms_eval" in found["lmms-eval"].mend
     assert [one for one in found if "disk" in one]
@@ -119,6 +146,88 @@ def test_preflight_says_what_is_there_and_how_to_mend_the_rest(server, tmp_path,
         and "AWARES_API_KEY" in refused.mend
         and "wrong" not in str(refused)
     )
+
+
+@pytest.mark.parametrize(
+    ("launch", "seen", "planned", "missing"),
+    [
+        ("8gpu", 8, 8, []),
+        ("8gpu", 8, 4, ["set plan.gpus to 8"]),
+        ("8gpu", 4, 8, ["name another file in base.launch"]),
+        ("2x8gpu", 8, 16, []),
+        ("2x8gpu", 8, 8, ["set plan.gpus to 16"]),
+        ("1gpu", 8, 1, []),
+        ("", 1, 1, []),
+        ("", 0, 2, ["name another file in base.launch", "set plan.gpus to 1"]),
+    ],
+)
+def test_gpus_here_are_those_of_a_machine_and_gpus_planned_those_of_all(monkeypatch, launch, seen, planned, missing):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(total_memory=1e12, name="H"))
+    changes = {"base.launch": launch and f"data/launch/{launch}.yaml", "plan.gpus": planned}
+    found = list(plan._gpus(load_params("paper", overrides=changes, path=PARAMS)))
+    assert len(found) == 2 + seen and [one.mend for one in found if not one.there] == missing
+
+
+def test_a_training_with_a_launch_of_its_own_is_looked_at_too(tmp_path):
+    (tmp_path / "four.yaml").write_text("num_processes: 4\nnum_machines: 1\n")
+    four = str(tmp_path / "four.yaml")
+    found = list(plan._gpus(load_params("paper", overrides={"sft.launch": four}, path=PARAMS)))
+    assert [(one.what, one.there, one.mend) for one in found] == [
+        (f"4 GPUs here, for {four}", False, "name another file in sft.launch"),
+        ("8 GPUs here, for data/launch/8gpu.yaml", False, "name another file in base.launch"),
+        ("8 GPUs planned", True, "set plan.gpus to 8"),
+    ]
+    (tmp_path / "own.yaml").write_text("num_processes: 8\n")
+    with pytest.raises(AwaresError, match="own.yaml: 'num_machines' missing"):
+        list(plan._gpus(load_params("paper", overrides={"base.launch": str(tmp_path / "own.yaml")}, path=PARAMS)))
+
+
+MODEL = "me/Gated-Qwen2.5-VL-3B"
+LOCAL = {
+    "curation.engine": "local",
+    "curation.judge": "anls",
+    "curation.judges": ["anls"],
+    "curation.oracle": "annotation",
+}
+SMALL = {"base.model": MODEL, "base.device": "cpu", "evaluation.lmms_eval": "", "data.sources": ["chartqa"], **LOCAL}
+
+
+@pytest.mark.parametrize(
+    ("token", "found", "mend"),
+    [
+        (None, "gated", "accept its licence on its page and set HF_TOKEN (it is not)"),
+        (Gate.WAITING, "gated", "accept its licence on its page and set HF_TOKEN (it is set)"),
+        ("hf_mistyped", "refuses the token", "set HF_TOKEN to a valid one, or unset it"),
+        (Gate.ACCEPTED, "readable", ""),
+    ],
+)
+@pytest.mark.usefixtures("gate")
+def test_a_gated_model_and_dataset_by_token(monkeypatch, token, found, mend):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
+    checks = {one.what: one for one in plan.preflight(load_params("paper", overrides=SMALL, path=PARAMS))}
+    for name in (f"model {MODEL}", "dataset HuggingFaceM4/ChartQA"):
+        assert (checks[name].there, checks[name].found, checks[name].mend) == (found == "readable", found, mend)
+    other = checks["dataset lmms-lab/POPE"]
+    assert not other.there and other.found == (
+        "refuses the token" if token == "hf_mistyped" else "not found, or private"
+    )
+    assert not token or token not in str(checks)
+
+
+@pytest.mark.usefixtures("gate")
+def test_the_code_of_the_command_is_1_when_something_is_missing(monkeypatch, capsys):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", Gate.ACCEPTED)
+    line = ["plan", "--profile", "paper", "--overrides", json.dumps(SMALL), "--check"]
+    assert cli.main(line) == 1
+    shown = capsys.readouterr().out
+    assert f"there   model {MODEL} (readable)" in shown
+    assert "MISSING dataset lmms-lab/POPE (not found, or private): check the id" in shown
+    assert cli.main([*line, "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert {one["there"] for one in checks} == {True, False} and Gate.ACCEPTED not in shown + json.dumps(checks)
 
 
 def test_the_command_prints_the_table_and_its_code_tells_whether_all_is_there(capsys):

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -412,13 +413,26 @@ def test_a_missing_picture_in_the_archive_is_a_fault_of_its_row(own_hub, tmp_pat
 
 
 class Gate(http.server.BaseHTTPRequestHandler):
-    """A hub that knows one gated dataset and nothing else."""
+    """A hub that knows one dataset and one model, both gated, and nothing else; two tokens: who holds ACCEPTED may read them."""
+
+    ACCEPTED, WAITING = "hf_accepted", "hf_waiting"
 
     def do_GET(self):
-        gated = "ChartQA" in self.path
-        self.send_response(403 if gated else 404)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("X-Error-Message", "Access to this dataset is restricted" if gated else "Repository not found")
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in ("", self.ACCEPTED, self.WAITING):
+            self.refuse(401, "", "Invalid credentials in Authorization header")
+        elif not re.search("ChartQA|Gated-Qwen2.5-VL-3B", self.path):
+            self.refuse(404, "RepoNotFound", "Repository not found")
+        elif token != self.ACCEPTED:
+            self.refuse(403 if token else 401, "GatedRepo", "Access to this repository is restricted")
+        else:
+            self.send_response(200)
+            self.end_headers()
+
+    def refuse(self, status, code, message):
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", message)
         self.end_headers()
 
     def log_message(self, *values):

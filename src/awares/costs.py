@@ -1,4 +1,4 @@
-"""Counted costs of a Qwen2.5-VL: FLOPs of every part of a forward pass, bytes of its cache, time on a roofline.
+"""Counted costs of a Qwen2.5-VL or Qwen3-VL: FLOPs of every part of a forward pass, bytes of its cache, time on a roofline.
 
 A multiply-add counts 2 FLOPs. Only matrix products count (what `torch.utils.flop_counter` counts too); norms, rotations
 and activations are of lower order. Attention counts the whole rectangle queries x keys, as kernels without a causal
@@ -11,9 +11,12 @@ Vision tower, for an image of P patches of 14 px, width D, MLP width I, merge gr
                       s: patches of each attention window; blocks with full attention have one window, s = P
     merger            2 (P / m) (mD) (mD) + 2 (P / m) (mD) H
 
-Language model, n new tokens of a row whose cache holds c, width H, key-value width K, MLP width J, L layers:
+Qwen3-VL: patches of 16 px, an MLP of 2 matrices instead of 3, full attention in all blocks, one more merger for each block whose
+features go to the language model's first layers.
 
-    L (2 n H (2H + 2K) + 3 * 2 n H J + 4 H n (c + n))
+Language model, n new tokens of a row whose cache holds c, width H, query width Q (H in Qwen2.5-VL), key-value width K, MLP width J, L layers:
+
+    L (2 n H (2Q + 2K) + 3 * 2 n H J + 4 Q n (c + n))
     language-model head, for each position whose logits are taken (one a step): 2 H V
 """
 
@@ -84,20 +87,34 @@ def vision_flops(grid: Grid, config: Any) -> float:
     patches, width, group = grid[0] * grid[1], vision.hidden_size, vision.spatial_merge_size**2
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     embedding = 2 * patches * pixels * width
-    linear = 2 * patches * width * (4 * width + 3 * vision.intermediate_size)
-    full = sum(index in vision.fullatt_block_indexes for index in range(vision.depth))
-    squares = full * patches**2 + (vision.depth - full) * sum(s**2 for s in window_sizes(grid, config))
+    matrices, mergers, full = _tower(vision)
+    linear = 2 * patches * width * (4 * width + matrices * vision.intermediate_size)
+    squares = full * patches**2
+    if full < vision.depth:
+        squares += (vision.depth - full) * sum(s**2 for s in window_sizes(grid, config))
     merger = 2 * patches // group * (group * width) * (group * width + vision.out_hidden_size)
-    return embedding + vision.depth * linear + 4 * width * squares + merger
+    return embedding + vision.depth * linear + 4 * width * squares + mergers * merger
+
+
+def _tower(vision: Any) -> tuple[int, int, int]:
+    """What sets the families' vision towers apart: matrices of a block's MLP, mergers, blocks with full attention."""
+    if hasattr(vision, "deepstack_visual_indexes"):
+        return 2, 1 + len(vision.deepstack_visual_indexes), vision.depth
+    return 3, 1, sum(index in vision.fullatt_block_indexes for index in range(vision.depth))
+
+
+def _heads(text: Any) -> tuple[int, int]:
+    """Widths of all queries and of all keys of a token."""
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return head * text.num_attention_heads, head * text.num_key_value_heads
 
 
 def prefill_flops(new: int, cached: int, config: Any, logits: int = 1) -> float:
     """The language model on ``new`` tokens of one row behind ``cached`` ones; logits of the last ``logits`` positions."""
     text = config.text_config
-    width = text.hidden_size
-    keys = text.num_key_value_heads * (width // text.num_attention_heads)
-    linear = 2 * new * width * (2 * width + 2 * keys + 3 * text.intermediate_size)
-    attention = 4 * width * new * (cached + new)
+    width, (queries, keys) = text.hidden_size, _heads(text)
+    linear = 2 * new * width * (2 * queries + 2 * keys + 3 * text.intermediate_size)
+    attention = 4 * queries * new * (cached + new)
     return text.num_hidden_layers * (linear + attention) + 2 * logits * width * text.vocab_size
 
 
@@ -130,21 +147,20 @@ def trajectory_flops(trajectory: Trajectory, config: Any, processor: ImageOnlyPr
 
 def cache_bytes(tokens: int, config: Any, bytes_per_value: int = 2) -> int:
     """Keys and values of ``tokens`` tokens in all layers."""
-    text = config.text_config
-    keys = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
-    return 2 * text.num_hidden_layers * keys * tokens * bytes_per_value
+    return 2 * config.text_config.num_hidden_layers * _heads(config.text_config)[1] * tokens * bytes_per_value
 
 
 def parameters(config: Any) -> tuple[int, int]:
-    """Weights of the matrices of the vision tower, and of language model and head (the embedding is only looked up)."""
+    """Weights of the matrices of the vision tower, and of language model and head (embeddings are only looked up)."""
     vision, text = config.vision_config, config.text_config
     width, group = vision.hidden_size, vision.spatial_merge_size**2
-    block = width * (4 * width + 3 * vision.intermediate_size)
+    matrices, mergers, _ = _tower(vision)
+    block = width * (4 * width + matrices * vision.intermediate_size)
     merger = group * width * (group * width + vision.out_hidden_size)
     tower = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
-    tower += vision.depth * block + merger
-    keys = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
-    layer = text.hidden_size * (2 * text.hidden_size + 2 * keys + 3 * text.intermediate_size)
+    tower += vision.depth * block + mergers * merger
+    queries, keys = _heads(text)
+    layer = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
     return tower, text.num_hidden_layers * layer + text.hidden_size * text.vocab_size
 
 

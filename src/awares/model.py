@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -24,7 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as transformers_logging
 
 from awares import protocol
-from awares.config import AwaresFileError, AwaresValueError
+from awares.config import AwaresError, AwaresFileError, AwaresValueError
 
 # model_type of a checkpoint -> its class; of every size
 CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
@@ -33,6 +35,7 @@ STOCK = {
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
 }
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -86,6 +89,19 @@ def load_processor(path: str | Path) -> ImageOnlyProcessor:
     return ImageOnlyProcessor(image_processor, tokenizer)
 
 
+def load_config(path: str | Path) -> Any:
+    """The configuration of a checkpoint folder (or hub name); AwaresError for none, or of a model that awares does not run."""
+    source = _source(path)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if config.model_type not in CLASSES:
+        raise AwaresValueError(f"{path}: a model of type {config.model_type}; awares runs {', '.join(CLASSES)}")
+    return config
+
+
 def load_model(
     path: str | Path,
     dtype: str = "float32",
@@ -108,6 +124,27 @@ def load_model(
     for folder in adapters:
         model = _add_adapter(model, folder, trainable and folder is adapters[-1])
     return model.to(device).train(trainable)
+
+
+def adapter_folder(path: str | Path) -> Path | None:
+    """Where the adapter ``path`` lies, a folder or a hub name, which is fetched: its configuration and safetensors alone. None for no adapter."""
+    if Path(path).is_dir() or not _is_hub_name(str(path)):
+        return Path(path) if Path(path, ADAPTER_CONFIG).is_file() else None
+    try:
+        with _quiet():
+            folder = Path(hf_hub_download(str(path), ADAPTER_CONFIG)).parent
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # whatever the network does
+        raise _unreadable(path, error) from error
+    try:
+        with _quiet():
+            hf_hub_download(str(path), ADAPTER_WEIGHTS, revision=folder.name)  # of the same commit
+    except Exception as error:
+        raise AwaresFileError(
+            f"{path}: no {ADAPTER_WEIGHTS} there, and only safetensors are read ({_first_line(error)})"
+        ) from error
+    return folder
 
 
 def save_model(model: Any, processor: ImageOnlyProcessor, path: str | Path) -> None:
@@ -139,26 +176,25 @@ def set_threads(threads: int) -> None:
 
 
 def _load_weights(path: str | Path, dtype: torch.dtype) -> Any:
-    source = _source(path)
+    maker: Any = CLASSES[load_config(path).model_type]
     try:
         with _quiet():  # missing weights are an error below, not a table on the screen
-            kind = AutoConfig.from_pretrained(source).model_type
-            maker: Any = CLASSES.get(kind)
-            loaded: Any = maker and maker.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            model, info = maker.from_pretrained(
+                _source(path), dtype=dtype, use_safetensors=True, output_loading_info=True
             )
     except Exception as error:  # safetensors' own error class derives from Exception alone
-        reason = _first_line(error)
-        if not Path(path).is_dir():
-            raise AwaresFileError(f"{path}: no such model folder, nor to be had from the hub ({reason})") from error
-        raise AwaresValueError(f"{path}: no readable safetensors checkpoint ({reason}): fetch it again") from error
-    if maker is None:
-        raise AwaresValueError(f"{path}: a model of type {kind}; awares runs {', '.join(CLASSES)}")
-    model, info = loaded
+        raise _unreadable(path, error) from error
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise AwaresValueError(f"{path}: incomplete checkpoint, {len(lacking)} weights missing, such as {lacking[0]}")
     return model
+
+
+def _unreadable(path: str | Path, error: Exception) -> AwaresError:
+    reason = _first_line(error)
+    if not Path(path).is_dir():
+        return AwaresFileError(f"{path}: no such model folder, nor to be had from the hub ({reason})")
+    return AwaresValueError(f"{path}: no readable safetensors checkpoint ({reason}): fetch it again")
 
 
 def _name_stock_processor(file: Path, processor: ImageOnlyProcessor, kind: str) -> None:
@@ -174,10 +210,15 @@ def _name_stock_processor(file: Path, processor: ImageOnlyProcessor, kind: str) 
 def _add_adapter(model: Any, adapter: str | Path, trainable: bool) -> Any:
     from peft import PeftModel
 
-    if not Path(adapter, "adapter_config.json").is_file():
-        raise AwaresFileError(f"{adapter}: no adapter_config.json there: give the folder that an awares training wrote")
+    folder = adapter_folder(adapter)
+    if folder is None:
+        raise AwaresFileError(
+            f"{adapter}: no adapter_config.json there: give the folder that an awares training wrote, or a hub name"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise AwaresFileError(f"{adapter}: no {ADAPTER_WEIGHTS} there, and only safetensors are read")
     try:
-        peft_model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except Exception as error:
         raise AwaresValueError(f"{adapter}: adapter does not fit or is damaged ({_first_line(error)})") from error
     return peft_model if trainable else peft_model.merge_and_unload()
@@ -186,10 +227,13 @@ def _add_adapter(model: Any, adapter: str | Path, trainable: bool) -> Any:
 def _source(path: str | Path) -> str:
     """``path`` if it is a folder, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct."""
     text = str(path)
-    hub_name = text.count("/") == 1 and not text.startswith((".", "/")) and not Path(text).parent.exists()
-    if not Path(text).is_dir() and not hub_name:
+    if not Path(text).is_dir() and not _is_hub_name(text):
         raise AwaresFileError(f"{path}: no such model folder")
     return text
+
+
+def _is_hub_name(text: str) -> bool:
+    return text.count("/") == 1 and not text.startswith((".", "/")) and not Path(text).parent.exists()
 
 
 @contextmanager

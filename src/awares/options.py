@@ -171,7 +171,7 @@ def _policy_options(sub: argparse.ArgumentParser) -> Any:
     group = sub.add_argument_group("policy")
     which = group.add_mutually_exclusive_group()
     which.add_argument(
-        "--model", metavar="PATH", help="a model folder, an adapter folder that names its base, or a hub name"
+        "--model", metavar="PATH", help="a model, or an adapter that names its base: a folder or a hub name"
     )
     which.add_argument("--run", metavar="NAME", help="what a run left: mini, mini/sft, mini/grpo/main-s2")
     group.add_argument(

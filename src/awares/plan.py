@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 
 from awares import base, costs, served, shapes, sources
-from awares.config import SYSTEMS, AwaresFileError, AwaresValueError, Params
+from awares.config import SYSTEMS, AwaresFileError, AwaresValueError, Params, read_yaml
+from awares.model import load_config
 
 COLUMNS = ("stage", "rows", "requests", "tokens", "pflop", "gpu_hours", "gpu_memory_gb", "disk_gb", "basis")
 TEXT = 300  # tokens of system prompt, tool schema and question: assumed
@@ -206,13 +207,12 @@ def model_config(params: Params) -> Any:
     """The configuration of ``base.model``: of the folder, or the published sizes; AwaresError for a model whose sizes are not known here."""
     path = params.model_path()
     if isinstance(path, Path):
-        from transformers import Qwen2_5_VLConfig
-
-        return Qwen2_5_VLConfig.from_pretrained(path)
+        return load_config(path)
     shape = next((name for name in shapes.SHAPES if name in path.lower()), None)
     if shape is None:
         raise AwaresValueError(
-            f"base.model {path}: sizes are known of {', '.join(shapes.SHAPES)}, and of a folder here"
+            f"base.model {path}: sizes are known of {', '.join(shapes.SHAPES)}, and of a folder here, Qwen3-VL's too: "
+            f"run `hf download {path} config.json --local-dir FOLDER` and plan with base.model FOLDER"
         )
     return shapes.config_of(shape, 1.0, base.build_tokenizer())
 
@@ -220,11 +220,13 @@ def model_config(params: Params) -> Any:
 def _typical(params: Params, config: Any) -> Image:
     """The mean over the six benchmarks' common sizes (assumed for the training sources, too)."""
     shape = shapes.MINI if params.data.origin != "hub" else "paper"
+    merge = config.vision_config.spatial_merge_size
+    side = merge * config.vision_config.patch_size
     found = []
     for name in shapes.BENCHMARKS:
         width, height = shapes.image_size(name, shape, 1.0)
-        grid = 2 * round(height / 28), 2 * round(width / 28)
-        found.append((width * height, grid[0] * grid[1] / 4, costs.vision_flops(grid, config)))
+        grid = merge * round(height / side), merge * round(width / side)
+        found.append((width * height, grid[0] * grid[1] / merge**2, costs.vision_flops(grid, config)))
     return Image(*(sum(part) / len(found) for part in zip(*found, strict=True)))
 
 
@@ -257,10 +259,14 @@ def _gpus(params: Params) -> Iterator[Finding]:
     if params.base.device != "cuda":
         return
     count = torch.cuda.device_count()
-    yield Finding(
-        f"{params.plan.gpus} GPUs", count >= params.plan.gpus, str(count), "say how many there are in plan.gpus"
-    )
-    need = max(forecast(params).gpu_memory_gb)
+    for name in dict.fromkeys(map(params.launch, ("sft", "grpo"))):
+        processes, machines = _launched(params, name)
+        here, by = processes // machines, name or "a training in one process"
+        key = "base.launch" if name == params.base.launch else "sft.launch"
+        yield Finding(f"{here} GPUs here, for {by}", count >= here, str(count), f"name another file in {key}")
+    planned, (total, _) = params.plan.gpus, _launched(params, params.base.launch)
+    yield Finding(f"{total} GPUs planned", planned == total, f"plan.gpus {planned}", f"set plan.gpus to {total}")
+    need = float(forecast(params).gpu_memory_gb.max())
     for index in range(count):
         seen = torch.cuda.get_device_properties(index)
         room = seen.total_memory / GB
@@ -268,8 +274,22 @@ def _gpus(params: Params) -> Iterator[Finding]:
         yield Finding(f"{need:.0f} GB on GPU {index}", room >= need, f"{room:.0f} GB, {seen.name}", mend)
 
 
+def _launched(params: Params, name: str) -> tuple[int, int]:
+    """Processes, of one GPU each, and machines of an accelerate configuration; of none: one process here."""
+    if not name:
+        return 1, 1
+    path = params.path(name)
+    settings = read_yaml(path, "base.launch or sft.launch")
+    try:
+        return int(settings["num_processes"]), int(settings["num_machines"])
+    except KeyError as error:
+        raise AwaresValueError(
+            f"{path}: {error} missing: an accelerate configuration as in data/launch has it"
+        ) from error
+
+
 def _disk(params: Params) -> Iterator[Finding]:
-    need = forecast(params).disk_gb.sum()
+    need = float(forecast(params).disk_gb.sum())
     folder = params.path(params.paths.runs)
     place = next(one for one in (folder, *folder.parents) if one.exists())
     free = shutil.disk_usage(place).free / GB
@@ -313,7 +333,7 @@ def _lmms_eval(params: Params) -> Iterator[Finding]:
 def _hub(params: Params) -> Iterator[Finding]:
     """Whether the hub, or the folder that stands for it, lets us at model and datasets."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     wanted: list[tuple[str, str]] = []
     if params.data.origin == "hub":
@@ -339,6 +359,9 @@ def _hub(params: Params) -> Iterator[Finding]:
         except RepositoryNotFoundError:
             yield Finding(f"{kind} {name}", False, "not found, or private", f"check the id, set HF_TOKEN ({_token()})")
         except Exception as error:  # whatever the network does
+            if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+                yield Finding(f"{kind} {name}", False, "refuses the token", "set HF_TOKEN to a valid one, or unset it")
+                continue
             mend = "check the network, or set data.hub_root to a folder of copies (base.model to a folder)"
             yield Finding(f"{kind} {name}", False, f"unreachable: {type(error).__name__}", mend)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from awares.config import AwaresFileError, load_params
-from awares.model import load_model, load_processor
+from awares.model import adapter_folder, load_model, load_processor
 from awares.rollout import Engine, Source, Trajectory
 
 Adapters = str | Path | Sequence[str | Path]
@@ -74,18 +74,18 @@ class AwaRes:
     ) -> "AwaRes":
         """Load the policy that ships here (no ``path``), a merged model folder, or a base model with adapters (merged in order).
 
-        ``path`` may also be an adapter folder: its adapter_config.json then names what it was made for, a model or another adapter, as
-        a path relative to that folder or to the working folder. ``options`` go to the engine (``max_new_tokens``, ``token_budget``, ...);
-        ``protocol="released"`` for the paper's checkpoint, which calls in plain text (PAPER §7).
+        ``path`` may also be an adapter, a folder or a hub name: its adapter_config.json then names what it was made for, a model or
+        another adapter, as a path relative to that folder or to the working folder, or as a hub name. ``options`` go to the
+        engine (``max_new_tokens``, ``token_budget``, ...); ``protocol="released"`` for the paper's checkpoint, which calls in plain text (PAPER §7).
         AwaresError for a missing, foreign or truncated checkpoint.
         """
         if path is None:
             found = shipped()
             path, adapter = found.path, found.adapters
         chain: list[str | Path] = []
-        while adapter is None and Path(path, "adapter_config.json").is_file():
-            chain.insert(0, path)
-            path = _base_of(Path(path))
+        while adapter is None and (folder := adapter_folder(path)):
+            chain.insert(0, folder)
+            path = _base_of(folder)
         adapter = chain or adapter
         processor = load_processor(path)
         model = load_model(path, dtype=dtype, device=device, adapter=adapter)

@@ -41,6 +41,7 @@ HEAD = 128  # width of a head of the language model, at every scale: the positio
 SHAPES = {
     "qwen2.5-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),
     "qwen2.5-vl-3b": Shape(2048, 11008, 36, 16, 2, 151936, True),
+    "qwen2.5-vl-72b": Shape(8192, 29568, 80, 64, 8, 152064, False, vision_mlp=3456),
 }
 MINI = "mini"  # the embedded base model's architecture
 MINI_IMAGES = 0.4  # of the benchmarks' sides: about the size of the embedded suite's pages
