@@ -1,9 +1,12 @@
 """A judge and an oracle as a chat server: run as a process by the tests of `awares.served`.
 
-``python judging_server.py LOG PORT [rigged]``. It answers the prompts of data/served.yaml about rows of `test_curation.make_rows`, whose questions
-carry a number n, and fails by it: garbage for n % 20 == 3, silence at first for n % 20 == 7, status 429 at first for n % 5 == 1. Every third
-reply has words around its JSON. A judge prefers the first of two answers to a ``biased`` question. Arrivals are logged as in faulty_server.py.
-``rigged``: it does not fail, and judges any rows, for a base model that answers at random: of two answers the later one in the alphabet is right.
+``python judging_server.py LOG PORT [rigged | mute]``. It answers the prompts of data/served.yaml about rows of
+`test_curation.make_rows`, whose questions carry a number n, and fails by it: garbage for n % 20 == 3, silence at first for
+n % 20 == 7, status 429 at first for n % 5 == 1. Every third reply has words around its JSON. A judge prefers the first of two
+answers to a ``biased`` question. Arrivals are logged as in faulty_server.py.
+``mute``: besides, it never answers the judge's requests about n = 10 and the oracle's about n = 9.
+``rigged``: it does not fail, and judges any rows, for a base model that answers at random: of two answers the later one in the
+alphabet is right.
 """
 
 import asyncio
@@ -58,7 +61,7 @@ def rigged(said: dict[str, str]) -> dict[str, Any]:
 
 
 BOXES = [[10, 10, 200, 200], [700, 20, 900, 100], [50, 600, 300, 900], [0, 0, 1000, 1000], [400, 400, 600, 600]]
-RIGGED = sys.argv[3:] == ["rigged"]
+RIGGED, MUTE = (sys.argv[3:] == [mode] for mode in ("rigged", "mute"))
 
 
 def make_app(log: Path) -> FastAPI:
@@ -76,7 +79,8 @@ def make_app(log: Path) -> FastAPI:
         number = 0 if RIGGED else int(re.findall(r"\d+", text)[0])
         if number % 20 == 3:
             return JSONResponse({**completion("the second one, I think"), "id": name})
-        if arrived[name] == 1 and number % 20 == 7:
+        mute = MUTE and number == (10 if "First answer" in text else 9)
+        if mute or (arrived[name] == 1 and number % 20 == 7):
             await asyncio.sleep(SILENCE)
         if arrived[name] == 1 and number % 5 == 1:
             return JSONResponse({"error": {"message": "busy"}}, 429, {"retry-after": "0"})

@@ -380,7 +380,7 @@ def test_rows_that_the_base_models_server_gives_up_are_lost_and_no_others(params
     lost = records.read_records(tmp_path / "out" / curation.LOST_FILE)
     assert lost == [{"id": row_id, "step": "base", "reason": "status 400"} for row_id in Server.bad]
     answers = records.read_records(tmp_path / "out" / "answers.jsonl")
-    assert len(answers) == 11 and answers[4] == {"id": "row-4", "reason": "status 400"}
+    assert len(answers) == 11 and answers[4] == {"id": "row-4", "reason": "status 400", "silent": False}
     Server.bad = {row_id: "half" for row_id in make_rows()["id"]}
     with pytest.raises(AwaresError, match="no row: all 11 are lost; lost.jsonl tells why"):
         run(params, tmp_path / "none" / "out", Server())

@@ -17,7 +17,7 @@ import yaml
 from test_curation import FakeEngine, content, make_rows
 
 from awares import curation, served
-from awares.config import AwaresError, load_params
+from awares.config import AwaresError, AwaresRequestError, load_params
 from awares.records import read_records
 
 HERE = Path(__file__).parent
@@ -35,9 +35,9 @@ class Server:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"
 
-    def arrivals(self):
+    def arrivals(self, of="body"):
         lines = self.log.read_text().splitlines() if self.log.is_file() else []
-        return Counter(json.loads(line)["body"] for line in lines)
+        return Counter(json.loads(line)[of] for line in lines)
 
     def stop(self):
         self.process.kill()
@@ -45,14 +45,26 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def start(tmp_path, monkeypatch):
+    """Starts a server in the place of the last one; its log is a new one."""
+    started = []
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    running = Server(tmp_path / "server.jsonl")
-    for name in ("LLAMA", "DEEPSEEK", "QWEN3_VL"):
-        monkeypatch.setenv(f"AWARES_{name}_URL", running.url)
     monkeypatch.setenv("AWARES_API_KEY", KEY)
-    yield running
-    running.stop()
+
+    def start(*more):
+        started.append(Server(tmp_path / f"server-{len(started)}.jsonl", *more))
+        for name in ("LLAMA", "DEEPSEEK", "QWEN3_VL"):
+            monkeypatch.setenv(f"AWARES_{name}_URL", started[-1].url)
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.stop()
+
+
+@pytest.fixture
+def server(start):
+    return start()
 
 
 def settings(folder, **changes):
@@ -76,6 +88,8 @@ def settings(folder, **changes):
 
 def curate(params, out, rows=ROWS):
     panel, oracle = served.make_judges(params), served.make_oracle(params)
+    for client in (panel[0].client, oracle.client):
+        client.server = dataclasses.replace(client.server, attempts=4, first_wait=0.1)
     return curation.curate(make_rows(rows), FakeEngine(), panel, oracle, params, out)
 
 
@@ -161,23 +175,40 @@ def test_of_a_judge_that_talks_garbage_no_label_comes(server, tmp_path):
     assert math.isnan(judge.scores(["what is 3?"], ["3"], [["3"]])[0])
 
 
-def test_a_failing_server_costs_only_the_rows_that_it_talks_garbage_about(server, tmp_path):
-    params = settings(tmp_path)
-    rows = curate(params, tmp_path / "out")
-    garbage = [f"row-{n}" for n in range(ROWS) if n % 20 == 3]
-    lost = read_records(tmp_path / "out" / curation.LOST_FILE)
-    assert [(one["id"], one["step"]) for one in lost] == [(row_id, "judge") for row_id in garbage]
-    assert rows["id"] == [f"row-{n}" for n in range(ROWS) if n % 20 != 3]
-    numbers = [int(row_id.removeprefix("row-")) for row_id in rows["id"]]
-    assert rows["label"] == ["HR" if n % 4 in (1, 2) else "LR" for n in numbers]
-    boxes = [[[300, 50, 400, 100]] if n % 2 else [[800, 850, 900, 900]] for n in numbers]
-    assert rows["oracle_answer_boxes"] == [
-        b if label == "HR" else [] for b, label in zip(boxes, rows["label"], strict=True)
-    ]
-    agreement = curation.judge_agreement(rows)
-    assert (agreement.agreement[0], agreement.n[0]) == (100, len(rows))
+def test_a_failing_server_costs_only_the_rows_that_it_fails_on_and_the_silent_ones_are_asked_about_again(
+    start, tmp_path
+):
+    params, garbage = settings(tmp_path), {n: "judge" for n in range(ROWS) if n % 20 == 3}
+    for mode, silent, asked in (["mute"], {10: "judge", 9: "oracle"}, None), ([], {}, {10: 3, 9: 1}), ([], {}, {}):
+        server = start(*mode)
+        rows = curate(params, tmp_path / "out")
+        lost = {one["id"]: one for one in read_records(tmp_path / "out" / curation.LOST_FILE)}
+        assert {row_id: one["step"] for row_id, one in lost.items()} == named({**garbage, **silent})
+        assert all("no answer within" in lost[row_id]["reason"] for row_id in named(silent))
+        numbers = [n for n in range(ROWS) if n not in {**garbage, **silent}]
+        assert rows["id"] == [f"row-{n}" for n in numbers]
+        assert rows["label"] == ["HR" if n % 4 in (1, 2) else "LR" for n in numbers]
+        boxes = [[[300, 50, 400, 100]] if n % 2 else [[800, 850, 900, 900]] for n in numbers]
+        assert rows["oracle_answer_boxes"] == [
+            b if label == "HR" else [] for b, label in zip(boxes, rows["label"], strict=True)
+        ]
+        agreement = curation.judge_agreement(rows)
+        assert (agreement.agreement[0], agreement.n[0]) == (100, len(rows))
+        if asked is not None:  # each request once: both orders of the judge, then the oracle
+            assert server.arrivals("row") == {f"Question: what is {n}?": count for n, count in asked.items()}
     kept = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(kept) > 5 and not any(KEY.encode() in file.read_bytes() for file in kept)
+
+
+def named(numbers):
+    return {f"row-{n}": value for n, value in numbers.items()}
+
+
+def test_a_server_that_is_gone_ends_the_run(server, tmp_path):
+    server.stop()
+    with pytest.raises(AwaresRequestError, match="gave up after 16 rows without an answer"):
+        curate(settings(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):

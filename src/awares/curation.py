@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -119,8 +119,8 @@ def curate(
     ``high_score_<judge>``; on HR rows (empty on LR ones) ``oracle_question_boxes``, ``oracle_answer_boxes`` and
     ``target_crops``. With ``curation.drop_both_wrong`` rows that both answers got wrong are left out. Work in
     progress stands in ``.checkpoints`` in ``work_dir`` (beside ``out_dir`` if not given), keyed by its inputs: the same
-    call after a kill goes on from there, and one that changes the labels alone asks the base model nothing. AwaresError before any
-    work for rows, judges or boxes that cannot do.
+    call after a kill goes on from there, asks again about the rows that a server was silent about, and about no others; one that
+    changes the labels alone asks the base model nothing. AwaresError before any work for rows, judges or boxes that cannot do.
     """
     data.validate(dataset, "curation", pixels=False)
     oracle.check(dataset)
@@ -166,11 +166,10 @@ class _Work:
                 return rollout.with_failures(ids, ask)
 
             def record(row_id: str, low: Any, high: Any) -> Record:
-                lost = [side.reason for side in (low, high) if isinstance(side, Failure)]
-                return {
-                    "id": row_id,
-                    **({"reason": lost[0]} if lost else {"low": _timeless(low), "high": _timeless(high)}),
-                }
+                lost = [side for side in (low, high) if isinstance(side, Failure)]
+                if lost:
+                    return {"id": row_id, "reason": lost[0].reason, "silent": any(side.silent for side in lost)}
+                return {"id": row_id, "low": _timeless(low), "high": _timeless(high)}
 
             return [record(*row) for row in zip(ids, answered("half"), answered("full"), strict=True)]
 
@@ -178,8 +177,9 @@ class _Work:
 
     def verdicts(self, answers: list[Record], panel: Sequence[Judge]) -> list[Record]:
         """Step 2: every judge on every answered row, raw scores kept."""
-        self.inputs |= {"judges": [judge.key() for judge in panel], "judge_code": _code(judges, metrics, wording)}
         by_id = {record["id"]: record for record in answers if "reason" not in record}
+        self.inputs |= {"judges": [judge.key() for judge in panel], "judge_code": _code(judges, metrics, wording)}
+        self.inputs["answered"] = _digest(by_id)
 
         def work(chunk: datasets.Dataset) -> list[Record]:
             lows, highs = ([by_id[row_id][side]["answer"] for row_id in chunk["id"]] for side in ("low", "high"))
@@ -198,6 +198,7 @@ class _Work:
         self.inputs |= {"judge": judge, "lucky_margin": lucky, "oracle": oracle.key(), "oracle_code": code_of(__file__)}
         answered = {record["id"]: record for record in answers}
         wanted = [one["id"] for one in verdicts if row_label(answered[one["id"]], one[judge], lucky) == HR]
+        self.inputs["wanted"] = _digest(wanted)
 
         def work(chunk: datasets.Dataset) -> list[Record]:
             found = oracle.locate(list(chunk))
@@ -208,12 +209,21 @@ class _Work:
     def _step(
         self, name: str, ids: list[str], work: Callable[[datasets.Dataset], list[Record]], images: bool = True
     ) -> list[Record]:
-        """``work`` on chunks of the rows ``ids``; ``images=False`` spares decoding them."""
+        """``work`` on chunks of the rows ``ids``, again on those with a row that a server was silent about; ``images=False`` spares
+        decoding them.
+        """
         folder = training.checkpoint_folder(self.home / name, {"stage": f"curation {name}", **self.inputs})
         rows = self.rows if images else self.rows.remove_columns("image")
         place = {row_id: index for index, row_id in enumerate(self.ids)}
         size = self.params.curation.chunk_rows
-        return in_chunks(folder / name, ids, size, lambda chunk: work(rows.select([place[row] for row in chunk])))
+        return in_chunks(
+            folder / name, ids, size, lambda chunk: work(rows.select([place[row] for row in chunk])), _unanswered
+        )
+
+
+def _unanswered(record: Record) -> bool:
+    """Whether a server was silent about the row: the next run asks again."""
+    return any(part.get("silent") for part in (record, *record.values()) if isinstance(part, dict))
 
 
 def assemble(
@@ -401,6 +411,10 @@ def engine_key(engine: Any) -> str:
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     limits = (engine.decoder.max_new_tokens, engine.token_budget, engine.max_side)
     return f"{digest.hexdigest()}:{limits}"
+
+
+def _digest(ids: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def _code(*modules: Any) -> str:
