@@ -46,6 +46,13 @@ def reply(text: str) -> dict[str, Any]:
     return {"question_boxes": [[50, 50, 150, 100]], "answer_boxes": [answer]}
 
 
+def constrained(body: dict[str, Any]) -> bool:
+    """Whether a judge's request binds the reply to a verdict of 0, 1 or 2."""
+    wanted = body.get("response_format", {}).get("json_schema", {})
+    better = wanted.get("schema", {}).get("properties", {}).get("better", {})
+    return wanted.get("strict") is True and better == {"type": "integer", "enum": [0, 1, 2]}
+
+
 def rigged(said: dict[str, str]) -> dict[str, Any]:
     if "First answer" in said or "Second answer" in said:
         first, second = said.get("First answer", ""), said.get("Second answer", "")
@@ -79,6 +86,8 @@ def make_app(log: Path) -> FastAPI:
         number = 0 if RIGGED else int(re.findall(r"\d+", text)[0])
         if number % 20 == 3:
             return JSONResponse({**completion("the second one, I think"), "id": name})
+        if "First answer" in text and not constrained(body):
+            return JSONResponse({"error": {"message": "a verdict must be constrained to 0, 1 and 2"}}, 400)
         mute = MUTE and number == (10 if "First answer" in text else 9)
         if mute or (arrived[name] == 1 and number % 20 == 7):
             await asyncio.sleep(SILENCE)

@@ -323,13 +323,41 @@ ORACLE_SCHEMA = _object(
 )
 
 
-def read_boxes(text: str) -> tuple[Boxes, Boxes] | None:
-    """(question boxes, answer boxes) of an oracle's reply, in 0-1000; None for one without a single usable box.
+def read_boxes(text: str) -> tuple[Boxes, Boxes, str] | None:
+    """(question boxes, answer boxes, ``strict`` or ``tolerant``: how it was read) of an oracle's reply, in 0-1000; None for one without a
+    single usable box.
 
     Read strictly first: the very object that was asked for. Else tolerantly: the object may stand in other words; a box may be a
     mapping with the key ``bbox_2d``, have its corners in another order, fractions, or edges outside, which are cut off. A box that
     is empty then, or not of four numbers, makes the reply unusable: half an answer is none.
     """
+    for name, reader in (("strict", _read_strictly), ("tolerant", _read_tolerantly)):
+        if found := reader(text):
+            return *found, name
+    return None
+
+
+def _read_strictly(text: str) -> tuple[Boxes, Boxes] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(found, dict) or set(found) != set(ORACLE_SCHEMA["properties"]):
+        return None
+    question, answer = found["question_boxes"], found["answer_boxes"]
+    if not isinstance(question, list) or not isinstance(answer, list) or not question + answer:
+        return None
+    return (question, answer) if all(map(_is_box, question + answer)) else None
+
+
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, list) or len(box) != 4 or any(type(value) is not int for value in box):
+        return False
+    left, top, right, bottom = box
+    return 0 <= left < right <= SIDE and 0 <= top < bottom <= SIDE
+
+
+def _read_tolerantly(text: str) -> tuple[Boxes, Boxes] | None:
     found = _loads(text)
     if not isinstance(found, dict):
         return None
@@ -374,7 +402,7 @@ class ServedOracle(Oracle):
         return f"{self.name}:{self.asked.key()}"
 
     def locate(self, rows: Sequence[Record]) -> list[Record]:
-        """Boxes, raw reply, model and prompt version of each row; empty boxes and a ``reason`` where no reply could be used, or,
+        """Boxes, raw reply, how it was ``read``, model and prompt version of each row; empty boxes and a ``reason`` where no reply could be used, or,
         ``silent``, none came.
         """
         about = {"model": self.asked.model.model, "version": self.asked.prompt.version}
@@ -384,10 +412,11 @@ class ServedOracle(Oracle):
             messages = self.asked.prompt.messages(
                 row["image"].convert("RGB"), question=row["question"], answers=_listed(row["answers"])
             )
-            (question, answer), text = await self.asked.ask(send, row["id"], messages, read_boxes)
-            return {"question_boxes": question, "answer_boxes": answer, **about, "reply": text, "reason": ""}
+            (question, answer, how), text = await self.asked.ask(send, row["id"], messages, read_boxes)
+            boxes = {"question_boxes": question, "answer_boxes": answer}
+            return {**boxes, **about, "reply": text, "read": how, "reason": ""}
 
-        none = {"question_boxes": [], "answer_boxes": [], **about, "reply": ""}
+        none = {"question_boxes": [], "answer_boxes": [], **about, "reply": "", "read": ""}
         return [
             {**none, "reason": one.reason, "silent": one.silent} if isinstance(one, Failure) else one
             for one in self.client.converse([row["id"] for row in rows], talk, return_failures=True)
