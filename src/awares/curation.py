@@ -137,6 +137,17 @@ def curate(
     return data.load_rows(Path(out_dir) / ROWS)
 
 
+def base_answers(rows: datasets.Dataset, engine: Any, view: str) -> list[Any]:
+    """What the base model answers from ``view`` (half, full, or half+crops: with the target crops); a `Failure` where its server would not."""
+
+    def ask(places: list[int]) -> list[Any]:
+        part = rows.select(places)
+        chosen = [tuple(names) for names in part["target_crops"]] if view == "half+crops" else None
+        return engine.answer(list(part["image"]), list(part["question"]), view, chosen, row_ids=list(part["id"]))
+
+    return rollout.with_failures(list(rows["id"]), ask)
+
+
 class _Work:
     """The three steps on one set of rows. Each step's folder is keyed by all that decides its output."""
 
@@ -154,16 +165,6 @@ class _Work:
         self.inputs["engine"] = engine_key(engine)
 
         def work(chunk: datasets.Dataset) -> list[Record]:
-            ids = list(chunk["id"])
-
-            def answered(view: str) -> list[Any]:
-                def ask(places: list[int]) -> list[Any]:
-                    rows = chunk.select(places)
-                    return engine.answer(
-                        list(rows["image"]), list(rows["question"]), view=view, row_ids=list(rows["id"])
-                    )
-
-                return rollout.with_failures(ids, ask)
 
             def record(row_id: str, low: Any, high: Any) -> Record:
                 lost = [side for side in (low, high) if isinstance(side, Failure)]
@@ -171,7 +172,8 @@ class _Work:
                     return {"id": row_id, "reason": lost[0].reason, "silent": any(side.silent for side in lost)}
                 return {"id": row_id, "low": _timeless(low), "high": _timeless(high)}
 
-            return [record(*row) for row in zip(ids, answered("half"), answered("full"), strict=True)]
+            sides = base_answers(chunk, engine, "half"), base_answers(chunk, engine, "full")
+            return [record(*row) for row in zip(chunk["id"], *sides, strict=True)]
 
         return self._step(RAW_FILES[0], self.ids, work)
 
