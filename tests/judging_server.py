@@ -101,6 +101,7 @@ def make_app(log: Path) -> FastAPI:
         if request.headers.get("authorization") == "Bearer wrong":
             return JSONResponse({"error": {"message": "no"}}, 401)
         names = ["meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct"]
+        names += ["deepseek-ai/DeepSeek-V3.2"] if RIGGED else []
         return JSONResponse(
             {"object": "list", "data": [{"id": one, "object": "model", "created": 0, "owned_by": "t"} for one in names]}
         )

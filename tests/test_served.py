@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from test_curation import FakeEngine, content, make_rows
 
-from awares import curation, served
+from awares import curation, plan, served
 from awares.config import AwaresError, AwaresRequestError, load_params
 from awares.records import read_records
 
@@ -86,11 +87,13 @@ def settings(folder, **changes):
     return dataclasses.replace(params, curation=curated, paths=paths)
 
 
-def curate(params, out, rows=ROWS):
+def curate(params, out, rows=ROWS, engine=None):
     panel, oracle = served.make_judges(params), served.make_oracle(params)
     for client in (panel[0].client, oracle.client):
         client.server = dataclasses.replace(client.server, attempts=4, first_wait=0.1)
-    return curation.curate(make_rows(rows), FakeEngine(), panel, oracle, params, out)
+    return curation.curate(
+        make_rows(rows), engine or FakeEngine(), panel, oracle, params, out, ready=partial(plan.require_servers, params)
+    )
 
 
 # Reading
@@ -216,11 +219,34 @@ def named(numbers):
     return {f"row-{n}": value for n, value in numbers.items()}
 
 
-def test_a_server_that_is_gone_ends_the_run(server, tmp_path):
+def test_a_server_that_goes_away_ends_the_run(server, tmp_path):
+    judge, oracle = served.ServedJudge("llama", settings(tmp_path)), served.ServedOracle("qwen3_vl", settings(tmp_path))
     server.stop()
+    for client in (judge.client, oracle.client):
+        client.server = dataclasses.replace(client.server, attempts=2, first_wait=0.01)
+    rows = list(make_rows(24))
     with pytest.raises(AwaresRequestError, match="gave up after 16 rows without an answer"):
-        curate(settings(tmp_path), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        judge.judge([row["question"] for row in rows], ["1"] * 24, ["2"] * 24, [row["answers"] for row in rows])
+    with pytest.raises(AwaresRequestError, match="gave up after 16 rows without an answer"):
+        oracle.locate(rows)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_vl", "base"])
+def test_a_server_that_is_not_there_ends_the_run_before_the_first_row(server, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"AWARES_{name.upper()}_URL", "http://127.0.0.1:9/v1")
+    engine = FakeEngine()
+    with pytest.raises(AwaresRequestError, match=rf"^{name}: .*127.0.0.1:9/v1: no answer.*AWARES_{name.upper()}_URL$"):
+        curate(settings(tmp_path, engine="base" if name == "base" else "local"), tmp_path / "out", engine=engine)
+    assert engine.calls == 0 and not server.arrivals()
+
+
+def test_only_the_servers_that_are_still_needed_must_be_there(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWARES_BASE_URL", "http://127.0.0.1:9/v1")
+    found = curate(settings(tmp_path), tmp_path / "out", rows=12)
+    more = settings(tmp_path, engine="base", judges=("llama", "anls"))
+    assert curate(more, tmp_path / "out", rows=12)["label"] == found["label"]  # the base model has answered
+    server.stop()
+    assert curate(more, tmp_path / "out", rows=12)["label"] == found["label"]
 
 
 def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):

@@ -6,6 +6,7 @@ that a resumed run ends with the very bytes of an undisturbed one. The result is
 and target crops: what a trajectory is made of (`protocol.messages` renders it).
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -110,6 +111,7 @@ def curate(
     params: Params,
     out_dir: str | Path,
     work_dir: str | Path | None = None,
+    ready: Callable[[tuple[str, ...]], None] = lambda names: None,
 ) -> datasets.Dataset:
     """Label and locate every row of ``dataset``; write raw outputs and curated rows to ``out_dir``; return the rows.
 
@@ -120,13 +122,15 @@ def curate(
     ``target_crops``. With ``curation.drop_both_wrong`` rows that both answers got wrong are left out. Work in
     progress stands in ``.checkpoints`` in ``work_dir`` (beside ``out_dir`` if not given), keyed by its inputs: the same
     call after a kill goes on from there, asks again about the rows that a server was silent about, and about no others; one that
-    changes the labels alone asks the base model nothing. AwaresError before any work for rows, judges or boxes that cannot do.
+    changes the labels alone asks the base model nothing. ``ready`` is called before the first row of a step, with the names of the
+    models still needed, and may raise (`plan.require_servers`). AwaresError before any work for rows, judges or boxes that cannot do.
     """
     data.validate(dataset, "curation", pixels=False)
     oracle.check(dataset)
     if params.curation.judge not in [judge.name for judge in panel]:
         raise AwaresValueError(f"curation.judge {params.curation.judge!r} is not on the panel of judges")
-    work = _Work(dataset, params, Path(out_dir).parent if work_dir is None else Path(work_dir))
+    names = params.curation.engine, *[judge.name for judge in panel], oracle.name
+    work = _Work(dataset, params, Path(out_dir).parent if work_dir is None else Path(work_dir), names, ready)
     answers = work.answers(engine)
     verdicts = work.verdicts(answers, panel)
     located = work.locate(answers, verdicts, oracle)
@@ -151,8 +155,16 @@ def base_answers(rows: datasets.Dataset, engine: Any, view: str) -> list[Any]:
 class _Work:
     """The three steps on one set of rows. Each step's folder is keyed by all that decides its output."""
 
-    def __init__(self, rows: datasets.Dataset, params: Params, home: Path) -> None:
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        params: Params,
+        home: Path,
+        models: tuple[str, ...],
+        ready: Callable[[tuple[str, ...]], None],
+    ) -> None:
         self.rows, self.params, self.home = rows, params, home
+        self.models, self.ready = models, functools.cache(ready)  # the base model, the judges, the oracle
         self.ids: list[str] = list(rows["id"])
         self.inputs: Record = {
             "rows": training.rows_digest(rows),
@@ -175,7 +187,7 @@ class _Work:
             sides = base_answers(chunk, engine, "half"), base_answers(chunk, engine, "full")
             return [record(*row) for row in zip(chunk["id"], *sides, strict=True)]
 
-        return self._step(RAW_FILES[0], self.ids, work)
+        return self._step(RAW_FILES[0], self.ids, work, self.models)
 
     def verdicts(self, answers: list[Record], panel: Sequence[Judge]) -> list[Record]:
         """Step 2: every judge on every answered row, raw scores kept."""
@@ -192,7 +204,7 @@ class _Work:
                     record[judge.name] = asdict(verdict)
             return fresh
 
-        return self._step(RAW_FILES[1], list(by_id), work, images=False)
+        return self._step(RAW_FILES[1], list(by_id), work, self.models[1:], images=False)
 
     def locate(self, answers: list[Record], verdicts: list[Record], oracle: Oracle) -> list[Record]:
         """Step 3: the oracle on the rows that are HR."""
@@ -206,21 +218,29 @@ class _Work:
             found = oracle.locate(list(chunk))
             return [{"id": row_id, **record} for row_id, record in zip(chunk["id"], found, strict=True)]
 
-        return self._step(RAW_FILES[2], wanted, work, images=oracle.looks)
+        return self._step(RAW_FILES[2], wanted, work, self.models[-1:], images=oracle.looks)
 
     def _step(
-        self, name: str, ids: list[str], work: Callable[[datasets.Dataset], list[Record]], images: bool = True
+        self,
+        name: str,
+        ids: list[str],
+        work: Callable[[datasets.Dataset], list[Record]],
+        needed: tuple[str, ...],
+        images: bool = True,
     ) -> list[Record]:
-        """``work`` on chunks of the rows ``ids``, again on those with a row that a server was silent about; ``images=False`` spares
-        decoding them.
+        """``work`` on chunks of the rows ``ids``, again on those with a row that a server was silent about. ``needed``: the models
+        of this step and of those to come; ``images=False`` spares decoding them.
         """
         folder = training.checkpoint_folder(self.home / name, {"stage": f"curation {name}", **self.inputs})
         rows = self.rows if images else self.rows.remove_columns("image")
         place = {row_id: index for index, row_id in enumerate(self.ids)}
         size = self.params.curation.chunk_rows
-        return in_chunks(
-            folder / name, ids, size, lambda chunk: work(rows.select([place[row] for row in chunk])), _unanswered
-        )
+
+        def worked(chunk: list[str]) -> list[Record]:
+            self.ready(needed)
+            return work(rows.select([place[row] for row in chunk]))
+
+        return in_chunks(folder / name, ids, size, worked, _unanswered)
 
 
 def _unanswered(record: Record) -> bool:
