@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,16 +16,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import tiny_tokenizer
 from test_curation import FakeEngine, content, make_rows
 
 from awares import curation, plan, served
 from awares.config import AwaresError, AwaresRequestError, load_params
+from awares.model import make_processor
 from awares.records import read_records
+from awares.remote import RemoteEngine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 ROWS = 60
 KEY = "sk-planted-77aa"
+BRISK = {"attempts": 4, "first_wait": 0.1}
 
 
 class Server:
@@ -54,7 +59,7 @@ def start(tmp_path, monkeypatch):
 
     def start(*more):
         started.append(Server(tmp_path / f"server-{len(started)}.jsonl", *more))
-        for name in ("LLAMA", "DEEPSEEK", "QWEN3_VL"):
+        for name in ("BASE", "LLAMA", "DEEPSEEK", "QWEN3_VL"):
             monkeypatch.setenv(f"AWARES_{name}_URL", started[-1].url)
         return started[-1]
 
@@ -90,7 +95,7 @@ def settings(folder, **changes):
 def curate(params, out, rows=ROWS, engine=None):
     panel, oracle = served.make_judges(params), served.make_oracle(params)
     for client in (panel[0].client, oracle.client):
-        client.server = dataclasses.replace(client.server, attempts=4, first_wait=0.1)
+        client.server = dataclasses.replace(client.server, **BRISK)
     return curation.curate(
         make_rows(rows), engine or FakeEngine(), panel, oracle, params, out, ready=partial(plan.require_servers, params)
     )
@@ -264,35 +269,47 @@ def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):
     assert all("not usable" in one["reason"] for one in lost)
 
 
-def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes_and_asks_nothing_again(server, tmp_path, monkeypatch):
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes_and_asks_nothing_again(start, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
+    start()
+    job(whole)
+    server = start()
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}{os.pathsep}{HERE}")
     processes = multiprocessing.get_context("forkserver")  # imports once, so that a start takes no seconds
     processes.set_forkserver_preload(["test_served"])
-    rng, recorded = random.Random(0), {}  # request -> how often it had arrived when its reply was recorded
-    for _ in range(10):
-        before = server.arrivals().total()
+    rng, recorded = random.Random(9), {}  # request -> how often it had arrived when its reply was recorded
+    for moment in sorted(
+        rng.sample(range(len(replies(whole)) - 60), 10)
+    ):  # in replies; what is left takes longer than a kill
+        before = len(replies(broken))
         process = processes.Process(target=job, args=(broken,))
         process.start()
-        while process.is_alive() and server.arrivals().total() == before:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.4))
+        while process.is_alive() and len(replies(broken)) <= max(before, moment):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.02))
         process.kill()
         process.join()
+        assert process.exitcode == -signal.SIGKILL
         time.sleep(0.1)  # the server still logs what was under way
         recorded |= {name: server.arrivals()[name] for name in replies(broken) if name not in recorded}
     job(broken)
     after, kept = server.arrivals(), replies(broken)
-    assert len(recorded) > 10 and all(after[name] == count for name, count in recorded.items())
+    assert len(recorded) < len(kept) and all(after[name] == count for name, count in recorded.items())
     assert set(recorded) <= set(kept) and len(kept) == len(set(kept))
-    curate(settings(whole), whole / "out")
     assert content(whole / "out") == content(broken / "out")
+    files = [file.name for file in (broken / "runs" / "mini" / ".replies").glob("*.jsonl")]
+    assert sorted(files) == ["base.jsonl", "llama.jsonl", "qwen3_vl.jsonl"]
 
 
 def job(folder):
-    curate(settings(folder), folder / "out")
+    """Curation with base model, judge and oracle all behind the server."""
+    params = settings(folder, engine="base")
+    client = served.get_model("base", params).client(params)
+    client.server = dataclasses.replace(client.server, **BRISK)
+    engine = RemoteEngine.from_params(client, make_processor(tiny_tokenizer()), params, check=False)
+    curate(params, folder / "out", engine=engine)
 
 
 def replies(folder):
