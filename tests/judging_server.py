@@ -1,13 +1,19 @@
-"""A judge and an oracle as a chat server: run as a process by the tests of `awares.served`.
+"""A judge, an oracle and a base model as a chat server: run as a process by the tests of `awares.served`.
 
-``python judging_server.py LOG PORT [rigged]``. It answers the prompts of data/served.yaml about rows of `test_curation.make_rows`, whose questions
-carry a number n, and fails by it: garbage for n % 20 == 3, silence at first for n % 20 == 7, status 429 at first for n % 5 == 1. Every third
-reply has words around its JSON. A judge prefers the first of two answers to a ``biased`` question. Arrivals are logged as in faulty_server.py.
-``rigged``: it does not fail, and judges any rows, for a base model that answers at random: of two answers the later one in the alphabet is right.
+``python judging_server.py LOG PORT [rigged | mute]``. It answers the prompts of data/served.yaml about rows of
+`test_curation.make_rows`, whose questions carry a number n, and fails by it: garbage for n % 20 == 3, silence at first for
+n % 20 == 7, status 429 at first for n % 5 == 1. Every third reply has words around its JSON. As the base model it
+answers like `test_curation.FakeEngine`. A judge prefers the first of two
+answers to a ``biased`` question. Arrivals are logged as in faulty_server.py.
+``mute``: besides, it never answers the judge's requests about n = 10 and the oracle's about n = 9.
+``rigged``: it does not fail, and judges any rows, for a base model that answers at random: of two answers the later one in the
+alphabet is right.
 """
 
 import asyncio
+import base64
 import hashlib
+import io
 import json
 import re
 import socket
@@ -20,6 +26,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from faulty_server import completion, last_text
+from PIL import Image
 
 SILENCE = 3.0  # seconds: longer than the tests' time-out
 
@@ -43,6 +50,20 @@ def reply(text: str) -> dict[str, Any]:
     return {"question_boxes": [[50, 50, 150, 100]], "answer_boxes": [answer]}
 
 
+def base_answer(body: dict[str, Any], number: int) -> str:
+    """The base model's answer: right for n % 4 < 3 from the full image, which is 84 px wide, and for n % 4 < 1 from a smaller one."""
+    url = body["messages"][-1]["content"][0]["image_url"]["url"]
+    full = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).width == 84
+    return f"{number} KG" if number % 4 < (3 if full else 1) else "illegible"
+
+
+def constrained(body: dict[str, Any]) -> bool:
+    """Whether a judge's request binds the reply to a verdict of 0, 1 or 2."""
+    wanted = body.get("response_format", {}).get("json_schema", {})
+    better = wanted.get("schema", {}).get("properties", {}).get("better", {})
+    return wanted.get("strict") is True and better == {"type": "integer", "enum": [0, 1, 2]}
+
+
 def rigged(said: dict[str, str]) -> dict[str, Any]:
     if "First answer" in said or "Second answer" in said:
         first, second = said.get("First answer", ""), said.get("Second answer", "")
@@ -58,7 +79,7 @@ def rigged(said: dict[str, str]) -> dict[str, Any]:
 
 
 BOXES = [[10, 10, 200, 200], [700, 20, 900, 100], [50, 600, 300, 900], [0, 0, 1000, 1000], [400, 400, 600, 600]]
-RIGGED = sys.argv[3:] == ["rigged"]
+RIGGED, MUTE = (sys.argv[3:] == [mode] for mode in ("rigged", "mute"))
 
 
 def make_app(log: Path) -> FastAPI:
@@ -76,10 +97,15 @@ def make_app(log: Path) -> FastAPI:
         number = 0 if RIGGED else int(re.findall(r"\d+", text)[0])
         if number % 20 == 3:
             return JSONResponse({**completion("the second one, I think"), "id": name})
-        if arrived[name] == 1 and number % 20 == 7:
+        if "First answer" in text and not constrained(body):
+            return JSONResponse({"error": {"message": "a verdict must be constrained to 0, 1 and 2"}}, 400)
+        mute = MUTE and number == (10 if "First answer" in text else 9)
+        if mute or (arrived[name] == 1 and number % 20 == 7):
             await asyncio.sleep(SILENCE)
         if arrived[name] == 1 and number % 5 == 1:
             return JSONResponse({"error": {"message": "busy"}}, 429, {"retry-after": "0"})
+        if "Question: " not in text:
+            return JSONResponse({**completion(base_answer(body, number)), "id": name})
         said = json.dumps(reply(text))
         return JSONResponse({**completion(f"```json\n{said}\n```" if number % 3 == 0 else said), "id": name})
 
@@ -87,7 +113,8 @@ def make_app(log: Path) -> FastAPI:
     async def models(request: Request) -> Response:
         if request.headers.get("authorization") == "Bearer wrong":
             return JSONResponse({"error": {"message": "no"}}, 401)
-        names = ["meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct"]
+        names = ["meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"]
+        names += ["deepseek-ai/DeepSeek-V3.2"] if RIGGED else []
         return JSONResponse(
             {"object": "list", "data": [{"id": one, "object": "model", "created": 0, "owned_by": "t"} for one in names]}
         )

@@ -257,7 +257,7 @@ class FakeEngine:
 
     def _trajectory(self, question, view):
         number = int(question.split()[-1].rstrip("?"))
-        answer = f"{number} KG" if number % 4 < {"half": 1, "full": 3}[view] else "illegible"
+        answer = f"{number} KG" if number % 4 < {"half": 1, "full": 3, "half+crops": 3}[view] else "illegible"
         values = {
             "answer": answer,
             "visual_tokens": 3,
@@ -380,7 +380,10 @@ def test_rows_that_the_base_models_server_gives_up_are_lost_and_no_others(params
     lost = records.read_records(tmp_path / "out" / curation.LOST_FILE)
     assert lost == [{"id": row_id, "step": "base", "reason": "status 400"} for row_id in Server.bad]
     answers = records.read_records(tmp_path / "out" / "answers.jsonl")
-    assert len(answers) == 11 and answers[4] == {"id": "row-4", "reason": "status 400"}
+    assert len(answers) == 11 and answers[4] == {"id": "row-4", "reason": "status 400", "silent": False}
+    Server.bad = {"row-2": "half+crops"}
+    repaired = curation.base_answers(rows, engine, "half+crops")
+    assert [one.row_id for one in repaired if isinstance(one, Failure)] == ["row-2"] and len(repaired) == len(rows)
     Server.bad = {row_id: "half" for row_id in make_rows()["id"]}
     with pytest.raises(AwaresError, match="no row: all 11 are lost; lost.jsonl tells why"):
         run(params, tmp_path / "none" / "out", Server())

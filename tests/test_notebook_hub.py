@@ -236,14 +236,15 @@ def test_latency(line):
     assert set(pd.read_csv(tables / "pruners.csv").system) == {"full", "visionzip_100", "visionzip_50"}
 
 
-def test_plan_finds_what_is_there_and_what_is_not(line):
+def test_plan_finds_what_is_there_and_what_is_not(line, servers, monkeypatch):
+    monkeypatch.setenv("AWARES_DEEPSEEK_URL", servers["AWARES_BASE_URL"])
     missing = {"base.device": "cuda", "base.launch": "data/launch/8gpu.yaml", "evaluation.lmms_eval": "nowhere/python"}
     text = shown(line.run("08_plan", "plan", **missing))
     hub = [f"dataset {path.parent.name}/{path.name}" for path in Path(line.params.data.hub_root).glob("*/*")]
     assert len(hub) == 11 and all(name in text for name in hub)
     assert f"base: {line.params.base.model}" in text and "llama: meta-llama/Llama-3.3-70B-Instruct" in text
     assert "8 GPUs here, for data/launch/8gpu.yaml" in text and "name another file in base.launch" in text
-    assert "start it with --served-model-name deepseek-ai/DeepSeek-V3.2" in text  # the server has the other two
+    assert "start it with --served-model-name deepseek-ai/DeepSeek-V3.2" in text  # another model is served there
     assert re.search(r"\*\*3 of \d+ missing\*\*", text)
     assert "248 requests to servers" in text  # 40 rows: two views, two judges in both orders, boxes for about a fifth
 

@@ -1,5 +1,7 @@
 """Tables say what the rows say, figures can be drawn from them, and published notebooks hold nothing of one run."""
 
+import math
+
 import nbformat
 import numpy as np
 import pandas as pd
@@ -9,7 +11,8 @@ from nbformat import v4
 from PIL import Image
 
 from awares import data, evaluation, figures, leaks, publish, report
-from awares.config import AwaresError, load_params
+from awares.config import AwaresError, Failure, load_params
+from awares.judges import SemanticJudge
 from awares.rollout import Trajectory, Turn
 
 PARAMS = load_params("mini", overrides={"evaluation.bootstrap": 200})
@@ -40,6 +43,21 @@ def rows(count=4, label=None, target=None, boxes=((0, 0, 400, 100),), source="ch
 
 
 # Tables
+
+
+def test_rows_without_an_answer_or_a_score_are_left_out_of_the_repair_and_counted():
+    class Unsure(SemanticJudge):  # gives no usable reply about one answer
+        def scores(self, questions, predictions, answers):
+            found = super().scores(questions, predictions, answers)
+            return [math.nan if said == "7" else score for said, score in zip(predictions, found, strict=True)]
+
+    given = [trajectory(answer="12"), Failure("row-1", "status 400"), trajectory(), trajectory(answer="7")]
+    curated = rows(label=["HR", "HR", "LR", "LR"], target=[["all"], ["all"], [], []])
+    for name in ("low_answer", "high_answer"):
+        curated = curated.add_column(name, ["no", "12", "12", "12"])
+    table = report.judged(curated, given, Unsure()).set_index("label")
+    assert table.n.to_dict() == {"HR": 1, "LR": 1, "all": 2} and table.lost.to_dict() == {"HR": 1, "LR": 1, "all": 2}
+    assert table["half+crops"].to_dict() == {"HR": 100, "LR": 100, "all": 100}
 
 
 def test_main_table_averages_over_benchmarks_not_rows():

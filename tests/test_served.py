@@ -6,24 +6,30 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import tiny_tokenizer
 from test_curation import FakeEngine, content, make_rows
 
-from awares import curation, served
-from awares.config import AwaresError, load_params
+from awares import curation, plan, served
+from awares.config import AwaresError, AwaresRequestError, load_params
+from awares.model import make_processor
 from awares.records import read_records
+from awares.remote import RemoteEngine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 ROWS = 60
 KEY = "sk-planted-77aa"
+BRISK = {"attempts": 4, "first_wait": 0.1}
 
 
 class Server:
@@ -35,9 +41,9 @@ class Server:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"
 
-    def arrivals(self):
+    def arrivals(self, of="body"):
         lines = self.log.read_text().splitlines() if self.log.is_file() else []
-        return Counter(json.loads(line)["body"] for line in lines)
+        return Counter(json.loads(line)[of] for line in lines)
 
     def stop(self):
         self.process.kill()
@@ -45,14 +51,26 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def start(tmp_path, monkeypatch):
+    """Starts a server in the place of the last one; its log is a new one."""
+    started = []
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    running = Server(tmp_path / "server.jsonl")
-    for name in ("LLAMA", "DEEPSEEK", "QWEN3_VL"):
-        monkeypatch.setenv(f"AWARES_{name}_URL", running.url)
     monkeypatch.setenv("AWARES_API_KEY", KEY)
-    yield running
-    running.stop()
+
+    def start(*more):
+        started.append(Server(tmp_path / f"server-{len(started)}.jsonl", *more))
+        for name in ("BASE", "LLAMA", "DEEPSEEK", "QWEN3_VL"):
+            monkeypatch.setenv(f"AWARES_{name}_URL", started[-1].url)
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.stop()
+
+
+@pytest.fixture
+def server(start):
+    return start()
 
 
 def settings(folder, **changes):
@@ -74,9 +92,13 @@ def settings(folder, **changes):
     return dataclasses.replace(params, curation=curated, paths=paths)
 
 
-def curate(params, out, rows=ROWS):
+def curate(params, out, rows=ROWS, engine=None):
     panel, oracle = served.make_judges(params), served.make_oracle(params)
-    return curation.curate(make_rows(rows), FakeEngine(), panel, oracle, params, out)
+    for client in (panel[0].client, oracle.client):
+        client.server = dataclasses.replace(client.server, **BRISK)
+    return curation.curate(
+        make_rows(rows), engine or FakeEngine(), panel, oracle, params, out, ready=partial(plan.require_servers, params)
+    )
 
 
 # Reading
@@ -106,13 +128,22 @@ def test_verdicts_are_read_or_refused(text, found):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ('{"question_boxes": [[1, 2, 3, 4]], "answer_boxes": []}', ([[1, 2, 3, 4]], [])),
-        ('{"answer_boxes": [[1, 2, 3, 4]]}', ([], [[1, 2, 3, 4]])),
-        ('So: {"question_boxes": [], "answer_boxes": [1, 2, 3, 4]}', ([], [[1, 2, 3, 4]])),  # one box, not in a list
-        ('{"question_boxes": [{"bbox_2d": [1.4, 2, 3.6, 4]}], "answer_boxes": []}', ([[1, 2, 4, 4]], [])),
+        ('{"question_boxes": [[1, 2, 3, 4]], "answer_boxes": []}', ([[1, 2, 3, 4]], [], "strict")),
+        (
+            '{"question_boxes": [[0, 0, 1000, 1000]], "answer_boxes": [[1, 2, 3, 4]], "sure": 1}',
+            ([[0, 0, 1000, 1000]], [[1, 2, 3, 4]], "tolerant"),
+        ),
+        ('```json\n{"question_boxes": [[1, 2, 3, 4]], "answer_boxes": []}\n```', ([[1, 2, 3, 4]], [], "tolerant")),
+        ('{"question_boxes": [[1.0, 2, 3, 4]], "answer_boxes": []}', ([[1, 2, 3, 4]], [], "tolerant")),
+        ('{"answer_boxes": [[1, 2, 3, 4]]}', ([], [[1, 2, 3, 4]], "tolerant")),
+        (
+            'So: {"question_boxes": [], "answer_boxes": [1, 2, 3, 4]}',
+            ([], [[1, 2, 3, 4]], "tolerant"),
+        ),  # one box, not in a list
+        ('{"question_boxes": [{"bbox_2d": [1.4, 2, 3.6, 4]}], "answer_boxes": []}', ([[1, 2, 4, 4]], [], "tolerant")),
         (
             '{"question_boxes": [[30, 40, 10, 20]], "answer_boxes": [[-5, 0, 1200, 1000]]}',
-            ([[10, 20, 30, 40]], [[0, 0, 1000, 1000]]),
+            ([[10, 20, 30, 40]], [[0, 0, 1000, 1000]], "tolerant"),
         ),
         ('{"question_boxes": [], "answer_boxes": []}', None),
         ('{"question_boxes": [[1, 2, 3]], "answer_boxes": []}', None),
@@ -161,23 +192,66 @@ def test_of_a_judge_that_talks_garbage_no_label_comes(server, tmp_path):
     assert math.isnan(judge.scores(["what is 3?"], ["3"], [["3"]])[0])
 
 
-def test_a_failing_server_costs_only_the_rows_that_it_talks_garbage_about(server, tmp_path):
-    params = settings(tmp_path)
-    rows = curate(params, tmp_path / "out")
-    garbage = [f"row-{n}" for n in range(ROWS) if n % 20 == 3]
-    lost = read_records(tmp_path / "out" / curation.LOST_FILE)
-    assert [(one["id"], one["step"]) for one in lost] == [(row_id, "judge") for row_id in garbage]
-    assert rows["id"] == [f"row-{n}" for n in range(ROWS) if n % 20 != 3]
-    numbers = [int(row_id.removeprefix("row-")) for row_id in rows["id"]]
-    assert rows["label"] == ["HR" if n % 4 in (1, 2) else "LR" for n in numbers]
-    boxes = [[[300, 50, 400, 100]] if n % 2 else [[800, 850, 900, 900]] for n in numbers]
-    assert rows["oracle_answer_boxes"] == [
-        b if label == "HR" else [] for b, label in zip(boxes, rows["label"], strict=True)
-    ]
-    agreement = curation.judge_agreement(rows)
-    assert (agreement.agreement[0], agreement.n[0]) == (100, len(rows))
+def test_a_failing_server_costs_only_the_rows_that_it_fails_on_and_the_silent_ones_are_asked_about_again(
+    start, tmp_path
+):
+    params, garbage = settings(tmp_path), {n: "judge" for n in range(ROWS) if n % 20 == 3}
+    for mode, silent, asked in (["mute"], {10: "judge", 9: "oracle"}, None), ([], {}, {10: 3, 9: 1}), ([], {}, {}):
+        server = start(*mode)
+        rows = curate(params, tmp_path / "out")
+        lost = {one["id"]: one for one in read_records(tmp_path / "out" / curation.LOST_FILE)}
+        assert {row_id: one["step"] for row_id, one in lost.items()} == named({**garbage, **silent})
+        assert all("no answer within" in lost[row_id]["reason"] for row_id in named(silent))
+        numbers = [n for n in range(ROWS) if n not in {**garbage, **silent}]
+        assert rows["id"] == [f"row-{n}" for n in numbers]
+        assert rows["label"] == ["HR" if n % 4 in (1, 2) else "LR" for n in numbers]
+        boxes = [[[300, 50, 400, 100]] if n % 2 else [[800, 850, 900, 900]] for n in numbers]
+        assert rows["oracle_answer_boxes"] == [
+            b if label == "HR" else [] for b, label in zip(boxes, rows["label"], strict=True)
+        ]
+        for one in read_records(tmp_path / "out" / "oracle.jsonl"):  # every third reply has words around its JSON
+            how = "tolerant" if int(one["id"].removeprefix("row-")) % 3 == 0 else "strict"
+            assert one["read"] == ("" if one["id"] in lost else how)
+        agreement = curation.judge_agreement(rows)
+        assert (agreement.agreement[0], agreement.n[0]) == (100, len(rows))
+        if asked is not None:  # each request once: both orders of the judge, then the oracle
+            assert server.arrivals("row") == {f"Question: what is {n}?": count for n, count in asked.items()}
     kept = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(kept) > 5 and not any(KEY.encode() in file.read_bytes() for file in kept)
+
+
+def named(numbers):
+    return {f"row-{n}": value for n, value in numbers.items()}
+
+
+def test_a_server_that_goes_away_ends_the_run(server, tmp_path):
+    judge, oracle = served.ServedJudge("llama", settings(tmp_path)), served.ServedOracle("qwen3_vl", settings(tmp_path))
+    server.stop()
+    for client in (judge.client, oracle.client):
+        client.server = dataclasses.replace(client.server, attempts=2, first_wait=0.01)
+    rows = list(make_rows(24))
+    with pytest.raises(AwaresRequestError, match="gave up after 16 rows without an answer"):
+        judge.judge([row["question"] for row in rows], ["1"] * 24, ["2"] * 24, [row["answers"] for row in rows])
+    with pytest.raises(AwaresRequestError, match="gave up after 16 rows without an answer"):
+        oracle.locate(rows)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_vl", "base"])
+def test_a_server_that_is_not_there_ends_the_run_before_the_first_row(server, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"AWARES_{name.upper()}_URL", "http://127.0.0.1:9/v1")
+    engine = FakeEngine()
+    with pytest.raises(AwaresRequestError, match=rf"^{name}: .*127.0.0.1:9/v1: no answer.*AWARES_{name.upper()}_URL$"):
+        curate(settings(tmp_path, engine="base" if name == "base" else "local"), tmp_path / "out", engine=engine)
+    assert engine.calls == 0 and not server.arrivals()
+
+
+def test_only_the_servers_that_are_still_needed_must_be_there(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWARES_BASE_URL", "http://127.0.0.1:9/v1")
+    found = curate(settings(tmp_path), tmp_path / "out", rows=12)
+    more = settings(tmp_path, engine="base", judges=("llama", "anls"))
+    assert curate(more, tmp_path / "out", rows=12)["label"] == found["label"]  # the base model has answered
+    server.stop()
+    assert curate(more, tmp_path / "out", rows=12)["label"] == found["label"]
 
 
 def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):
@@ -195,35 +269,46 @@ def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):
     assert all("not usable" in one["reason"] for one in lost)
 
 
-def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes_and_asks_nothing_again(server, tmp_path, monkeypatch):
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes_and_asks_nothing_again(start, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
+    start()
+    job(whole)
+    server = start()
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}{os.pathsep}{HERE}")
     processes = multiprocessing.get_context("forkserver")  # imports once, so that a start takes no seconds
     processes.set_forkserver_preload(["test_served"])
-    rng, recorded = random.Random(0), {}  # request -> how often it had arrived when its reply was recorded
-    for _ in range(10):
-        before = server.arrivals().total()
+    rng, recorded = random.Random(9), {}  # request -> how often it had arrived when its reply was recorded
+    moments = rng.sample(range(len(replies(whole)) - 20), 10)  # by the replies recorded; some are left after the last
+    for moment in sorted(moments):
+        before = len(replies(broken))
         process = processes.Process(target=job, args=(broken,))
         process.start()
-        while process.is_alive() and server.arrivals().total() == before:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.4))
+        while process.is_alive() and len(replies(broken)) <= max(before, moment):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.02))
         process.kill()
         process.join()
+        assert process.exitcode == -signal.SIGKILL
         time.sleep(0.1)  # the server still logs what was under way
         recorded |= {name: server.arrivals()[name] for name in replies(broken) if name not in recorded}
     job(broken)
     after, kept = server.arrivals(), replies(broken)
-    assert len(recorded) > 10 and all(after[name] == count for name, count in recorded.items())
+    assert len(recorded) < len(kept) and all(after[name] == count for name, count in recorded.items())
     assert set(recorded) <= set(kept) and len(kept) == len(set(kept))
-    curate(settings(whole), whole / "out")
     assert content(whole / "out") == content(broken / "out")
+    files = [file.name for file in (broken / "runs" / "mini" / ".replies").glob("*.jsonl")]
+    assert sorted(files) == ["base.jsonl", "llama.jsonl", "qwen3_vl.jsonl"]
 
 
 def job(folder):
-    curate(settings(folder), folder / "out")
+    """Curation with base model, judge and oracle all behind the server."""
+    params = settings(folder, engine="base")
+    client = served.get_model("base", params).client(params)
+    client.server = dataclasses.replace(client.server, **BRISK)
+    engine = RemoteEngine.from_params(client, make_processor(tiny_tokenizer()), params, check=False)
+    curate(params, folder / "out", engine=engine)
 
 
 def replies(folder):

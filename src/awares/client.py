@@ -153,7 +153,7 @@ class _Session:
                     f"{self.server.url}: gave up after {self.silent} rows without an answer, the last for: {error}. "
                     "Replies so far are kept: when the server is back, run again and it goes on from there"
                 ) from error
-            return Failure(row_id, str(error))
+            return Failure(row_id, str(error), error.silent)
 
     async def send(self, request: Request) -> Reply:
         key = request.key(self.server.model)

@@ -63,10 +63,11 @@ class AwaresFileError(AwaresError, FileNotFoundError):
 
 @dataclass(frozen=True)
 class Failure:
-    """A row without a reply, and why."""
+    """A row without a reply, and why. ``silent``: the server may have been gone, and may answer another time."""
 
     row_id: str
     reason: str
+    silent: bool = False
 
 
 class AwaresRequestError(AwaresError, RuntimeError):

@@ -6,11 +6,12 @@ that a resumed run ends with the very bytes of an undisturbed one. The result is
 and target crops: what a trajectory is made of (`protocol.messages` renders it).
 """
 
+import functools
 import hashlib
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -110,6 +111,7 @@ def curate(
     params: Params,
     out_dir: str | Path,
     work_dir: str | Path | None = None,
+    ready: Callable[[tuple[str, ...]], None] = lambda names: None,
 ) -> datasets.Dataset:
     """Label and locate every row of ``dataset``; write raw outputs and curated rows to ``out_dir``; return the rows.
 
@@ -119,14 +121,16 @@ def curate(
     ``high_score_<judge>``; on HR rows (empty on LR ones) ``oracle_question_boxes``, ``oracle_answer_boxes`` and
     ``target_crops``. With ``curation.drop_both_wrong`` rows that both answers got wrong are left out. Work in
     progress stands in ``.checkpoints`` in ``work_dir`` (beside ``out_dir`` if not given), keyed by its inputs: the same
-    call after a kill goes on from there, and one that changes the labels alone asks the base model nothing. AwaresError before any
-    work for rows, judges or boxes that cannot do.
+    call after a kill goes on from there, asks again about the rows that a server was silent about, and about no others; one that
+    changes the labels alone asks the base model nothing. ``ready`` is called before the first row of a step, with the names of the
+    models still needed, and may raise (`plan.require_servers`). AwaresError before any work for rows, judges or boxes that cannot do.
     """
     data.validate(dataset, "curation", pixels=False)
     oracle.check(dataset)
     if params.curation.judge not in [judge.name for judge in panel]:
         raise AwaresValueError(f"curation.judge {params.curation.judge!r} is not on the panel of judges")
-    work = _Work(dataset, params, Path(out_dir).parent if work_dir is None else Path(work_dir))
+    names = params.curation.engine, *[judge.name for judge in panel], oracle.name
+    work = _Work(dataset, params, Path(out_dir).parent if work_dir is None else Path(work_dir), names, ready)
     answers = work.answers(engine)
     verdicts = work.verdicts(answers, panel)
     located = work.locate(answers, verdicts, oracle)
@@ -137,11 +141,30 @@ def curate(
     return data.load_rows(Path(out_dir) / ROWS)
 
 
+def base_answers(rows: datasets.Dataset, engine: Any, view: str) -> list[Any]:
+    """What the base model answers from ``view`` (half, full, or half+crops: with the target crops); a `Failure` where its server would not."""
+
+    def ask(places: list[int]) -> list[Any]:
+        part = rows.select(places)
+        chosen = [tuple(names) for names in part["target_crops"]] if view == "half+crops" else None
+        return engine.answer(list(part["image"]), list(part["question"]), view, chosen, row_ids=list(part["id"]))
+
+    return rollout.with_failures(list(rows["id"]), ask)
+
+
 class _Work:
     """The three steps on one set of rows. Each step's folder is keyed by all that decides its output."""
 
-    def __init__(self, rows: datasets.Dataset, params: Params, home: Path) -> None:
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        params: Params,
+        home: Path,
+        models: tuple[str, ...],
+        ready: Callable[[tuple[str, ...]], None],
+    ) -> None:
         self.rows, self.params, self.home = rows, params, home
+        self.models, self.ready = models, functools.cache(ready)  # the base model, the judges, the oracle
         self.ids: list[str] = list(rows["id"])
         self.inputs: Record = {
             "rows": training.rows_digest(rows),
@@ -154,32 +177,23 @@ class _Work:
         self.inputs["engine"] = engine_key(engine)
 
         def work(chunk: datasets.Dataset) -> list[Record]:
-            ids = list(chunk["id"])
-
-            def answered(view: str) -> list[Any]:
-                def ask(places: list[int]) -> list[Any]:
-                    rows = chunk.select(places)
-                    return engine.answer(
-                        list(rows["image"]), list(rows["question"]), view=view, row_ids=list(rows["id"])
-                    )
-
-                return rollout.with_failures(ids, ask)
 
             def record(row_id: str, low: Any, high: Any) -> Record:
-                lost = [side.reason for side in (low, high) if isinstance(side, Failure)]
-                return {
-                    "id": row_id,
-                    **({"reason": lost[0]} if lost else {"low": _timeless(low), "high": _timeless(high)}),
-                }
+                lost = [side for side in (low, high) if isinstance(side, Failure)]
+                if lost:
+                    return {"id": row_id, "reason": lost[0].reason, "silent": any(side.silent for side in lost)}
+                return {"id": row_id, "low": _timeless(low), "high": _timeless(high)}
 
-            return [record(*row) for row in zip(ids, answered("half"), answered("full"), strict=True)]
+            sides = base_answers(chunk, engine, "half"), base_answers(chunk, engine, "full")
+            return [record(*row) for row in zip(chunk["id"], *sides, strict=True)]
 
-        return self._step(RAW_FILES[0], self.ids, work)
+        return self._step(RAW_FILES[0], self.ids, work, self.models)
 
     def verdicts(self, answers: list[Record], panel: Sequence[Judge]) -> list[Record]:
         """Step 2: every judge on every answered row, raw scores kept."""
-        self.inputs |= {"judges": [judge.key() for judge in panel], "judge_code": _code(judges, metrics, wording)}
         by_id = {record["id"]: record for record in answers if "reason" not in record}
+        self.inputs |= {"judges": [judge.key() for judge in panel], "judge_code": _code(judges, metrics, wording)}
+        self.inputs["answered"] = _digest(by_id)
 
         def work(chunk: datasets.Dataset) -> list[Record]:
             lows, highs = ([by_id[row_id][side]["answer"] for row_id in chunk["id"]] for side in ("low", "high"))
@@ -190,7 +204,7 @@ class _Work:
                     record[judge.name] = asdict(verdict)
             return fresh
 
-        return self._step(RAW_FILES[1], list(by_id), work, images=False)
+        return self._step(RAW_FILES[1], list(by_id), work, self.models[1:], images=False)
 
     def locate(self, answers: list[Record], verdicts: list[Record], oracle: Oracle) -> list[Record]:
         """Step 3: the oracle on the rows that are HR."""
@@ -198,22 +212,40 @@ class _Work:
         self.inputs |= {"judge": judge, "lucky_margin": lucky, "oracle": oracle.key(), "oracle_code": code_of(__file__)}
         answered = {record["id"]: record for record in answers}
         wanted = [one["id"] for one in verdicts if row_label(answered[one["id"]], one[judge], lucky) == HR]
+        self.inputs["wanted"] = _digest(wanted)
 
         def work(chunk: datasets.Dataset) -> list[Record]:
             found = oracle.locate(list(chunk))
             return [{"id": row_id, **record} for row_id, record in zip(chunk["id"], found, strict=True)]
 
-        return self._step(RAW_FILES[2], wanted, work, images=oracle.looks)
+        return self._step(RAW_FILES[2], wanted, work, self.models[-1:], images=oracle.looks)
 
     def _step(
-        self, name: str, ids: list[str], work: Callable[[datasets.Dataset], list[Record]], images: bool = True
+        self,
+        name: str,
+        ids: list[str],
+        work: Callable[[datasets.Dataset], list[Record]],
+        needed: tuple[str, ...],
+        images: bool = True,
     ) -> list[Record]:
-        """``work`` on chunks of the rows ``ids``; ``images=False`` spares decoding them."""
+        """``work`` on chunks of the rows ``ids``, again on those with a row that a server was silent about. ``needed``: the models
+        of this step and of those to come; ``images=False`` spares decoding them.
+        """
         folder = training.checkpoint_folder(self.home / name, {"stage": f"curation {name}", **self.inputs})
         rows = self.rows if images else self.rows.remove_columns("image")
         place = {row_id: index for index, row_id in enumerate(self.ids)}
         size = self.params.curation.chunk_rows
-        return in_chunks(folder / name, ids, size, lambda chunk: work(rows.select([place[row] for row in chunk])))
+
+        def worked(chunk: list[str]) -> list[Record]:
+            self.ready(needed)
+            return work(rows.select([place[row] for row in chunk]))
+
+        return in_chunks(folder / name, ids, size, worked, _unanswered)
+
+
+def _unanswered(record: Record) -> bool:
+    """Whether a server was silent about the row: the next run asks again."""
+    return any(part.get("silent") for part in (record, *record.values()) if isinstance(part, dict))
 
 
 def assemble(
@@ -401,6 +433,10 @@ def engine_key(engine: Any) -> str:
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     limits = (engine.decoder.max_new_tokens, engine.token_budget, engine.max_side)
     return f"{digest.hexdigest()}:{limits}"
+
+
+def _digest(ids: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def _code(*modules: Any) -> str:

@@ -7,7 +7,7 @@ measured the two training steps on the GPU, its tokens per second and peak memor
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from awares import base, costs, served, shapes, sources
-from awares.config import SYSTEMS, AwaresFileError, AwaresValueError, Params, read_yaml
+from awares.config import SYSTEMS, AwaresFileError, AwaresRequestError, AwaresValueError, Params, read_yaml
 from awares.model import load_config
 
 COLUMNS = ("stage", "rows", "requests", "tokens", "pflop", "gpu_hours", "gpu_memory_gb", "disk_gb", "basis")
@@ -245,10 +245,11 @@ class Finding:
 
 def preflight(params: Params) -> list[Finding]:
     """Looks at GPUs, disk, servers, keys, model and datasets of the profile, and changes nothing. Minutes at most."""
+    section = params.curation
     checks: list[Callable[[], Iterator[Finding]]] = [
         lambda: _gpus(params),
         lambda: _disk(params),
-        lambda: _servers(params),
+        lambda: _servers(params, [*section.panel, section.oracle, section.engine]),
         lambda: _hub(params),
         lambda: _lmms_eval(params),
     ]
@@ -298,9 +299,14 @@ def _disk(params: Params) -> Iterator[Finding]:
     )
 
 
-def _servers(params: Params) -> Iterator[Finding]:
-    section = params.curation
-    names = [*section.panel, section.oracle, *([] if section.engine == "local" else [section.engine])]
+def require_servers(params: Params, names: Sequence[str]) -> None:
+    """AwaresRequestError, with the mend, unless each of ``names`` that is a served model is there."""
+    missing = [one for one in _servers(params, names) if not one.there]
+    if missing:
+        raise AwaresRequestError("\n".join(f"{one.what}: {one.found}; {one.mend}" for one in missing))
+
+
+def _servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
     for name in [name for name in names if served.is_served(name, params)]:
         model = served.get_model(name, params)
         yield _answers(name, model)

@@ -15,27 +15,37 @@ from awares.config import AwaresFileError, AwaresValueError
 Record = dict[str, Any]
 
 
-def in_chunks(path: Path, ids: Sequence[str], size: int, work: Callable[[list[str]], list[Record]]) -> list[Record]:
+def in_chunks(
+    path: Path,
+    ids: Sequence[str],
+    size: int,
+    work: Callable[[list[str]], list[Record]],
+    again: Callable[[Record], bool] = lambda record: False,
+) -> list[Record]:
     """Run ``work`` on chunks of ``size`` of ``ids`` and keep its records in the file ``path``; return all, in that
     order.
 
     ``work`` gets the ids of a chunk and returns one record for each, with that ``id``. Chunks that the file holds
-    whole are not run again; one that a kill has torn is, from its first row on, because what shares a batch must not
-    depend on the kill. Raises AwaresError when the file holds other rows, or when another process is writing it.
+    whole are not run again, unless a record is to be made ``again``; one that a kill has torn is, from its first row on, because
+    what shares a batch must not depend on the kill. Raises AwaresError when the file holds other rows, or when another process is writing it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone(path):
         records = _whole_chunks(path, list(ids), size)
-        starts = range(len(records), len(ids), size)
-        for start in tqdm(starts, desc=path.stem, unit="chunk", disable=not len(starts), leave=False):
+        held = len(records)
+        starts = [at for at in range(0, len(ids), size) if at >= held or any(map(again, records[at : at + size]))]
+        for start in tqdm(starts, desc=path.stem, unit="chunk", disable=not starts, leave=False):
             chunk = list(ids[start : start + size])
             fresh = work(chunk)
             if [record["id"] for record in fresh] != chunk:
                 raise AwaresValueError(
                     f"{path.name}: a step must give one record for each row, in the order of the rows"
                 )
-            append_records(path, fresh)
-            records += fresh
+            records[start : start + size] = fresh
+            if start < held:
+                write_records(path, records)
+            else:
+                append_records(path, fresh)
     return records
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from awares.config import AwaresFileError, Params
+from awares.config import AwaresFileError, Failure, Params
 from awares.crops import coverage, union_area
 from awares.diagnostics import NO_CALL, OUTCOMES, outcome
 from awares.judges import Judge, right_at
@@ -128,20 +128,26 @@ def accuracy_by_size(evidence: pd.DataFrame, parts: int = 4) -> pd.DataFrame:
     return table.assign(half=100 * table.half, full=100 * table.full).reset_index(drop=True)
 
 
-def judged(rows: datasets.Dataset, repaired: Sequence["Trajectory"], judge: Judge) -> pd.DataFrame:
+def judged(rows: datasets.Dataset, repaired: Sequence["Trajectory | Failure"], judge: Judge) -> pd.DataFrame:
     """Percent of curated rows, by label and over all, that ``judge`` calls right from half, full, half+crops.
 
-    ``repaired``: the base model's answers from the half-resolution view with the target crops.
+    ``repaired``: the base model's answers from the half-resolution view with the target crops. Columns label, n, lost (rows left out,
+    for want of such an answer or of a usable score), half, full, half+crops.
     """
-    answers = {"half": rows["low_answer"][:], "full": rows["high_answer"][:]}
-    answers["half+crops"] = [one.answer for one in repaired]
+    answered = {index: one.answer for index, one in enumerate(repaired) if not isinstance(one, Failure)}
+    labels, rows = rows["label"][:], rows.select(list(answered))
+    answers = {"half": rows["low_answer"][:], "full": rows["high_answer"][:], "half+crops": list(answered.values())}
     right = {"label": rows["label"][:]}
     for view, given in answers.items():
-        scores = judge.scores(rows["question"][:], given, rows["answers"][:])
-        right[view] = [100.0 * (value >= judge.right_at) for value in scores]
-    table = pd.DataFrame(right)
-    parts = [("HR", table[table.label == "HR"]), ("LR", table[table.label == "LR"]), ("all", table)]
-    return pd.DataFrame([{"label": name, "n": len(part), **part[list(answers)].mean()} for name, part in parts])
+        scores = np.array(judge.scores(rows["question"][:], given, rows["answers"][:]))
+        right[view] = np.where(np.isnan(scores), math.nan, 100.0 * (scores >= judge.right_at))
+    table = pd.DataFrame(right).dropna()
+    parts = {"HR": table[table.label == "HR"], "LR": table[table.label == "LR"], "all": table}
+    found = pd.DataFrame(
+        [{"label": name, "n": len(part), **part[list(answers)].mean()} for name, part in parts.items()]
+    )
+    found.insert(2, "lost", [labels.count("HR"), labels.count("LR"), len(labels)] - found.n)
+    return found
 
 
 def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:

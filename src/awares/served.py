@@ -2,7 +2,7 @@
 
 data/served.yaml names the servers and holds the prompts. Every reply is kept raw (`client.ChatClient`), so that no recorded
 one is asked for again after a kill. A reply that cannot be used is asked for again; a row that never gets a usable one is
-listed as lost, not labelled.
+listed as lost, not labelled. A row that never gets any is lost, too, but the next run asks about it again.
 """
 
 import json
@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from awares.client import ChatClient, Send, Server
-from awares.config import AwaresValueError, Params, read_yaml
+from awares.config import AwaresValueError, Failure, Params, read_yaml
 from awares.curation import AnnotationOracle, Boxes, Oracle, code_of
 from awares.judges import HIGH_BETTER, JUDGES, LOW_BETTER, TIE, Judge, Verdict
 from awares.model import ImageOnlyProcessor
@@ -115,10 +115,6 @@ def _read(params: Params) -> Record:
 # Asking
 
 
-class Unusable(Exception):
-    """No usable reply, for these reasons: the row is lost."""
-
-
 class Asked:
     """A served model with one prompt: asks until a reply can be read."""
 
@@ -132,7 +128,7 @@ class Asked:
     async def ask(
         self, send: Send, row_id: str, messages: Sequence[Record], read: Callable[[str], T | None]
     ) -> tuple[T, str]:
-        """What ``read`` makes of a reply, and its raw text. Raises Unusable when no attempt gave one that it can read."""
+        """What ``read`` makes of a reply, and its raw text. Raises Lost when no attempt gave one that it can read."""
         reasons = []
         for attempt in range(self.model.retries + 1):
             settings = {
@@ -148,14 +144,14 @@ class Asked:
                 text = (await send(Request(row_id, messages, settings, self.prompt.version))).text
             except Lost as error:
                 if error.silent:
-                    raise  # the server is away: not the row's fault, and asked again in the next run
+                    raise  # the server may be gone: another attempt now would fare no better
                 reasons.append(str(error))
                 continue
             found = read(text)
             if found is not None:
                 return found, text
             reasons.append(f"not usable: {text[:200]!r}")
-        raise Unusable("; ".join(reasons))
+        raise Lost("; ".join(reasons))
 
 
 def _choice(*values: int) -> Record:
@@ -187,7 +183,8 @@ def _loads(text: str) -> Any:
 @dataclass(frozen=True)
 class ServedVerdict(Verdict):
     """A verdict with its source. ``forward``, ``swapped``: the verdict with the low answer first and with it second, both in the paper's
-    terms (1 = low better); ``replies``: raw, in that order; ``reason``: why there is none.
+    terms (1 = low better); ``replies``: raw, in that order; ``reason``: why there is none;
+    ``silent``: because the server did not answer.
     """
 
     forward: int | None
@@ -195,7 +192,8 @@ class ServedVerdict(Verdict):
     model: str
     version: str
     replies: tuple[str, ...]
-    reason: str
+    reason: str = ""
+    silent: bool = False
 
 
 JUDGE_SCHEMA = _object(
@@ -251,12 +249,10 @@ class ServedJudge(Judge):
             messages = self.single.prompt.messages(
                 question=questions[index], answers=_listed(answers[index]), answer=predictions[index]
             )
-            try:
-                return float((await self.single.ask(send, str(index), messages, read_grade))[0])
-            except Unusable:
-                return math.nan
+            return float((await self.single.ask(send, str(index), messages, read_grade))[0])
 
-        return self.client.converse([str(index) for index in range(len(questions))], talk)
+        found = self.client.converse([str(index) for index in range(len(questions))], talk, return_failures=True)
+        return [math.nan if isinstance(one, Failure) else one for one in found]
 
     def judge(
         self,
@@ -274,28 +270,23 @@ class ServedJudge(Judge):
                 messages = self.pair.prompt.messages(
                     question=questions[index], answers=_listed(answers[index]), first=first, second=second
                 )
-                try:
-                    said.append(await self.pair.ask(send, names[index], messages, read_verdict))
-                except Unusable as error:
-                    return self._verdict(said, str(error))
+                said.append(await self.pair.ask(send, names[index], messages, read_verdict))
             return self._verdict(said)
 
-        return self.client.converse(names, talk)
+        found = self.client.converse(names, talk, return_failures=True)
+        return [self._lost(one) if isinstance(one, Failure) else one for one in found]
 
-    def _verdict(self, said: Sequence[tuple[tuple[int, int, int], str]], reason: str = "") -> ServedVerdict:
-        source: dict[str, Any] = {
-            "model": self.pair.model.model,
-            "version": self.pair.prompt.version,
-            "replies": tuple(text for _, text in said),
-            "reason": reason,
-        }
-        if reason:
-            return ServedVerdict(None, None, None, None, None, None, **source)
+    def _lost(self, row: Failure) -> ServedVerdict:
+        source = self.pair.model.model, self.pair.prompt.version
+        return ServedVerdict(None, None, None, None, None, None, *source, (), row.reason, row.silent)
+
+    def _verdict(self, said: Sequence[tuple[tuple[int, int, int], str]]) -> ServedVerdict:
+        source, replies = (self.pair.model.model, self.pair.prompt.version), tuple(text for _, text in said)
         (low, high, forward), (high_again, low_again, turned) = (found for found, _ in said)
         swapped = {TIE: TIE, LOW_BETTER: HIGH_BETTER, HIGH_BETTER: LOW_BETTER}[turned]
         scores = (low + low_again) / 2, (high + high_again) / 2
         value = forward if forward == swapped else TIE
-        return ServedVerdict(value, *scores, max(scores) < self.right_at, forward, swapped, **source)
+        return ServedVerdict(value, *scores, max(scores) < self.right_at, forward, swapped, *source, replies)
 
 
 def _listed(answers: Iterable[str]) -> str:
@@ -332,13 +323,41 @@ ORACLE_SCHEMA = _object(
 )
 
 
-def read_boxes(text: str) -> tuple[Boxes, Boxes] | None:
-    """(question boxes, answer boxes) of an oracle's reply, in 0-1000; None for one without a single usable box.
+def read_boxes(text: str) -> tuple[Boxes, Boxes, str] | None:
+    """(question boxes, answer boxes, ``strict`` or ``tolerant``: how it was read) of an oracle's reply, in 0-1000; None for one without a
+    single usable box.
 
     Read strictly first: the very object that was asked for. Else tolerantly: the object may stand in other words; a box may be a
     mapping with the key ``bbox_2d``, have its corners in another order, fractions, or edges outside, which are cut off. A box that
     is empty then, or not of four numbers, makes the reply unusable: half an answer is none.
     """
+    for name, reader in (("strict", _read_strictly), ("tolerant", _read_tolerantly)):
+        if found := reader(text):
+            return *found, name
+    return None
+
+
+def _read_strictly(text: str) -> tuple[Boxes, Boxes] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(found, dict) or set(found) != set(ORACLE_SCHEMA["properties"]):
+        return None
+    question, answer = found["question_boxes"], found["answer_boxes"]
+    if not isinstance(question, list) or not isinstance(answer, list) or not question + answer:
+        return None
+    return (question, answer) if all(map(_is_box, question + answer)) else None
+
+
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, list) or len(box) != 4 or any(type(value) is not int for value in box):
+        return False
+    left, top, right, bottom = box
+    return 0 <= left < right <= SIDE and 0 <= top < bottom <= SIDE
+
+
+def _read_tolerantly(text: str) -> tuple[Boxes, Boxes] | None:
     found = _loads(text)
     if not isinstance(found, dict):
         return None
@@ -383,7 +402,9 @@ class ServedOracle(Oracle):
         return f"{self.name}:{self.asked.key()}"
 
     def locate(self, rows: Sequence[Record]) -> list[Record]:
-        """Boxes, raw reply, model and prompt version of each row; empty boxes and a ``reason`` where no reply could be used."""
+        """Boxes, raw reply, how it was ``read``, model and prompt version of each row; empty boxes and a ``reason`` where no reply could be used, or,
+        ``silent``, none came.
+        """
         about = {"model": self.asked.model.model, "version": self.asked.prompt.version}
 
         async def talk(index: int, send: Send) -> Record:
@@ -391,13 +412,15 @@ class ServedOracle(Oracle):
             messages = self.asked.prompt.messages(
                 row["image"].convert("RGB"), question=row["question"], answers=_listed(row["answers"])
             )
-            try:
-                (question, answer), text = await self.asked.ask(send, row["id"], messages, read_boxes)
-            except Unusable as error:
-                return {"question_boxes": [], "answer_boxes": [], **about, "reply": "", "reason": str(error)}
-            return {"question_boxes": question, "answer_boxes": answer, **about, "reply": text, "reason": ""}
+            (question, answer, how), text = await self.asked.ask(send, row["id"], messages, read_boxes)
+            boxes = {"question_boxes": question, "answer_boxes": answer}
+            return {**boxes, **about, "reply": text, "read": how, "reason": ""}
 
-        return self.client.converse([row["id"] for row in rows], talk)
+        none = {"question_boxes": [], "answer_boxes": [], **about, "reply": "", "read": ""}
+        return [
+            {**none, "reason": one.reason, "silent": one.silent} if isinstance(one, Failure) else one
+            for one in self.client.converse([row["id"] for row in rows], talk, return_failures=True)
+        ]
 
 
 # By name
