@@ -121,6 +121,10 @@ def server(tmp_path, monkeypatch):
     running.stop()
 
 
+def test_released_rows_ask_no_judge_and_no_oracle():
+    assert list(forecast(curation__released="awares").index) == ["data", "sft", "grpo", "evaluation"]
+
+
 def test_preflight_says_what_is_there_and_how_to_mend_the_rest(server, tmp_path, monkeypatch):
     (tmp_path / "hub" / "lmms-lab" / "POPE").mkdir(parents=True)
     params = load_params(

@@ -71,6 +71,8 @@ class _Count:
         return ("data", rows, 0, 0, 0.0, 0.0, 0.0, rows * self._stored(), "counted")
 
     def _curation(self) -> Iterator[tuple[Any, ...]]:
+        if self.params.curation.released:
+            return
         rows = self.train_rows + self.held_out
         asked = served.estimate(rows, self.params)
         if self.params.curation.engine == "local":
@@ -249,7 +251,7 @@ def preflight(params: Params) -> list[Finding]:
     checks: list[Callable[[], Iterator[Finding]]] = [
         lambda: _gpus(params),
         lambda: _disk(params),
-        lambda: _servers(params, [*section.panel, section.oracle, section.engine]),
+        lambda: _servers(params, [] if section.released else [*section.panel, section.oracle, section.engine]),
         lambda: _hub(params),
         lambda: _lmms_eval(params),
     ]
