@@ -241,6 +241,7 @@ def paired_bootstrap(
     if len(a) != len(b):
         raise AwaresValueError(f"paired bootstrap needs the same rows twice, not {len(a)} and {len(b)}")
     mean, draws = resampled_means(np.asarray(a, float) - np.asarray(b, float), seed, n, groups)
+    draws = draws.round(12) + 0.0  # rounding errors are no differences, and -0 is 0
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
     p = min(1.0, 2 * (tail + 1) / (n + 1))  # never 0: the observed sample is one of the draws
