@@ -19,7 +19,7 @@ import yaml
 from conftest import tiny_tokenizer
 from test_curation import FakeEngine, content, make_rows
 
-from awares import curation, plan, served
+from awares import curation, served
 from awares.config import AwaresError, AwaresRequestError, load_params
 from awares.model import make_processor
 from awares.records import read_records
@@ -97,7 +97,13 @@ def curate(params, out, rows=ROWS, engine=None):
     for client in (panel[0].client, oracle.client):
         client.server = dataclasses.replace(client.server, **BRISK)
     return curation.curate(
-        make_rows(rows), engine or FakeEngine(), panel, oracle, params, out, ready=partial(plan.require_servers, params)
+        make_rows(rows),
+        engine or FakeEngine(),
+        panel,
+        oracle,
+        params,
+        out,
+        ready=partial(served.require_servers, params),
     )
 
 

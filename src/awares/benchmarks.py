@@ -5,9 +5,7 @@ lmms-eval wants torchvision and so another build of torch: it runs as a program 
 """
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,11 +71,11 @@ def through_lmms_eval(
         str(folder / "replies"),
         *options,
     ]
-    done = subprocess.run(
-        command, env=dict(os.environ), stdout=subprocess.PIPE, stderr=sys.stderr, text=True, check=False
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # its progress goes to stderr
     if done.returncode:
-        raise AwaresError(f"lmms-eval ended with {done.returncode} on {system}:\n{done.stdout[-2000:]}")
+        raise AwaresError(
+            f"lmms-eval ended with {done.returncode} on {system}; what it printed tells why:\n{done.stdout[-2000:]}"
+        )
     results = max(folder.glob("results/**/*results.json"), key=lambda file: file.stat().st_mtime)
     return table(system, json.loads(results.read_text())["results"], pd.DataFrame(records.read_records(samples)), tasks)
 

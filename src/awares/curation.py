@@ -123,7 +123,7 @@ def curate(
     progress stands in ``.checkpoints`` in ``work_dir`` (beside ``out_dir`` if not given), keyed by its inputs: the same
     call after a kill goes on from there, asks again about the rows that a server was silent about, and about no others; one that
     changes the labels alone asks the base model nothing. ``ready`` is called before the first row of a step, with the names of the
-    models still needed, and may raise (`plan.require_servers`). AwaresError before any work for rows, judges or boxes that cannot do.
+    models still needed, and may raise (`served.require_servers`). AwaresError before any work for rows, judges or boxes that cannot do.
     """
     data.validate(dataset, "curation", pixels=False)
     oracle.check(dataset)

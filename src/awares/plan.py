@@ -7,7 +7,7 @@ measured the two training steps on the GPU, its tokens per second and peak memor
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import pandas as pd
 import torch
 
 from awares import base, costs, served, shapes, sources
-from awares.config import SYSTEMS, AwaresFileError, AwaresRequestError, AwaresValueError, Params, read_yaml
+from awares.config import SYSTEMS, AwaresFileError, AwaresValueError, Params, read_yaml
 from awares.model import load_config
+from awares.served import Finding
 
 COLUMNS = ("stage", "rows", "requests", "tokens", "pflop", "gpu_hours", "gpu_memory_gb", "disk_gb", "basis")
 TEXT = 300  # tokens of system prompt, tool schema and question: assumed
@@ -235,23 +236,13 @@ def _typical(params: Params, config: Any) -> Image:
 # Is it there?
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that the profile needs. ``mend``: what to do where it is not ``there``."""
-
-    what: str
-    there: bool
-    found: str
-    mend: str = ""
-
-
 def preflight(params: Params) -> list[Finding]:
     """Looks at GPUs, disk, servers, keys, model and datasets of the profile, and changes nothing. Minutes at most."""
     section = params.curation
     checks: list[Callable[[], Iterator[Finding]]] = [
         lambda: _gpus(params),
         lambda: _disk(params),
-        lambda: _servers(params, [] if section.released else [*section.panel, section.oracle, section.engine]),
+        lambda: served.servers(params, [] if section.released else [*section.panel, section.oracle, section.engine]),
         lambda: _hub(params),
         lambda: _lmms_eval(params),
     ]
@@ -299,36 +290,6 @@ def _disk(params: Params) -> Iterator[Finding]:
     yield Finding(
         f"{need:.0f} GB of disk", free >= need, f"{free:.0f} GB", "set paths.runs to a larger disk, or DVC's cache"
     )
-
-
-def require_servers(params: Params, names: Sequence[str]) -> None:
-    """AwaresRequestError, with the mend, unless each of ``names`` that is a served model is there."""
-    missing = [one for one in _servers(params, names) if not one.there]
-    if missing:
-        raise AwaresRequestError("\n".join(f"{one.what}: {one.found}; {one.mend}" for one in missing))
-
-
-def _servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
-    for name in [name for name in names if served.is_served(name, params)]:
-        model = served.get_model(name, params)
-        yield _answers(name, model)
-
-
-def _answers(name: str, model: "served.Model") -> Finding:
-    import openai
-
-    server = model.server()
-    what = f"{name}: {model.model} at {server.url}"
-    try:
-        with openai.OpenAI(base_url=server.url, api_key=server.api_key(), max_retries=1, timeout=20.0) as api:
-            served_there = [one.id for one in api.models.list()]
-    except openai.AuthenticationError:
-        return Finding(what, False, "refuses the key", f"put it into the environment variable {model.key_variable}")
-    except openai.OpenAIError as error:
-        mend = f"start it (README, Judge and oracle), or say where it is in {model.url_variable()}"
-        return Finding(what, False, f"no answer: {type(error).__name__}", mend)
-    mend = f"start it with --served-model-name {model.model}, or name what it serves in data/served.yaml"
-    return Finding(what, model.model in served_there, f"serves {', '.join(served_there)}", mend)
 
 
 def _lmms_eval(params: Params) -> Iterator[Finding]:

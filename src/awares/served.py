@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from awares.client import ChatClient, Send, Server
-from awares.config import AwaresValueError, Failure, Params, read_yaml
+from awares.config import AwaresRequestError, AwaresValueError, Failure, Params, read_yaml
 from awares.curation import AnnotationOracle, Boxes, Oracle, code_of
 from awares.judges import HIGH_BETTER, JUDGES, LOW_BETTER, TIE, Judge, Verdict
 from awares.model import ImageOnlyProcessor
@@ -453,6 +453,47 @@ def make_engine(name: str, processor: ImageOnlyProcessor, params: Params) -> Rem
 
 
 # Before money is spent
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the profile needs. ``mend``: what to do where it is not ``there``."""
+
+    what: str
+    there: bool
+    found: str
+    mend: str = ""
+
+
+def require_servers(params: Params, names: Sequence[str]) -> None:
+    """AwaresRequestError, with the mend, unless each of ``names`` that is a served model is there."""
+    missing = [one for one in servers(params, names) if not one.there]
+    if missing:
+        raise AwaresRequestError("\n".join(f"{one.what}: {one.found}; {one.mend}" for one in missing))
+
+
+def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
+    """Whether each of ``names`` that is a served model is there."""
+    for name in [name for name in names if is_served(name, params)]:
+        yield _answers(name, get_model(name, params))
+
+
+def _answers(name: str, model: Model) -> Finding:
+    import openai
+
+    server = model.server()
+    what = f"{name}: {model.model} at {server.url}"
+    try:
+        with openai.OpenAI(base_url=server.url, api_key=server.api_key(), max_retries=1, timeout=20.0) as api:
+            served_there = [one.id for one in api.models.list()]
+    except openai.AuthenticationError:
+        return Finding(what, False, "refuses the key", f"put it into the environment variable {model.key_variable}")
+    except openai.OpenAIError as error:
+        mend = f"start it (README, Judge and oracle), or say where it is in {model.url_variable()}"
+        return Finding(what, False, f"no answer: {type(error).__name__}", mend)
+    mend = f"start it with --served-model-name {model.model}, or name what it serves in data/served.yaml"
+    return Finding(what, model.model in served_there, f"serves {', '.join(served_there)}", mend)
+
 
 CHARACTERS = 4  # of English text, to a token
 VISUAL_TOKENS = 1500  # of a full image, on average over the paper's sources: assumed
