@@ -83,7 +83,7 @@ def test_ratios_are_taken_within_a_repetition() -> None:
 
 
 def test_rate_of_a_matrix_product(monkeypatch: Any) -> None:
-    times = iter([0.0, 5.0, 7.0, 17.0])  # the first product, 5 s later the next one, ...
+    times = iter([0.0, 1.0, 6.0, 8.0, 18.0])  # the start, the first product, 5 s later the next one, ...
     monkeypatch.setattr(latency.time, "perf_counter", lambda: next(times))
     assert latency.matmul_rate("cpu", "float32", size=100, repetitions=3) == pytest.approx(2 * 100**3 / 2.0 / 1e9)
 

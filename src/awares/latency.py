@@ -56,14 +56,15 @@ class Stopwatch:
     def __init__(self, device: str) -> None:
         self.gpu = device.startswith("cuda")
         self.seconds = {(phase, turn): 0.0 for turn in (1, 2) for phase in PHASES}
-        self.last = self._now()
+        self.last = self.now()
 
     def __call__(self, phase: str, turn: int) -> None:
-        now = self._now()
+        now = self.now()
         self.seconds[phase, turn] += now - self.last
         self.last = now
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds of a clock that starts anywhere, when all queued work is done."""
         if self.gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -192,12 +193,10 @@ def measure(
 def matmul_rate(device: str, dtype: str, size: int = 1024, repetitions: int = 20) -> float:
     """GFLOP/s of a square matrix product on ``device``, the best of ``repetitions``: no batching makes more of its arithmetic."""
     square = torch.rand(size, size, device=device, dtype=getattr(torch, dtype))
-    ends = []
+    watch, ends = Stopwatch(device), []
     for _ in range(repetitions + 1):
         _ = square @ square
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
+        ends.append(watch.now())
     return 2 * size**3 / float(np.diff(ends).min()) / 1e9
 
 
