@@ -720,9 +720,10 @@ def test_serve_is_up_with_the_limits_given_and_ends_at_sigterm(model: Path) -> N
     assert process.returncode == 0 and "Traceback" not in stderr
 
 
-def test_a_limit_out_of_range_is_1_and_one_line(model: Path, capsys: Any) -> None:
-    assert cli.main(["serve", "--model", str(model), "--queue", "0"]) == 1
-    assert capsys.readouterr().err == "awares: queue is 0: give a number above 0\n"
+def test_a_limit_out_of_range_is_wrong_usage(model: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["serve", "--model", str(model), "--queue", "0"])
+    assert capsys.readouterr().err.endswith("error: queue is 0: give a number above 0\n")
 
 
 def readme_lines(command: str) -> list[str]:

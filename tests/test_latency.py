@@ -221,19 +221,27 @@ def test_bench_times_a_step_of_each_training(tmp_path: Path, monkeypatch: pytest
     ).all()
 
 
+def test_bench_says_what_to_mend(tmp_path: Path, capsys: Any) -> None:
+    assert bench.main([*options(tmp_path / "out"), "--shape", "qwen2.5-vl-7b"]) == 1
+    assert "--scale 0.001" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--shape", "qwen2.5-vl-7b"], "--scale 0.001"),
-        (["--shape", "mini", "--batch-tokens", "1"], "above 1"),
-        (["--shape", "mini", "--rows", "0"], "at least 1"),
-        (["--shape", "qwen2.5-vl-3b", "--scale", "-1"], "scale -1.0 must lie above 0"),
+        (["--batch-tokens", "1"], "--batch-tokens: give a number above 1"),
+        (["--rows", "0"], "--rows: '0': give a whole number above 0"),
+        (["--scale", "-1"], "--scale: '-1': give a number above 0 and not above 1"),
     ],
 )
-def test_bench_says_what_to_mend(tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:
-    assert bench.main([*options(tmp_path / "out"), *arguments]) == 1
+def test_bench_with_a_size_out_of_range_is_wrong_usage(
+    tmp_path: Path, capsys: Any, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.main([*options(tmp_path / "out"), *arguments])
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out" / "latency.csv").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

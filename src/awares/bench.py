@@ -19,7 +19,6 @@ import json
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ from transformers import TrainerCallback
 
 from awares import __version__, costs, grpo, latency, sft, shapes
 from awares.config import AwaresError, AwaresValueError, Params, load_params, parse_overrides
-from awares.latency import LOOP
+from awares.latency import LOOP, Stopwatch
+from awares.options import count, finite
 from awares.rollout import Trajectory
 
 PACKAGES = ("torch", "transformers", "trl", "peft")
@@ -43,16 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``awares bench``."""
     add = parser.add_argument
     add("--shape", default="qwen2.5-vl-7b", choices=[*shapes.SHAPES, shapes.MINI], help="architecture, random weights")
-    add("--scale", type=float, default=1.0, help="shrink the shape to about this share of its parameters")
+    add("--scale", type=_scale, default=1.0, help="shrink the shape to about this share of its parameters")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--benchmarks", nargs="+", default=list(shapes.BENCHMARKS), choices=list(shapes.BENCHMARKS), metavar="NAME")
-    add("--rows", type=int, default=8, help="rows of a benchmark")
-    add("--repetitions", type=int, default=5)
-    add("--batch-tokens", nargs="+", type=int, default=[32768], help="token budgets to try, beside batch 1")
+    add("--rows", type=count, default=8, help="rows of a benchmark")
+    add("--repetitions", type=count, default=5)
+    add("--batch-tokens", nargs="+", type=_budget, default=[32768], help="token budgets to try, beside batch 1")
     add("--seed", type=int, default=1, help="of the weights and of the order of the jobs")
     add("--gpu", choices=list(costs.GPUS), help="whose roofline to compare with (default: told from the device's name)")
     add("--train", action="store_true", help="time an SFT and a GRPO step, too")
-    add("--completion-tokens", type=int, default=32, help="of a turn in the GRPO step")
+    add("--completion-tokens", type=count, default=32, help="of a turn in the GRPO step")
     add("--overrides", default="", help="of params.yaml in the training steps, e.g. '{sft.batch_size: 16}'")
     add("--out", type=Path, default=Path("bench"), help="folder for latency.csv, times.csv, training.csv, machine.json")
 
@@ -92,12 +92,7 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
 
 
 def check(options: argparse.Namespace) -> None:
-    """AwaresError naming the mend for sizes that cannot work here."""
-    for name in ("rows", "repetitions", "completion_tokens"):
-        if getattr(options, name) < 1:
-            raise AwaresValueError(f"--{name.replace('_', '-')} must be at least 1")
-    if any(budget <= LOOP for budget in options.batch_tokens):
-        raise AwaresValueError("--batch-tokens must be above 1: batch 1 is always measured")
+    """AwaresError naming the mend for what this machine cannot run."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AwaresValueError(
             "--device cuda, but torch sees no CUDA GPU: use --device cpu with --scale or --shape mini"
@@ -107,6 +102,18 @@ def check(options: argparse.Namespace) -> None:
             f"--shape {options.shape} at --scale {options.scale} needs a CUDA GPU, and torch sees none to use: "
             "shrink it (--scale 0.001), or take --shape mini"
         )
+
+
+def _budget(text: str) -> int:
+    if count(text) == LOOP:
+        raise argparse.ArgumentTypeError("give a number above 1: batch 1 is always measured")
+    return int(text)
+
+
+def _scale(text: str) -> float:
+    if not 0 < finite(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0 and not above 1")
+    return float(text)
 
 
 def machine(options: argparse.Namespace, dtype: str) -> dict[str, str]:
@@ -172,14 +179,12 @@ class Clock(TrainerCallback):
     """The time at the end of every optimiser step, and what TRL had counted as seen tokens by then."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.memory = device, latency.PeakMemory(device)
+        self.watch, self.memory = Stopwatch(device), latency.PeakMemory(device)
         self.ends: list[float] = []  # seconds, of a clock that starts anywhere
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+        self.ends.append(self.watch.now())
 
 
 def training_steps(options: argparse.Namespace, dtype: str) -> pd.DataFrame:

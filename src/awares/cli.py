@@ -219,7 +219,10 @@ def _serve(args: argparse.Namespace) -> int:
     found = _checkpoint(args)
     limits: dict[str, Any] = {one.name: getattr(args, one.name) for one in fields(ServeSettings) if one.name != "model"}
     name = args.model_name or ("awares" if not args.model else Path(args.model).resolve().name)
-    settings = ServeSettings(model=name, **limits)
+    try:
+        settings = ServeSettings(model=name, **limits)
+    except AwaresError as error:
+        args.parser.error(str(error))
     where = (found.path, found.adapters or None, args.host, args.port, args.mode, settings, args.dtype, args.device)
     serve(*where, **_limits(args))
     return 0

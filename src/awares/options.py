@@ -111,7 +111,7 @@ def _ask_options(sub: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FILE.jsonl", help="where the results go; the same call goes on with it"
     )
     batch.add_argument("--retry-errors", action="store_true", help="ask the rows again that ended in an error")
-    batch.add_argument("--chunk", type=_count, metavar="ROWS", help="write results every so many rows (default 64)")
+    batch.add_argument("--chunk", type=count, metavar="ROWS", help="write results every so many rows (default 64)")
     group = _policy_options(sub)
     _server_options(group)
     _bias_option(group)
@@ -120,7 +120,7 @@ def _ask_options(sub: argparse.ArgumentParser) -> None:
 def _eval_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("rows_file", nargs="?", type=Path, metavar="FILE.jsonl", help="your own rows; default: the tasks'")
     sub.add_argument("--profile", default="", help="whose tasks and settings (default: that of params.yaml)")
-    sub.add_argument("--rows", type=_count, metavar="N", help="rows of each task (default: evaluation.rows)")
+    sub.add_argument("--rows", type=count, metavar="N", help="rows of each task (default: evaluation.rows)")
     sub.add_argument("--seed", type=int, metavar="N", help="draws the rows (default: evaluation.seed)")
     sub.add_argument(
         "--out", type=Path, metavar="FILE.jsonl", help="keep the trajectories; the same call goes on with it"
@@ -180,9 +180,9 @@ def _policy_options(sub: argparse.ArgumentParser) -> Any:
     group.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1 (default %(default)s)")
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
     group.add_argument(
-        "--max-new-tokens", type=_count, metavar="N", help="of one turn (default 24; eval: params.yaml's)"
+        "--max-new-tokens", type=count, metavar="N", help="of one turn (default 24; eval: params.yaml's)"
     )
-    group.add_argument("--token-budget", type=_count, metavar="N", help="tokens of a padded batch: bounds the memory")
+    group.add_argument("--token-budget", type=count, metavar="N", help="tokens of a padded batch: bounds the memory")
     return group
 
 
@@ -198,13 +198,14 @@ def _server_options(group: Any) -> None:
 def _bias_option(group: Any) -> None:
     group.add_argument(
         "--call-bias",
-        type=_finite,
+        type=finite,
         metavar="X",
         help="> 0 asks for crops more readily, < 0 less (default 0, as trained)",
     )
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """An argument that counts something."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0")
     return int(text)
@@ -216,7 +217,8 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """An argument that is a number, and neither infinite nor nan."""
     if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
         raise argparse.ArgumentTypeError(f"{text!r}: give a number")
     return float(text)
