@@ -1,5 +1,6 @@
 """The compared systems against their claims: shorter sequences, same positions, nothing changed at ratio 1."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -464,6 +465,49 @@ def test_too_shallow_a_model_or_too_small_a_ratio_is_named(tiny: SimpleNamespace
     with pytest.raises(AwaresError, match="two or more"):
         baselines.fastv_plan(0.5, 1)
     assert len(baselines.answer("sparsevlm_70", job(tiny, count=2))) == 2
+
+
+# What is left
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_pruner_tells_which_tokens_of_each_row_it_has_left(deep: SimpleNamespace, name: str) -> None:
+    of = job(deep)
+    done = baselines.answer(f"{name}_50", of)
+    assert set(of.left) == set(of.rows["id"])
+    for one in done:
+        left = of.left[one.row_id]
+        assert left == sorted(set(left)) and 0 <= left[0] and left[-1] < one.full_visual_tokens
+        assert len(left) == one.visual_tokens if name != "sparsevlm" else len(left) < one.visual_tokens
+    baselines.answer(f"{name}_100", of)
+    assert all(of.left[one.row_id] == list(range(one.full_visual_tokens)) for one in done)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_tokens_keep_their_number_through_every_stage(deep: SimpleNamespace, name: str, monkeypatch) -> None:
+    """Each stage keeps the last of what the one before had left: the last of all, then."""
+
+    def last(attention: Tensor, hidden: Tensor, count: int) -> Selection:
+        kept = torch.arange(len(hidden) - count, len(hidden))
+        return Selection(kept, hidden[kept])
+
+    monkeypatch.setattr(pruning, name, last)
+    of = job(deep)
+    for one in baselines.answer(f"{name}_50", of):
+        left, total = of.left[one.row_id], one.full_visual_tokens
+        assert 0 < len(left) < total and left == list(range(total - len(left), total))
+
+
+def test_the_evidence_that_is_left_is_counted_in_tokens_that_touch_its_boxes(tiny: SimpleNamespace) -> None:
+    """A grid of 2 x 4 tokens; the boxes touch token 0 and, of the second row, tokens 5 and 6."""
+    rows: dict[str, list[Any]] = {"id": ["a", "b"], "image": [tiny.noise(112, 56, 0), tiny.noise(56, 56, 1)]}
+    rows |= {"question": ["what", "what"], "question_boxes": [[[0, 0, 250, 500]], []]}
+    rows |= {"answer_boxes": [[[260, 510, 740, 990]], []]}
+    of = Job(Engine(tiny.model, tiny.processor, max_new_tokens=2), rows)
+    of.left.update(a=[0, 1, 2, 6], b=[3])
+    found = baselines.shares_left(of)
+    assert found.left.tolist() == [0.5, 0.25]
+    assert found.evidence[0] == pytest.approx(2 / 3) and math.isnan(found.evidence[1])
 
 
 # Controls of the policy

@@ -68,6 +68,29 @@ def test_a_pruner_is_run_at_the_share_that_the_policy_keeps():
     assert baselines.parse(baselines.matched("random_token_awares", main))[1] == pytest.approx(0.364)
 
 
+def test_what_pruners_leave_of_the_evidence_is_tabled(tmp_path):
+    params = load_params(
+        "mini",
+        overrides={"paths.runs": str(tmp_path), "comparison.systems": ["visionzip_50", "random_crop", "fastv_50"]},
+    )
+    plain = pd.DataFrame(
+        {"benchmark": ["pope", "pope", "vstar"], "row_id": list("abc"), "score": [1, 0, 1], "rtr": 0.5}
+    )
+    shares = {"left": [0.5, 0.5, 0.5], "evidence": [0.25, 0.75, None]}
+    tables = {
+        "visionzip_50": plain.assign(**shares),
+        "random_crop": plain,
+        "fastv_50": plain.assign(left=0.5, evidence=None),
+    }
+    for system, table in tables.items():
+        folder = tmp_path / "mini" / "systems" / system
+        folder.mkdir(parents=True)
+        table.to_csv(folder / "scores.csv", index=False)
+    (found,) = comparison.evidence_table(params).to_dict("records")
+    assert (found["system"], found["left"], found["evidence"], found["n"]) == ("visionzip_50", 50, 50, 2)
+    assert found["low"] == 25 and found["high"] == 75 and found["accuracy"] == 50
+
+
 def test_every_name_that_is_compared_is_a_system():
     main = pd.DataFrame({"system": ["awares"], "benchmark": ["average"], "rtr": [0.4]})
     for name in load_params("mini").comparison.systems:

@@ -14,17 +14,18 @@ and is then scored as the others are: ``evaluation.scored(name, rows, answer(nam
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from awares import pruning
 from awares.config import AwaresValueError
-from awares.crops import CROPS, area
-from awares.decode import Decoder
-from awares.pruned_decode import LayerPruned, Plan, Seen, VisionPruned
+from awares.costs import grid_of
+from awares.crops import CROPS, area, cap
+from awares.pruned_decode import LayerPruned, Plan, Pruned, Seen, VisionPruned
 from awares.pruning import Selection
 from awares.rollout import Engine, Trajectory
 
@@ -38,7 +39,8 @@ class Job:
     """What a system is to answer, and with what.
 
     ``engine``: holds the weights that the system asks for (`System.model`). ``rows``: columns id, image, question (and
-    label, target_crops for oracle_crop). ``policy``: the policy's trajectories of these rows, for random_crop.
+    label, target_crops for oracle_crop). ``policy``: the policy's trajectories of these rows, for random_crop. A pruner
+    writes into ``left``, by row id, which visual tokens (in raster order) are there at the end.
     """
 
     engine: Engine
@@ -46,6 +48,7 @@ class Job:
     policy: Sequence[Trajectory] | None = None
     seed: int = 0
     call_bias: float = 0.0
+    left: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,34 @@ def oracle_crop(job: Job) -> list[Trajectory]:
     )
 
 
+# What a pruner has left
+
+
+def shares_left(job: Job) -> pd.DataFrame:
+    """What is there at the end of each row of a ``job`` that a pruner has answered, as shares from 0 to 1.
+
+    Columns ``left``: of all visual tokens; ``evidence``: of those that touch a question or answer box, nan without boxes.
+    """
+    records = []
+    for name, flags in zip(job.rows["id"], _evidence(job), strict=True):
+        there = job.left[name]
+        shown = flags[there].sum() / flags.sum() if flags.any() else float("nan")
+        records.append((len(there) / len(flags), shown))
+    return pd.DataFrame(records, columns=["left", "evidence"])
+
+
+def _evidence(job: Job) -> Iterator[np.ndarray]:
+    """One flag for each visual token of a row, in raster order: whether it touches a box."""
+    processor = job.engine.processor
+    merge = processor.image_processor.merge_size
+    for image, *boxes in zip(job.rows["image"], job.rows["question_boxes"], job.rows["answer_boxes"], strict=True):
+        height, width = (side // merge for side in grid_of(cap(image, job.engine.max_side).size, processor))
+        flags = np.zeros((height, width), dtype=bool)
+        for x1, y1, x2, y2 in [*boxes[0], *boxes[1]]:
+            flags[y1 * height // 1000 : -(-y2 * height // 1000), x1 * width // 1000 : -(-x2 * width // 1000)] = True
+        yield flags.flatten()
+
+
 # Helpers
 
 
@@ -239,11 +270,11 @@ def _inside(job: Job, plan: Callable[[int], Plan]) -> list[Trajectory]:
     return _with_decoder(job, LayerPruned, plan)
 
 
-def _with_decoder(job: Job, kind: Callable[..., Decoder], *how: Any) -> list[Trajectory]:
+def _with_decoder(job: Job, kind: Callable[..., Pruned], *how: Any) -> list[Trajectory]:
     """The full view through a decoder of its own; model, batches and limits are those of the job's engine."""
     engine, plain = copy.copy(job.engine), job.engine.decoder
-    engine.decoder = kind(plain.model, plain.processor, plain.max_new_tokens, *how)
-    engine.decoder.lap = plain.lap
+    engine.decoder = pruned = kind(plain.model, plain.processor, plain.max_new_tokens, *how)
+    pruned.lap, pruned.left = plain.lap, job.left
     return _one_turn(job, engine, "full")
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 
 from awares import data, evaluation
 from awares.config import SYSTEMS, AwaresFileError, Evaluation, Params
+from awares.metrics import bootstrap_interval
 
 TRAINED = ("sft", "awares")
 CONTROL = "random_token"
@@ -31,6 +32,25 @@ def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
     """Columns system, benchmark, row_id, score, rtr, layer_rtr: each row's mean over training seeds."""
     keys = ["system", "benchmark", "row_id"]
     return scores.groupby(keys, sort=False)[["score", "rtr", "layer_rtr"]].mean().reset_index()
+
+
+def evidence_table(params: Params) -> pd.DataFrame:
+    """What each pruner of ``comparison.systems`` leaves, in percent: of all visual tokens, of those that show evidence.
+
+    Columns system, left, evidence with its interval over rows, accuracy (of the rows with evidence, average of the tasks), n.
+    """
+    settings, records = params.evaluation, []
+    for system in params.comparison.systems:
+        scores = pd.read_csv(params.run_dir("systems") / system / "scores.csv")
+        if "evidence" not in scores or scores.evidence.isna().all():  # no pruner, or benchmarks without boxes
+            continue
+        scores = scores.dropna(subset="evidence")
+        resampling = (settings.seed, settings.bootstrap, settings.level, scores.benchmark.tolist())
+        found = bootstrap_interval(scores.evidence.tolist(), *resampling)
+        left, accuracy = scores.groupby("benchmark")[["left", "score"]].mean().mean()
+        values = {"left": left, "evidence": found.mean, "low": found.low, "high": found.high, "accuracy": accuracy}
+        records.append({"system": system, **{k: 100 * v for k, v in values.items()}, "n": len(scores)})
+    return pd.DataFrame(records, columns=["system", "left", "evidence", "low", "high", "accuracy", "n"])
 
 
 def _scores(params: Params, places: Iterable[tuple[str, int, Path]]) -> pd.DataFrame:

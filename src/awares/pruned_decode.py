@@ -33,10 +33,17 @@ from awares.pruning import Selection
 
 
 class Pruned(Decoder):
-    """A decoder that answers in one turn: what it left out is not there for a second one."""
+    """A decoder that answers in one turn: what it left out is not there for a second one.
+
+    ``left`` tells of every row, by its id, which of its visual tokens (in raster order) are there at the end.
+    """
 
     vision_patches = float("inf")  # the last block is noted for all images at once
     shares_prefix = False  # what is dropped is counted over whole sequences
+
+    def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int) -> None:
+        super().__init__(model, processor, max_new_tokens)
+        self.left: dict[str, list[int]] = {}
 
     def extend(self, *arguments: Any, **options: Any) -> Output:
         """Always AwaresValueError."""
@@ -89,6 +96,8 @@ class VisionPruned(Pruned):
         ids, mask, types = self._pad(rows)
         keep = mask.bool()
         keep[types.bool()] = torch.cat([torch.zeros(0).to(keep), *map(_kept_flags, chosen, views)])
+        for b, flags in enumerate(keep):
+            self.left[names[b] if names else str(b)] = flags[types[b].bool()].nonzero().flatten().tolist()
         cache = DynamicCache(config=self.model.config)
         state = self._shorten(State(ids, mask, types, [list(row) for row in images], grids, cache), keep)
         output = self._generate(state, [one.vectors for one in chosen], call_bias, orders)
@@ -185,11 +194,25 @@ class LayerPruned(Pruned):
         if self.language_model.has_sliding_layers:
             raise AwaresValueError("dropping tokens between layers needs full attention, not sliding windows")
         self.plan = plan(len(self.language_model.layers))
+        self.names: Sequence[str] = ()
+
+    def start(
+        self,
+        rows: Sequence[list[int]],
+        images: Sequence[list[Image]],
+        call_bias: Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
+        orders: Sequence[Orders] | None = None,
+    ) -> Output:
+        """Generate as `Decoder.start` does, with fewer visual tokens from layer to layer."""
+        self.names = names or [str(b) for b in range(len(rows))]
+        return super().start(rows, images, call_bias, names, orders)
 
     def _generate(self, state: State, *arguments: Any, **options: Any) -> Output:
         with Dropping(self.language_model, self.plan, state) as dropping:
             output = super()._generate(state, *arguments, **options)
         output.kept = dropping.kept()
+        self.left.update(zip(self.names, dropping.left(), strict=True))
         return output
 
 
@@ -203,6 +226,7 @@ class Dropping:
     def __init__(self, language_model: Any, plan: Plan, state: State) -> None:
         self.model, self.plan = language_model, plan
         self.mask, self.visual = state.mask, state.types.bool()  # (B, T) of the tokens that are left
+        self.number = self.visual.cumsum(dim=1) - 1  # (B, T): which of its row's visual tokens a visual token is
         self.total = self.visual.sum(dim=1)
         self.masks: dict[int, Tensor] = {}  # of each stage, after its drop
         self.counts: dict[int, Tensor] = {0: self.total}  # of each stage: visual tokens (B,)
@@ -233,6 +257,10 @@ class Dropping:
         nominal = means.round() if self.plan.nominal == "mean" else counts[-1]
         return [Kept(int(n), mean) for n, mean in zip(nominal.tolist(), means.tolist(), strict=True)]
 
+    def left(self) -> list[list[int]]:
+        """Of each row, after the generation: the numbers of the visual tokens that are there at the end."""
+        return [number[flags].tolist() for number, flags in zip(self.number, self.visual, strict=True)]
+
     def _note_query(self, index: int, module: Any, inputs: Any, output: Tensor) -> None:
         self.queries[index] = output
 
@@ -261,6 +289,7 @@ class Dropping:
             self._drop_in(row, self.plan.shares[index], hidden[row], keep[row], query[row], keys[row], attention)
         gather, self.mask = pruning.pack_left(keep)
         self.visual = self.visual.gather(1, gather) & self.mask.bool()
+        self.number = self.number.gather(1, gather)
         self.masks[index], self.counts[index] = self.mask, self.visual.sum(dim=1)
         cos, sin = (one.gather(1, gather[..., None].expand(-1, -1, one.shape[-1])) for one in rotary)
         self.rotary = (cos, sin)
