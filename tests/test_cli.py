@@ -727,7 +727,9 @@ def test_a_limit_out_of_range_is_wrong_usage(model: Path, capsys: Any) -> None:
 
 
 def readme_lines(command: str) -> list[str]:
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    guides = (ROOT / "README.md", ROOT / "src" / "awares" / "README.md", ROOT / "data" / "launch" / "README.md")
+    text = "\n".join(guide.read_text() for guide in guides)
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.startswith(command)]
 
 

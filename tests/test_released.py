@@ -36,7 +36,7 @@ def test_the_table_of_accepted_and_rejected_strings(example: calls.Example, name
 
 
 def test_the_readme_shows_the_very_table() -> None:
-    assert calls.markdown() in (ROOT / "README.md").read_text()
+    assert calls.markdown() in (ROOT / "src" / "awares" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("form", [protocol.OURS, protocol.RELEASED], ids=["ours", "released"])

@@ -11,6 +11,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+GUIDES = (README, ROOT / "src" / "awares" / "README.md", ROOT / "data" / "launch" / "README.md")
 # Written with classes and groups so that this file does not match itself.
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:(?:work|root|farm)/|(?:home|Users)/\w|(?:var/)?tmp/[a-z])")
 REGISTRY = re.compile(
@@ -73,11 +74,12 @@ def code_spans(markdown: str) -> list[str]:
     return inline + [line for block in fenced for line in block.splitlines()]
 
 
-def missing_paths(markdown: str, root: Path = ROOT) -> list[str]:
-    """Paths in code spans and relative links that the checkout does not have."""
+def missing_paths(markdown: str, root: Path = ROOT, folder: str = ".") -> list[str]:
+    """Paths in code spans, and links relative to the page's ``folder``, that the checkout does not have."""
     words = [word.strip("\"'(),;:") for span in code_spans(markdown) for word in span.split()]
     paths = [word.partition(":")[0] for word in words if PATH_LIKE.fullmatch(word.partition(":")[0])]
-    paths += re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", markdown)
+    paths += [f"{folder}/{link}" for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", markdown)]
+    paths = [Path(path).as_posix() for path in paths]
     return sorted({path for path in paths if not ((root / path).exists() or any(root.glob(path)))})
 
 
@@ -132,13 +134,15 @@ def test_source_notebooks_are_stripped(path: Path) -> None:
     assert not notebook_faults(json.loads(path.read_text())), f"{path.name}: make format strips it"
 
 
-def test_readme_names_only_paths_that_exist() -> None:
-    assert not missing_paths(README.read_text())
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_guide_names_only_paths_that_exist(guide: Path) -> None:
+    assert not missing_paths(guide.read_text(), folder=guide.parent.relative_to(ROOT).as_posix())
 
 
-def test_readme_gives_only_commands_that_exist() -> None:
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_guide_gives_only_commands_that_exist(guide: Path) -> None:
     parameters = parameter_keys(yaml.safe_load((ROOT / "params.yaml").read_text()))
-    assert not unknown_commands(README.read_text(), make_targets(), dvc_stages(), parameters)
+    assert not unknown_commands(guide.read_text(), make_targets(), dvc_stages(), parameters)
 
 
 def test_readme_gives_the_two_commands() -> None:

@@ -43,7 +43,7 @@ def through_lmms_eval(
     python = params.path(params.evaluation.lmms_eval)
     if not python.is_file():
         raise AwaresFileError(
-            f'evaluation.lmms_eval: no Python at {python}; make that environment as the README says, or set it to ""'
+            f'evaluation.lmms_eval: no Python at {python}; make that environment as data/launch/README.md says, or set it to ""'
         )
     inputs = training.describe_inputs("evaluation", params, [], model_path, [__file__])
     folder = training.checkpoint_folder(out_dir, {**inputs, "tasks": list(tasks.values()), "options": list(options)})

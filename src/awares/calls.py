@@ -1,4 +1,4 @@
-"""What `protocol.parse_call` accepts and rejects, as a table: the tests hold the parser to it and the README shows it.
+"""What `protocol.parse_call` accepts and rejects, as a table: the tests hold the parser to it and README.md shows it.
 
 ``valid`` is a call in the very format of the protocol in use, ``recovered`` one that can be read all the same, ``malformed`` a
 call for nothing (the policy gets an error in words and answers from what it has), ``none`` an answer.

@@ -295,7 +295,7 @@ def _disk(params: Params) -> Iterator[Finding]:
 def _lmms_eval(params: Params) -> Iterator[Finding]:
     if params.evaluation.lmms_eval:
         python = params.path(params.evaluation.lmms_eval)
-        mend = 'make that environment (README, Benchmarks through lmms-eval), or set evaluation.lmms_eval to ""'
+        mend = 'make that environment (data/launch/README.md), or set evaluation.lmms_eval to ""'
         yield Finding(f"lmms-eval at {python}", python.is_file(), "found" if python.is_file() else "missing", mend)
 
 

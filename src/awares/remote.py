@@ -3,7 +3,7 @@
 `RemoteEngine` takes the place of `rollout.Engine` wherever one is wanted. In turn 2 the whole conversation is sent
 again, the low-resolution image byte for byte the same, so that the server's prefix cache holds all of turn 1; the crops
 go in a user message, because vLLM refuses images in tool messages. It renders to the very text of our tool turn, which
-is checked once against the server. What vLLM must be started with stands in the README.
+is checked once against the server. What vLLM must be started with stands in README.md beside this file.
 """
 
 import asyncio

@@ -489,7 +489,7 @@ def _answers(name: str, model: Model) -> Finding:
     except openai.AuthenticationError:
         return Finding(what, False, "refuses the key", f"put it into the environment variable {model.key_variable}")
     except openai.OpenAIError as error:
-        mend = f"start it (README, Judge and oracle), or say where it is in {model.url_variable()}"
+        mend = f"start it (data/launch/README.md, Judge and oracle), or say where it is in {model.url_variable()}"
         return Finding(what, False, f"no answer: {type(error).__name__}", mend)
     mend = f"start it with --served-model-name {model.model}, or name what it serves in data/served.yaml"
     return Finding(what, model.model in served_there, f"serves {', '.join(served_there)}", mend)
