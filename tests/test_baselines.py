@@ -510,6 +510,17 @@ def test_the_evidence_that_is_left_is_counted_in_tokens_that_touch_its_boxes(tin
     assert found.evidence[0] == pytest.approx(2 / 3) and math.isnan(found.evidence[1])
 
 
+def test_a_shuffled_choice_keeps_as_much_of_the_evidence(deep: SimpleNamespace) -> None:
+    plain = job(deep)
+    boxes = {"question_boxes": [[[0, 0, 500, 500]]] * 5, "answer_boxes": [[[600, 200, 900, 700]]] * 4 + [[]]}
+    for name in ("visionzip", "holov"):
+        own, drawn = Job(plain.engine, {**plain.rows, **boxes}), Job(plain.engine, {**plain.rows, **boxes})
+        baselines.answer(f"{name}_50", own)
+        done = baselines.answer(f"{name}_50_shuffled", drawn)
+        assert baselines.shares_left(own).equals(baselines.shares_left(drawn)) and own.left != drawn.left
+        assert [one.visual_tokens for one in done] == [len(drawn.left[one.row_id]) for one in done]
+
+
 # Controls of the policy
 
 

@@ -59,6 +59,12 @@ def test_systems_are_paired_at_the_main_seed_and_pruners_with_their_own_control(
         ("visionzip_50", "random_token_50", pytest.approx(50)), ("fastv_70", "random_token_70", 0)]  # fmt: skip
 
 
+def test_a_pruner_is_paired_with_its_shuffled_control():
+    found = scores(holov_50={1: [1, 0, 0, 0]}, holov_50_shuffled={1: [1, 1, 0, 0]}, fastv_50_shuffled={1: [1, 1, 1, 1]})
+    (row,) = comparison.against_shuffled(found, load_params("mini")).to_dict("records")
+    assert (row["a"], row["b"], row["difference"]) == ("holov_50", "holov_50_shuffled", pytest.approx(-25))
+
+
 def test_a_pruner_is_run_at_the_share_that_the_policy_keeps():
     main = pd.DataFrame(
         {"system": ["awares", "awares", "full"], "benchmark": ["pope", "average", "average"], "rtr": [0.3, 0.3642, 1.0]}

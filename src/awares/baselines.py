@@ -1,7 +1,7 @@
 """The systems of the comparison by name: each takes a `Job` and answers its rows with trajectories (PAPER §6).
 
-A name is that of a function registered with `system`, with the share of visual tokens kept in percent behind it where
-the function takes one: ``visionzip_50``, ``fastv_36.4``. A new system is one such function::
+A name is that of a function registered with `system`, with the share of visual tokens kept in percent behind it
+where the function takes one: ``visionzip_50``, ``fastv_36.4``, ``holov_50_shuffled``. A new system is one such function::
 
     @system("low_contrast")
     def low_contrast(job: Job) -> list[Trajectory]:
@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
 from awares import pruning
 from awares.config import AwaresValueError
@@ -32,6 +34,7 @@ from awares.rollout import Engine, Trajectory
 DEPTH = 28  # decoder layers of Qwen2.5-VL-7B, which the layers below refer to
 FASTV_LAYER = 2
 SPARSEVLM_LAYERS = (2, 6, 15)
+SHUFFLED = "_shuffled"  # ends the name of a pruner's control, behind the percentage
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,17 @@ def system(name: str, model: str = "base", takes_ratio: bool = False) -> Callabl
 
 def parse(name: str) -> tuple[System, float | None]:
     """``visionzip_50`` -> (VisionZip, 0.5), ``full`` -> (full, None). AwaresValueError with all names for another."""
-    match = re.fullmatch(r"(.+)_(\d+(?:\.\d+)?)", name)
+    match = re.fullmatch(rf"(.+)_(\d+(?:\.\d+)?)({SHUFFLED})?", name)
     if name in SYSTEMS:
         found, ratio = SYSTEMS[name], None
-    elif match and match[1] in SYSTEMS:
-        found, ratio = SYSTEMS[match[1]], float(match[2]) / 100
+    elif match and match[1] + (match[3] or "") in SYSTEMS:
+        found, ratio = SYSTEMS[match[1] + (match[3] or "")], float(match[2]) / 100
     else:
-        raise AwaresValueError(f"system {name!r}: use one of {', '.join(_forms())} (50 = percent of tokens kept)")
+        raise AwaresValueError(
+            f"system {name!r}: use one of {', '.join(map(_form, SYSTEMS.values()))} (50 = percent of tokens kept)"
+        )
     if found.takes_ratio and not (ratio and ratio <= 1):
-        raise AwaresValueError(f"system {name!r} keeps a share of the tokens: write {found.name}_50 for 50 percent")
+        raise AwaresValueError(f"system {name!r} keeps a share of the tokens: write {_form(found)} for 50 percent")
     if ratio is not None and not found.takes_ratio:
         raise AwaresValueError(f"system {name!r}: {found.name} takes no percentage, write {found.name}")
     return found, ratio
@@ -106,8 +111,10 @@ def answer(name: str, job: Job) -> list[Trajectory]:
     return found.answer(job) if ratio is None else found.answer(job, ratio)
 
 
-def _forms() -> list[str]:
-    return [f"{one.name}_50" if one.takes_ratio else one.name for one in SYSTEMS.values()]
+def _form(one: System) -> str:
+    """How the system is written, at 50 percent if it takes any."""
+    stem = one.name.removesuffix(SHUFFLED)
+    return f"{stem}_50{one.name.removeprefix(stem)}" if one.takes_ratio else one.name
 
 
 # The base model and the policies
@@ -161,6 +168,18 @@ def random_token(job: Job, ratio: float) -> list[Trajectory]:
         return _kept(seen, pruning.random_tokens(len(seen.features), ratio, seen.name, job.seed))
 
     return _before(job, draw, attention=False)
+
+
+@system("visionzip_shuffled", takes_ratio=True)
+def visionzip_shuffled(job: Job, ratio: float) -> list[Trajectory]:
+    """VisionZip's control: it keeps as much of the evidence and of the rest, but which tokens of either is drawn."""
+    return _shuffled(job, lambda seen: pruning.visionzip(seen.scores, seen.keys, seen.features, ratio).kept)
+
+
+@system("holov_shuffled", takes_ratio=True)
+def holov_shuffled(job: Job, ratio: float) -> list[Trajectory]:
+    """HoloV's control of the same kind."""
+    return _shuffled(job, lambda seen: pruning.holov(seen.scores, seen.features, ratio))
 
 
 # Training-free pruning inside the language model
@@ -264,6 +283,16 @@ def _two_turns(job: Job, forced: list[tuple[str, ...]] | None) -> list[Trajector
 
 def _before(job: Job, select: Callable[[Seen], Selection], attention: bool = True) -> list[Trajectory]:
     return _with_decoder(job, VisionPruned, select, attention)
+
+
+def _shuffled(job: Job, choose: Callable[[Seen], Tensor]) -> list[Trajectory]:
+    evidence = dict(zip(job.rows["id"], map(torch.from_numpy, _evidence(job)), strict=True))
+
+    def draw(seen: Seen) -> Selection:
+        shows = evidence[seen.name.rpartition("/")[0]]
+        return _kept(seen, pruning.shuffled(choose(seen).cpu(), shows, seen.name, job.seed))
+
+    return _before(job, draw)
 
 
 def _inside(job: Job, plan: Callable[[int], Plan]) -> list[Trajectory]:

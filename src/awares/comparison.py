@@ -12,6 +12,7 @@ from awares.metrics import bootstrap_interval
 
 TRAINED = ("sft", "awares")
 CONTROL = "random_token"
+SHUFFLED = "_shuffled"  # ends the name of a pruner's own control
 
 
 def all_scores(params: Params) -> pd.DataFrame:
@@ -109,4 +110,12 @@ def against_control(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
         for stem, _, share in [name.rpartition("_")]
         if stem and f"_{share}" in controls and not name.startswith(CONTROL)
     ]
+    return evaluation.compare(scores[scores.seed == params.seed], pairs, params.evaluation)
+
+
+def against_shuffled(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
+    """`evaluation.compare` of each pruner with its own counts of tokens, with and without evidence, drawn."""
+    names = set(scores.system)
+    pairs = [(name.removesuffix(SHUFFLED), name) for name in scores.system.unique() if name.endswith(SHUFFLED)]
+    pairs = [pair for pair in pairs if pair[0] in names]
     return evaluation.compare(scores[scores.seed == params.seed], pairs, params.evaluation)
