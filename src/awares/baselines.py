@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from awares import pruning
-from awares.config import AwaresValueError
+from awares.config import SHUFFLED, AwaresValueError
 from awares.costs import grid_of
 from awares.crops import CROPS, area, cap
 from awares.pruned_decode import LayerPruned, Plan, Pruned, Seen, VisionPruned
@@ -34,7 +34,6 @@ from awares.rollout import Engine, Trajectory
 DEPTH = 28  # decoder layers of Qwen2.5-VL-7B, which the layers below refer to
 FASTV_LAYER = 2
 SPARSEVLM_LAYERS = (2, 6, 15)
-SHUFFLED = "_shuffled"  # ends the name of a pruner's control, behind the percentage
 
 
 @dataclass(frozen=True)

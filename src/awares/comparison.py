@@ -7,12 +7,11 @@ from pathlib import Path
 import pandas as pd
 
 from awares import data, evaluation
-from awares.config import SYSTEMS, AwaresFileError, Evaluation, Params
+from awares.config import SHUFFLED, SYSTEMS, AwaresFileError, Evaluation, Params
 from awares.metrics import bootstrap_interval
 
 TRAINED = ("sft", "awares")
 CONTROL = "random_token"
-SHUFFLED = "_shuffled"  # ends the name of a pruner's own control
 
 
 def all_scores(params: Params) -> pd.DataFrame:

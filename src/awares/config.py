@@ -37,6 +37,7 @@ LORA_MODULES = (
     "down_proj",
 )  # every linear layer of the LM
 SYSTEMS = ("full", "half", "no_image", "sft", "awares")
+SHUFFLED = "_shuffled"  # ends the name of a pruner's own control, behind the percentage
 SEEDED_STAGES = ("sft", "grpo", "evaluation", "latency")
 # the sections that decide what a stage writes: a variant that leaves them alone shares the stage with the main line
 DECIDES = {"data": {"data"}, "curation": {"data", "crops", "protocol", "curation", "base"}}
