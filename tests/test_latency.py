@@ -221,6 +221,30 @@ def test_bench_times_a_step_of_each_training(tmp_path: Path, monkeypatch: pytest
     ).all()
 
 
+def test_bench_times_the_pruners(tmp_path: Path) -> None:
+    more = "--shape qwen2.5-vl-7b --scale 0.001 --benchmarks realworldqa --pruners".split()
+    assert bench.main(options(tmp_path, *more)) == 0
+    table = pd.read_csv(tmp_path / "pruners.csv")
+    assert (
+        set(table.token_budget) == {latency.LOOP, 4096}
+        and len(table) == 2 * (1 + 15)
+        and (table.torch == torch.__version__).all()
+    )
+    for system, part in table.groupby("system"):
+        name, _, percent = system.rpartition("_")
+        expected = (
+            int(percent) / 100
+            if name in ("visionzip", "holov", "sparsevlm", "random_token")
+            else 1.0
+            if system == "full"
+            else None
+        )
+        assert expected is None or part.layer_rtr.tolist() == pytest.approx([expected] * 2, abs=0.02), system
+    fastv = table[table.system.str.startswith("fastv")].groupby("system").layer_rtr.first()
+    assert fastv.fastv_100 == 1 > fastv.fastv_70 > fastv.fastv_50
+    assert (table[table.system == "full"].ratio == 1).all() and (table.ms > 0).all()
+
+
 def test_bench_says_what_to_mend(tmp_path: Path, capsys: Any) -> None:
     assert bench.main([*options(tmp_path / "out"), "--shape", "qwen2.5-vl-7b"]) == 1
     assert "--scale 0.001" in capsys.readouterr().err

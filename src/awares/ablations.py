@@ -4,12 +4,13 @@ A variant changes a few parameters, repeats the stages that they decide (`config
 writes its tables beside those of the main line. This module puts the tables of all variants together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from awares.config import DECIDES, AwaresFileError, AwaresValueError, Params, differences
+from awares.evaluation import load_trajectories
 from awares.report import AVERAGE
 
 MAIN = "main"  # the main line's name in the tables of a variant
@@ -42,6 +43,21 @@ def gather(folders: Mapping[str, Path], name: str) -> pd.DataFrame:
         table.insert(0, "variant", variant)
         found.append(table)
     return pd.concat(found, ignore_index=True)
+
+
+def places(runs: Mapping[str, Params]) -> Iterator[tuple[str, int, Path]]:
+    """Variant, training seed, and where its answers to the evaluation rows lie: what `comparison.answered` reads."""
+    for name, params in runs.items():
+        yield name, params.seed, params.run_dir("evaluation") / "trajectories" / f"{judged_by(params)[0]}.jsonl"
+
+
+def first_turns(runs: Mapping[str, Params]) -> pd.DataFrame:
+    """What every variant asks for on the curated validation rows: variant, seed, row_id, crops, call_status."""
+    found = []
+    for name, params in runs.items():
+        for one in load_trajectories(params.run_dir(judged_by(params)[1]) / "validation.jsonl"):
+            found.append((name, params.seed, one.row_id, one.crops, one.call_status))
+    return pd.DataFrame(found, columns=["variant", "seed", "row_id", "crops", "call_status"])
 
 
 def pick(tables: pd.DataFrame, column: str, wanted: Sequence[str], main: str) -> pd.DataFrame:

@@ -5,6 +5,8 @@ What is timed:
 - *Interactions.* For each benchmark, rows of its typical image size and of the paper's response lengths go through the
   engine that evaluation uses, outputs ordered token by token, at batch 1 and at the best of the given token budgets, all
   jobs interleaved. Time runs from the PIL image to the text: resizing, cutting and patching, vision tower, prefill, decoding.
+- *Pruners* (``--pruners``). The training-free pruners of visual tokens at all, 70 % and 50 % of them, each against the plain full image,
+  at batch 1 and at the first token budget, answers as long as AwaRes's. At 100 % choosing is all that there is to see.
 - *SFT step.* The second of two optimiser steps of our SFT trainer at ``sft.batch_size``, from the end of the first to its
   own: data preparation, forward and backward passes of all micro-batches, update. No checkpoint is written.
 - *GRPO step.* The same of our GRPO trainer at ``grpo.batch_size`` completions: rollouts, reference and policy passes,
@@ -36,6 +38,7 @@ from awares.options import count, finite
 from awares.rollout import Trajectory
 
 PACKAGES = ("torch", "transformers", "trl", "peft")
+PRUNERS, PERCENTS = ("visionzip", "holov", "sparsevlm", "fastv", "random_token"), (100, 70, 50)
 SOURCE_ROWS = ("chartqa", "docvqa", "pope", "realworldqa", "ocrbench")  # whose sizes the training rows have, in turn
 
 
@@ -52,9 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1, help="of the weights and of the order of the jobs")
     add("--gpu", choices=list(costs.GPUS), help="whose roofline to compare with (default: told from the device's name)")
     add("--train", action="store_true", help="time an SFT and a GRPO step, too")
+    add("--pruners", action="store_true", help="time the pruners of visual tokens, too")
     add("--completion-tokens", type=count, default=32, help="of a turn in the GRPO step")
     add("--overrides", default="", help="of params.yaml in the training steps, e.g. '{sft.batch_size: 16}'")
-    add("--out", type=Path, default=Path("bench"), help="folder for latency.csv, times.csv, training.csv, machine.json")
+    add(
+        "--out",
+        type=Path,
+        default=Path("bench"),
+        help="folder for latency.csv, times.csv, pruners.csv, training.csv, machine.json",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +93,10 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
         _write(table, options.out / "latency.csv", named)
         _write(times, options.out / "times.csv", named)
         print(f"\n{_shown(measured[0])}", flush=True)
+    if options.pruners:
+        spent = pd.concat(pruners(options, dtype), ignore_index=True)
+        _write(spent, options.out / "pruners.csv", named)
+        print(f"\n{_shown(spent)}", flush=True)
     if options.train:
         steps = training_steps(options, dtype)
         _write(steps, options.out / "training.csv", named)
@@ -149,6 +162,25 @@ def interactions(options: argparse.Namespace, dtype: str) -> Iterator[tuple[pd.D
         table.insert(0, "benchmark", name)
         table.insert(1, "image", "{}x{}".format(*rows.images[0].size))
         yield table, times.assign(benchmark=name)
+
+
+def pruners(options: argparse.Namespace, dtype: str) -> Iterator[pd.DataFrame]:
+    """Of each benchmark and batch, every pruner at every share: ms a row, ratio to ``full`` within a repetition, RTR of the layers' mean."""
+    model, processor = shapes.build(options.shape, options.scale, dtype, options.device, options.seed)
+    names = ["full", *(f"{name}_{percent}" for name in PRUNERS for percent in PERCENTS)]
+    for name in options.benchmarks:
+        size = shapes.image_size(name, options.shape, options.scale)
+        work, length = shapes.workload(name, options.rows, size), shapes.answer_tokens(shapes.BENCHMARKS[name].awares)
+        rows = {"id": work.row_ids, "image": work.images, "question": work.questions}
+        for budget in (LOOP, options.batch_tokens[0]):
+            jobs = latency.system_jobs(names, model, processor, rows, budget, max_new_tokens=length)
+            times, done = latency.measure(jobs, options.repetitions, options.seed, options.device)
+            table = latency.ratio_table(times).set_index("system").loc[names].reset_index()
+            kept = {system: sum(one.layer_rtr for one in some) / len(some) for system, some in done.items()}
+            table.insert(1, "layer_rtr", table.system.map(kept))
+            table.insert(0, "token_budget", budget)
+            table.insert(0, "benchmark", name)
+            yield table
 
 
 def _roofline(

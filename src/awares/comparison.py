@@ -12,20 +12,35 @@ from awares.metrics import bootstrap_interval
 
 TRAINED = ("sft", "awares")
 CONTROL = "random_token"
+ANSWERED = [
+    "system",
+    "seed",
+    "benchmark",
+    "row_id",
+    "score",
+    "rtr",
+    "layer_rtr",
+    "answer",
+    "written",
+    "crops",
+    "call_status",
+    "call_gap",
+]
+ANSWERED += ["visual_tokens", "full_visual_tokens"]
 
 
 def all_scores(params: Params) -> pd.DataFrame:
-    """One line per system, training seed and row: system, seed, benchmark, row_id, score (0 to 1), rtr, layer_rtr.
+    """One line per system, training seed and row, as `answered` has them.
 
     Systems: those of Table 1, of ``comparison.systems`` and of ``ablations.systems``. ``seed`` is the main one for what is not trained;
     of a trained system every seed counts for which it has been run. Raises AwaresFileError naming what has not been run.
     """
-    return _scores(params, [*_main_places(params), *_other_places(params)])
+    return answered(params, [*_main_places(params), *_other_places(params)])
 
 
 def seed_scores(params: Params) -> pd.DataFrame:
     """`all_scores` of Table 1's systems alone; with an unseen evaluation seed, of the rows that it draws."""
-    return _scores(params, list(_main_places(params)))
+    return answered(params, _main_places(params))
 
 
 def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
@@ -53,16 +68,24 @@ def evidence_table(params: Params) -> pd.DataFrame:
     return pd.DataFrame(records, columns=["system", "left", "evidence", "low", "high", "accuracy", "n"])
 
 
-def _scores(params: Params, places: Iterable[tuple[str, int, Path]]) -> pd.DataFrame:
+def answered(params: Params, places: Iterable[tuple[str, int, Path]]) -> pd.DataFrame:
+    """The evaluation rows as every system of ``places`` (name, training seed, trajectories) has answered them.
+
+    Columns system, seed, benchmark, row_id, score (0 to 1), rtr, layer_rtr, answer, written (the text of each assistant turn), crops,
+    call_status, call_gap, visual_tokens, full_visual_tokens. Raises AwaresFileError naming what has not been run.
+    """
     rows = data.evaluation_rows(params)
     found = []
     for system, seed, path in places:
         if not path.is_file():
             raise AwaresFileError(f"{path}: system {system} has not answered yet; run `dvc repro comparison`")
         done = evaluation.load_trajectories(path)
-        table = evaluation.scored(system, rows, done)[["system", "benchmark", "row_id", "score", "rtr"]]
-        found.append(table.assign(seed=seed, layer_rtr=[one.layer_rtr for one in done]))
-    return pd.concat(found, ignore_index=True)
+        table = evaluation.scored(system, rows, done)
+        table["written"] = [[turn.text for turn in one.turns if turn.role == "assistant"] for one in done]
+        for name in ("layer_rtr", "call_gap", "visual_tokens", "full_visual_tokens"):
+            table[name] = [getattr(one, name) for one in done]
+        found.append(table.assign(seed=seed))
+    return pd.concat(found, ignore_index=True)[ANSWERED]
 
 
 def _main_places(params: Params) -> Iterator[tuple[str, int, Path]]:
