@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 
 from awares.config import DECIDES, AwaresFileError, AwaresValueError, Params, differences
-from awares.evaluation import load_trajectories
 from awares.report import AVERAGE
 
 MAIN = "main"  # the main line's name in the tables of a variant
@@ -51,13 +50,10 @@ def places(runs: Mapping[str, Params]) -> Iterator[tuple[str, int, Path]]:
         yield name, params.seed, params.run_dir("evaluation") / "trajectories" / f"{judged_by(params)[0]}.jsonl"
 
 
-def first_turns(runs: Mapping[str, Params]) -> pd.DataFrame:
-    """What every variant asks for on the curated validation rows: variant, seed, row_id, crops, call_status."""
-    found = []
+def validation_places(runs: Mapping[str, Params]) -> Iterator[tuple[str, int, Path]]:
+    """The same for the curated validation rows: what `comparison.first_turns` reads."""
     for name, params in runs.items():
-        for one in load_trajectories(params.run_dir(judged_by(params)[1]) / "validation.jsonl"):
-            found.append((name, params.seed, one.row_id, one.crops, one.call_status))
-    return pd.DataFrame(found, columns=["variant", "seed", "row_id", "crops", "call_status"])
+        yield name, params.seed, params.run_dir(judged_by(params)[1]) / "validation.jsonl"
 
 
 def pick(tables: pd.DataFrame, column: str, wanted: Sequence[str], main: str) -> pd.DataFrame:

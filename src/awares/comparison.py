@@ -10,7 +10,7 @@ from awares import data, evaluation
 from awares.config import SHUFFLED, SYSTEMS, AwaresFileError, Evaluation, Params
 from awares.metrics import bootstrap_interval
 
-TRAINED = ("sft", "awares")
+TRAINED = {"sft": "sft", "awares": "grpo"}  # and the stage that trains it
 CONTROL = "random_token"
 ANSWERED = [
     "system",
@@ -86,6 +86,25 @@ def answered(params: Params, places: Iterable[tuple[str, int, Path]]) -> pd.Data
             table[name] = [getattr(one, name) for one in done]
         found.append(table.assign(seed=seed))
     return pd.concat(found, ignore_index=True)[ANSWERED]
+
+
+def first_turns(places: Iterable[tuple[str, int, Path]]) -> pd.DataFrame:
+    """What the policies of ``places`` ask for on the curated validation rows: system, seed, row_id, crops, call_status."""
+    found = [
+        (system, seed, one.row_id, one.crops, one.call_status)
+        for system, seed, path in places
+        for one in evaluation.load_trajectories(path)
+    ]
+    return pd.DataFrame(found, columns=["system", "seed", "row_id", "crops", "call_status"])
+
+
+def validation_places(params: Params) -> Iterator[tuple[str, int, Path]]:
+    """System, seed and validation trajectories of the trained policies of Table 1; further seeds only where they are."""
+    for system, stage in TRAINED.items():
+        for seed in (params.seed, *params.seeds):
+            path = replace(params, seed=seed).run_dir(stage) / "validation.jsonl"
+            if seed == params.seed or path.is_file():
+                yield system, seed, path
 
 
 def _main_places(params: Params) -> Iterator[tuple[str, int, Path]]:
