@@ -1,8 +1,14 @@
-"""Other bases through the same code: tiny random models of the published classes and proportions, saved, loaded, asked in two turns."""
+"""Other bases through the same code: tiny random models of the published classes and proportions, saved, loaded, asked in two turns, trained."""
+
+import contextlib
+from types import SimpleNamespace
 
 import pytest
+import test_grpo
+import test_sft
 import torch
 from conftest import tiny_tokenizer
+from safetensors.torch import load_file
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -11,7 +17,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from awares import protocol
+from awares import data, protocol, sft, sharing
 from awares.config import AwaresError
 from awares.model import ImageOnlyProcessor, load_model, load_processor, save_model
 from awares.rollout import Engine
@@ -117,6 +123,74 @@ def test_batches_answer_as_single_rows_do(engine, tiny):
 def test_what_the_model_sees_decides_its_answer(engine, tiny):
     margins = [engine.answer([tiny.noise(256, 192, n)], ["what is it?"], "full")[0].margin for n in range(4)]
     assert len({round(margin, 4) for margin in margins}) == 4
+
+
+@pytest.fixture(scope="module")
+def rows(tiny):
+    """Eight curated rows, every second one HR."""
+    found = data.from_rows(
+        {
+            "id": f"r{n}", "image": tiny.noise(256, 192, n), "question": f"what is the {'big ' * n}word?", "answers": [f"word {n}"],
+            "source": "chartqa", "question_boxes": [], "answer_boxes": [], "split": "train",
+        }
+        for n in range(8)
+    )  # fmt: skip
+    labels, targets = ["LR", "HR"] * 4, [[], ["top"], [], ["right", "top-left"]] * 2
+    return found.add_column("label", labels).add_column("target_crops", targets)
+
+
+def gradients(trainer):
+    return {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+
+def assert_same(found):
+    """Of a training with short cuts (True) and without (False): what both found, name by name, and that it is no nothing."""
+    assert found[True].keys() == found[False].keys() and any("language_model" in name for name in found[False])
+    for name, value in found[False].items():
+        assert value.abs().max() > 0
+        torch.testing.assert_close(found[True][name], value, atol=1e-4, rtol=2e-3)
+
+
+def test_the_cold_start_shares_computation_without_changing_the_update(base, rows, tmp_path):
+    """Loss and gradients of a whole micro-batch, with profile mini's short cuts and as profile paper runs it."""
+    world, found = SimpleNamespace(base=base, rows=rows, processor=load_processor(base)), {}
+    for share in (True, False):
+        params = test_sft.settings(**{"sft.share_computation": share})
+        samples = [sft.Sample(n, kind, 0) for n, kind in enumerate(["direct", "trajectory", "direct", "trajectory"])]
+        trainer = test_sft.trainer_for(world, params, tmp_path / str(share), samples)
+        test_grpo.disturb(trainer)
+        core = trainer.model.get_base_model()
+        with sharing.vision_memo(core) if share else contextlib.nullcontext():
+            for _ in range(2):  # the second time the pictures are known
+                trainer.model.zero_grad()
+                loss = trainer.compute_loss(trainer.model, test_sft.collate(trainer, 4))
+                loss.backward()
+        found[share] = {"loss": loss.detach(), **gradients(trainer)}
+    assert_same(found)
+
+
+def test_grpo_shares_computation_without_changing_the_update(base, rows, tmp_path, monkeypatch):
+    world = SimpleNamespace(policy=base, rows=rows)
+    trainer, found = test_grpo.trainer_for(world, tmp_path, test_grpo.settings()), {}
+    test_grpo.disturb(trainer)
+    test_grpo.write(trainer, monkeypatch)
+    batch = test_grpo.rollouts(trainer)
+    for share in (True, False):
+        trainer.model.zero_grad()
+        with sharing.vision_memo(trainer.model.get_base_model()) if share else contextlib.nullcontext():
+            for _ in range(2):
+                logps, entropies, _ = test_grpo.log_probs(trainer, batch, share)
+        (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
+        found[share] = {"logps": logps.detach(), "entropies": entropies.detach(), **gradients(trainer)}
+    assert_same(found)
+
+
+def test_both_trainings_run_and_the_policy_answers(base, rows, tmp_path):
+    cold = test_sft.run(SimpleNamespace(base=base, rows=rows), tmp_path / "sft" / "main-s1")
+    done = test_grpo.run(SimpleNamespace(policy=cold.merged, rows=rows), tmp_path / "grpo" / "main-s1")
+    assert done.steps == 3 and load_file(done.adapter / "adapter_model.safetensors")
+    engine = Engine(load_model(done.merged), load_processor(done.merged), max_new_tokens=4)
+    assert engine.run(rows["image"][:2], rows["question"][:2], forced=CALLS[:2])[0].crops == CALLS[0]
 
 
 def test_a_model_of_another_family_is_refused_by_name(base, tmp_path):

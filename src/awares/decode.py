@@ -362,15 +362,20 @@ def prefix_cache(model: Any, prefix: Tensor, rows: int) -> DynamicCache:
     )
 
 
+def vision_output(pooled: Any, deep: Sequence[Any]) -> BaseModelOutputWithPooling:
+    """What a vision tower says: ``pooled`` for the language model's input, and for its first layers ``deep`` (Qwen3-VL's; else none)."""
+    if deep:
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=list(deep))
+    return BaseModelOutputWithPooling(pooler_output=pooled)
+
+
 def _encoded(features: Sequence[Tensor], width: int) -> Any:
     """The features of `Decoder._encode` as the model takes them."""
     parts = [one.split(width, dim=-1) for one in features]
     pooled, *deep = ([part[level] for part in parts] for level in range(len(parts[0])))
-    if deep:
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-
-        return BaseModelOutputWithDeepstackFeatures(pooler_output=tuple(pooled), deepstack_features=deep)  # type: ignore[arg-type]
-    return BaseModelOutputWithPooling(pooler_output=tuple(pooled))  # type: ignore[arg-type]
+    return vision_output(tuple(pooled), deep)
 
 
 def _portions(patches: Tensor, grids: Tensor, limit: float) -> Iterator[tuple[Tensor, Tensor]]:

@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares.config import AwaresValueError
+from awares.decode import vision_output
 
 
 @contextlib.contextmanager
@@ -78,12 +79,12 @@ def vision_memo(model: Any) -> Iterator[None]:
         if fresh:
             places = list(fresh.values())
             with torch.no_grad():
-                found = forward(
-                    torch.cat([pieces[place] for place in places]), grid_thw[places], **kwargs
-                ).pooler_output
-            known.update(zip(fresh, found.split([len(pieces[place]) // area for place in places]), strict=True))
-        features: Any = torch.cat([known[key] for key in seen])
-        return BaseModelOutputWithPooling(pooler_output=features)
+                found = forward(torch.cat([pieces[place] for place in places]), grid_thw[places], **kwargs)
+            levels = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
+            features = torch.cat(levels, dim=-1).split([len(pieces[place]) // area for place in places])
+            known.update(zip(fresh, features, strict=True))
+        pooled, *deep = torch.cat([known[key] for key in seen]).split(model.config.text_config.hidden_size, dim=-1)
+        return vision_output(pooled, deep)
 
     tower.forward = run
     try:
