@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from awares import data, protocol, sft, sharing
+from awares import baselines, data, protocol, sft, sharing
 from awares.config import AwaresError
 from awares.model import ImageOnlyProcessor, load_model, load_processor, save_model
 from awares.rollout import Engine
@@ -191,6 +191,17 @@ def test_both_trainings_run_and_the_policy_answers(base, rows, tmp_path):
     assert done.steps == 3 and load_file(done.adapter / "adapter_model.safetensors")
     engine = Engine(load_model(done.merged), load_processor(done.merged), max_new_tokens=4)
     assert engine.run(rows["image"][:2], rows["question"][:2], forced=CALLS[:2])[0].crops == CALLS[0]
+
+
+@pytest.mark.parametrize("name", ["visionzip_50", "fastv_50"])
+def test_a_pruner_refuses_what_it_is_not_written_for(engine, rows, name):
+    """Attention, windows and rotary positions of the vision tower are read as Qwen2.5-VL has them."""
+    job = baselines.Job(engine, rows.select(range(2)))
+    if engine.decoder.model.config.model_type == "qwen2_5_vl":
+        assert [one.rtr for one in baselines.answer(name, job)] == pytest.approx([0.5, 0.5], abs=0.02)
+    else:
+        with pytest.raises(AwaresError, match="written for Qwen2.5-VL, not for qwen3_vl"):
+            baselines.answer(name, job)
 
 
 def test_a_model_of_another_family_is_refused_by_name(base, tmp_path):

@@ -43,6 +43,10 @@ class Pruned(Decoder):
 
     def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int) -> None:
         super().__init__(model, processor, max_new_tokens)
+        if model.config.model_type != "qwen2_5_vl":
+            raise AwaresValueError(
+                f"pruners of visual tokens are written for Qwen2.5-VL, not for {model.config.model_type}"
+            )
         self.left: dict[str, list[int]] = {}
 
     def extend(self, *arguments: Any, **options: Any) -> Output:
