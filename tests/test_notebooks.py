@@ -410,6 +410,12 @@ def test_ablations_stand_together_beside_the_paper(line, ablations):
     assert (folder / "effects.png").is_file() and (folder / "sweeps.png").is_file()
     text = str(nbformat.read(executed, as_version=4).cells)
     assert text.count("measured here (profile mini)") == text.count("published (") == 6
+    answers = pd.read_parquet(folder / "answers.parquet").set_index("system").loc["no_area_cost"]
+    result = pd.read_csv(ablations["no_area_cost"] / "tables" / "result.csv").set_index(["system", "benchmark"])
+    average = answers.groupby("benchmark").score.mean().mean()
+    assert 100 * average == pytest.approx(result.accuracy["no_area_cost", AVERAGE], abs=1e-4)
+    asked = pd.read_parquet(folder / "first_turns.parquet")
+    assert set(asked.system) == set(effects.variant) and asked.groupby("system").row_id.nunique().nunique() == 1
     assert {"notebooks/06_beta_0.ipynb", "html/06_ablations_summary.html"} <= {
         str(file.relative_to(folder)) for file in publish.publish_ablations(line.params)
     }
@@ -436,6 +442,11 @@ def test_systems_are_compared_and_claims_decided(line, ablations):
     claims = pd.read_csv(folder / "tables" / "claims.csv")
     assert set(claims.verdict) <= {"holds", "does not hold", "undecided"} and len(claims) >= 25
     assert claims.effect.notna().sum() > 10
+    answers = pd.read_parquet(folder / "comparison" / "answers.parquet")
+    means = answers.groupby(["system", "benchmark"]).score.mean()
+    tabled = systems[systems.benchmark != AVERAGE].set_index(["system", "benchmark"]).accuracy
+    assert (100 * means).to_dict() == pytest.approx(tabled.to_dict(), abs=1e-3)
+    assert set(pd.read_parquet(folder / "comparison" / "first_turns.parquet").system) == {"sft", "awares"}
     files = publish.publish_comparison(line.with_values(**asked))
     assert folder / "comparison" / "notebooks" / "10_oracle_crop.ipynb" in files
 

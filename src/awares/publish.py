@@ -90,12 +90,12 @@ def publish_latency(params: Params) -> list[Path]:
 
 
 def publish_ablations(params: Params) -> list[Path]:
-    """Publish the summary of the ablations and every variant's notebook beside their tables, in reports/<profile>/ablations."""
+    """Publish the summary of the ablations, and every variant's notebook beside it, in reports/<profile>/ablations."""
     files = _publish_beside(params, "ablations", "06_ablations_summary")
     for variant in (name for names in params.ablations.values() for name in names):
         path = replace(params, variant=variant).run_dir("evaluation") / "notebook.ipynb"
         _require(path, "ablations")
-        files += publish_one(path, params.report_dir() / "ablations", f"06_{variant}", params.root)
+        files += publish_one(path, params.report_dir() / "ablations", f"06_{variant}", params.root, page=False)
     return files
 
 
@@ -105,7 +105,7 @@ def publish_comparison(params: Params) -> list[Path]:
     for system in params.comparison.systems:
         path = params.run_dir("systems") / system / "notebook.ipynb"
         _require(path, "comparison")
-        files += publish_one(path, params.report_dir() / "comparison", f"10_{system}", params.root)
+        files += publish_one(path, params.report_dir() / "comparison", f"10_{system}", params.root, page=False)
     return files
 
 
@@ -120,14 +120,15 @@ def _require(path: Path, stage: str) -> None:
         raise AwaresFileError(f"{path}: not executed yet; run `dvc repro {stage}`")
 
 
-def publish_one(executed: Path, folder: Path, name: str, root: Path) -> list[Path]:
-    """Write <folder>/notebooks/<name>.ipynb and <folder>/html/<name>.html from an executed notebook."""
+def publish_one(executed: Path, folder: Path, name: str, root: Path, page: bool = True) -> list[Path]:
+    """Write <folder>/notebooks/<name>.ipynb and, with ``page``, <folder>/html/<name>.html from an executed notebook."""
     notebook = normalise(nbformat.read(executed, as_version=4), root)
-    files = [folder / "notebooks" / f"{name}.ipynb", folder / "html" / f"{name}.html"]
+    files = [folder / "notebooks" / f"{name}.ipynb", folder / "html" / f"{name}.html"][: 1 + page]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, files[0])
-    files[1].write_text(to_html(notebook, name), encoding="utf-8")
+    if page:
+        files[1].write_text(to_html(notebook, name), encoding="utf-8")
     return files
 
 
