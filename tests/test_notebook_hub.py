@@ -23,6 +23,7 @@ import yaml
 from test_served import Server
 
 from awares import data, publish
+from awares.ablations import judged_by
 from awares.config import SYSTEMS, TASKS
 from awares.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.model import save_model
@@ -184,13 +185,17 @@ def ablations(line):
         merged = line.with_values(name).run_dir(stage) / "merged"
         shutil.copytree(line.params.run_dir(other) / "merged", merged)
         folders[name] = line.run("06_ablations", "evaluation", variant=name).parent
-    for listed, names in line.params.ablations.items():
-        like = "no_area_cost" if listed == "grpo" else "weight_1"
-        for name in set(names) - set(swapped):
-            copy = line.with_values(name).run_dir("evaluation")
-            shutil.copytree(folders[like], copy)
-            for table in (copy / "tables").glob("*.csv"):
-                table.write_text(table.read_text().replace(like, name))
+        shutil.copy(line.params.run_dir(stage) / "validation.jsonl", merged.parent)
+    for name in {name for names in line.params.ablations.values() for name in names} - set(swapped):
+        copied = line.with_values(name)
+        _, stage = judged_by(copied)
+        like = "no_area_cost" if stage == "grpo" else "weight_1"
+        copy = copied.run_dir("evaluation")
+        shutil.copytree(folders[like], copy)
+        for table in (copy / "tables").glob("*.csv"):
+            table.write_text(table.read_text().replace(like, name))
+        copied.run_dir(stage).mkdir(parents=True)
+        shutil.copy(line.params.run_dir(stage) / "validation.jsonl", copied.run_dir(stage))
     return folders
 
 
