@@ -13,6 +13,12 @@ from awares import protocol
 from awares.crops import CROPS
 from awares.model import ImageOnlyProcessor, make_processor
 
+TOOL_TOKENS = (
+    *protocol.TOOL_TOKENS,
+    "<tool_response>",
+    "</tool_response>",
+)  # as Qwen3 has them; test_bases has Qwen2.5's
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges (256 bytes), Qwen's special tokens, and long ones so that a call is ten tokens."""
@@ -22,7 +28,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in protocol.SPECIAL_TOKENS])
     common = ['{"name": "crop", "arguments": {"regions": ["', '", "', '"]}}', *CROPS]
-    core.add_tokens([AddedToken(token, normalized=False, special=False) for token in (*protocol.TOOL_TOKENS, *common)])
+    core.add_tokens([AddedToken(token, normalized=False, special=False) for token in (*TOOL_TOKENS, *common)])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 

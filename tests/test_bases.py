@@ -7,9 +7,10 @@ import pytest
 import test_grpo
 import test_sft
 import torch
-from conftest import tiny_tokenizer
 from safetensors.torch import load_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
@@ -21,6 +22,36 @@ from awares import baselines, data, protocol, sft, sharing
 from awares.config import AwaresError
 from awares.model import ImageOnlyProcessor, load_model, load_processor, save_model
 from awares.rollout import Engine
+
+# The added tokens of the published tokenizers, in the order of their ids; those without bars are not special
+MARKS = "object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end vision_pad image_pad video_pad".split()
+CODE = "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep".split()
+QWEN2_5 = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", *MARKS)] + ["<tool_call>", "</tool_call>"]
+QWEN2_5 += [f"<|{name}|>" for name in CODE]
+QWEN3 = [*QWEN2_5, "<tool_response>", "</tool_response>", "<think>", "</think>"]
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def published(added):
+    """A tokenizer as the published ones are built: byte-level BPE with merges, the same split into words, the same added tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = [protocol.SYSTEM, "<tool_response>\n</tool_response>", "what is the word?", "user assistant system"] * 4
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    for token in added:
+        kind = AddedToken(token, normalized=False, special="|" in token)
+        (core.add_special_tokens if kind.special else core.add_tokens)([kind])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
 
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 8192}
 
@@ -74,7 +105,7 @@ BASES = {
 def base(request, tmp_path_factory):
     """The folder of a saved model."""
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
+    tokenizer = published(QWEN3 if request.param == "qwen3-vl" else QWEN2_5)
     protocol.install(tokenizer)
     model, patch = BASES[request.param](tokenizer)
     with torch.no_grad():  # at 0.02 a random model is almost blind to its input
@@ -95,6 +126,16 @@ def engine(base):
 
 
 CALLS = [("top-left",), (), ("center", "right"), ("all",)]
+
+
+def test_the_published_tokenizer_is_taken_as_it_is(base):
+    """Qwen2.5 has no token for <tool_response>: it is text, and reads back as what it is."""
+    tokenizer = load_processor(base).tokenizer
+    assert ("<tool_response>" in tokenizer.get_vocab()) == (base.name == "qwen3-vl")
+    text = tokenizer.apply_chat_template(protocol.messages("what?", None, ("top",), answer="4"), tokenize=False)
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text and text.count("<tool_response>") == 1
+    assert ids.count(tokenizer.convert_tokens_to_ids("<tool_call>")) == 1
 
 
 def test_two_turns_with_a_reused_cache_equal_two_turns_from_nothing(engine, tiny):
@@ -186,7 +227,9 @@ def test_grpo_shares_computation_without_changing_the_update(base, rows, tmp_pat
 
 
 def test_both_trainings_run_and_the_policy_answers(base, rows, tmp_path):
-    cold = test_sft.run(SimpleNamespace(base=base, rows=rows), tmp_path / "sft" / "main-s1")
+    cold = test_sft.run(
+        SimpleNamespace(base=base, rows=rows), tmp_path / "sft" / "main-s1", **{"protocol.max_new_tokens": 48}
+    )
     done = test_grpo.run(SimpleNamespace(policy=cold.merged, rows=rows), tmp_path / "grpo" / "main-s1")
     assert done.steps == 3 and load_file(done.adapter / "adapter_model.safetensors")
     engine = Engine(load_model(done.merged), load_processor(done.merged), max_new_tokens=4)

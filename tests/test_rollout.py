@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TOOL_TOKENS
 from PIL import Image
 from torch import Tensor
 
@@ -227,7 +228,7 @@ class Rigged(decode.FirstToken):
 
 def unwritten(tokenizer) -> list[int]:
     """Tokens that the engine suppresses (placeholders) and that the rigged model does not write of itself."""
-    return tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", *protocol.TOOL_TOKENS])
+    return tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", *TOOL_TOKENS])
 
 
 def script(order: str) -> str:

@@ -84,7 +84,9 @@ def load_processor(path: str | Path) -> ImageOnlyProcessor:
         raise AwaresFileError(f"{path}: cannot read tokenizer and image processor ({_first_line(error)})") from error
     missing = sorted({*protocol.SPECIAL_TOKENS, *protocol.TOOL_TOKENS} - set(tokenizer.get_vocab()))
     if missing:
-        raise AwaresValueError(f"{path}: the tokenizer lacks {', '.join(missing)}: use a Qwen2.5-VL tokenizer")
+        raise AwaresValueError(
+            f"{path}: the tokenizer lacks {', '.join(missing)}: use the tokenizer of a Qwen2.5-VL or Qwen3-VL"
+        )
     protocol.install(tokenizer)
     return ImageOnlyProcessor(image_processor, tokenizer)
 

@@ -31,7 +31,10 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-TOOL_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+TOOL_TOKENS = (
+    "<tool_call>",
+    "</tool_call>",
+)  # a token each; <tool_response> is one from Qwen3 on, and plain text in Qwen2.5
 
 PLAIN_SYSTEM = "You are a helpful assistant."
 
