@@ -228,6 +228,17 @@ def test_a_server_that_is_gone_for_good_ends_the_call(client) -> None:
         nobody.ask(requests(*(f"gone {i}" for i in range(500))), return_failures=True)
 
 
+def test_a_server_that_refuses_row_after_row_is_set_up_wrongly(client, faulty: Faulty) -> None:
+    """One request of the others' kind is refused for itself; where nothing goes through, going on would lose every row."""
+    texts = [f"set up wrongly {i}|400" for i in range(30)]
+    with pytest.raises(AwaresRequestError, match="gave up after 3 rows.*status 400.*run again"):
+        client(stop_after=3, concurrency=1).ask(requests(*texts), return_failures=True)
+    assert sum(faulty.counts()[text] for text in texts) == 3
+    mixed = [text for i in range(4) for text in (f"now and then {i}|400", f"in between {i}")]
+    values = client(stop_after=3, concurrency=1).ask(requests(*mixed), return_failures=True)
+    assert [isinstance(value, Failure) for value in values] == [True, False] * 4
+
+
 JOB = """
 import json, sys
 from awares.client import ChatClient, Server

@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 
 from awares import crops, data, grpo, protocol, sharing, training
 from awares.config import AwaresError, load_params
-from awares.model import load_model, load_processor, save_model
+from awares.model import load_model, load_processor, save_model, visual_tokens
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -520,5 +520,8 @@ def test_rollouts_by_vllm_have_the_same_limits(world, tmp_path):
         world.processor.image_token_id,
         world.processor.video_token_id,
     }
+    view = visual_tokens((1000, 1000), world.processor)  # the largest at half resolution
+    assert found.vllm_max_model_length == found.max_completion_length + view + grpo.PROMPT
+    assert grpo._config(settings(), tmp_path, world.processor).vllm_max_model_length is None
     with pytest.raises(AwaresError, match="share_prompts: false"):
         grpo._config(settings(**{"grpo.rollouts": "vllm", "grpo.share_prompts": True}), tmp_path, world.processor)

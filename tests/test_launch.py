@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,36 @@ def test_grpo_in_two_processes_has_the_gradients_of_one(grpo_world, tmp_path):  
     assert set(one) == set(two) and sum(value.abs().sum() for value in one.values()) > 0
     for name, value in one.items():
         assert torch.allclose(value, two[name], atol=1e-6, rtol=1e-3), name
+
+
+def test_two_machines_want_to_know_of_each_other(world, tmp_path, monkeypatch):  # noqa: F811
+    for name in launch.NODE:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(AwaresError, match="2 machines, and MASTER_ADDR, MASTER_PORT, NODE_RANK not set"):
+        train(world, tmp_path, **{"base.launch": "data/launch/2x8gpu.yaml"})
+
+
+def test_two_machines_of_one_process_train_as_one_does(world, alone, tmp_path, monkeypatch):  # noqa: F811
+    """Two launchers, each as it would run on a machine of its own; the second joins by the file that the first has written."""
+    found = yaml.safe_load((ROOT / TWO).read_text())
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**found, "num_machines": 2}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = settings(tmp_path).run_dir("sft") / "launch.json"
+    joining = "import sys, time, pathlib\nfrom awares import launch\njob = pathlib.Path(sys.argv[1])\n"
+    joining += "while not job.is_file() or not job.read_text().endswith('}'):\n    time.sleep(0.1)\nsys.exit(launch.main([str(job)]))"
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **shared, "NODE_RANK": "1", "PYTHONPATH": str(ROOT / "src")}
+    second = subprocess.Popen([sys.executable, "-c", joining, str(job)], env=environment, cwd=ROOT)
+    try:
+        for name, value in {**shared, "NODE_RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
+        result = train(world, tmp_path, **{"base.launch": str(tmp_path / "two.yaml")})
+        assert second.wait(60) == 0
+    finally:
+        second.kill()
+    require_same_training(alone.log, result.log)
 
 
 def test_the_same_settings_come_out_of_their_overrides():

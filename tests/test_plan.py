@@ -141,7 +141,16 @@ def test_preflight_says_what_is_there_and_how_to_mend_the_rest(server, tmp_path,
     assert not gpus.there and "base.launch" in gpus.mend
     assert found["dataset lmms-lab/POPE"].there and not found["dataset HuggingFaceM4/ChartQA"].there
     assert not found["lmms-eval"].there and "evaluation.lmms_eval" in found["lmms-eval"].mend
-    assert [one for one in found if "disk" in one]
+    assert [one for one in found if "disk" in one] and "vLLM for GRPO's rollouts" not in found
+    asked = {"curation.released": "awares", "grpo.rollouts": "vllm", "grpo.share_prompts": False}
+    other = plan.preflight(
+        load_params("paper", overrides={"data.hub_root": str(tmp_path / "hub"), **asked}, path=PARAMS)
+    )
+    missing = {one.what: one.mend for one in other if not one.there}
+    assert "trl[vllm]" in missing["vLLM for GRPO's rollouts"]
+    assert any(what.startswith("dataset") and "AwaRes" in what for what in missing) and not any(
+        "judge" in one for one in missing
+    )
     monkeypatch.setenv("AWARES_API_KEY", "wrong")
     refused = {one.what.split(":")[0]: one for one in plan.preflight(params)}["llama"]
     assert (

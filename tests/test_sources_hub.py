@@ -583,3 +583,10 @@ def test_a_killed_process_leaves_nothing_that_changes_the_rows(hub, tmp_path, mo
     assert subprocess.run(command, env=environment, cwd=ROOT).returncode == 9
     assert list((tmp_path / "b").rglob("rows.jsonl"))
     assert keep(params, tmp_path / "rows-b") == undisturbed
+
+
+def test_a_list_of_one_picture_is_that_picture_and_of_more_is_refused():
+    opened = sources.Opened.__new__(sources.Opened)  # no archive is looked at
+    assert sources._bytes([{"bytes": b"file", "path": None}], opened) == b"file"
+    with pytest.raises(AwaresError, match="2 pictures in the image column, one is wanted"):
+        sources._bytes([b"one", b"two"], opened)

@@ -64,7 +64,7 @@ class AwaresFileError(AwaresError, FileNotFoundError):
 
 @dataclass(frozen=True)
 class Failure:
-    """A row without a reply, and why. ``silent``: the server may have been gone, and may answer another time."""
+    """A row without a reply, and why. ``silent``: the server may have been gone or set up wrongly, and may answer another time."""
 
     row_id: str
     reason: str

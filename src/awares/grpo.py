@@ -16,7 +16,9 @@ and image tokens are masked; KL to the cold-started policy. Where this departs f
     makes sure that every single crop fits.
 9.  Temperature 1, top-p 1, but image and video placeholders cannot be sampled.
 10. `grpo.answer_reward: judge` (Table 4) is the local semantic judge in both profiles, not a served language model.
-11. With ``share_prompts`` the G completions of a prompt share its computation (`awares.sharing`): the same numbers for less work.
+11. With ``rollouts: vllm`` TRL weights a completion by how far vLLM's probabilities lie from the trainer's (its default), which
+    no equation of the paper has.
+12. With ``share_prompts`` the G completions of a prompt share its computation (`awares.sharing`): the same numbers for less work.
 """
 
 import contextlib
@@ -40,6 +42,7 @@ from awares.data import share_of
 from awares.model import ImageOnlyProcessor
 from awares.rollout import Engine
 
+PROMPT = 1024  # tokens of text that a prompt may have under vLLM: system prompt, tool schema and question
 LOGGED = {  # TRL's name -> ours
     "step": "step",
     "reward": "reward",
@@ -415,6 +418,8 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
         if vllm
         else {"max_new_tokens": section.max_completion_length, "suppress_tokens": forbidden}
     )
+    completion = 2 * section.max_completion_length + section.crop_token_budget
+    view = models.visual_tokens((params.crops.max_side // 2,) * 2, processor)
     return GRPOConfig(
         output_dir=str(folder),
         # One generation, one update of batch_size completions, in micro-batches
@@ -424,10 +429,13 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
         num_generations=section.generations,
         num_iterations=section.iterations,
         # Both turns and the crops; each turn is limited by max_new_tokens
-        max_completion_length=2 * section.max_completion_length + section.crop_token_budget,
+        max_completion_length=completion,
         generation_kwargs=limits,
         use_vllm=vllm,
         vllm_mode="colocate",  # on each GPU its own: ranks with different numbers of tool turns would wait for each other in a shared one
+        vllm_max_model_length=view + PROMPT + completion
+        if vllm
+        else None,  # without it vLLM reserves for all that the model can read
         max_tool_calling_iterations=1,
         temperature=section.temperature,
         top_p=section.top_p,

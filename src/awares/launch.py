@@ -98,7 +98,13 @@ def join(job: Path) -> None:
     named = "sft.launch" if asked["stage"] == "sft" and params.sft.launch else "base.launch"
     if not settings.is_file():
         raise AwaresFileError(f"{settings}: no such accelerate configuration; {named} names it")
-    _check_fsdp(params, named, config.read_yaml(settings, named))
+    laid_out = config.read_yaml(settings, named)
+    _check_fsdp(params, named, laid_out)
+    missing = [variable for variable in NODE if not os.environ.get(variable)]
+    if laid_out.get("num_machines", 1) > 1 and missing:
+        raise AwaresError(
+            f"{settings}: {laid_out['num_machines']} machines, and {', '.join(missing)} not set: set them on every machine"
+        )
     node = [
         part for variable, flag in NODE.items() if os.environ.get(variable) for part in (flag, os.environ[variable])
     ]

@@ -4,6 +4,7 @@ Counted, not measured: FLOPs by `awares.costs` at an assumed share of the GPU's 
 measured the two training steps on the GPU, its tokens per second and peak memory stand instead. Take the hours as good to a factor of two.
 """
 
+import importlib.util
 import math
 import os
 import shutil
@@ -26,6 +27,8 @@ ANSWER, CALL = 4, 30  # tokens of an answer (§5) and of a call, with the end of
 CROP_AREA = 0.35  # of the image, of an average request: assumed
 TOGETHER = 64  # rows decoded at a time: assumed
 BYTES_PER_PIXEL = 0.5  # of a stored image: assumed
+COPIES = 6  # of a training picture: as fetched, as drawn, as rows, as curated rows, and DVC's of the last two
+KEPT = 2  # of a model that a stage writes: its own and DVC's
 RUNTIME_GB = 2  # of CUDA, kernels and fragmentation on a GPU: assumed
 GB = 1e9
 
@@ -69,7 +72,7 @@ class _Count:
 
     def _data(self) -> tuple[Any, ...]:
         rows = self.train_rows + self.held_out
-        return ("data", rows, 0, 0, 0.0, 0.0, 0.0, rows * self._stored(), "counted")
+        return ("data", rows, 0, 0, 0.0, 0.0, 0.0, COPIES * rows * self._stored(), "counted")
 
     def _curation(self) -> Iterator[tuple[Any, ...]]:
         if self.params.curation.released:
@@ -110,7 +113,7 @@ class _Count:
             rows * flops / 1e15,
             hours,
             memory,
-            1.1 * self.weights / GB,
+            1.1 * KEPT * self.weights / GB,
             basis,
         )
 
@@ -127,7 +130,7 @@ class _Count:
         memory = self._training(section.per_device_batch_size * tokens, section.gradient_checkpointing)
         hours, memory, basis = self._measured("grpo", rows * tokens, hours, memory)
         pflop = rows * (flops + 2 * once) / 1e15
-        return ("grpo", rows, 0, round(rows * tokens), pflop, hours, memory, 1.1 * self.weights / GB, basis)
+        return ("grpo", rows, 0, round(rows * tokens), pflop, hours, memory, 1.1 * KEPT * self.weights / GB, basis)
 
     def _evaluation(self) -> tuple[Any, ...]:
         section = self.params.evaluation
@@ -245,6 +248,7 @@ def preflight(params: Params) -> list[Finding]:
         lambda: served.servers(params, [] if section.released else [*section.panel, section.oracle, section.engine]),
         lambda: _hub(params),
         lambda: _lmms_eval(params),
+        lambda: _vllm(params),
     ]
     return [finding for check in checks for finding in check()]
 
@@ -299,6 +303,13 @@ def _lmms_eval(params: Params) -> Iterator[Finding]:
         yield Finding(f"lmms-eval at {python}", python.is_file(), "found" if python.is_file() else "missing", mend)
 
 
+def _vllm(params: Params) -> Iterator[Finding]:
+    if params.grpo.rollouts == "vllm":
+        there = importlib.util.find_spec("vllm") is not None
+        mend = 'pip install "trl[vllm]" here, or set grpo.rollouts to local'
+        yield Finding("vLLM for GRPO's rollouts", there, "found" if there else "missing", mend)
+
+
 def _hub(params: Params) -> Iterator[Finding]:
     """Whether the hub, or the folder that stands for it, lets us at model and datasets."""
     from huggingface_hub import HfApi
@@ -309,6 +320,8 @@ def _hub(params: Params) -> Iterator[Finding]:
         training = sources.read_sources(params, "training")
         used = [training[name] for name in params.data.sources if name in training]
         used += list(sources.read_sources(params, "evaluation").values())
+        if params.curation.released:
+            used.append(sources.read_sources(params, "curated")[params.curation.released])
         wanted += [(one.hub, "dataset") for one in used]
     if isinstance(params.model_path(), str):
         wanted.append((params.base.model, "model"))

@@ -412,6 +412,12 @@ def _words(content: Any) -> str:
 
 def _bytes(picture: Any, opened: Opened) -> bytes:
     """The file of a published picture: bytes, or a name in the archive or on this disk."""
+    if isinstance(picture, list):
+        if len(picture) != 1:
+            raise AwaresValueError(
+                f"{len(picture)} pictures in the image column, one is wanted: use the reader `conversation`"
+            )
+        return _bytes(picture[0], opened)
     if isinstance(picture, bytes):
         return picture
     held = picture if isinstance(picture, dict) else {"bytes": None, "path": picture}

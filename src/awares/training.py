@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub.constants
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from peft import LoraConfig
 from PIL import ExifTags, Image
 from tqdm import tqdm
@@ -74,14 +75,20 @@ def rows_digest(rows: datasets.Dataset) -> str:
 
 
 def folder_digest(folder: str | Path) -> str:
-    """Hash of the files of a model folder; of the name alone for a model of the hub."""
-    digest = hashlib.sha256(b"" if Path(folder).is_dir() else str(folder).encode())
+    """Hash of the files of a model folder; of name and commit for a model of the hub, as it lies in the hub's cache."""
+    digest = hashlib.sha256(b"" if Path(folder).is_dir() else f"{folder}{_commit(str(folder))}".encode())
     for file in sorted(Path(folder).glob("*")) if Path(folder).is_dir() else []:
         if file.is_file() and file.suffix in (".safetensors", ".json", ".jinja", ".txt"):
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _commit(name: str) -> str:
+    """Of the model ``name`` as it lies in the hub's cache, fetched if need be."""
+    found = try_to_load_from_cache(name, "config.json")
+    return f"@{Path(found if isinstance(found, str) else hf_hub_download(name, 'config.json')).parent.name}"
 
 
 def checkpoint_folder(out_dir: str | Path, inputs: dict[str, Any]) -> Path:
