@@ -389,7 +389,7 @@ def test_faults_of_the_declaration_are_named_before_any_work(hub, tmp_path, chan
     params = settings(hub, tmp_path, **{"data.sources_file": declared(tmp_path, **changes)})
     with pytest.raises(AwaresError, match=said):
         sampling.preflight(params)
-    assert not list(tmp_path.glob("paper/data/**/rows.jsonl"))
+    assert not list(tmp_path.glob("paper/data/**/rows-*.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -553,6 +553,17 @@ def test_an_interrupted_collection_goes_on_to_the_same_records(hub, tmp_path, mo
     assert files_of(again.folder / "images") == files_of(whole.folder / "images")
 
 
+def test_drawing_more_rows_reads_the_new_ones_alone(hub, tmp_path, monkeypatch):
+    """The mend for too few rows, a larger data.reserve, costs no row that was read before."""
+    first = sampling.collect(settings(hub, tmp_path, **{"data.reserve": 0.0}), "training", "chartqa")
+    calls, read = [], sampling._read
+    monkeypatch.setattr(sampling, "_read", lambda *values: (calls.append(values[1]), read(*values))[1])
+    more = sampling.collect(settings(hub, tmp_path, **{"data.reserve": 0.5}), "training", "chartqa")
+    before, after = ({one["row"] for one in found.records} for found in (first, more))
+    assert before < after and set(calls) == after - before
+    assert [one for one in more.records if one["row"] in before] == first.records
+
+
 def test_a_killed_process_leaves_nothing_that_changes_the_rows(hub, tmp_path, monkeypatch):
     """The same command after a hard exit in the middle of collecting gives the same bytes."""
     monkeypatch.setattr(sampling, "CHUNK", 2)
@@ -581,7 +592,7 @@ def test_a_killed_process_leaves_nothing_that_changes_the_rows(hub, tmp_path, mo
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", program, json.dumps(values), str(ROOT / "params.yaml")]
     assert subprocess.run(command, env=environment, cwd=ROOT).returncode == 9
-    assert list((tmp_path / "b").rglob("rows.jsonl"))
+    assert list((tmp_path / "b").rglob("rows-*.jsonl"))
     assert keep(params, tmp_path / "rows-b") == undisturbed
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from awares import data, sources, training
 from awares.config import AwaresError, AwaresFileError, AwaresValueError, Params
-from awares.records import Record, in_chunks
+from awares.records import Record, in_chunks, read_records
 from awares.sources import Opened, Source
 
 CHUNK = 64  # rows read between two writes: what a kill can cost
@@ -91,17 +91,17 @@ def collect(params: Params, kind: str, name: str) -> Collected:
         opened.check()
         published = opened.count()
         wanted = _wanted(params, source, published)
-        folder = training.checkpoint_folder(
-            params.run_dir("data") / "rows", _inputs(params, source, opened.commit, wanted)
-        )
+        folder = training.checkpoint_folder(params.run_dir("data") / "rows", _inputs(params, source, opened.commit))
+        draw = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+        read = {record["id"]: record for file in folder.glob("rows-*.jsonl") for record in read_records(file)}
         places = {source.row_id(index): index for index in wanted}
         files = folder / "images"
         files.mkdir(exist_ok=True)
 
         def work(chunk: list[str]) -> list[Record]:
-            return [_read(opened, places[row_id], files, params.crops.max_side) for row_id in chunk]
+            return [read.get(row_id) or _read(opened, places[row_id], files, params.crops.max_side) for row_id in chunk]
 
-        records = in_chunks(folder / "rows.jsonl", list(places), CHUNK, work)
+        records = in_chunks(folder / f"rows-{draw}.jsonl", list(places), CHUNK, work)
     kept = [record for record in records if record["row"] not in source.skip]
     _refuse_faults(source, kept)
     return Collected(source, opened.commit, published, kept, folder)
@@ -130,12 +130,11 @@ def rank(seed: int, row_id: str) -> str:
     return hashlib.sha256(f"{seed}:{row_id}".encode()).hexdigest()
 
 
-def _inputs(params: Params, source: Source, commit: str, wanted: Sequence[int]) -> Record:
-    """All that decides what is collected. Not ``skip``, so that a mended run need not read everything again."""
+def _inputs(params: Params, source: Source, commit: str) -> Record:
+    """All that decides what a row is read as. Neither ``skip`` nor how many are drawn, so that a mended run need not read everything again."""
     declared = {**asdict(source), "skip": None, "place": None}
     code = hashlib.sha256(Path(sources.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()
-    drawn = hashlib.sha256(json.dumps(list(wanted)).encode()).hexdigest() if source.kind == "training" else len(wanted)
-    key = {"source": declared, "commit": commit, "drawn": drawn, "max_side": params.crops.max_side, "code": code}
+    key = {"source": declared, "commit": commit, "max_side": params.crops.max_side, "code": code}
     return {"stage": f"data {source.kind}.{source.name}", **key}
 
 
