@@ -132,6 +132,23 @@ def test_grpo_in_two_processes_has_the_gradients_of_one(grpo_world, tmp_path):  
         assert torch.allclose(value, two[name], atol=1e-6, rtol=1e-3), name
 
 
+def test_grpo_in_two_processes_goes_on_from_its_checkpoint_and_ends_the_same(grpo_world, tmp_path):  # noqa: F811
+    named = {"base.launch": TWO, "paths.runs": str(tmp_path), "grpo.max_completion_length": 6}
+    params = test_grpo.settings(**named)
+    for split in ("train", "validation"):
+        data.save_rows(grpo_world.rows, params.run_dir("curation") / split / "dataset")
+    rows, out = data.load_rows(params.run_dir("curation") / "train" / "dataset"), params.run_dir("grpo")
+    done = grpo.train_grpo(params, rows, grpo_world.policy, out)
+    before, log = weights(done), done.log.read_text()
+    (work,) = (out.parent / ".checkpoints").iterdir()
+    last = training.checkpoints(work, 2)[-1]
+    assert training.step_of(last) == 3
+    (last / "rng_state_1.pth").unlink()  # killed after the first process had written its part, before the second had
+    again = grpo.train_grpo(params, rows, grpo_world.policy, out)
+    assert again.log.read_text() == log
+    assert all(torch.equal(value, weights(again)[name]) for name, value in before.items())
+
+
 def test_two_machines_want_to_know_of_each_other(world, tmp_path, monkeypatch):  # noqa: F811
     for name in launch.NODE:
         monkeypatch.delenv(name, raising=False)
