@@ -213,9 +213,8 @@ class _Session:
                 f"{self.server.model!r} and the key in the environment variable {self.server.key_variable}"
             )
         if status not in RETRYABLE and status < 500:
-            return Lost(
-                said, silent=True
-            )  # of this row, or of a server that is set up wrongly: many in a row are the latter
+            # Of this row, or of a server that is set up wrongly: many one after the other are the latter
+            return Lost(said, silent=True)
         wait = _retry_after(error.response.headers.get("retry-after"))
         if wait > 10 * self.server.longest_wait:
             return Lost(f"{said}, and asks to wait {wait:.0f} s", silent=True)

@@ -12,21 +12,8 @@ from awares.metrics import bootstrap_interval
 
 TRAINED = {"sft": "sft", "awares": "grpo"}  # and the stage that trains it
 CONTROL = "random_token"
-ANSWERED = [
-    "system",
-    "seed",
-    "benchmark",
-    "row_id",
-    "score",
-    "rtr",
-    "layer_rtr",
-    "answer",
-    "written",
-    "crops",
-    "call_status",
-    "call_gap",
-]
-ANSWERED += ["visual_tokens", "full_visual_tokens"]
+ANSWERED = ["system", "seed", "benchmark", "row_id", "score", "rtr", "layer_rtr", "answer", "written", "crops", "call_status", "call_gap",
+            "visual_tokens", "full_visual_tokens"]  # fmt: skip
 
 
 def all_scores(params: Params) -> pd.DataFrame:

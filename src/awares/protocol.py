@@ -31,10 +31,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-TOOL_TOKENS = (
-    "<tool_call>",
-    "</tool_call>",
-)  # a token each; <tool_response> is one from Qwen3 on, and plain text in Qwen2.5
+# A token each, which <tool_response> is from Qwen3 on; in Qwen2.5 it is plain text
+TOOL_TOKENS = ("<tool_call>", "</tool_call>")
 
 PLAIN_SYSTEM = "You are a helpful assistant."
 
