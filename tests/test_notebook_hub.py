@@ -40,6 +40,7 @@ SMOKE |= {
     "base.launch": "data/launch/2cpu.yaml",
     "curation.chunk_rows": 16,
     "protocol.max_new_tokens": 12,
+    "curation.max_new_tokens": 12,
     "protocol.token_budget": 4096,
     "sft.per_device_batch_size": 2,
     "sft.share": 1.0,

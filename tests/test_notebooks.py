@@ -33,6 +33,7 @@ SMOKE = {
     "curation.judge": "anls",
     "curation.anls_threshold": 0.0,
     "protocol.max_new_tokens": 12,
+    "curation.max_new_tokens": 12,
     "sft.batch_size": 8,
     "sft.per_device_batch_size": 4,
     "sft.epochs": 1,

@@ -154,6 +154,7 @@ class Curation:
     oracle_sigma: float = _size(low=0)
     oracle_margin: int = _size(low=0)
     lucky_margin: float = _size(low=0)
+    max_new_tokens: int = _size(low=1)
     chunk_rows: int = _size(low=1)
 
     @property

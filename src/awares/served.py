@@ -449,7 +449,9 @@ def make_engine(name: str, processor: ImageOnlyProcessor, params: Params) -> Rem
             f"{params.curation.served_file}: models.{name}.model is {model.model!r}, base.model {params.base.model!r}: the "
             "labels would be those of another model"
         )
-    return RemoteEngine.from_params(model.client(params), processor, params)
+    return RemoteEngine.from_params(
+        model.client(params), processor, params, max_new_tokens=params.curation.max_new_tokens
+    )
 
 
 # Before money is spent
