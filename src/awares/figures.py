@@ -5,6 +5,7 @@ colour-blind palette; every axis says its quantity and unit; intervals are drawn
 """
 
 import io
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill, shorten
@@ -20,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch, Rectangle
 from matplotlib.path import Path as Outline
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from awares.crops import crop_box, cut, low_resolution
@@ -37,6 +40,9 @@ RATIO_MARKERS = {
     "awares": "D",
 }  # of a pruner's name: percent of tokens kept, or as many as AwaRes
 COLOURS = dict(zip(SYSTEM_NAMES, sns.color_palette("colorblind"), strict=False))
+# Where a point's name may stand: points away from it, and the direction (right, up)
+PLACES = [(1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)]
+DISTANCES = list(itertools.product((7, 20, 34, 48, 62), PLACES))
 CURVE_POINTS = 24  # of a training curve, above which it is smoothed
 
 
@@ -158,10 +164,10 @@ def accuracy_rtr_figure(table: pd.DataFrame) -> Figure:
 def systems_figure(table: pd.DataFrame) -> Figure:
     """Average accuracy (percent, with intervals) against RTR of many systems: a pruner's name is its colour, its ratio the marker.
 
-    ``table`` has the columns of table1_systems.csv. Systems without a ratio are named beside their points.
+    ``table`` has the columns of table1_systems.csv. Systems without a ratio are named beside their points; ``no_image`` is left out.
     """
     figure, axes = plt.subplots(figsize=(9.5, 5.5))
-    average = table[table.benchmark == AVERAGE]
+    average = table[(table.benchmark == AVERAGE) & (table.system != "no_image")]
     stems = [name.rpartition("_") for name in average.system]
     ratios = {f"{stem}_{ratio}": (stem, ratio) for stem, _, ratio in stems if stem and ratio in RATIO_MARKERS}
     pruners = list(dict.fromkeys(stem for stem, _ in ratios.values()))
@@ -171,18 +177,47 @@ def systems_figure(table: pd.DataFrame) -> Figure:
         stem, ratio = ratios.get(row.system, ("", ""))
         look = {"color": colours[stem], "marker": RATIO_MARKERS[ratio]} if stem else {"color": "black", "marker": "*"}
         axes.errorbar(row.rtr, row.accuracy, error, capsize=2, elinewidth=0.8, markersize=7, **look)
-        if not stem:
-            name = SYSTEM_NAMES.get(row.system, row.system)
-            axes.annotate(name, (row.rtr, row.accuracy), (6, 4), textcoords="offset points", fontsize="small")
     entries: list[Any] = [Patch(color=colours[name], label=name) for name in pruners]
     used = [ratio for ratio in RATIO_MARKERS if any(ratio == one for _, one in ratios.values())]
     names = {ratio: "at AwaRes' RTR" if ratio == "awares" else f"{ratio} % kept" for ratio in used}
     entries += [Line2D([], [], color="grey", marker=RATIO_MARKERS[r], linestyle="", label=names[r]) for r in used]
     if entries:
         axes.legend(handles=entries, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    axes.set(xlim=(-0.05, None), xlabel="retain token ratio (visual tokens / tokens of the full image)")
+    axes.margins(0.08)
+    axes.set(xlabel="retain token ratio (visual tokens / tokens of the full image)")
     axes.set_ylabel("accuracy (%), mean of the tasks")
+    named = average[~average.system.isin(ratios)]
+    name_points(axes, average, {row.system: SYSTEM_NAMES.get(row.system, row.system) for row in named.itertuples()})
     return figure
+
+
+def name_points(axes: Any, table: pd.DataFrame, names: Mapping[str, str]) -> None:
+    """Write ``names`` (system -> name) beside their points, each at the first of `DISTANCES` that covers no point, whisker or name.
+
+    ``table``: system, rtr, accuracy, accuracy_low, accuracy_high of every point that is drawn.
+    """
+    axes.figure.draw_without_rendering()  # from here on the limits stand
+    taken = []
+    for row in table.itertuples():
+        (x, low), (_, high) = axes.transData.transform([(row.rtr, row.accuracy_low), (row.rtr, row.accuracy_high)])
+        taken.append(Bbox([[x - 5, low], [x + 5, high]]))
+    for row in table[table.system.isin(names)].itertuples():
+        for away, (right, up) in DISTANCES:
+            side = {1: "left", 0: "center", -1: "right"}[right], {1: "bottom", 0: "center", -1: "top"}[up]
+            line = {"arrowstyle": "-", "color": "grey", "linewidth": 0.6} if away > 7 else None
+            text = axes.annotate(
+                names[row.system], (row.rtr, row.accuracy), (right * away, up * away), textcoords="offset points",
+                ha=side[0], va=side[1], fontsize="small", arrowprops=line,
+            )  # fmt: skip
+            text.set_in_layout(False)  # or the axes would move away under it
+            text.update_positions(axes.figure.canvas.get_renderer())
+            box = Text.get_window_extent(text)
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
+            free = inside and not any(box.overlaps(other) for other in taken)
+            if free or (away, (right, up)) == DISTANCES[-1]:
+                break
+            text.remove()
+        taken.append(box)
 
 
 def accuracy_time_figure(table: pd.DataFrame) -> Figure:
