@@ -222,7 +222,7 @@ def test_bench_times_a_step_of_each_training(tmp_path: Path, monkeypatch: pytest
 
 
 def test_bench_times_the_pruners(tmp_path: Path) -> None:
-    more = "--shape qwen2.5-vl-7b --scale 0.001 --benchmarks realworldqa --pruners".split()
+    more = "--shape qwen2.5-vl-7b --scale 0.001 --benchmarks realworldqa --pruners --rows 1 --repetitions 1".split()
     assert bench.main(options(tmp_path, *more)) == 0
     table = pd.read_csv(tmp_path / "pruners.csv")
     assert (
