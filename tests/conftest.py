@@ -1,5 +1,6 @@
 """Fixtures: a random tiny Qwen2.5-VL with a byte-level tokenizer, built in a second, so no test needs a checkpoint."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from awares import protocol
+from awares.ablations import judged_by
 from awares.crops import CROPS
 from awares.model import ImageOnlyProcessor, make_processor
 
@@ -96,3 +98,17 @@ def tiny() -> SimpleNamespace:
 def deep(tiny: SimpleNamespace) -> SimpleNamespace:
     """``tiny`` with a language model of seven layers, for what happens between them."""
     return SimpleNamespace(model=tiny_model(tiny.processor, layers=7), processor=tiny.processor, noise=noise)
+
+
+def under_other_names(line, folders):
+    """Every variant that ``line`` lists, as a copy of one that was run: ``folders`` (variant -> its evaluation) has one judged by each policy."""
+    ran = {judged_by(line.with_values(name))[1]: name for name in folders}
+    for name in {name for names in line.params.ablations.values() for name in names} - set(folders):
+        copied = line.with_values(name)
+        stage = judged_by(copied)[1]
+        like, copy = ran[stage], copied.run_dir("evaluation")
+        shutil.copytree(folders[like], copy)
+        for table in (copy / "tables").glob("*.csv"):
+            table.write_text(table.read_text().replace(like, name))
+        copied.run_dir(stage).mkdir(parents=True)
+        shutil.copy(line.with_values(like).run_dir(stage) / "validation.jsonl", copied.run_dir(stage))

@@ -20,10 +20,10 @@ import published
 import pytest
 import test_notebooks
 import yaml
+from conftest import under_other_names
 from test_served import Server
 
 from awares import data, publish
-from awares.ablations import judged_by
 from awares.config import SYSTEMS, TASKS
 from awares.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.model import save_model
@@ -187,16 +187,7 @@ def ablations(line):
         shutil.copytree(line.params.run_dir(other) / "merged", merged)
         folders[name] = line.run("06_ablations", "evaluation", variant=name).parent
         shutil.copy(line.params.run_dir(stage) / "validation.jsonl", merged.parent)
-    for name in {name for names in line.params.ablations.values() for name in names} - set(swapped):
-        copied = line.with_values(name)
-        _, stage = judged_by(copied)
-        like = "no_area_cost" if stage == "grpo" else "weight_1"
-        copy = copied.run_dir("evaluation")
-        shutil.copytree(folders[like], copy)
-        for table in (copy / "tables").glob("*.csv"):
-            table.write_text(table.read_text().replace(like, name))
-        copied.run_dir(stage).mkdir(parents=True)
-        shutil.copy(line.params.run_dir(stage) / "validation.jsonl", copied.run_dir(stage))
+    under_other_names(line, folders)
     return folders
 
 

@@ -16,9 +16,9 @@ import papermill
 import published
 import pytest
 import yaml
+from conftest import under_other_names
 
 from awares import data, pretrain, publish
-from awares.ablations import judged_by
 from awares.config import SYSTEMS, TASKS, load_params
 from awares.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.model import load_model, save_model
@@ -380,16 +380,7 @@ def ablations(line):
     for name, (notebook, stage) in ran.items():
         line.run(notebook, stage, variant=name)
         folders[name] = line.run("06_ablations", "evaluation", variant=name).parent
-    for name in {name for names in line.params.ablations.values() for name in names} - set(ran):
-        copied = line.with_values(name)
-        _, stage = judged_by(copied)
-        like = "no_area_cost" if stage == "grpo" else "weight_1"
-        copy = copied.run_dir("evaluation")
-        shutil.copytree(folders[like], copy)
-        for table in (copy / "tables").glob("*.csv"):
-            table.write_text(table.read_text().replace(like, name))
-        copied.run_dir(stage).mkdir(parents=True)
-        shutil.copy(line.with_values(like).run_dir(stage) / "validation.jsonl", copied.run_dir(stage))
+    under_other_names(line, folders)
     return folders
 
 
