@@ -353,6 +353,17 @@ def test_every_input_is_part_of_the_key(world, tmp_path):
     assert key() == key(rows=rows.select(range(12)))  # the same content, another fingerprint
 
 
+def test_a_model_of_the_hub_is_keyed_by_its_commit(monkeypatch):
+    """New weights under the same name are not taken for those that were trained on."""
+    keys = set()
+    for commit in ("a" * 40, "b" * 40):
+        monkeypatch.setattr(training, "try_to_load_from_cache", lambda *_, at=commit: f"hub/snapshots/{at}/config.json")
+        keys.add(training.folder_digest("Owner/Model"))
+    monkeypatch.setattr(training, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(training, "hf_hub_download", lambda *_: f"hub/snapshots/{'b' * 40}/config.json")
+    assert len(keys) == 2 and training.folder_digest("Owner/Model") in keys
+
+
 def test_a_torn_checkpoint_is_skipped(finished, tmp_path):
     folder = checkpoints_of(finished, tmp_path)
     assert [training.step_of(path) for path in training.checkpoints(folder)] == [1, 2, 3]

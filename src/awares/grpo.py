@@ -433,9 +433,8 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
         generation_kwargs=limits,
         use_vllm=vllm,
         vllm_mode="colocate",  # on each GPU its own: ranks with different numbers of tool turns would wait for each other in a shared one
-        vllm_max_model_length=view + PROMPT + completion
-        if vllm
-        else None,  # without it vLLM reserves for all that the model can read
+        # Without it vLLM reserves for all that the model can read
+        vllm_max_model_length=view + PROMPT + completion if vllm else None,
         max_tool_calling_iterations=1,
         temperature=section.temperature,
         top_p=section.top_p,
