@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from awares import claims, data, diagnostics, evaluation, records
+from awares import claims, comparison, data, diagnostics, evaluation, records
 from awares.config import TASKS, AwaresError, find_file, load_params
 from awares.measures import Runs
 from awares.rollout import Trajectory, Turn
@@ -22,6 +22,7 @@ POLICIES = {
         "validation": "grpo/main-s{seed}/validation.jsonl",
     },
     "sft": {"validation": "sft/main-s{seed}/validation.jsonl"},
+    "variant": {"validation": "grpo/variant-s{seed}/validation.jsonl", "like": "awares"},
     "oracle": {"validation": "curation/validation/dataset"},
     "pruner": {"evaluation": "systems/pruner/scores.csv"},
     "judge_anls": {"curation": "curation/train/dataset", "judge": "anls"},
@@ -166,6 +167,38 @@ def test_only_seeds_that_both_have_count(world):
     assert world.decide(**{**calls, "b": "oracle"}).seeds == 2  # the oracle was not trained
 
 
+def test_effects_of_variants_on_the_main_line_and_on_what_they_go_on_from(world):
+    right = {"main": 0.8, "weight_1": 0.7, "turn": 0.3, "no_tool_cost": 0.8, "no_area_cost": 0.8, "beta_0": 0.8}
+    runs = {
+        name: dataclasses.replace(load_params("mini", name), paths=world.params.paths)
+        for name in right
+        if name != "main"
+    }
+    for name, share in right.items():
+        for system in ("sft", "awares"):
+            costs = {"tokens": 32 if name == "no_tool_cost" else 16}
+            world.policy(f"evaluation/{name}-s1/trajectories/{system}.jsonl", marks(share), **costs)
+    found = comparison.effects(world.params, runs).set_index(["variant", "against"])
+    assert list(found.index) == [
+        *((name, "main") for name in runs), ("turn", "weight_1"), ("no_tool_cost", "no_area_cost")]  # fmt: skip
+    assert found.system.tolist() == ["sft", "sft", "awares", "awares", "awares", "sft", "awares"]
+    turn = found.loc[("turn", "main")]
+    assert turn.difference == pytest.approx(100 * (marks(0.3).mean() - marks(0.8).mean()))
+    assert turn.low < turn.difference < turn.high < 0 and turn.significant and turn.rtr == turn.rtr_high == 0
+    step = found.loc[("turn", "weight_1")]
+    assert step.change == "sft.level turn" and step.difference == pytest.approx(
+        100 * (marks(0.3).mean() - marks(0.7).mean())
+    )
+    assert found.loc[("no_tool_cost", "main")].rtr == 0.25 and not found.loc[("beta_0", "main")].significant
+    for seed, share in ((2, 0.3), (3, 1.0)):  # trainings of the main line that are far apart
+        world.policy(f"evaluation/main-s{seed}/trajectories/sft.jsonl", marks(share))
+    wider = comparison.effects(world.params, runs).set_index(["variant", "against"]).loc[("turn", "main")]
+    assert wider.difference == turn.difference and wider.high - wider.low > 100 and not wider.significant
+    (world.runs / "evaluation" / "turn-s1" / "trajectories" / "sft.jsonl").unlink()
+    with pytest.raises(AwaresError, match="evaluation/turn-s1/trajectories/sft.jsonl is not there"):
+        comparison.effects(world.params, runs)
+
+
 # The kinds
 
 
@@ -241,13 +274,44 @@ def test_order_and_closer(world):
 
 
 def test_agreement_of_judges(world):
-    labels = ["HR", "LR", "LR", "HR"] * 10
-    verdicts = {"anls": [2, 0, 2, 0] * 10, "other": [2, 1, 0, 2] * 10}
+    labels = ["HR", "LR", "LR", "HR"] * 50
+    verdicts = {"anls": [2, 0, 2, 0] * 50, "other": [2, 1, 0, 2] * 50}
     world.curated("train", labels, [["top"] if name == "HR" else [] for name in labels], verdicts)
     agree = {"kind": "level", "measure": "agreement", "holds": "above", "margin": 95}
     assert world.decide(**agree, a="judge_anls").effect == 50
     perfect = world.decide(**agree, a="judge_other")
-    assert (perfect.low, perfect.high, perfect.verdict) == (100, 100, "holds")
+    assert (perfect.effect, perfect.verdict) == (100, "holds")
+    # Both read the same rows
+    apart = world.decide(
+        **{**agree, "kind": "difference", "holds": "below", "margin": 0}, a="judge_anls", b="judge_other"
+    )
+    assert (apart.effect, apart.verdict) == (-50, "holds")
+
+
+def test_a_share_without_an_exception_is_not_certain(world):
+    for count, said in ((40, "undecided"), (200, "holds")):  # 0.025 ** (1 / 40) is 0.912, 0.025 ** (1 / 200) is 0.982
+        world.curated("validation", ["HR"] * count, [["top"]] * count)
+        world.turns("sft/main-s1/validation.jsonl", [["top"]] * count, ["valid"] * count)
+        found = world.decide(kind="level", measure="valid", a="sft", holds="above", margin=96)
+        assert (found.effect, found.verdict) == (100, said) and found.low < found.high < 100
+    assert 97.5 < found.low < 99.5
+
+
+def test_one_training_is_as_uncertain_as_the_main_lines_are_apart(world):
+    """A variant at one seed against a main line whose three seeds ask for 10, 20 and 30 of 40: a standard deviation of 25 points."""
+    world.curated("validation", ["HR", "LR"] * 20, [["top"], []] * 20)
+    for seed, calls in ((1, 20), (2, 10), (3, 30)):
+        asked = [["top"]] * calls + [[]] * (40 - calls)
+        world.turns(f"grpo/main-s{seed}/validation.jsonl", asked, ["valid"] * calls + ["none"] * (40 - calls))
+    world.turns("grpo/variant-s1/validation.jsonl", [["top"]] * 40, ["valid"] * 40)
+    calls = {"kind": "difference", "measure": "call_rate", "a": "variant", "b": "awares", "holds": "above"}
+    found = world.decide(**calls)
+    assert (found.seeds, found.effect, found.verdict) == (1, 50, "undecided")
+    # Two trainings, 25 points each, and the rows of one of them: 50 % of 40, 7.9 points
+    assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(2 * 25**2 + 7.9**2), rel=0.15)
+    world.turns("grpo/main-s3/validation.jsonl", [["top"]] * 20 + [[]] * 20, ["valid"] * 20 + ["none"] * 20)
+    world.turns("grpo/main-s2/validation.jsonl", [["top"]] * 20 + [[]] * 20, ["valid"] * 20 + ["none"] * 20)
+    assert world.decide(**calls).verdict == "holds"
 
 
 def test_a_policy_that_never_calls_decides_nothing_about_its_calls(world):
@@ -407,6 +471,8 @@ def test_faults_of_the_whole_file(tmp_path):
         ({"policies": POLICIES, "claims": [BASE, {**BASE, "id": "y"}]}, "claim 'words' stands twice"),
         ({"policies": {"full": {"test": "x"}}, "claims": []}, "policy full: unknown key test"),
         ({"policies": {"full": {"evaluation": "{variant}/x"}}, "claims": []}, "policy full: unknown part"),
+        ({"policies": {"full": {"evaluation": "x", "like": "half"}}, "claims": []}, "policy full: like must name"),
+        ({"policies": {**POLICIES, "full": {"evaluation": "x", "like": "sft"}}, "claims": []}, "full: like must name"),
     ):
         file.write_text(yaml.safe_dump(raw), encoding="utf-8")
         with pytest.raises(AwaresError, match=message):

@@ -59,6 +59,13 @@ def test_systems_are_paired_at_the_main_seed_and_pruners_with_their_own_control(
         ("visionzip_50", "random_token_50", pytest.approx(50)), ("fastv_70", "random_token_70", 0)]  # fmt: skip
 
 
+def test_what_is_written_counts_in_all_turns():
+    table = scores(awares={1: [1] * 4, 2: [1] * 4}).assign(written=[["a call", "7"], ["twelve"], ["no"], ["yes!"]] * 2)
+    found = comparison.response_table(table, load_params("mini")).set_index("benchmark")
+    assert found.characters.to_dict() == {"docvqa": 6.5, "pope": 3.0} and found.n.tolist() == [2, 2]
+    assert found.characters_sd["docvqa"] == pytest.approx(2**0.5 / 2)
+
+
 def test_a_pruner_is_paired_with_its_shuffled_control():
     found = scores(holov_50={1: [1, 0, 0, 0]}, holov_50_shuffled={1: [1, 1, 0, 0]}, fastv_50_shuffled={1: [1, 1, 1, 1]})
     (row,) = comparison.against_shuffled(found, load_params("mini")).to_dict("records")

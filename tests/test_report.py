@@ -292,20 +292,25 @@ def test_whiskers_stand_on_their_own_bars():
 
 def test_effects_stand_in_their_order_and_a_hollow_dot_is_none():
     table = pd.DataFrame(
-        [("first", "sft", 1.0, 0.5, 1.5, 0.1, True), ("second", "awares", -2.0, -5.0, 1.0, -0.2, False)],
-        columns=["variant", "system", "difference", "low", "high", "rtr", "significant"],
+        [("first", "sft", 1.0, 0.5, 1.5, 0.1, -0.1, 0.3), ("second", "awares", -2.0, -5.0, 1.0, -0.2, -0.3, -0.1)],
+        columns=["variant", "system", "difference", "low", "high", "rtr", "rtr_low", "rtr_high"],
     )
     figure = figures.effects_figure(table)
-    left = figure.axes[0]
+    left, right = figure.axes
     places = {label.get_text(): place for label, place in zip(left.get_yticklabels(), left.get_yticks(), strict=True)}
     assert places["first"] > places["second"]
-    dots = {
-        tuple(offset): tuple(dot.get_facecolor()[0][:3])
-        for dot in left.collections
-        if isinstance(dot, PathCollection)
-        for offset in dot.get_offsets()
-    }
-    assert dots == {(1.0, places["first"]): figures.COLOURS["sft"], (-2.0, places["second"]): (1.0, 1.0, 1.0)}
+    dots = [
+        {
+            tuple(offset): tuple(colour[:3])
+            for dot in axes.collections
+            if isinstance(dot, PathCollection)
+            for offset, colour in zip(dot.get_offsets(), dot.get_facecolor(), strict=True)
+        }
+        for axes in (left, right)
+    ]
+    white = (1.0, 1.0, 1.0)
+    assert dots[0] == {(1.0, places["first"]): figures.COLOURS["sft"], (-2.0, places["second"]): white}
+    assert dots[1] == {(0.1, places["first"]): white, (-0.2, places["second"]): figures.COLOURS["awares"]}
     assert png(figures.show(figure))
 
 

@@ -260,8 +260,12 @@ def _policies(name: str, raw: Any) -> dict[str, dict[str, str]]:
     for policy, paths in raw.items() if isinstance(raw, dict) else [(name, None)]:
         if not isinstance(paths, dict) or not paths or not all(isinstance(path, str) for path in paths.values()):
             raise AwaresValueError(f"{name}, policy {policy}: a mapping of {', '.join(KINDS)} to paths is wanted")
-        if unknown := set(paths) - {*KINDS, "judge"}:
+        if unknown := set(paths) - {*KINDS, "judge", "like"}:
             raise AwaresValueError(f"{name}, policy {policy}: unknown key {', '.join(sorted(unknown))}")
+        if (kin := paths.get("like", policy)) not in raw or not (set(paths) & set(KINDS)) <= set(raw[kin]):
+            raise AwaresValueError(
+                f"{name}, policy {policy}: like must name a policy with the same kinds of rows, not {kin!r}"
+            )
         for path in paths.values():
             if unknown := {part for _, part, _, _ in Formatter().parse(path) if part} - {"seed", "main"}:
                 raise AwaresValueError(f"{name}, policy {policy}: unknown part {{{unknown.pop()}}} in {path}")

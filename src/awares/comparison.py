@@ -1,19 +1,34 @@
 """Table 1 with every system: the scores that the stages wrote, brought together (PAPER §5, §6)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from awares import data, evaluation
-from awares.config import SHUFFLED, SYSTEMS, AwaresFileError, Evaluation, Params
+from awares.ablations import MAIN, judged_by
+from awares.config import SHUFFLED, SYSTEMS, AwaresFileError, Evaluation, Params, differences
+from awares.measures import EVALUATION, Runs
 from awares.metrics import bootstrap_interval
 
 TRAINED = {"sft": "sft", "awares": "grpo"}  # and the stage that trains it
 CONTROL = "random_token"
 ANSWERED = ["system", "seed", "benchmark", "row_id", "score", "rtr", "layer_rtr", "answer", "written", "crops", "call_status", "call_gap",
             "visual_tokens", "full_visual_tokens"]  # fmt: skip
+EFFECTS = [
+    "variant",
+    "system",
+    "against",
+    "change",
+    "difference",
+    "low",
+    "high",
+    "significant",
+    "rtr",
+    "rtr_low",
+    "rtr_high",
+]
 
 
 def all_scores(params: Params) -> pd.DataFrame:
@@ -121,6 +136,14 @@ def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
     return table.assign(layer_rtr=inside.rtr, seeds=table.system.map(seeds))
 
 
+def response_table(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
+    """Table 6 from `all_scores`, main training seed: system, benchmark, characters (mean of everything written), characters_sd, n."""
+    main = scores[scores.seed == params.seed]
+    lengths = main.assign(characters=[sum(map(len, texts)) for texts in main.written])
+    grouped = lengths.groupby(["system", "benchmark"], sort=False).characters
+    return grouped.agg(characters="mean", characters_sd="std", n="count").reset_index()
+
+
 def against(scores: pd.DataFrame, system: str, params: Params) -> pd.DataFrame:
     """`evaluation.compare` of ``system`` with each other one, at the main training seed."""
     main = scores[scores.seed == params.seed]
@@ -147,3 +170,42 @@ def against_shuffled(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
     pairs = [(name.removesuffix(SHUFFLED), name) for name in scores.system.unique() if name.endswith(SHUFFLED)]
     pairs = [pair for pair in pairs if pair[0] in names]
     return evaluation.compare(scores[scores.seed == params.seed], pairs, params.evaluation)
+
+
+def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
+    """What the change of each variant does to average accuracy (points) and to RTR: a line against the main line, then one against
+    each variant whose changes are a part of its own.
+
+    Columns EFFECTS: ``system`` (of Table 1) is the trained policy that is looked at, ``change`` what sets the two apart. The intervals hold
+    rows and the scatter of training (awares.measures). Raises AwaresFileError for a variant that has not been run.
+    """
+    system = {name: judged_by(params)[0] for name, params in runs.items()}
+    changes = {name: {key: str(new) for key, _, new in differences(main, params)} for name, params in runs.items()}
+    policies = {one: {EVALUATION: _answers(MAIN, one)} for one in TRAINED}
+    policies |= {name: {EVALUATION: _answers(name, one), "like": one} for name, one in system.items()}
+    read = Runs(main, policies)
+    starts = [
+        (name, other) for name in runs for other in _parts_of(changes[name], changes) if system[other] == system[name]
+    ]
+    records = []
+    for name, other in [*((name, MAIN) for name in runs), *starts]:
+        pair = (name, system[name] if other == MAIN else other)
+        seeds = read.seeds(pair, EVALUATION)
+        values = []
+        for measure in ("accuracy", "rtr"):
+            a, b = (read.sample(measure, policy, seeds) for policy in pair)
+            values.append(((a - b).value, *(a - b).interval(main.evaluation.level)))
+        change = ", ".join(f"{key} {new}" for key, new in changes[name].items() if key not in changes.get(other, ()))
+        (gain, low, high), rtr = values
+        records.append((name, system[name], other, change, gain, low, high, not low <= 0 <= high, *rtr))
+    return pd.DataFrame(records, columns=EFFECTS)
+
+
+def _answers(variant: str, system: str) -> str:
+    return f"evaluation/{variant}-s{{seed}}/trajectories/{system}.jsonl"
+
+
+def _parts_of(whole: Mapping[str, str], changes: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The variants whose changes are a part of ``whole``, less those that are a part of another such."""
+    parts = [name for name, change in changes.items() if change.items() < whole.items()]
+    return [name for name in parts if not any(changes[name].items() < changes[other].items() for other in parts)]

@@ -329,26 +329,29 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
 
 
 def effects_figure(table: pd.DataFrame) -> Figure:
-    """Each variant less the main line: points of accuracy with their interval on the left, RTR on the right.
+    """Each variant less the main line, with intervals: points of accuracy on the left, RTR on the right.
 
-    ``table``: variant, system (of Table 1, which is compared), difference, low, high, rtr, significant. One colour per system;
-    a filled dot is a difference that the interval tells from zero.
+    ``table``: `comparison.effects` against the main line. One colour per system; a filled dot is a difference that its interval tells
+    from zero.
     """
     rows = table.iloc[::-1].reset_index(drop=True)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.8 + 0.26 * len(rows)), sharey=True, width_ratios=(2, 1))
-    compared = list(dict.fromkeys(table.system))
-    for name in compared:
-        part, colour = rows[rows.system == name], COLOURS[name]
-        left.hlines(part.index, part.low, part.high, color=colour, linewidth=1.4)
-        for told, inside in ((part[part.significant], colour), (part[~part.significant], "white")):
-            left.scatter(told.difference, told.index, color=inside, edgecolor=colour, zorder=3)
-        right.scatter(part.rtr, part.index, color=colour, label=SYSTEM_NAMES[name])
-    for axes in (left, right):
+    figure, panels = plt.subplots(1, 2, figsize=(9, 0.8 + 0.26 * len(rows)), sharey=True, width_ratios=(3, 2))
+    shown = (
+        ("difference", "low", "high", "accuracy difference (points)"),
+        ("rtr", "rtr_low", "rtr_high", "RTR difference"),
+    )
+    for axes, (value, low, high, label) in zip(panels, shown, strict=True):
+        for name in dict.fromkeys(table.system):
+            part, colour = rows[rows.system == name], COLOURS[name]
+            told = (part[low] > 0) | (part[high] < 0)
+            axes.hlines(part.index, part[low], part[high], color=colour, linewidth=1.4, label=SYSTEM_NAMES[name])
+            inside = [colour if sure else "white" for sure in told]
+            axes.scatter(part[value], part.index, color=inside, edgecolor=colour, zorder=3)
         axes.axvline(0, color="black", linewidth=0.8)
-    left.set_yticks(rows.index, rows.variant)
-    left.set_xlabel("accuracy difference (points)")
-    right.set_xlabel("RTR difference")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=len(compared), frameon=False)
+        axes.set_xlabel(label)
+    panels[0].set_yticks(rows.index, rows.variant)
+    handles = panels[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(handles[0]), frameon=False)
     return figure
 
 

@@ -4,8 +4,14 @@ A policy has up to three sets of rows: ``evaluation`` (answers to the benchmarks
 the curated validation rows, against label and oracle crops) and ``curation`` (labels of the training rows). Where one
 of them lies is told by a path below runs/<profile>; "{seed}" in it stands for the training seeds, "{main}" for the main
 one, where nothing was trained.
+
+Training has its own scatter. Where policies are compared at several seeds, the seeds are resampled with the rows. Where one of
+them was trained at a single seed, every trained one's resamples are moved by normal noise, as wide as the scatter over seeds of
+the main line's policy that it is ``like`` (itself, if it has the seeds): independent draws, so that the interval of a
+difference is rather too wide than too narrow where two policies share a cold start.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,7 +109,8 @@ class RowSet:
 
 
 class Runs:
-    """Row sets below runs/<profile>, loaded when asked for. ``policies``: name -> kind -> path; ``judge`` for curation.
+    """Row sets below runs/<profile>, loaded when asked for. ``policies``: name -> kind -> path; ``judge`` for curation;
+    ``like``: the main line's policy whose scatter over training seeds stands for that of a policy with one seed.
 
     Raises `MissingRows` for what has not been run yet, another AwaresError for files that are there and are wrong.
     """
@@ -126,19 +133,23 @@ class Runs:
 
     def seeds(self, policies: Sequence[str], kind: str) -> tuple[int, ...]:
         """The training seeds for which every one of ``policies`` has rows; the main one if none of them was trained."""
-        every = (self.params.seed, *self.params.seeds)
-        common = every
+        common = every = (self.params.seed, *self.params.seeds)
         for policy in policies:
-            trained = "{seed}" in self.policies[policy].get(kind, "")
-            asked = every if trained else every[:1]
-            there = tuple(seed for seed in asked if _exists(self.path(policy, kind, seed)))
+            there = self._there(policy, kind)
             if not there:
-                raise MissingRows(f"{self._name(self.path(policy, kind, asked[0]))} is not there")
-            common = tuple(seed for seed in common if seed in there) if trained else common
+                raise MissingRows(f"{self._name(self.path(policy, kind, every[0]))} is not there")
+            common = tuple(seed for seed in common if seed in there) if self._trained(policy, kind) else common
         if not common:
             raise MissingRows(f"{', '.join(policies)} have no training seed in common")
-        seeded = any("{seed}" in self.policies[policy].get(kind, "") for policy in policies)
-        return common if seeded else common[:1]
+        return common if any(self._trained(policy, kind) for policy in policies) else common[:1]
+
+    def _trained(self, policy: str, kind: str) -> bool:
+        return "{seed}" in self.policies[policy].get(kind, "")
+
+    def _there(self, policy: str, kind: str) -> tuple[int, ...]:
+        """The training seeds for which ``policy`` has rows; the main one for what was not trained."""
+        asked = (self.params.seed, *self.params.seeds) if self._trained(policy, kind) else (self.params.seed,)
+        return tuple(seed for seed in asked if _exists(self.path(policy, kind, seed)))
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self.params.root)) if path.is_relative_to(self.params.root) else str(path)
@@ -148,12 +159,29 @@ class Runs:
     def sample(self, measure: str, policy: str, seeds: Sequence[int], benchmarks: Sequence[str] = ()) -> Sample:
         """``measure`` of ``policy``, the mean over ``seeds``; rows and seeds are resampled, rows inside each benchmark.
 
-        On evaluation rows it is the mean over ``benchmarks``, all of them by default; elsewhere over all rows.
+        On evaluation rows it is the mean over ``benchmarks``, all of them by default; elsewhere over all rows. At a single seed a
+        trained policy's resamples have the `scatter` of training added.
         """
         kind, factor = MEASURES[measure]
         found = [self._resample(self.rows(policy, kind, seed), measure, tuple(benchmarks)) for seed in seeds]
         pooled = self._pool(found)
-        return Sample(factor * pooled.value, factor * pooled.draws)
+        spread = self.scatter(measure, policy, benchmarks) if len(seeds) == 1 else 0.0
+        noise = self._stream("training", policy, measure).standard_normal(len(pooled.draws))
+        return Sample(factor * pooled.value, factor * pooled.draws + spread * noise)
+
+    def scatter(self, measure: str, policy: str, benchmarks: Sequence[str] = ()) -> float:
+        """Standard deviation of ``measure`` over training seeds of the policy that ``policy`` is like; 0 with less than two of them."""
+        kind, factor = MEASURES[measure]
+        kin = self.policies[policy].get("like", policy)
+        there = self._there(kin, kind)
+        if not self._trained(policy, kind) or len(there) < 2:
+            return 0.0
+        values = [self._resample(self.rows(kin, kind, seed), measure, tuple(benchmarks))[0] for seed in there]
+        return float(factor * np.std(values, ddof=1))
+
+    def _stream(self, *names: str) -> np.random.Generator:
+        """Random numbers of their own for ``names``."""
+        return np.random.default_rng([self.params.evaluation.seed, zlib.crc32("/".join(names).encode())])
 
     def correlation(self, x: str, y: str, policy: str, seeds: Sequence[int]) -> Sample:
         """Pearson correlation, over all rows, of two measures in which every row counts; the mean over ``seeds``."""
@@ -178,7 +206,11 @@ class Runs:
                 kept = np.isin(rows.groups, benchmarks)
                 values, groups = values[kept], tuple(name for name in rows.groups if name in benchmarks)
             settings = self.params.evaluation
-            self._resampled[key] = resampled_means(values, settings.seed, settings.bootstrap, groups, wholes=wholes)
+            mean, draws = resampled_means(values, settings.seed, settings.bootstrap, groups, wholes=wholes)
+            if (alike := _alike(values, wholes)) is not None:
+                drawn = self._stream(rows.place, measure).beta(*alike, settings.bootstrap)
+                draws = np.where(np.isfinite(draws), drawn, draws)
+            self._resampled[key] = mean, draws
         return self._resampled[key]
 
     def _correlate(self, rows: RowSet, x: str, y: str) -> tuple[float, np.ndarray]:
@@ -206,7 +238,8 @@ class Runs:
         if kind == EVALUATION:
             return _scores(place, path) if path.suffix == ".csv" else self._scored(place, path)
         if kind == CURATION:
-            return _agreement(place, data.load_rows(path), self.policies[policy].get("judge", ""))
+            judge = self.policies[policy].get("judge", "")
+            return _agreement(f"{place} (judge {judge})", data.load_rows(path), judge)
         return self._decisions(place, path)
 
     @cached_property
@@ -276,6 +309,14 @@ def _parts(rows: RowSet, measure: str) -> Parts:
     return rows.parts[measure]
 
 
+def _alike(values: np.ndarray, wholes: np.ndarray | None) -> tuple[float, float] | None:
+    """For a share that every row has, or none, whose resamples would all be the same: Jeffreys' distribution of it, Beta(a, b)."""
+    if wholes is None or not set(np.unique(wholes)) <= {0.0, 1.0}:
+        return None
+    number, hits = wholes.sum(), values.sum()
+    return (hits + 0.5, number - hits + 0.5) if number and hits in (0, number) else None
+
+
 def _pearson(x: Any, y: Any, xy: Any, xx: Any, yy: Any) -> Any:
     """From the means of x, y, x*y, x*x, y*y; nan where one of the two does not vary."""
     spread = (xx - x * x).clip(0) * (yy - y * y).clip(0)
@@ -311,7 +352,7 @@ def _agreement(place: str, rows: datasets.Dataset, judge: str) -> RowSet:
     """Whether ``judge`` gives each curated row the label that the deciding judge gives it."""
     column = f"verdict_{judge}"
     if column not in rows.column_names:
-        raise MissingRows(f"{place} has no verdicts of the judge {judge!r}")
+        raise MissingRows(f"{place}: the rows have no verdicts of this judge")
     same = [label(one) == label(deciding) for one, deciding in zip(rows[column][:], rows["verdict"][:], strict=True)]
     parts: dict[str, Parts] = {"agreement": (np.array(same, float), np.ones(len(rows)))}
     return RowSet(place, tuple(rows["id"][:]), tuple(rows["source"][:]), parts)
