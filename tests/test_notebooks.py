@@ -375,7 +375,7 @@ def test_means_over_seeds(line):
 @pytest.fixture(scope="module")
 def ablations(line):
     """One variant of either training, really run; the tables of the others are copies under their names."""
-    ran = {"weight_1": ("03_sft", "sft"), "no_area_cost": ("04_grpo", "grpo")}
+    ran = {"weight_1": ("03_sft", "sft"), "beta_0": ("04_grpo", "grpo")}
     folders = {}
     for name, (notebook, stage) in ran.items():
         line.run(notebook, stage, variant=name)
@@ -385,7 +385,7 @@ def ablations(line):
 
 
 def test_a_variant_is_set_beside_the_main_line(line, ablations):
-    for name, system in (("weight_1", "sft"), ("no_area_cost", "awares")):
+    for name, system in (("weight_1", "sft"), ("beta_0", "awares")):
         result = pd.read_csv(ablations[name] / "tables" / "result.csv")
         assert set(result.system) == {"main", name} and set(result.benchmark) == {*TASKS, AVERAGE}
         main = line.table("evaluation", "table1_main")
@@ -394,7 +394,7 @@ def test_a_variant_is_set_beside_the_main_line(line, ablations):
         assert ours[columns].to_numpy().tolist() == theirs[columns].to_numpy().tolist()
         executed = nbformat.read(ablations[name] / "notebook.ipynb", as_version=4)
         assert f"<code>{name}</code>" in str(executed.cells) or f"`{name}` less the main line" in str(executed.cells)
-    assert not (line.params.run_dir("sft").with_name("no_area_cost-s1")).exists()
+    assert not (line.params.run_dir("sft").with_name("beta_0-s1")).exists()
 
 
 def test_ablations_stand_together_beside_the_paper(line, ablations):
@@ -402,14 +402,14 @@ def test_ablations_stand_together_beside_the_paper(line, ablations):
     folder = line.params.report_dir() / "ablations"
     effects = pd.read_csv(folder / "effects.csv")
     assert set(effects.variant) == {name for names in line.params.ablations.values() for name in names}
-    assert "grpo.lambda_area 0.0" in effects.set_index("variant").change["no_area_cost"]
+    assert "grpo.beta 0.0" in effects.set_index("variant").change["beta_0"]
     assert (folder / "effects.png").is_file() and (folder / "sweeps.png").is_file()
     text = str(nbformat.read(executed, as_version=4).cells)
     assert text.count("measured here (profile mini)") == text.count("published (") == 6
-    answers = pd.read_parquet(folder / "answers.parquet").set_index("system").loc["no_area_cost"]
-    result = pd.read_csv(ablations["no_area_cost"] / "tables" / "result.csv").set_index(["system", "benchmark"])
+    answers = pd.read_parquet(folder / "answers.parquet").set_index("system").loc["beta_0"]
+    result = pd.read_csv(ablations["beta_0"] / "tables" / "result.csv").set_index(["system", "benchmark"])
     average = answers.groupby("benchmark").score.mean().mean()
-    assert 100 * average == pytest.approx(result.accuracy["no_area_cost", AVERAGE], abs=1e-4)
+    assert 100 * average == pytest.approx(result.accuracy["beta_0", AVERAGE], abs=1e-4)
     asked = pd.read_parquet(folder / "first_turns.parquet")
     assert set(asked.system) == set(effects.variant) and asked.groupby("system").row_id.nunique().nunique() == 1
     assert {"notebooks/06_beta_0.ipynb", "html/06_ablations_summary.html"} <= {
