@@ -193,10 +193,11 @@ def options(folder: Path, *more: str) -> list[str]:
 
 
 def test_bench_measures_counts_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = "--shape qwen2.5-vl-7b --scale 0.0001 --benchmarks pope --gpu h200".split()
+    arguments = "--shape qwen2.5-vl-7b --scale 0.0001 --benchmarks pope --image 140x112 --gpu h200".split()
     assert bench.main(options(tmp_path, *arguments)) == 0
     table = pd.read_csv(tmp_path / "latency.csv", dtype={"batch": str})
     assert set(table.system) == set(latency.SYSTEMS) and set(table.batch) == {"1", "best"} and len(table) == 10
+    assert (table.image == "140x112").all() and (table[table.system == "full"].visual_tokens == 5 * 4).all()
     floor = table.pivot(index="system", columns="batch", values="roofline_ms")
     assert (floor > 0).all(axis=None) and (floor.best < floor["1"]).all()  # a batch reads the weights once
     named = json.loads((tmp_path / "machine.json").read_text())
@@ -256,6 +257,8 @@ def test_bench_says_what_to_mend(tmp_path: Path, capsys: Any) -> None:
     [
         (["--batch-tokens", "1"], "--batch-tokens: give a number above 1"),
         (["--rows", "0"], "--rows: '0': give a whole number above 0"),
+        (["--image", "640x"], "--image: '': give a whole number above 0"),
+        (["--image", "640x90"], "--image: '640x90': no side may be below 112 px"),
         (["--scale", "-1"], "--scale: '-1': give a number above 0 and not above 1"),
     ],
 )

@@ -101,8 +101,8 @@ import os, sys
 from pathlib import Path
 import yaml
 assert {{"AWARES_API_KEY", "HF_TOKEN"}} <= {{*os.environ}}
-beta = yaml.safe_load(open("params.yaml"))["grpo"]["beta"]
-stages = yaml.safe_load(open("dvc.yaml"))["stages"]
+beta = yaml.load(open("params.yaml"), yaml.CSafeLoader)["grpo"]["beta"]
+stages = yaml.load(open("dvc.yaml"), yaml.CSafeLoader)["stages"]
 if sys.argv[1] == "-m":
     profile, stage, seed, tree = sys.argv[3], (sys.argv[4:] or ["report"])[0], "", ("reports/", "data/policy")
 else:
@@ -133,6 +133,7 @@ FEW = {
     r"  curation: \[[^]]*\]": "  curation: [labels_anls]",
     r"  sft: \[[^]]*\]": "  sft: [weight_1]",
     r"  grpo: \[[^]]*\]": "  grpo: [beta_0, miss_cost_4]",
+    r"  systems: \[visionthink[^]]*\]": "  systems: [visionthink]",
     r"  systems: \[visionzip_50[^]]*\]": "  systems: [visionzip_50, oracle_crop]",
 }
 

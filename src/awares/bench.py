@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=_scale, default=1.0, help="shrink the shape to about this share of its parameters")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--benchmarks", nargs="+", default=list(shapes.BENCHMARKS), choices=list(shapes.BENCHMARKS), metavar="NAME")
+    add("--image", type=_size, metavar="WxH", help="size of every image in px, whatever --benchmarks and --scale say")
     add("--rows", type=count, default=8, help="rows of a benchmark")
     add("--repetitions", type=count, default=5)
     add("--batch-tokens", nargs="+", type=_budget, default=[32768], help="token budgets to try, beside batch 1")
@@ -123,6 +124,14 @@ def _budget(text: str) -> int:
     return int(text)
 
 
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    size = count(width), count(height)
+    if min(size) < shapes.SMALLEST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text!r}: no side may be below {shapes.SMALLEST_SIDE} px")
+    return size
+
+
 def _scale(text: str) -> float:
     if not 0 < finite(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0 and not above 1")
@@ -139,16 +148,18 @@ def machine(options: argparse.Namespace, dtype: str) -> dict[str, str]:
     return {"device": device, **threads, **shape, "python": platform.python_version(), **versions}
 
 
+def image_size(benchmark: str, options: argparse.Namespace) -> tuple[int, int]:
+    """(width, height) px: ``--image``, else what stands for ``benchmark`` at this shape and scale."""
+    return options.image or shapes.image_size(benchmark, options.shape, options.scale)
+
+
 # Interactions
 
 
 def interactions(options: argparse.Namespace, dtype: str) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
     """Of each benchmark the table (time, ratios, phases, counts, roofline), and the single times."""
     model, processor = shapes.build(options.shape, options.scale, dtype, options.device, options.seed)
-    work = {
-        name: shapes.workload(name, options.rows, shapes.image_size(name, options.shape, options.scale))
-        for name in options.benchmarks
-    }
+    work = {name: shapes.workload(name, options.rows, image_size(name, options)) for name in options.benchmarks}
     limits = {"max_new_tokens": shapes.longest_turn(list(work.values()), processor)}
     for name, rows in work.items():
         models, budgets = dict.fromkeys(latency.SYSTEMS, model), [LOOP, *options.batch_tokens]
@@ -169,7 +180,7 @@ def pruners(options: argparse.Namespace, dtype: str) -> Iterator[pd.DataFrame]:
     model, processor = shapes.build(options.shape, options.scale, dtype, options.device, options.seed)
     names = ["full", *(f"{name}_{percent}" for name in PRUNERS for percent in PERCENTS)]
     for name in options.benchmarks:
-        size = shapes.image_size(name, options.shape, options.scale)
+        size = image_size(name, options)
         work, length = shapes.workload(name, options.rows, size), shapes.answer_tokens(shapes.BENCHMARKS[name].awares)
         rows = {"id": work.row_ids, "image": work.images, "question": work.questions}
         for budget in (LOOP, options.batch_tokens[0]):
@@ -234,7 +245,7 @@ def training_rows(count: int, options: argparse.Namespace) -> datasets.Dataset:
     """Curated rows of typical sizes; the share that is HR is the oracle's (Fig. 5: 80.8 % LR)."""
     records = []
     for index in range(count):
-        size = shapes.image_size(SOURCE_ROWS[index % len(SOURCE_ROWS)], options.shape, options.scale)
+        size = image_size(SOURCE_ROWS[index % len(SOURCE_ROWS)], options)
         call = index % 5 == 0
         record: dict[str, Any] = {
             "id": str(index),

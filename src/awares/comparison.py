@@ -174,7 +174,7 @@ def against_shuffled(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
 
 def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
     """What the change of each variant does to average accuracy (points) and to RTR: a line against the main line, then one against
-    each variant whose changes are a part of its own.
+    each variant whose changes are a part of its own (a trained system of Table 1 is compared with the main line alone).
 
     Columns EFFECTS: ``system`` (of Table 1) is the trained policy that is looked at, ``change`` what sets the two apart. The intervals hold
     rows and the scatter of training (awares.measures). Raises AwaresFileError for a variant that has not been run.
@@ -184,8 +184,9 @@ def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
     policies = {one: {EVALUATION: _answers(MAIN, one)} for one in TRAINED}
     policies |= {name: {EVALUATION: _answers(name, one), "like": one} for name, one in system.items()}
     read = Runs(main, policies)
+    steps = {name: change for name, change in changes.items() if name not in main.ablations.get("systems", ())}
     starts = [
-        (name, other) for name in runs for other in _parts_of(changes[name], changes) if system[other] == system[name]
+        (name, other) for name in steps for other in _parts_of(steps[name], steps) if system[other] == system[name]
     ]
     records = []
     for name, other in [*((name, MAIN) for name in runs), *starts]:

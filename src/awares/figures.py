@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from PIL import Image
 
@@ -348,6 +349,7 @@ def effects_figure(table: pd.DataFrame) -> Figure:
             inside = [colour if sure else "white" for sure in told]
             axes.scatter(part[value], part.index, color=inside, edgecolor=colour, zorder=3)
         axes.axvline(0, color="black", linewidth=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(label)
     panels[0].set_yticks(rows.index, rows.variant)
     handles = panels[1].get_legend_handles_labels()

@@ -44,6 +44,7 @@ SHAPES = {
     "qwen2.5-vl-72b": Shape(8192, 29568, 80, 64, 8, 152064, False, vision_mlp=3456),
 }
 MINI = "mini"  # the embedded base model's architecture
+SMALLEST_SIDE = 112  # px of an image, so that half of it and its crops still make a few tokens
 MINI_IMAGES = 0.4  # of the benchmarks' sides: about the size of the embedded suite's pages
 
 
@@ -128,11 +129,11 @@ _TOKENS = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_s
 
 
 def image_size(benchmark: str, shape: str, scale: float) -> tuple[int, int]:
-    """(width, height) px of the images that stand for ``benchmark``, shrunk with the model; no side below 112 px."""
+    """(width, height) px of the images that stand for ``benchmark``, shrunk with the model; no side below SMALLEST_SIDE."""
     if benchmark not in BENCHMARKS:
         raise AwaresValueError(f"benchmark {benchmark!r}: use one of {', '.join(BENCHMARKS)}")
     factor = MINI_IMAGES if shape == MINI else math.cbrt(scale)
-    width, height = (max(112, round(side * factor)) for side in BENCHMARKS[benchmark].size)
+    width, height = (max(SMALLEST_SIDE, round(side * factor)) for side in BENCHMARKS[benchmark].size)
     return width, height
 
 
