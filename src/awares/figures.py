@@ -315,7 +315,7 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
     """
     parameters = list(table.parameter.unique())
     figure, grid = plt.subplots(
-        2, len(parameters), figsize=(2.9 * len(parameters), 4.6), sharex="col", sharey="row", squeeze=False
+        2, len(parameters), figsize=(2.0 * len(parameters), 4.0), sharex="col", sharey="row", squeeze=False
     )
     for (above, below), (parameter, rows) in zip(grid.T, table.groupby("parameter", sort=False), strict=True):
         places = range(len(rows))
