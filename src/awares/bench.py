@@ -242,7 +242,7 @@ def training_steps(options: argparse.Namespace, dtype: str) -> pd.DataFrame:
 
 
 def training_rows(count: int, options: argparse.Namespace) -> datasets.Dataset:
-    """Curated rows of typical sizes; the share that is HR is the oracle's (Fig. 5: 80.8 % LR)."""
+    """Curated rows of typical sizes, or of ``--image``; the share that is HR is the oracle's (Fig. 5: 80.8 % LR)."""
     records = []
     for index in range(count):
         size = image_size(SOURCE_ROWS[index % len(SOURCE_ROWS)], options)
