@@ -257,7 +257,7 @@ def test_bench_says_what_to_mend(tmp_path: Path, capsys: Any) -> None:
     [
         (["--batch-tokens", "1"], "--batch-tokens: give a number above 1"),
         (["--rows", "0"], "--rows: '0': give a whole number above 0"),
-        (["--image", "640x"], "--image: '': give a whole number above 0"),
+        (["--image", "640x"], "--image: '640x': give width x height in px, such as 896x896"),
         (["--image", "640x90"], "--image: '640x90': no side may be below 112 px"),
         (["--scale", "-1"], "--scale: '-1': give a number above 0 and not above 1"),
     ],

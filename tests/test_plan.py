@@ -12,6 +12,7 @@ from transformers import Qwen3VLConfig
 
 from awares import cli, costs, plan
 from awares.config import AwaresError, load_params
+from awares.shapes import BENCHMARKS, image_size
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 
@@ -38,6 +39,21 @@ def test_the_paper_profile_stage_by_stage():
     assert (table.gpu_hours[["sft", "grpo", "evaluation"]] > 0.5).all()
     assert table.gpu_hours["grpo"] > 5 * table.gpu_hours["sft"]
     assert 17 < table.gpu_memory_gb["evaluation"] < 80 and table.gpu_memory_gb["sft"] > 17
+
+
+def test_disk_holds_every_copy():
+    """A model is written once and cached once; a training picture lies as fetched, as drawn, and twice each, DVC's copy included, as row and
+    as curated row."""
+    table, model = forecast(), 8.29e9 * 2 / 1e9  # Qwen2.5-VL-7B in bf16, from its model card
+    adapters = 0.1 * 2 * model
+    assert table.disk_gb[["sft", "grpo"]].to_list() == pytest.approx([2 * model + adapters] * 2, rel=0.01)
+    assert table.gpu_memory_gb["evaluation"] > 3 * model  # the base model and both policies
+    tied = forecast(base__model="Qwen/Qwen2.5-VL-3B-Instruct").disk_gb["sft"]
+    assert tied == pytest.approx(2.2 * 3.75e9 * 2 / 1e9, rel=0.01)
+    pixels = sum(width * height for width, height in (image_size(name, "paper", 1.0) for name in BENCHMARKS)) / len(
+        BENCHMARKS
+    )
+    assert table.disk_gb["data"] == pytest.approx(6 * 52_000 * pixels / 2 / 1e9)  # half a byte a pixel
 
 
 def test_flops_are_the_textbooks_two_a_weight_and_token():

@@ -19,6 +19,7 @@ import gc
 import importlib.metadata
 import json
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -125,8 +126,10 @@ def _budget(text: str) -> int:
 
 
 def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    size = count(width), count(height)
+    sides = re.fullmatch("([0-9]+)x([0-9]+)", text)
+    if not sides:
+        raise argparse.ArgumentTypeError(f"{text!r}: give width x height in px, such as 896x896")
+    size = int(sides[1]), int(sides[2])
     if min(size) < shapes.SMALLEST_SIDE:
         raise argparse.ArgumentTypeError(f"{text!r}: no side may be below {shapes.SMALLEST_SIDE} px")
     return size

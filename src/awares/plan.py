@@ -58,7 +58,10 @@ class _Count:
         self.params, self.config = params, model_config(params)
         self.gpu = costs.GPUS[params.plan.gpu]
         self.itemsize = 4 if params.base.dtype == "float32" else 2
-        self.weights = self.itemsize * sum(costs.parameters(self.config))
+        self.read = self.itemsize * sum(costs.parameters(self.config))  # bytes, in every pass
+        text = self.config.text_config
+        lookup = 0 if self.config.tie_word_embeddings else text.vocab_size * text.hidden_size
+        self.weights = self.read + self.itemsize * lookup  # bytes that lie in memory and on disk
         self.image = _typical(params, self.config)
         self.train_rows = params.data.train_rows * len(params.data.sources)
         self.held_out = params.data.validation_rows * len(params.data.sources)
@@ -177,7 +180,7 @@ class _Count:
 
     def _hours(self, flops: float, written: float) -> float:
         seconds = flops / (self.gpu.flops * self.params.plan.utilisation)
-        return (seconds + written / TOGETHER * self.weights / self.gpu.bandwidth) / 3600
+        return (seconds + written / TOGETHER * self.read / self.gpu.bandwidth) / 3600
 
     def _assumed(self) -> str:
         return f"{self.params.plan.utilisation:.0%} of the peak of {self.params.plan.gpu}"
