@@ -70,6 +70,6 @@ format: $(STAMP) ## let ruff and nbstripout mend what `make lint` complains of
 	ruff format
 	$(if $(NOTEBOOKS),$(STRIP) $(NOTEBOOKS))
 
-clean: ## remove the tools' caches; .venv, runs/ and the DVC cache stay
-	rm -rf .venv-lmms .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
+clean: ## remove the tools' caches; environments, runs/ and the DVC cache stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
 	find src tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

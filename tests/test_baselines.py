@@ -543,6 +543,8 @@ def test_random_crops_call_where_the_policy_did_at_the_same_price(tiny: SimpleNa
         baselines.answer("random_crop", Job(of.engine, of.rows, policy=made[::-1]))
     with pytest.raises(AwaresError, match=r"Job\.policy"):
         baselines.answer("random_crop", of)
+    with pytest.raises(AwaresError, match="row x: no named crop is as large as '100,200,300,410'"):
+        baselines._random_crops(["100,200,300,410"], "x", 0)
 
 
 def test_oracle_crops_are_the_target_crops_of_the_rows_labelled_hr(tiny: SimpleNamespace) -> None:

@@ -324,6 +324,16 @@ def test_a_policy_that_never_calls_decides_nothing_about_its_calls(world):
     assert once.verdict == "undecided" and once.effect == 100 and np.isnan(once.low)
 
 
+def test_an_area_that_never_varies_is_certain_and_a_share_is_not(world):
+    """Twenty calls for the whole image: the next one may be another, but their area is what it is."""
+    world.curated("validation", ["HR"] * 20, [["all"]] * 20)
+    world.turns("sft/main-s1/validation.jsonl", [["all"]] * 20, ["valid"] * 20)
+    area, share = (
+        world.decide(kind="level", measure=name, a="sft", holds="above") for name in ("area", "whole_of_calls")
+    )
+    assert (area.low, area.high) == (1, 1) and 80 < share.low < share.high < 100
+
+
 def test_cells_of_our_own_tables(world):
     file = world.params.report_dir() / "latency" / "table5_latency.csv"
     faster = {
@@ -452,6 +462,7 @@ BASE = {**CLAIM, **ACCURACY, "holds": "above"}
         ({"a": "oracle"}, "policy oracle has no path for evaluation rows"),
         ({"b": []}, "there is nothing to compare with"),
         ({"margin": "0"}, "margin must be a number"),
+        ({"measure": ["accuracy"]}, "measure must be text"),
         ({"benchmarks": ["mmmu"]}, "unknown benchmarks 'mmmu'"),
         ({"measure": "recall", "benchmarks": ["pope"]}, "benchmarks missing or unknown"),
         ({"holds": "within"}, "within needs a margin above 0"),

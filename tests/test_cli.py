@@ -263,7 +263,9 @@ def test_a_folder_in_a_process(model: Path, scans: Path, tmp_path: Path) -> None
     expected = AwaRes.from_pretrained(model, max_new_tokens=4).ask(scans / "page4.png", "what?")
     own = found["page4.png"]
     assert (own["answer"], own["question"], own["image"]) == (expected.answer, "what?", "page4.png")
-    assert own["settings"] == {"policy": str(model), "dtype": "float32", "call_bias": 0.0, "max_new_tokens": 4}
+    settings = dict(own["settings"])
+    assert re.fullmatch("[0-9a-f]{16}", settings.pop("weights"))
+    assert settings == {"policy": str(model), "dtype": "float32", "call_bias": 0.0, "max_new_tokens": 4}
     (told,) = batch.trajectories(out, ["page4.png"])
     assert told.turns == expected.turns
     before = out.read_bytes()
@@ -492,6 +494,19 @@ def test_eval_of_rows_of_your_own_is_kept_and_goes_on(
     assert re.search(r"^ *average +50\.00 ", table, re.MULTILINE), table
     before = Path("kept.jsonl").read_bytes()
     assert cli.main(line) == 0 and capsys.readouterr().out == table and Path("kept.jsonl").read_bytes() == before
+    trained = shutil.copytree(model, tmp_path / "again")
+    shutil.move(model, tmp_path / "aside")
+    try:  # the same name, other weights
+        settings = json.loads((trained / "generation_config.json").read_text())
+        (trained / "generation_config.json").write_text(json.dumps({**settings, "trained": "anew"}))
+        trained.rename(model)
+        assert (
+            cli.main(line) == 1 and "kept.jsonl: holds results of other settings (weights '" in capsys.readouterr().err
+        )
+    finally:
+        shutil.rmtree(model)
+        shutil.move(tmp_path / "aside", model)
+    assert cli.main(line) == 0 and "2 rows, 0 asked now, 2 done before" in capsys.readouterr().err
     write_lines(Path("mine.jsonl"), [{"image": "scans/page0.png", "question": "q"}])
     assert cli.main(line) == 1 and "answers missing" in capsys.readouterr().err
 
@@ -631,10 +646,35 @@ def test_a_run_is_found_by_its_name(tmp_path: Path, monkeypatch: Any) -> None:
     runs = tmp_path / "runs" / "mini"
     assert of_run("mini") == Checkpoint("run mini/grpo/main-s1", runs / "grpo" / "main-s1" / "merged")
     assert of_run("mini/sft").path == runs / "sft" / "main-s1" / "merged"
-    assert of_run("mini/sft/main-s2").path == runs / "sft" / "main-s2" / "merged"
+    assert of_run("mini/sft/main-s2").path == of_run("mini/sft/main-s2/").path == runs / "sft" / "main-s2" / "merged"
+    with pytest.raises(AwaresError, match="no run 'mini/sft/main-s2/merged': give profile, profile/stage or"):
+        of_run("mini/sft/main-s2/merged")
     for name in ("mini/grpo/main-s9", "mini/data", "mini/evaluation/main-s1"):
         with pytest.raises(AwaresError, match=f"no policy of run '{name}'"):
             of_run(name)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{", "adapter_config.json is torn or none"),
+        ("[]", "adapter_config.json is torn or none"),
+        ("{}", "names no base model"),
+        ('{"base_model_name_or_path": "."}', "names an adapter that was made for this one"),
+    ],
+)
+def test_an_adapter_that_leads_to_no_model_is_named(tmp_path: Path, config: str, said: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(AwaresError, match=f"{tmp_path.name}.*{said}"):
+        AwaRes.from_pretrained(tmp_path)
+
+
+def test_help_tells_the_engines_own_limit(capsys: Any) -> None:
+    from awares.rollout import MAX_NEW_TOKENS
+
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["ask", "--help"])
+    assert f"of one turn (default {MAX_NEW_TOKENS};" in " ".join(capsys.readouterr().out.split())
 
 
 def test_adapters_are_merged_in_the_order_given(model: Path, scans: Path, tmp_path: Path, capsys: Any) -> None:

@@ -139,6 +139,14 @@ def test_a_refused_key_or_model_ends_the_call_and_the_key_is_told_to_nobody(
     assert KEY not in (tmp_path / "replies.jsonl").read_text() if (tmp_path / "replies.jsonl").exists() else True
 
 
+def test_whether_replies_are_kept_is_said_as_it_is(client, faulty: Faulty) -> None:
+    for cache, kept in (("kept.jsonl", "the others are kept: run again"), (None, "the others are not kept")):
+        asked = requests("kept or not", "this one is none|400")
+        with pytest.raises(AwaresRequestError, match=f"1 of 2 rows have no reply; {kept}") as raised:
+            client(cache).ask(asked)
+        assert "***" not in str(raised.value)  # no key is set, and none is masked
+
+
 def test_the_key_comes_from_the_named_variable_alone(client, monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "another's")
     assert client().ask([request("key 0|key")])[0].text == "Bearer none"
@@ -287,9 +295,14 @@ def test_after_kill_9_the_same_command_goes_on_and_no_recorded_reply_is_asked_ag
 
 
 def test_a_cache_that_is_no_cache_or_that_another_process_holds_is_refused(client, tmp_path: Path) -> None:
-    (tmp_path / "other.jsonl").write_text('{"id": 1}\n')
+    (tmp_path / "other.jsonl").write_text('{"key": "k", "id": 1}\n')
     with pytest.raises(AwaresError, match="other.jsonl, line 1: no recorded reply"):
         client("other.jsonl").ask([request("refused cache")])
+    for text in ("notes of mine", '{"id": 1}\n'):
+        (tmp_path / "notes.txt").write_text(text)
+        with pytest.raises(AwaresError, match="notes.txt: holds something else than replies"):
+            client("notes.txt").ask([request("refused cache")])
+        assert (tmp_path / "notes.txt").read_text() == text
     first, second = client("held.jsonl"), client("held.jsonl")
     with first.replies.opened(), pytest.raises(AwaresError, match="held.jsonl: another process is writing it"):
         second.ask([request("refused cache")])

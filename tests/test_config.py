@@ -148,6 +148,7 @@ def test_bad_names(arguments, said):
         (lambda raw: raw["sft"].update(batch_size=4), "unknown key sft.batch_size"),
         (lambda raw: raw["profiles"]["mini"]["sft"].update(phased=True), "unknown key profiles.mini.sft.phased"),
         (lambda raw: raw.update(extra=1), "unknown key params.yaml.extra"),
+        (lambda raw: raw.update(seeds=2), "seeds must be a list"),
         (lambda raw: raw.update(seed=2), "seed 2 is not one"),
         (lambda raw: raw.update(profile=None), "profile must be a name"),
         (lambda raw: raw["profiles"]["mini"].pop("threads"), "threads must be a whole number, not None"),

@@ -143,6 +143,16 @@ def test_bad_jsonl(jsonl, lines, said):
         data.from_jsonl(jsonl(*lines))
 
 
+def test_only_a_line_break_ends_a_row_and_other_encodings_are_named(jsonl):
+    file = jsonl(
+        json.dumps({"image": "page.png", "question": "one\u2028two\x85three", "answers": ["1"]}, ensure_ascii=False), {}
+    )
+    assert data.from_jsonl(file)["question"][:] == ["one\u2028two\x85three", "what is the total?"]
+    file.write_bytes(file.read_bytes().replace(b"total?", "caf\u00e9?".encode("latin-1")))
+    with pytest.raises(AwaresError, match="line 2: not JSON .*utf-8"):
+        data.from_jsonl(file)
+
+
 def test_jsonl_is_a_source_like_the_others(jsonl, monkeypatch):
     monkeypatch.setitem(
         data.SOURCES,

@@ -107,6 +107,21 @@ def test_derived_is_what_the_engine_does_at_every_bias(engine: Engine, rows: dat
     assert {one.call_status for one in derived[biases[-1]]} == {"valid", "malformed"}
 
 
+def test_the_dial_bars_no_later_call(engine: Engine, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias decides the first token alone, however large it is: -inf would bar the call token at every position."""
+    asked: list[float] = []
+    engine_run = Engine.run
+
+    def watched(self: Engine, images: Any, questions: Any, **options: Any) -> Any:
+        asked.append(options["call_bias"])
+        return engine_run(self, images, questions, **options)
+
+    free = run(engine, rows, 0.0)
+    monkeypatch.setattr(Engine, "run", watched)
+    evaluation.dial(engine, rows, free, 0.0, [-50.0, 50.0])
+    assert len(asked) == 2 and all(math.isfinite(bias) for bias in asked)
+
+
 def test_no_answer_is_computed_twice(engine: Engine, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     free = run(engine, rows, 0.0)
     biases = between(gaps_of(engine, rows))

@@ -282,12 +282,22 @@ def test_a_picture_passes_through_the_vision_tower_once_an_update(world, tmp_pat
 # Reward
 
 
+def test_pictures_are_told_apart_in_bfloat16_too():
+    one = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert sharing._digest(one) == sharing._digest(one.clone()) != sharing._digest(one * 2)
+
+
 def said(text, calls=None):
     return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
 
 
 def called(*regions, name="crop"):
     return {"type": "function", "function": {"name": name, "arguments": {"regions": list(regions)}}}
+
+
+def wrong(key, value):
+    """A call with another argument, or one of another type, than the tool has."""
+    return {"type": "function", "function": {"name": "crop", "arguments": {key: value}}}
 
 
 TOOL = {"role": "tool", "name": "crop", "content": [{"type": "image", "image": None}]}
@@ -301,6 +311,9 @@ TOOL = {"role": "tool", "name": "crop", "content": [{"type": "image", "image": N
         ([said("", [called("upper left")]), TOOL, said("7")], ("7", ("top-left",), False, False)),
         ([said("", [called("top"), called("left")]), TOOL, TOOL, said("7")], ("7", ("top", "left"), False, False)),
         ([said("", [called("nowhere")]), TOOL, said("7")], ("7", (), True, False)),
+        ([said("", [called("top and left")]), TOOL, said("7")], ("7", ("top", "left"), False, False)),
+        ([said("", [wrong("crops", ["top"])]), TOOL, said("7")], ("7", (), True, False)),  # TRL has nothing to run
+        ([said("", [wrong("regions", "top")]), TOOL, said("7")], ("7", ("top",), False, False)),
         ([said("", [called("top")])], ("", ("top",), False, True)),  # TRL dropped the crops
         ([said("", [called("top")]), TOOL, said("", [called("left")])], ("", ("top",), False, False)),
         ([said("", [called("top")]), TOOL], ("", ("top",), False, False)),  # nothing left to answer with
@@ -340,8 +353,15 @@ def test_the_tool_returns_the_crops_in_order_and_errors_in_words(world):
     assert [part["image"].tobytes() for part in parts] == [
         crops.cut(image, name).tobytes() for name in ("left", "bottom-right")
     ]
-    for bad in (["nowhere"], [], "", [[0, 0, 5, 5]], ["0,0,500,500"], None):
+    for bad in (["nowhere"], [], "", [[0, 0, 5, 5]], ["0,0,500,500"], None, {}, [True], 3.0):
         assert environment.crop(bad) == [{"type": "text", "text": protocol.TOOL_ERROR}]
+    for regions in (
+        ["top and left"],
+        ["top", "nowhere", "left"],
+        ["upper", "left", "top"],
+    ):  # read as the engine reads them
+        shown = [part["image"].tobytes() for part in environment.crop(regions)]
+        assert shown == [crops.cut(image, name).tobytes() for name in ("top", "left")]
     public = {name for name in vars(grpo.CropEnvironment) if not name.startswith("_")}
     assert public == {"reset", "crop"}
 

@@ -49,6 +49,10 @@ def test_a_policy_goes_up_whole_with_the_numbers_of_its_own_table(params):
     assert [(one.dataset_name, one.metric_value) for one in card.data.eval_results] == [("chartqa (mini)", 88.25)]
     assert "| chartqa | 88.25 (85.00-91.50) | 0.37 | 200 |" in card.text and "91.00" not in card.text
     assert "generated rows" in card.text and str(ROOT) not in card.content
+    assert card.data.license == "apache-2.0"
+    other = replace(params, base=replace(params.base, model="Qwen/Qwen2.5-VL-3B-Instruct"))
+    card = huggingface_hub.ModelCard.load(hub.policy_folder(other) / "README.md")
+    assert card.data.license == "other" and "Qwen/Qwen2.5-VL-3B-Instruct, trained" in card.text
 
 
 def test_rows_go_up_without_images_unless_asked_for_and_with_their_sources_terms(params):
@@ -65,6 +69,11 @@ def test_rows_go_up_without_images_unless_asked_for_and_with_their_sources_terms
     assert "image" not in rows and rows.label.tolist() == ["LR", "HR", "LR", "HR"]
     card = huggingface_hub.DatasetCard.load(folder / "README.md")
     assert "| train | 4 | 2 |" in card.text and "| chartqa | generated | Apache-2.0 |" in card.text
+    assert card.data.license == "apache-2.0"
+    own = replace(params, data=replace(params.data, sources=("chartqa", "some/where/private.jsonl")))
+    card = huggingface_hub.DatasetCard.load(hub.dataset_folder(own) / "README.md")
+    assert "| private | rows of the uploader's own | not stated |" in card.text and card.data.license == "other"
+    assert "some/where" not in card.content
     assert "image" in pd.read_parquet(hub.dataset_folder(params, images=True) / "data" / "train.parquet")
     with pytest.raises(AwaresError, match="curation.released: these rows are published already"):
         hub.dataset_folder(replace(params, curation=replace(params.curation, released="awares")))

@@ -246,6 +246,49 @@ def test_bench_times_the_pruners(tmp_path: Path) -> None:
     assert (table[table.system == "full"].ratio == 1).all() and (table.ms > 0).all()
 
 
+def test_training_rows_call_on_every_size_and_region() -> None:
+    given = bench.argparse.Namespace(image=None, shape="qwen2.5-vl-7b", scale=1.0)
+    rows = bench.training_rows(125, given)
+    calls = [row for row in rows if row["label"] == "HR"]
+    pairs = {(row["image"].size, *row["target_crops"]) for row in calls}
+    assert len(calls) == 25 and len({size for size, _ in pairs}) == len({crop for _, crop in pairs}) == 5
+    counts = pd.Series([row["image"].size for row in rows]).value_counts()
+    assert (counts == 25).all()  # every size as often as another
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 PCIe", None),
+    ],
+)
+def test_only_a_gpu_of_the_data_sheets_has_a_roofline(monkeypatch: Any, name: str, gpu: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    found = bench.gpu_of(bench.argparse.Namespace(gpu=None, device="cuda"))
+    assert found == (costs.GPUS[gpu] if gpu else None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch-tokens", "4096", "4096"], "--batch-tokens [4096, 4096]: one stands twice"),
+        (["--train", "--overrides", "{sft.batchsize: 16}"], "sft.batchsize: known are"),
+    ],
+)
+def test_bench_refuses_before_it_measures(
+    tmp_path: Path, capsys: Any, monkeypatch: Any, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    given = [*"--device cpu --shape mini --out".split(), str(tmp_path / "out"), *arguments]
+    assert bench.main(given) == 1
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_bench_says_what_to_mend(tmp_path: Path, capsys: Any) -> None:
     assert bench.main([*options(tmp_path / "out"), "--shape", "qwen2.5-vl-7b"]) == 1
     assert "--scale 0.001" in capsys.readouterr().err
@@ -259,6 +302,7 @@ def test_bench_says_what_to_mend(tmp_path: Path, capsys: Any) -> None:
         (["--rows", "0"], "--rows: '0': give a whole number above 0"),
         (["--image", "640x"], "--image: '640x': give width x height in px, such as 896x896"),
         (["--image", "640x90"], "--image: '640x90': no side may be below 112 px"),
+        (["--seed", "-1"], "--seed: '-1': give a whole number from 0 up"),
         (["--scale", "-1"], "--scale: '-1': give a number above 0 and not above 1"),
     ],
 )

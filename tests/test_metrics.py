@@ -231,7 +231,9 @@ def test_policy_flow_shares():
     stages = {"oracle": [(), (), ("top",), ("top", "left")], "sft": [(), ("all",), ("all",), ("all",)]}
     table = diagnostics.policy_flow(stages).set_index(["policy", "outcome"]).share
     assert table["oracle", "no call"] == 50 and table["oracle", "several"] == 25 and table["sft", "all"] == 75
-    assert table.groupby("policy").sum().tolist() == [100, 100]
+    assert table.groupby("policy").sum().tolist() == [100, 100] and ("sft", "box") not in table
+    boxes = diagnostics.policy_flow({"p": [(), ("0,0,500,500",)]}).set_index("outcome").share
+    assert boxes["box"] == boxes["no call"] == 50 and boxes.sum() == 100
     with pytest.raises(AwaresError, match="same rows"):
         diagnostics.policy_flow({"a": [()], "b": [(), ()]})
 

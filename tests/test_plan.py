@@ -50,10 +50,11 @@ def test_disk_holds_every_copy():
     assert table.gpu_memory_gb["evaluation"] > 3 * model  # the base model and both policies
     tied = forecast(base__model="Qwen/Qwen2.5-VL-3B-Instruct").disk_gb["sft"]
     assert tied == pytest.approx(2.2 * 3.75e9 * 2 / 1e9, rel=0.01)
-    pixels = sum(width * height for width, height in (image_size(name, "paper", 1.0) for name in BENCHMARKS)) / len(
-        BENCHMARKS
-    )
-    assert table.disk_gb["data"] == pytest.approx(6 * 52_000 * pixels / 2 / 1e9)  # half a byte a pixel
+    stored = table.disk_gb["data"] / 6 / 52_000  # each of its copies of a training picture
+    assert table.disk_gb["evaluation"] == pytest.approx(4 * 18_805 * stored)
+    sizes = [image_size(name, "paper", 1.0) for name in BENCHMARKS]
+    pixels = [width * height * min(1, 2000 / max(width, height)) ** 2 for width, height in sizes]  # crops.max_side
+    assert stored == pytest.approx(sum(pixels) / len(sizes) / 2 / 1e9, rel=1e-3)  # half a byte a pixel
 
 
 def test_flops_are_the_textbooks_two_a_weight_and_token():
@@ -73,9 +74,19 @@ def test_the_forecast_follows_the_parameters():
     assert forecast(grpo__max_steps=100).rows["grpo"] == 6_400
     assert forecast(sft__gradient_checkpointing=False).gpu_memory_gb["sft"] > table.gpu_memory_gb["sft"]
     assert forecast(sft__gradient_checkpointing=False).pflop["sft"] < table.pflop["sft"]
+    assert forecast(crops__max_side=1000).pflop["sft"] < 0.7 * table.pflop["sft"]
+    assert forecast(data__tasks=["vstar"]).rows["evaluation"] == 191
     mini = forecast("mini")
     assert list(mini.index) == ["data", "curation", "sft", "grpo", "evaluation"]
     assert mini.requests.sum() == 0 and mini.pflop.sum() < table.pflop.sum() / 1000
+
+
+def test_lmms_eval_scores_all_six_benchmarks_whatever_the_tasks_are():
+    def outside(tasks):
+        some = [forecast(data__tasks=tasks, evaluation__lmms_eval=python).tokens["evaluation"] for python in ("p", "")]
+        return some[0] - some[1]
+
+    assert outside(["vstar"]) == pytest.approx(outside(["vstar", "pope"]), rel=1e-6) and outside(["vstar"]) > 0
 
 
 def test_measured_rates_take_the_place_of_the_count(tmp_path):
@@ -135,6 +146,20 @@ def server(tmp_path, monkeypatch):
     monkeypatch.delenv("AWARES_API_KEY", raising=False)
     yield running
     running.stop()
+
+
+def test_preflight_looks_for_rows_of_ones_own_and_names_what_is_not_declared(server, tmp_path):
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    own = [str(tmp_path / "mine.jsonl"), str(tmp_path / "gone.jsonl")]
+    local = {"data.hub_root": str(tmp_path), "base.model": "data/base"}
+    found = plan.preflight(load_params("paper", overrides={**local, "data.sources": own}, path=PARAMS))
+    assert [one.there for one in found if one.what.startswith("rows ")] == [True, False]
+    for changes, said in (
+        ({"data.sources": ["chartqq"]}, "data.sources: 'chartqq' is not declared"),
+        ({"curation.released": "awarse"}, "curation.released: 'awarse' is not declared"),
+    ):
+        with pytest.raises(AwaresError, match=said):
+            plan.preflight(load_params("paper", overrides={**local, **changes}, path=PARAMS))
 
 
 def test_released_rows_ask_no_judge_and_no_oracle():

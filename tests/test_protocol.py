@@ -93,14 +93,6 @@ def test_bad_crops_are_never_rendered(crops: list[str]) -> None:
         render_call(crops)
 
 
-def test_resolve_reads_tool_arguments() -> None:
-    assert protocol.resolve(["top-left", "5", 6, "top-left"]) == ("top-left", "top", "bottom")
-    assert protocol.resolve("upper right") == ("top-right",)
-    empty: list[object] = [None, {}, [], [True], [[1]], 3.0, "nowhere"]
-    for nothing in empty:
-        assert protocol.resolve(nothing) == ()
-
-
 def test_answer_text_ends_with_the_turn() -> None:
     assert protocol.answer_text(" 42 <|im_end|>\n<|im_start|>user") == "42"
     assert protocol.answer_text("42<|endoftext|>") == "42"

@@ -339,6 +339,8 @@ def test_the_estimate_counts_requests_tokens_money_and_hours(tmp_path):
         (judge.prompt_tokens + 2 * judge.completion_tokens) / 1e6
     )
     assert table.loc["oracle"].prompt_tokens > 1_920 * served.VISUAL_TOKENS
+    both = 1.25 * served.VISUAL_TOKENS  # of the full image and of half resolution
+    assert 10_000 * both < table.loc["base"].prompt_tokens < 10_000 * (both + 2 * 100)
     local = dataclasses.replace(
         params.curation, judge="semantic", judges=("semantic",), oracle="annotation", engine="local"
     )
@@ -355,6 +357,7 @@ def test_the_estimate_counts_requests_tokens_money_and_hours(tmp_path):
             "models.llama.timeout is missing or of the wrong kind",
         ),
         (lambda raw: raw["models"]["llama"].update(colour=1), "models.llama: colour"),
+        (lambda raw: raw["models"]["llama"].update(rows_per_hour=0), "models.llama: rows_per_hour"),
         (lambda raw: raw["prompts"].pop("judge"), "prompts.judge must have"),
         (lambda raw: raw.pop("models"), "sections models and prompts"),
     ],

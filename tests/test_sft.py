@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from awares import crops, data, protocol, sft, training
+from awares import crops, data, grpo, protocol, sft, training
 from awares.config import AwaresError, load_params
 from awares.model import load_model, load_processor, save_model
 from awares.records import alone
@@ -333,6 +334,24 @@ def test_checkpoints_of_other_inputs_are_never_used(world, finished, tmp_path):
     kept.rename(other)  # someone mixes up the folders
     with pytest.raises(AwaresError, match="checkpoints of other inputs"):
         run(world, tmp_path / "main-s1", **{"sft.learning_rate": 5.0e-3})
+
+
+# What the notebooks of the stage use beside the training
+BESIDE = {"curation", "diagnostics", "evaluation", "launch", "records"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_the_key_holds_all_code_that_decides_the_result(world, tmp_path, stage):
+    """Else a stage that DVC runs again would take its finished checkpoint of the older code for the new one's."""
+    folder = tmp_path / "main-s1"
+    if stage == "sft":
+        job = sft._prepare(settings(), world.rows, world.rows, world.base, folder)
+    else:
+        job = grpo._prepare(settings(), world.rows, world.base, folder)
+    code = set(json.loads((job.folder / "inputs.json").read_text())["code"])
+    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    modules = {Path(name).name for name in declared if name.startswith("src/awares/")}
+    assert code == modules - {f"{name}.py" for name in BESIDE}
 
 
 def test_every_input_is_part_of_the_key(world, tmp_path):

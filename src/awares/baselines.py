@@ -230,7 +230,7 @@ def random_crop(job: Job) -> list[Trajectory]:
 
 @system("oracle_crop", model="awares")
 def oracle_crop(job: Job) -> list[Trajectory]:
-    """The policy's answers with the decisions of curation: the target crops of a row with label HR, no call for LR."""
+    """The policy's answers with the decisions of `evaluation.label_rows`: the target crops of a row with label HR, no call for LR."""
     try:
         labels, targets = job.rows["label"], job.rows["target_crops"]
     except KeyError as error:
@@ -324,5 +324,9 @@ def _random_crops(crops: Sequence[str], row_id: str, seed: int) -> tuple[str, ..
     drawn: list[str] = []
     for crop in crops:
         alike = [other for other in CROPS if area(other) == area(crop) and other not in drawn]
+        if not alike:
+            raise AwaresValueError(
+                f"random_crop, row {row_id}: no named crop is as large as {crop!r}: it wants a policy of named crops"
+            )
         drawn.append(alike[rng.integers(len(alike))])
     return tuple(drawn)

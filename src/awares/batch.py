@@ -18,7 +18,7 @@ from tqdm import tqdm
 from awares.config import AwaresError, AwaresFileError, AwaresValueError, Failure
 from awares.crops import cap, open_image
 from awares.protocol import check_question
-from awares.records import Record, alone, append_records, drop_torn_line, read_records, write_records
+from awares.records import Record, alone, append_records, drop_torn_line, read_records, refuse_foreign, write_records
 from awares.rollout import Source, Trajectory, with_failures
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # taken from a folder, case aside
@@ -158,20 +158,13 @@ _HEAD = b'{"row_id": '  # how every line of ours begins
 
 def _done(items: Sequence[Item], out: Path, settings: dict[str, Any], retry: bool) -> dict[str, Record]:
     """The lines that stand, by row; a torn last line and errors that are to be run again are removed from the file."""
-    _refuse_foreign(out)
+    refuse_foreign(out, _HEAD, "results")
     drop_torn_line(out)
     records, wanted = read_records(out), {item.row_id: item for item in items}
     kept = [record for record in records if _stands(out, record, wanted.get(record["row_id"]), settings, retry)]
     if len(kept) < len(records):
         write_records(out, kept)
     return {record["row_id"]: record for record in kept}
-
-
-def _refuse_foreign(out: Path) -> None:
-    """AwaresFileError for a file that this module has not written: it would be cut or mixed up."""
-    lines = out.read_bytes().split(b"\n") if out.is_file() else [b""]
-    if any(not line.startswith(_HEAD) for line in lines[:-1]) or not lines[-1].startswith(_HEAD[: len(lines[-1])]):
-        raise AwaresFileError(f"{out}: holds something else than results: give another file to write to")
 
 
 def _stands(out: Path, record: Record, item: Item | None, settings: dict[str, Any], retry: bool) -> bool:

@@ -36,9 +36,9 @@ def through_lmms_eval(
     """Scores of the policy at ``model_path`` by lmms-eval: a line per benchmark and metric, on lmms-eval's own scale.
 
     Columns as in ``COLUMNS``; rtr and seconds are means over samples, n counts them. ``tasks``: benchmark -> task of
-    lmms-eval; ``options``: more of its command line. Its cache of replies stands in ``.checkpoints`` beside ``out_dir``,
-    keyed by the policy and its settings: the same call after a kill does not ask for them again. AwaresFileError where
-    the environment is missing, AwaresError with lmms-eval's last words where it fails.
+    lmms-eval; ``options``: more of its command line. The samples stand in ``.checkpoints`` beside ``out_dir``, keyed by the
+    policy and its settings: the same call after a kill goes on from them. AwaresFileError where the environment
+    is missing, AwaresError with lmms-eval's last words where it fails.
     """
     python = params.path(params.evaluation.lmms_eval)
     if not python.is_file():
@@ -67,17 +67,23 @@ def through_lmms_eval(
         "64",
         "--output_path",
         str(folder / "results"),
-        "--use_cache",
-        str(folder / "replies"),
         *options,
     ]
+    before = _written(folder)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # its progress goes to stderr
-    if done.returncode:
+    fresh = _written(folder) - before
+    if done.returncode or not fresh:  # it ends with 0 after most errors, too
         raise AwaresError(
-            f"lmms-eval ended with {done.returncode} on {system}; what it printed tells why:\n{done.stdout[-2000:]}"
+            f"lmms-eval ended with {done.returncode} on {system}, {'with' if fresh else 'without'} results; what it printed tells why:\n"
+            f"{done.stdout[-2000:]}"
         )
-    results = max(folder.glob("results/**/*results.json"), key=lambda file: file.stat().st_mtime)
+    _, results = max(fresh)
     return table(system, json.loads(results.read_text())["results"], pd.DataFrame(records.read_records(samples)), tasks)
+
+
+def _written(folder: Path) -> set[tuple[int, Path]]:
+    """(time, file) of every table of results that lmms-eval has written there."""
+    return {(file.stat().st_mtime_ns, file) for file in folder.glob("results/**/*results.json")}
 
 
 def table(

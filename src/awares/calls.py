@@ -40,6 +40,7 @@ EXAMPLES: tuple[Example, ...] = (
     ),
     Example('GET_CROPS: ["0", "5"]', "recovered", "recovered", ("top-left", "top"), "double quotes"),
     Example("GET_CROPS: [0, 5]", "recovered", "recovered", ("top-left", "top"), "numbers"),
+    Example("GET_CROPS: [0,5,6,7]", "recovered", "recovered", ("top-left", "top", "bottom", "left"), "four numbers"),
     Example("GET_CROPS: 5", "recovered", "recovered", ("top",), "no list"),
     Example("GET_CROPS: ['top-left']", "recovered", "recovered", ("top-left",), "a name for an id"),
     Example("GET_CROPS: ['5', '5']", "recovered", "recovered", ("top",), "one twice"),
@@ -61,6 +62,7 @@ EXAMPLES: tuple[Example, ...] = (
     Example(_tool("[]"), "malformed", "malformed", (), "no region"),
     Example(_tool('["nowhere"]'), "malformed", "malformed", (), "an unknown name"),
     Example(_tool("[[0, 0, 500, 500]]"), "malformed", "malformed", (), "a box is no region"),
+    Example(_tool('["0,0,500,500"]'), "malformed", "malformed", (), "nor is its text"),
     Example(_tool('["top"]').replace("crop", "zoom"), "malformed", "malformed", (), "another tool"),
     # Answers
     Example("top left", "none", "none", (), "a place as an answer"),

@@ -283,7 +283,7 @@ def _claim(place: str, raw: Any, policies: Mapping[str, Mapping[str, str]], publ
     place = f"{place} ({raw.get('id')})"
     _one_of(place, "kind", raw.get("kind"), tuple(NEEDS))
     wanted = {*_EVERY, *NEEDS[raw["kind"]]}
-    optional = {"benchmarks"} if MEASURES.get(raw.get("measure", ""), ("",))[0] == EVALUATION else set()
+    optional = {"benchmarks"} if MEASURES.get(str(raw.get("measure", "")), ("",))[0] == EVALUATION else set()
     if wrong := sorted((wanted - set(raw)) | (set(raw) - wanted - optional)):
         raise AwaresValueError(f"{place}: {', '.join(wrong)} missing or unknown; a {raw['kind']} has {sorted(wanted)}")
     claim = Claim(**{key: _typed(place, key, value) for key, value in raw.items()})

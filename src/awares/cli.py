@@ -5,6 +5,7 @@ to stdout, everything else to stderr. Nothing heavy is imported before a command
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from awares.config import AwaresError
 from awares.options import parser
 
 if TYPE_CHECKING:
+    from awares.batch import Summary
     from awares.policy import AwaRes, Checkpoint
     from awares.rollout import Trajectory
 
@@ -157,17 +159,28 @@ def _ask_batch(args: argparse.Namespace, question: str | None) -> int:
     done = batch.run(items, args.out, policy.engine, settings, args.chunk or batch.CHUNK, args.retry_errors)
     if args.json:
         print(json.dumps({"out": str(args.out), **vars(done)}))
-    _say(
-        f"{done.rows} rows, {done.ran} asked now, {done.done_before} done before, {done.errors} with an error: {args.out}"
-    )
+    _say(_told(done, args.out))
     return 1 if done.errors else 0
+
+
+def _told(done: "Summary", out: Path) -> str:
+    return f"{done.rows} rows, {done.ran} asked now, {done.done_before} done before, {done.errors} with an error: {out}"
 
 
 def _settings(args: argparse.Namespace, policy: "AwaRes", name: str, bias: float) -> dict[str, Any]:
     """What decides the answers of a batch."""
     engine: Any = policy.engine  # behind a server it has no decoder
     tokens = engine.max_new_tokens if args.server else engine.decoder.max_new_tokens
-    return {"policy": name, "dtype": args.dtype, "call_bias": bias, "max_new_tokens": tokens}
+    weights = "" if args.server else _digest(_checkpoint(args))
+    return {"policy": name, "weights": weights, "dtype": args.dtype, "call_bias": bias, "max_new_tokens": tokens}
+
+
+def _digest(found: "Checkpoint") -> str:
+    """Of model and adapters: a run that was trained again has the same name."""
+    from awares.training import folder_digest
+
+    parts = [folder_digest(part) for part in (found.path, *found.adapters)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
 # eval
@@ -203,7 +216,8 @@ def _trajectories(args: argparse.Namespace, rows: Any, policy: "AwaRes", name: s
         return policy.engine.run(rows["image"], rows["question"], call_bias=bias, row_ids=rows["id"])
     from awares import batch
 
-    batch.run(batch.dataset_items(rows), args.out, policy.engine, _settings(args, policy, name, bias))
+    items, settings = batch.dataset_items(rows), _settings(args, policy, name, bias)
+    _say(_told(batch.run(items, args.out, policy.engine, settings), args.out))
     return batch.trajectories(args.out, rows["id"])
 
 

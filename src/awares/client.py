@@ -108,7 +108,7 @@ class ChatClient:
             results = _run(self._all(row_ids, talk))
         lost = [result for result in results if isinstance(result, Failure)]
         if lost and not return_failures:
-            raise AwaresRequestError(_summary(self.server, lost, len(results)), lost)
+            raise AwaresRequestError(_summary(self.server, lost, len(results), self.replies.path), lost)
         return results
 
     async def _all(self, row_ids: Sequence[str], talk: Talk[T]) -> list[Any]:
@@ -149,9 +149,10 @@ class _Session:
             self.lost += 1
             self.silent += error.silent
             if self.silent >= self.server.stop_after:
+                kept = "" if self.replies.path is None else ": it goes on from the replies so far, which are kept"
                 raise AwaresRequestError(
                     f"{self.server.url}: gave up after {self.silent} rows without an answer, the last for: {error}. "
-                    "Replies so far are kept: when the server is back, run again and it goes on from there"
+                    f"When the server is back, run again{kept}"
                 ) from error
             return Failure(row_id, str(error), error.silent)
 
@@ -206,7 +207,9 @@ class _Session:
     def _refusal(self, error: openai.APIStatusError) -> Exception:
         """What an error status means: try again, this row is lost, or (AwaresRequestError) everything is."""
         status = error.status_code
-        said = f"status {status}: {error.response.text[:300].strip()}".replace(self.server.api_key(), "***")
+        said = f"status {status}: {error.response.text[:300].strip()}"
+        if secret := os.environ.get(self.server.key_variable):
+            said = said.replace(secret, "***")
         if status in WHOLE_JOB:
             return AwaresRequestError(
                 f"{self.server.url} refuses every request, {said}. Check server.url (ends in /v1), server.model "
@@ -233,13 +236,15 @@ def _retry_after(header: str | None) -> float:
         return 0.0
 
 
-def _summary(server: Server, lost: Sequence[Failure], rows: int) -> str:
+def _summary(server: Server, lost: Sequence[Failure], rows: int, cache: Path | None) -> str:
     shown = "".join(f"\n  row {failure.row_id}: {failure.reason}" for failure in lost[:20])
     more = f"\n  and {len(lost) - 20} more" if len(lost) > 20 else ""
-    return (
-        f"{server.url}: {len(lost)} of {rows} rows have no reply; the others are kept: run again and it goes on from "
-        f"there.{shown}{more}"
+    kept = (
+        "the others are kept: run again and it goes on from there"
+        if cache
+        else "the others are not kept: no file was named for them"
     )
+    return f"{server.url}: {len(lost)} of {rows} rows have no reply; {kept}.{shown}{more}"
 
 
 # Event loops

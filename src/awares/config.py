@@ -433,7 +433,7 @@ def load_params(
     override_values = parse_overrides(overrides)
     values = _merge(raw, _choose("profile", profile, _mapping("profiles", raw.get("profiles"))), profile, file)
     seen_seed = values["evaluation"].get("seed")
-    if values["seed"] in (values["seeds"] or ()):
+    if values["seed"] in _check("seeds", values["seeds"], tuple[int, ...], {"low": 0}):
         raise AwaresValueError(
             f"seeds {values['seeds']} are the further training seeds: seed {values['seed']} is not one"
         )

@@ -119,18 +119,18 @@ def from_jsonl(path: str | Path) -> datasets.Dataset:
     file = Path(path)
     if not file.is_file():
         raise AwaresFileError(f"{file}: no such file; data.sources names it")
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_bytes().split(b"\n")
     rows = [_jsonl_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise AwaresValueError(f"{file} holds no rows")
     return _check_ids(validate(from_rows(rows), str(file)), str(file))
 
 
-def _jsonl_row(file: Path, number: int, line: str) -> dict[str, Any]:
+def _jsonl_row(file: Path, number: int, line: bytes) -> dict[str, Any]:
     place = f"{file}, line {number}"
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise AwaresValueError(f"{place}: not JSON ({error}); every line is one object") from error
     missing = [key for key in ("image", "question", "answers") if not isinstance(row, dict) or key not in row]
     if missing:

@@ -119,7 +119,8 @@ OUTCOMES = (
     NO_CALL,
     *CROPS,
     SEVERAL,
-)  # what a first turn can do; "several" is a request of more than one crop; a free box is "box"
+    FREE,
+)  # of a first turn; "several": more than one region; a single free one is "box"
 
 
 def outcome(crops: Crops) -> str:
@@ -129,17 +130,23 @@ def outcome(crops: Crops) -> str:
     return NO_CALL if not crops else crops[0] if crops[0] in CROPS else FREE
 
 
+def known(found: Iterable[str]) -> list[str]:
+    """The outcomes that a table of ``found`` ones has a line for: ``OUTCOMES``, free boxes only where there are any."""
+    boxes = FREE in set(found)
+    return [name for name in OUTCOMES if name != FREE or boxes]
+
+
 def policy_flow(policies: Mapping[str, Sequence[Crops]]) -> pd.DataFrame:
-    """Fig. 5 as a table: policy -> crops requested row by row, to the share (percent) of every outcome, zeros included.
+    """Fig. 5 as a table: policy -> crops requested row by row, to the share (percent) of every outcome, zeros included (`known`).
 
     Columns policy, outcome, share, n. AwaresError when the policies did not answer equally many rows.
     """
     if len({len(requests) for requests in policies.values()}) > 1:
         raise AwaresValueError("policy flow: every policy must have answered the same rows in the same order")
-    rows = []
-    for policy, requests in policies.items():
-        outcomes = [outcome(crops) for crops in requests]
-        rows += [(policy, name, 100 * _share(outcomes.count(name), len(outcomes)), len(outcomes)) for name in OUTCOMES]
+    rows, found = [], {policy: [outcome(crops) for crops in requests] for policy, requests in policies.items()}
+    names = known([name for outcomes in found.values() for name in outcomes])
+    for policy, outcomes in found.items():
+        rows += [(policy, name, 100 * _share(outcomes.count(name), len(outcomes)), len(outcomes)) for name in names]
     return pd.DataFrame(rows, columns=["policy", "outcome", "share", "n"])
 
 

@@ -122,10 +122,10 @@ def majority_table(rows: datasets.Dataset) -> pd.DataFrame:
 def label_rows(
     rows: datasets.Dataset, half: Sequence[Trajectory], full: Sequence[Trajectory], params: Params
 ) -> datasets.Dataset:
-    """Evaluation rows with ``label`` and ``target_crops`` as curation gives them, from the base model's two answers.
+    """Evaluation rows with ``label`` and ``target_crops`` by the paper's rule (§2.1), from the base model's two answers.
 
-    The judge is ``evaluation.judge``, the same whichever labelled the training rows; the crops come from the rows' own boxes. For
-    diagnosis only: no system sees them.
+    The judge is ``evaluation.judge``, the same whichever labelled the training rows, without ``curation.lucky_margin``; the crops come from the
+    rows' own boxes, without the oracle's error and margin. For diagnosis only: no system sees them.
     """
     judge = JUDGES[params.evaluation.judge](params)
     lows, highs = ([one.answer for one in done] for done in (half, full))
@@ -202,6 +202,9 @@ def frontier_curve(policy: str, best: Frontier) -> pd.DataFrame:
     return pd.DataFrame({"system": policy, "rtr": best.rtr_curve, "accuracy": 100 * best.accuracy_curve})
 
 
+FORCING = 1e9  # logits: a finite bias, which like those of the dial decides the first token and bars no later one
+
+
 def dial(
     engine: Any, rows: datasets.Dataset, free: Sequence[Trajectory], call_bias: float, biases: Sequence[float]
 ) -> dict[float, list[Trajectory]]:
@@ -214,7 +217,7 @@ def dial(
     own = [_calls(one, call_bias) for one in free]
     asked = {bias: [_calls(one, bias) for one in free] for bias in biases}
     known = dict(zip(enumerate(own), free, strict=True))  # (row, whether it begins with the call token) -> trajectory
-    for call, forcing in ((False, -np.inf), (True, np.inf)):
+    for call, forcing in ((False, -FORCING), (True, FORCING)):
         wanted = {index for choices in asked.values() for index, choice in enumerate(choices) if choice is call}
         missing = sorted(wanted - {index for index, choice in enumerate(own) if choice is call})
         some = rows.select(missing)

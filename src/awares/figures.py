@@ -77,7 +77,7 @@ def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]], rows: str) -> F
     ``policies``: name -> crops requested row by row, the same rows in the same order. ``rows``: what rows they are, for the title.
     """
     figure, axes = plt.subplots(figsize=(8, 5))
-    colours = dict(zip(OUTCOMES, sns.color_palette("colorblind", 10) + sns.color_palette("dark", 2), strict=True))
+    colours = dict(zip(OUTCOMES, sns.color_palette("colorblind", 10) + sns.color_palette("dark", 3), strict=True))
     found = {name: [outcome(crops) for crops in requests] for name, requests in policies.items()}
     names = list(found)
     for column, name in enumerate(names):

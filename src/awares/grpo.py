@@ -10,7 +10,8 @@ and image tokens are masked; KL to the cold-started policy. Where this departs f
 5.  The policy that is trained is a *new* adapter over the merged cold-started model. With the adapter off, that model is the reference.
 6.  One tool call at most. A second one is not answered: the rollout ends with an empty answer. The engine does not let it be written.
 7.  In training a call that is not JSON ends the rollout, and its text is the answer (TRL runs only what it can parse). The engine
-    would recover it or answer it with an error. Such calls are counted, ``malformed`` in the log.
+    would recover it or answer it with an error. One with other arguments than ``regions`` is answered with an error. Such calls
+    are counted, ``malformed`` in the log, and cost as no call does.
 8.  The tool's cost is read from the completion, not counted by the environment: TRL drops a tool result that overflows the
     completion length *after* the environment has run. A dropped call still costs, and is counted as ``overflow``. ``check_budget``
     makes sure that every single crop fits.
@@ -35,7 +36,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
-from awares import crops, launch, protocol, rewards, sharing, training
+from awares import crops, decode, judges, launch, metrics, protocol, rewards, rollout, sharing, training, wording
 from awares import model as models
 from awares.config import AwaresValueError, Params
 from awares.data import share_of
@@ -116,7 +117,8 @@ def _prepare(params: Params, dataset: datasets.Dataset, model_path: str | Path, 
     rows = share_of(dataset, params.grpo.share)
     processor = models.load_processor(model_path)
     check_budget(rows, processor, params)
-    code = [__file__, str(rewards.__file__), str(sharing.__file__)]
+    parts = (decode, judges, metrics, models, rewards, rollout, sharing, wording)
+    code = [__file__, *(str(part.__file__) for part in parts)]
     folder = training.checkpoint_folder(out_dir, training.describe_inputs("grpo", params, [rows], model_path, code))
     return _Job(rows, processor, folder, Path(out_dir) / "log.jsonl")
 
@@ -164,7 +166,7 @@ class CropEnvironment:
         Args:
             regions: Names of the regions to see.
         """
-        names = [name for name in protocol.resolve(regions) if crops.allowed(name, self._form.offered)]
+        names = read_calls([{"name": protocol.TOOL_NAME, "arguments": {"regions": regions}}], self._form).crops
         if not names or self._image is None:
             return [{"type": "text", "text": protocol.TOOL_ERROR}]
         pictures = [crops.cut(self._image, name, self._form.region_budget) for name in names]
@@ -215,9 +217,8 @@ class Outcome:
 def read_completion(completion: Sequence[dict[str, Any]], form: protocol.Protocol = protocol.OURS) -> Outcome:
     """A completion of TRL, ``[assistant]`` or ``[assistant(tool_calls), tool, assistant]``, as answer and requested crops."""
     first, last = completion[0], completion[-1]
-    calls = first.get("tool_calls") or []
-    written = [f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>" for call in calls]
-    call = protocol.parse_call("\n".join([text_of(first), *written]) if calls else text_of(first), form)
+    calls = [call["function"] for call in first.get("tool_calls") or []]
+    call = read_calls(calls, form) if calls else protocol.parse_call(text_of(first), form)
     ended = last["role"] == "assistant" and not last.get("tool_calls")
     return Outcome(
         answer=protocol.answer_text(text_of(last)) if ended else "",
@@ -225,6 +226,15 @@ def read_completion(completion: Sequence[dict[str, Any]], form: protocol.Protoco
         malformed=call.status == "malformed" or (call.status == "recovered" and not calls),
         overflow=bool(calls) and len(completion) == 1,
     )
+
+
+def read_calls(functions: Sequence[dict[str, Any]], form: protocol.Protocol) -> protocol.Call:
+    """What calls that TRL has parsed ask for, read as the engine reads them; what TRL cannot serve asks for nothing (departure 7)."""
+    served = [
+        one for one in functions if isinstance(one.get("arguments"), dict) and set(one["arguments"]) == {"regions"}
+    ]
+    written = "\n".join(f"<tool_call>\n{json.dumps(one)}\n</tool_call>" for one in served)
+    return protocol.parse_call(written or protocol.TOOL_CALL, form)  # a bare opening is a malformed call
 
 
 def text_of(message: dict[str, Any]) -> str:
@@ -249,7 +259,8 @@ class Reward:
         """C_tool of each completion; logs what the calls were like."""
         outcomes = [read_completion(one, self.form) for one in completions]
         for name, values in call_metrics(outcomes, label).items() if log_metric else ():
-            log_metric(name, float(np.mean(values)))
+            for value in values:  # one by one: the mean over processes is then that over completions
+                log_metric(name, value)
         return [self.cost(truth, outcome) for truth, outcome in zip(label, outcomes, strict=True)]
 
     def cost(self, truth: str, outcome: Outcome) -> float:
@@ -326,7 +337,7 @@ def call_metrics(outcomes: Sequence[Outcome], labels: Sequence[str]) -> dict[str
 
 
 class CropGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer whose completions share the computation of their prompt (departure 11)."""
+    """GRPOTrainer whose completions share the computation of their prompt (departure 12)."""
 
     share_prompts = False
 

@@ -17,6 +17,11 @@ from awares.config import AwaresError, AwaresFileError, AwaresValueError, Params
 
 PAPER = "https://arxiv.org/abs/2603.16932"
 SPLITS = ("train", "validation")
+EMBEDDED = "data/base"
+APACHE = (
+    EMBEDDED,
+    "Qwen/Qwen2.5-VL-7B-Instruct",
+)  # base models under Apache-2.0; of another the licence is for who uploads to name
 
 
 def policy_folder(params: Params) -> Path:
@@ -48,12 +53,12 @@ def _model_card(params: Params, table: pd.DataFrame) -> str:
         for row in mine.itertuples()
     ]  # fmt: skip
     about = ModelCardData(
-        license="apache-2.0", library_name="transformers", pipeline_tag="image-text-to-text", tags=["awares", "efficient-vlm"],
+        license="apache-2.0" if params.base.model in APACHE else "other", library_name="transformers",
+        pipeline_tag="image-text-to-text", tags=["awares", "efficient-vlm"],
         base_model=params.base.model if isinstance(params.model_path(), str) else None,
         model_name=f"awares-{params.profile}", eval_results=results,
     )  # fmt: skip
-    own = isinstance(params.model_path(), Path)
-    base = "the embedded base model of the awares repository" if own else params.base.model
+    base = "the embedded base model of the awares repository" if params.base.model == EMBEDDED else params.base.model
     kind = "generated rows" if params.data.origin != "hub" else "the published benchmarks"
     lines = [
         f"| {row.benchmark} | {row.accuracy:.2f} ({row.accuracy_low:.2f}-{row.accuracy_high:.2f}) | {row.rtr:.2f} | {row.n} |"
@@ -107,14 +112,18 @@ def dataset_folder(params: Params, images: bool = False) -> Path:
 
 def _dataset_card(params: Params, rows: dict[str, datasets.Dataset], images: bool) -> str:
     real = params.data.origin == "hub"
+    own = [name for name in params.data.sources if name.endswith(".jsonl")]
     about = DatasetCardData(
-        license="other" if real else "apache-2.0", task_categories=["visual-question-answering"], tags=["awares"], pretty_name="AwaRes, curated",
+        license="other" if real or own else "apache-2.0",
+        task_categories=["visual-question-answering"], tags=["awares"], pretty_name="AwaRes, curated",
         configs=[{"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}.parquet"} for s in SPLITS]}],
     )  # fmt: skip
     declared = sources.read_sources(params, "training") if real else {}
     terms = [
         f"| {name} | {declared[name].hub} | {declared[name].licence} |"
         if name in declared
+        else f"| {Path(name).stem} | rows of the uploader's own | not stated |"
+        if name in own
         else f"| {name} | generated | Apache-2.0 |"
         for name in params.data.sources
     ]

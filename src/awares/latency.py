@@ -299,7 +299,7 @@ def response_table(done: Mapping[str, Sequence[Trajectory]], benchmarks: Sequenc
             }
         )
         for benchmark, part in lengths.groupby("benchmark", sort=False):
-            spread = part.characters.std(ddof=0)
+            spread = part.characters.std()
             record = {"system": system, "benchmark": benchmark, "characters": part.characters.mean()}
             records.append({**record, "characters_sd": spread, "tokens": part.tokens.mean(), "n": len(part)})
     return pd.DataFrame(records)

@@ -5,12 +5,16 @@
 
 It runs the two-turn interaction with our engine. Arguments: ``pretrained`` (a merged model, or a base with ``adapter``), ``dtype``,
 ``device``, ``protocol`` (ours or released), ``call_bias``, ``max_new_tokens``, ``token_budget``, ``max_side``, and ``log``: a JSONL file with
-crops, visual tokens, RTR and seconds of every sample. A task's limit on new tokens is meant for the answer and would cut calls off: ours holds.
-Several images of a row are set side by side, as our training data have them. lmms-eval lives in an environment of its own; nothing else of
-awares imports it.
+answer, crops, visual tokens, RTR and seconds of every sample. What it holds of the same policy and settings is not asked again, so that a
+killed run goes on (lmms-eval's own cache is written at the end only). A task's limit on new tokens is meant for the answer and would cut
+calls off: ours holds. Several images of a row are set side by side, as our training data have them. lmms-eval lives in an environment of
+its own; nothing else of awares imports it.
 """
 
+import hashlib
+import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +28,13 @@ from PIL import Image
 
 from awares.config import AwaresValueError
 from awares.policy import AwaRes
-from awares.records import append_records, drop_torn_line
+from awares.records import Record, append_records, drop_torn_line, read_records, refuse_foreign
 from awares.rollout import Trajectory
 from awares.sources import side_by_side
+from awares.training import folder_digest
 
-CHUNK = 256  # samples between two lines of the log, at least
+CHUNK = 64  # samples between two writes of the log, at least; so many images are held at a time
+_HEAD = b'{"sample": '  # how every line of a log begins
 
 
 def manifest() -> ModelManifest:
@@ -63,70 +69,69 @@ class AwaresChat(lmms):
         limits = {"max_new_tokens": int(max_new_tokens), "token_budget": int(token_budget), "max_side": int(max_side)}
         self.policy = AwaRes.from_pretrained(pretrained, adapter or None, dtype, place, protocol=protocol, **limits)
         self.call_bias = float(call_bias)
-        self.log = Path(log) if log else None
+        about = {"protocol": protocol, "dtype": dtype, "call_bias": self.call_bias, **limits}
+        about |= {"weights": [folder_digest(folder) for folder in (pretrained, adapter) if folder]}
+        self.identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        path = Path(log) if log else None
+        self.log = path.with_suffix(f".{self._rank}{path.suffix}") if path and self._world_size > 1 else path
         self.chunk = max(CHUNK, int(batch_size) if str(batch_size).isdecimal() else CHUNK)
 
     def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
-        """One answer for each request, in their order. AwaresValueError for a row without an image, or with a video or sound."""
-        rows = [self._row(*request.args) for request in requests]
-        done: list[Trajectory] = []
-        begun = time.perf_counter()
-        for start in range(0, len(rows), self.chunk):
-            names, images, questions, _ = zip(*rows[start : start + self.chunk], strict=True)
-            fresh = self.policy.engine.run(images, questions, call_bias=self.call_bias, row_ids=names)
-            self._record(names, fresh)
-            done += fresh
-        written = sum(turn.text_tokens for one in done for turn in one.turns[1::2])
+        """One answer for each request, in their order. AwaresValueError for a row without an image, or with a video or sound.
+
+        What the log holds of this policy is not asked again.
+        """
+        known, done = self._logged(), []
+        written, begun = 0, time.perf_counter()
+        for start in range(0, len(requests), self.chunk):
+            rows = [self._row(*request.args) for request in requests[start : start + self.chunk]]
+            asked = [row for row in rows if known.get(row.name, {}).get("question") != row.question]
+            fresh = self._answer(asked)
+            written += sum(record["output_tokens"] for record in fresh)
+            known |= {record["sample"]: record for record in fresh}
+            done += [(known[row.name], row.stops) for row in rows]
         seconds = time.perf_counter() - begun
         log_metrics(
             total_gen_tokens=written,
             total_elapsed_time=seconds,
             avg_speed=written / seconds if seconds else 0.0,
-            additional_metrics={"rank": self._rank, "rtr": sum(one.rtr for one in done) / max(1, len(done))},
+            additional_metrics={"rank": self._rank, "rtr": sum(one["rtr"] for one, _ in done) / max(1, len(done))},
         )
-        return [self._result(one, stops) for one, (*_, stops) in zip(done, rows, strict=True)]
+        return [_result(record, stops) for record, stops in done]
 
-    def _row(
-        self, _context: str, to_messages: Any, settings: Any, doc_id: int, task: str, split: str
-    ) -> tuple[Any, ...]:
-        """(name, image, question, where to cut the answer) of a request."""
+    def _row(self, _context: str, to_messages: Any, settings: Any, doc_id: int, task: str, split: str) -> "_Row":
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
         images, videos, sounds = messages.extract_media()
         name = f"{task}/{split}/{doc_id}"
         if not images or videos or sounds:
             raise AwaresValueError(f"{name}: awares answers questions about images; this row has {len(images)} images, "
                                    f"{len(videos)} videos, {len(sounds)} sounds")  # fmt: skip
-        pictures = [one if isinstance(one, Image.Image) else Image.open(one) for one in images]
         parts = [
             part.text for one in messages.messages if one.role == "user" for part in one.content if part.type == "text"
         ]
         until = settings.get("until") or []
-        return (
-            name,
-            pictures[0].convert("RGB") if len(pictures) == 1 else side_by_side(pictures),
-            "\n".join(parts).strip(),
-            [until] if isinstance(until, str) else list(until),
-        )
+        stops = [until] if isinstance(until, str) else list(until)
+        return _Row(name, images, "\n".join(parts).strip(), stops)
 
-    def _result(self, done: Trajectory, stops: list[str]) -> GenerationResult:
-        text = done.answer
-        for stop in stops:
-            text = text.split(stop)[0] if stop else text
-        read, written = ([turn.text_tokens + turn.visual_tokens for turn in done.turns[i::2]] for i in (0, 1))
-        return GenerationResult(text, TokenCounts(input_tokens=sum(read), output_tokens=sum(written)))
+    def _answer(self, rows: "list[_Row]") -> list[Record]:
+        """Ask the policy; its records, which the log then holds."""
+        if not rows:
+            return []
+        images, questions = [row.image() for row in rows], [row.question for row in rows]
+        done = self.policy.engine.run(images, questions, call_bias=self.call_bias, row_ids=[row.name for row in rows])
+        found = [_record(row, one, self.identity) for row, one in zip(rows, done, strict=True)]
+        if self.log:
+            append_records(self.log, found)
+        return found
 
-    def _record(self, names: tuple[str, ...], done: list[Trajectory]) -> None:
+    def _logged(self) -> dict[str, Record]:
+        """What this policy, in these settings, has answered before, by sample; AwaresFileError for a log that is none."""
         if self.log is None:
-            return
-        path = self.log if self._world_size == 1 else self.log.with_suffix(f".{self._rank}{self.log.suffix}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = []
-        for name, one in zip(names, done, strict=True):
-            counts = {"visual_tokens": one.visual_tokens, "full_visual_tokens": one.full_visual_tokens, "rtr": one.rtr}
-            about = {"sample": name, "answer": one.answer, "crops": list(one.crops), "call": one.call_status}
-            found.append({**about, **counts, "seconds": one.seconds})
-        drop_torn_line(path)
-        append_records(path, found)
+            return {}
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        refuse_foreign(self.log, _HEAD, "samples")
+        drop_torn_line(self.log)
+        return {record["sample"]: record for record in read_records(self.log) if record.get("policy") == self.identity}
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Not for a policy that decides what to see while it answers."""
@@ -135,3 +140,35 @@ class AwaresChat(lmms):
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Not for an interaction with rounds of its own."""
         raise NotImplementedError("awares answers in one round: take a generate_until task")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A request: its name in the log, its pictures (PIL, or what PIL opens), the question, where to cut the answer."""
+
+    name: str
+    pictures: list[Any]
+    question: str
+    stops: list[str]
+
+    def image(self) -> Image.Image:
+        """The picture; several are set side by side."""
+        pictures = [one if isinstance(one, Image.Image) else Image.open(one) for one in self.pictures]
+        return pictures[0].convert("RGB") if len(pictures) == 1 else side_by_side(pictures)
+
+
+def _record(row: _Row, done: Trajectory, identity: str) -> Record:
+    read, written = (sum(turn.text_tokens + turn.visual_tokens for turn in done.turns[i::2]) for i in (0, 1))
+    about: Record = {"sample": row.name, "policy": identity, "question": row.question, "answer": done.answer}
+    about |= {"crops": list(done.crops), "call": done.call_status, "input_tokens": read, "output_tokens": written}
+    counts = {"visual_tokens": done.visual_tokens, "full_visual_tokens": done.full_visual_tokens, "rtr": done.rtr}
+    return {**about, **counts, "seconds": done.seconds}
+
+
+def _result(record: Record, stops: list[str]) -> GenerationResult:
+    text = record["answer"]
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return GenerationResult(
+        text, TokenCounts(input_tokens=record["input_tokens"], output_tokens=record["output_tokens"])
+    )

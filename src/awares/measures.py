@@ -44,7 +44,7 @@ MEASURES: dict[str, tuple[str, float]] = {
     "fpr": (VALIDATION, 100.0),
     "exact": (VALIDATION, 100.0),
     "relaxed": (VALIDATION, 100.0),
-    "area": (VALIDATION, 1.0),
+    "area": (VALIDATION, 1.0),  # the one that is no share of rows
     "whole_image": (VALIDATION, 100.0),  # rows that ask for the whole image
     "whole_of_calls": (VALIDATION, 100.0),  # calls that do
     "valid": (VALIDATION, 100.0),  # attempted calls that parse as written
@@ -207,7 +207,7 @@ class Runs:
                 values, groups = values[kept], tuple(name for name in rows.groups if name in benchmarks)
             settings = self.params.evaluation
             mean, draws = resampled_means(values, settings.seed, settings.bootstrap, groups, wholes=wholes)
-            if (alike := _alike(values, wholes)) is not None:
+            if measure != "area" and (alike := _alike(values, wholes)) is not None:
                 drawn = self._stream(rows.place, measure).beta(*alike, settings.bootstrap)
                 draws = np.where(np.isfinite(draws), drawn, draws)
             self._resampled[key] = mean, draws

@@ -153,9 +153,9 @@ def _serve_options(sub: argparse.ArgumentParser) -> None:
 
 
 LIMITS = {
-    "model": "the model's name for clients (default: the folder's)",
+    "model": "the model's name for clients (default: that of --model's folder, else awares)",
     "image_bytes": "bytes of one image",
-    "image_pixels": "pixels of one image",
+    "image_pixels": "pixels of all images of one request",
     "images": "images of one request",
     "body_bytes": "bytes of one request",
     "prompt_tokens": "tokens of one prompt, visual ones included",
@@ -180,7 +180,7 @@ def _policy_options(sub: argparse.ArgumentParser) -> Any:
     group.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1 (default %(default)s)")
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
     group.add_argument(
-        "--max-new-tokens", type=count, metavar="N", help="of one turn (default 24; eval: params.yaml's)"
+        "--max-new-tokens", type=count, metavar="N", help="of one turn (default 64; eval: params.yaml's)"
     )
     group.add_argument("--token-budget", type=count, metavar="N", help="tokens of a padded batch: bounds the memory")
     return group

@@ -15,8 +15,9 @@ from typing import Any
 
 import pandas as pd
 import torch
+from PIL import Image as Blank
 
-from awares import base, costs, served, shapes, sources
+from awares import base, costs, crops, served, shapes, sources
 from awares.config import SYSTEMS, AwaresFileError, AwaresValueError, Params, read_yaml
 from awares.model import load_config
 from awares.served import Finding
@@ -28,6 +29,7 @@ CROP_AREA = 0.35  # of the image, of an average request: assumed
 TOGETHER = 64  # rows decoded at a time: assumed
 BYTES_PER_PIXEL = 0.5  # of a stored image: assumed
 COPIES = 6  # of a training picture: as fetched, as drawn, as rows, as curated rows, and DVC's of the last two
+EVALUATION_COPIES = 4  # of an evaluation picture: as fetched, as drawn, as rows, and DVC's of these
 KEPT = 2  # of a model that a stage writes: its own and DVC's
 RUNTIME_GB = 2  # of CUDA, kernels and fragmentation on a GPU: assumed
 GB = 1e9
@@ -138,23 +140,27 @@ class _Count:
     def _evaluation(self) -> tuple[Any, ...]:
         section = self.params.evaluation
         if self.params.data.origin == "hub":
-            rows = sum(
-                min(section.rows, one.rows or 0) for one in sources.read_sources(self.params, "evaluation").values()
-            )
+            scored = [sources.get_source(self.params, "evaluation", name) for name in self.params.data.tasks]
+            rows = sum(min(section.rows, one.rows or 0) for one in scored)
         else:
             rows = section.rows * len(self.params.data.tasks)
+        outside = self._lmms_eval()
         policy = self._policy()
         shown = {"full": self.image, "half": self.image.scaled(0.25), "no_image": self.image.scaled(0.0)}
         done = [self._turns([(shown[name], ANSWER)]) if name in shown else policy for name in SYSTEMS]
         # both policies again: the dial's other trajectory, the frontier's eleven, lmms-eval's own run
-        again = 2 * (
-            min(section.dial_rows, rows) + 11 * min(section.frontier_rows, rows) + bool(section.lmms_eval) * rows
-        )
+        again = 2 * (min(section.dial_rows, rows) + 11 * min(section.frontier_rows, rows) + outside)
         tokens, flops = (rows * sum(part) + again * part[-1] for part in zip(*done, strict=True))
         hours = self._hours(flops, (rows * len(done) + again) * ANSWER)
-        stored = rows * self._stored() if self.params.data.origin == "hub" else 0.0
+        stored = EVALUATION_COPIES * rows * self._stored() if self.params.data.origin == "hub" else 0.0
         memory = self._inference() + 2 * self.weights / GB  # the base model and both policies
         return ("evaluation", rows, 0, round(tokens), flops / 1e15, hours, memory, stored, self._assumed())
+
+    def _lmms_eval(self) -> int:
+        """Rows that lmms-eval scores: its six benchmarks whole, whatever the tasks are."""
+        if not self.params.evaluation.lmms_eval:
+            return 0
+        return sum(one.rows or 0 for one in sources.read_sources(self.params, "evaluation").values())
 
     # Parts
 
@@ -233,7 +239,7 @@ def _typical(params: Params, config: Any) -> Image:
     side = merge * config.vision_config.patch_size
     found = []
     for name in shapes.BENCHMARKS:
-        width, height = shapes.image_size(name, shape, 1.0)
+        width, height = crops.cap(Blank.new("1", shapes.image_size(name, shape, 1.0)), params.crops.max_side).size
         grid = merge * round(height / side), merge * round(width / side)
         found.append((width * height, grid[0] * grid[1] / merge**2, costs.vision_flops(grid, config)))
     return Image(*(sum(part) / len(found) for part in zip(*found, strict=True)))
@@ -249,6 +255,7 @@ def preflight(params: Params) -> list[Finding]:
         lambda: _gpus(params),
         lambda: _disk(params),
         lambda: served.servers(params, [] if section.released else [*section.panel, section.oracle, section.engine]),
+        lambda: _own_rows(params),
         lambda: _hub(params),
         lambda: _lmms_eval(params),
         lambda: _vllm(params),
@@ -313,6 +320,13 @@ def _vllm(params: Params) -> Iterator[Finding]:
         yield Finding("vLLM for GRPO's rollouts", there, "found" if there else "missing", mend)
 
 
+def _own_rows(params: Params) -> Iterator[Finding]:
+    for name in params.data.sources:
+        if name.endswith(".jsonl"):
+            there = params.path(name).is_file()
+            yield Finding(f"rows {name}", there, "found" if there else "missing", "correct its path in data.sources")
+
+
 def _hub(params: Params) -> Iterator[Finding]:
     """Whether the hub, or the folder that stands for it, lets us at model and datasets."""
     from huggingface_hub import HfApi
@@ -320,11 +334,11 @@ def _hub(params: Params) -> Iterator[Finding]:
 
     wanted: list[tuple[str, str]] = []
     if params.data.origin == "hub":
-        training = sources.read_sources(params, "training")
-        used = [training[name] for name in params.data.sources if name in training]
+        named = [name for name in params.data.sources if not name.endswith(".jsonl")]
+        used = [sources.get_source(params, "training", name) for name in named]
         used += list(sources.read_sources(params, "evaluation").values())
         if params.curation.released:
-            used.append(sources.read_sources(params, "curated")[params.curation.released])
+            used.append(sources.get_source(params, "curated", params.curation.released))
         wanted += [(one.hub, "dataset") for one in used]
     if isinstance(params.model_path(), str):
         wanted.append((params.base.model, "model"))

@@ -45,8 +45,9 @@ def of_run(name: str) -> Checkpoint:
     The stage is sft or grpo (default), the third part that of params.yaml's own variant and seed. AwaresError when there
     is no such run.
     """
-    profile, _, rest = name.partition("/")
-    stage, _, which = rest.partition("/")
+    profile, stage, which, *more = [*name.strip("/").split("/"), "", ""]
+    if any(more):
+        raise AwaresFileError(f"no run {name!r}: give profile, profile/stage or profile/stage/variant-sN")
     params = load_params(profile)
     stage = stage or "grpo"
     folder = params.run_dir(stage) if not which else params.run_dir(stage).with_name(which)
@@ -84,6 +85,8 @@ class AwaRes:
             path, adapter = found.path, found.adapters
         chain: list[str | Path] = []
         while adapter is None and (folder := adapter_folder(path)):
+            if folder in chain:
+                raise AwaresFileError(f"{folder}: adapter_config.json names an adapter that was made for this one")
             chain.insert(0, folder)
             path = _base_of(folder)
         adapter = chain or adapter
@@ -101,8 +104,11 @@ class AwaRes:
 
 
 def _base_of(adapter: Path) -> Path | str:
-    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    if not name:
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise AwaresFileError(f"{adapter}: adapter_config.json is torn or none ({error}): fetch it again") from error
+    if not isinstance(name, str) or not name:
         raise AwaresFileError(
             f"{adapter}: adapter_config.json names no base model: give the base model and adapter={adapter}"
         )

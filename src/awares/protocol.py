@@ -302,6 +302,7 @@ _CALL_LIKE = re.compile(
 # The released code's own prompt and parser also know GET_CROPS without the colon.
 _KEY = re.compile(r"(?:(?:regions?|crops?)[\"']?\s*[:=]|GET_CROPS[\"']?\s*[:=]?)\s*(.*)", re.DOTALL | re.IGNORECASE)
 _BOX = re.compile(r"(?<!\d)(\d{1,4})" + r"[\s,;]+(\d{1,4})" * 3 + r"(?!\d)")
+_QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'")
 _NAME = re.compile(r"[\"']name[\"']\s*:\s*[\"']([^\"']*)[\"']")
 
 
@@ -322,15 +323,6 @@ def parse_call(text: str, protocol: Protocol = OURS) -> Call:
         names = _recover_boxes(block) if FREE in protocol.offered else _recover(block)
         found += [name for name in names if name not in found and allowed(name, protocol.offered)]
     return Call(tuple(found), "recovered" if found else "malformed", text)
-
-
-def resolve(regions: object) -> tuple[str, ...]:
-    """Crop names from a tool argument, as tolerant as `parse_call`: a name, alias or id, or a list; () if none."""
-    items = [regions] if isinstance(regions, str | int) else regions
-    if not isinstance(items, list | tuple):
-        return ()
-    names = [_canonical(str(item)) for item in items if isinstance(item, str | int) and not isinstance(item, bool)]
-    return tuple(dict.fromkeys(name for name in names if name))
 
 
 def answer_text(text: str) -> str:
@@ -373,11 +365,12 @@ def _recover(block: str) -> tuple[str, ...]:
     tail = (key.group(1) if key else block.split("</tool_call>")[0]).strip()
     if tail.startswith("["):
         tail = tail[1:].split("]", 1)[0]
-        if "[" in tail:  # boxes are no crop names: [[0, 0, 500, 500]] must not read as ids
-            return ()
+        if "[" in tail or any(is_free(one or other) for one, other in _QUOTED.findall(tail)):
+            return ()  # boxes are no crop names: [[0, 0, 500, 500]] and ["0,0,500,500"] must not read as ids
     elif key:
         tail = re.split(r"[}<\n]", tail, maxsplit=1)[0]
-    return resolve([item for item in re.split(r",| and ", tail)])
+    names = map(_canonical, re.split(r",| and ", tail))
+    return tuple(dict.fromkeys(name for name in names if name))
 
 
 def _recover_boxes(block: str) -> tuple[str, ...]:
@@ -392,8 +385,6 @@ def _recover_boxes(block: str) -> tuple[str, ...]:
 def _canonical(item: str) -> str | None:
     """`Upper left corner` -> top-left, `'5'` -> top, `all` -> all; None when it is no crop."""
     item = item.strip(" \t\n\"'`.[](){}").lower()
-    if is_free(item):
-        return item
     if item in _IDS:
         return _IDS[item]
     words = [_WORDS.get(word, word) for word in re.split(r"[-_ ]+", item) if word not in _NOISE]

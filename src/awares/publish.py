@@ -22,7 +22,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import HTMLExporter
 
-from awares.config import AwaresError, AwaresFileError, Params, load_params
+from awares.config import AwaresError, AwaresFileError, AwaresValueError, Params, load_params
 
 # notebook -> the stage in whose run folder its executed copy lies
 STAGES = {
@@ -179,6 +179,7 @@ def clear(folder: Path) -> Path:
 
 
 PUBLISHERS = {
+    "": publish,
     "base": publish_base,
     "seeds": publish_seeds,
     "latency": publish_latency,
@@ -193,8 +194,11 @@ def main(arguments: list[str]) -> int:
     profile, what = [*arguments, "", ""][:2]
     try:
         params = load_params(profile)
-        publisher = PUBLISHERS.get(what, publish)
-        for file in publisher(params):
+        if what not in PUBLISHERS:
+            raise AwaresValueError(
+                f"{what!r}: publish {', '.join(filter(None, PUBLISHERS))}, or name none for the main line"
+            )
+        for file in PUBLISHERS[what](params):
             print(file.relative_to(params.root))
     except AwaresError as error:
         print(f"awares.publish: {error}", file=sys.stderr)

@@ -83,6 +83,13 @@ def drop_torn_line(path: str | Path) -> None:
         os.truncate(file, whole)
 
 
+def refuse_foreign(path: str | Path, head: bytes, kind: str) -> None:
+    """AwaresFileError for a file of which a line does not begin with ``head``: it is not ours, and would be cut or mixed up."""
+    lines = Path(path).read_bytes().split(b"\n") if Path(path).is_file() else [b""]
+    if any(not line.startswith(head) for line in lines[:-1]) or not lines[-1].startswith(head[: len(lines[-1])]):
+        raise AwaresFileError(f"{path}: holds something else than {kind}: give another file to write to")
+
+
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
     """Replace the file by ``records``, whole or not at all."""
     partial = Path(path).with_name(f".{Path(path).name}.partial")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from awares.config import AwaresFileError
-from awares.records import alone, append_records, drop_torn_line, read_records
+from awares.records import alone, append_records, drop_torn_line, read_records, refuse_foreign
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class Lost(Exception):
         self.silent = silent
 
 
+_HEAD = b'{"key": '  # how every line of a reply file begins
+
+
 class ReplyFile:
     """Replies by the key of their request, in memory and in the JSONL file ``path`` (None: in neither)."""
 
@@ -100,6 +103,7 @@ class ReplyFile:
         self._replies[key] = reply
 
     def _load(self, path: Path) -> None:
+        refuse_foreign(path, _HEAD, "replies")
         drop_torn_line(path)  # else the next record would be glued to what a kill has half written
         if _size(path) == self._size:
             return

@@ -14,7 +14,7 @@ from IPython.display import HTML
 
 from awares.config import AwaresFileError, Failure, Params
 from awares.crops import coverage, union_area
-from awares.diagnostics import NO_CALL, OUTCOMES, outcome
+from awares.diagnostics import NO_CALL, known, outcome
 from awares.judges import Judge, right_at
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def crop_table(rows: datasets.Dataset) -> pd.DataFrame:
     records = [
         (source, name, 100 * (part.crop == name).mean() if len(part) else 0.0, len(part))
         for source, part in parts
-        for name in OUTCOMES[1:]
+        for name in known(requests.crop)[1:]
     ]
     return pd.DataFrame(records, columns=["source", "crop", "share", "n"])
 

@@ -89,8 +89,10 @@ def get_model(name: str, params: Params) -> Model:
         if not isinstance(entry, dict) or not isinstance(entry.get(one.name), kind):
             raise AwaresValueError(f"{place}.{one.name} is missing or of the wrong kind: see the comments there")
     unknown = set(entry) - {one.name for one in fields(Model)}
-    if unknown or len(entry["dollars"]) != 2:
-        raise AwaresValueError(f"{place}: {', '.join(unknown) or 'dollars'}: not as the comments there say")
+    wrong = [*unknown, *(["dollars"] if len(entry["dollars"]) != 2 else [])]
+    wrong += ["rows_per_hour"] if entry["rows_per_hour"] <= 0 else []
+    if wrong:
+        raise AwaresValueError(f"{place}: {', '.join(wrong)}: not as the comments there say")
     return Model(name=name, **{**entry, "dollars": tuple(entry["dollars"])})
 
 
@@ -513,7 +515,7 @@ def estimate(rows: int, params: Params) -> pd.DataFrame:
     if is_served(params.curation.oracle, params):
         asked.append(("oracle", params.curation.oracle, math.ceil(HR_SHARE * rows), 1, "oracle", VISUAL_TOKENS))
     if params.curation.engine != "local":
-        asked.append(("base", params.curation.engine, rows, 2, "", VISUAL_TOKENS))
+        asked.append(("base", params.curation.engine, rows, 2, "", VISUAL_TOKENS * 5 // 8))  # full and half resolution
     for role, name, count, each, prompt, visual in asked:
         model = get_model(name, params)
         words = get_prompt(prompt, params) if prompt else Prompt("", "", "")

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from awares import crops, launch, protocol, sharing, training
+from awares import crops, decode, judges, launch, metrics, protocol, rollout, sharing, training, wording
 from awares import model as models
 from awares.config import AwaresValueError, Params
 from awares.data import share_of
@@ -125,7 +125,7 @@ def _prepare(
     chosen = validation.select(range(min(section.selection_rows, len(validation))))
     processor = models.load_processor(model_path)
     samples = plan(rows, processor, params)
-    code = [__file__, str(sharing.__file__)]
+    code = [__file__, *(str(part.__file__) for part in (decode, judges, metrics, models, rollout, sharing, wording))]
     inputs = training.describe_inputs("sft", params, [rows, chosen], model_path, code)
     folder = training.checkpoint_folder(out_dir, inputs)
     return _Job(rows, samples, chosen, processor, folder, Path(out_dir) / "log.jsonl")

@@ -95,7 +95,7 @@ def vision_memo(model: Any) -> Iterator[None]:
 
 def _digest(piece: Tensor) -> int:
     """Of the pixels of a picture."""
-    return hash(piece.cpu().numpy().tobytes())
+    return hash(piece.float().cpu().numpy().tobytes())  # numpy knows no bfloat16
 
 
 @dataclass

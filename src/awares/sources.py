@@ -111,7 +111,7 @@ def _declared(name: str, kind: str, place: str, entry: Any) -> Source:
     wanted = set(READERS[entry["reader"]].columns)
     if set(entry["columns"]) != wanted:
         raise AwaresValueError(f"{place}.columns: reader {entry['reader']} wants {', '.join(sorted(wanted))}")
-    return Source(name=name, kind=kind, place=place, **{**entry, "skip": tuple(entry.get("skip", ()))})
+    return Source(name=name, kind=kind, place=place, **{**entry, "skip": tuple(entry.get("skip") or ())})
 
 
 def _check_kind(key: str, value: Any, one: Any) -> None:

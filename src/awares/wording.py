@@ -14,6 +14,7 @@ _NUMBER_WORDS = {word: value for value, word in enumerate(_ONES)}
 _TENS_WORDS = {word: 10 * value for value, word in enumerate(_TENS, start=2)}
 _SCALES = {"thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₪": "shekel"}
+_AMOUNT = re.compile(rf"([{''.join(_CURRENCY)}])\s*(-?\d(?:[\d.,]*\d)?(?:\s*(?:{'|'.join(_SCALES)})\b)?)")
 
 
 def _table(text: str) -> dict[str, str]:
@@ -77,7 +78,7 @@ def normalise(text: str) -> tuple[Part, ...]:
     """
     lowered = unicodedata.normalize("NFKC", text).lower().translate(str.maketrans("−–—’`", "---''")).strip()
     lowered = _LEAD_IN.sub("", lowered)
-    lowered = re.sub(r"([$€£¥₪])\s*(-?\d[\d.,]*)", lambda m: f"{m[2]} {_CURRENCY[m[1]]} ", lowered)
+    lowered = _AMOUNT.sub(lambda m: f"{m[2]} {_CURRENCY[m[1]]} ", lowered)
     lowered = lowered.replace("%", " percent ").replace("per cent", "percent").replace("°c", " celsius ")
     lowered = lowered.replace("°", " degree ").replace("km/h", "kmh")
     lowered = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", lowered)

@@ -69,7 +69,19 @@ def test_lmms_eval_runs_the_policy_on_an_offline_task(rows):
     pictures = [one["images"][0] if len(one["images"]) == 1 else side_by_side(one["images"]) for one in records]
     own = engine.run(pictures, [one["question"] for one in records])
     assert [one["answer"] for one in logged] == [one.answer for one in own]
-    (results,) = folder.glob("out/**/*results.json")
+    log = folder / "samples.jsonl"
+    begun = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(begun[:2]) + begun[2][:-9])  # as a kill leaves it
+    again = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    kept = log.read_bytes().splitlines(keepends=True)
+    assert len(kept) == 6 and kept[:2] == begun[:2] and kept[2] != begun[2]  # the others took another time
+    assert [json.loads(line)["answer"] for line in kept] == [one.answer for one in own]
+    log.write_bytes(b"my notes")
+    refused = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert "holds something else than samples" in refused.stdout + refused.stderr  # it ends with 0 all the same
+    assert log.read_bytes() == b"my notes"
+    results = min(folder.glob("out/**/*results.json"), key=lambda file: file.stat().st_mtime)
     scores = [metrics.relaxed_accuracy(one.answer, [row["answer"]]) for one, row in zip(own, records, strict=True)]
     found = json.loads(results.read_text())["results"]["awares_offline"]["relaxed_overall,none"]
     assert found == pytest.approx(sum(scores) / len(scores))
@@ -91,6 +103,12 @@ def test_the_evaluation_notebook_scores_a_policy_through_lmms_eval(rows, monkeyp
     assert 0 <= row.value <= 1 and 0 < row.rtr <= 1.1 and row.seconds > 0
     again = benchmarks.through_lmms_eval(*given, {"chartqa": "awares_offline"}, options)
     assert again.drop(columns="seconds").equals(table.drop(columns="seconds"))
+    (samples,) = folder.glob("evaluation/.checkpoints/*/samples.jsonl")
+    samples.write_text("my notes")
+    with pytest.raises(
+        AwaresError, match="(?s)lmms-eval ended with .* without results; .*holds something else than samples"
+    ):
+        benchmarks.through_lmms_eval(*given, {"chartqa": "awares_offline"}, options)
     missing = load_params("mini", overrides={"evaluation.lmms_eval": "nowhere/python"}, path=ROOT / "params.yaml")
     with pytest.raises(AwaresError, match="evaluation.lmms_eval: no Python at .*nowhere/python"):
         benchmarks.through_lmms_eval("awares", ROOT / "data" / "base", missing, folder / "x")
