@@ -28,7 +28,7 @@ from PIL import Image
 
 from awares import __version__, batch, cli, data, decode, evaluation, options, protocol, publish
 from awares.config import AwaresError, load_params
-from awares.model import DTYPES, load_model, save_model
+from awares.model import DTYPES, load_model, load_processor, save_model
 from awares.policy import AwaRes, Checkpoint, of_run, shipped
 from awares.records import read_records
 from awares.rollout import Engine, Trajectory
@@ -264,8 +264,14 @@ def test_a_folder_in_a_process(model: Path, scans: Path, tmp_path: Path) -> None
     own = found["page4.png"]
     assert (own["answer"], own["question"], own["image"]) == (expected.answer, "what?", "page4.png")
     settings = dict(own["settings"])
-    assert re.fullmatch("[0-9a-f]{16}", settings.pop("weights"))
-    assert settings == {"policy": str(model), "dtype": "float32", "call_bias": 0.0, "max_new_tokens": 4}
+    assert re.fullmatch("[0-9a-f]{16}", settings.pop("weights")) and re.fullmatch("[0-9a-f]{8}", settings.pop("prompt"))
+    assert settings == {
+        "policy": str(model),
+        "dtype": "float32",
+        "max_side": 2000,
+        "call_bias": 0.0,
+        "max_new_tokens": 4,
+    }
     (told,) = batch.trajectories(out, ["page4.png"])
     assert told.turns == expected.turns
     before = out.read_bytes()
@@ -462,13 +468,16 @@ def small_params(folder: Path) -> None:
 
 def test_eval_gives_the_evaluations_own_numbers(model: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     small_params(tmp_path)
+    (tmp_path / "prompt.txt").write_text("Answer in one word.")  # the policy is told what params.yaml says
+    params_file = tmp_path / "params.yaml"
+    params_file.write_text(params_file.read_text().replace('system_file: ""', "system_file: prompt.txt"))
     monkeypatch.chdir(tmp_path)
     assert cli.main(["eval", "--rows", "2", "--seed", "7", "--model", str(model), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     params = load_params(overrides={"evaluation.rows": 2, "evaluation.seed": 7})
     rows = data.make_split(params, "evaluation")
-    policy = AwaRes.from_pretrained(model, max_new_tokens=4)
-    done = policy.engine.run(rows["image"], rows["question"], row_ids=rows["id"])
+    engine = Engine.from_params(load_model(model), load_processor(model), params, progress=False)
+    done = engine.run(rows["image"], rows["question"], row_ids=rows["id"])
     expected = evaluation.main_table(evaluation.scored(str(model), rows, done), params.evaluation)
     assert found["table"] == expected.drop(columns="system").to_dict("records")
     assert [row["benchmark"] for row in found["table"]] == [*params.data.tasks, "average"]
@@ -644,7 +653,11 @@ def test_a_run_is_found_by_its_name(tmp_path: Path, monkeypatch: Any) -> None:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
     runs = tmp_path / "runs" / "mini"
-    assert of_run("mini") == Checkpoint("run mini/grpo/main-s1", runs / "grpo" / "main-s1" / "merged")
+    merged = runs / "grpo" / "main-s1" / "merged"
+    assert of_run("mini") == Checkpoint("run mini/grpo/main-s1", merged, form=protocol.OURS)
+    shutil.copytree(merged.parent, runs / "grpo" / "ergo-s1")
+    ergo = of_run("mini/grpo/ergo-s1").form
+    assert ergo is not None and ergo.offered == ("box",) and ergo.region_budget < 1  # as its variant says
     assert of_run("mini/sft").path == runs / "sft" / "main-s1" / "merged"
     assert of_run("mini/sft/main-s2").path == of_run("mini/sft/main-s2/").path == runs / "sft" / "main-s2" / "merged"
     with pytest.raises(AwaresError, match="no run 'mini/sft/main-s2/merged': give profile, profile/stage or"):

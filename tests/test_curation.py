@@ -343,7 +343,7 @@ def test_lucky_rows_are_located_and_told(params, tmp_path):
     assert (rows[4]["label"], rows[4]["verdict"], rows[4]["low_answer"]) == ("HR", 0, "4 KG") and rows[4][
         "target_crops"
     ]
-    table = curation.luck_table(records.read_records(tmp_path / "out" / "answers.jsonl"), rows, [0.0, 1.5])
+    table = curation.luck_table(records.read_records(tmp_path / "out" / "answers.jsonl"), rows, [0.0, 1.5], params)
     assert table.n.tolist() == [1, 10] and table.hr.tolist() == [100.0, pytest.approx(60.0)]
     assert table.half.tolist() == [100.0, pytest.approx(20.0)] and table.full.tolist() == [100.0, pytest.approx(80.0)]
     trusting = dataclasses.replace(params, curation=dataclasses.replace(params.curation, lucky_margin=0.0))
@@ -443,6 +443,9 @@ def test_work_of_other_inputs_is_never_taken(params, tmp_path):
     noisy = run(params, tmp_path / "out", judged, panel=[SemanticJudge(), AnlsJudge(0.9)])
     exact = run(params, tmp_path / "out", judged, oracle=curation.AnnotationOracle(0, 0.0))
     assert noisy["oracle_answer_boxes"][1] != exact["oracle_answer_boxes"][1] == [[300, 50, 400, 100]]
+    moved = data.from_rows([{**row, "answer_boxes": [[800, 800, 900, 900]]} for row in make_rows(4)])
+    where = run(params, tmp_path / "out", FakeEngine(dies_at=0), rows=moved, oracle=curation.AnnotationOracle(0, 0.0))
+    assert where["oracle_answer_boxes"][1] == [[800, 800, 900, 900]]  # corrected boxes are boxes of other inputs
 
 
 def test_other_labels_need_no_new_answers(params, tmp_path):

@@ -515,8 +515,29 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(world, tmp_path, monk
     assert len(generated) == 2 and other.steps == 1  # other inputs: from the start
 
 
+def test_a_resumed_run_goes_on_in_the_order_of_its_own_epoch(world, tmp_path):
+    plain = GRPOTrainer._get_train_sampler(trainer_for(world, tmp_path / "plain", settings()))
+    orders = [list(plain) for _ in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    for epoch, order in ((0.0, 0), (None, 0), (1.0, 1), (1.37, 1), (2.0 - 1e-9, 2)):
+        trainer = trainer_for(world, tmp_path / str(epoch), settings())  # another process
+        trainer.state.epoch = epoch
+        sampler = trainer._get_train_sampler()
+        assert list(sampler) == orders[order] and len(sampler) == len(plain)
+
+
+def test_visionthink_wants_whole_groups_in_every_process(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo.launch, "layout", lambda *_: (2, 3))  # six completions of groups of four
+    with pytest.raises(AwaresError, match="grpo.reward visionthink looks at whole groups, and each process has 6"):
+        trainer_for(world, tmp_path, settings(**{"crops.offered": ["all"], "grpo.reward": "visionthink"}))
+
+
 def test_what_is_logged_and_saved(world, tmp_path):
     result = run(world, tmp_path / "main-s1", **{"grpo.max_steps": 2})
+    log = result.log.read_text()
+    result.log.unlink()
+    again = run(world, tmp_path / "main-s1", **{"grpo.max_steps": 2})  # in the middle of an epoch: not one update more
+    assert again.steps == result.steps == 2 and again.log.read_text() == log
     entries = training.read_jsonl(result.log)
     assert [entry["step"] for entry in entries] == [1, 2]
     wanted = {"reward", "answer", "tool_cost", "call_rate", "malformed", "overflow", "kl", "entropy", "loss", "lr"}

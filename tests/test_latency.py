@@ -93,8 +93,9 @@ def test_peak_memory_sees_what_was_held_and_let_go() -> None:
     before = memory.read()
     held = torch.ones(64 * 2**20 // 4)
     del held
-    assert memory.read() - before > 60e6
-    assert latency.PeakMemory("cpu").read() < memory.read() + 1
+    peak = memory.read()
+    assert peak - before > 60e6
+    assert latency.PeakMemory("cpu").read() < peak - 30e6  # a new one does not see it
 
 
 # The systems

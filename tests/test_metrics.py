@@ -70,6 +70,9 @@ def test_edit_distance_is_a_metric():
         ("vstar", "it looks purple to me", ["D"], 0),
         ("vstar", "Red.", ["red", "crimson"], 1),  # no options: an answer in words
         ("vstar", "blue", ["red"], 0),
+        ("my_rows", "b", ["b"], 1),  # only the two benchmarks have options
+        ("my_rows", "Bread", ["B"], 0),
+        ("textvqa", "stop", ["stop", "a"], 1),
     ],
 )
 def test_other_benchmarks(benchmark, prediction, answers, expected):

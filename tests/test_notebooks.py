@@ -283,6 +283,8 @@ def test_released_rows_take_the_place_of_curation(tiny, tmp_path, monkeypatch):
     assert not set(rows["train"]["id"]) & set(rows["validation"]["id"])
     assert made.metrics("curation")["both_wrong"] is None
     made.run("02_crop_distribution", "crop_distribution")
+    for stage, name in (("curation", "luck"), ("crop_distribution", "evidence_size")):  # DVC expects them
+        assert made.table(stage, name).empty
     made.run("03_sft", "sft")
     answered = (made.params.run_dir("sft") / "validation.jsonl").read_text().splitlines()
     assert [json.loads(text)["row_id"] for text in answered] == rows["validation"]["id"][:]

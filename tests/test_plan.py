@@ -189,9 +189,10 @@ def test_preflight_says_what_is_there_and_how_to_mend_the_rest(server, tmp_path,
     )
     missing = {one.what: one.mend for one in other if not one.there}
     assert "trl[vllm]" in missing["vLLM for GRPO's rollouts"]
-    assert any(what.startswith("dataset") and "AwaRes" in what for what in missing) and not any(
-        "judge" in one for one in missing
-    )
+    assert any(what.startswith("dataset") and "AwaRes" in what for what in missing)
+    assert not any(
+        one.what.startswith(("llama", "deepseek", "qwen3_vl", "base:")) for one in other
+    )  # no server is asked
     monkeypatch.setenv("AWARES_API_KEY", "wrong")
     refused = {one.what.split(":")[0]: one for one in plan.preflight(params)}["llama"]
     assert (

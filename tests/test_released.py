@@ -195,3 +195,5 @@ def test_an_unreadable_call_of_the_released_dataset_is_named() -> None:
         AwaresError, match=r"here, row 7: the first turn 'GET_CROPS: \?' is no readable call: write skip: \[7\]"
     ):
         released._target({"row": 7, "call": "GET_CROPS: ?"}, "here")
+    with pytest.raises(AwaresError, match=r"here, row 8: the trajectory ends with its call: write skip: \[8\]"):
+        released._target({"row": 8, "call": "", "answers": ["GET_CROPS: ['5']"]}, "here")

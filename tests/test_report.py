@@ -154,9 +154,14 @@ def test_curated_tables():
 
 
 def test_accuracy_by_size_orders_by_evidence():
-    evidence = pd.DataFrame({"height": range(8), "half": [False] * 4 + [True] * 4, "full": True})
+    evidence = pd.DataFrame(
+        {"height": range(8), "label": ["HR"] * 4 + ["LR"] * 4, "half": [False] * 4 + [True] * 4, "full": True}
+    )
     table = report.accuracy_by_size(evidence, parts=2)
     assert table.half.tolist() == [0, 100] and table.full.tolist() == [100, 100] and table.n.tolist() == [4, 4]
+    for nothing in (evidence[:4], evidence.drop(columns=["half", "full"])):  # of HR rows alone, of released rows
+        empty = report.accuracy_by_size(nothing, parts=2)
+        assert list(empty) == list(table) and empty.empty
 
 
 def test_checks_compare_with_their_bounds(tmp_path):
@@ -248,6 +253,7 @@ def test_leaks_are_found_where_there_are_any_and_only_there():
     assert leaks.crossed_accuracy(telling, labels)[0] == 1.0
     assert leaks.crossed_accuracy(silent, labels)[0] < 0.65
     assert leaks.crossed_accuracy(["q"], ["a"]) == (1.0, 1.0)
+    assert leaks.crossed_accuracy(["p", "q"], ["a", "b"]) == (0.5, 0.5)  # one part of two has a single class left
     with pytest.raises(AwaresError, match="needs both LR and HR"):
         leaks.question_auc(["q"], ["LR"], ["q"], ["LR"])
 

@@ -564,12 +564,13 @@ def test_a_stream_whose_reader_leaves_ends_its_row(tiny: SimpleNamespace, chat: 
 
 def test_what_arrives_during_a_long_batch_is_answered_after_it(tiny: SimpleNamespace, chat: Running) -> None:
     messages: Any = conversations(tiny)[1]
-    client = chat.client()
+    client, ended = chat.client(), {}
 
     def ask(limit: int) -> int:
         reply = client.chat.completions.create(
             model="tiny", messages=messages, max_tokens=limit, logit_bias=unending(tiny)
         )
+        ended[limit] = time.perf_counter()
         assert reply.usage is not None
         return reply.usage.completion_tokens
 
@@ -578,6 +579,10 @@ def test_what_arrives_during_a_long_batch_is_answered_after_it(tiny: SimpleNames
         chat.until(lambda state: state["running"] == 1)
         short = list(pool.map(ask, range(1, 11)))
         assert long.result() == 120 and short == list(range(1, 11))
+    assert max(ended.values()) > ended[120]  # not all of them went before it
+    assert (
+        min(moment for limit, moment in ended.items() if limit != 120) > ended[120] - 0.5
+    )  # answered with it, or after
 
 
 def test_a_job_that_fails_in_its_batch_fails_alone(engine: Engine) -> None:

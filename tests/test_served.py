@@ -152,6 +152,7 @@ def test_verdicts_are_read_or_refused(text, found):
             ([[10, 20, 30, 40]], [[0, 0, 1000, 1000]], "tolerant"),
         ),
         ('{"question_boxes": [], "answer_boxes": []}', None),
+        ('{"question_boxes": [[0.4, 0.4, 0.6, 0.6]], "answer_boxes": []}', None),  # in shares of 1
         ('{"question_boxes": [[1, 2, 3]], "answer_boxes": []}', None),
         ('{"question_boxes": [[5, 2, 5, 4]], "answer_boxes": [[1, 2, 3, 4]]}', None),  # half an answer is none
         ('{"question_boxes": [[1, 2, 3, "x"]], "answer_boxes": []}', None),
@@ -189,6 +190,13 @@ def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(s
     assert judge.scores(questions[:3], lows[:3], answers[:3]) == [1, 0, 0]
     table = served.order_effects([{"id": str(i), "llama": dataclasses.asdict(one)} for i, one in enumerate(found)])
     assert table.values.tolist() == [["llama", 4, 75.0, 25.0, 0.0, 0]]
+
+
+def test_of_two_wrong_answers_none_is_better(server, tmp_path):
+    judge = served.ServedJudge("llama", settings(tmp_path))
+    found = judge._verdict([((0, 0, 2), "low first"), ((0, 0, 1), "high first")])
+    assert (found.value, found.forward, found.swapped, found.both_wrong) == (0, 2, 2, True)
+    assert judge._verdict([((1, 1, 2), ""), ((1, 1, 1), "")]).value == 2  # of two right ones, one may be
 
 
 def test_of_a_judge_that_talks_garbage_no_label_comes(server, tmp_path):

@@ -367,6 +367,9 @@ def test_every_input_is_part_of_the_key(world, tmp_path):
     pictures = list(rows["image"])
     swapped = rows.remove_columns("image").add_column("image", [{"bytes": b"x", "path": None}] * len(pictures))
     keys = [key(), key(params=settings(seed=2)), key(params=settings(**{"sft.phased": True})), key(base=other)]
+    for text in ("Answer.", "Answer in one word."):  # the same name, another prompt
+        (tmp_path / "prompt.txt").write_text(text)
+        keys.append(key(params=settings(**{"protocol.system_file": str(tmp_path / "prompt.txt")})))
     keys += [key(rows=rows.select(range(11))), key(rows=swapped.cast_column("image", data.FEATURES["image"]))]
     assert len({json.dumps(each, sort_keys=True) for each in keys}) == len(keys)
     assert key() == key(rows=rows.select(range(12)))  # the same content, another fingerprint

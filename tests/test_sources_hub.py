@@ -24,7 +24,7 @@ from conftest import noise
 from PIL import Image
 
 from awares import data, sampling, sources
-from awares.config import TASKS, AwaresError, load_params
+from awares.config import TASKS, AwaresError, AwaresValueError, load_params
 
 ROOT = Path(__file__).parent.parent
 COUNT, TESTS = 12, 2
@@ -357,6 +357,30 @@ def test_torn_pictures_are_listed_at_once_and_can_be_skipped(own_hub, tmp_path, 
     monkeypatch.setattr(sources, "get_source", lambda *key: replace(source, skip=(4, 7)))
     places = [record["row"] for record in sampling.collect(params, "training", "textvqa").records]
     assert not {4, 7} & set(places) and len(places) == COUNT - 2
+
+
+def test_any_row_can_be_skipped_whatever_is_wrong_with_it(own_hub, tmp_path, monkeypatch):
+    """The first one, which is read before all others, and rows that no reader can read."""
+    spoil(own_hub, "lmms-lab/textvqa", "image", {0: b"no image"})
+    params = settings(own_hub, tmp_path, **{"data.reserve": 1.0})
+    with pytest.raises(AwaresError, match="corrupt"):
+        sampling.collect(params, "training", "textvqa")
+    source = sources.get_source(params, "training", "textvqa")
+    plain = sources.READERS[source.reader]
+
+    def read(row, opened, index):
+        if index == 2:
+            raise TypeError("'NoneType' object is not iterable")  # as of a column that holds null
+        if index == 5:
+            raise AwaresValueError("a member of the archive is torn")
+        return plain(row, opened, index)
+
+    monkeypatch.setitem(sources.READERS, source.reader, replace(plain, read=read))
+    monkeypatch.setattr(sources, "get_source", lambda *key: replace(source, skip=(0,)))
+    with pytest.raises(AwaresError, match=r"2 rows.*row 2: the reader .* cannot read it.*row 5.*skip: \[2, 5\]"):
+        sampling.collect(params, "training", "textvqa")
+    monkeypatch.setattr(sources, "get_source", lambda *key: replace(source, skip=(0, 2, 5)))
+    assert not {0, 2, 5} & {record["row"] for record in sampling.collect(params, "training", "textvqa").records}
 
 
 def test_a_row_without_answer_is_passed_over_in_training_and_refused_in_a_benchmark(own_hub, tmp_path):

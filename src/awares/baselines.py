@@ -228,6 +228,9 @@ def random_crop(job: Job) -> list[Trajectory]:
     return _two_turns(job, [_random_crops(one.crops, one.row_id, job.seed) for one in job.policy])
 
 
+NO_BOXES = "no row has boxes of its evidence (public benchmarks have none): leave it out of comparison.systems"
+
+
 @system("oracle_crop", model="awares")
 def oracle_crop(job: Job) -> list[Trajectory]:
     """The policy's answers with the decisions of `evaluation.label_rows`: the target crops of a row with label HR, no call for LR."""
@@ -235,9 +238,10 @@ def oracle_crop(job: Job) -> list[Trajectory]:
         labels, targets = job.rows["label"], job.rows["target_crops"]
     except KeyError as error:
         raise AwaresValueError(f"oracle_crop: rows lack the column {error}: take evaluation.label_rows'") from error
-    return _two_turns(
-        job, [tuple(crops) if label == "HR" else () for label, crops in zip(labels, targets, strict=True)]
-    )
+    wanted = [tuple(crops) if label == "HR" else () for label, crops in zip(labels, targets, strict=True)]
+    if "HR" in labels[:] and not any(wanted):
+        raise AwaresValueError(f"oracle_crop: {NO_BOXES}")
+    return _two_turns(job, wanted)
 
 
 # What a pruner has left
@@ -285,7 +289,10 @@ def _before(job: Job, select: Callable[[Seen], Selection], attention: bool = Tru
 
 
 def _shuffled(job: Job, choose: Callable[[Seen], Tensor]) -> list[Trajectory]:
-    evidence = dict(zip(job.rows["id"], map(torch.from_numpy, _evidence(job)), strict=True))
+    flags = list(_evidence(job))
+    if not any(some.any() for some in flags):
+        raise AwaresValueError(f"a shuffled control: {NO_BOXES}")
+    evidence = dict(zip(job.rows["id"], map(torch.from_numpy, flags), strict=True))
 
     def draw(seen: Seen) -> Selection:
         shows = evidence[seen.name.rpartition("/")[0]]

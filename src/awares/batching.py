@@ -211,7 +211,10 @@ class Policy:
     def _completion(self, job: Job, trajectory: Trajectory) -> Completion:
         """``max_tokens`` bounds the answer alone: a call cut short would be no call."""
         text, written = trajectory.answer, [turn.text_tokens for turn in trajectory.turns if turn.role == "assistant"]
-        cut = written[-1] >= self.engine.decoder.max_new_tokens
+        limit = self.engine.decoder.max_new_tokens
+        cut = (
+            written[-1] >= limit and len(self.engine.decoder.tokenize(text)) >= limit
+        )  # else the last token ended the turn
         if written[-1] > job.max_tokens and len(tokens := self.engine.decoder.tokenize(text)) > job.max_tokens:
             text, cut = self.engine.decoder.text(tokens[: job.max_tokens]), True
         prompt = sum(turn.visual_tokens + turn.text_tokens for turn in trajectory.turns if turn.role != "assistant")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from awares import records, training
-from awares.config import AwaresError, AwaresFileError, Params
+from awares import decode, model, policy, protocol, records, rollout, sources, training
+from awares.config import AwaresError, AwaresFileError, AwaresValueError, Params
 
 TASKS = {
     "chartqa": "chartqa",
@@ -45,7 +45,14 @@ def through_lmms_eval(
         raise AwaresFileError(
             f'evaluation.lmms_eval: no Python at {python}; make that environment as data/launch/README.md says, or set it to ""'
         )
-    inputs = training.describe_inputs("evaluation", params, [], model_path, [__file__])
+    if protocol.from_params(params) != protocol.get_protocol(params.protocol.name):
+        raise AwaresValueError(
+            'evaluation.lmms_eval: the plug-in plays the interaction of protocol.name alone: set it to "", or leave protocol.system_file, '
+            "crops.offered and crops.region_budget as they are"
+        )
+    modules = [str(part.__file__) for part in (decode, model, policy, rollout, sources)]
+    code = [__file__, str(Path(__file__).with_name("lmms_plugin.py")), *modules]
+    inputs = training.describe_inputs("evaluation", params, [], model_path, code)
     folder = training.checkpoint_folder(out_dir, {**inputs, "tasks": list(tasks.values()), "options": list(options)})
     samples = folder / "samples.jsonl"
     limits = params.protocol

@@ -69,12 +69,17 @@ def _limits(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None}
 
 
+def _form(found: "Checkpoint") -> dict[str, Any]:
+    """The engine's option for the interaction that a policy was trained on."""
+    return {"protocol": found.form} if found.form else {}
+
+
 def _load(args: argparse.Namespace, **options: Any) -> "tuple[AwaRes, str]":
     """The policy and its name; ``options`` go to the engine, those of the command line before them."""
     from awares.policy import AwaRes
 
     found = _checkpoint(args)
-    limits = {**options, **_limits(args)}
+    limits = {**options, **_form(found), **_limits(args)}
     if args.server:
         return _remote(args, found, limits)
     return AwaRes.from_pretrained(found.path, found.adapters or None, args.dtype, args.device, **limits), found.name
@@ -172,7 +177,9 @@ def _settings(args: argparse.Namespace, policy: "AwaRes", name: str, bias: float
     engine: Any = policy.engine  # behind a server it has no decoder
     tokens = engine.max_new_tokens if args.server else engine.decoder.max_new_tokens
     weights = "" if args.server else _digest(_checkpoint(args))
-    return {"policy": name, "weights": weights, "dtype": args.dtype, "call_bias": bias, "max_new_tokens": tokens}
+    form = hashlib.sha256(repr(engine.protocol).encode()).hexdigest()[:8]
+    about = {"policy": name, "weights": weights, "dtype": args.dtype, "prompt": form, "max_side": engine.max_side}
+    return {**about, "call_bias": bias, "max_new_tokens": tokens}
 
 
 def _digest(found: "Checkpoint") -> str:
@@ -187,7 +194,7 @@ def _digest(found: "Checkpoint") -> str:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from awares import data, evaluation
+    from awares import data, evaluation, protocol
     from awares.config import load_params
     from awares.model import set_threads
 
@@ -197,8 +204,9 @@ def _eval(args: argparse.Namespace) -> int:
     params = load_params(args.profile, overrides={key: value for key, value in given.items() if value is not None})
     rows = data.from_jsonl(args.rows_file) if args.rows_file else data.make_split(params, "evaluation")
     set_threads(params.threads)
-    protocol = {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
-    policy, name = _load(args, **protocol, max_side=params.crops.max_side)
+    limits = {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
+    limits |= {"max_side": params.crops.max_side}
+    policy, name = _load(args, **limits, protocol=protocol.from_params(params))
     done = _trajectories(args, rows, policy, name, params.evaluation.call_bias)
     table = evaluation.main_table(evaluation.scored(name, rows, done), params.evaluation).drop(columns="system")
     if args.json:
@@ -238,7 +246,7 @@ def _serve(args: argparse.Namespace) -> int:
     except AwaresError as error:
         args.parser.error(str(error))
     where = (found.path, found.adapters or None, args.host, args.port, args.mode, settings, args.dtype, args.device)
-    serve(*where, **_limits(args))
+    serve(*where, **{**_form(found), **_limits(args)})
     return 0
 
 

@@ -140,6 +140,7 @@ class _Session:
         self.server, self.api, self.replies = server, api, replies
         self.asked = self.retried = self.lost = 0
         self.silent = 0  # rows lost since the server last answered
+        self.proven = replies.known > 0  # it has answered before: a refusal is then about the row
         self.locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def row(self, row_id: str, talk: Awaitable[T]) -> T | Failure:
@@ -147,7 +148,7 @@ class _Session:
             return await talk
         except Lost as error:
             self.lost += 1
-            self.silent += error.silent
+            self.silent += error.silent and not (error.refused and self.proven)
             if self.silent >= self.server.stop_after:
                 kept = "" if self.replies.path is None else ": it goes on from the replies so far, which are kept"
                 raise AwaresRequestError(
@@ -166,7 +167,7 @@ class _Session:
                     request.check(reply)
                 if request.record:
                     self.replies.add(key, reply, request, self.server.model, attempts)
-                self.silent = 0
+                self.silent, self.proven = 0, True
         return reply
 
     async def _fetch(self, request: Request, key: str) -> tuple[int, Reply]:
@@ -216,8 +217,8 @@ class _Session:
                 f"{self.server.model!r} and the key in the environment variable {self.server.key_variable}"
             )
         if status not in RETRYABLE and status < 500:
-            # Of this row, or of a server that is set up wrongly: many one after the other are the latter
-            return Lost(said, silent=True)
+            # Of this row, or of a server that is set up wrongly: many before any answer are the latter
+            return Lost(said, silent=True, refused=True)
         wait = _retry_after(error.response.headers.get("retry-after"))
         if wait > 10 * self.server.longest_wait:
             return Lost(f"{said}, and asks to wait {wait:.0f} s", silent=True)

@@ -137,9 +137,9 @@ def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
 
 
 def response_table(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """Table 6 from `all_scores`, main training seed: system, benchmark, characters (mean of everything written), characters_sd, n."""
+    """Table 6 from `all_scores`, main training seed: system, benchmark, characters of the answer (mean), characters_sd, n."""
     main = scores[scores.seed == params.seed]
-    lengths = main.assign(characters=[sum(map(len, texts)) for texts in main.written])
+    lengths = main.assign(characters=main.answer.str.len())
     grouped = lengths.groupby(["system", "benchmark"], sort=False).characters
     return grouped.agg(characters="mean", characters_sd="std", n="count").reset_index()
 

@@ -140,7 +140,7 @@ def boxes_to_crops(
 def open_image(source: str | Path | Image.Image, name: str = "image") -> Image.Image:
     """An upright RGB image from a path or a PIL image, transparency on white; AwaresError names ``name``."""
     if isinstance(source, Image.Image):
-        return check_image(source, name)
+        return check_image(ImageOps.exif_transpose(source), name)
     if not isinstance(source, str | Path):
         raise AwaresValueError(f"{name}: {type(source).__name__} is no image: give a path or a PIL image")
     if not Path(source).is_file():
@@ -159,6 +159,11 @@ def check_image(image: Image.Image, name: str, min_side: int = MIN_SIDE) -> Imag
         raise AwaresValueError(f"{name}: {width}x{height} px, but each side must have at least {min_side} px")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise AwaresValueError(f"{name}: {width}x{height} px, longer than {MAX_ASPECT}:1")
+    return to_rgb(image, name)
+
+
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """``image`` in RGB, on white where it is transparent; AwaresValueError naming ``name`` if it cannot be decoded."""
     try:
         if image.mode in ("RGBA", "LA") or "transparency" in image.info:
             layer = image.convert("RGBA")

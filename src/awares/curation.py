@@ -8,7 +8,9 @@ and target crops: what a trajectory is made of (`protocol.messages` renders it).
 
 import functools
 import hashlib
+import importlib.metadata
 import itertools
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -20,10 +22,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import torch
 
 from awares import crops, data, decode, judges, metrics, model, protocol, rollout, training, wording
 from awares.config import AwaresValueError, Failure, Params
-from awares.judges import HIGH_BETTER, HR, LOW_BETTER, LR, TIE, Judge, label
+from awares.judges import HR, LR, TIE, Judge, label
 from awares.records import Record, in_chunks, write_records
 
 RAW_FILES = ("answers.jsonl", "verdicts.jsonl", "oracle.jsonl")
@@ -213,6 +216,8 @@ class _Work:
         answered = {record["id"]: record for record in answers}
         wanted = [one["id"] for one in verdicts if row_label(answered[one["id"]], one[judge], lucky) == HR]
         self.inputs["wanted"] = _digest(wanted)
+        boxes = zip(self.ids, self.rows["question_boxes"], self.rows["answer_boxes"], strict=True)
+        self.inputs["boxes"] = _digest(json.dumps(row) for row in boxes)  # what the annotation oracle reads
 
         def work(chunk: datasets.Dataset) -> list[Record]:
             found = oracle.locate(list(chunk))
@@ -329,28 +334,34 @@ def _margin(answers: Record, side: str) -> float:
     return answers[side].get("margin", math.inf)
 
 
-def luck_table(answers: Sequence[Record], curated: datasets.Dataset, edges: Sequence[float]) -> pd.DataFrame:
+def luck_table(
+    answers: Sequence[Record], curated: datasets.Dataset, edges: Sequence[float], params: Params
+) -> pd.DataFrame:
     """How far an answer's margin tells whether it is right: one line per range of the half-resolution answer's margin (nats).
 
     ``answers``: the raw records of `curate`. Columns at_least, below, half and full (percent right by the deciding judge), hr (percent
     labelled HR), n.
     """
+    columns = ["at_least", "below", "half", "full", "hr", "n"]
+    if not edges:
+        return pd.DataFrame(columns=columns)
+    judge = params.curation.judge
+    passed = judges.right_at(judge, params)
     margins = {record["id"]: _margin(record, "low") for record in answers if "reason" not in record}
     table = pd.DataFrame(
         {
             "margin": [margins[row_id] for row_id in curated["id"]],
-            "half": [verdict != HIGH_BETTER for verdict in curated["verdict"]],
-            "full": [verdict != LOW_BETTER for verdict in curated["verdict"]],
-            "wrong": curated["both_wrong"][:],
+            "half": np.array(curated[f"low_score_{judge}"][:], float) >= passed,
+            "full": np.array(curated[f"high_score_{judge}"][:], float) >= passed,
             "hr": [name == HR for name in curated["label"]],
         }
     )
     records = []
     for low, high in itertools.pairwise([*edges, math.inf]):
         part = table[(table.margin >= low) & (table.margin < high)]
-        right = [100 * float((part[view] & ~part.wrong).mean()) for view in ("half", "full")]
+        right = [100 * float(part[view].mean()) for view in ("half", "full")]
         records.append((low, high, *right, 100 * float(part.hr.mean()), len(part)))
-    return pd.DataFrame(records, columns=["at_least", "below", "half", "full", "hr", "n"])
+    return pd.DataFrame(records, columns=columns)
 
 
 def target_crops(record: Record, params: Params) -> list[str]:
@@ -432,7 +443,10 @@ def engine_key(engine: Any) -> str:
         digest.update(name.encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     limits = (engine.decoder.max_new_tokens, engine.token_budget, engine.max_side)
-    return f"{digest.hexdigest()}:{limits}"
+    weights = engine.decoder.model
+    numbers = (str(weights.dtype), weights.device.type, torch.get_num_threads())
+    versions = tuple(importlib.metadata.version(name) for name in training.LIBRARIES)
+    return f"{digest.hexdigest()}:{limits}:{numbers}:{versions}"
 
 
 def _digest(ids: Iterable[str]) -> str:

@@ -41,6 +41,14 @@ RATIO_MARKERS = {
     "awares": "D",
 }  # of a pruner's name: percent of tokens kept, or as many as AwaRes
 COLOURS = dict(zip(SYSTEM_NAMES, sns.color_palette("colorblind"), strict=False))
+MARKERS = dict(zip(SYSTEM_NAMES, "svX^oDP", strict=True))
+# Of OUTCOMES; a darker grey than the palette's, which a deuteranope would take for its green
+OUTCOME_COLOURS = [
+    *sns.color_palette("colorblind", 7),
+    (0.3, 0.3, 0.3),
+    *sns.color_palette("colorblind", 10)[8:],
+    *sns.color_palette("dark", 3),
+]
 # Where a point's name may stand: points away from it, and the direction (right, up)
 PLACES = [(1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)]
 DISTANCES = list(itertools.product((7, 20, 34, 48, 62), PLACES))
@@ -77,7 +85,7 @@ def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]], rows: str) -> F
     ``policies``: name -> crops requested row by row, the same rows in the same order. ``rows``: what rows they are, for the title.
     """
     figure, axes = plt.subplots(figsize=(8, 5))
-    colours = dict(zip(OUTCOMES, sns.color_palette("colorblind", 10) + sns.color_palette("dark", 3), strict=True))
+    colours = dict(zip(OUTCOMES, OUTCOME_COLOURS, strict=True))
     found = {name: [outcome(crops) for crops in requests] for name, requests in policies.items()}
     names = list(found)
     for column, name in enumerate(names):
@@ -154,7 +162,9 @@ def accuracy_rtr_figure(table: pd.DataFrame) -> Figure:
         for row in table[table.benchmark == benchmark].itertuples():
             error = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
             name, colour = SYSTEM_NAMES.get(row.system, row.system), COLOURS.get(row.system)
-            axes.errorbar(row.rtr, row.accuracy, error, fmt="o", capsize=3, color=colour, label=name)
+            axes.errorbar(
+                row.rtr, row.accuracy, error, fmt=MARKERS.get(row.system, "o"), capsize=3, color=colour, label=name
+            )
         axes.set(title=benchmark, xlim=(-0.05, 1.2))
     figure.legend(*panels[AVERAGE].get_legend_handles_labels(), loc="outside right upper")
     figure.supxlabel("retain token ratio (visual tokens / tokens of the full image)")
@@ -233,7 +243,9 @@ def accuracy_time_figure(table: pd.DataFrame) -> Figure:
             aside = [[row.ms - row.ms_low], [row.ms_high - row.ms]]
             height = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
             name, colour = SYSTEM_NAMES[row.system], COLOURS[row.system]
-            axes.errorbar(row.ms, row.accuracy, height, aside, fmt="o", capsize=3, color=colour, label=name)
+            axes.errorbar(
+                row.ms, row.accuracy, height, aside, fmt=MARKERS[row.system], capsize=3, color=colour, label=name
+            )
         axes.set(title=f"batch: {batch}", xlabel="time a row (ms)", xlim=(0, None))
     grid[0, 0].set_ylabel("accuracy (%), mean of the tasks")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
@@ -255,13 +267,13 @@ def stacked_figure(table: pd.DataFrame, x: str, parts: Mapping[str, str], ylabel
 def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) -> Figure:
     """The dial: accuracy against RTR as the call bias grows, the trained policy (bias 0) ringed.
 
-    ``dial`` has the columns of dial.csv: left its rows "all" with intervals and Table 1's (``main``) full and half, right
+    ``dial`` has the columns of dial.csv, drawn with intervals: left its rows "all" and Table 1's (``main``) full and half, right
     its rows "frontier" under the oracle frontier of the same policies (frontier_curve.csv).
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True, sharey=True)
     for axes, part in ((left, "all"), (right, "frontier")):
         for system, rows in dial[dial.rows == part].groupby("system", sort=False):
-            _dial_curve(axes, rows, SYSTEM_NAMES.get(system, system), COLOURS.get(system), interval=part == "all")
+            _dial_curve(axes, rows, SYSTEM_NAMES.get(system, system), COLOURS.get(system))
         axes.set(xlabel="retain token ratio (visual tokens / tokens of the full image)")
     for row in main[(main.benchmark == AVERAGE) & main.system.isin(["full", "half"])].itertuples():
         error = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
@@ -279,10 +291,9 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
     return figure
 
 
-def _dial_curve(axes: Axes, rows: pd.DataFrame, name: str, colour: Any, interval: bool) -> None:
+def _dial_curve(axes: Axes, rows: pd.DataFrame, name: str, colour: Any) -> None:
     axes.plot(rows.rtr, rows.accuracy, marker="o", markersize=4, color=colour, label=name)
-    if interval:
-        axes.fill_between(rows.rtr, rows.accuracy_low, rows.accuracy_high, color=colour, alpha=0.15, linewidth=0)
+    axes.fill_between(rows.rtr, rows.accuracy_low, rows.accuracy_high, color=colour, alpha=0.12, linewidth=0)
     trained = rows[rows.call_bias == 0]
     axes.plot(trained.rtr, trained.accuracy, "o", markersize=10, markerfacecolor="none", color=colour)
 

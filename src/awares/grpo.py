@@ -25,13 +25,14 @@ and image tokens are masked; KL to the cold-started policy. Where this departs f
 import contextlib
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
@@ -341,6 +342,10 @@ class CropGRPOTrainer(GRPOTrainer):
 
     share_prompts = False
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's order of prompts, which a resumed run enters at its own epoch."""
+        return ResumedSampler(super()._get_train_sampler(dataset), lambda: int((self.state.epoch or 0) + 1e-6))
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch, its rollouts included where they are due."""
         plain = self.accelerator.unwrap_model(self.model).get_base_model()
@@ -387,6 +392,22 @@ class CropGRPOTrainer(GRPOTrainer):
         return *found, None
 
 
+class ResumedSampler(torch.utils.data.Sampler[int]):
+    """TRL's `RepeatSampler` draws an epoch's order where its generator stands, which no checkpoint holds: here that follows from the epoch."""
+
+    def __init__(self, plain: Any, epoch: Callable[[], int]) -> None:
+        self.plain, self.epoch = plain, epoch
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __iter__(self) -> Iterator[int]:
+        self.plain.generator.manual_seed(self.plain.seed)
+        for _ in range(self.epoch()):
+            torch.randperm(self.plain.num_samples, generator=self.plain.generator)
+        yield from self.plain
+
+
 def build_trainer(
     params: Params, rows: datasets.Dataset, model: PreTrainedModel, processor: ImageOnlyProcessor, folder: Path
 ) -> CropGRPOTrainer:
@@ -420,6 +441,11 @@ def build_trainer(
 def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPOConfig:
     section, gpu = params.grpo, params.base.device != "cpu"
     size, steps = launch.layout("grpo", section.batch_size, section.per_device_batch_size)
+    if section.reward == "visionthink" and size * steps % section.generations:
+        raise AwaresValueError(
+            f"grpo.reward visionthink looks at whole groups, and each process has {size * steps} completions of grpo.batch_size "
+            f"{section.batch_size}: a multiple of grpo.generations {section.generations} is wanted: raise grpo.batch_size, or train on fewer GPUs"
+        )
     forbidden = [processor.image_token_id, processor.video_token_id]
     vllm = section.rollouts == "vllm"
     if vllm and section.share_prompts:
@@ -471,5 +497,6 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
         logging_steps=1,
         log_multimodal=False,  # every process would send its images to every other, for a table that nobody reads
         disable_tqdm=True,  # `training.Log` shows the bar
+        ddp_broadcast_buffers=False,  # they are constants, and processes with other numbers of prompts would wait for each other
         report_to="none",
     )

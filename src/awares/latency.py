@@ -4,6 +4,8 @@ Every repetition runs all jobs in a new random order, so that a machine that slo
 compared are ratios within a repetition. `awares.bench` and notebooks/07_latency use it.
 """
 
+import contextlib
+import ctypes
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +81,8 @@ class PeakMemory:
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
         elif self._supported():
+            with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed; others have no such call
+                ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # resets the process's high-water mark
 
     def read(self) -> float:

@@ -53,6 +53,8 @@ def crossed_accuracy(questions: Sequence[str], labels: Sequence[str], folds: int
     if len(set(labels)) == 1:
         return majority, majority
     parts = KFold(min(folds, len(labels)), shuffle=True, random_state=0)
+    if any(len({labels[index] for index in fitted}) == 1 for fitted, _ in parts.split(labels)):
+        return majority, majority  # too few of the others to fit a guesser in every part
     guesses = cross_val_predict(_guesser(), list(questions), list(labels), cv=parts)
     return float(np.mean(guesses == np.array(labels))), majority
 
@@ -66,7 +68,8 @@ def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: Crops
     for source in dict.fromkeys(train["source"]):
         known, asked = of_source(train, source), of_source(test, source)
         labels = {"answer": [[row[0] for row in rows["answers"]] for rows in (known, asked)]}
-        labels["crop"] = [evidence_crops(rows, section) for rows in (known, asked)]
+        crops = [evidence_crops(rows, section) for rows in (known, asked)]
+        labels |= {"crop": crops} if all(any(names) for names in crops) else {}  # no boxes tell nothing
         for guessed, (given, wanted) in labels.items() if len(asked) else ():
             words, majority = question_accuracy(list(known["question"]), given, list(asked["question"]), wanted)
             shares = {"words": 100 * words, "majority": 100 * majority, "gain": 100 * (words - majority)}

@@ -154,7 +154,7 @@ class _Row:
     def image(self) -> Image.Image:
         """The picture; several are set side by side."""
         pictures = [one if isinstance(one, Image.Image) else Image.open(one) for one in self.pictures]
-        return pictures[0].convert("RGB") if len(pictures) == 1 else side_by_side(pictures)
+        return pictures[0] if len(pictures) == 1 else side_by_side(pictures)
 
 
 def _record(row: _Row, done: Trajectory, identity: str) -> Record:

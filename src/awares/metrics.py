@@ -91,6 +91,11 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """RealWorldQA: the same text but for case, outer white space and a full stop; of a row with options, the right letter."""
     if letters := {answer.strip().upper() for answer in answers} & set("ABCD"):
         return float(option_letter(prediction) in letters)
+    return same_text(prediction, answers)
+
+
+def same_text(prediction: str, answers: Sequence[str]) -> float:
+    """An accepted answer but for case, outer white space and a full stop."""
     return float(prediction.lower().strip().rstrip(".") in {answer.lower().strip() for answer in answers})
 
 
@@ -158,7 +163,7 @@ def vstar_accuracy(prediction: str, answers: Sequence[str]) -> float:
     letters = {answer.strip().upper() for answer in answers} & set("ABCD")
     if letters:
         return float(choice_letter(prediction) in letters)
-    return exact_match(prediction, answers)
+    return same_text(prediction, answers)
 
 
 SCORES: dict[str, Callable[..., float]] = {
@@ -174,14 +179,14 @@ SCORES: dict[str, Callable[..., float]] = {
 def score(benchmark: str, prediction: str, answers: Sequence[str], question: str = "") -> float:
     """The score of one prediction, 0 to 1, by the metric of ``benchmark``.
 
-    A source that is no benchmark (most training sources, a user's own rows) has no published metric: there the exact
-    match counts. ``question`` matters to OCRBench alone. Raises AwaresError for a row without accepted answers.
+    A source that is no benchmark (most training sources, a user's own rows) has no published metric: there the same
+    text counts (`same_text`). ``question`` matters to OCRBench alone. Raises AwaresError for a row without accepted answers.
     """
     if not answers:
         raise AwaresValueError(f"{benchmark}: a row without accepted answers cannot be scored")
     if benchmark == "ocrbench":
         return ocr_accuracy(prediction, answers, question)
-    return SCORES.get(benchmark, exact_match)(prediction, answers)
+    return SCORES.get(benchmark, same_text)(prediction, answers)
 
 
 # Intervals

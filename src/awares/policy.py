@@ -8,6 +8,7 @@ from typing import Any
 
 from awares.config import AwaresFileError, load_params
 from awares.model import adapter_folder, load_model, load_processor
+from awares.protocol import Protocol, from_params
 from awares.rollout import Engine, Source, Trajectory
 
 Adapters = str | Path | Sequence[str | Path]
@@ -15,11 +16,15 @@ Adapters = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a policy lies: a model folder (or hub name) and the adapters merged into it, in order; ``name``: to show."""
+    """Where a policy lies: a model folder (or hub name) and the adapters merged into it, in order; ``name``: to show.
+
+    ``form``: the interaction that it was trained on, where that is known.
+    """
 
     name: str
     path: Path | str
     adapters: tuple[Path, ...] = ()
+    form: Protocol | None = None
 
 
 def shipped(root: Path | None = None) -> Checkpoint:
@@ -55,7 +60,9 @@ def of_run(name: str) -> Checkpoint:
         raise AwaresFileError(
             f"{folder / 'merged'}: no policy of run {name!r} there: run `make repro`, or name another, such as mini/sft"
         )
-    return Checkpoint(f"run {profile}/{stage}/{folder.name}", folder / "merged")
+    variant = folder.name.rpartition("-s")[0]
+    form = from_params(load_params(profile, variant))
+    return Checkpoint(f"run {profile}/{stage}/{folder.name}", folder / "merged", form=form)
 
 
 class AwaRes:

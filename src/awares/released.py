@@ -64,6 +64,10 @@ def _target(record: Record, place: str) -> list[str]:
         raise AwaresValueError(
             f"{place}, row {record['row']}: the first turn {record['call'][:80]!r} is no readable call: write skip: [{record['row']}]"
         )
+    if not record["call"] and protocol.parse_call(record["answers"][0], protocol.RELEASED).status != "none":
+        raise AwaresValueError(
+            f"{place}, row {record['row']}: the trajectory ends with its call: write skip: [{record['row']}]"
+        )
     return list(call.crops)
 
 

@@ -59,11 +59,14 @@ class Again(Exception):
 
 
 class Lost(Exception):
-    """A row given up, for this reason; raised in `ChatClient.converse`'s ``talk`` it costs no other row."""
+    """A row given up, for this reason; raised in `ChatClient.converse`'s ``talk`` it costs no other row.
 
-    def __init__(self, reason: str, silent: bool = False) -> None:
+    ``silent``: the server gave no reply to it; ``refused``: it said that it will not.
+    """
+
+    def __init__(self, reason: str, silent: bool = False, refused: bool = False) -> None:
         super().__init__(reason)
-        self.silent = silent
+        self.silent, self.refused = silent, refused
 
 
 _HEAD = b'{"key": '  # how every line of a reply file begins
@@ -93,6 +96,11 @@ class ReplyFile:
 
     def get(self, key: str) -> Reply | None:
         return self._replies.get(key)
+
+    @property
+    def known(self) -> int:
+        """How many replies there are."""
+        return len(self._replies)
 
     def add(self, key: str, reply: Reply, request: Request, model: str, attempts: int) -> None:
         """Record a reply; it is on the disk when this returns."""

@@ -120,11 +120,17 @@ def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
 
 
 def accuracy_by_size(evidence: pd.DataFrame, parts: int = 4) -> pd.DataFrame:
-    """Percent right at half and full resolution over equal parts of the rows by evidence size, the smallest first. Only rows with boxes count."""
+    """Percent right at half and full resolution over equal parts of the rows by evidence size, the smallest first. Only rows with boxes count.
+
+    Empty without answers of a base model, and where no LR row has boxes: a HR row's label says which answers are right.
+    """
+    columns = ["height min", "height max", "n", "half", "full"]
     evidence = evidence.dropna(subset="height")
+    if not {"half", "full"} <= set(evidence) or not (evidence.label == "LR").any():
+        return pd.DataFrame(columns=columns)
     groups = evidence.groupby(pd.qcut(evidence.height.rank(method="first"), min(parts, len(evidence)), labels=False))
-    columns = {"height min": ("height", "min"), "height max": ("height", "max"), "n": ("height", "size")}
-    table = groups.agg(**columns, half=("half", "mean"), full=("full", "mean"))
+    sizes = {"height min": ("height", "min"), "height max": ("height", "max"), "n": ("height", "size")}
+    table = groups.agg(**sizes, half=("half", "mean"), full=("full", "mean"))
     return table.assign(half=100 * table.half, full=100 * table.full).reset_index(drop=True)
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 import scipy.fft
 from PIL import Image
 
-from awares import data, sources, training
+from awares import crops, data, protocol, sources, training
 from awares.config import AwaresError, AwaresFileError, AwaresValueError, Params
 from awares.records import Record, in_chunks, read_records
 from awares.sources import Opened, Source
@@ -102,9 +102,8 @@ def collect(params: Params, kind: str, name: str) -> Collected:
             return [read.get(row_id) or _read(opened, places[row_id], files, params.crops.max_side) for row_id in chunk]
 
         records = in_chunks(folder / f"rows-{draw}.jsonl", list(places), CHUNK, work)
-    kept = [record for record in records if record["row"] not in source.skip]
-    _refuse_faults(source, kept)
-    return Collected(source, opened.commit, published, kept, folder)
+    _refuse_faults(source, records)
+    return Collected(source, opened.commit, published, records, folder)
 
 
 def _hub_root(params: Params) -> Path | None:
@@ -114,15 +113,16 @@ def _hub_root(params: Params) -> Path | None:
 def _wanted(params: Params, source: Source, published: int) -> list[int]:
     """Positions to read, ascending: a benchmark whole, else the first by a hash of seed and id, so over the whole split."""
     if source.kind != "training":
-        return list(range(published))
+        return [index for index in range(published) if index not in source.skip]
     need = params.data.train_rows + params.data.validation_rows
     if published - len(source.skip) < need:
         raise AwaresValueError(
             f"{source.place}: {source.hub} has {published} rows in split {source.split}, fewer than the {need} of data.train_rows and "
             "data.validation_rows: lower them"
         )
-    order = sorted(range(published), key=lambda index: rank(params.data.train_seed, source.row_id(index)))
-    return sorted(order[: math.ceil(need * (1 + params.data.reserve)) + len(source.skip)])
+    there = (index for index in range(published) if index not in source.skip)
+    order = sorted(there, key=lambda index: rank(params.data.train_seed, source.row_id(index)))
+    return sorted(order[: math.ceil(need * (1 + params.data.reserve))])
 
 
 def rank(seed: int, row_id: str) -> str:
@@ -133,7 +133,8 @@ def rank(seed: int, row_id: str) -> str:
 def _inputs(params: Params, source: Source, commit: str) -> Record:
     """All that decides what a row is read as. Neither ``skip`` nor how many are drawn, so that a mended run need not read everything again."""
     declared = {**asdict(source), "skip": None, "place": None}
-    code = hashlib.sha256(Path(sources.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()
+    files = (str(module.__file__) for module in (sources, crops, protocol))
+    code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (*files, __file__))).hexdigest()
     key = {"source": declared, "commit": commit, "max_side": params.crops.max_side, "code": code}
     return {"stage": f"data {source.kind}.{source.name}", **key}
 
@@ -233,7 +234,7 @@ def preflight(params: Params) -> None:
                 except AwaresFileError:
                     raise
                 except AwaresError as error:
-                    raise AwaresValueError(f"{source.place}, row 0: {error}") from error
+                    raise AwaresValueError(f"{source.place}, row {opened.first}: {error}") from error
 
 
 def benchmark_hashes(params: Params) -> list[str]:

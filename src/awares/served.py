@@ -18,6 +18,7 @@ from PIL import Image
 
 from awares.client import ChatClient, Send, Server
 from awares.config import AwaresRequestError, AwaresValueError, Failure, Params, read_yaml
+from awares.crops import to_rgb
 from awares.curation import AnnotationOracle, Boxes, Oracle, code_of
 from awares.judges import HIGH_BETTER, JUDGES, LOW_BETTER, TIE, Judge, Verdict
 from awares.model import ImageOnlyProcessor
@@ -287,7 +288,8 @@ class ServedJudge(Judge):
         (low, high, forward), (high_again, low_again, turned) = (found for found, _ in said)
         swapped = {TIE: TIE, LOW_BETTER: HIGH_BETTER, HIGH_BETTER: LOW_BETTER}[turned]
         scores = (low + low_again) / 2, (high + high_again) / 2
-        value = forward if forward == swapped else TIE
+        both_wrong = max(low, high, low_again, high_again) == 0  # equally bad, whatever is said to be better
+        value = forward if forward == swapped and not both_wrong else TIE
         return ServedVerdict(value, *scores, max(scores) < self.right_at, forward, swapped, *source, replies)
 
 
@@ -381,7 +383,7 @@ def _boxes(part: Any) -> Boxes | None:
         box = box.get("bbox_2d") if isinstance(box, dict) else box
         if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
             return None
-        if not all(math.isfinite(value) for value in box):
+        if not all(math.isfinite(value) for value in box) or max(box) <= 1:  # in shares of 1: to be asked again
             return None
         clipped = [min(SIDE, max(0, round(value))) for value in box]
         (left, right), (top, bottom) = sorted(clipped[0::2]), sorted(clipped[1::2])
@@ -412,7 +414,7 @@ class ServedOracle(Oracle):
         async def talk(index: int, send: Send) -> Record:
             row = rows[index]
             messages = self.asked.prompt.messages(
-                row["image"].convert("RGB"), question=row["question"], answers=_listed(row["answers"])
+                to_rgb(row["image"], f"row {row['id']}"), question=row["question"], answers=_listed(row["answers"])
             )
             (question, answer, how), text = await self.asked.ask(send, row["id"], messages, read_boxes)
             boxes = {"question_boxes": question, "answer_boxes": answer}

@@ -5,8 +5,10 @@ All that a column mapping can say stands in the YAML; what it cannot say is one 
 
 import hashlib
 import io
+import itertools
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -21,7 +23,7 @@ from PIL import Image, ImageOps
 
 from awares import protocol
 from awares.config import AwaresError, AwaresFileError, AwaresValueError, Params, read_yaml
-from awares.crops import MAX_ASPECT, MIN_SIDE, cap, check_image
+from awares.crops import MAX_ASPECT, MIN_SIDE, cap, check_image, to_rgb
 
 KINDS = ("training", "evaluation", "curated")
 GAP = 28  # px of white between the pictures of a strip
@@ -151,8 +153,12 @@ class Opened:
 
     def check(self) -> None:
         """Read the first row whole, so that a moved column or a missing archive shows before hours of work."""
-        first = self.at(0)
-        self.draft(first, 0)
+        self.draft(self.at(self.first), self.first)
+
+    @property
+    def first(self) -> int:
+        """The first position that is not to be skipped."""
+        return next(index for index in itertools.count() if index not in self.source.skip)
 
     def count(self) -> int:
         """Published rows: from the table, else from the dataset card, else by reading the stream through once."""
@@ -175,17 +181,31 @@ class Opened:
         return {ours: row[theirs] for ours, theirs in self.source.columns.items()}
 
     def draft(self, row: Record, index: int) -> Draft | None:
-        """``row`` through the source's reader; None for one that asks nothing of an image or has no answer."""
-        return READERS[self.source.reader](row, self, index)
+        """``row`` through the source's reader; None for one that asks nothing of an image or has no answer.
+
+        AwaresValueError for one that cannot be read.
+        """
+        try:
+            return READERS[self.source.reader](row, self, index)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise AwaresValueError(f"the reader {self.source.reader} cannot read it ({error!r})") from error
 
     def member(self, name: str) -> bytes:
         """A file of the archive. Over the hub only its own bytes travel, not the archive's."""
         if self._zip is None:
-            self._zip = self._stack.enter_context(zipfile.ZipFile(self._stack.enter_context(self._open_archive())))
+            archive = self._stack.enter_context(self._open_archive())
+            try:
+                self._zip = self._stack.enter_context(zipfile.ZipFile(archive))
+            except zipfile.BadZipFile as error:
+                raise AwaresFileError(
+                    f"{self.source.place}.archive: {self.source.archive} is torn ({error})"
+                ) from error
         try:
             return self._zip.read(name)
         except KeyError as error:
             raise AwaresValueError(f"{self.source.archive} holds no {name}") from error
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise AwaresValueError(f"{name} in {self.source.archive} is torn ({error})") from error
 
     def _open(self) -> datasets.Dataset | datasets.IterableDataset:
         source = self.source
@@ -448,7 +468,7 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
     strip = Image.new("RGB", (width, max(image.height for image in images)), "white")
     left = 0
     for image in images:
-        strip.paste(image.convert("RGB"), (left, 0))
+        strip.paste(to_rgb(image, "image"), (left, 0))
         left += image.width + GAP
     return strip
 
@@ -463,7 +483,7 @@ def fit(draft: Draft, max_side: int) -> tuple[bytes, Image.Image]:
     factor = max(1.0, MIN_SIDE / min(image.size))
     if factor > 1 and max(image.size) <= MAX_ASPECT * min(image.size):
         size = (max(MIN_SIDE, round(image.width * factor)), max(MIN_SIDE, round(image.height * factor)))
-        picture = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        picture = to_rgb(image, "image").resize(size, Image.Resampling.BICUBIC)
     else:
         picture = cap(check_image(image, "image"), max_side)
     if draft.encoded is not None and picture.size == image.size:

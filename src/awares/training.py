@@ -21,7 +21,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from peft import LoraConfig
 from PIL import ExifTags, Image
 from tqdm import tqdm
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from awares import crops, protocol
 from awares.config import AwaresFileError, AwaresValueError, Grpo, Params, Sft
@@ -56,6 +56,7 @@ def describe_inputs(
         if launch and params.path(launch).is_file()
         else launch,
         "params": {key: values[key] for key in ("seed", "threads", "crops", "protocol", stage)},
+        "prompt": protocol.from_params(params).system,
         "numbers": [params.base.dtype, params.base.device],
         "rows": [rows_digest(part) for part in rows],
         "weights": folder_digest(model_path),
@@ -145,6 +146,11 @@ def train(trainer: Trainer, folder: Path, log: "Log") -> None:
     trainer.remove_callback(PrinterCallback)  # the log in full on the screen, where `log` shows a bar
     with alone(folder / "training") if trainer.is_world_process_zero() else nullcontext():
         done = checkpoints(folder, trainer.args.world_size)
+        state = TrainerState.load_from_json(str(done[-1] / "trainer_state.json")) if done else None
+        if state and state.global_step >= state.max_steps:  # the trainer would make one more update first
+            if trainer.is_world_process_zero():
+                log.write(state.log_history)
+            return
         trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
 
 
@@ -257,10 +263,15 @@ class Log(TrainerCallback):
         """Called by the trainer after every update."""
         if not state.is_world_process_zero:
             return
-        entries = [entry for entry in map(self.rename, state.log_history) if entry]
-        write_jsonl(self.path, entries)
+        entries = self.write(state.log_history)
         self.bar.set_postfix({self.shown: f"{entries[-1][self.shown]:.3f}"}, refresh=False)
         self.bar.update(state.global_step - self.bar.n)
+
+    def write(self, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Write the file from a trainer's ``log_history``; the entries."""
+        entries = [entry for entry in map(self.rename, history) if entry]
+        write_jsonl(self.path, entries)
+        return entries
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
