@@ -42,6 +42,23 @@ def test_stage_names_things_that_exist(stage):
                 found = found[part]
 
 
+def test_what_an_evaluation_depends_on_is_named_key_by_key():
+    """A row more under the dial must not run every variant again; and nothing that the section holds may be forgotten."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    own, keys = "profiles.${item.profile}.evaluation.", {f"evaluation.{key}" for key in params["evaluation"]}
+    main, unseen = set(STAGES["evaluation"]["params"]), set(STAGES["unseen"]["params"])
+    assert {key for key in main if key.startswith("evaluation")} == keys - {"evaluation.unseen_seed"}
+    assert {key for key in unseen if key.startswith("evaluation")} == keys - {"evaluation.seed"}
+    sizes = {own + key for key in params["profiles"]["mini"]["evaluation"]}
+    assert {key for key in main | unseen if key.startswith(own)} == sizes
+    for stage in STAGES:
+        tracked = set(STAGES[stage]["params"])
+        assert not {"evaluation", own.rstrip(".")} & tracked, stage
+        if stage.endswith("ablations_evaluation") or stage in ("system_evaluation", "systems", "latency"):
+            assert not {"evaluation.dial_biases", "evaluation.unseen_seed"} & tracked, stage
+            assert not any(key.startswith(own) for key in tracked), stage
+
+
 @pytest.mark.parametrize("stage", NOTEBOOKS)
 def test_command_line_passes_names_only(stage):
     command = " ".join(STAGES[stage]["cmd"])
