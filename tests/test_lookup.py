@@ -322,3 +322,16 @@ def test_links_lead_from_a_value_to_its_subject_and_to_the_word_before():
     view = base.view(scene)
     ys, xs = view.cells(second.box, True)
     assert view.links[ys[0], xs[0]].tolist() == [base.SUBJECT_ID[two.subject], base.SUBJECT_ID[first.text]]
+
+
+def test_a_later_start_is_keyed_by_the_weights_that_it_begins_with(tmp_path):
+    """Else a second run of the last stage would find the first one's checkpoint and train nothing."""
+    recipe = load_params("mini").base
+    folders = [tmp_path / name for name in ("once", "again")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text(folder.name)
+    once, again = (pretrain.inputs(replace(recipe, begin="review"), folder) for folder in folders)
+    assert once != again and once == pretrain.inputs(replace(recipe, begin="review"), folders[0])
+    assert pretrain.inputs(recipe, folders[0]) == pretrain.inputs(recipe, folders[1])  # from the first stage on
+    assert {"scenes.py", "lookup.py", "pretrain.py"} <= set(once["code"])

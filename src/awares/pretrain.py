@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from awares import base, lookup, scenes, training
 from awares import lexicon as lex
 from awares.base import (
     ASKING,
@@ -280,7 +282,7 @@ def _work(item: Example, stage: str) -> int:
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Batch k depends on (seed, k) alone, so that a resumed run sees what an undisturbed one sees."""
+    """Batch k depends on (seed, k) alone, so that a resumed run sees what an undisturbed one sees (but for `Network`'s blur of symbols)."""
 
     def __init__(self, recipe: Base, tokenizer: PreTrainedTokenizerFast, stage: str, start: int, stop: int) -> None:
         self.recipe, self.tokenizer, self.stage, self.start, self.stop = recipe, tokenizer, stage, start, stop
@@ -661,13 +663,19 @@ def _checkpoint(work: Path, stage: str) -> Path:
     return work / f"{stage}.safetensors"
 
 
-def inputs(recipe: Base) -> dict[str, Any]:
-    """What determines the trained base model, as JSON values: the key of its checkpoint folder."""
+def inputs(recipe: Base, model: str | Path) -> dict[str, Any]:
+    """What determines the trained base model, as JSON values: the key of its checkpoint folder. ``model``: what a later ``begin`` goes on from."""
     values = {k: v for k, v in asdict(recipe).items() if k not in ("model", "dtype", "device")}
     vocabulary = hashlib.sha256(
         json.dumps(build_tokenizer(recipe.seed).get_vocab(), sort_keys=True).encode()
     ).hexdigest()
-    return {"stage": "base_model", "recipe": values, "words": WORDS, "vocabulary": vocabulary}
+    start = "" if recipe.begin == next(iter(STAGES)) else training.folder_digest(model)
+    code = {
+        Path(str(part.__file__)).name: hashlib.sha256(Path(str(part.__file__)).read_bytes()).hexdigest()
+        for part in (base, lex, lookup, scenes, sys.modules[__name__])
+    }
+    about = {"stage": "base_model", "recipe": values, "begun_with": start, "code": code}
+    return {**about, "words": WORDS, "vocabulary": vocabulary}
 
 
 HISTORY = "training.json"  # beside the weights: stage, steps, how many were planned, hours; in the order of training

@@ -510,7 +510,7 @@ def estimate(rows: int, params: Params) -> pd.DataFrame:
     """What labelling ``rows`` rows asks of the servers of ``params``, by the prompts and data/served.yaml alone.
 
     Columns role, model, requests, prompt_tokens, completion_tokens, dollars, hours; no line for what runs in this process. Retries are
-    not counted, nor are recorded replies taken off.
+    not counted, nor the check of the repaired answers (some 6 % more), nor are recorded replies taken off.
     """
     records = []
     asked = [("judge", name, rows, 2, "judge", 0) for name in params.curation.panel if is_served(name, params)]
