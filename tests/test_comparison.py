@@ -59,8 +59,9 @@ def test_systems_are_paired_at_the_main_seed_and_pruners_with_their_own_control(
         ("visionzip_50", "random_token_50", pytest.approx(50)), ("fastv_70", "random_token_70", 0)]  # fmt: skip
 
 
-def test_what_is_written_counts_in_all_turns():
-    table = scores(awares={1: [1] * 4, 2: [1] * 4}).assign(written=[["a call", "7"], ["twelve"], ["no"], ["yes!"]] * 2)
+def test_the_length_of_a_response_is_that_of_its_answer():
+    """Table 6: the paper's characters leave no room for calls."""
+    table = scores(awares={1: [1] * 4, 2: [1] * 4}).assign(answer=["seventy", "twelve", "no", "yes!"] * 2)
     found = comparison.response_table(table, load_params("mini")).set_index("benchmark")
     assert found.characters.to_dict() == {"docvqa": 6.5, "pope": 3.0} and found.n.tolist() == [2, 2]
     assert found.characters_sd["docvqa"] == pytest.approx(2**0.5 / 2)
