@@ -278,7 +278,7 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
     for row in main[(main.benchmark == AVERAGE) & main.system.isin(["full", "half"])].itertuples():
         error = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
         name, colour = SYSTEM_NAMES[row.system], COLOURS[row.system]
-        left.errorbar(row.rtr, row.accuracy, error, fmt="s", capsize=3, color=colour, label=name)
+        left.errorbar(row.rtr, row.accuracy, error, fmt=MARKERS[row.system], capsize=3, color=colour, label=name)
     for place, (system, rows) in enumerate(frontier.groupby("system", sort=False)):
         name = f"{SYSTEM_NAMES.get(system, system)}: oracle frontier"
         dashes = (4 * place, (4, 4))  # where two frontiers coincide, the dashes of one fill the gaps of the other
