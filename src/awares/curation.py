@@ -212,7 +212,12 @@ class _Work:
     def locate(self, answers: list[Record], verdicts: list[Record], oracle: Oracle) -> list[Record]:
         """Step 3: the oracle on the rows that are HR."""
         judge, lucky = self.params.curation.judge, self.params.curation.lucky_margin
-        self.inputs |= {"judge": judge, "lucky_margin": lucky, "oracle": oracle.key(), "oracle_code": code_of(__file__)}
+        self.inputs |= {
+            "judge": judge,
+            "lucky_margin": lucky,
+            "oracle": oracle.key(),
+            "oracle_code": training.code_of(__file__),
+        }
         answered = {record["id"]: record for record in answers}
         wanted = [one["id"] for one in verdicts if row_label(answered[one["id"]], one[judge], lucky) == HR]
         self.inputs["wanted"] = _digest(wanted)
@@ -454,12 +459,7 @@ def _digest(ids: Iterable[str]) -> str:
 
 
 def _code(*modules: Any) -> str:
-    return code_of(*(module.__file__ for module in modules))
-
-
-def code_of(*files: str) -> str:
-    """Hash of source files: stored work of older code must not be taken for this code's."""
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    return training.code_of(*(module.__file__ for module in modules))
 
 
 def _timeless(trajectory: Any) -> Record:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -670,10 +669,7 @@ def inputs(recipe: Base, model: str | Path) -> dict[str, Any]:
         json.dumps(build_tokenizer(recipe.seed).get_vocab(), sort_keys=True).encode()
     ).hexdigest()
     start = "" if recipe.begin == next(iter(STAGES)) else training.folder_digest(model)
-    code = {
-        Path(str(part.__file__)).name: hashlib.sha256(Path(str(part.__file__)).read_bytes()).hexdigest()
-        for part in (base, lex, lookup, scenes, sys.modules[__name__])
-    }
+    code = training.code_of(__file__, *(str(part.__file__) for part in (base, lex, lookup, scenes)))
     about = {"stage": "base_model", "recipe": values, "begun_with": start, "code": code}
     return {**about, "words": WORDS, "vocabulary": vocabulary}
 

@@ -133,8 +133,7 @@ def rank(seed: int, row_id: str) -> str:
 def _inputs(params: Params, source: Source, commit: str) -> Record:
     """All that decides what a row is read as. Neither ``skip`` nor how many are drawn, so that a mended run need not read everything again."""
     declared = {**asdict(source), "skip": None, "place": None}
-    files = (str(module.__file__) for module in (sources, crops, protocol))
-    code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (*files, __file__))).hexdigest()
+    code = training.code_of(__file__, *(str(module.__file__) for module in (sources, crops, protocol)))
     key = {"source": declared, "commit": commit, "max_side": params.crops.max_side, "code": code}
     return {"stage": f"data {source.kind}.{source.name}", **key}
 

@@ -19,12 +19,13 @@ from PIL import Image
 from awares.client import ChatClient, Send, Server
 from awares.config import AwaresRequestError, AwaresValueError, Failure, Params, read_yaml
 from awares.crops import to_rgb
-from awares.curation import AnnotationOracle, Boxes, Oracle, code_of
+from awares.curation import AnnotationOracle, Boxes, Oracle
 from awares.judges import HIGH_BETTER, JUDGES, LOW_BETTER, TIE, Judge, Verdict
 from awares.model import ImageOnlyProcessor
 from awares.records import Record
 from awares.remote import RemoteEngine, data_url
 from awares.replies import Lost, Request
+from awares.training import code_of
 
 T = TypeVar("T")
 SIDE = 1000  # boxes are in thousandths of a side

@@ -60,9 +60,14 @@ def describe_inputs(
         "numbers": [params.base.dtype, params.base.device],
         "rows": [rows_digest(part) for part in rows],
         "weights": folder_digest(model_path),
-        "code": {Path(source).name: hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in sources},
+        "code": {Path(source).name: code_of(source) for source in sources},
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+
+
+def code_of(*files: str) -> str:
+    """Hash of source files: stored work of older code must not be taken for this code's."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def rows_digest(rows: datasets.Dataset) -> str:
