@@ -21,11 +21,15 @@ KEY = "hf_planted_3c1e"
 def params(tmp_path):
     """A finished run, of files that hold just enough."""
     params = load_params(path=ROOT / "params.yaml", overrides={"paths.runs": str(tmp_path / "runs")})
-    for part in ("merged", "adapter"):
-        folder = params.run_dir("grpo") / part
-        folder.mkdir(parents=True)
-        for name in ("config.json", "model.safetensors"):
-            (folder / name).write_text(part)
+    merged = params.run_dir("grpo") / "merged"
+    merged.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (merged / name).write_text("merged")
+    for stage in ("sft", "grpo"):
+        adapter = params.run_dir(stage) / "adapter"
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_model.safetensors").write_text(stage)
+        (adapter / "adapter_config.json").write_text(json.dumps({"r": 8, "base_model_name_or_path": f"{tmp_path}/x"}))
     tables = params.run_dir("evaluation") / "tables"
     tables.mkdir(parents=True)
     columns = ["system", "benchmark", "accuracy", "accuracy_low", "accuracy_high", "rtr", "n"]
@@ -42,9 +46,15 @@ def params(tmp_path):
 def test_a_policy_goes_up_whole_with_the_numbers_of_its_own_table(params):
     folder = hub.policy_folder(params)
     assert [name for name, _ in hub.contents(folder)] == [
-        "README.md", "adapter/config.json", "adapter/model.safetensors", "config.json", "model.safetensors",
+        "README.md",
+        *(f"adapters/{stage}/{name}" for stage in ("grpo", "sft") for name in ("adapter_config.json", "adapter_model.safetensors")),
+        "config.json", "model.safetensors",
     ]  # fmt: skip
     assert (folder / "model.safetensors").read_text() == "merged"
+    for stage, base in (("sft", "data/base"), ("grpo", "../sft")):
+        assert (folder / "adapters" / stage / "adapter_model.safetensors").read_text() == stage
+        config = json.loads((folder / "adapters" / stage / "adapter_config.json").read_text())
+        assert config == {"r": 8, "base_model_name_or_path": base}
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert [(one.dataset_name, one.metric_value) for one in card.data.eval_results] == [("chartqa (mini)", 88.25)]
     assert "| chartqa | 88.25 (85.00-91.50) | 0.37 | 200 |" in card.text and "91.00" not in card.text

@@ -4,6 +4,7 @@ A folder is laid out in ``runs/<profile>/.push`` and then uploaded whole; a dry 
 left out unless asked for: their licences stand on the card.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -25,20 +26,27 @@ APACHE = (
 
 
 def policy_folder(params: Params) -> Path:
-    """The policy ready to upload: the merged model, its adapter in ``adapter/``, a model card with the accuracies of Table 1.
+    """The policy ready to upload: the merged model, the adapters that make it in ``adapters/``, a model card with the accuracies of Table 1.
 
-    AwaresError where the training or the evaluation has not run.
+    Of the adapters the cold start's names the base model, GRPO's the cold start's: nothing that stays behind. AwaresError where a
+    training or the evaluation has not run.
     """
-    trained = params.run_dir("grpo")
+    made_for = {"sft": params.base.model, "grpo": "../sft"}
     table = params.run_dir("evaluation") / "tables" / "table1_main.csv"
-    for path, stage in ((trained / "merged" / "config.json", "grpo"), (table, "evaluation")):
+    needed = {params.run_dir(stage) / "adapter" / "adapter_config.json": stage for stage in made_for}
+    needed |= {params.run_dir("grpo") / "merged" / "config.json": "grpo", table: "evaluation"}
+    for path, stage in needed.items():
         if not path.is_file():
             raise AwaresFileError(f"{path}: not there yet; run `dvc repro {stage}`")
     folder = _fresh(params, "policy")
-    for part in ("merged", "adapter"):
-        into = folder if part == "merged" else folder / part
-        for file in filter(Path.is_file, (trained / part).iterdir()):
-            _link(file, into / file.name)
+    for file in filter(Path.is_file, (params.run_dir("grpo") / "merged").iterdir()):
+        _link(file, folder / file.name)
+    for stage, base in made_for.items():
+        adapter, into = params.run_dir(stage) / "adapter", folder / "adapters" / stage
+        _link(adapter / "adapter_model.safetensors", into / "adapter_model.safetensors")
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = base
+        (into / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_model_card(params, pd.read_csv(table)), encoding="utf-8")
     return folder
 
@@ -68,8 +76,8 @@ def _model_card(params: Params, table: pd.DataFrame) -> str:
 # AwaRes policy, profile `{params.profile}`
 
 {base}, trained to see an image at half resolution and to call for the crops that it needs ([AwaRes]({PAPER}): cold start, then
-multi-turn GRPO), by the pipeline of the awares repository, training seed {params.seed}. The weights here are merged; `adapter/` holds GRPO's LoRA
-adapter over the cold-started model.
+multi-turn GRPO), by the pipeline of the awares repository, training seed {params.seed}. The weights here are merged; `adapters/` holds the
+LoRA adapters that make them: `sft`, the cold start's over the base model, and `grpo`, over the cold-started one.
 
 Accuracy in percent with its {params.evaluation.level:.0%} interval, retained visual tokens (RTR), on {kind}:
 

@@ -66,7 +66,7 @@ examples:
 """
 
 PUSH_EXAMPLES = """\
-The merged policy with its adapter and a model card whose numbers are this run's Table 1, or the curated rows with a
+The merged policy with its adapters and a model card whose numbers are this run's Table 1, or the curated rows with a
 dataset card. The token comes from the environment variable HF_TOKEN. Images are left out unless --images says otherwise.
 
 examples:
