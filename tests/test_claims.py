@@ -38,9 +38,9 @@ def row(name, source, split):
     return {"id": name, "image": image, "question": "q?", "answers": ["yes"], "source": source, **boxes, "split": split}
 
 
-def trajectory(name, right, crops=(), status="none", tokens=16, text="yes"):
+def trajectory(name, right, crops=(), status="none", tokens=16, text="yes", answer=None):
     turns = (Turn("user", "q", ((28, 28),), tokens, 9), Turn("assistant", text, (), 0, 2))
-    return Trajectory(name, "yes" if right else "no", tuple(crops), status, turns, tokens, 64, 0.1, 1.0)
+    return Trajectory(name, answer or ("yes" if right else "no"), tuple(crops), status, turns, tokens, 64, 0.1, 1.0)
 
 
 class World:
@@ -204,7 +204,9 @@ def test_effects_of_variants_on_the_main_line_and_on_what_they_go_on_from(world)
 
 def test_rtr_and_the_worst_of_several(world):
     world.policy("evaluation/main-s1/trajectories/full.jsonl", marks(1), tokens=64)
-    world.policy("evaluation/main-s1/trajectories/awares.jsonl", marks(1), tokens=32, text="a long answer")
+    world.policy(
+        "evaluation/main-s1/trajectories/awares.jsonl", marks(1), tokens=32, text="call, then answer", answer="yes" * 4
+    )
     pruner = evaluation.scored("pruner", world.rows, world.policy("x.jsonl", marks(1), tokens=48))
     (world.runs / "systems" / "pruner").mkdir(parents=True)
     pruner.to_csv(world.runs / "systems" / "pruner" / "scores.csv", index=False)
@@ -213,7 +215,7 @@ def test_rtr_and_the_worst_of_several(world):
     assert world.decide(**both, holds="above").effect == -0.5
     assert world.decide(kind="level", measure="rtr", a="awares", holds="below", margin=0.51).verdict == "holds"
     length = {"kind": "ratio", "measure": "characters", "a": "awares", "holds": "above", "margin": 2}
-    assert world.decide(**length, b="full").effect == pytest.approx(13 / 3)
+    assert world.decide(**length, b="full").effect == 4  # a call is no answer (Table 6)
     assert world.decide(**length, b="pruner").note.endswith("systems/pruner/scores.csv does not tell characters")
 
 

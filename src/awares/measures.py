@@ -36,7 +36,7 @@ EVALUATION, VALIDATION, CURATION = KINDS = ("evaluation", "validation", "curatio
 MEASURES: dict[str, tuple[str, float]] = {
     "accuracy": (EVALUATION, 100.0),  # the benchmark's own metric
     "rtr": (EVALUATION, 1.0),
-    "characters": (EVALUATION, 1.0),  # of everything written, all turns
+    "characters": (EVALUATION, 1.0),  # of the answer, as in Table 6: calls are not counted
     "call_rate": (VALIDATION, 100.0),  # this and the next seven: diagnostics.CdpDiagnostics
     "precision": (VALIDATION, 100.0),
     "recall": (VALIDATION, 100.0),
@@ -258,7 +258,7 @@ class Runs:
     def _scored(self, place: str, path: Path) -> RowSet:
         rows, done = self._benchmark_rows, _trajectories(place, path)
         _check_ids(place, done, rows["id"][:])
-        table = scored(place, rows, done).assign(characters=[_written(one) for one in done])
+        table = scored(place, rows, done).assign(characters=[len(one.answer) for one in done])
         return _row_set(place, table)
 
     def _decisions(self, place: str, path: Path) -> RowSet:
@@ -297,10 +297,6 @@ def _check_ids(place: str, done: Sequence[Trajectory], ids: Sequence[str]) -> No
         raise AwaresValueError(
             f"{place}: its trajectories are not those of the rows that are there: run its stage again"
         )
-
-
-def _written(one: Trajectory) -> int:
-    return sum(len(turn.text) for turn in one.turns if turn.role == "assistant")
 
 
 def _parts(rows: RowSet, measure: str) -> Parts:
