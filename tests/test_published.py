@@ -73,3 +73,18 @@ def test_the_policy_that_ships_answers_as_the_report_says_row_by_row() -> None:
     # another processor's rounding may turn a row that lies on an edge
     assert same.sum() >= 46, found[~same]
     assert any(one.crops for one in done) and not all(one.crops for one in done)
+
+
+def test_every_table_and_figure_of_the_paper_has_its_counterpart_in_the_index() -> None:
+    index = (ROOT / "reports" / "README.md").read_text()
+    links = re.findall(r"\]\(([^)]+)\)", index)
+    assert links and not [link for link in links if not (ROOT / "reports" / link).is_file()]
+    rows = re.findall(r"^\| (Table|Fig\.) ([^|]+?) \|", index, re.MULTILINE)
+    numbers = {kind: [n for name, text in rows if name == kind for n in _span(text)] for kind in ("Table", "Fig.")}
+    assert numbers == {"Table": [*range(1, 12)], "Fig.": [*range(1, 16)]}
+
+
+def _span(text: str) -> list[int]:
+    """``1, 2, 3`` and ``9 to 14`` as numbers."""
+    first, *rest = (int(n) for n in re.findall(r"\d+", text))
+    return [*range(first, rest[-1] + 1)] if " to " in text else [first, *rest]
