@@ -1,6 +1,7 @@
 """Tables say what the rows say, figures can be drawn from them, and published notebooks hold nothing of one run."""
 
 import math
+from dataclasses import replace
 
 import nbformat
 import numpy as np
@@ -222,6 +223,14 @@ def test_what_is_asked_over_seeds():
     assert own.holds.tolist() == [True, True, False, False, True, True]
     assert unseen.value.round(3).tolist() == [2.0, 0.7, 0.44, 0.01, -0.2]
     assert unseen.holds.tolist() == [False, True, True, True, False]
+
+
+def test_the_same_answers_are_the_same_bytes_whatever_time_they_took(tmp_path):
+    done = [trajectory("a"), trajectory("b", crops=("left",), status="valid")]
+    for name, seconds in (("quick", 0.1), ("slow", 9.0)):
+        evaluation.save_trajectories(tmp_path / name, [replace(one, seconds=seconds) for one in done])
+    assert (tmp_path / "quick").read_bytes() == (tmp_path / "slow").read_bytes()
+    assert evaluation.load_trajectories(tmp_path / "slow") == [replace(one, seconds=0.0) for one in done]
 
 
 def test_seed_means_and_missing_seed(tmp_path):

@@ -25,7 +25,7 @@ from awares.diagnostics import (
 )
 from awares.judges import JUDGES, label
 from awares.metrics import bootstrap_interval, paired_bootstrap, resampled_means, score
-from awares.records import read_records
+from awares.records import read_records, write_records
 from awares.report import AVERAGE
 from awares.rollout import Trajectory
 
@@ -249,8 +249,13 @@ def dial_table(
     return pd.DataFrame(records)[columns]
 
 
+def save_trajectories(path: Path, done: Sequence[Trajectory]) -> None:
+    """What a stage's rows did, a line each. ``seconds`` stay 0: the same answers are the same bytes, and DVC runs nothing again."""
+    write_records(path, [{**one.to_dict(), "seconds": 0.0} for one in done])
+
+
 def load_trajectories(path: Path) -> list[Trajectory]:
-    """What a stage wrote with ``records.write_records``; AwaresError if it is not there."""
+    """What `save_trajectories` wrote; AwaresError if it is not there."""
     if not path.is_file():
         raise AwaresFileError(f"{path}: no trajectories here; run the stage that writes them (`dvc repro`)")
     return [Trajectory.from_dict(record) for record in read_records(path)]
