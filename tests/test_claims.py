@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import yaml
 from PIL import Image
 
-from awares import claims, comparison, data, diagnostics, evaluation, records
+from awares import claims, comparison, data, diagnostics, evaluation, measures, records
 from awares.config import TASKS, AwaresError, find_file, load_params
 from awares.measures import Runs
 from awares.rollout import Trajectory, Turn
@@ -154,6 +155,50 @@ def test_seeds_in_common_are_pooled_and_widen_the_interval(world):
     assert found.verdict == "undecided"
 
 
+def test_few_trainings_are_read_with_student_and_paired(world):
+    """Against scipy: what three seeds say of their mean is t(2), and of a mean of differences as of the differences."""
+    params = dataclasses.replace(
+        world.params, evaluation=dataclasses.replace(world.params.evaluation, bootstrap=40_000)
+    )
+    runs, still = measures.Runs(params, {}), np.zeros(40_000)
+    a, b = np.array([1.0, 2.0, 4.0]), np.array([0.5, 2.5, 3.0])
+    for values, sample in (
+        (a, runs._pool([(v, v + still) for v in a])),
+        (a - b, runs._pool([(v, v + still) for v in a]) - runs._pool([(v, v + still) for v in b])),
+    ):
+        low, high = scipy.stats.t.interval(0.95, 2, loc=values.mean(), scale=values.std(ddof=1) / 3**0.5)
+        assert sample.value == pytest.approx(values.mean())
+        assert sample.interval(0.95) == pytest.approx((low, high), abs=0.05 * (high - low))
+
+
+def test_trainings_of_one_sign_do_not_decide_by_themselves(world):
+    world.policy("evaluation/main-s1/trajectories/full.jsonl", marks(0.5), tokens=64)
+    for seed, tokens in ((1, 46), (2, 56), (3, 60)):
+        world.policy(f"evaluation/main-s{seed}/trajectories/awares.jsonl", marks(0.5), tokens=tokens)
+    found = world.decide(kind="difference", measure="rtr", a="awares", b="full", holds="below")
+    assert found.effect < 0 < found.high and found.verdict == "undecided"
+
+
+def test_a_share_alike_at_every_seed_is_not_certain(world):
+    world.curated("validation", ["HR", "LR"] * 10, [["top"], []] * 10)
+    for place in ("sft/main-s1", "grpo/main-s1", "grpo/main-s2"):
+        world.turns(f"{place}/validation.jsonl", [["top"], []] * 10, ["valid", "none"] * 10)
+    recall = {"kind": "difference", "measure": "recall", "a": "awares", "b": "variant", "holds": "above", "margin": -1}
+    world.turns("grpo/variant-s1/validation.jsonl", [["top"], []] * 10, ["valid", "none"] * 10)
+    found = world.decide(**recall)
+    assert found.effect == 0 and found.low < -1 < 1 < found.high and found.verdict == "undecided"
+
+
+def test_the_end_that_any_of_several_could_reach_is_stricter():
+    rng = np.random.default_rng(0)
+    several = [measures.Sample(0.0, rng.standard_normal(40_000)) for _ in range(4)]
+    value, low, high = measures.worst(several, smallest=True, level=0.95)
+    assert value == 0 and low == pytest.approx(-1.96, abs=0.1)
+    assert high == pytest.approx(scipy.stats.norm.ppf(1 - 0.025 / 4), abs=0.15)
+    assert measures.worst(several, smallest=False, level=0.95)[1:] == pytest.approx((-high, -low), abs=0.2)
+    assert measures.worst(several[:1], smallest=True, level=0.95)[1:] == several[0].interval(0.95)
+
+
 def test_only_seeds_that_both_have_count(world):
     world.curated("validation", ["HR", "LR"] * 10, [["top"], []] * 10)
     for seed in (1, 2):
@@ -295,7 +340,7 @@ def test_a_share_without_an_exception_is_not_certain(world):
         world.curated("validation", ["HR"] * count, [["top"]] * count)
         world.turns("sft/main-s1/validation.jsonl", [["top"]] * count, ["valid"] * count)
         found = world.decide(kind="level", measure="valid", a="sft", holds="above", margin=96)
-        assert (found.effect, found.verdict) == (100, said) and found.low < found.high < 100
+        assert (found.effect, found.verdict) == (100, said) and found.low < found.high == 100
     assert 97.5 < found.low < 99.5
 
 
@@ -309,8 +354,8 @@ def test_one_training_is_as_uncertain_as_the_main_lines_are_apart(world):
     calls = {"kind": "difference", "measure": "call_rate", "a": "variant", "b": "awares", "holds": "above"}
     found = world.decide(**calls)
     assert (found.seeds, found.effect, found.verdict) == (1, 50, "undecided")
-    # Two trainings, 25 points each, and the rows of one of them: 50 % of 40, 7.9 points
-    assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(2 * 25**2 + 7.9**2), rel=0.15)
+    # Two trainings, 25 points each, estimated from three; the rows of one of them (50 % of 40, 7.9 points) hardly add to that
+    assert found.high - found.low == pytest.approx(2 * scipy.stats.t.ppf(0.975, 2) * 2**0.5 * 25, rel=0.15)
     world.turns("grpo/main-s3/validation.jsonl", [["top"]] * 20 + [[]] * 20, ["valid"] * 20 + ["none"] * 20)
     world.turns("grpo/main-s2/validation.jsonl", [["top"]] * 20 + [[]] * 20, ["valid"] * 20 + ["none"] * 20)
     assert world.decide(**calls).verdict == "holds"
@@ -333,7 +378,7 @@ def test_an_area_that_never_varies_is_certain_and_a_share_is_not(world):
     area, share = (
         world.decide(kind="level", measure=name, a="sft", holds="above") for name in ("area", "whole_of_calls")
     )
-    assert (area.low, area.high) == (1, 1) and 80 < share.low < share.high < 100
+    assert (area.low, area.high) == (1, 1) and 80 < share.low < share.high == 100
 
 
 def test_cells_of_our_own_tables(world):

@@ -96,29 +96,29 @@ def verdict(low: float, high: float, holds: str, margin: float) -> str:
 Take = Callable[[str], Sample]
 
 
-def _level(claim: Claim, take: Take) -> Sample:
-    return take(claim.a)
+def _level(claim: Claim, take: Take) -> list[Sample]:
+    return [take(claim.a)]
 
 
-def _difference(claim: Claim, take: Take) -> Sample:
-    return worst([take(claim.a) - take(name) for name in claim.b], smallest=claim.holds == "above")
+def _difference(claim: Claim, take: Take) -> list[Sample]:
+    return [take(claim.a) - take(name) for name in claim.b]
 
 
-def _ratio(claim: Claim, take: Take) -> Sample:
-    return worst([take(claim.a) / take(name) for name in claim.b], smallest=claim.holds == "above")
+def _ratio(claim: Claim, take: Take) -> list[Sample]:
+    return [take(claim.a) / take(name) for name in claim.b]
 
 
-def _order(claim: Claim, take: Take) -> Sample:
+def _order(claim: Claim, take: Take) -> list[Sample]:
     found = [take(name) for name in claim.of]
-    return worst([high - low for high, low in zip(found, found[1:], strict=False)], smallest=True)
+    return [high - low for high, low in zip(found, found[1:], strict=False)]
 
 
-def _closer(claim: Claim, take: Take) -> Sample:
+def _closer(claim: Claim, take: Take) -> list[Sample]:
     to, a = take(claim.to), take(claim.a)
-    return worst([abs(take(name) - to) - abs(a - to) for name in claim.b], smallest=True)
+    return [abs(take(name) - to) - abs(a - to) for name in claim.b]
 
 
-_FROM_ROWS: dict[str, tuple[tuple[str, ...], Callable[[Claim, Take], Sample]]] = {
+_FROM_ROWS: dict[str, tuple[tuple[str, ...], Callable[[Claim, Take], list[Sample]]]] = {
     "level": (("measure", "a"), _level),
     "difference": (("measure", "a", "b"), _difference),
     "ratio": (("measure", "a", "b"), _ratio),
@@ -142,15 +142,25 @@ def decide(claim: Claim, runs: Runs) -> Finding:
         kind = MEASURES[claim.measure or claim.x][0]
         seeds = runs.seeds(claim.policies, kind)
         if claim.kind == "correlation":
-            sample = runs.correlation(claim.x, claim.y, claim.a, seeds)
+            samples = [runs.correlation(claim.x, claim.y, claim.a, seeds)]
         else:
             contrast = _FROM_ROWS[claim.kind][1]
-            sample = contrast(claim, lambda name: runs.sample(claim.measure, name, seeds, claim.benchmarks))
+            samples = contrast(claim, lambda name: runs.sample(claim.measure, name, seeds, claim.benchmarks))
     except MissingRows as missing:
         return Finding(note=str(missing))
-    if not sample.defined:
-        return Finding(sample.value, seeds=len(seeds), note="too few rows decide it: some resamples hold none")
-    return Finding(sample.value, *sample.interval(runs.params.evaluation.level), len(seeds))
+    effect, low, high = worst(samples, claim.holds != "below", runs.params.evaluation.level)
+    if not all(sample.defined for sample in samples):
+        return Finding(effect, seeds=len(seeds), note="too few rows decide it: some resamples hold none")
+    least, most = _range(claim)
+    return Finding(effect, max(min(low, effect), least), min(max(high, effect), most), len(seeds))
+
+
+def _range(claim: Claim) -> tuple[float, float]:
+    """What a claim's quantity can be at all, where noise of a Student's distribution may go beyond."""
+    if claim.kind == "correlation":
+        return -1.0, 1.0
+    share = claim.kind == "level" and MEASURES[claim.measure][1] == 100
+    return (0.0 if claim.kind in ("level", "ratio") else -math.inf), (100.0 if share else math.inf)
 
 
 def _from_cells(claim: Claim, params: Params) -> Finding:

@@ -5,10 +5,12 @@ the curated validation rows, against label and oracle crops) and ``curation`` (l
 of them lies is told by a path below runs/<profile>; "{seed}" in it stands for the training seeds, "{main}" for the main
 one, where nothing was trained.
 
-Training has its own scatter. Where policies are compared at several seeds, the seeds are resampled with the rows. Where one of
-them was trained at a single seed, every trained one's resamples are moved by normal noise, as wide as the scatter over seeds of
-the main line's policy that it is ``like`` (itself, if it has the seeds): independent draws, so that the interval of a
-difference is rather too wide than too narrow where two policies share a cold start.
+Training has its own scatter, and few seeds tell little of it: what it adds to a resample of the rows follows Student's distribution
+for as many seeds as it was estimated from. Where policies are compared at several seeds, a resample's mean over them moves by
+their deviations from it, the same way for every policy, so that a difference moves by the deviations of the differences. Where
+one of them was trained at a single seed, every trained one's resamples move by the scatter over seeds of the main line's policy
+that it is ``like`` (itself, if it has the seeds): independent draws, so that the interval of a difference is rather too wide than
+too narrow where two policies share a cold start.
 """
 
 import zlib
@@ -91,11 +93,16 @@ class Sample:
         return float(low), float(high)
 
 
-def worst(samples: Sequence[Sample], smallest: bool) -> Sample:
-    """The smallest (or largest) of several, resample by resample."""
-    pick = np.min if smallest else np.max
-    value = float(pick([one.value for one in samples]))
-    return Sample(value, pick(np.stack([one.draws for one in samples]), axis=0))
+def worst(samples: Sequence[Sample], smallest: bool, level: float) -> tuple[float, float, float]:
+    """The smallest (or largest) of several values, and its interval.
+
+    That all of them are above a margin takes every interval to be above it; that one of them is below may be found in any of them, so
+    that end takes intervals at 1 - (1 - level) / their number (Bonferroni). A single one has its own interval.
+    """
+    pick, stricter = (min if smallest else max), 1 - (1 - level) / len(samples)
+    near, far = ([one.interval(level) for one in samples], [one.interval(stricter) for one in samples])
+    lows, highs = (near, far) if smallest else (far, near)
+    return pick(one.value for one in samples), pick(low for low, _ in lows), pick(high for _, high in highs)
 
 
 @dataclass(frozen=True)
@@ -157,27 +164,40 @@ class Runs:
     # What
 
     def sample(self, measure: str, policy: str, seeds: Sequence[int], benchmarks: Sequence[str] = ()) -> Sample:
-        """``measure`` of ``policy``, the mean over ``seeds``; rows and seeds are resampled, rows inside each benchmark.
+        """``measure`` of ``policy``, the mean over ``seeds``; rows are resampled inside each benchmark, and training's scatter added.
 
-        On evaluation rows it is the mean over ``benchmarks``, all of them by default; elsewhere over all rows. At a single seed a
-        trained policy's resamples have the `scatter` of training added.
+        On evaluation rows it is the mean over ``benchmarks``, all of them by default; elsewhere over all rows. At a single seed the
+        scatter is that of `scatter`.
         """
         kind, factor = MEASURES[measure]
         found = [self._resample(self.rows(policy, kind, seed), measure, tuple(benchmarks)) for seed in seeds]
         pooled = self._pool(found)
-        spread = self.scatter(measure, policy, benchmarks) if len(seeds) == 1 else 0.0
-        noise = self._stream("training", policy, measure).standard_normal(len(pooled.draws))
+        if len(seeds) > 1:
+            return Sample(factor * pooled.value, factor * pooled.draws)
+        spread, count = self.scatter(measure, policy, benchmarks)
+        noise = self._stream("training", policy, measure).standard_normal(len(pooled.draws)) * self._student(count)
         return Sample(factor * pooled.value, factor * pooled.draws + spread * noise)
 
-    def scatter(self, measure: str, policy: str, benchmarks: Sequence[str] = ()) -> float:
-        """Standard deviation of ``measure`` over training seeds of the policy that ``policy`` is like; 0 with less than two of them."""
+    def scatter(self, measure: str, policy: str, benchmarks: Sequence[str] = ()) -> tuple[float, int]:
+        """Standard deviation of ``measure`` over training seeds of the policy that ``policy`` is like, and their number; 0 for one.
+
+        A share that came out alike at every seed is known to half a row either way: its scatter is that of the rounding.
+        """
         kind, factor = MEASURES[measure]
         kin = self.policies[policy].get("like", policy)
         there = self._there(kin, kind)
         if not self._trained(policy, kind) or len(there) < 2:
-            return 0.0
-        values = [self._resample(self.rows(kin, kind, seed), measure, tuple(benchmarks))[0] for seed in there]
-        return float(factor * np.std(values, ddof=1))
+            return 0.0, 1
+        found = [self.rows(kin, kind, seed) for seed in there]
+        values = [self._resample(rows, measure, tuple(benchmarks))[0] for rows in found]
+        wholes = _parts(found[0], measure)[1]
+        floor = 1 / (12**0.5 * wholes.sum()) if wholes is not None and len(set(values)) == 1 and wholes.any() else 0.0
+        return float(factor * max(np.std(values, ddof=1), floor)), len(there)
+
+    def _student(self, seeds: int) -> np.ndarray:
+        """What turns normal noise of a scatter estimated from ``seeds`` into Student's: the same for every policy, resample by resample."""
+        free = max(seeds - 1, 1)
+        return np.sqrt(free / self._stream("student").chisquare(free, self.params.evaluation.bootstrap))
 
     def _stream(self, *names: str) -> np.random.Generator:
         """Random numbers of their own for ``names``."""
@@ -188,12 +208,13 @@ class Runs:
         return self._pool([self._correlate(self.rows(policy, MEASURES[x][0], seed), x, y) for seed in seeds])
 
     def _pool(self, found: Sequence[tuple[float, np.ndarray]]) -> Sample:
-        """Mean over seeds of (value, resamples); the seeds are resampled too, the same ones for every policy."""
-        settings = self.params.evaluation
-        rng = np.random.default_rng([settings.seed, 1])  # not the stream that draws the rows
-        picks = rng.integers(0, len(found), (settings.bootstrap, len(found)))
-        draws = np.take_along_axis(np.stack([draws for _, draws in found], axis=1), picks, axis=1)  # (n, seeds)
-        return Sample(float(np.mean([value for value, _ in found])), draws.mean(axis=1))
+        """Mean over n seeds of (value, resamples), moved by sum_k (v_k - mean) z_k / sqrt(n (n - 1)) and Student's factor; z is every policy's."""
+        values, draws = np.array([value for value, _ in found]), np.mean([draws for _, draws in found], axis=0)
+        if (count := len(found)) == 1:
+            return Sample(float(values[0]), draws)
+        normal = self._stream("seeds").standard_normal((self.params.evaluation.bootstrap, count))
+        moved = normal @ (values - values.mean()) / (count * (count - 1)) ** 0.5
+        return Sample(float(values.mean()), draws + moved * self._student(count))
 
     def _resample(self, rows: RowSet, measure: str, benchmarks: tuple[str, ...]) -> tuple[float, np.ndarray]:
         key = (rows.place, measure, benchmarks)
