@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
-from awares import baselines, crops, protocol, pruned_decode, pruning
+from awares import baselines, crops, protocol, pruned_decode, pruning, systems
 from awares.baselines import SYSTEMS, Job
 from awares.config import AwaresError
 from awares.decode import Decoder, Output
-from awares.pruned_decode import LayerPruned, VisionPruned
+from awares.pruned_decode import LayerPruned, Plan, VisionPruned
 from awares.pruning import Selection
 from awares.rollout import Engine, Trajectory
 
@@ -521,6 +522,32 @@ def test_a_shuffled_choice_keeps_as_much_of_the_evidence(deep: SimpleNamespace) 
         assert [one.visual_tokens for one in done] == [len(drawn.left[one.row_id]) for one in done]
 
 
+def test_shuffled_between_layers_keeps_the_schedule_and_the_evidence_of_the_first_one(deep: SimpleNamespace) -> None:
+    plain = job(deep)
+    boxes = {"question_boxes": [[[0, 0, 500, 500]]] * 5, "answer_boxes": [[]] * 5}
+    jobs = [Job(plain.engine, {**plain.rows, **boxes}) for _ in range(3)]
+    own, drawn, again = (
+        baselines.answer(f"sparsevlm_50{end}", of) for end, of in zip(("", "_shuffled", "_shuffled"), jobs, strict=True)
+    )
+    assert [one.layer_visual_tokens for one in own] == [one.layer_visual_tokens for one in drawn]
+    assert jobs[0].left != jobs[1].left == jobs[2].left and [one.answer for one in drawn] == [
+        one.answer for one in again
+    ]
+    assert all(len(jobs[0].left[name]) == len(jobs[1].left[name]) for name in plain.rows["id"])
+    asked: list[tuple[str, list[int]]] = []
+
+    def first(kept: Tensor, numbers: Tensor, name: str) -> Tensor:
+        asked.append((name, numbers.tolist()))
+        return torch.arange(len(kept))
+
+    found = Job(plain.engine, plain.rows)
+    baselines._with_decoder(found, LayerPruned, lambda depth: Plan({1: 0.5, 2: 0.25}, pruning.fastv, "last", first))
+    for name, left in found.left.items():
+        early, late = (numbers for row, numbers in asked if row == name)
+        assert early == list(range(len(early))) and late == early[: pruning.budget(len(early), 0.5)]
+        assert left == early[: pruning.budget(len(early), 0.25)]
+
+
 # Controls of the policy
 
 
@@ -613,6 +640,22 @@ def test_a_new_system_is_one_small_function(tiny: SimpleNamespace, monkeypatch: 
         baselines.parse("nosuch")
     with pytest.raises(AwaresError, match="already"):
         baselines.system("pale")(pale)
+
+
+def test_a_file_of_its_name_is_a_system(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(baselines, "SYSTEMS", dict(SYSTEMS))
+    monkeypatch.setattr(systems, "__path__", [str(tmp_path)])
+    (tmp_path / "dull.py").write_text(
+        "from awares.baselines import system\n\n\n@system('dull')\ndef dull(job):\n"
+        "    return job.engine.answer(job.rows['image'], job.rows['question'], 'half', row_ids=job.rows['id'])\n"
+    )
+    (tmp_path / "misnamed.py").write_text("x = 1\n")
+    of = job(tiny, count=2)
+    assert [one.row_id for one in baselines.answer("dull", of)] == of.rows["id"]
+    with pytest.raises(AwaresError, match=r"misnamed\.py registers no system of its name"):
+        baselines.parse("misnamed")
+    with pytest.raises(AwaresError, match="use one of"):
+        baselines.parse("absent")
 
 
 def test_a_decoder_of_its_own_does_not_stay_on_the_engine(deep: SimpleNamespace) -> None:

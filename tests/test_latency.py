@@ -1,6 +1,7 @@
 """The harness on a made-up machine whose speed is known, the systems on a tiny model, and `awares bench` end to end."""
 
 import json
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from transformers import AutoModelForImageTextToText
 
@@ -32,7 +34,7 @@ def sleeper(seconds: float, order: list[str], name: str) -> Any:
         time.sleep(seconds)
         if lap:
             lap("decode", 1)
-        return [None] * 2
+        return [SimpleNamespace(seconds=seconds / 2)] * 2
 
     return work
 
@@ -54,7 +56,7 @@ def test_times_ratios_and_the_best_batch() -> None:
     speeds = {("full", 1): 0.04, ("full", 100): 0.02, ("full", 200): 0.03, ("half", 1): 0.02, ("half", 100): 0.01}
     speeds[("half", 200)] = 0.005
     jobs = [Job(system, budget, sleeper(seconds, order, system)) for (system, budget), seconds in speeds.items()]
-    times, _ = latency.measure(jobs, 3, seed=1, device="cpu")
+    times, _, _ = latency.measure(jobs, 3, seed=1, device="cpu")
     assert latency.best_budgets(times) == {"full": 100, "half": 200}
     # what sleeping adds differs from run to run: the arithmetic is checked on the exact values
     exact = times.assign(seconds=[speeds[key] for key in zip(times.system, times.token_budget, strict=True)])
@@ -80,6 +82,28 @@ def test_ratios_are_taken_within_a_repetition() -> None:
     half = table.loc[("half", "1")]
     assert (half.ratio, half.ratio_low, half.ratio_high) == (0.5, 0.5, 0.5)
     assert half.ms_low < half.ms < half.ms_high
+
+
+def test_pairs_are_ratios_within_a_repetition_with_student(tmp_path: Path) -> None:
+    """Three repetitions in which half takes 0.4, 0.5 and 0.625 of full: the logarithms are as far from ln 0.5 on either side."""
+    records: list[dict[str, Any]] = []
+    for repetition, ratio in enumerate((0.4, 0.5, 0.625)):
+        for system, seconds in (("full", 3.0 + repetition), ("half", ratio * (3.0 + repetition))):
+            part = {"system": system, "repetition": repetition, "rows": 4, "seconds": seconds}
+            records += [{**part, "token_budget": budget} for budget in (1, 64)]
+    table = latency.pair_table(pd.DataFrame(records), ["full"], 0.95)
+    assert table[["system", "over", "batch"]].values.tolist() == [["half", "full", "1"], ["half", "full", "best"]]
+    low, high = scipy.stats.t.interval(0.95, 2, loc=math.log(0.5), scale=math.log(1.25) / 3**0.5)
+    for one in table.itertuples():
+        assert (one.ratio, one.ratio_low, one.ratio_high) == pytest.approx((0.5, math.exp(low), math.exp(high)))
+
+
+def test_time_by_benchmark_is_that_of_rows_alone() -> None:
+    alone = {"full": np.array([[0.1, 0.3, 0.8], [0.2, 0.4, 0.6], [0.1, 0.1, 1.0]])}  # repetitions x rows
+    table = latency.benchmark_table(alone, ["pope", "pope", "vstar"]).set_index("benchmark")
+    assert table.ms.to_dict() == pytest.approx({"pope": 200, "vstar": 800, "average": 500})
+    assert table.n.to_dict() == {"pope": 2, "vstar": 1, "average": 3}
+    assert table.ms_low["pope"] == pytest.approx(150) and table.ms_high["vstar"] == pytest.approx(900)
 
 
 def test_rate_of_a_matrix_product(monkeypatch: Any) -> None:

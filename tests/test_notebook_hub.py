@@ -215,7 +215,7 @@ def test_ablations_stand_together(line, ablations):
 
 
 def test_latency(line):
-    line.run("07_latency", "latency", **{"comparison.systems": ["visionzip_50"], "latency.rows": 3})
+    line.run("07_latency", "latency", **{"latency.pruners": ["visionzip"], "latency.rows": 3})
     tables = line.params.report_dir() / "latency"
     table = pd.read_csv(tables / "table5_latency.csv", dtype={"batch": str})
     assert sorted(zip(table.system, table.batch, strict=True)) == sorted(

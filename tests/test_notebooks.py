@@ -310,7 +310,7 @@ def test_unseen_evaluation_seed_draws_other_rows_beside_the_pipelines_own(line):
 
 
 def test_latency(line):
-    line.run("07_latency", "latency", **{"comparison.systems": ["visionzip_50", "fastv_70"]})
+    line.run("07_latency", "latency", **{"latency.pruners": ["visionzip", "fastv"]})
     folder = line.params.report_dir() / "latency"
     table = pd.read_csv(folder / "table5_latency.csv", dtype={"batch": str})
     assert sorted(zip(table.system, table.batch, strict=True)) == sorted(
@@ -331,7 +331,15 @@ def test_latency(line):
     assert len(times) == 2 * 2 * len(SYSTEMS_TIMED) and (times.rows == 6).all()
     pruners = pd.read_csv(folder / "pruners.csv").set_index("system")
     assert "full" in pruners.index and pruners.ratio["full"] == 1 and (pruners.ms_low > 0).all()
-    assert {name[:-3] + "_100" for name in pruners.index if name.endswith(("_50", "_70"))} <= {*pruners.index}
+    assert list(pruners.index) == [
+        "full",
+        *(f"{one}_{share}" for one in ("visionzip", "fastv") for share in (100, 70, 50)),
+    ]
+    for one in ("visionzip", "fastv"):
+        assert pruners.gflops[[f"{one}_{share}" for share in (100, 70, 50)]].is_monotonic_decreasing
+    by_task = pd.read_csv(folder / "table5_benchmarks.csv").set_index(["system", "benchmark"])
+    assert by_task.n["awares"].to_dict() == {**dict.fromkeys(TASKS, 1), "average": 6} and (by_task.ms > 0).all()
+    assert set(pd.read_csv(folder / "ratios.csv").over) == {"full", "awares"}
     assert (folder / "accuracy_time.png").is_file() and publish.publish_latency(line.params)[0].is_file()
 
 

@@ -311,6 +311,9 @@ def test_the_comparison_runs_every_system_once(repository):
     assert (repository / "reports/mini/tables/claims.csv").is_file() and (
         repository / "reports/mini/tables/table1_main.csv"
     ).is_file()
+    (repository / "src/awares/systems/mine.py").write_text("# README shows what stands here\n")
+    edit(repository, "  own: []", "  own: [mine]")  # one of your own is a file and its name: no other system runs again
+    assert reproduce(repository, "comparison") == ["mini/systems/mine", "mini/comparison"]
     assert reproduce(repository, "comparison") == [] and reproduce(repository) == []
 
 

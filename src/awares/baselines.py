@@ -1,7 +1,8 @@
 """The systems of the comparison by name: each takes a `Job` and answers its rows with trajectories (PAPER §6).
 
 A name is that of a function registered with `system`, with the share of visual tokens kept in percent behind it
-where the function takes one: ``visionzip_50``, ``fastv_36.4``, ``holov_50_shuffled``. A new system is one such function::
+where the function takes one: ``visionzip_50``, ``fastv_36.4``, ``holov_50_shuffled``. A new system is one such function, in
+a file of its name in ``src/awares/systems`` ::
 
     @system("low_contrast")
     def low_contrast(job: Job) -> list[Trajectory]:
@@ -13,9 +14,11 @@ and is then scored as the others are: ``evaluation.scored(name, rows, answer(nam
 
 import copy
 import hashlib
+import importlib
+import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,7 @@ from awares.rollout import Engine, Trajectory
 DEPTH = 28  # decoder layers of Qwen2.5-VL-7B, which the layers below refer to
 FASTV_LAYER = 2
 SPARSEVLM_LAYERS = (2, 6, 15)
+OWN = "awares.systems"  # the package of systems of your own, a file each
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def system(name: str, model: str = "base", takes_ratio: bool = False) -> Callabl
 
 def parse(name: str) -> tuple[System, float | None]:
     """``visionzip_50`` -> (VisionZip, 0.5), ``full`` -> (full, None). AwaresValueError with all names for another."""
+    _load_own(name)
     match = re.fullmatch(rf"(.+)_(\d+(?:\.\d+)?)({SHUFFLED})?", name)
     if name in SYSTEMS:
         found, ratio = SYSTEMS[name], None
@@ -108,6 +113,15 @@ def answer(name: str, job: Job) -> list[Trajectory]:
     """The trajectories of the system ``name``, in the order of ``job.rows``."""
     found, ratio = parse(name)
     return found.answer(job) if ratio is None else found.answer(job, ratio)
+
+
+def _load_own(name: str) -> None:
+    """Let src/awares/systems/<name>.py register its system, if there is such a file."""
+    if name in SYSTEMS or not name.isidentifier() or importlib.util.find_spec(f"{OWN}.{name}") is None:
+        return
+    importlib.import_module(f"{OWN}.{name}")
+    if name not in SYSTEMS:
+        raise AwaresValueError(f'src/awares/systems/{name}.py registers no system of its name: write @system("{name}")')
 
 
 def _form(one: System) -> str:
@@ -203,6 +217,17 @@ def sparsevlm(job: Job, ratio: float) -> list[Trajectory]:
     return _inside(job, lambda depth: sparsevlm_plan(ratio, depth))
 
 
+@system("sparsevlm_shuffled", takes_ratio=True)
+def sparsevlm_shuffled(job: Job, ratio: float) -> list[Trajectory]:
+    """SparseVLM's control: behind each of its layers as much of the evidence and of the rest, but drawn which, and nothing is recycled."""
+    evidence = _evidence_flags(job)
+
+    def redraw(kept: Tensor, numbers: Tensor, name: str) -> Tensor:
+        return pruning.shuffled(kept, evidence[name][numbers], f"{name}/{len(numbers)}", job.seed)
+
+    return _inside(job, lambda depth: replace(sparsevlm_plan(ratio, depth), redraw=redraw))
+
+
 def fastv_plan(ratio: float, depth: int) -> Plan:
     """Where FastV drops tokens in a language model of ``depth`` layers; AwaresValueError for fewer than two."""
     return Plan({_layers((FASTV_LAYER,), depth)[0]: ratio}, pruning.fastv, "last")
@@ -288,11 +313,16 @@ def _before(job: Job, select: Callable[[Seen], Selection], attention: bool = Tru
     return _with_decoder(job, VisionPruned, select, attention)
 
 
-def _shuffled(job: Job, choose: Callable[[Seen], Tensor]) -> list[Trajectory]:
+def _evidence_flags(job: Job) -> dict[str, Tensor]:
+    """`_evidence` by row id, for a shuffled control; AwaresValueError where no row has boxes."""
     flags = list(_evidence(job))
     if not any(some.any() for some in flags):
         raise AwaresValueError(f"a shuffled control: {NO_BOXES}")
-    evidence = dict(zip(job.rows["id"], map(torch.from_numpy, flags), strict=True))
+    return dict(zip(job.rows["id"], map(torch.from_numpy, flags), strict=True))
+
+
+def _shuffled(job: Job, choose: Callable[[Seen], Tensor]) -> list[Trajectory]:
+    evidence = _evidence_flags(job)
 
     def draw(seen: Seen) -> Selection:
         shows = evidence[seen.name.rpartition("/")[0]]

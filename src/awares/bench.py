@@ -177,7 +177,7 @@ def interactions(options: argparse.Namespace, dtype: str) -> Iterator[tuple[pd.D
     for name, rows in work.items():
         models, budgets = dict.fromkeys(latency.SYSTEMS, model), [LOOP, *options.batch_tokens]
         jobs = latency.jobs(models, processor, rows, budgets, **limits)
-        times, done = latency.measure(jobs, options.repetitions, options.seed, options.device)
+        times, done, _ = latency.measure(jobs, options.repetitions, options.seed, options.device)
         counts = latency.count_table(done, model.config, processor, model.dtype.itemsize)
         table = latency.time_table(times).merge(counts, on="system")
         table["roofline_ms"] = [
@@ -198,7 +198,7 @@ def pruners(options: argparse.Namespace, dtype: str) -> Iterator[pd.DataFrame]:
         rows = {"id": work.row_ids, "image": work.images, "question": work.questions}
         for budget in (LOOP, options.batch_tokens[0]):
             jobs = latency.system_jobs(names, model, processor, rows, budget, max_new_tokens=length)
-            times, done = latency.measure(jobs, options.repetitions, options.seed, options.device)
+            times, done, _ = latency.measure(jobs, options.repetitions, options.seed, options.device)
             table = latency.ratio_table(times).set_index("system").loc[names].reset_index()
             kept = {system: sum(one.layer_rtr for one in some) / len(some) for system, some in done.items()}
             table.insert(1, "layer_rtr", table.system.map(kept))

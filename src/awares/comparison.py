@@ -34,7 +34,7 @@ EFFECTS = [
 def all_scores(params: Params) -> pd.DataFrame:
     """One line per system, training seed and row, as `answered` has them.
 
-    Systems: those of Table 1, of ``comparison.systems`` and of ``ablations.systems``. ``seed`` is the main one for what is not trained;
+    Systems: those of Table 1, of ``comparison`` and of ``ablations.systems``. ``seed`` is the main one for what is not trained;
     of a trained system every seed counts for which it has been run. Raises AwaresFileError naming what has not been run.
     """
     return answered(params, [*_main_places(params), *_other_places(params)])
@@ -52,12 +52,12 @@ def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def evidence_table(params: Params) -> pd.DataFrame:
-    """What each pruner of ``comparison.systems`` leaves, in percent: of all visual tokens, of those that show evidence.
+    """What each pruner of ``comparison`` leaves, in percent: of all visual tokens, of those that show evidence.
 
     Columns system, left, evidence with its interval over rows, accuracy (of the rows with evidence, average of the tasks), n.
     """
     settings, records = params.evaluation, []
-    for system in params.comparison.systems:
+    for system in params.comparison.all:
         scores = pd.read_csv(params.run_dir("systems") / system / "scores.csv")
         if "evidence" not in scores or scores.evidence.isna().all():  # no pruner, or benchmarks without boxes
             continue
@@ -120,7 +120,7 @@ def _main_places(params: Params) -> Iterator[tuple[str, int, Path]]:
 
 
 def _other_places(params: Params) -> Iterator[tuple[str, int, Path]]:
-    for system in params.comparison.systems:
+    for system in params.comparison.all:
         yield system, params.seed, params.run_dir("systems") / system / "trajectories.jsonl"
     for system in params.ablations.get("systems", ()):
         folder = replace(params, variant=system).run_dir("evaluation")
@@ -207,6 +207,6 @@ def _answers(variant: str, system: str) -> str:
 
 
 def _parts_of(whole: Mapping[str, str], changes: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The variants whose changes are a part of ``whole``, less those that are a part of another such."""
-    parts = [name for name, change in changes.items() if change.items() < whole.items()]
+    """The variants whose changes are a part of ``whole``, less those that are a part of another such and those without any."""
+    parts = [name for name, change in changes.items() if change and change.items() < whole.items()]
     return [name for name in parts if not any(changes[name].items() < changes[other].items() for other in parts)]

@@ -79,9 +79,9 @@ class AwaresRequestError(AwaresError, RuntimeError):
         self.failures = tuple(failures)
 
 
-def _method(choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf) -> Any:
-    """A key that stands once at the top of params.yaml."""
-    return field(metadata={"size": False, "choices": choices, "low": low, "high": high})
+def _method(choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf, least: int = 1) -> Any:
+    """A key that stands once at the top of params.yaml. ``least``: the fewest values of a list."""
+    return field(metadata={"size": False, "choices": choices, "low": low, "high": high, "least": least})
 
 
 def _size(choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf) -> Any:
@@ -252,9 +252,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Systems beside those of the evaluation that need no training (PAPER §6): names of `baselines`."""
+    """Systems beside those of the evaluation that need no training (PAPER §6): names of `baselines`; ``own``: of src/awares/systems."""
 
     systems: tuple[str, ...] = _method()
+    own: tuple[str, ...] = _method(least=0)
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every one of them."""
+        return (*self.systems, *self.own)
 
 
 @dataclass(frozen=True)
@@ -262,6 +268,7 @@ class Latency:
     """Timing of the systems side by side (PAPER §5, latency)."""
 
     seed: int = _method(low=0)
+    pruners: tuple[str, ...] = _method()
     rows: int = _size(low=1)
     repetitions: int = _size(low=1)
     batch_tokens: tuple[int, ...] = _size(low=2)
@@ -594,8 +601,10 @@ def _section(name: str, kind: type, values: Mapping[str, Any], file: Path) -> An
 def _check(key: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     """``value`` as ``kind`` and within ``limits``, or AwaresError naming ``key``."""
     if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple) or not value or len(set(map(str, value))) < len(value):
-            raise AwaresValueError(f"{key} must be a list of at least one value, none of them twice, not {value!r}")
+        least = limits.get("least", 1)
+        if not isinstance(value, list | tuple) or len(value) < least or len(set(map(str, value))) < len(value):
+            some = "of at least one value" if least else "of values"
+            raise AwaresValueError(f"{key} must be a list {some}, none of them twice, not {value!r}")
         return tuple(_check(key, item, typing.get_args(kind)[0], limits) for item in value)
     if kind is float and type(value) is int:
         value = float(value)

@@ -11,17 +11,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 import torch
 from PIL.Image import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from awares import baselines, costs
 from awares.config import AwaresValueError
 from awares.decode import PHASES, Lap
 from awares.model import ImageOnlyProcessor
+from awares.report import AVERAGE
 from awares.rollout import Engine, Script, Trajectory
 
 # full, half: the base model's one turn; awares: cache reuse; awares_naive: the second turn prefills everything again;
@@ -50,6 +54,16 @@ class Workload:
     row_ids: Sequence[str]
     scripts: Mapping[str, Sequence[Script]]
     call_bias: float = 0.0
+
+
+class Measured(NamedTuple):
+    """What `measure` found: one line per job and repetition, each system's trajectories at its first budget, and of the systems whose
+    rows ran alone the seconds of every row, (repetitions, rows).
+    """
+
+    times: pd.DataFrame
+    played: dict[str, list[Trajectory]]
+    alone: dict[str, np.ndarray]
 
 
 class Stopwatch:
@@ -168,16 +182,15 @@ def escalated(engine: Engine, rows: Any, trajectories: Sequence[Trajectory]) -> 
 # Measuring
 
 
-def measure(
-    work: Sequence[Job], repetitions: int, seed: int, device: str
-) -> tuple[pd.DataFrame, dict[str, list[Trajectory]]]:
+def measure(work: Sequence[Job], repetitions: int, seed: int, device: str) -> Measured:
     """Run every job once to warm up (there the peak memory is read), then ``repetitions`` times in shuffled order.
 
-    Returns one line per job and repetition (system, token_budget, repetition, rows, seconds, peak_memory in bytes, and
-    the seconds of every phase, e.g. prefill_2 of the second turn), and each system's trajectories at its first budget.
+    A line of ``times`` has system, token_budget, repetition, rows, seconds, peak_memory in bytes, and the seconds of every phase,
+    e.g. prefill_2 of the second turn.
     """
     records, peaks = [], []
     done: dict[str, list[Trajectory]] = {}
+    alone: dict[str, list[list[float]]] = {}
     for job in work:
         memory = PeakMemory(device)
         done.setdefault(job.system, job.work(None))
@@ -186,12 +199,15 @@ def measure(
     for repetition in range(repetitions):
         for index in rng.permutation(len(work)):
             job, watch = work[index], Stopwatch(device)
-            rows = len(job.work(watch))
+            answered = job.work(watch)
+            rows = len(answered)
+            if job.token_budget == LOOP:
+                alone.setdefault(job.system, []).append([one.seconds for one in answered])
             parts = {f"{phase}_{turn}": value for (phase, turn), value in watch.seconds.items()}
             record = {"system": job.system, "token_budget": job.token_budget, "repetition": repetition, "rows": rows}
             seconds = sum(parts.values())
             records.append({**record, "seconds": seconds, "peak_memory": peaks[index], **parts})
-    return pd.DataFrame(records), done
+    return Measured(pd.DataFrame(records), done, {system: np.array(seconds) for system, seconds in alone.items()})
 
 
 def matmul_rate(device: str, dtype: str, size: int = 1024, repetitions: int = 20) -> float:
@@ -244,6 +260,53 @@ def ratio_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
         spread = quartiles("ms", 1000 * seconds[system] / part.rows.iloc[0])
         records.append({"system": system, **spread, **quartiles("ratio", seconds[system] / seconds[reference])})
     return pd.DataFrame(records)
+
+
+def pair_table(times: pd.DataFrame, overs: Sequence[str], level: float) -> pd.DataFrame:
+    """How many times as long each system takes as each of ``overs``, at batch 1 and at each one's best batch.
+
+    Columns system, over, batch, ratio, ratio_low, ratio_high: the geometric mean over repetitions of the ratio within one, with the
+    ``level`` interval of Student's distribution for its logarithm. It is one of repetitions: of these rows on this machine.
+    """
+    best, records = best_budgets(times), []
+    for batch, budgets in (("1", dict.fromkeys(best, LOOP)), ("best", best)):
+        seconds = np.log(_by_repetition(times, budgets))
+        for over in overs:
+            for system in (name for name in best if name != over):
+                steps = (seconds[system] - seconds[over]).to_numpy()
+                half = steps.std(ddof=1) / len(steps) ** 0.5 * scipy.stats.t.ppf((1 + level) / 2, len(steps) - 1)
+                ends = np.exp([steps.mean(), steps.mean() - half, steps.mean() + half])
+                records.append((system, over, batch, *ends))
+    return pd.DataFrame(records, columns=["system", "over", "batch", "ratio", "ratio_low", "ratio_high"])
+
+
+def benchmark_table(alone: Mapping[str, np.ndarray], benchmarks: Sequence[str]) -> pd.DataFrame:
+    """Milliseconds a row of rows that run alone (`Measured.alone`), by system and benchmark, and the mean of the benchmarks (average).
+
+    Columns system, benchmark, ms (the median over repetitions of the mean over rows) with quartiles, n rows.
+    """
+    names, records = np.array(benchmarks), []
+    for system, seconds in alone.items():
+        parts = {name: 1000 * seconds[:, names == name].mean(axis=1) for name in dict.fromkeys(benchmarks)}
+        parts[AVERAGE] = np.mean(list(parts.values()), axis=0)
+        for name, values in parts.items():
+            count = len(names) if name == AVERAGE else int((names == name).sum())
+            records.append({"system": system, "benchmark": name, **quartiles("ms", values), "n": count})
+    return pd.DataFrame(records)
+
+
+def flops_table(work: Sequence[Job], reference: str = "full") -> pd.DataFrame:
+    """GFLOPs a row of each job as torch's counter sees them pass, padding and the work of choosing tokens included; ``gflops_ratio``."""
+    records = []
+    for job in work:
+        with (
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # a CPU's fused kernel is not counted
+            rows = len(job.work(None))
+        records.append({"system": job.system, "gflops": counter.get_total_flops() / rows / 1e9})
+    table = pd.DataFrame(records)
+    return table.assign(gflops_ratio=table.gflops / table.gflops[table.system == reference].iloc[0])
 
 
 def quartiles(name: str, values: Any) -> dict[str, float]:

@@ -179,12 +179,14 @@ class Plan:
 
     ``choose``: attention (Q, N) of the text tokens behind the image, in the layer before, hidden states (N, width) and
     a count -> which to keep. ``nominal``: the ratio names the share that is left at the end (last), or its mean over
-    the layers (mean).
+    the layers (mean). ``redraw``, for a control: what was chosen (K,), which of its row's visual tokens each of the N is, and
+    the row's id -> what is kept in its place, as it is.
     """
 
     shares: Mapping[int, float]
     choose: Callable[[Tensor, Tensor, int], Selection]
     nominal: str
+    redraw: Callable[[Tensor, Tensor, str], Tensor] | None = None
 
 
 class LayerPruned(Pruned):
@@ -213,7 +215,7 @@ class LayerPruned(Pruned):
         return super().start(rows, images, call_bias, names, orders)
 
     def _generate(self, state: State, *arguments: Any, **options: Any) -> Output:
-        with Dropping(self.language_model, self.plan, state) as dropping:
+        with Dropping(self.language_model, self.plan, state, self.names) as dropping:
             output = super()._generate(state, *arguments, **options)
         output.kept = dropping.kept()
         self.left.update(zip(self.names, dropping.left(), strict=True))
@@ -227,8 +229,8 @@ class Dropping:
     of every layer then has its own length, for which `create_causal_mask` has ``layer_idx``.
     """
 
-    def __init__(self, language_model: Any, plan: Plan, state: State) -> None:
-        self.model, self.plan = language_model, plan
+    def __init__(self, language_model: Any, plan: Plan, state: State, names: Sequence[str]) -> None:
+        self.model, self.plan, self.names = language_model, plan, names
         self.mask, self.visual = state.mask, state.types.bool()  # (B, T) of the tokens that are left
         self.number = self.visual.cumsum(dim=1) - 1  # (B, T): which of its row's visual tokens a visual token is
         self.total = self.visual.sum(dim=1)
@@ -312,6 +314,9 @@ class Dropping:
         weights = pruning.attention_of(query[:, text], key, allowed, attention.scaling)[:, places]
         count = pruning.budget(int(self.total[row]), share)
         chosen = self.plan.choose(weights, hidden[places], min(count, len(places)))
+        if self.plan.redraw:
+            kept = self.plan.redraw(chosen.kept.cpu(), self.number[row][places].cpu(), self.names[row])
+            chosen = Selection(kept.to(places.device), hidden[places][kept])
         keep[places] = False
         keep[places[chosen.kept]] = True
         hidden[places[chosen.kept]] = chosen.vectors

@@ -17,9 +17,9 @@ from awares.config import AwaresValueError
 
 CONTEXTUAL = 0.05  # VisionZip: share of N for merged tokens
 CHUNKS = 8  # HoloV: P (assumed)
+DIVERSITY = 0.09  # HoloV: weight of a chunk's diversity beside its attention, as in the released code
 RECYCLED = 0.3  # SparseVLM: share of the pruned tokens that is clustered
 CLUSTER = 10  # SparseVLM: recycled tokens a cluster
-NEIGHBOURS = 5  # of the density in `cluster` (assumed)
 ROWS = 512  # queries a block in `received`: bounds the memory for attention maps
 
 
@@ -104,12 +104,12 @@ def visionzip(scores: Tensor, keys: Tensor, features: Tensor, ratio: float) -> S
     return Selection(kept, merged[kept])
 
 
-def holov(scores: Tensor, features: Tensor, ratio: float, chunks: int = CHUNKS, diversity: float = 1.0) -> Tensor:
+def holov(scores: Tensor, features: Tensor, ratio: float, chunks: int = CHUNKS, diversity: float = DIVERSITY) -> Tensor:
     """HoloV: a quota of r N for each of P contiguous chunks, inside a chunk the top by ``scores`` (N,).
 
     The weight of chunk c is a_c / mean(a) + ``diversity`` * v_c / mean(v): its mean attention, and the mean over its
     tokens of the variance of their cosine similarities to the chunk's other tokens. Both are scaled over the whole
-    image (README, deviation 7). That both count alike is assumed.
+    image (README, deviation 7).
     Returns the kept indices, ascending.
     """
     count = len(scores)
@@ -211,11 +211,11 @@ def sparsevlm(attention: Tensor, hidden: Tensor, count: int) -> Selection:
 def cluster(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Density peaks: centres (count,), ascending, and each point's cluster (R,), for ``points`` (R, width).
 
-    rho_i = exp(-mean of d_ij^2 over the nearest), delta_i = the distance to the nearest denser point (the densest: the
+    rho_i = exp(-mean of d_ij^2 over the ``count`` nearest, itself among them), delta_i = the distance to the nearest denser point (the densest: the
     largest distance); centres have the largest rho delta, and a point joins the nearest centre. d is over sqrt(width).
     """
     distance = torch.cdist(points.float(), points.float()) / points.shape[1] ** 0.5
-    nearest = distance.topk(min(NEIGHBOURS, len(points)), largest=False).values
+    nearest = distance.topk(min(count, len(points)), largest=False).values
     density = (-nearest.square().mean(dim=1)).exp()
     rank = density.sort(descending=True, stable=True).indices.argsort()  # equal densities: the lower index is denser
     denser = rank[None, :] < rank[:, None]

@@ -102,7 +102,7 @@ def publish_ablations(params: Params) -> list[Path]:
 def publish_comparison(params: Params) -> list[Path]:
     """Publish the comparison and every compared system's notebook, in reports/<profile>/comparison."""
     files = _publish_beside(params, "comparison", "11_comparison")
-    for system in params.comparison.systems:
+    for system in params.comparison.all:
         path = params.run_dir("systems") / system / "notebook.ipynb"
         _require(path, "comparison")
         files += publish_one(path, params.report_dir() / "comparison", f"10_{system}", params.root, page=False)
