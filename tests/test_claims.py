@@ -382,30 +382,23 @@ def test_an_area_that_never_varies_is_certain_and_a_share_is_not(world):
 
 
 def test_cells_of_our_own_tables(world):
-    file = world.params.report_dir() / "latency" / "table5_latency.csv"
-    faster = {
-        "kind": "cell_ratio",
-        "table": "latency/table5_latency.csv",
-        "column": "seconds",
-        "holds": "above",
-        "margin": 1,
-    }
-    faster |= {"row": {"system": "visionthink", "batch": 1}, "over": {"system": "awares", "batch": 1}}
-    assert world.decide(**faster).note.endswith("latency/table5_latency.csv is not there")
+    file = world.params.report_dir() / "latency" / "ratios.csv"
+    faster = {"kind": "cell", "table": "latency/ratios.csv", "column": "ratio", "holds": "above", "margin": 1}
+    faster |= {"row": {"system": "visionthink", "batch": 1}}
+    assert world.decide(**faster).note.endswith("latency/ratios.csv is not there")
     file.parent.mkdir(parents=True)
     table = pd.DataFrame(
         [("awares", 1, 0.5, 0.4, 0.6), ("awares", "best", 0.1, 0.1, 0.1), ("visionthink", 1, 2.0, 1.5, 2.5)],
-        columns=["system", "batch", "seconds", "seconds_low", "seconds_high"],
+        columns=["system", "batch", "ratio", "ratio_low", "ratio_high"],
     )
     table.to_csv(file, index=False)
     found = world.decide(**faster)
-    assert (found.effect, found.low, found.high) == pytest.approx((4, 2.5, 6.25)) and found.verdict == "holds"
-    one = {**faster, "kind": "cell", "row": {"system": "awares", "batch": "best"}, "holds": "below"}
-    assert world.decide(**{key: value for key, value in one.items() if key != "over"}).verdict == "holds"
-    assert "has no seconds for system half" in world.decide(**{**faster, "row": {"system": "half"}}).note
+    assert (found.effect, found.low, found.high) == pytest.approx((2, 1.5, 2.5)) and found.verdict == "holds"
+    assert world.decide(**{**faster, "row": {"system": "awares", "batch": "best"}}).verdict == "does not hold"
+    assert "has no ratio for system half" in world.decide(**{**faster, "row": {"system": "half"}}).note
     with pytest.raises(AwaresError, match="2 rows for system awares, one wanted"):
-        world.decide(**{**faster, "over": {"system": "awares"}})
-    with pytest.raises(AwaresError, match="table5_latency.csv: column millis, millis_low, millis_high missing"):
+        world.decide(**{**faster, "row": {"system": "awares"}})
+    with pytest.raises(AwaresError, match=r"ratios\.csv: column millis, millis_low, millis_high missing"):
         world.decide(**{**faster, "column": "millis"})
 
 

@@ -13,7 +13,6 @@ Kinds, with S(p) the measure of policy p (awares.measures):
     closer       |S(b) - S(to)| - |S(a) - S(to)|: how much nearer a is to `to` than b is
     correlation  of measures x and y over the rows of a
     cell         one cell of a csv below reports/<profile>, with the interval that stands beside it
-    cell_ratio   two of them, a / b, the interval from the ends of theirs
 """
 
 import math
@@ -61,7 +60,6 @@ class Claim:
     table: str = ""
     column: str = ""
     row: Mapping[str, Any] = field(default_factory=dict)
-    over: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -128,7 +126,6 @@ _FROM_ROWS: dict[str, tuple[tuple[str, ...], Callable[[Claim, Take], list[Sample
 # kind -> the keys that it needs beside those that every claim has
 NEEDS = {kind: needs for kind, (needs, _) in _FROM_ROWS.items()}
 NEEDS |= {"correlation": ("a", "x", "y"), "cell": ("table", "column", "row")}
-NEEDS |= {"cell_ratio": ("table", "column", "row", "over")}
 
 
 def decide(claim: Claim, runs: Runs) -> Finding:
@@ -137,8 +134,8 @@ def decide(claim: Claim, runs: Runs) -> Finding:
     Raises AwaresError for inputs that are there and are wrong.
     """
     try:
-        if claim.kind in ("cell", "cell_ratio"):
-            return _from_cells(claim, runs.params)
+        if claim.kind == "cell":
+            return _from_cell(claim, runs.params)
         kind = MEASURES[claim.measure or claim.x][0]
         seeds = runs.seeds(claim.policies, kind)
         if claim.kind == "correlation":
@@ -163,18 +160,13 @@ def _range(claim: Claim) -> tuple[float, float]:
     return (0.0 if claim.kind in ("level", "ratio") else -math.inf), (100.0 if share else math.inf)
 
 
-def _from_cells(claim: Claim, params: Params) -> Finding:
+def _from_cell(claim: Claim, params: Params) -> Finding:
     """From a csv below reports/<profile>; the interval of column c stands in c_low and c_high."""
     file = params.report_dir() / claim.table
     if not file.is_file():
         raise MissingRows(f"{file.relative_to(params.root) if file.is_relative_to(params.root) else file} is not there")
     table = pd.read_csv(file)
     value, low, high = _cell(file.name, table, claim.row, claim.column)
-    if claim.kind == "cell_ratio":
-        other = _cell(file.name, table, claim.over, claim.column)
-        if min(low, *other) <= 0:
-            raise AwaresValueError(f"{file.name}: {claim.column} must be positive for {claim.id}, a ratio")
-        value, low, high = value / other[0], low / other[2], high / other[1]
     return Finding(value, low, high, seeds=1)
 
 
@@ -284,7 +276,6 @@ def _policies(name: str, raw: Any) -> dict[str, dict[str, str]]:
 
 _EVERY = ("id", "claim", "section", "tables", "quantity", "kind", "holds", "margin")
 _LISTS = ("tables", "b", "of", "benchmarks")
-_ROWS = ("row", "over")
 
 
 def _claim(place: str, raw: Any, policies: Mapping[str, Mapping[str, str]], published: paper.Paper) -> Claim:
@@ -316,7 +307,7 @@ def _typed(place: str, key: str, value: Any) -> Any:
         if type(value) not in (int, float) or not math.isfinite(value):
             raise AwaresValueError(f"{place}: margin must be a number, not {value!r}")
         return float(value)
-    if key in _ROWS:
+    if key == "row":
         if not isinstance(value, dict) or not value:
             raise AwaresValueError(f"{place}: {key} must map columns to values, not {value!r}")
         return value
@@ -338,7 +329,7 @@ def _check_whole(place: str, claim: Claim, policies: Mapping[str, Mapping[str, s
         raise AwaresValueError(f"{place}: a claim of kind {claim.kind} holds above its margin")
     if "b" in NEEDS[claim.kind] and not claim.b or claim.kind == "order" and len(claim.of) < 2:
         raise AwaresValueError(f"{place}: there is nothing to compare with")
-    if claim.kind in ("cell", "cell_ratio"):
+    if claim.kind == "cell":
         return
     kinds = {MEASURES[name][0] for name in (claim.measure, claim.x, claim.y) if name}
     for policy in claim.policies:
