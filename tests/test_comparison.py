@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from datasets import Dataset
 
 from awares import baselines, comparison
 from awares.config import AwaresError, load_params
@@ -103,6 +104,18 @@ def test_what_pruners_leave_of_the_evidence_is_tabled(tmp_path):
     (found,) = comparison.evidence_table(params).to_dict("records")
     assert (found["system"], found["left"], found["evidence"], found["n"]) == ("visionzip_50", 50, 50, 2)
     assert found["low"] == 25 and found["high"] == 75 and found["accuracy"] == 50
+
+
+def test_regions_that_show_the_evidence_are_told_from_those_that_do_not():
+    params = load_params("mini")
+    boxes = [[[0, 0, 400, 400]], [[600, 600, 900, 900]], [[0, 0, 900, 900]], []]
+    rows = Dataset.from_dict({"id": list("abcd"), "question_boxes": [[]] * 4, "answer_boxes": boxes})
+    found = scores(full={1: [1, 1, 1, 1]}, awares={1: [1, 0, 0, 1], 2: [1, 1, 1, 1]})
+    asked = {"awares": [("top-left",), ("0,0,500,950",), ("left", "right"), ("top",)]}
+    found["crops"] = [crops for name in ("full", "awares", "awares") for crops in asked.get(name, [()] * 4)]
+    (one,) = comparison.regions_table(found, rows, params).to_dict("records")
+    assert (one["system"], one["calls"], one["accuracy_elsewhere"]) == ("awares", 3, 0)
+    assert one["covered"] == pytest.approx(200 / 3) and one["accuracy_covered"] == 50 and one["low"] < one["high"]
 
 
 def test_every_name_that_is_compared_is_a_system():

@@ -4,16 +4,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pandas as pd
 
 from awares import data, evaluation
 from awares.ablations import MAIN, judged_by
 from awares.config import SHUFFLED, SYSTEMS, AwaresFileError, Evaluation, Params, differences
+from awares.crops import coverage
 from awares.measures import EVALUATION, Runs
 from awares.metrics import bootstrap_interval
 
 TRAINED = {"sft": "sft", "awares": "grpo"}  # and the stage that trains it
 CONTROL = "random_token"
+SHOWN = 0.95  # share of a box from which a region shows it
 ANSWERED = ["system", "seed", "benchmark", "row_id", "score", "rtr", "layer_rtr", "answer", "written", "crops", "call_status", "call_gap",
             "visual_tokens", "full_visual_tokens"]  # fmt: skip
 EFFECTS = [
@@ -68,6 +72,26 @@ def evidence_table(params: Params) -> pd.DataFrame:
         values = {"left": left, "evidence": found.mean, "low": found.low, "high": found.high, "accuracy": accuracy}
         records.append({"system": system, **{k: 100 * v for k, v in values.items()}, "n": len(scores)})
     return pd.DataFrame(records, columns=["system", "left", "evidence", "low", "high", "accuracy", "n"])
+
+
+def regions_table(scores: pd.DataFrame, rows: datasets.Dataset, params: Params) -> pd.DataFrame:
+    """Whether the regions that each system of `all_scores` got show the evidence, at the main training seed, on the rows where it got any.
+
+    Columns system, calls (rows), covered (percent of them whose every box lies in the regions to SHOWN) with its interval over rows,
+    accuracy_covered and accuracy_elsewhere (percent right). ``rows``: the evaluation rows; those without boxes are left out.
+    """
+    settings, records = params.evaluation, []
+    plain = rows.select_columns(["id", "question_boxes", "answer_boxes"])
+    boxes = {one["id"]: [*one["question_boxes"], *one["answer_boxes"]] for one in plain}
+    main = scores[(scores.seed == params.seed) & scores.crops.map(len).gt(0) & scores.row_id.map(boxes).map(len).gt(0)]
+    for system, part in main.groupby("system", sort=False):
+        pairs = zip(part.row_id, part.crops, strict=True)
+        covered = np.array([all(coverage(tuple(box), names) >= SHOWN for box in boxes[row]) for row, names in pairs])
+        found = bootstrap_interval(covered.tolist(), settings.seed, settings.bootstrap, settings.level)
+        right = [100 * part.score[mask].mean() for mask in (covered, ~covered)]
+        records.append((system, len(part), 100 * found.mean, 100 * found.low, 100 * found.high, *right))
+    columns = ["system", "calls", "covered", "low", "high", "accuracy_covered", "accuracy_elsewhere"]
+    return pd.DataFrame(records, columns=columns)
 
 
 def answered(params: Params, places: Iterable[tuple[str, int, Path]]) -> pd.DataFrame:
