@@ -98,6 +98,14 @@ def test_pairs_are_ratios_within_a_repetition_with_student(tmp_path: Path) -> No
         assert (one.ratio, one.ratio_low, one.ratio_high) == pytest.approx((0.5, math.exp(low), math.exp(high)))
 
 
+def test_timed_rows_are_as_many_of_each_benchmark() -> None:
+    names = ["pope", "vstar"] * 6 + ["chartqa"] * 3
+    chosen = latency.spread(names, 7)
+    assert chosen == sorted(chosen)
+    assert [sum(names[index] == name for index in chosen) for name in ("pope", "vstar", "chartqa")] == [3, 2, 2]
+    assert latency.spread(names, 100) == list(range(15)) and len(latency.spread(names, 1)) == 1
+
+
 def test_time_by_benchmark_is_that_of_rows_alone() -> None:
     alone = {"full": np.array([[0.1, 0.3, 0.8], [0.2, 0.4, 0.6], [0.1, 0.1, 1.0]])}  # repetitions x rows
     table = latency.benchmark_table(alone, ["pope", "pope", "vstar"]).set_index("benchmark")

@@ -113,7 +113,18 @@ class PeakMemory:
         return Path("/proc/self/clear_refs").exists()
 
 
-# Jobs
+# Rows and jobs
+
+
+def spread(benchmarks: Sequence[str], count: int) -> list[int]:
+    """Which ``count`` rows to time: as many of each benchmark (the first ones get what is over), at even steps; fewer where it has fewer."""
+    places: dict[str, list[int]] = {}
+    for index, name in enumerate(benchmarks):
+        places.setdefault(name, []).append(index)
+    share, over = divmod(count, len(places))
+    wanted = [min(len(where), share + (n < over)) for n, where in enumerate(places.values())]
+    found = [where[len(where) * k // n] for n, where in zip(wanted, places.values(), strict=True) for k in range(n)]
+    return sorted(found)
 
 
 def jobs(
