@@ -310,10 +310,8 @@ def flops_table(work: Sequence[Job], reference: str = "full") -> pd.DataFrame:
     """GFLOPs a row of each job as torch's counter sees them pass, padding and the work of choosing tokens included; ``gflops_ratio``."""
     records = []
     for job in work:
-        with (
-            FlopCounterMode(display=False) as counter,
-            sdpa_kernel(SDPBackend.MATH),
-        ):  # a CPU's fused kernel is not counted
+        # a CPU's fused attention kernel is not counted
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             rows = len(job.work(None))
         records.append({"system": job.system, "gflops": counter.get_total_flops() / rows / 1e9})
     table = pd.DataFrame(records)
