@@ -231,7 +231,7 @@ def test_latency(line):
         assert place.rtr[system, "1"] == pytest.approx(rtr[system], abs=1e-3)
     times = pd.read_csv(line.params.run_dir("latency") / "times.csv")
     assert set(times.rows) == {3} and set(times.token_budget) == {1, 4096}
-    assert set(pd.read_csv(tables / "pruners.csv").system) == {"full", "visionzip_100", "visionzip_50"}
+    assert set(pd.read_csv(tables / "pruners.csv").system) == {"full", "visionzip_100", "visionzip_70", "visionzip_50"}
 
 
 def test_plan_finds_what_is_there_and_what_is_not(line, servers, monkeypatch):
