@@ -257,7 +257,8 @@ def test_bench_times_a_step_of_each_training(tmp_path: Path, monkeypatch: pytest
 
 def test_bench_times_the_pruners(tmp_path: Path) -> None:
     more = "--shape qwen2.5-vl-7b --scale 0.001 --benchmarks realworldqa --pruners --rows 1 --repetitions 1".split()
-    assert bench.main(options(tmp_path, *more)) == 0
+    assert bench.main(options(tmp_path, *more, "--no-interactions")) == 0
+    assert not (tmp_path / "latency.csv").exists()
     table = pd.read_csv(tmp_path / "pruners.csv")
     assert (
         set(table.token_budget) == {latency.LOOP, 4096}
@@ -277,6 +278,14 @@ def test_bench_times_the_pruners(tmp_path: Path) -> None:
     fastv = table[table.system.str.startswith("fastv")].groupby("system").layer_rtr.first()
     assert fastv.fastv_100 == 1 > fastv.fastv_70 > fastv.fastv_50
     assert (table[table.system == "full"].ratio == 1).all() and (table.ms > 0).all()
+    once = table[table.token_budget == latency.LOOP].set_index("system")
+    for name in bench.PRUNERS:
+        counts = once.gflops[[f"{name}_{percent}" for percent in bench.PERCENTS]]
+        assert counts.is_monotonic_decreasing and once.gflops["full"] <= counts.iloc[0] < 1.1 * once.gflops["full"]
+        gaps = once.logits_gap[[f"{name}_{percent}" for percent in bench.PERCENTS]]
+        assert gaps.iloc[0] < 1e-4 < gaps.iloc[2], gaps
+    nothing = [*more[:-5], "--no-interactions"]
+    assert bench.main(options(tmp_path, *nothing)) == 1
 
 
 def test_training_rows_call_on_every_size_and_region() -> None:

@@ -6,7 +6,8 @@ What is timed:
   engine that evaluation uses, outputs ordered token by token, at batch 1 and at the best of the given token budgets, all
   jobs interleaved. Time runs from the PIL image to the text: resizing, cutting and patching, vision tower, prefill, decoding.
 - *Pruners* (``--pruners``). The training-free pruners of visual tokens at all, 70 % and 50 % of them, each against the plain full image,
-  at batch 1 and at the first token budget, answers as long as AwaRes's. At 100 % choosing is all that there is to see.
+  at batch 1 and at the first token budget, answers as long as AwaRes's. At 100 % choosing is all that there is to see, and
+  the first token's logits must be the plain model's (in float32; bfloat16 rounds).
 - *SFT step.* The second of two optimiser steps of our SFT trainer at ``sft.batch_size``, from the end of the first to its
   own: data preparation, forward and backward passes of all micro-batches, update. No checkpoint is written.
 - *GRPO step.* The same of our GRPO trainer at ``grpo.batch_size`` completions: rollouts, reference and policy passes,
@@ -22,7 +23,7 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shape", default="qwen2.5-vl-7b", choices=[*shapes.SHAPES, shapes.MINI], help="architecture, random weights")
     add("--scale", type=_scale, default=1.0, help="shrink the shape to about this share of its parameters")
+    add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on cuda, float32 on cpu")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--benchmarks", nargs="+", default=list(shapes.BENCHMARKS), choices=list(shapes.BENCHMARKS), metavar="NAME")
     add("--image", type=_size, metavar="WxH", help="size of every image in px, whatever --benchmarks and --scale say")
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-tokens", nargs="+", type=_budget, default=[32768], help="token budgets to try, beside batch 1")
     add("--seed", type=_seed, default=1, help="of the weights and of the order of the jobs")
     add("--gpu", choices=list(costs.GPUS), help="whose roofline to compare with (default: told from the device's name)")
+    add("--interactions", action=argparse.BooleanOptionalAction, default=True, help="time AwaRes and what it replaces")
     add("--train", action="store_true", help="time an SFT and a GRPO step, too")
     add("--pruners", action="store_true", help="time the pruners of visual tokens, too")
     add("--completion-tokens", type=count, default=32, help="of a turn in the GRPO step")
@@ -80,30 +83,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(options: argparse.Namespace) -> pd.DataFrame:
-    """Measure, write ``options.out``, print the tables; returns that of the interactions. AwaresError for what cannot run."""
+def run(options: argparse.Namespace) -> None:
+    """Measure, write ``options.out``, print the tables. AwaresError for what cannot run."""
     check(options)
-    dtype = "bfloat16" if options.device == "cuda" else "float32"
+    dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     named = machine(options, dtype)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "machine.json").write_text(json.dumps(named, indent=2) + "\n")
     print(json.dumps(named, indent=2))
-    done: list[tuple[pd.DataFrame, pd.DataFrame]] = []
-    for measured in interactions(options, dtype):  # written one by one: a kill costs one benchmark
-        done.append(measured)
-        table, times = (pd.concat(parts, ignore_index=True) for parts in zip(*done, strict=True))
-        _write(table, options.out / "latency.csv", named)
-        _write(times, options.out / "times.csv", named)
-        print(f"\n{_shown(measured[0])}", flush=True)
+    if options.interactions:
+        _write_each(interactions(options, dtype), ("latency.csv", "times.csv"), options, named)
     if options.pruners:
-        spent = pd.concat(pruners(options, dtype), ignore_index=True)
-        _write(spent, options.out / "pruners.csv", named)
-        print(f"\n{_shown(spent)}", flush=True)
+        _write_each(((table,) for table in pruners(options, dtype)), ("pruners.csv",), options, named)
     if options.train:
         steps = training_steps(options, dtype)
         _write(steps, options.out / "training.csv", named)
         print(f"\n{_shown(steps)}")
-    return table
 
 
 def check(options: argparse.Namespace) -> None:
@@ -121,6 +116,8 @@ def check(options: argparse.Namespace) -> None:
         raise AwaresValueError(f"--batch-tokens {options.batch_tokens}: one stands twice")
     if options.train:
         training_params(options, "float32")
+    if not (options.interactions or options.pruners or options.train):
+        raise AwaresValueError("--no-interactions leaves nothing to measure: add --pruners or --train")
 
 
 def _seed(text: str) -> int:
@@ -189,22 +186,42 @@ def interactions(options: argparse.Namespace, dtype: str) -> Iterator[tuple[pd.D
 
 
 def pruners(options: argparse.Namespace, dtype: str) -> Iterator[pd.DataFrame]:
-    """Of each benchmark and batch, every pruner at every share: ms a row, ratio to ``full`` within a repetition, RTR of the layers' mean."""
+    """Of each benchmark and batch, every pruner at every share: ms a row, ratio to ``full`` within a repetition, peak memory; and of a
+    row, which are all alike: RTR of the layers' mean, counted FLOPs, the largest difference of a first logit from ``full``'s.
+    """
     model, processor = shapes.build(options.shape, options.scale, dtype, options.device, options.seed)
     names = ["full", *(f"{name}_{percent}" for name in PRUNERS for percent in PERCENTS)]
     for name in options.benchmarks:
         size = image_size(name, options)
         work, length = shapes.workload(name, options.rows, size), shapes.answer_tokens(shapes.BENCHMARKS[name].awares)
         rows = {"id": work.row_ids, "image": work.images, "question": work.questions}
+        alike = {key: values[:1] for key, values in rows.items()}
+        one = latency.system_jobs(names, model, processor, alike, LOOP, max_new_tokens=length)
+        counted = latency.flops_table(one)
+        first = {job.system: _first_logits(job, model) for job in one}
+        counted["logits_gap"] = [float((first[system] - first["full"]).abs().max()) for system in names]
         for budget in (LOOP, options.batch_tokens[0]):
             jobs = latency.system_jobs(names, model, processor, rows, budget, max_new_tokens=length)
             times, done, _ = latency.measure(jobs, options.repetitions, options.seed, options.device)
             table = latency.ratio_table(times).set_index("system").loc[names].reset_index()
             kept = {system: sum(one.layer_rtr for one in some) / len(some) for system, some in done.items()}
             table.insert(1, "layer_rtr", table.system.map(kept))
+            table["peak_memory_mb"] = table.system.map(times.groupby("system").peak_memory.first() / 1e6)
             table.insert(0, "token_budget", budget)
+            table.insert(0, "image", "{}x{}".format(*size))
             table.insert(0, "benchmark", name)
-            yield table
+            yield table.merge(counted, on="system")
+
+
+def _first_logits(job: latency.Job, model: Any) -> torch.Tensor:
+    """Logits of the first token that ``job`` writes, (rows, vocabulary), before anything is barred."""
+    seen: list[torch.Tensor] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, output: seen.append(output[:, -1].float()))
+    try:
+        job.work(None)
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 def _roofline(
@@ -323,6 +340,21 @@ def _step(name: str, layout: str, tokens: float, seconds: float, memory: float) 
 
 
 # Output
+
+
+def _write_each(
+    measured: Iterable[tuple[pd.DataFrame, ...]],
+    files: Sequence[str],
+    options: argparse.Namespace,
+    named: dict[str, str],
+) -> None:
+    """Add tables to ``files`` as they come, so that a kill costs one benchmark; prints the first of each."""
+    done = []
+    for tables in measured:
+        done.append(tables)
+        for file, parts in zip(files, zip(*done, strict=True), strict=True):
+            _write(pd.concat(parts, ignore_index=True), options.out / file, named)
+        print(f"\n{_shown(tables[0])}", flush=True)
 
 
 def _write(table: pd.DataFrame, path: Path, named: dict[str, str]) -> None:
