@@ -196,9 +196,9 @@ def pruners(options: argparse.Namespace, dtype: str) -> Iterator[pd.DataFrame]:
         work, length = shapes.workload(name, options.rows, size), shapes.answer_tokens(shapes.BENCHMARKS[name].awares)
         rows = {"id": work.row_ids, "image": work.images, "question": work.questions}
         alike = {key: values[:1] for key, values in rows.items()}
-        one = latency.system_jobs(names, model, processor, alike, LOOP, max_new_tokens=length)
-        counted = latency.flops_table(one)
-        first = {job.system: _first_logits(job, model) for job in one}
+        single = latency.system_jobs(names, model, processor, alike, LOOP, max_new_tokens=length)
+        counted = latency.flops_table(single)
+        first = {job.system: _first_logits(job, model) for job in single}
         counted["logits_gap"] = [float((first[system] - first["full"]).abs().max()) for system in names]
         for budget in (LOOP, options.batch_tokens[0]):
             jobs = latency.system_jobs(names, model, processor, rows, budget, max_new_tokens=length)
