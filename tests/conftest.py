@@ -10,10 +10,10 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from awares import protocol
-from awares.ablations import judged_by
-from awares.crops import CROPS
-from awares.model import ImageOnlyProcessor, make_processor
+from awares.engine.model import ImageOnlyProcessor, make_processor
+from awares.method import protocol
+from awares.method.crops import CROPS
+from awares.study.variants import judged_by
 
 TOOL_TOKENS = (
     *protocol.TOOL_TOKENS,

@@ -13,8 +13,11 @@ from test_launch import FSDP2, settings
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from awares import data, launch, sft, training
-from awares.model import load_model
+from awares.data import rows as data
+from awares.engine.model import load_model
+from awares.method import sft
+from awares.training import checkpoints as training
+from awares.training import distributed as launch
 
 
 class Sharded(TrainerCallback):

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from test_grpo import ANSWERS, CALL, settings
 from transformers import TrainerCallback
 
-from awares import data, grpo, protocol
-from awares.model import load_model, load_processor
+from awares.data import rows as data
+from awares.engine.model import load_model, load_processor
+from awares.method import grpo, protocol
 
 
 class Gradients(TrainerCallback):

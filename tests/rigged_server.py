@@ -10,10 +10,11 @@ import uvicorn
 from conftest import tiny_model, tiny_tokenizer
 from test_rollout import Rigged
 
-from awares import decode, serve
-from awares.model import make_processor
-from awares.rollout import Engine
-from awares.wire import ServeSettings
+from awares.cli import serve
+from awares.cli.wire import ServeSettings
+from awares.engine import decode
+from awares.engine.model import make_processor
+from awares.method.rollout import Engine
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -4,9 +4,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from awares import ablations
-from awares.config import AwaresError, load_params
-from awares.report import AVERAGE
+from awares.config import load_params
+from awares.errors import AwaresError
+from awares.study import variants as ablations
+from awares.study.tables import AVERAGE
 
 
 def result(variant, accuracy, main):

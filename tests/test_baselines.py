@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
-from awares import baselines, crops, protocol, pruned_decode, pruning, systems
-from awares.baselines import SYSTEMS, Job
-from awares.config import AwaresError
-from awares.decode import Decoder, Output
-from awares.pruned_decode import LayerPruned, Plan, VisionPruned
-from awares.pruning import Selection
-from awares.rollout import Engine, Trajectory
+from awares import systems
+from awares.baselines import pruned_decode, pruning
+from awares.baselines import registry as baselines
+from awares.baselines.pruned_decode import LayerPruned, Plan, VisionPruned
+from awares.baselines.pruning import Selection
+from awares.baselines.registry import SYSTEMS, Job
+from awares.engine.decode import Decoder, Output
+from awares.errors import AwaresError
+from awares.method import crops, protocol
+from awares.method.rollout import Engine, Trajectory
 
 BEFORE, INSIDE = ("visionzip", "holov", "random_token"), ("fastv", "sparsevlm")
 PRUNERS = (*BEFORE, *INSIDE)

@@ -18,10 +18,13 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from awares import baselines, data, protocol, sft, sharing
-from awares.config import AwaresError
-from awares.model import ImageOnlyProcessor, load_model, load_processor, save_model
-from awares.rollout import Engine
+from awares.baselines import registry as baselines
+from awares.data import rows as data
+from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, save_model
+from awares.errors import AwaresError
+from awares.method import protocol, sft
+from awares.method.rollout import Engine
+from awares.training import prompt_sharing as sharing
 
 # The added tokens of the published tokenizers, in the order of their ids; those without bars are not special
 MARKS = "object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end vision_pad image_pad video_pad".split()

@@ -10,10 +10,15 @@ import scipy.stats
 import yaml
 from PIL import Image
 
-from awares import claims, comparison, data, diagnostics, evaluation, measures, records
-from awares.config import TASKS, AwaresError, find_file, load_params
-from awares.measures import Runs
-from awares.rollout import Trajectory, Turn
+from awares.config import TASKS, find_file, load_params
+from awares.data import rows as data
+from awares.engine import jsonl as records
+from awares.errors import AwaresError
+from awares.method import evaluation
+from awares.method.rollout import Trajectory, Turn
+from awares.study import claims, comparison, diagnostics
+from awares.study import scores as measures
+from awares.study.scores import Runs
 
 PER_TASK = 20
 POLICIES = {

@@ -26,13 +26,20 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from awares import __version__, batch, cli, data, decode, evaluation, options, protocol, publish
-from awares.config import AwaresError, load_params
-from awares.model import DTYPES, load_model, load_processor, save_model
+from awares import __version__
+from awares.cli import batch, options
+from awares.cli import main as cli
+from awares.cli.wire import ServeSettings
+from awares.config import load_params
+from awares.data import rows as data
+from awares.engine import decode
+from awares.engine.jsonl import read_records
+from awares.engine.model import DTYPES, load_model, load_processor, save_model
+from awares.errors import AwaresError
+from awares.method import evaluation, protocol
+from awares.method.rollout import Engine, Trajectory
 from awares.policy import AwaRes, Checkpoint, of_run, shipped
-from awares.records import read_records
-from awares.rollout import Engine, Trajectory
-from awares.wire import ServeSettings
+from awares.study import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"policy": "p", "call_bias": 0.0}
@@ -683,7 +690,7 @@ def test_an_adapter_that_leads_to_no_model_is_named(tmp_path: Path, config: str,
 
 
 def test_help_tells_the_engines_own_limit(capsys: Any) -> None:
-    from awares.rollout import MAX_NEW_TOKENS
+    from awares.method.rollout import MAX_NEW_TOKENS
 
     with pytest.raises(SystemExit, match="0"):
         cli.main(["ask", "--help"])

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from awares.client import ChatClient, Server, _retry_after
-from awares.config import AwaresError, AwaresRequestError, Failure
-from awares.replies import Request
+from awares.clients.chat import ChatClient, Server, _retry_after
+from awares.clients.replies import Request
+from awares.errors import AwaresError, AwaresRequestError, Failure
 
 HERE = Path(__file__).parent
 KEY = "sk-planted-5f1d"
@@ -250,8 +250,8 @@ def test_a_server_that_refuses_row_after_row_is_set_up_wrongly(client, faulty: F
 
 JOB = """
 import json, sys
-from awares.client import ChatClient, Server
-from awares.replies import Request
+from awares.clients.chat import ChatClient, Server
+from awares.clients.replies import Request
 
 url, cache, out = sys.argv[1:]
 client = ChatClient(Server(url, "m", concurrency=4, first_wait=0.1), cache)

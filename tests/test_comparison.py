@@ -4,9 +4,11 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from awares import baselines, comparison
-from awares.config import AwaresError, load_params
-from awares.report import AVERAGE
+from awares.baselines import registry as baselines
+from awares.config import load_params
+from awares.errors import AwaresError
+from awares.study import comparison
+from awares.study.tables import AVERAGE
 
 
 def scores(**systems):

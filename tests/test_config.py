@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from awares.config import SECTIONS, AwaresError, load_params
+from awares.config import SECTIONS, load_params
+from awares.errors import AwaresError
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 

@@ -9,11 +9,12 @@ from test_bases import qwen3
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from awares import costs, protocol
-from awares.config import AwaresError
-from awares.decode import Decoder
-from awares.model import ImageOnlyProcessor, visual_tokens
-from awares.rollout import Engine, Script, Trajectory
+from awares.bench import costs
+from awares.engine.decode import Decoder
+from awares.engine.model import ImageOnlyProcessor, visual_tokens
+from awares.errors import AwaresError
+from awares.method import protocol
+from awares.method.rollout import Engine, Script, Trajectory
 
 
 def counted(work: Any) -> float:

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from awares import config, crops
-from awares.config import AwaresError
-from awares.crops import CROPS, boxes_to_crops
+from awares import config
+from awares.errors import AwaresError
+from awares.method import crops
+from awares.method.crops import CROPS, boxes_to_crops
 
 
 def painted_area(boxes: list[tuple[float, float, float, float]]) -> float:

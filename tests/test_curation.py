@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from awares import curation, data, judges, records, served
-from awares.config import AwaresError, AwaresRequestError, Failure, load_params
-from awares.judges import AnlsJudge, EmbeddingJudge, SemanticJudge, label
-from awares.wording import same_meaning
+from awares.clients import judges as served
+from awares.config import load_params
+from awares.data import rows as data
+from awares.engine import jsonl as records
+from awares.engine.answer_match import same_meaning
+from awares.errors import AwaresError, AwaresRequestError, Failure
+from awares.method import curation, judges
+from awares.method.judges import AnlsJudge, EmbeddingJudge, SemanticJudge, label
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 
@@ -482,7 +486,7 @@ def test_engine_key_follows_the_weights(tiny):
 
 
 def test_with_the_real_engine(tiny, params, tmp_path):
-    from awares.rollout import Engine
+    from awares.method.rollout import Engine
 
     rows = data.from_rows([{**row, "image": tiny.noise(112, 84, n)} for n, row in enumerate(make_rows(4))])
     found = run(params, tmp_path / "out", Engine(tiny.model, tiny.processor, max_new_tokens=4), rows=rows)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from awares import data
-from awares.config import AwaresError, load_params
+from awares.config import load_params
+from awares.data import rows as data
+from awares.errors import AwaresError
 
 
 def encoded(width=84, height=56, kind="PNG"):

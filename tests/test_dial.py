@@ -10,10 +10,14 @@ import pandas as pd
 import pytest
 from torch import Tensor
 
-from awares import data, decode, evaluation, figures, protocol
-from awares.config import AwaresError, load_params
-from awares.report import AVERAGE
-from awares.rollout import Engine, Trajectory
+from awares.config import load_params
+from awares.data import rows as data
+from awares.engine import decode
+from awares.errors import AwaresError
+from awares.method import evaluation, protocol
+from awares.method.rollout import Engine, Trajectory
+from awares.study import figures
+from awares.study.tables import AVERAGE
 
 EVALUATION = load_params("mini", overrides={"evaluation.bootstrap": 100}).evaluation
 REQUESTS = ("top-left", "center,bottom", "oops", "all")

@@ -9,9 +9,13 @@ import torch
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
-from awares import crops, data, grpo, protocol, sharing, training
-from awares.config import AwaresError, load_params
-from awares.model import load_model, load_processor, save_model, visual_tokens
+from awares.config import load_params
+from awares.data import rows as data
+from awares.engine.model import load_model, load_processor, save_model, visual_tokens
+from awares.errors import AwaresError
+from awares.method import crops, grpo, protocol
+from awares.training import checkpoints as training
+from awares.training import prompt_sharing as sharing
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -193,7 +197,7 @@ def test_the_loss_is_grpo_with_kl_over_assistant_tokens(world, tmp_path, monkeyp
 
 
 def data_anls(prediction: str, answer: str) -> float:
-    from awares.metrics import anls
+    from awares.method.metrics import anls
 
     return anls(prediction, [answer])
 

@@ -10,8 +10,11 @@ import pandas as pd
 import pytest
 from test_curation import make_rows
 
-from awares import cli, data, hub
-from awares.config import AwaresError, load_params
+from awares.cli import hub
+from awares.cli import main as cli
+from awares.config import load_params
+from awares.data import rows as data
+from awares.errors import AwaresError
 
 ROOT = Path(__file__).parent.parent
 KEY = "hf_planted_3c1e"

@@ -14,13 +14,16 @@ import scipy.stats
 import torch
 from transformers import AutoModelForImageTextToText
 
-from awares import base, bench, costs, latency, shapes, suite
+from awares.bench import bench, costs, latency
+from awares.bench import configs as shapes
+from awares.bench.latency import Job, Workload
 from awares.config import TASKS
-from awares.data import from_rows
-from awares.decode import PHASES
-from awares.latency import Job, Workload
-from awares.model import make_processor, visual_tokens
-from awares.rollout import Engine, Script
+from awares.data.rows import from_rows
+from awares.engine.decode import PHASES
+from awares.engine.model import make_processor, visual_tokens
+from awares.method.rollout import Engine, Script
+from awares.mini import base
+from awares.mini import synthetic_rows as suite
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,8 +16,13 @@ from safetensors.torch import load_file
 from test_grpo import world as grpo_world  # noqa: F401
 from test_sft import SMALL, world  # noqa: F401
 
-from awares import config, data, grpo, launch, sft, training
-from awares.config import AwaresError, load_params
+from awares import config
+from awares.config import load_params
+from awares.data import rows as data
+from awares.errors import AwaresError
+from awares.method import grpo, sft
+from awares.training import checkpoints as training
+from awares.training import distributed as launch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

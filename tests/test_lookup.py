@@ -9,9 +9,13 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from awares import base, lexicon, lookup, pretrain, scenes, training
-from awares.config import AwaresError, load_params
-from awares.model import make_processor, save_model
+from awares.config import load_params
+from awares.engine.model import make_processor, save_model
+from awares.errors import AwaresError
+from awares.mini import base, lookup, pretrain
+from awares.mini import render as scenes
+from awares.mini import vocabulary as lexicon
+from awares.training import checkpoints as training
 
 
 @pytest.fixture(scope="module")

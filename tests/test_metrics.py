@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from awares import diagnostics, metrics
-from awares.config import AwaresError
+from awares.errors import AwaresError
+from awares.method import metrics
+from awares.study import diagnostics
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from awares import protocol
-from awares.config import AwaresError
-from awares.model import load_model, load_processor, save_model, set_threads, visual_tokens
+from awares.engine.model import load_model, load_processor, save_model, set_threads, visual_tokens
+from awares.errors import AwaresError
+from awares.method import protocol
 
 
 @pytest.fixture(scope="module")

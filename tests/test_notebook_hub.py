@@ -23,11 +23,12 @@ import yaml
 from conftest import under_other_names
 from test_served import Server
 
-from awares import data, publish
+from awares.bench.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.config import SYSTEMS, TASKS
-from awares.latency import SYSTEMS as SYSTEMS_TIMED
-from awares.model import save_model
-from awares.report import AVERAGE, CHECKS
+from awares.data import rows as data
+from awares.engine.model import save_model
+from awares.study import publish
+from awares.study.tables import AVERAGE, CHECKS
 
 ROOT = Path(__file__).parent.parent
 KEYS = {"AWARES_API_KEY": "sk-planted-paper-0b7d", "HF_TOKEN": "hf_planted_paper_4e8c"}

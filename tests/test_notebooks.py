@@ -18,11 +18,13 @@ import pytest
 import yaml
 from conftest import under_other_names
 
-from awares import data, pretrain, publish
+from awares.bench.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.config import SYSTEMS, TASKS, load_params
-from awares.latency import SYSTEMS as SYSTEMS_TIMED
-from awares.model import load_model, save_model
-from awares.report import AVERAGE, CHECKS
+from awares.data import rows as data
+from awares.engine.model import load_model, save_model
+from awares.mini import pretrain
+from awares.study import publish
+from awares.study.tables import AVERAGE, CHECKS
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))

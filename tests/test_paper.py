@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from awares import paper
-from awares.config import TASKS, AwaresError, find_file
+from awares.config import TASKS, find_file
+from awares.errors import AwaresError
+from awares.study import published as paper
 
 SYSTEMS = [key for key, table in paper.load_paper().tables.items() if table.benchmarks]
 ROWS = {"table1": 10, "table2": 4, "table3": 7, "table4": 7, "table5": 2, "table6": 6, "table7": 3, "table8": 5}

@@ -10,9 +10,11 @@ from test_served import Server
 from test_sources_hub import Gate, gate  # noqa: F401  (a fixture)
 from transformers import Qwen3VLConfig
 
-from awares import cli, costs, plan
-from awares.config import AwaresError, load_params
-from awares.shapes import BENCHMARKS, image_size
+from awares.bench import costs, plan
+from awares.bench.configs import BENCHMARKS, image_size
+from awares.cli import main as cli
+from awares.config import load_params
+from awares.errors import AwaresError
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 import pytest
 from trl import chat_template_utils as trl_templates
 
-from awares import protocol
-from awares.config import AwaresError, load_params
-from awares.crops import CROPS
-from awares.protocol import parse_call, render_call
+from awares.config import load_params
+from awares.errors import AwaresError
+from awares.method import protocol
+from awares.method.crops import CROPS
+from awares.method.protocol import parse_call, render_call
 
 CALL = '<tool_call>\n{"name": "crop", "arguments": {"regions": %s}}\n</tool_call>'
 

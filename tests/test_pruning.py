@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from awares import pruning
-from awares.config import AwaresError
-from awares.pruning import Selection
+from awares.baselines import pruning
+from awares.baselines.pruning import Selection
+from awares.errors import AwaresError
 
 RATIOS = (0.05, 0.2, 0.364, 0.5, 0.7, 0.99, 1.0)
 

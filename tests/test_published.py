@@ -6,8 +6,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from awares import AwaRes, data, evaluation
+from awares import AwaRes
 from awares.config import load_params
+from awares.data import rows as data
+from awares.method import evaluation
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "reports" / "mini" / "tables"

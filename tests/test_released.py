@@ -9,12 +9,17 @@ import datasets
 import published
 import pytest
 
-from awares import AwaRes, calls, curation, data, protocol, released, sft
-from awares.config import CROP_NAMES, AwaresError, load_params
-from awares.crops import CROPS
-from awares.grpo import build_trainer
-from awares.model import save_model
-from awares.rollout import Engine, Trajectory
+from awares import AwaRes
+from awares.cli import calls
+from awares.config import CROP_NAMES, load_params
+from awares.data import released
+from awares.data import rows as data
+from awares.engine.model import save_model
+from awares.errors import AwaresError
+from awares.method import curation, protocol, sft
+from awares.method.crops import CROPS
+from awares.method.grpo import build_trainer
+from awares.method.rollout import Engine, Trajectory
 
 ROOT = Path(__file__).parent.parent
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -17,13 +17,14 @@ from PIL import Image
 from test_client import Faulty
 from test_rollout import NAMES, ORDERS, TIE, engine, rigged, rows_of  # noqa: F401  (rigged is a fixture)
 
-from awares import batch, crops, protocol
-from awares.client import ChatClient, Server
-from awares.config import AwaresError, AwaresRequestError
-from awares.model import make_processor
-from awares.records import read_records
-from awares.remote import RemoteEngine, data_url
-from awares.rollout import Engine, Trajectory
+from awares.cli import batch
+from awares.clients.chat import ChatClient, Server
+from awares.clients.engine import RemoteEngine, data_url
+from awares.engine.jsonl import read_records
+from awares.engine.model import make_processor
+from awares.errors import AwaresError, AwaresRequestError
+from awares.method import crops, protocol
+from awares.method.rollout import Engine, Trajectory
 
 HERE = Path(__file__).parent
 

@@ -11,10 +11,15 @@ from matplotlib.collections import PathCollection
 from nbformat import v4
 from PIL import Image
 
-from awares import data, evaluation, figures, leaks, publish, report
-from awares.config import AwaresError, Failure, load_params
-from awares.judges import SemanticJudge
-from awares.rollout import Trajectory, Turn
+from awares.config import load_params
+from awares.data import rows as data
+from awares.errors import AwaresError, Failure
+from awares.method import evaluation
+from awares.method.judges import SemanticJudge
+from awares.method.rollout import Trajectory, Turn
+from awares.study import figures, publish
+from awares.study import tables as report
+from awares.study import text_probe as leaks
 
 PARAMS = load_params("mini", overrides={"evaluation.bootstrap": 200})
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from awares import rewards
-from awares.config import AwaresError, load_params
-from awares.crops import CROPS, union_area
+from awares.config import load_params
+from awares.errors import AwaresError
+from awares.method import rewards
+from awares.method.crops import CROPS, union_area
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 WEIGHTS = {"alpha_miss": 2.0, "alpha_use": 0.25, "lambda_area": 0.01}  # the paper's

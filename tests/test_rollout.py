@@ -13,11 +13,13 @@ from conftest import TOOL_TOKENS
 from PIL import Image
 from torch import Tensor
 
-from awares import AwaRes, crops, decode, protocol
-from awares.config import AwaresError
-from awares.decode import Decoder
-from awares.model import save_model, visual_tokens
-from awares.rollout import Engine, Script, Trajectory, windows
+from awares import AwaRes
+from awares.engine import decode
+from awares.engine.decode import Decoder
+from awares.engine.model import save_model, visual_tokens
+from awares.errors import AwaresError
+from awares.method import crops, protocol
+from awares.method.rollout import Engine, Script, Trajectory, windows
 
 NAMES = list(crops.CROPS)
 
@@ -333,7 +335,7 @@ def test_batches_of_one_and_of_many_give_the_same(rigged: SimpleNamespace, reuse
 
 
 def test_results_keep_the_order_of_the_rows_across_windows(rigged: SimpleNamespace, monkeypatch) -> None:
-    monkeypatch.setattr("awares.rollout.WINDOW", 3)
+    monkeypatch.setattr("awares.method.rollout.WINDOW", 3)
     trajectories = engine(rigged).run(rows_of(rigged, ORDERS), ORDERS, row_ids=[f"r{i}" for i in range(len(ORDERS))])
     assert [trajectory.row_id for trajectory in trajectories] == [f"r{i}" for i in range(len(ORDERS))]
     assert [trajectory.turns[0].text for trajectory in trajectories] == ORDERS
@@ -363,8 +365,8 @@ def test_text_tokens_add_up_to_the_processors_sequence(rigged: SimpleNamespace) 
 
 
 def test_large_images_are_opened_few_at_a_time(monkeypatch) -> None:
-    monkeypatch.setattr("awares.rollout.WINDOW", 4)
-    monkeypatch.setattr("awares.rollout.WINDOW_PIXELS", 100 * 100)
+    monkeypatch.setattr("awares.method.rollout.WINDOW", 4)
+    monkeypatch.setattr("awares.method.rollout.WINDOW_PIXELS", 100 * 100)
     sides = [10, 10, 10, 10, 10, 100, 80, 80, 10]
     rows: list[Any] = [SimpleNamespace(full=Image.new("RGB", (side, side))) for side in sides]
     parts = [[row.full.width for row in part] for part in windows(len(rows), rows.__getitem__)]
@@ -549,7 +551,7 @@ def test_ask_takes_a_path_or_an_image_and_tells_what_it_saw(tiny: SimpleNamespac
 def test_an_adapter_folder_finds_its_base_beside_itself(tiny: SimpleNamespace, tmp_path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from awares.model import load_model
+    from awares.engine.model import load_model
 
     save_model(tiny.model, tiny.processor, tmp_path / "base")
     torch.manual_seed(1)

@@ -28,21 +28,21 @@ import pytest
 from PIL import Image
 
 import awares
-from awares import protocol
-from awares.batching import Batcher, Chat, Job
-from awares.config import AwaresError
-from awares.decode import Decoder
-from awares.model import save_model
-from awares.rollout import Engine
-from awares.serve import make_app, serve
-from awares.wire import ApiError, Completion, ServeSettings, read_images
+from awares.cli.batching import Batcher, Chat, Job
+from awares.cli.serve import make_app, serve
+from awares.cli.wire import ApiError, Completion, ServeSettings, read_images
+from awares.engine.decode import Decoder
+from awares.engine.model import save_model
+from awares.errors import AwaresError
+from awares.method import protocol
+from awares.method.rollout import Engine
 
 KEY = "sesame-5c1f"
 FOR_EVER = 10**6  # tokens: an answer that nobody ends takes an hour
 TIE = 1e-4  # where the two best logits are nearer than this, rounding may choose
 START = """
 import json, sys, torch
-from awares.serve import ServeSettings, serve
+from awares.cli.serve import ServeSettings, serve
 torch.set_num_threads(1)
 path, settings, options = json.loads(sys.argv[1])
 serve(path, port=0, settings=ServeSettings(**settings), **options)
@@ -227,7 +227,7 @@ def test_the_answer_and_its_usage_are_the_engines(tiny: SimpleNamespace, policy:
 
 def test_a_policy_that_calls_reports_its_crops(tiny: SimpleNamespace, engine: Engine) -> None:
     """The random policy writes no valid call: its trajectory is forced here, and only the report of it is looked at."""
-    from awares.batching import spent
+    from awares.cli.batching import spent
 
     trajectory = engine.run([tiny.noise(224, 224, 0)], ["q"], forced=[("all", "top")])[0]
     said = spent(trajectory)

@@ -19,11 +19,13 @@ import yaml
 from conftest import tiny_tokenizer
 from test_curation import FakeEngine, content, make_rows
 
-from awares import curation, served
-from awares.config import AwaresError, AwaresRequestError, load_params
-from awares.model import make_processor
-from awares.records import read_records
-from awares.remote import RemoteEngine
+from awares.clients import judges as served
+from awares.clients.engine import RemoteEngine
+from awares.config import load_params
+from awares.engine.jsonl import read_records
+from awares.engine.model import make_processor
+from awares.errors import AwaresError, AwaresRequestError
+from awares.method import curation
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

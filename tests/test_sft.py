@@ -10,10 +10,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from awares import crops, data, grpo, protocol, sft, training
-from awares.config import AwaresError, load_params
-from awares.model import load_model, load_processor, save_model
-from awares.records import alone
+from awares.config import load_params
+from awares.data import rows as data
+from awares.engine.jsonl import alone
+from awares.engine.model import load_model, load_processor, save_model
+from awares.errors import AwaresError
+from awares.method import crops, grpo, protocol, sft
+from awares.training import checkpoints as training
 
 ROOT = Path(__file__).parents[1]
 SMALL = {

@@ -23,8 +23,10 @@ import yaml
 from conftest import noise
 from PIL import Image
 
-from awares import data, sampling, sources
-from awares.config import TASKS, AwaresError, AwaresValueError, load_params
+from awares.config import TASKS, load_params
+from awares.data import rows as data
+from awares.data import sampling, sources
+from awares.errors import AwaresError, AwaresValueError
 
 ROOT = Path(__file__).parent.parent
 COUNT, TESTS = 12, 2

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from awares import base, crops, lexicon, pretrain, protocol, scenes, suite
-from awares.config import AwaresError
-from awares.evaluation import LEGIBLE_AT_HALF
-from awares.model import load_processor, make_processor
+from awares.engine.model import load_processor, make_processor
+from awares.errors import AwaresError
+from awares.method import crops, protocol
+from awares.method.evaluation import LEGIBLE_AT_HALF
+from awares.mini import base, pretrain
+from awares.mini import render as scenes
+from awares.mini import synthetic_rows as suite
+from awares.mini import vocabulary as lexicon
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,6 @@
 
 import sys
 
-from awares.cli import main
+from awares.cli.main import main
 
 sys.exit(main())

@@ -9,12 +9,14 @@ code: a key that is missing in params.yaml is an error.
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from awares.errors import AwaresFileError, AwaresValueError
 
 LOCAL_JUDGES = ("semantic", "embedding", "anls", "always")
 JUDGES = (*LOCAL_JUDGES, "llama", "deepseek")
@@ -45,38 +47,6 @@ ABLATED = ("curation", "sft", "grpo")  # stages that variants repeat
 SYSTEM_LIST = "systems"  # variants that repeat all of them
 DECIDES["sft"] = DECIDES["curation"] | {"sft"}
 DECIDES["grpo"] = DECIDES["sft"] | {"grpo"}
-
-
-class AwaresError(Exception):
-    """A mistake that the user can mend: the message names the file, row or parameter and what to write instead."""
-
-
-class AwaresValueError(AwaresError, ValueError):
-    """A value that cannot be used."""
-
-
-class AwaresFileError(AwaresError, FileNotFoundError):
-    """A file or folder that is missing or cannot be read."""
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A row without a reply, and why. ``silent``: the server may have been gone or set up wrongly, and may answer another time."""
-
-    row_id: str
-    reason: str
-    silent: bool = False
-
-
-class AwaresRequestError(AwaresError, RuntimeError):
-    """A server has not answered; ``failures`` names the rows lost, unless the whole call was given up."""
-
-    def __init__(self, message: str, failures: Sequence[Failure] = ()) -> None:
-        super().__init__(message)
-        self.failures = tuple(failures)
 
 
 def _method(choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf, least: int = 1) -> Any:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from awares.config import AwaresFileError, load_params
-from awares.model import adapter_folder, load_model, load_processor
-from awares.protocol import Protocol, from_params
-from awares.rollout import Engine, Source, Trajectory
+from awares.config import load_params
+from awares.engine.model import adapter_folder, load_model, load_processor
+from awares.errors import AwaresFileError
+from awares.method.protocol import Protocol, from_params
+from awares.method.rollout import Engine, Source, Trajectory
 
 Adapters = str | Path | Sequence[str | Path]
 

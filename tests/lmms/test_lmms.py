@@ -12,11 +12,14 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="lives in its own environment: make lmms")
 
-from awares import benchmarks, data, metrics
-from awares.config import AwaresError, load_params
-from awares.model import load_model, load_processor
-from awares.rollout import Engine
-from awares.sources import side_by_side
+from awares.cli import lmms as benchmarks
+from awares.config import load_params
+from awares.data import rows as data
+from awares.data.sources import side_by_side
+from awares.engine.model import load_model, load_processor
+from awares.errors import AwaresError
+from awares.method import metrics
+from awares.method.rollout import Engine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

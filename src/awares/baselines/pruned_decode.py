@@ -1,0 +1,322 @@
+"""Decoding with fewer visual tokens: sequences that are really shorter, at transformers' Qwen2.5-VL as it is.
+
+`VisionPruned` leaves tokens out before the language model, `LayerPruned` between its layers. Positions are computed on
+the full sequence and then gathered, so that a kept token sits where it sat and what is written goes on as in the
+unpruned model; rows that keep different numbers of tokens are padded left again.
+
+The seams are torch's module hooks on the model's own submodules, whose names are those of the checkpoint: nothing is
+patched, and every attention implementation works. For the vision side the inputs of ``visual.blocks[-1].attn`` and the
+output of its ``qkv``; for the language side the inputs of every decoder layer and the output of ``q_proj`` (the keys
+stand in the cache).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
+from transformers.vision_utils import get_vision_window_index
+
+from awares.baselines import pruning
+from awares.baselines.pruning import Selection
+from awares.engine.decode import Decoder, Kept, Orders, Output, State
+from awares.engine.model import ImageOnlyProcessor
+from awares.errors import AwaresValueError
+
+
+class Pruned(Decoder):
+    """A decoder that answers in one turn: what it left out is not there for a second one.
+
+    ``left`` tells of every row, by its id, which of its visual tokens (in raster order) are there at the end.
+    """
+
+    vision_patches = float("inf")  # the last block is noted for all images at once
+    shares_prefix = False  # what is dropped is counted over whole sequences
+
+    def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int) -> None:
+        super().__init__(model, processor, max_new_tokens)
+        if model.config.model_type != "qwen2_5_vl":
+            raise AwaresValueError(
+                f"pruners of visual tokens are written for Qwen2.5-VL, not for {model.config.model_type}"
+            )
+        self.left: dict[str, list[int]] = {}
+
+    def extend(self, *arguments: Any, **options: Any) -> Output:
+        """Always AwaresValueError."""
+        raise AwaresValueError("a system that prunes visual tokens answers in one turn: use Engine.answer, not run")
+
+
+# Before the language model
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One image after the vision tower, N visual tokens in raster order; the last block's part is empty if not asked."""
+
+    features: Tensor  # (N, width), what the language model would get
+    scores: Tensor  # (N,), attention received in the last block, pooled over each merge group
+    keys: Tensor  # (N, head_dim), the last block's keys before rotary embedding, pooled over heads and merge group
+    name: str  # the row's id and the image's number in the row
+
+
+class VisionPruned(Pruned):
+    """Leaves out what ``select`` does not keep of each image, before the language model sees it.
+
+    ``attention=False``: ``select`` does not need the last block, which then costs nothing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: ImageOnlyProcessor,
+        max_new_tokens: int,
+        select: Callable[[Seen], Selection],
+        attention: bool = True,
+    ) -> None:
+        super().__init__(model, processor, max_new_tokens)
+        self.select, self.attention = select, attention
+
+    @torch.no_grad()
+    def start(
+        self,
+        rows: Sequence[list[int]],
+        images: Sequence[list[Image]],
+        call_bias: Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
+        orders: Sequence[Orders] | None = None,
+    ) -> Output:
+        """Generate as `Decoder.start` does, from the visual tokens that are kept."""
+        titles = [f"{names[b] if names else b}/{n}" for b, row in enumerate(images) for n in range(len(row))]
+        views, grids = self._see(images, titles)
+        chosen = [self.select(view) for view in views]
+        ids, mask, types = self._pad(rows)
+        keep = mask.bool()
+        keep[types.bool()] = torch.cat([torch.zeros(0).to(keep), *map(_kept_flags, chosen, views)])
+        for b, flags in enumerate(keep):
+            self.left[names[b] if names else str(b)] = flags[types[b].bool()].nonzero().flatten().tolist()
+        cache = DynamicCache(config=self.model.config)
+        state = self._shorten(State(ids, mask, types, [list(row) for row in images], grids, cache), keep)
+        output = self._generate(state, [one.vectors for one in chosen], call_bias, orders)
+        output.kept = [Kept(count, float(count)) for count in state.types.sum(dim=1).tolist()]
+        return output
+
+    def _see(self, images: Sequence[list[Image]], titles: Sequence[str]) -> tuple[list[Seen], list[Tensor]]:
+        """A view of every image, in order; and every row's grids."""
+        visual = self.model.model.visual
+        with last_block(visual) as tapped:
+            features, grids = self._encode(images, 1)
+        if self.attention and features:
+            scores, keys = look(visual, tapped, torch.cat(grids), [len(one) for one in features])
+        else:
+            scores = keys = [torch.empty(0)] * len(features)
+        return [Seen(*one) for one in zip(features, scores, keys, titles, strict=True)], grids
+
+    def _shorten(self, state: State, keep: Tensor) -> State:
+        """The tokens ``keep`` (B, T) of ``state``, each at its position in the full sequence."""
+        if not any(len(grid) for grid in state.grids):
+            return state
+        grids = torch.cat(state.grids)
+        positions, _ = self.model.model.get_rope_index(state.ids, state.types, grids, attention_mask=state.mask)
+        index, mask = pruning.pack_left(keep)
+        ids = state.ids.gather(1, index).masked_fill(mask == 0, self.pad)
+        gathered = positions.gather(2, index.expand(3, -1, -1))
+        return State(ids, mask, state.types.gather(1, index) * mask, state.images, state.grids, state.cache, gathered)
+
+
+@contextmanager
+def last_block(visual: Any) -> Iterator[dict[str, Any]]:
+    """Notes what the attention of the vision tower's last block gets (its keyword arguments) and its ``qkv`` (S, 3 w)."""
+    tapped: dict[str, Any] = {}
+    attention = visual.blocks[-1].attn
+    hooks = [
+        attention.register_forward_pre_hook(lambda _, __, inputs: tapped.update(inputs), with_kwargs=True),
+        attention.qkv.register_forward_hook(lambda _, __, output: tapped.update(qkv=output)),
+    ]
+    try:
+        yield tapped
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def look(
+    visual: Any, tapped: Mapping[str, Any], grids: Tensor, counts: Sequence[int]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Scores and keys of `Seen` for each image. ``tapped``: of `last_block`; ``grids`` (images, 3); ``counts``: N of each."""
+    attention, unit = visual.blocks[-1].attn, visual.spatial_merge_unit
+    query, key, _ = tapped["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # (S, heads, head_dim)
+    turned = apply_rotary_pos_emb_vision(query, key, *tapped["position_embeddings"])
+    received = pruning.received(*turned, tapped["cu_seqlens"].diff().tolist(), attention.scaling)
+    order, _ = get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, visual.patch_size)
+    scores, keys = (
+        pruning.raster_order(pruning.pool_groups(values, unit), order).split(list(counts))
+        for values in (received, key.float().mean(dim=1))
+    )
+    return scores, keys
+
+
+def _kept_flags(selection: Selection, view: Seen) -> Tensor:
+    """One flag for each visual token of an image."""
+    flags = torch.zeros(len(view.features), dtype=torch.bool, device=view.features.device)
+    flags[selection.kept] = True
+    return flags
+
+
+# Inside the language model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where tokens are dropped. ``shares``: layer -> share of all visual tokens that it and the following hold.
+
+    ``choose``: attention (Q, N) of the text tokens behind the image, in the layer before, hidden states (N, width) and
+    a count -> which to keep. ``nominal``: the ratio names the share that is left at the end (last), or its mean over
+    the layers (mean). ``redraw``, for a control: what was chosen (K,), which of its row's visual tokens each of the N is, and
+    the row's id -> what is kept in its place, as it is.
+    """
+
+    shares: Mapping[int, float]
+    choose: Callable[[Tensor, Tensor, int], Selection]
+    nominal: str
+    redraw: Callable[[Tensor, Tensor, str], Tensor] | None = None
+
+
+class LayerPruned(Pruned):
+    """Drops visual tokens between the language model's layers; ``plan``: its depth -> where and how."""
+
+    def __init__(
+        self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int, plan: Callable[[int], Plan]
+    ) -> None:
+        super().__init__(model, processor, max_new_tokens)
+        self.language_model = self.model.model.language_model
+        if self.language_model.has_sliding_layers:
+            raise AwaresValueError("dropping tokens between layers needs full attention, not sliding windows")
+        self.plan = plan(len(self.language_model.layers))
+        self.names: Sequence[str] = ()
+
+    def start(
+        self,
+        rows: Sequence[list[int]],
+        images: Sequence[list[Image]],
+        call_bias: Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
+        orders: Sequence[Orders] | None = None,
+    ) -> Output:
+        """Generate as `Decoder.start` does, with fewer visual tokens from layer to layer."""
+        self.names = names or [str(b) for b in range(len(rows))]
+        return super().start(rows, images, call_bias, names, orders)
+
+    def _generate(self, state: State, *arguments: Any, **options: Any) -> Output:
+        with Dropping(self.language_model, self.plan, state, self.names) as dropping:
+            output = super()._generate(state, *arguments, **options)
+        output.kept = dropping.kept()
+        self.left.update(zip(self.names, dropping.left(), strict=True))
+        return output
+
+
+class Dropping:
+    """Hooks on the decoder layers for one generation; the layers from a stage on get shorter sequences and own masks.
+
+    During the prefill a stage (a layer of the plan) picks tokens and gathers hidden states and rotary angles. The cache
+    of every layer then has its own length, for which `create_causal_mask` has ``layer_idx``.
+    """
+
+    def __init__(self, language_model: Any, plan: Plan, state: State, names: Sequence[str]) -> None:
+        self.model, self.plan, self.names = language_model, plan, names
+        self.mask, self.visual = state.mask, state.types.bool()  # (B, T) of the tokens that are left
+        self.number = self.visual.cumsum(dim=1) - 1  # (B, T): which of its row's visual tokens a visual token is
+        self.total = self.visual.sum(dim=1)
+        self.masks: dict[int, Tensor] = {}  # of each stage, after its drop
+        self.counts: dict[int, Tensor] = {0: self.total}  # of each stage: visual tokens (B,)
+        self.queries: dict[int, Tensor] = {}  # of the layer before each stage
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.causal: Any = None  # the mask of the stage under way
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> "Dropping":
+        layers = self.model.layers
+        for stage in self.plan.shares:
+            keep = partial(self._note_query, stage - 1)
+            self.hooks.append(layers[stage - 1].self_attn.q_proj.register_forward_hook(keep))
+        for index in range(min(self.plan.shares), len(layers)):
+            self.hooks.append(layers[index].register_forward_pre_hook(partial(self._before, index), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def kept(self) -> list[Kept]:
+        """Of each row, after the generation."""
+        ends = [*list(self.counts)[1:], len(self.model.layers)]
+        spans = torch.tensor([end - begin for begin, end in zip(self.counts, ends, strict=True)])
+        counts = torch.stack(list(self.counts.values())).cpu()  # (stages, B)
+        means = (counts * spans[:, None]).sum(dim=0) / spans.sum()
+        nominal = means.round() if self.plan.nominal == "mean" else counts[-1]
+        return [Kept(int(n), mean) for n, mean in zip(nominal.tolist(), means.tolist(), strict=True)]
+
+    def left(self) -> list[list[int]]:
+        """Of each row, after the generation: the numbers of the visual tokens that are there at the end."""
+        return [number[flags].tolist() for number, flags in zip(self.number, self.visual, strict=True)]
+
+    def _note_query(self, index: int, module: Any, inputs: Any, output: Tensor) -> None:
+        self.queries[index] = output
+
+    def _before(self, index: int, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """The layer's inputs, of the right length."""
+        hidden, cache = inputs[0], options["past_key_values"]
+        known = cache.get_seq_length(index)
+        if index in self.plan.shares:
+            if not known:
+                hidden = self._drop(index, hidden, cache, self.rotary or options["position_embeddings"])
+            written = known + hidden.shape[1] - self.masks[index].shape[1]
+            mask = pad(self.masks[index], (0, written), value=1)
+            self.causal = create_causal_mask(self.model.config, hidden, mask, cache, layer_idx=index)
+        if not known:
+            options["position_embeddings"] = self.rotary
+        options["attention_mask"], options["position_ids"] = self.causal, None
+        return (hidden, *inputs[1:]), options
+
+    def _drop(self, index: int, hidden: Tensor, cache: Any, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Choose for every row and gather; hidden (B, T, width) -> (B, T', width)."""
+        attention = self.model.layers[index - 1].self_attn
+        query = self.queries.pop(index - 1).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        query, _ = apply_rotary_pos_emb(query, query, *rotary)
+        keys, hidden, keep = cache.layers[index - 1].keys, hidden.clone(), self.mask.bool()
+        for row in range(len(hidden)):
+            self._drop_in(row, self.plan.shares[index], hidden[row], keep[row], query[row], keys[row], attention)
+        gather, self.mask = pruning.pack_left(keep)
+        self.visual = self.visual.gather(1, gather) & self.mask.bool()
+        self.number = self.number.gather(1, gather)
+        self.masks[index], self.counts[index] = self.mask, self.visual.sum(dim=1)
+        cos, sin = (one.gather(1, gather[..., None].expand(-1, -1, one.shape[-1])) for one in rotary)
+        self.rotary = (cos, sin)
+        return hidden.gather(1, gather[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _drop_in(
+        self, row: int, share: float, hidden: Tensor, keep: Tensor, query: Tensor, key: Tensor, attention: Any
+    ) -> None:
+        """Drop tokens of one row, in place: ``hidden`` (T, width) at merged tokens, ``keep`` (T,) at dropped ones."""
+        places = self.visual[row].nonzero().flatten()
+        if not len(places):
+            return
+        positions = torch.arange(len(keep), device=keep.device)
+        text = positions[places[-1] + 1 :]  # all of them see the whole image, none is padding
+        allowed = (positions[None, :] <= text[:, None]) & self.mask[row].bool()
+        weights = pruning.attention_of(query[:, text], key, allowed, attention.scaling)[:, places]
+        count = pruning.budget(int(self.total[row]), share)
+        chosen = self.plan.choose(weights, hidden[places], min(count, len(places)))
+        if self.plan.redraw:
+            kept = self.plan.redraw(chosen.kept.cpu(), self.number[row][places].cpu(), self.names[row])
+            chosen = Selection(kept.to(places.device), hidden[places][kept])
+        keep[places] = False
+        keep[places[chosen.kept]] = True
+        hidden[places[chosen.kept]] = chosen.vectors

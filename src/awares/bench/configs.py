@@ -1,0 +1,179 @@
+"""The paper's model and benchmarks as shapes: published architectures with random weights, typical images and answers.
+
+Speed depends on shapes alone, so it can be measured without a download: the weights are random, the images are blank,
+and the outputs are ordered token by token (`rollout.Script`). Accuracies cannot be had this way.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+
+from awares.bench.latency import POLICIES, SYSTEMS, Workload
+from awares.engine.model import ImageOnlyProcessor, make_processor
+from awares.errors import AwaresValueError
+from awares.method import protocol
+from awares.method.rollout import Script
+from awares.mini import base
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen2.5-VL, as its published config.json has them."""
+
+    width: int
+    mlp: int
+    layers: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    tied: bool
+    vision_depth: int = 32
+    vision_width: int = 1280
+    vision_mlp: int = 3420
+    vision_heads: int = 16
+
+
+HEAD = 128  # width of a head of the language model, at every scale: the positions' sections are cut to it
+SHAPES = {
+    "qwen2.5-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),
+    "qwen2.5-vl-3b": Shape(2048, 11008, 36, 16, 2, 151936, True),
+    "qwen2.5-vl-72b": Shape(8192, 29568, 80, 64, 8, 152064, False, vision_mlp=3456),
+}
+MINI = "mini"  # the embedded base model's architecture
+SMALLEST_SIDE = 112  # px of an image, so that half of it and its crops still make a few tokens
+MINI_IMAGES = 0.4  # of the benchmarks' sides: about the size of the embedded suite's pages
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """``size``: width and height in px that its images commonly have (assumed). Characters of an answer: PAPER §5."""
+
+    size: tuple[int, int]
+    awares: float
+    visionthink: float
+
+
+BENCHMARKS = {
+    "chartqa": Benchmark((850, 600), 6.54, 89.46),
+    "docvqa": Benchmark((1700, 2200), 13.74, 79.95),
+    "ocrbench": Benchmark((1000, 750), 16.23, 178.67),
+    "pope": Benchmark((640, 480), 2.84, 46.46),
+    "realworldqa": Benchmark((1536, 1024), 5.57, 160.67),
+    "vstar": Benchmark((2250, 1500), 5.29, 118.54),
+}
+CHARACTERS_PER_TOKEN = 4  # assumed: of English under Qwen's tokenizer
+# How often a policy calls: AwaRes after GRPO (Fig. 5: 72.2 % no call); VisionThink from its RTR, 0.61 = 0.25 + rate
+CALL_RATES = {"awares": 0.278, "awares_naive": 0.278, "escalate_full": 0.36}
+CALLS = (("top-left",), ("center",), ("right",), ("bottom-right",), ("top",))  # what calling rows ask for, in turn
+QUESTION = "What is written on the sign beside the door, and which colour has it?"
+
+
+def build(shape: str, scale: float, dtype: str, device: str, seed: int = 0) -> tuple[Any, ImageOnlyProcessor]:
+    """A model of ``shape`` with random weights, and a processor around the embedded tokenizer.
+
+    ``scale`` below 1 shrinks depth, width and vocabulary, so that about ``scale`` times the parameters are left.
+    """
+    tokenizer = base.build_tokenizer()
+    processor = make_processor(tokenizer)
+    config = base.tiny_config(tokenizer) if shape == MINI else config_of(shape, scale, tokenizer)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+    return model.eval(), processor
+
+
+def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
+    """The published sizes times the cube root of ``scale``, and ids of ``tokenizer``; AwaresError for another shape."""
+    if shape not in SHAPES:
+        raise AwaresValueError(f"shape {shape!r}: use one of {', '.join([*SHAPES, MINI])}")
+    if not 0 < scale <= 1:
+        raise AwaresValueError(f"scale {scale} must lie above 0 and not above 1")
+    full, factor = SHAPES[shape], math.cbrt(scale)
+    key_heads = max(1, round(full.key_heads * factor))
+    heads = key_heads * max(1, round(full.heads * factor / key_heads))
+    vision_heads, depth = max(1, round(full.vision_heads * factor)), max(2, round(full.vision_depth * factor))
+    token_id = tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": max(len(tokenizer), round(full.vocabulary * factor)),
+        "hidden_size": HEAD * heads,
+        "intermediate_size": round(full.mlp / full.width * HEAD * heads),
+        "num_hidden_layers": max(2, round(full.layers * factor)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": full.tied,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    width = full.vision_width // full.vision_heads * vision_heads
+    vision = {
+        "depth": depth,
+        "hidden_size": width,
+        "intermediate_size": round(full.vision_mlp / full.vision_width * width),
+        "num_heads": vision_heads,
+        "out_hidden_size": HEAD * heads,
+        "fullatt_block_indexes": sorted({max(0, (part + 1) * depth // 4 - 1) for part in range(4)}),
+        "window_size": 112,
+    }
+    ids = {f"{name}_token_id": token_id(f"<|{word}|>") for name, word in _TOKENS.items()}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=full.tied, **ids)
+
+
+_TOKENS = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+
+
+def image_size(benchmark: str, shape: str, scale: float) -> tuple[int, int]:
+    """(width, height) px of the images that stand for ``benchmark``, shrunk with the model; no side below SMALLEST_SIDE."""
+    if benchmark not in BENCHMARKS:
+        raise AwaresValueError(f"benchmark {benchmark!r}: use one of {', '.join(BENCHMARKS)}")
+    factor = MINI_IMAGES if shape == MINI else math.cbrt(scale)
+    width, height = (max(SMALLEST_SIDE, round(side * factor)) for side in BENCHMARKS[benchmark].size)
+    return width, height
+
+
+def answer_tokens(characters: float) -> int:
+    """Tokens of an answer of so many characters, with the end of the turn."""
+    return math.ceil(characters / CHARACTERS_PER_TOKEN) + 1
+
+
+def workload(benchmark: str, rows: int, size: tuple[int, int]) -> Workload:
+    """``rows`` rows of ``benchmark`` and what every system does on them.
+
+    One-turn systems write AwaRes's answers (assumed: the base model is as terse). Calls are spread evenly over the rows.
+    """
+    terse, wordy = (answer_tokens(value) for value in (BENCHMARKS[benchmark].awares, BENCHMARKS[benchmark].visionthink))
+    scripts: dict[str, Sequence[Script]] = {
+        system: [Script((), terse)] * rows for system in SYSTEMS if system not in POLICIES
+    }
+    for system in POLICIES:
+        length = wordy if system == "escalate_full" else terse
+        scripts[system] = [Script(crops, length) for crops in _calls(system, rows)]
+    ids = [f"{benchmark}-{index}" for index in range(rows)]
+    return Workload([Image.new("RGB", size, "white")] * rows, [QUESTION] * rows, ids, scripts)
+
+
+def _calls(system: str, rows: int) -> list[tuple[str, ...]]:
+    """The first-turn call of every row, () for none: the first of ``1 / rate`` rows, and so on."""
+    rate, made = CALL_RATES[system], 0
+    calls: list[tuple[str, ...]] = []
+    for row in range(rows):
+        due = math.ceil(rate * (row + 1) - 1e-9)
+        calls.append(() if due == made else ("all",) if system == "escalate_full" else CALLS[made % len(CALLS)])
+        made = due
+    return calls
+
+
+def longest_turn(work: Sequence[Workload], processor: ImageOnlyProcessor) -> int:
+    """Tokens that an engine must be let to write for these workloads."""
+    calls = [crops for one in work for scripts in one.scripts.values() for crops in {s.crops for s in scripts} if crops]
+    texts = [protocol.render_call(crops) + protocol.END_OF_TURN for crops in calls]
+    written = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
+    answers = [s.answer_tokens or 0 for one in work for scripts in one.scripts.values() for s in scripts]
+    return max([*written, *answers])

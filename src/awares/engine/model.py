@@ -1,0 +1,256 @@
+"""Load and save models and processors; adapters; token counting.
+
+The processor is that of Qwen2.5-VL and Qwen3-VL without its video half, which insists on torchvision. `AutoProcessor` would silently give
+a bare tokenizer for it, so it is always built here and passed explicitly.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    ProcessorMixin,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging as transformers_logging
+
+from awares.errors import AwaresError, AwaresFileError, AwaresValueError
+from awares.method import protocol
+
+# model_type of a checkpoint -> its class; of every size
+CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
+# and the names of its stock processor and of that one's video half
+STOCK = {
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+}
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ImageOnlyProcessor(ProcessorMixin):
+    """Qwen2.5-VL's processor for text and images: text with placeholders -> ids, type ids, pixel values, grids."""
+
+    return_mm_token_type_ids = True  # without them the model silently falls back to 1-D positions
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        self.image_token = "<|image_pad|>"
+        self.video_token = "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or protocol.CHAT_TEMPLATE)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """As of `ProcessorMixin`, but pictures are tensors also where the text is not asked for as such: TRL counts on it."""
+        if images is not None and kwargs.get("return_tensors") is None:
+            kwargs["images_kwargs"] = {"return_tensors": "pt", **kwargs.get("images_kwargs", {})}
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """One placeholder per visual token of image ``image_idx``."""
+        patches = int(image_inputs["image_grid_thw"][image_idx].prod())
+        return self.image_token * (patches // self.image_processor.merge_size**2)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return super().model_input_names + ["mm_token_type_ids"]
+
+
+def make_processor(tokenizer: Any, min_pixels: int = 56 * 56, max_pixels: int = 2000 * 2000) -> ImageOnlyProcessor:
+    """A processor around ``tokenizer``; images are resized to between ``min_pixels`` and ``max_pixels`` (areas)."""
+    protocol.install(tokenizer)
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    return ImageOnlyProcessor(Qwen2VLImageProcessorPil(size=size), tokenizer)
+
+
+def load_processor(path: str | Path) -> ImageOnlyProcessor:
+    """Tokenizer and image processor of a checkpoint folder (or hub name), with this project's chat template."""
+    source = _source(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(source)
+    except Exception as error:  # the tokenizers library raises Exception itself on a damaged file
+        raise AwaresFileError(f"{path}: cannot read tokenizer and image processor ({_first_line(error)})") from error
+    missing = sorted({*protocol.SPECIAL_TOKENS, *protocol.TOOL_TOKENS} - set(tokenizer.get_vocab()))
+    if missing:
+        raise AwaresValueError(
+            f"{path}: the tokenizer lacks {', '.join(missing)}: use the tokenizer of a Qwen2.5-VL or Qwen3-VL"
+        )
+    protocol.install(tokenizer)
+    return ImageOnlyProcessor(image_processor, tokenizer)
+
+
+def load_config(path: str | Path) -> Any:
+    """The configuration of a checkpoint folder (or hub name); AwaresError for none, or of a model that awares does not run."""
+    source = _source(path)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if config.model_type not in CLASSES:
+        raise AwaresValueError(f"{path}: a model of type {config.model_type}; awares runs {', '.join(CLASSES)}")
+    return config
+
+
+def load_model(
+    path: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    trainable: bool = False,
+) -> Any:
+    """A Qwen2.5-VL or Qwen3-VL in evaluation mode, with the LoRA ``adapter`` (or several, in order) merged in.
+
+    ``trainable``: in training mode, and the last adapter stays on top as a trainable PeftModel.
+
+    Only safetensors are read. AwaresFileError for a missing folder, AwaresValueError for a truncated checkpoint.
+    """
+    if dtype not in DTYPES:
+        raise AwaresValueError(f"base.dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise AwaresValueError(f"base.device is {device!r} but torch sees no GPU: use cpu")
+    model = _load_weights(path, DTYPES[dtype])
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
+    for folder in adapters:
+        model = _add_adapter(model, folder, trainable and folder is adapters[-1])
+    return model.to(device).train(trainable)
+
+
+def adapter_folder(path: str | Path) -> Path | None:
+    """Where the adapter ``path`` lies, a folder or a hub name, which is fetched: its configuration and safetensors alone. None for no adapter."""
+    if Path(path).is_dir() or not _is_hub_name(str(path)):
+        return Path(path) if Path(path, ADAPTER_CONFIG).is_file() else None
+    try:
+        with _quiet():
+            folder = Path(hf_hub_download(str(path), ADAPTER_CONFIG)).parent
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # whatever the network does
+        raise _unreadable(path, error) from error
+    try:
+        with _quiet():
+            hf_hub_download(str(path), ADAPTER_WEIGHTS, revision=folder.name)  # of the same commit
+    except Exception as error:
+        raise AwaresFileError(
+            f"{path}: no {ADAPTER_WEIGHTS} there, and only safetensors are read ({_first_line(error)})"
+        ) from error
+    return folder
+
+
+def save_model(model: Any, processor: ImageOnlyProcessor, path: str | Path) -> None:
+    """Save weights (an adapter for a PEFT model) and processor; the folder appears only when all of it is written."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with _quiet():
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+    _name_stock_processor(partial / "processor_config.json", processor, model.config.model_type)
+    for file in filter(Path.is_file, partial.rglob("*")):
+        file.chmod(0o644)  # safetensors writes for the owner alone
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)
+
+
+def visual_tokens(size: tuple[int, int], processor: ImageOnlyProcessor) -> int:
+    """Visual tokens of an image of ``size`` (width, height) in px, after the processor's resizing (28 px a token)."""
+    width, height = size
+    patches = processor.image_processor.get_number_of_image_patches(height, width, {})
+    return patches // processor.image_processor.merge_size**2
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of torch. The count is a parameter because sums of floats, and so ties, depend on it."""
+    torch.set_num_threads(threads)
+
+
+def _load_weights(path: str | Path, dtype: torch.dtype) -> Any:
+    maker: Any = CLASSES[load_config(path).model_type]
+    try:
+        with _quiet():  # missing weights are an error below, not a table on the screen
+            model, info = maker.from_pretrained(
+                _source(path), dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # safetensors' own error class derives from Exception alone
+        raise _unreadable(path, error) from error
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise AwaresValueError(f"{path}: incomplete checkpoint, {len(lacking)} weights missing, such as {lacking[0]}")
+    return model
+
+
+def _unreadable(path: str | Path, error: Exception) -> AwaresError:
+    reason = _first_line(error)
+    if not Path(path).is_dir():
+        return AwaresFileError(f"{path}: no such model folder, nor to be had from the hub ({reason})")
+    return AwaresValueError(f"{path}: no readable safetensors checkpoint ({reason}): fetch it again")
+
+
+def _name_stock_processor(file: Path, processor: ImageOnlyProcessor, kind: str) -> None:
+    """Name the stock processor, with the video half that it insists on: other programs (vLLM) load that one."""
+    config = json.loads(file.read_text())
+    shared = ("merge_size", "patch_size", "temporal_patch_size", "image_mean", "image_std")
+    stock, video = STOCK[kind]
+    half = {name: getattr(processor.image_processor, name) for name in shared}
+    config |= {"processor_class": stock, "video_processor": {"video_processor_type": video, **half}}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _add_adapter(model: Any, adapter: str | Path, trainable: bool) -> Any:
+    from peft import PeftModel
+
+    folder = adapter_folder(adapter)
+    if folder is None:
+        raise AwaresFileError(
+            f"{adapter}: no adapter_config.json there: give the folder that an awares training wrote, or a hub name"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise AwaresFileError(f"{adapter}: no {ADAPTER_WEIGHTS} there, and only safetensors are read")
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except Exception as error:
+        raise AwaresValueError(f"{adapter}: adapter does not fit or is damaged ({_first_line(error)})") from error
+    return peft_model if trainable else peft_model.merge_and_unload()
+
+
+def _source(path: str | Path) -> str:
+    """``path`` if it is a folder, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct."""
+    text = str(path)
+    if not Path(text).is_dir() and not _is_hub_name(text):
+        raise AwaresFileError(f"{path}: no such model folder")
+    return text
+
+
+def _is_hub_name(text: str) -> bool:
+    return text.count("/") == 1 and not text.startswith((".", "/")) and not Path(text).parent.exists()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and no progress bars of transformers: they differ from run to run in an executed notebook."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,394 @@
+"""The words of the interaction: prompts, chat template, tool schema; the one place that renders and parses calls.
+
+A conversation is ``[system, user(I_low, q), assistant(a)]`` or ``[system, user(I_low, q), assistant(call C),
+tool(crops), assistant(a)]`` (PAPER §1). The format is Qwen2.5-VL's own chat format with its ``<tool_call>`` JSON. The
+tool's schema stands in the system prompt and not in ``tools=``, because TRL's vision collator does not pass ``tools``
+to the template. The released checkpoint speaks another form (PAPER §7): it writes ``GET_CROPS: ['0', '5']`` and gets
+the crops in a user turn. A `Protocol` is one of the two; whoever renders takes one, and the parser reads both.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL.Image import Image
+
+from awares.config import Params
+from awares.errors import AwaresFileError, AwaresValueError
+from awares.method.crops import CROPS, FREE, allowed, is_free
+
+TOOL_NAME = "crop"
+TOOL_CALL = "<tool_call>"
+END_OF_TURN = "<|im_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# A token each, which <tool_response> is from Qwen3 on; in Qwen2.5 it is plain text
+TOOL_TOKENS = ("<tool_call>", "</tool_call>")
+
+PLAIN_SYSTEM = "You are a helpful assistant."
+
+
+FREE_FORM = "left,top,right,bottom"  # of 1000 each: how the prompt names a free box
+
+
+def system_prompt(offered: Sequence[str]) -> str:
+    """Our system prompt, with the tool and the regions that it is ``offered`` for."""
+    offered = [FREE_FORM if name == FREE else name for name in offered]
+    return (
+        "You are a helpful assistant. The image is shown at half resolution. Answer the question. "
+        "Where something is too small to read, call the tool to see regions of the image at full resolution.\n"
+        '<tools>\n{"name": "crop", "arguments": {"regions": ' + json.dumps(offered) + "}}\n</tools>"
+    )
+
+
+SYSTEM = system_prompt(tuple(CROPS))
+TOOL_ERROR = "error: no such region"
+RELEASED_CALL = "GET_CROPS"
+_IDS = {str(number): name for number, name in enumerate(CROPS) if name != "all"}  # of the released policy: '0' .. '8'
+RELEASED_SYSTEM = (
+    "You answer questions about an image, which is shown at low resolution. If it is too coarse to answer from, write "
+    "GET_CROPS: and a list of region ids, for example GET_CROPS: ['3'] or GET_CROPS: ['0', '5'], to see those regions at "
+    f"high resolution; the ids are {_IDS}, and 'all' is the whole image. Otherwise write the answer."
+)
+
+# Qwen2.5-VL's template, plus tool calls, tool turns and the generation marks that give the assistant mask. Every turn
+# renders the same whatever follows it (prefix-preserving), and the end-of-turn token belongs to the assistant's turn.
+CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{ content }}
+    {%- else -%}
+        {%- for part in content or [] -%}
+            {%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}
+                {{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif 'text' in part -%}
+                {{ part['text'] }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {%- if loop.first and message['role'] != 'system' -%}
+        {{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+    {%- endif -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{ '<|im_start|>assistant\\n' }}
+        {%- generation -%}
+            {%- set content = render(message['content']) -%}
+            {{ content }}
+            {%- for call in message['tool_calls'] or [] -%}
+                {%- set function = call['function'] or call -%}
+                {{ '\\n' if content or not loop.first else '' }}
+                {{- '<tool_call>\\n{"name": ' + (function['name'] | tojson) + ', "arguments": ' }}
+                {{- function['arguments'] if function['arguments'] is string else (function['arguments'] | tojson) }}
+                {{- '}\\n</tool_call>' }}
+            {%- endfor -%}
+            {{ '<|im_end|>' }}
+        {%- endgeneration -%}
+        {{ '\\n' }}
+    {%- elif message['role'] == 'tool' -%}
+        {{ '<|im_start|>user\\n<tool_response>\\n' + render(message['content']) + '\\n</tool_response><|im_end|>\\n' }}
+    {%- else -%}
+        {{ '<|im_start|>' + message['role'] + '\\n' + render(message['content']) + '<|im_end|>\\n' }}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+
+# How transformers' `parse_response` (and so TRL's GRPOTrainer) reads an assistant turn back into a message.
+RESPONSE_TEMPLATE: dict[str, Any] = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close_pattern": r"</tool_call>\s*",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an assistant turn asks for.
+
+    ``status``: none (an answer), valid, recovered (readable, though not in the format), malformed (a call for nothing).
+    """
+
+    crops: tuple[str, ...]
+    status: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The words of one interaction. ``system``: its prompt; ``opening``: what every call begins with; ``offered``: the regions to ask for.
+
+    ``region_budget``: a region that covers a larger share of the image is shown at a lower density (`crops.cut`).
+    """
+
+    name: str
+    system: str
+    opening: str
+    offered: tuple[str, ...] = tuple(CROPS)
+    region_budget: float = 1.0
+
+    def call_message(self, crops: Iterable[str]) -> dict[str, Any]:
+        """The assistant message that requests ``crops``; AwaresValueError for an unknown, repeated or missing name."""
+        message = call_message(crops)
+        return message if self.name == "ours" else {"role": "assistant", "content": [_text(self.render_call(crops))]}
+
+    def render_call(self, crops: Iterable[str]) -> str:
+        """The text of that message, without the end-of-turn token."""
+        if self.name == "ours":
+            return render_call(crops)
+        regions = call_message(crops)["tool_calls"][0]["function"]["arguments"]["regions"]
+        ids = {name: number for number, name in _IDS.items()}
+        return f"{RELEASED_CALL}: {[ids.get(name, name) for name in regions]}"
+
+    def reply(self, images: Sequence[Image | None], error: str | None = None) -> dict[str, Any]:
+        """The second turn's message: the crops in the order requested, or an error in words."""
+        message = tool_message(images, error)
+        return message if self.name == "ours" else {"role": "user", "content": message["content"]}
+
+
+OURS = Protocol("ours", SYSTEM, TOOL_CALL)
+RELEASED = Protocol("released", RELEASED_SYSTEM, RELEASED_CALL)
+
+
+def get_protocol(name: str, system: str | None = None) -> Protocol:
+    """The protocol ours or released, with ``system`` as its prompt if given; AwaresValueError for another name.
+
+    The released checkpoint was trained with the prompt on its model card: give that one to repeat its numbers.
+    """
+    known = {protocol.name: protocol for protocol in (OURS, RELEASED)}
+    if name not in known:
+        raise AwaresValueError(f"protocol.name: unknown {name!r}, choose from {', '.join(known)}")
+    return replace(known[name], system=system) if system else known[name]
+
+
+def from_params(params: Params) -> Protocol:
+    """The protocol of ``protocol.name`` for the regions ``crops.offered``, its prompt from ``protocol.system_file`` if that names one."""
+    file = params.path(params.protocol.system_file)
+    offered, budget = params.crops.offered, params.crops.region_budget
+    if not params.protocol.system_file:
+        known = replace(get_protocol(params.protocol.name), region_budget=budget)
+        return known if offered == tuple(CROPS) else replace(known, system=system_prompt(offered), offered=offered)
+    if not file.is_file() or not file.read_text(encoding="utf-8").strip():
+        raise AwaresFileError(f"{file}: no system prompt there; protocol.system_file names it")
+    known = get_protocol(params.protocol.name, file.read_text(encoding="utf-8").strip())
+    return replace(known, offered=offered, region_budget=budget)
+
+
+def install(tokenizer: Any) -> None:
+    """Set chat template, response template and left padding on a tokenizer, in place; they are saved with it."""
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.response_template = RESPONSE_TEMPLATE
+    tokenizer.padding_side = "left"
+
+
+# Rendering
+
+
+def call_message(crops: Iterable[str]) -> dict[str, Any]:
+    """The assistant message that requests ``crops``; AwaresValueError for an unknown, repeated or missing name."""
+    regions = list(crops)
+    unknown = [name for name in regions if name not in CROPS and not is_free(name)]
+    if unknown or not regions or len(set(regions)) < len(regions):
+        raise AwaresValueError(f"crops {regions}: name one or more of {', '.join(CROPS)}, each once")
+    function = {"name": TOOL_NAME, "arguments": {"regions": regions}}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def render_call(crops: Iterable[str]) -> str:
+    """The text of the assistant turn that requests ``crops``, without the end-of-turn token."""
+    function = call_message(crops)["tool_calls"][0]["function"]
+    return f"<tool_call>\n{json.dumps(function)}\n</tool_call>"
+
+
+def tool_message(images: Sequence[Image | None], error: str | None = None) -> dict[str, Any]:
+    """The tool's answer: the crops in the order requested, or an error in words. ``None`` is an image placeholder."""
+    content = [_text(error)] if error else [_image(image) for image in images]
+    return {"role": "tool", "name": TOOL_NAME, "content": content}
+
+
+def tool_as_user(message: dict[str, Any]) -> dict[str, Any]:
+    """The tool's answer as a user message that renders to the same text, for servers that refuse images in tool turns."""
+    content = [_text("<tool_response>\n"), *message["content"], _text("\n</tool_response>")]
+    return {"role": "user", "content": content}
+
+
+def user_messages(question: str, images: Sequence[Image | None], system: str = PLAIN_SYSTEM) -> list[dict[str, Any]]:
+    """System and user turn: images first, then the question. ``None`` is an image placeholder."""
+    check_question(question)
+    user = {"role": "user", "content": [*(_image(image) for image in images), _text(question)]}
+    return [{"role": "system", "content": [_text(system)]}, user]
+
+
+def messages(
+    question: str,
+    low_image: Image | None,
+    crops: Sequence[str] | None = None,
+    crop_images: Sequence[Image | None] | None = None,
+    answer: str | None = None,
+    protocol: Protocol = OURS,
+) -> list[dict[str, Any]]:
+    """A whole two-turn conversation of the policy (PAPER §2.3) in the form of ``protocol``.
+
+    Without ``crops`` it is the direct one; with ``crops``, ``crop_images`` are their pictures in the same order
+    (default: placeholders). Without ``answer`` it ends where the model has to go on.
+    """
+    conversation = user_messages(question, [low_image], protocol.system)
+    if crops:
+        pictures = [None] * len(crops) if crop_images is None else list(crop_images)
+        if len(pictures) != len(crops):
+            raise AwaresValueError(f"{len(crops)} crops requested but {len(pictures)} crop images given")
+        conversation += [protocol.call_message(crops), protocol.reply(pictures)]
+    if answer is not None:
+        conversation.append({"role": "assistant", "content": [_text(answer)]})
+    return conversation
+
+
+def tool_suffix(tokenizer: Any, message: dict[str, Any]) -> str:
+    """The text from behind the end-of-turn token of the assistant's call to the start of the next assistant turn."""
+    dummy = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    before = tokenizer.apply_chat_template(dummy, tokenize=False)
+    after = tokenizer.apply_chat_template([*dummy, message], tokenize=False, add_generation_prompt=True)
+    return after[before.rindex(END_OF_TURN) + len(END_OF_TURN) :]
+
+
+def check_question(question: str) -> None:
+    """AwaresValueError when a question is empty or holds a control token of the chat format."""
+    if not question or not question.strip():
+        raise AwaresValueError("question is empty: write one")
+    held = [token for token in (*SPECIAL_TOKENS, *TOOL_TOKENS) if token in question]
+    if held:
+        raise AwaresValueError(f"question {question[:60]!r} holds the control token {held[0]}: remove it")
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _image(image: Image | None) -> dict[str, Any]:
+    return {"type": "image"} if image is None else {"type": "image", "image": image}
+
+
+# Parsing
+
+_WORDS = {"upper": "top", "lower": "bottom", "centre": "center", "middle": "center"}
+_WORDS |= {"full": "all", "whole": "all", "entire": "all"}
+_NOISE = {"half", "quadrant", "corner", "image", "region", "side", "the", "part"}
+_STRICT = re.compile(r"\s*<tool_call>\s*(\{.*\})\s*</tool_call>\s*", re.DOTALL)
+_RELEASED = re.compile(r"GET_CROPS: \[('(?:[0-8]|all)'(?:, '(?:[0-8]|all)')*)\]")
+_CALL_LIKE = re.compile(
+    r"</?tool_call>|(?i:GET_CROPS)|[\"']arguments[\"']\s*:|\bregions[\"']?\s*[:=]\s*\[|\{\s*[\"']name[\"']\s*:"
+)
+# The released code's own prompt and parser also know GET_CROPS without the colon.
+_KEY = re.compile(r"(?:(?:regions?|crops?)[\"']?\s*[:=]|GET_CROPS[\"']?\s*[:=]?)\s*(.*)", re.DOTALL | re.IGNORECASE)
+_BOX = re.compile(r"(?<!\d)(\d{1,4})" + r"[\s,;]+(\d{1,4})" * 3 + r"(?!\d)")
+_QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'")
+_NAME = re.compile(r"[\"']name[\"']\s*:\s*[\"']([^\"']*)[\"']")
+
+
+def parse_call(text: str, protocol: Protocol = OURS) -> Call:
+    """Read an assistant turn: strictly first, then with tolerance (PAPER §5, formatting; §7, the released format).
+
+    Both protocols' calls are read whichever is given; only one in the very format of ``protocol`` counts as valid. A region that
+    the tool is not offered for is read like an unknown one.
+    """
+    text = answer_text(text)
+    if not _CALL_LIKE.search(text):
+        return Call((), "none", text)
+    strict = _parse_strict(text) if protocol.name == "ours" else _parse_released(text)
+    if strict and all(allowed(name, protocol.offered) for name in strict):
+        return Call(strict, "valid", text)
+    found: list[str] = []
+    for block in text.split(TOOL_CALL)[1:] or [text]:
+        names = _recover_boxes(block) if FREE in protocol.offered else _recover(block)
+        found += [name for name in names if name not in found and allowed(name, protocol.offered)]
+    return Call(tuple(found), "recovered" if found else "malformed", text)
+
+
+def answer_text(text: str) -> str:
+    """An assistant turn without end-of-turn tokens and outer white space."""
+    for token in (END_OF_TURN, "<|endoftext|>"):
+        text = text.split(token, 1)[0]
+    return text.strip()
+
+
+def _parse_strict(text: str) -> tuple[str, ...]:
+    match = _STRICT.fullmatch(text)
+    try:
+        call = json.loads(match.group(1)) if match else None
+    except (ValueError, RecursionError):
+        return ()
+    if not isinstance(call, dict) or set(call) != {"name", "arguments"} or call["name"] != TOOL_NAME:
+        return ()
+    arguments = call["arguments"]
+    regions = arguments.get("regions") if isinstance(arguments, dict) and set(arguments) == {"regions"} else None
+    if not isinstance(regions, list) or not all(
+        isinstance(name, str) and (name in CROPS or is_free(name)) for name in regions
+    ):
+        return ()
+    return tuple(regions) if len(set(regions)) == len(regions) else ()
+
+
+def _parse_released(text: str) -> tuple[str, ...]:
+    """``GET_CROPS: ['0', '5']`` to the letter: known ids, quoted, none twice."""
+    match = _RELEASED.fullmatch(text)
+    ids = [item.strip()[1:-1] for item in match.group(1).split(",")] if match else []
+    return tuple(_IDS.get(number, number) for number in ids) if len(set(ids)) == len(ids) else ()
+
+
+def _recover(block: str) -> tuple[str, ...]:
+    """Crop names from one call-like piece of text; () when it names another tool or nothing readable."""
+    name = _NAME.search(block)
+    if name and name.group(1) != TOOL_NAME:
+        return ()
+    key = _KEY.search(block)
+    tail = (key.group(1) if key else block.split("</tool_call>")[0]).strip()
+    if tail.startswith("["):
+        tail = tail[1:].split("]", 1)[0]
+        if "[" in tail or any(is_free(one or other) for one, other in _QUOTED.findall(tail)):
+            return ()  # boxes are no crop names: [[0, 0, 500, 500]] and ["0,0,500,500"] must not read as ids
+    elif key:
+        tail = re.split(r"[}<\n]", tail, maxsplit=1)[0]
+    names = map(_canonical, re.split(r",| and ", tail))
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def _recover_boxes(block: str) -> tuple[str, ...]:
+    """Free boxes from one call-like piece of text: any four whole numbers in a row that make one."""
+    name = _NAME.search(block)
+    if name and name.group(1) != TOOL_NAME:
+        return ()
+    boxes = (",".join(map(str, map(int, match))) for match in _BOX.findall(block))
+    return tuple(dict.fromkeys(box for box in boxes if is_free(box)))
+
+
+def _canonical(item: str) -> str | None:
+    """`Upper left corner` -> top-left, `'5'` -> top, `all` -> all; None when it is no crop."""
+    item = item.strip(" \t\n\"'`.[](){}").lower()
+    if item in _IDS:
+        return _IDS[item]
+    words = [_WORDS.get(word, word) for word in re.split(r"[-_ ]+", item) if word not in _NOISE]
+    name = "-".join(words)
+    squeezed = {crop.replace("-", ""): crop for crop in CROPS}
+    return squeezed.get(name.replace("-", ""))
