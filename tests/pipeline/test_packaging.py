@@ -24,7 +24,7 @@ from packaging.version import Version
 
 import awares
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
@@ -139,7 +139,7 @@ def sources() -> Iterator[tuple[Path, str]]:
 
 def own_environment(path: Path) -> bool:
     """Whether a file runs in the environment of `make lmms` only."""
-    return path.is_relative_to(ROOT / "tests" / "lmms") or path == ROOT / "src" / "awares" / "lmms_plugin.py"
+    return path.is_relative_to(ROOT / "tests" / "lmms") or path == ROOT / "src" / "awares" / "cli" / "lmms_plugin.py"
 
 
 def test_every_import_is_declared() -> None:

@@ -21,7 +21,7 @@ from awares.method.crops import CROPS
 from awares.method.grpo import build_trainer
 from awares.method.rollout import Engine, Trajectory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 

@@ -16,7 +16,7 @@ from awares.config import load_params
 from awares.data import rows as data
 from awares.errors import AwaresError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEY = "hf_planted_3c1e"
 
 

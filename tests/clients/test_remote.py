@@ -26,7 +26,7 @@ from awares.errors import AwaresError, AwaresRequestError
 from awares.method import crops, protocol
 from awares.method.rollout import Engine, Trajectory
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from awares.data import rows as data
 from awares.data import sampling, sources
 from awares.errors import AwaresError, AwaresValueError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COUNT, TESTS = 12, 2
 SINGLE = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -26,7 +26,7 @@ from awares.mini import pretrain
 from awares.study import publish
 from awares.study.tables import AVERAGE, CHECKS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = {
     "threads": 1,

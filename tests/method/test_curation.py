@@ -18,7 +18,7 @@ from awares.errors import AwaresError, AwaresRequestError, Failure
 from awares.method import curation, judges
 from awares.method.judges import AnlsJudge, EmbeddingJudge, SemanticJudge, label
 
-PARAMS = Path(__file__).parent.parent / "params.yaml"
+PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 
 # The semantic judge

@@ -18,7 +18,7 @@ import nbformat
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MAIN_LINE = ("data", "curation", "crop_distribution", "sft", "grpo", "evaluation", "report")
 NOTEBOOKS = [name for name, stage in STAGES.items() if "papermill" in " ".join(stage["cmd"])]
@@ -310,7 +310,7 @@ def test_the_comparison_runs_every_system_once(repository):
     assert (repository / "reports/mini/tables/claims.csv").is_file() and (
         repository / "reports/mini/tables/table1_main.csv"
     ).is_file()
-    (repository / "src/awares/systems/mine.py").write_text("# README shows what stands here\n")
+    (repository / "src/awares/baselines/systems/mine.py").write_text("# README shows what stands here\n")
     edit(repository, "  own: []", "  own: [mine]")  # one of your own is a file and its name: no other system runs again
     assert reproduce(repository, "comparison") == ["mini/systems/mine", "mini/comparison"]
     assert reproduce(repository, "comparison") == [] and reproduce(repository) == []

@@ -21,7 +21,7 @@ from awares.clients.chat import ChatClient, Server, _retry_after
 from awares.clients.replies import Request
 from awares.errors import AwaresError, AwaresRequestError, Failure
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 KEY = "sk-planted-5f1d"
 
 

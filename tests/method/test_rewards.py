@@ -10,7 +10,7 @@ from awares.errors import AwaresError
 from awares.method import rewards
 from awares.method.crops import CROPS, union_area
 
-PARAMS = Path(__file__).parent.parent / "params.yaml"
+PARAMS = Path(__file__).parents[2] / "params.yaml"
 WEIGHTS = {"alpha_miss": 2.0, "alpha_use": 0.25, "lambda_area": 0.01}  # the paper's
 
 

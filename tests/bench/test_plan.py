@@ -16,7 +16,7 @@ from awares.cli import main as cli
 from awares.config import load_params
 from awares.errors import AwaresError
 
-PARAMS = Path(__file__).parent.parent / "params.yaml"
+PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 
 def forecast(profile="paper", **changes):

@@ -91,7 +91,7 @@ def test_every_protocol_token_is_alive_in_base_training(tokenizer):
 
 def test_the_shipped_tokenizer_reads_what_it_was_trained_to_read(tokenizer):
     """A `Qwen2Tokenizer` would replace the pattern of the saved file, and read 15 as 1 and 5."""
-    shipped, rng = load_processor(Path(__file__).parent.parent / "data" / "base").tokenizer, np.random.default_rng(1)
+    shipped, rng = load_processor(Path(__file__).parents[2] / "data" / "base").tokenizer, np.random.default_rng(1)
     examples = [base.text_example(rng) for _ in range(200)]
     texts = ["$15", "12 and 36%", *(part for one in examples for turn in one.turns for part in (one.system, *turn))]
     assert [shipped(text)["input_ids"] for text in texts] == [tokenizer(text)["input_ids"] for text in texts]

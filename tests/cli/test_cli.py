@@ -41,7 +41,7 @@ from awares.method.rollout import Engine, Trajectory
 from awares.policy import AwaRes, Checkpoint, of_run, shipped
 from awares.study import publish
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"policy": "p", "call_bias": 0.0}
 
 

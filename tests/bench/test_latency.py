@@ -25,7 +25,7 @@ from awares.method.rollout import Engine, Script
 from awares.mini import base
 from awares.mini import synthetic_rows as suite
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 # The harness

@@ -24,7 +24,7 @@ from awares.method import grpo, sft
 from awares.training import checkpoints as training
 from awares.training import distributed as launch
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 ROOT = HERE.parent
 TWO = "data/launch/2cpu.yaml"
 FSDP2 = "data/launch/fsdp2-8gpu.yaml"

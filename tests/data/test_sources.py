@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 GUIDES = (README, ROOT / "src" / "awares" / "README.md", ROOT / "data" / "launch" / "README.md")
 # Written with classes and groups so that this file does not match itself.

@@ -27,7 +27,7 @@ from awares.engine.model import make_processor
 from awares.errors import AwaresError, AwaresRequestError
 from awares.method import curation
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 ROOT = HERE.parent
 ROWS = 60
 KEY = "sk-planted-77aa"

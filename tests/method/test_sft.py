@@ -18,7 +18,7 @@ from awares.errors import AwaresError
 from awares.method import crops, grpo, protocol, sft
 from awares.training import checkpoints as training
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "threads": 1,
     "sft.share": 1.0,

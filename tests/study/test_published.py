@@ -11,7 +11,7 @@ from awares.config import load_params
 from awares.data import rows as data
 from awares.method import evaluation
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TABLES = ROOT / "reports" / "mini" / "tables"
 SYSTEMS = {"full resolution": "full", "half resolution": "half", "cold start (SFT)": "sft", "AwaRes": "awares"}
 

@@ -17,7 +17,7 @@ from awares.method import crops, grpo, protocol
 from awares.training import checkpoints as training
 from awares.training import prompt_sharing as sharing
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "threads": 1,
     "grpo.answer_reward": "anls",

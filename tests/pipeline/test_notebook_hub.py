@@ -30,7 +30,7 @@ from awares.engine.model import save_model
 from awares.study import publish
 from awares.study.tables import AVERAGE, CHECKS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEYS = {"AWARES_API_KEY": "sk-planted-paper-0b7d", "HF_TOKEN": "hf_planted_paper_4e8c"}
 SMOKE = {key: value for key, value in test_notebooks.SMOKE.items() if not key.startswith("curation.")}
 SMOKE |= {

@@ -8,7 +8,7 @@ import yaml
 from awares.config import SECTIONS, load_params
 from awares.errors import AwaresError
 
-PARAMS = Path(__file__).parent.parent / "params.yaml"
+PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 
 @pytest.fixture
