@@ -94,7 +94,11 @@ def test_a_launched_training_goes_on_from_its_checkpoint_and_ends_the_same(world
 
 def run_sharded(world, folder):  # noqa: F811
     """The cold start in two processes under the FSDP2 configuration that ships, on a CPU; what they print."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{HERE}{os.pathsep}{HERE / 'method'}{os.pathsep}{HERE / 'training'}",
+        "OMP_NUM_THREADS": "1",
+    }
     start = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / FSDP2), "--num_processes", "2"]
     command = [sys.executable, *start, str(HERE / "fsdp_worker.py"), str(world.base), str(folder)]
     return subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -125,7 +129,11 @@ def test_a_sharded_cold_start_has_the_losses_of_one_and_goes_on_from_its_checkpo
 
 def test_grpo_in_two_processes_has_the_gradients_of_one(grpo_world, tmp_path):  # noqa: F811
     data.save_rows(grpo_world.rows, tmp_path / "rows")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{HERE}{os.pathsep}{HERE / 'method'}{os.pathsep}{HERE / 'training'}",
+        "OMP_NUM_THREADS": "1",
+    }
     starts = {"one": [], "two": ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / TWO)]}
     for name, start in starts.items():
         (tmp_path / name).mkdir()
