@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
-from awares.baselines import systems
-from awares.baselines import pruned_decode, pruning
+from awares.baselines import pruned_decode, pruning, systems
 from awares.baselines import registry as baselines
 from awares.baselines.pruned_decode import LayerPruned, Plan, VisionPruned
 from awares.baselines.pruning import Selection
