@@ -42,7 +42,8 @@ def curate(params: Params, out_dir: str | Path) -> dict[str, datasets.Dataset]:
             "data.validation_rows: lower it"
         )
     for split, records in {"train": train, "validation": held}.items():
-        data.save_rows(_curated(one, records, split, params), Path(out_dir) / split / curation.ROWS)
+        rows = data.validate(_curated(one, records, split, params), f"released rows, {split}", pixels=False)
+        data.save_rows(rows, Path(out_dir) / split / curation.ROWS)
     return {split: data.load_rows(Path(out_dir) / split / curation.ROWS) for split in ("train", "validation")}
 
 

@@ -7,7 +7,6 @@ of the answer's region in 1/1000 of the image sides, and the source it belongs t
 import hashlib
 import io
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,11 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from awares.config import Crops, Params
+from awares.engine.rows import FEATURES, load_rows, save_rows, share_of  # noqa: F401 (part of this module)
 from awares.errors import AwaresFileError, AwaresValueError
 from awares.method.crops import MIN_SIDE, box_union, boxes_to_crops, check_image
 
-datasets.disable_progress_bars()
-datasets.disable_caching()  # it would write files beside stored rows, and DVC would take them for other rows
-
 SPLITS = ("train", "validation", "evaluation", "base")
-
-_BOXES = datasets.List(datasets.List(datasets.Value("int32")))
-FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "image": datasets.Image(),
-        "question": datasets.Value("string"),
-        "answers": datasets.List(datasets.Value("string")),
-        "source": datasets.Value("string"),
-        "question_boxes": _BOXES,
-        "answer_boxes": _BOXES,
-        "split": datasets.Value("string"),
-    }
-)
 
 Loader = Callable[[str, int, int, str], list[dict[str, Any]]]
 
@@ -169,42 +152,6 @@ def _check_types(place: str, row: dict[str, Any]) -> None:
 
 def _whole_numbers(box: list[Any]) -> bool:
     return all(type(value) is int for value in box)
-
-
-def save_rows(dataset: datasets.Dataset, path: str | Path) -> None:
-    """Write to folder ``path``, whole or not at all; the same rows give the same bytes."""
-    target = Path(path)
-    validate(dataset, str(target), pixels=False)
-    partial = target.with_name(f".{target.name}.partial")
-    dataset.save_to_disk(str(partial))
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-
-
-def load_rows(path: str | Path) -> datasets.Dataset:
-    """Rows that :func:`save_rows` wrote, validated (not their pixels: those were checked on the way in)."""
-    folder = Path(path)
-    if not (folder / "state.json").is_file():
-        raise AwaresFileError(f"{folder}: no rows here; run the stage that writes them (`dvc repro`)")
-    try:
-        dataset = datasets.load_from_disk(str(folder))
-    except Exception as error:  # pyarrow and datasets raise many kinds for a torn file; all mean the same to the user
-        raise AwaresFileError(
-            f"{folder}: the rows cannot be read ({error}); delete the folder and run `dvc repro`"
-        ) from error
-    return validate(dataset, str(folder), pixels=False)
-
-
-def share_of(dataset: datasets.Dataset, share: float) -> datasets.Dataset:
-    """The first ``share`` (0 to 1) of the rows of every source, in their order."""
-    sources = dataset["source"][:]
-    wanted = {source: round(share * sources.count(source)) for source in set(sources)}
-    kept: list[int] = []
-    for index, source in enumerate(sources):
-        if wanted[source] > 0:
-            wanted[source] -= 1
-            kept.append(index)
-    return dataset.select(kept)
 
 
 def of_source(dataset: datasets.Dataset, source: str) -> datasets.Dataset:

@@ -38,11 +38,11 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from awares.config import Params
-from awares.data.rows import share_of
 from awares.engine import answer_match as wording
 from awares.engine import decode
 from awares.engine import model as models
 from awares.engine.model import ImageOnlyProcessor
+from awares.engine.rows import share_of
 from awares.errors import AwaresValueError
 from awares.method import crops, judges, metrics, protocol, rewards, rollout
 from awares.method.rollout import Engine

@@ -34,12 +34,12 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from awares.config import Params
-from awares.data.rows import share_of
 from awares.engine import answer_match as wording
 from awares.engine import decode
 from awares.engine import model as models
 from awares.engine.decode import prefix_cache
 from awares.engine.model import ImageOnlyProcessor
+from awares.engine.rows import share_of
 from awares.errors import AwaresValueError
 from awares.method import crops, judges, metrics, protocol, rollout
 from awares.method.judges import SemanticJudge

@@ -19,7 +19,7 @@ import torch
 
 from awares import config
 from awares.config import Params
-from awares.data import rows as data
+from awares.engine.rows import load_rows
 from awares.errors import AwaresError, AwaresFileError
 
 FSDP = {  # what an FSDP configuration must say, and why
@@ -164,9 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         asked = _read(job)
         params = _params(asked)
-        rows = {
-            split: data.load_rows(params.run_dir("curation") / split / "dataset") for split in ("train", "validation")
-        }
+        rows = {split: load_rows(params.run_dir("curation") / split / "dataset") for split in ("train", "validation")}
         fit = importlib.import_module(f"awares.method.{asked['stage']}").fit
         fit(params, rows["train"], rows["validation"], asked["model_path"], Path(asked["out_dir"]))
     except AwaresError as error:

@@ -1,0 +1,61 @@
+"""Rows as files: the columns that every stage reads, and how a data set of rows is stored.
+
+A row is an image, a question, its accepted answers (the first is the canonical one), the boxes of the question's and
+the answer's region in 1/1000 of the image sides, its source and its split. `data.rows` checks rows when they enter.
+"""
+
+import shutil
+from pathlib import Path
+
+import datasets
+
+from awares.errors import AwaresFileError
+
+datasets.disable_progress_bars()
+datasets.disable_caching()  # cache files next to stored rows would change what DVC hashes
+
+_BOXES = datasets.List(datasets.List(datasets.Value("int32")))
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "image": datasets.Image(),
+        "question": datasets.Value("string"),
+        "answers": datasets.List(datasets.Value("string")),
+        "source": datasets.Value("string"),
+        "question_boxes": _BOXES,
+        "answer_boxes": _BOXES,
+        "split": datasets.Value("string"),
+    }
+)
+
+
+def save_rows(dataset: datasets.Dataset, path: str | Path) -> None:
+    """Write to folder ``path``, whole or not at all; the same rows give the same bytes."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    dataset.save_to_disk(str(partial))
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def load_rows(path: str | Path) -> datasets.Dataset:
+    """Rows that :func:`save_rows` wrote; AwaresError when the folder is missing or torn."""
+    folder = Path(path)
+    if not (folder / "state.json").is_file():
+        raise AwaresFileError(f"{folder}: no rows here; run the stage that writes them (`dvc repro`)")
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # pyarrow and datasets raise many kinds for a torn file
+        raise AwaresFileError(f"{folder}: cannot read the rows ({error}); delete it and run `dvc repro`") from error
+
+
+def share_of(dataset: datasets.Dataset, share: float) -> datasets.Dataset:
+    """The first ``share`` (0 to 1) of the rows of every source, in their order."""
+    sources = dataset["source"][:]
+    wanted = {source: round(share * sources.count(source)) for source in set(sources)}
+    kept: list[int] = []
+    for index, source in enumerate(sources):
+        if wanted[source] > 0:
+            wanted[source] -= 1
+            kept.append(index)
+    return dataset.select(kept)
