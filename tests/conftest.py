@@ -10,13 +10,13 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from awares.engine import chat_format
 from awares.engine.model import ImageOnlyProcessor, make_processor
-from awares.method import protocol
 from awares.method.crops import CROPS
 from awares.study.variants import judged_by
 
 TOOL_TOKENS = (
-    *protocol.TOOL_TOKENS,
+    *chat_format.TOOL_TOKENS,
     "<tool_response>",
     "</tool_response>",
 )  # as Qwen3 has them; test_bases has Qwen2.5's
@@ -28,7 +28,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in protocol.SPECIAL_TOKENS])
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in chat_format.SPECIAL_TOKENS])
     common = ['{"name": "crop", "arguments": {"regions": ["', '", "', '"]}}', *CROPS]
     core.add_tokens([AddedToken(token, normalized=False, special=False) for token in (*TOOL_TOKENS, *common)])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")

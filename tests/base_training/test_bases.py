@@ -20,6 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from awares.baselines import registry as baselines
 from awares.data import rows as data
+from awares.engine import chat_format
 from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, save_model
 from awares.errors import AwaresError
 from awares.method import protocol, sft
@@ -109,7 +110,7 @@ def base(request, tmp_path_factory):
     """The folder of a saved model."""
     torch.manual_seed(0)
     tokenizer = published(QWEN3 if request.param == "qwen3-vl" else QWEN2_5)
-    protocol.install(tokenizer)
+    chat_format.install(tokenizer)
     model, patch = BASES[request.param](tokenizer)
     with torch.no_grad():  # at 0.02 a random model is almost blind to its input
         for name, weight in model.named_parameters():

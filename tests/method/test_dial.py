@@ -12,7 +12,7 @@ from torch import Tensor
 
 from awares.config import load_params
 from awares.data import rows as data
-from awares.engine import decode
+from awares.engine import chat_format, decode
 from awares.errors import AwaresError
 from awares.method import evaluation, protocol
 from awares.method.rollout import Engine, Trajectory
@@ -106,7 +106,7 @@ def test_derived_is_what_the_engine_does_at_every_bias(engine: Engine, rows: dat
     for start in (biases[0], biases[3], biases[-1]):  # from whatever run one has
         derived = evaluation.dial(engine, rows, run(engine, rows, start), start, biases)
         assert {bias: [said(one) for one in done] for bias, done in derived.items()} == ran
-    begun = [sum(one.turns[1].text.startswith(protocol.TOOL_CALL) for one in derived[bias]) for bias in biases]
+    begun = [sum(one.turns[1].text.startswith(chat_format.TOOL_CALL) for one in derived[bias]) for bias in biases]
     assert begun == sorted(set(begun)) and (begun[0], begun[-1]) == (0, len(rows))
     assert {one.call_status for one in derived[biases[-1]]} == {"valid", "malformed"}
 
@@ -148,7 +148,7 @@ def test_gap_and_logprob_are_of_the_unbiased_first_token(engine: Engine, rows: d
     for one, other in zip(free, pushed, strict=True):
         assert one.call_gap is not None and one.call_logprob is not None
         assert other.call_gap == pytest.approx(one.call_gap, abs=1e-4)
-        assert one.call_logprob < 0 and (one.call_gap > 0) == one.turns[1].text.startswith(protocol.TOOL_CALL)
+        assert one.call_logprob < 0 and (one.call_gap > 0) == one.turns[1].text.startswith(chat_format.TOOL_CALL)
         log_odds = -math.log(math.expm1(-one.call_logprob))  # against all others together, the gap against the best
         assert log_odds <= one.call_gap + 1e-4 <= log_odds + math.log(len(engine.processor.tokenizer))
         assert Trajectory.from_dict(json.loads(json.dumps(one.to_dict()))) == one

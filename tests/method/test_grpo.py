@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 
 from awares.config import load_params
 from awares.data import rows as data
+from awares.engine import images
 from awares.engine.model import load_model, load_processor, save_model, visual_tokens
 from awares.errors import AwaresError
 from awares.method import crops, grpo, protocol
@@ -439,7 +440,7 @@ def test_ergo_reads_a_region_however_small(world):
     reward = grpo.REWARDS["ergo"](settings(**FREE, **{"grpo.answer_reward": "judge", "base.model": str(world.policy)}))
     picture = world.rows[0]["image"]
     completion = [said("", [called("100,100,150,150")]), TOOL, said("7")]
-    assert max(crops.cut(picture, "100,100,150,150").size) < crops.MIN_SIDE
+    assert max(crops.cut(picture, "100,100,150,150").size) < images.MIN_SIDE
     given = reward.answer(
         completions=[completion], answers=[["7"]], prompts=[protocol.messages("what?", picture)], full_image=[picture]
     )

@@ -5,6 +5,7 @@ import pytest
 from trl import chat_template_utils as trl_templates
 
 from awares.config import load_params
+from awares.engine import chat_format
 from awares.errors import AwaresError
 from awares.method import protocol
 from awares.method.crops import CROPS
@@ -95,8 +96,8 @@ def test_bad_crops_are_never_rendered(crops: list[str]) -> None:
 
 
 def test_answer_text_ends_with_the_turn() -> None:
-    assert protocol.answer_text(" 42 <|im_end|>\n<|im_start|>user") == "42"
-    assert protocol.answer_text("42<|endoftext|>") == "42"
+    assert chat_format.answer_text(" 42 <|im_end|>\n<|im_start|>user") == "42"
+    assert chat_format.answer_text("42<|endoftext|>") == "42"
 
 
 @pytest.mark.parametrize("question", ["", "  ", "what <|image_pad|>?", "<tool_call>"])
@@ -142,7 +143,7 @@ def test_plain_conversations_render_as_in_stock_qwen(tiny: SimpleNamespace) -> N
                 tiny.processor.apply_chat_template(
                     messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
                 )
-                for template in (protocol.CHAT_TEMPLATE, trl_templates.qwen2_5_vl_chat_template)
+                for template in (chat_format.CHAT_TEMPLATE, trl_templates.qwen2_5_vl_chat_template)
             )
             assert ours == stock
 

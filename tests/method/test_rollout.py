@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from awares import AwaRes
-from awares.engine import decode
+from awares.engine import chat_format, decode
 from awares.engine.decode import Decoder
 from awares.engine.model import save_model, visual_tokens
 from awares.errors import AwaresError
@@ -291,7 +291,7 @@ def reference(tiny: SimpleNamespace, image: Image.Image, question: str, names: l
     )
     forbidden = unwritten(tiny.processor.tokenizer)
     ids = tiny.model.generate(**batch, do_sample=False, max_new_tokens=16, suppress_tokens=forbidden)
-    return protocol.answer_text(tiny.processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :]))
+    return chat_format.answer_text(tiny.processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :]))
 
 
 def test_answers_equal_the_libraries_plain_path_row_by_row(rigged: SimpleNamespace) -> None:
@@ -489,7 +489,7 @@ def test_single_turn_views(tiny: SimpleNamespace, view: str, expected: int) -> N
     ids = tiny.model.generate(**batch, do_sample=False, max_new_tokens=8)
     assert protocol.PLAIN_SYSTEM in tiny.processor.tokenizer.decode(batch["input_ids"][0])
     assert trajectory.turns[0].text_tokens + expected == batch["input_ids"].shape[1]
-    assert trajectory.answer == protocol.answer_text(
+    assert trajectory.answer == chat_format.answer_text(
         tiny.processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :])
     )
 
@@ -634,7 +634,7 @@ def test_scripts_make_rows_write_calls_and_lengths_at_the_price_of_writing_them(
     assert [one.crops for one in done] == [("top-left", "right"), (), (), ("all",)]
     assert [one.turns[-1].text_tokens for one in done[:3]] == [5, 9, 1]
     assert done[0].turns[1].text == called and len(done[0].turns) == 4 and done[0].call_status == "forced"
-    assert done[0].turns[1].text_tokens == len(played.decoder.tokenize(called + protocol.END_OF_TURN))
+    assert done[0].turns[1].text_tokens == len(played.decoder.tokenize(called + chat_format.END_OF_TURN))
     forced = played.run([image], ["q?"], forced=[("all",)])[0]  # the same call, given and not written
     assert (done[3].answer, done[3].turns[2:]) == (forced.answer, forced.turns[2:])
     free = played.answer([image], ["q?"])[0]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from awares.engine import chat_format
 from awares.engine.model import load_processor, make_processor
 from awares.errors import AwaresError
 from awares.method import crops, protocol
@@ -123,7 +124,7 @@ def test_training_format_is_the_chat_template(tokenizer):
 
 
 def test_parts_come_as_the_result_of_a_call_that_is_not_learned(tokenizer):
-    protocol.install(tokenizer)
+    chat_format.install(tokenizer)
     rng = np.random.default_rng(3)
     called = [one for one in (base.example(rng, "joint") for _ in range(150)) if one.call]
     assert {one.late for one in called} >= {0, 1}
@@ -171,7 +172,7 @@ def test_an_answer_behind_a_call_is_looked_up_by_its_question(tokenizer):
 def test_the_argument_of_a_call_is_looked_up_and_the_rest_of_it_is_not(tokenizer):
     rng = np.random.default_rng(3)
     drawn = (base.example(rng, "joint") for _ in range(200))
-    one = next(e for e in drawn if e.views and any(said.startswith(protocol.TOOL_CALL) for _, said in e.turns))
+    one = next(e for e in drawn if e.views and any(said.startswith(chat_format.TOOL_CALL) for _, said in e.turns))
     batch = pretrain.collate([one], tokenizer)
     ids = batch["input_ids"][0]
     words = [tokenizer.decode(token) for token in ids]
@@ -179,9 +180,9 @@ def test_the_argument_of_a_call_is_looked_up_and_the_rest_of_it_is_not(tokenizer
     inside = False
     for at, word in enumerate(words):
         inside = inside and not word.startswith('"]')
-        if batch["labels"][0, at] == base.IGNORE or word == protocol.END_OF_TURN:
+        if batch["labels"][0, at] == base.IGNORE or word == chat_format.END_OF_TURN:
             assert at not in looked_up
-        elif protocol.TOOL_CALL in "".join(words[:at]).rsplit("<|im_start|>", 1)[-1]:
+        elif chat_format.TOOL_CALL in "".join(words[:at]).rsplit("<|im_start|>", 1)[-1]:
             assert inside or at not in looked_up
         inside = inside or (word.endswith('["') and batch["labels"][0, at] != base.IGNORE)
     first = next(at for at in sorted(looked_up) if words[at - 1].endswith('["'))
@@ -192,7 +193,7 @@ def test_a_call_asks_for_the_part_that_holds_the_evidence_which_may_be_too_small
     rng, parts, small = np.random.default_rng(4), set(), 0
     while len(parts) < len(crops.CROPS) or not small:
         one = base.example(rng, "calls")
-        asked = [t for t, (_, said) in enumerate(one.turns) if one.views and said.startswith(protocol.TOOL_CALL)]
+        asked = [t for t, (_, said) in enumerate(one.turns) if one.views and said.startswith(chat_format.TOOL_CALL)]
         told = [json.loads(one.turns[t][1].split("\n")[1])["arguments"] for t in asked]
         if not told or not {word for one in told for (word,) in one.values()} <= {*crops.CROPS}:
             continue

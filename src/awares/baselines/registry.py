@@ -31,8 +31,9 @@ from awares.baselines.pruned_decode import LayerPruned, Plan, Pruned, Seen, Visi
 from awares.baselines.pruning import Selection
 from awares.bench.costs import grid_of
 from awares.config import SHUFFLED
+from awares.engine.images import cap
 from awares.errors import AwaresValueError
-from awares.method.crops import CROPS, area, cap
+from awares.method.crops import CROPS, area
 from awares.method.rollout import Engine, Trajectory
 
 DEPTH = 28  # decoder layers of Qwen2.5-VL-7B, which the layers below refer to

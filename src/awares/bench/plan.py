@@ -23,9 +23,9 @@ from awares.clients import judges as served
 from awares.clients.judges import Finding
 from awares.config import SYSTEMS, Params, read_yaml
 from awares.data import sources
+from awares.engine.images import cap
 from awares.engine.model import load_config
 from awares.errors import AwaresFileError, AwaresValueError
-from awares.method import crops
 from awares.mini import base
 
 COLUMNS = ("stage", "rows", "requests", "tokens", "pflop", "gpu_hours", "gpu_memory_gb", "disk_gb", "basis")
@@ -245,7 +245,7 @@ def _typical(params: Params, config: Any) -> Image:
     side = merge * config.vision_config.patch_size
     found = []
     for name in shapes.BENCHMARKS:
-        width, height = crops.cap(Blank.new("1", shapes.image_size(name, shape, 1.0)), params.crops.max_side).size
+        width, height = cap(Blank.new("1", shapes.image_size(name, shape, 1.0)), params.crops.max_side).size
         grid = merge * round(height / side), merge * round(width / side)
         found.append((width * height, grid[0] * grid[1] / merge**2, costs.vision_flops(grid, config)))
     return Image(*(sum(part) / len(found) for part in zip(*found, strict=True)))

@@ -15,6 +15,7 @@ import datasets
 from PIL import Image
 from tqdm import tqdm
 
+from awares.engine.images import cap, open_image
 from awares.engine.jsonl import (
     Record,
     alone,
@@ -25,7 +26,6 @@ from awares.engine.jsonl import (
     write_records,
 )
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError, Failure
-from awares.method.crops import cap, open_image
 from awares.method.protocol import check_question
 from awares.method.rollout import Source, Trajectory, with_failures
 

@@ -32,8 +32,8 @@ from awares.cli.wire import (
     read_images,
 )
 from awares.engine.decode import Decoder
+from awares.engine.images import cap
 from awares.errors import AwaresError, AwaresValueError
-from awares.method.crops import cap
 from awares.method.rollout import Engine, Trajectory
 
 log = logging.getLogger(__name__)

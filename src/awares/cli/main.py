@@ -122,7 +122,7 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _ask_one(args: argparse.Namespace, question: str) -> int:
-    from awares.method.crops import open_image
+    from awares.engine.images import open_image
 
     image = open_image(args.image)  # before the model is loaded: a wrong path should not cost seconds
     policy, _ = _load(args)

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from awares.engine.images import MIN_SIDE, check_image
 from awares.errors import AwaresError, AwaresValueError
-from awares.method.crops import MIN_SIDE, check_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # OpenAI's; Pillow's other readers are not for bytes from strangers
 

@@ -19,6 +19,7 @@ from PIL import Image
 from awares.clients.chat import ChatClient, Send
 from awares.clients.replies import Lost, Reply, Request
 from awares.config import Params
+from awares.engine.chat_format import END_OF_TURN
 from awares.engine.decode import Codec
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresRequestError, AwaresValueError
@@ -164,8 +165,8 @@ class RemoteEngine(Interaction):
         )
 
     def _tokens(self, reply: Reply) -> list[int]:
-        text = reply.text.removesuffix(protocol.END_OF_TURN)
-        return self.codec.tokenize(text + protocol.END_OF_TURN * (reply.finish == "stop"))
+        text = reply.text.removesuffix(END_OF_TURN)
+        return self.codec.tokenize(text + END_OF_TURN * (reply.finish == "stop"))
 
     def _check(self, reply: Reply, expected: int) -> None:
         """Before a reply is recorded: AwaresRequestError for another prompt than ours, Lost for no turn of the model."""

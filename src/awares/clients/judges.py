@@ -20,10 +20,10 @@ from awares.clients.chat import ChatClient, Send, Server
 from awares.clients.engine import RemoteEngine, data_url
 from awares.clients.replies import Lost, Request
 from awares.config import Params, read_yaml
+from awares.engine.images import to_rgb
 from awares.engine.jsonl import Record
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresRequestError, AwaresValueError, Failure
-from awares.method.crops import to_rgb
 from awares.method.curation import AnnotationOracle, Boxes, Oracle
 from awares.method.judges import HIGH_BETTER, JUDGES, LOW_BETTER, TIE, Judge, Verdict
 from awares.training.checkpoints import code_of

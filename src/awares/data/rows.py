@@ -17,9 +17,10 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from awares.config import Crops, Params
+from awares.engine.images import MIN_SIDE, check_image
 from awares.engine.rows import FEATURES, load_rows, save_rows, share_of  # noqa: F401 (part of this module)
 from awares.errors import AwaresFileError, AwaresValueError
-from awares.method.crops import MIN_SIDE, box_union, boxes_to_crops, check_image
+from awares.method.crops import box_union, boxes_to_crops
 
 SPLITS = ("train", "validation", "evaluation", "base")
 
@@ -201,7 +202,7 @@ def validate(dataset: datasets.Dataset, name: str, pixels: bool = True) -> datas
     """``dataset`` itself, or AwaresError naming ``name``, the row id and what is wrong.
 
     Checks the columns, that there are rows, and for every row: image present, and when ``pixels`` decoded and of usable
-    size (:func:`awares.crops.check_image`); question and answers not empty; boxes [x1, y1, x2, y2] in 0-1000.
+    size (:func:`awares.engine.images.check_image`); question and answers not empty; boxes [x1, y1, x2, y2] in 0-1000.
     """
     missing = [column for column in FEATURES if column not in dataset.column_names]
     if missing:

@@ -22,9 +22,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image, ImageOps
 
 from awares.config import Params, read_yaml
+from awares.engine.images import MAX_ASPECT, MIN_SIDE, cap, check_image, to_rgb
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 from awares.method import protocol
-from awares.method.crops import MAX_ASPECT, MIN_SIDE, cap, check_image, to_rgb
 
 KINDS = ("training", "evaluation", "curated")
 GAP = 28  # px of white between the pictures of a strip

@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from awares.engine import chat_format
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
 from awares.errors import AwaresValueError
-from awares.method import protocol
 
 Orders = list[int] | int | None  # of one row and turn: write these ids, or this many tokens, or what the model likes
 Lap = Callable[[str, int], None]  # called with the phase (of `PHASES`) that has just ended, and its turn: 1 or 2
@@ -139,13 +139,13 @@ class Codec:
     ``opening``: the text that every call begins with; the bias and the log-probability of a call are its first token's.
     """
 
-    def __init__(self, processor: ImageOnlyProcessor, opening: str = protocol.TOOL_CALL) -> None:
+    def __init__(self, processor: ImageOnlyProcessor, opening: str = chat_format.TOOL_CALL) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         spelling = self.tokenizer(opening, add_special_tokens=False)["input_ids"]
         self.call_token = spelling[0]
         self.call_only = len(spelling) == 1  # a token that opens calls and stands in no answer
-        self.end = self.tokenizer.convert_tokens_to_ids(protocol.END_OF_TURN)
+        self.end = self.tokenizer.convert_tokens_to_ids(chat_format.END_OF_TURN)
 
     def tokenize(self, text: str, sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Ids of rendered chat text; each image placeholder is repeated for all visual tokens of its size (w, h)."""
@@ -176,7 +176,7 @@ class Decoder(Codec):
         processor: ImageOnlyProcessor,
         max_new_tokens: int,
         lap: Lap | None = None,
-        opening: str = protocol.TOOL_CALL,
+        opening: str = chat_format.TOOL_CALL,
     ) -> None:
         super().__init__(processor, opening)
         self.lap = lap

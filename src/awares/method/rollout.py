@@ -18,11 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from awares.config import Params
+from awares.engine.chat_format import END_OF_TURN, answer_text
 from awares.engine.decode import Codec, Decoder, Lap, Orders, Output
+from awares.engine.images import cap, open_image
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
 from awares.errors import AwaresRequestError, AwaresValueError, Failure
 from awares.method import protocol
-from awares.method.crops import cap, cut, low_resolution, open_image
+from awares.method.crops import cut, low_resolution
 from awares.method.protocol import OURS, Call, Protocol, get_protocol
 
 T = TypeVar("T")
@@ -255,8 +257,8 @@ class Interaction(ABC):
         row.ids += tokens
         row.margin = min(row.margin, margin)
         text = self.codec.text(tokens)
-        row.turns.append(Turn("assistant", protocol.answer_text(text), (), 0, len(tokens)))
-        row.messages.append({"role": "assistant", "content": text.removesuffix(protocol.END_OF_TURN)})
+        row.turns.append(Turn("assistant", answer_text(text), (), 0, len(tokens)))
+        row.messages.append({"role": "assistant", "content": text.removesuffix(END_OF_TURN)})
 
     def _respond(self, row: _Row) -> tuple[list[int], list[Image]]:
         """Add the tool's turn for ``row.call``; returns the ids and images that are new to the model."""
@@ -265,13 +267,13 @@ class Interaction(ABC):
         row.messages.append(self.protocol.reply([None] * len(pictures), error))
         suffix = protocol.tool_suffix(self.processor, row.messages[-1])
         if row.ids[-1] != self.codec.end:  # the call ran into max_new_tokens
-            suffix = protocol.END_OF_TURN + suffix
+            suffix = END_OF_TURN + suffix
         role = "tool" if self.protocol.name == "ours" else "user"
         return self._append(row, role, error or "", suffix, pictures), pictures
 
     def _force(self, row: _Row, crops: tuple[str, ...]) -> _Row:
         text = self.protocol.render_call(crops)
-        self._write(row, self.codec.tokenize(text + protocol.END_OF_TURN))
+        self._write(row, self.codec.tokenize(text + END_OF_TURN))
         row.call, row.bias = Call(tuple(crops), "forced", text), float("-inf")
         self._respond(row)
         return row
@@ -414,7 +416,7 @@ class Engine(Interaction):
         """What the script of ``row`` has the model write in the first turn."""
         if not row.script.crops:
             return row.script.answer_tokens
-        return self.decoder.tokenize(self.protocol.render_call(row.script.crops) + protocol.END_OF_TURN)
+        return self.decoder.tokenize(self.protocol.render_call(row.script.crops) + END_OF_TURN)
 
     def _second_turn(self, rows: list[_Row], callers: list[int], output: Output) -> None:
         replies = [(index, *self._respond(rows[index])) for index in callers]

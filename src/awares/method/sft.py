@@ -37,6 +37,7 @@ from awares.config import Params
 from awares.engine import answer_match as wording
 from awares.engine import decode
 from awares.engine import model as models
+from awares.engine.chat_format import END_OF_TURN
 from awares.engine.decode import prefix_cache
 from awares.engine.model import ImageOnlyProcessor
 from awares.engine.rows import share_of
@@ -199,7 +200,7 @@ def _kinds(row: dict[str, Any], level: str) -> tuple[str, ...]:
 
 def _check_call(row: dict[str, Any], processor: ImageOnlyProcessor, limit: int, form: Protocol) -> None:
     """AwaresError when the row's call is longer than the policy may write: it would learn calls that are always cut off."""
-    call = form.render_call(row["target_crops"]) + protocol.END_OF_TURN if row["label"] == "HR" else ""
+    call = form.render_call(row["target_crops"]) + END_OF_TURN if row["label"] == "HR" else ""
     tokens = len(processor.tokenizer(call)["input_ids"])
     if tokens > limit:
         raise AwaresValueError(

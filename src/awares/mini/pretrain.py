@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares.config import Base
+from awares.engine.chat_format import TOOL_CALL
 from awares.engine.model import load_model, make_processor, save_model
 from awares.errors import AwaresError
-from awares.method.protocol import TOOL_CALL
 from awares.mini import base, lookup
 from awares.mini import render as scenes
 from awares.mini import vocabulary as lex

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from awares.config import Grpo, Params, Sft
+from awares.engine.images import cap, check_image
 from awares.engine.jsonl import alone
 from awares.engine.model import ImageOnlyProcessor, save_model
 from awares.errors import AwaresFileError, AwaresValueError
@@ -212,7 +213,7 @@ def relative(path: str | Path, root: Path) -> str:
 
 def picture(row: dict[str, Any], params: Params) -> Image.Image:
     """The image of a row as the interaction sees it (PAPER §1): upright RGB, capped at ``crops.max_side``."""
-    return crops.cap(crops.check_image(row["image"], f"row {row['id']}"), params.crops.max_side)
+    return cap(check_image(row["image"], f"row {row['id']}"), params.crops.max_side)
 
 
 def picture_sizes(rows: datasets.Dataset, params: Params) -> list[tuple[int, int]]:
@@ -222,7 +223,7 @@ def picture_sizes(rows: datasets.Dataset, params: Params) -> list[tuple[int, int
         with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # `datasets` turns such images upright
             size = image.size[::-1] if turned else image.size
-        sizes.append(crops.cap(Image.new("1", size), params.crops.max_side).size)
+        sizes.append(cap(Image.new("1", size), params.crops.max_side).size)
     return sizes
 
 
