@@ -1,7 +1,10 @@
 """The exceptions of user mistakes and of lost rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class AwaresError(Exception):
@@ -34,3 +37,22 @@ class AwaresRequestError(AwaresError, RuntimeError):
     def __init__(self, message: str, failures: Sequence[Failure] = ()) -> None:
         super().__init__(message)
         self.failures = tuple(failures)
+
+
+def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[T]]) -> list[T | Failure]:
+    """``ask`` for the indices of all rows; a `Failure` for each row that its AwaresRequestError lists as lost.
+
+    ``ask`` then runs again for the remaining rows, which costs nothing if replies are recorded. An error that lists no
+    rows is raised.
+    """
+    found: dict[int, T | Failure] = {}
+    while left := [place for place in range(len(row_ids)) if place not in found]:
+        try:
+            found |= dict(zip(left, ask(left), strict=True))
+        except AwaresRequestError as error:
+            lost = {failure.row_id: failure for failure in error.failures}
+            fallen = {place: lost[row_ids[place]] for place in left if row_ids[place] in lost}
+            if not fallen:
+                raise
+            found |= fallen
+    return [found[place] for place in range(len(row_ids))]

@@ -10,7 +10,7 @@ from awares.config import load_params
 from awares.engine.model import adapter_folder, load_model, load_processor
 from awares.errors import AwaresFileError
 from awares.method.protocol import Protocol, from_params
-from awares.method.rollout import Engine, Source, Trajectory
+from awares.method.rollout import Engine, ImageSource, Trajectory
 
 Adapters = str | Path | Sequence[str | Path]
 
@@ -102,7 +102,7 @@ class AwaRes:
         model = load_model(path, dtype=dtype, device=device, adapter=adapter)
         return cls(Engine(model, processor, **options))
 
-    def ask(self, image: Source, question: str, call_bias: float = 0.0) -> Trajectory:
+    def ask(self, image: ImageSource, question: str, call_bias: float = 0.0) -> Trajectory:
         """Answer ``question`` about ``image`` (a path or a PIL image).
 
         The trajectory has ``.answer``, ``.crops``, ``.visual_tokens``, ``.full_visual_tokens``, ``.rtr``, ``.turns``. A

@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from awares.bench import costs
+from awares.bench.scripted import Script, ScriptedEngine
 from awares.engine.decode import Decoder
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
 from awares.errors import AwaresError
 from awares.method import protocol
-from awares.method.rollout import Engine, Script, Trajectory
+from awares.method.rollout import Trajectory
 
 
 def counted(work: Any) -> float:
@@ -76,9 +77,10 @@ def test_prefill_extension_and_decoding_exactly(eager: SimpleNamespace) -> None:
 
 def interactions(tiny: SimpleNamespace, reuse: bool = True, scripts: tuple[Script, ...] = ()) -> list[Trajectory]:
     scripts = scripts or (Script(("top-left",), 4), Script((), 6), Script(("right", "center"), 3))
-    engine = Engine(tiny.model, tiny.processor, max_new_tokens=16, token_budget=1, reuse=reuse)
+    engine = ScriptedEngine(tiny.model, tiny.processor, max_new_tokens=16, token_budget=1, reuse=reuse)
     images = [tiny.noise(336, 224 + 56 * index, index) for index in range(len(scripts))]
-    return engine.run(images, ["what is it?"] * len(scripts), scripts=scripts)
+    ids = [str(index) for index in range(len(scripts))]
+    return engine.run_scripts(images, ["what is it?"] * len(scripts), ids, scripts)
 
 
 @pytest.mark.parametrize("reuse", [True, False])
@@ -104,10 +106,10 @@ def test_reuse_saves_two_fifths_of_the_second_prefill_and_more(tiny: SimpleNames
 
 def test_a_row_costs_less_than_the_full_image(tiny: SimpleNamespace) -> None:
     script = [Script(("top-left",), 4), Script((), 4)]
-    engine = Engine(tiny.model, tiny.processor, max_new_tokens=16)
+    engine = ScriptedEngine(tiny.model, tiny.processor, max_new_tokens=16)
     images = [tiny.noise(896, 672, 0)] * 2
-    called, direct = engine.run(images, ["what is it?"] * 2, scripts=script)
-    full = engine.answer(images[:1], ["what is it?"], answer_tokens=[4])[0]
+    called, direct = engine.run_scripts(images, ["what is it?"] * 2, ["a", "b"], script)
+    full = engine.answer_scripts(images[:1], ["what is it?"], "full", ["a"], script[1:])[0]
     flops = [costs.trajectory_flops(one, tiny.model.config, tiny.processor).total for one in (direct, called, full)]
     assert flops == sorted(flops)
 

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from awares import AwaRes
-from awares.engine import chat_format, decode
+from awares.engine import batches, chat_format, decode
 from awares.engine.decode import Decoder
 from awares.engine.model import save_model, visual_tokens
 from awares.errors import AwaresError
 from awares.method import crops, protocol
-from awares.method.rollout import Engine, Script, Trajectory, windows
+from awares.method.rollout import Engine, Trajectory
 
 NAMES = list(crops.CROPS)
 
@@ -335,7 +335,7 @@ def test_batches_of_one_and_of_many_give_the_same(rigged: SimpleNamespace, reuse
 
 
 def test_results_keep_the_order_of_the_rows_across_windows(rigged: SimpleNamespace, monkeypatch) -> None:
-    monkeypatch.setattr("awares.method.rollout.WINDOW", 3)
+    monkeypatch.setattr("awares.engine.batches.WINDOW", 3)
     trajectories = engine(rigged).run(rows_of(rigged, ORDERS), ORDERS, row_ids=[f"r{i}" for i in range(len(ORDERS))])
     assert [trajectory.row_id for trajectory in trajectories] == [f"r{i}" for i in range(len(ORDERS))]
     assert [trajectory.turns[0].text for trajectory in trajectories] == ORDERS
@@ -365,12 +365,10 @@ def test_text_tokens_add_up_to_the_processors_sequence(rigged: SimpleNamespace) 
 
 
 def test_large_images_are_opened_few_at_a_time(monkeypatch) -> None:
-    monkeypatch.setattr("awares.method.rollout.WINDOW", 4)
-    monkeypatch.setattr("awares.method.rollout.WINDOW_PIXELS", 100 * 100)
+    monkeypatch.setattr("awares.engine.batches.WINDOW", 4)
+    monkeypatch.setattr("awares.engine.batches.WINDOW_PIXELS", 100 * 100)
     sides = [10, 10, 10, 10, 10, 100, 80, 80, 10]
-    rows: list[Any] = [SimpleNamespace(full=Image.new("RGB", (side, side))) for side in sides]
-    parts = [[row.full.width for row in part] for part in windows(len(rows), rows.__getitem__)]
-    assert parts == [[10, 10, 10, 10], [10, 100], [80, 80], [10]]
+    assert list(batches.windows(sides, lambda side: side**2)) == [[10, 10, 10, 10], [10, 100], [80, 80], [10]]
 
 
 def test_turn_two_encodes_the_crops_only_and_feeds_the_new_tokens_only(rigged: SimpleNamespace, monkeypatch) -> None:
@@ -420,7 +418,7 @@ def test_a_call_that_runs_out_of_tokens_is_closed_before_the_tool_speaks(rigged:
     assert seen[0].startswith("<|im_end|>\n<|im_start|>user\n<tool_response>")
 
 
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Shapes (rows, tokens with the answer) of every generation from now on."""
     shapes: list[tuple[int, int]] = []
     generate = Decoder._generate
@@ -434,7 +432,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def test_batches_stay_within_the_token_budget_and_share_rows_of_both_kinds(rigged, monkeypatch) -> None:
-    shapes = batches(monkeypatch)
+    shapes = generated(monkeypatch)
     engine(rigged, token_budget=2000).run(rows_of(rigged, ORDERS * 2), ORDERS * 2)
     assert all(rows == 1 or rows * tokens <= 2000 for rows, tokens in shapes)
     assert max(rows for rows, _ in shapes) > 2
@@ -567,7 +565,7 @@ def test_an_adapter_folder_finds_its_base_beside_itself(tiny: SimpleNamespace, t
     assert by_name.answer == by_hand.answer != plain.answer
 
 
-# What batches share, and what rows are ordered to write
+# What batches share
 
 
 def test_a_batch_passes_the_common_beginning_through_the_model_once(tiny: SimpleNamespace, monkeypatch) -> None:
@@ -623,36 +621,3 @@ def test_images_are_encoded_in_portions_of_whole_images(tiny: SimpleNamespace, m
     assert all(count <= 40 or count in sizes for count in calls)
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(whole, parts, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(grids, same_grids, strict=True))
-
-
-def test_scripts_make_rows_write_calls_and_lengths_at_the_price_of_writing_them(tiny: SimpleNamespace) -> None:
-    image = tiny.noise(224, 168, 0)
-    scripts = [Script(("top-left", "right"), 5), Script((), 9), Script((), 1), Script(("all",))]
-    played = Engine(tiny.model, tiny.processor, max_new_tokens=16)
-    done = played.run([image] * 4, ["q?"] * 4, scripts=scripts)
-    called = protocol.render_call(["top-left", "right"])
-    assert [one.crops for one in done] == [("top-left", "right"), (), (), ("all",)]
-    assert [one.turns[-1].text_tokens for one in done[:3]] == [5, 9, 1]
-    assert done[0].turns[1].text == called and len(done[0].turns) == 4 and done[0].call_status == "forced"
-    assert done[0].turns[1].text_tokens == len(played.decoder.tokenize(called + chat_format.END_OF_TURN))
-    forced = played.run([image], ["q?"], forced=[("all",)])[0]  # the same call, given and not written
-    assert (done[3].answer, done[3].turns[2:]) == (forced.answer, forced.turns[2:])
-    free = played.answer([image], ["q?"])[0]
-    end_early(played.decoder, [played.decoder.tokenize(free.answer), []])  # now the model would end its turn early
-    short, wordy = (played.answer([image], ["q?"], answer_tokens=order)[0] for order in (None, [12]))
-    assert short.turns[-1].text_tokens < 6 and wordy.turns[-1].text_tokens == 12
-    with pytest.raises(AwaresError, match="17 tokens ordered, max_new_tokens is 16"):
-        played.answer([image], ["q?"], answer_tokens=[17])
-    with pytest.raises(AwaresError, match="not both"):
-        played.run([image], ["q?"], forced=[()], scripts=[Script()])
-
-
-def test_laps_tell_every_phase_of_both_turns_in_order(tiny: SimpleNamespace) -> None:
-    heard: list[tuple[str, int]] = []
-    timed = Engine(tiny.model, tiny.processor, max_new_tokens=16, lap=lambda phase, turn: heard.append((phase, turn)))
-    image = tiny.noise(112, 112, 0)
-    timed.run([image, image], ["q?", "q?"], scripts=[Script(("top",), 2), Script((), 2)])
-    assert heard == [(phase, turn) for turn in (1, 2) for phase in decode.PHASES]
-    heard.clear()
-    timed.answer([image], ["q?"], view="none", answer_tokens=[2])
-    assert heard == [("preprocess", 1), ("prefill", 1), ("decode", 1)]

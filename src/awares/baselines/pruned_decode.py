@@ -27,7 +27,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from awares.baselines import pruning
 from awares.baselines.pruning import Selection
-from awares.engine.decode import Decoder, Kept, Orders, Output, State
+from awares.engine.decode import Decoder, Kept, Output, State
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresValueError
 
@@ -91,7 +91,6 @@ class VisionPruned(Pruned):
         images: Sequence[list[Image]],
         call_bias: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
-        orders: Sequence[Orders] | None = None,
     ) -> Output:
         """Generate as `Decoder.start` does, from the visual tokens that are kept."""
         titles = [f"{names[b] if names else b}/{n}" for b, row in enumerate(images) for n in range(len(row))]
@@ -104,7 +103,7 @@ class VisionPruned(Pruned):
             self.left[names[b] if names else str(b)] = flags[types[b].bool()].nonzero().flatten().tolist()
         cache = DynamicCache(config=self.model.config)
         state = self._shorten(State(ids, mask, types, [list(row) for row in images], grids, cache), keep)
-        output = self._generate(state, [one.vectors for one in chosen], call_bias, orders)
+        output = self._generate(state, [one.vectors for one in chosen], call_bias)
         output.kept = [Kept(count, float(count)) for count in state.types.sum(dim=1).tolist()]
         return output
 
@@ -112,7 +111,7 @@ class VisionPruned(Pruned):
         """A view of every image, in order; and every row's grids."""
         visual = self.model.model.visual
         with last_block(visual) as tapped:
-            features, grids = self._encode(images, 1)
+            features, grids = self._encode(images)
         if self.attention and features:
             scores, keys = look(visual, tapped, torch.cat(grids), [len(one) for one in features])
         else:
@@ -208,11 +207,10 @@ class LayerPruned(Pruned):
         images: Sequence[list[Image]],
         call_bias: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
-        orders: Sequence[Orders] | None = None,
     ) -> Output:
         """Generate as `Decoder.start` does, with fewer visual tokens from layer to layer."""
         self.names = names or [str(b) for b in range(len(rows))]
-        return super().start(rows, images, call_bias, names, orders)
+        return super().start(rows, images, call_bias, names)
 
     def _generate(self, state: State, *arguments: Any, **options: Any) -> Output:
         with Dropping(self.language_model, self.plan, state, self.names) as dropping:

@@ -341,7 +341,7 @@ def _with_decoder(job: Job, kind: Callable[..., Pruned], *how: Any) -> list[Traj
     """The full view through a decoder of its own; model, batches and limits are those of the job's engine."""
     engine, plain = copy.copy(job.engine), job.engine.decoder
     engine.decoder = pruned = kind(plain.model, plain.processor, plain.max_new_tokens, *how)
-    pruned.lap, pruned.left = plain.lap, job.left
+    pruned.left = job.left
     return _one_turn(job, engine, "full")
 
 

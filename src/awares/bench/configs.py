@@ -1,7 +1,7 @@
 """The paper's model and benchmarks as shapes: published architectures with random weights, typical images and answers.
 
 Speed depends on shapes alone, so it can be measured without a download: the weights are random, the images are blank,
-and the outputs are ordered token by token (`rollout.Script`). Accuracies cannot be had this way.
+and the outputs are ordered token by token (`scripted.Script`). Accuracies cannot be had this way.
 """
 
 import math
@@ -14,11 +14,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from awares.bench.latency import POLICIES, SYSTEMS, Workload
+from awares.bench.scripted import Script
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.model import ImageOnlyProcessor, make_processor
 from awares.errors import AwaresValueError
 from awares.method import protocol
-from awares.method.rollout import Script
 from awares.mini import base
 
 

@@ -23,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from awares.baselines import registry as baselines
 from awares.bench import costs
-from awares.engine.decode import PHASES, Lap
+from awares.bench.scripted import PHASES, PhaseEnd, Script, ScriptedEngine
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresValueError
-from awares.method.rollout import Engine, Script, Trajectory
+from awares.method.rollout import Engine, Trajectory
 from awares.study.tables import AVERAGE
 
 # full, half: the base model's one turn; awares: cache reuse; awares_naive: the second turn prefills everything again;
@@ -34,7 +34,7 @@ from awares.study.tables import AVERAGE
 SYSTEMS = ("full", "half", "awares", "awares_naive", "escalate_full")
 POLICIES = ("awares", "awares_naive", "escalate_full")
 LOOP = 1  # token budget under which every row runs alone
-Work = Callable[[Lap | None], list[Trajectory]]
+Work = Callable[[PhaseEnd | None], list[Trajectory]]
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ def jobs(
         raise AwaresValueError(f"system {unknown[0]!r}: use one of {', '.join(SYSTEMS)}")
 
     def job(system: str, budget: int) -> Job:
-        def work(lap: Lap | None) -> list[Trajectory]:
-            reuse = system != "awares_naive"
-            engine = Engine(models[system], processor, token_budget=budget, reuse=reuse, lap=lap, **limits)
+        def work(on_phase_end: PhaseEnd | None) -> list[Trajectory]:
+            reuse, reported = system != "awares_naive", {"on_phase_end": on_phase_end}
+            engine = ScriptedEngine(models[system], processor, token_budget=budget, reuse=reuse, **reported, **limits)
             return play(engine, system, workload)
 
         return Job(system, budget, work)
@@ -157,8 +157,8 @@ def system_jobs(
     """One job for each system of `baselines` on ``rows``, all with the weights ``model``, in batches of ``budget`` tokens."""
 
     def job(name: str) -> Job:
-        def work(lap: Lap | None) -> list[Trajectory]:
-            engine = Engine(model, processor, token_budget=budget, lap=lap, **limits)
+        def work(on_phase_end: PhaseEnd | None) -> list[Trajectory]:
+            engine = Engine(model, processor, token_budget=budget, **limits)
             return baselines.answer(name, baselines.Job(engine, rows))
 
         return Job(name, budget, work)
@@ -166,14 +166,17 @@ def system_jobs(
     return [job(name) for name in names]
 
 
-def play(engine: Engine, system: str, workload: Workload) -> list[Trajectory]:
+def play(engine: ScriptedEngine, system: str, workload: Workload) -> list[Trajectory]:
     """All rows of ``workload`` as ``system`` answers them."""
     images, questions, ids = workload.images, workload.questions, workload.row_ids
     scripts = workload.scripts.get(system)
     if system in POLICIES:
-        return engine.run(images, questions, call_bias=workload.call_bias, row_ids=ids, scripts=scripts)
-    tokens = [script.answer_tokens for script in scripts] if scripts else None
-    return engine.answer(images, questions, system, row_ids=ids, answer_tokens=tokens)
+        if scripts:
+            return engine.run_scripts(images, questions, ids, scripts)
+        return engine.run(images, questions, call_bias=workload.call_bias, row_ids=ids)
+    if scripts:
+        return engine.answer_scripts(images, questions, system, ids, scripts)
+    return engine.answer(images, questions, system, row_ids=ids)
 
 
 def escalations(trajectories: Sequence[Trajectory]) -> list[Script]:
@@ -181,12 +184,12 @@ def escalations(trajectories: Sequence[Trajectory]) -> list[Script]:
     return [Script(("all",) if one.call_status != "none" else ()) for one in trajectories]
 
 
-def escalated(engine: Engine, rows: Any, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+def escalated(engine: ScriptedEngine, rows: Any, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """``trajectories`` of a policy on ``rows``, those that called played again with the whole image as the crop."""
     scripts = escalations(trajectories)
     callers = [index for index, script in enumerate(scripts) if script.crops]
     some = rows.select(callers)
-    again = engine.run(some["image"], some["question"], row_ids=some["id"], scripts=[scripts[i] for i in callers])
+    again = engine.run_scripts(some["image"], some["question"], some["id"], [scripts[i] for i in callers])
     found = dict(zip(callers, again, strict=True))
     return [found.get(index, one) for index, one in enumerate(trajectories)]
 
@@ -211,13 +214,13 @@ def measure(work: Sequence[Job], repetitions: int, seed: int, device: str) -> Me
     for repetition in range(repetitions):
         for index in rng.permutation(len(work)):
             job, watch = work[index], Stopwatch(device)
+            begun = watch.last
             answered = job.work(watch)
-            rows = len(answered)
+            seconds, rows = watch.now() - begun, len(answered)
             if job.token_budget == LOOP:
                 alone.setdefault(job.system, []).append([one.seconds for one in answered])
             parts = {f"{phase}_{turn}": value for (phase, turn), value in watch.seconds.items()}
             record = {"system": job.system, "token_budget": job.token_budget, "repetition": repetition, "rows": rows}
-            seconds = sum(parts.values())
             records.append({**record, "seconds": seconds, "peak_memory": peaks[index], **parts})
     return Measured(pd.DataFrame(records), done, {system: np.array(seconds) for system, seconds in alone.items()})
 

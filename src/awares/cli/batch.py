@@ -25,9 +25,9 @@ from awares.engine.jsonl import (
     refuse_foreign,
     write_records,
 )
-from awares.errors import AwaresError, AwaresFileError, AwaresValueError, Failure
+from awares.errors import AwaresError, AwaresFileError, AwaresValueError, Failure, with_failures
 from awares.method.protocol import check_question
-from awares.method.rollout import Source, Trajectory, with_failures
+from awares.method.rollout import ImageSource, Trajectory
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # taken from a folder, case aside
 CHUNK = 64  # rows: what a kill can cost
@@ -40,7 +40,7 @@ class Item:
     row_id: str
     image: str
     question: str
-    load: Callable[[], Source]
+    load: Callable[[], ImageSource]
     error: str | None = None  # the row itself is bad
 
 

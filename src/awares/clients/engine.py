@@ -25,7 +25,7 @@ from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresRequestError, AwaresValueError
 from awares.method import protocol
 from awares.method.protocol import OURS, Protocol, get_protocol
-from awares.method.rollout import MAX_NEW_TOKENS, Interaction, Script, Source, Trajectory, _Row
+from awares.method.rollout import MAX_NEW_TOKENS, Conversation, ImageSource, Interaction, Trajectory
 
 NEVER = -100.0  # the API's lowest logit_bias: the token is not written
 MEND = (
@@ -83,35 +83,31 @@ class RemoteEngine(Interaction):
 
     def run(
         self,
-        images: Sequence[Source],
+        images: Sequence[ImageSource],
         questions: Sequence[str],
         forced: Sequence[tuple[str, ...] | None] | None = None,
         call_bias: float | Sequence[float] = 0.0,
         row_ids: Sequence[str] | None = None,
-        scripts: Sequence[Script] | None = None,
     ) -> list[Trajectory]:
         """As `rollout.Engine.run`. AwaresRequestError lists rows without a reply; the same call again goes on.
 
-        ``scripts`` are an AwaresError, and ``call_bias`` other than 0 is: logit_bias holds at every position and would change the answers.
+        A ``call_bias`` other than 0 is an AwaresError: logit_bias holds at every position and would change the answers.
         """
         if any([call_bias] if isinstance(call_bias, float | int) else call_bias):
             raise AwaresValueError(
                 f"call_bias {call_bias!r}: a server biases a token at every position, not at the first one only: "
                 "use 0, or the in-process engine"
             )
-        return super().run(images, questions, forced, row_ids=row_ids, scripts=scripts)
+        return super().run(images, questions, forced, row_ids=row_ids)
 
     # Rows
 
-    def _all(self, names: Sequence[str], prepare: Callable[[int], _Row]) -> list[Trajectory]:
+    def _all(self, names: Sequence[str], prepare: Callable[[int], Conversation]) -> list[Trajectory]:
         gate = asyncio.Lock()
 
-        def opened(index: int) -> _Row:
+        def opened(index: int) -> Conversation:
             with self._opening:  # two rows may share one image that is not loaded yet
-                row = prepare(index)
-            if row.script != Script():
-                raise AwaresValueError("a server cannot be told what to write: time with the in-process engine")
-            return row
+                return prepare(index)
 
         async def talk(index: int, send: Send) -> Trajectory:
             row = await asyncio.to_thread(opened, index)
@@ -120,16 +116,16 @@ class RemoteEngine(Interaction):
 
         return self.client.converse(names, talk)
 
-    async def _play(self, row: _Row, send: Send, gate: asyncio.Lock) -> None:
+    async def _play(self, row: Conversation, send: Send, gate: asyncio.Lock) -> None:
         urls: list[str] = []
         await self._turn(row, urls, send, gate)
         if row.free:
-            row.call = protocol.parse_call(row.turns[-1].text, self.protocol)
+            row.call = self._read_call(row)
         if row.free and row.call.status != "none":
             await asyncio.to_thread(self._respond, row)
             await self._turn(row, urls, send, gate)
 
-    async def _turn(self, row: _Row, urls: list[str], send: Send, gate: asyncio.Lock) -> None:
+    async def _turn(self, row: Conversation, urls: list[str], send: Send, gate: asyncio.Lock) -> None:
         """One assistant turn; ``urls``: of the row's images, each encoded once."""
         urls += await asyncio.to_thread(lambda: [data_url(image) for image in row.images[len(urls) :]])
         request = self._request(row, urls)
@@ -143,7 +139,7 @@ class RemoteEngine(Interaction):
         if reply.completion_tokens is not None:  # else counted by tokenizing the text anew, which may come out shorter
             row.turns[-1] = replace(row.turns[-1], text_tokens=reply.completion_tokens)
 
-    def _request(self, row: _Row, urls: Sequence[str]) -> Request:
+    def _request(self, row: Conversation, urls: Sequence[str]) -> Request:
         barred = [self.processor.image_token_id, self.processor.video_token_id]
         may_not_call = row.bias < 0 if row.call.status == "none" else self.codec.call_only
         barred += [self.codec.call_token] if may_not_call else []

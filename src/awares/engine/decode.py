@@ -1,12 +1,12 @@
-"""Batched greedy decoding that can be continued: the layer under `rollout`.
+"""Batched greedy decoding with key-value cache reuse between turns; `rollout` builds on it.
 
-`Decoder.start` runs rows side by side, left padded. `Decoder.extend` appends to some of those rows text and images that
-the model did not write (the tool's answer) and goes on from the rows' old key-value cache: of the images only the new
-ones pass through the vision tower, and of the tokens only the new ones through the language model (PAPER §1, turn 2).
+`Decoder.start` runs B rows together, left padded. `Decoder.extend` appends text and images that the model did not write
+(the tool's answer) to some of those rows and continues from their cache: only the new images pass through the vision
+tower and only the new tokens through the language model (PAPER §1, turn 2).
 """
 
 import os.path
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -23,33 +23,31 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from awares.engine import chat_format
+from awares.engine.chat_format import END_OF_TEXT, END_OF_TURN, TOOL_CALL
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
-from awares.errors import AwaresValueError
 
-Orders = list[int] | int | None  # of one row and turn: write these ids, or this many tokens, or what the model likes
-Lap = Callable[[str, int], None]  # called with the phase (of `PHASES`) that has just ended, and its turn: 1 or 2
-PHASES = ("preprocess", "vision", "prefill", "decode")
-VISION_PATCHES = 4096  # 14 px patches encoded at a time, more only for a larger image: bounds memory, fits caches
-SHARE_FROM = 256  # tokens that sharing a prefix must save: less costs more than the pass of its own that it takes
+VISION_PATCHES = (
+    4096  # 14 px patches encoded at a time (more only for a single larger image): bounds memory, fits caches
+)
+SHARE_FROM = 256  # tokens that a shared prefix must save: below that, its extra forward pass costs more
 
 
 @dataclass
 class State:
-    """B rows of T positions after a generation; masked positions (padding, what follows an early end) are holes."""
+    """B rows of T positions after a generation; masked positions (padding, positions after an early end) are holes."""
 
     ids: Tensor  # (B, T)
     mask: Tensor  # (B, T), 1 = a real token
     types: Tensor  # (B, T), 1 = a visual token
-    images: list[list[Image]]  # of each row, in order of appearance
-    grids: list[Tensor]  # of each row: (images, 3), patches in time, height, width
+    images: list[list[Image]]  # per row, in order of appearance
+    grids: list[Tensor]  # per row: (images, 3), patches in time, height, width
     cache: DynamicCache  # T - 1 positions: the last token has not been fed
-    positions: Tensor | None = None  # (3, B, T) where visual tokens are left out; None: the model computes them
+    positions: Tensor | None = None  # (3, B, T) if visual tokens are left out; None: the model computes them
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Visual tokens of a row after pruning: as the system's ratio counts them, and the mean over the LM's layers."""
+    """Visual tokens of a row after pruning: the count that the system reports, and the mean over the LM's layers."""
 
     nominal: int
     layer_mean: float
@@ -57,19 +55,19 @@ class Kept:
 
 @dataclass
 class Output:
-    """What one turn of B rows gave."""
+    """One generated turn of B rows."""
 
-    tokens: list[list[int]]  # generated ids of each row, up to and with the end-of-turn token
-    first_logits: Tensor  # (B, vocabulary), of the first generated position, before any bias
-    margins: list[float]  # of each row: the smallest gap between its two best logits; near 0 the choice is a float tie
+    tokens: list[list[int]]  # per row: generated ids, up to and with the end-of-turn token
+    first_logits: Tensor  # (B, vocabulary) of the first generated position, before any bias
+    margins: list[float]  # per row: smallest gap between the two best logits; near 0 the choice is a float tie
     state: State
-    kept: list[Kept] | None = None  # of each row, if the decoder prunes
+    kept: list[Kept] | None = None  # per row, if the decoder prunes
 
 
 class FirstToken(LogitsProcessor):
-    """Keeps the logits of the first generated position and adds ``bias`` (B,) to ``token``'s there; notes every gap.
+    """Records the logits of the first generated position, adds ``bias`` (B,) to ``token``'s there, records all gaps.
 
-    A bias of -inf says that the row may not call; ``everywhere``, at no position.
+    A bias of -inf means that the row may not call; with ``everywhere`` at any position.
     """
 
     def __init__(self, token: int, bias: Tensor, everywhere: bool = False) -> None:
@@ -77,7 +75,7 @@ class FirstToken(LogitsProcessor):
         self.bias = bias
         self.barred = torch.isneginf(bias) & everywhere
         self.logits: Tensor | None = None
-        self.gaps: list[Tensor] = []  # of each step: (B,)
+        self.gaps: list[Tensor] = []  # per step: (B,)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.logits is None:
@@ -92,66 +90,25 @@ class FirstToken(LogitsProcessor):
         return scores
 
 
-class Ordered(LogitsProcessor):
-    """Makes B rows write what ``orders`` say, at the price of writing it: for timing, and for models with random weights.
-
-    A number orders that many tokens, the last of them the end of the turn. AwaresError for more than ``limit`` tokens.
-    """
-
-    def __init__(self, orders: Sequence[Orders], end: int, limit: int, device: Any) -> None:
-        longest = max((order if isinstance(order, int) else len(order or ()) for order in orders), default=0)
-        if longest > limit:
-            raise AwaresValueError(f"{longest} tokens ordered, max_new_tokens is {limit}: raise it")
-        must, open_ended = torch.full((len(orders), limit), -1), torch.zeros(len(orders), limit, dtype=torch.bool)
-        for row, order in enumerate(orders):
-            if isinstance(order, int):
-                open_ended[row, : order - 1] = True
-                must[row, order - 1] = end
-            elif order:
-                must[row, : len(order)] = torch.tensor(order)
-        self.must, self.open_ended, self.end, self.step = must.to(device), open_ended.to(device), end, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        must, open_ended = self.must[:, self.step, None], self.open_ended[:, self.step, None]  # (B, 1)
-        self.step += 1
-        token = torch.arange(scores.shape[1], device=scores.device)
-        barred = ((must >= 0) & (token != must)) | (open_ended & (token == self.end))
-        # an ordered token counts 0: it may be one that the model is never let to write
-        return scores.masked_fill(barred, float("-inf")).masked_fill(token == must, 0.0)
-
-
-class PrefillEnd(LogitsProcessor):
-    """Calls ``lap`` at the first step: what came before it was the prefill."""
-
-    def __init__(self, lap: Callable[[], None]) -> None:
-        self.lap, self.done = lap, False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self.done:
-            self.lap()
-        self.done = True
-        return scores
-
-
 class Codec:
-    """Chat text <-> token ids: all of decoding that needs no model, for a model behind a server too.
+    """Chat text <-> token ids; needs no model, so it also serves models behind a server.
 
-    ``opening``: the text that every call begins with; the bias and the log-probability of a call are its first token's.
+    ``opening``: the text that every call begins with. Its first token is the one that carries the call bias and whose
+    log-probability is the call's.
     """
 
-    def __init__(self, processor: ImageOnlyProcessor, opening: str = chat_format.TOOL_CALL) -> None:
+    def __init__(self, processor: ImageOnlyProcessor, opening: str = TOOL_CALL) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         spelling = self.tokenizer(opening, add_special_tokens=False)["input_ids"]
         self.call_token = spelling[0]
-        self.call_only = len(spelling) == 1  # a token that opens calls and stands in no answer
-        self.end = self.tokenizer.convert_tokens_to_ids(chat_format.END_OF_TURN)
+        self.call_only = len(spelling) == 1  # this token opens calls and occurs in no answer
+        self.end = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
 
     def tokenize(self, text: str, sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Ids of rendered chat text; each image placeholder is repeated for all visual tokens of its size (w, h)."""
         pieces = text.split(self.processor.image_token)
-        if len(pieces) != len(sizes) + 1:
-            raise ValueError(f"{len(pieces) - 1} image placeholders for {len(sizes)} images")
+        assert len(pieces) == len(sizes) + 1, f"{len(pieces) - 1} image placeholders for {len(sizes)} images"
         for index, size in enumerate(sizes):
             pieces[index] += self.processor.image_token * visual_tokens(size, self.processor)
         return self.tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
@@ -162,27 +119,18 @@ class Codec:
 
 
 class Decoder(Codec):
-    """Greedy decoding of a Qwen2.5-VL or Qwen3-VL ``model`` (a PEFT model counts with its adapter on).
+    """Greedy decoding of a Qwen2.5-VL or Qwen3-VL ``model`` (a PEFT model decodes with its adapter)."""
 
-    ``lap`` hears of the end of each phase, for timing: all that the host does before the model is ``preprocess``.
-    """
-
-    vision_patches: float = VISION_PATCHES  # 14 px patches that pass through the vision tower together
-    shares_prefix = True  # whether `start` may pass what all rows begin with through the model once
+    vision_patches: float = VISION_PATCHES
+    shares_prefix = True  # whether `start` may pass the common prefix of all rows through the model once
 
     def __init__(
-        self,
-        model: Any,
-        processor: ImageOnlyProcessor,
-        max_new_tokens: int,
-        lap: Lap | None = None,
-        opening: str = chat_format.TOOL_CALL,
+        self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int, opening: str = TOOL_CALL
     ) -> None:
         super().__init__(processor, opening)
-        self.lap = lap
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA layers stay in place
         self.max_new_tokens = max_new_tokens
-        self.pad = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        self.pad = self.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
         self.config = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -190,11 +138,11 @@ class Decoder(Codec):
             max_new_tokens=max_new_tokens,
             eos_token_id=self.end,
             pad_token_id=self.pad,
-            # a placeholder that the model writes itself would be taken for an image
+            # the model would take a placeholder that it writes itself for an image
             suppress_tokens=[processor.image_token_id, processor.video_token_id],
             return_dict_in_generate=True,
         )
-        self.criteria = StoppingCriteriaList()  # shown (B, T) ids after every token; they may end rows
+        self.criteria = StoppingCriteriaList()  # see (B, T) ids after every token and may end rows
         self.processors = LogitsProcessorList()  # change (B, vocabulary) scores at every position
 
     @torch.no_grad()
@@ -204,14 +152,13 @@ class Decoder(Codec):
         images: Sequence[list[Image]],
         call_bias: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
-        orders: Sequence[Orders] | None = None,
     ) -> Output:
         """Generate from B rows of ids (images expanded) and their images, in the order of their placeholders.
 
-        What all rows begin with, up to the first image, passes through the language model once (the system prompt).
-        ``names``: the rows' ids, for a decoder that draws by row.
+        The common prefix of all rows up to the first image (the system prompt) passes through the language model once.
+        ``names``: the rows' ids, for decoders that treat rows by id.
         """
-        features, grids = self._encode(images, 1)
+        features, grids = self._encode(images)
         shared = self._shared(rows) if self.shares_prefix else 0
         ids, mask, types = self._pad([row[shared:] for row in rows])
         cache = DynamicCache(config=self.model.config)
@@ -221,9 +168,7 @@ class Decoder(Codec):
             ids = torch.cat([prefix.expand(len(rows), -1), ids], dim=1)
             mask = torch.cat([mask.new_ones(len(rows), shared), mask], dim=1)
             types = torch.cat([types.new_zeros(len(rows), shared), types], dim=1)
-        return self._generate(
-            State(ids, mask, types, [list(row) for row in images], grids, cache), features, call_bias, orders
-        )
+        return self._generate(State(ids, mask, types, [list(row) for row in images], grids, cache), features, call_bias)
 
     @torch.no_grad()
     def extend(
@@ -233,56 +178,44 @@ class Decoder(Codec):
         suffixes: Sequence[list[int]],
         images: Sequence[list[Image]],
         reuse: bool = True,
-        orders: Sequence[Orders] | None = None,
     ) -> Output:
-        """Append ``suffixes`` (ids) and new ``images`` to the rows ``picked`` of ``state`` and generate; they may not call again.
+        """Append ``suffixes`` (ids) and new ``images`` to the rows ``picked`` of ``state`` and generate; no further calls.
 
-        ``reuse=False`` prefills the same ids from nothing, all images encoded again: the reference for reuse.
+        ``reuse=False`` prefills the same ids from scratch and encodes all images again: the reference for reuse.
         """
         rows = torch.tensor(picked, device=state.ids.device)
         barred = [float("-inf")] * len(picked)
-        kept = [[*state.images[row], *new] for row, new in zip(picked, images, strict=True)]
+        seen = [[*state.images[row], *new] for row, new in zip(picked, images, strict=True)]
         if not reuse:
             sequences = [state.ids[row][state.mask[row].bool()].tolist() for row in picked]
             ids, mask, types = self._pad([old + new for old, new in zip(sequences, suffixes, strict=True)])
-            features, grids = self._encode(kept, 2)
-            fresh = State(ids, mask, types, kept, grids, DynamicCache(config=self.model.config))
-            return self._generate(fresh, features, barred, orders, 2)
+            features, grids = self._encode(seen)
+            fresh = State(ids, mask, types, seen, grids, DynamicCache(config=self.model.config))
+            return self._generate(fresh, features, barred)
         ids, mask, types = self._pad(suffixes)
-        features, new_grids = self._encode(images, 2)
-        grids = [torch.cat([state.grids[row], new]) for row, new in zip(picked, new_grids, strict=True)]
+        features, new_grids = self._encode(images)
         longer = State(
             torch.cat([state.ids[rows], ids], dim=1),
             torch.cat([state.mask[rows], mask], dim=1),
             torch.cat([state.types[rows], types], dim=1),
-            kept,
-            grids,
+            seen,
+            [torch.cat([state.grids[row], new]) for row, new in zip(picked, new_grids, strict=True)],
             _select(state.cache, rows),
         )
-        return self._generate(longer, features, barred, orders, 2)
+        return self._generate(longer, features, barred)
 
-    def _generate(
-        self,
-        state: State,
-        features: list[Tensor],
-        call_bias: Sequence[float] | None,
-        orders: Sequence[Orders] | None = None,
-        turn: int = 1,
-    ) -> Output:
-        """Feed what ``state.cache`` does not hold yet, then decode until every row has ended its turn."""
+    def _generate(self, state: State, features: list[Tensor], call_bias: Sequence[float] | None) -> Output:
+        """Feed the positions that ``state.cache`` lacks, then decode until every row has ended its turn."""
         known = state.ids.shape[1]
         bias = torch.tensor([0.0] * len(state.ids) if call_bias is None else list(call_bias))
         first = FirstToken(self.call_token, bias, self.call_only)
-        steps: list[LogitsProcessor] = [PrefillEnd(lambda: self._lap("prefill", turn)), first]
-        if orders and any(order is not None for order in orders):
-            steps.append(Ordered(orders, self.end, self.max_new_tokens, state.ids.device))
-        # rope_deltas is left on the model by the last call and would be taken for this batch's
+        # rope_deltas is left on the model by the last call and would be used for this batch
         self.model.model.rope_deltas = None
         inputs: dict[str, Any] = {"mm_token_type_ids": state.types}
         if state.positions is not None:
             inputs = {"position_ids": state.positions}
         elif any(len(grid) for grid in state.grids):
-            inputs["image_grid_thw"] = torch.cat(state.grids)  # of old images too: positions need them
+            inputs["image_grid_thw"] = torch.cat(state.grids)  # old images too: positions need them
         if features:
             inputs["mm_encoder_outputs"] = {"image": _encoded(features, self.model.config.text_config.hidden_size)}
         result = self.model.generate(
@@ -290,12 +223,11 @@ class Decoder(Codec):
             attention_mask=state.mask,
             past_key_values=state.cache,
             generation_config=self.config,
-            logits_processor=LogitsProcessorList([*steps, *self.processors]),
+            logits_processor=LogitsProcessorList([first, *self.processors]),
             stopping_criteria=self.criteria,
             **inputs,
         )
         self.model.model.rope_deltas = None
-        self._lap("decode", turn)
         return self._output(result.sequences, known, state, result.past_key_values, first)
 
     def _output(self, ids: Tensor, known: int, state: State, cache: DynamicCache, first: FirstToken) -> Output:
@@ -310,12 +242,8 @@ class Decoder(Codec):
         longer = State(ids, mask, types, state.images, state.grids, cache)
         return Output(tokens, first.logits, gaps.amin(dim=1).tolist(), longer)
 
-    def _lap(self, phase: str, turn: int) -> None:
-        if self.lap:
-            self.lap(phase, turn)
-
     def _shared(self, rows: Sequence[list[int]]) -> int:
-        """How many ids all ``rows`` begin with, none of them an image's and not a whole row; 0 where it saves little."""
+        """Length of the common prefix of ``rows`` without images, shorter than any row; 0 if it saves little."""
         common = os.path.commonprefix(list(rows))
         if self.processor.image_token_id in common:
             common = common[: common.index(self.processor.image_token_id)]
@@ -329,30 +257,40 @@ class Decoder(Codec):
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
         return ids, mask, (ids == self.processor.image_token_id).to(mask.dtype)
 
-    def _encode(self, images: Sequence[list[Image]], turn: int = 1) -> tuple[list[Tensor], list[Tensor]]:
-        """Vision features of every image, in order, each (visual tokens, width); and every row's grids (images, 3).
+    def _encode(self, images: Sequence[list[Image]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Vision features of every image, in order, each (visual tokens, width), and every row's grids (images, 3).
 
-        Qwen3-VL's tower feeds several layers of the language model: what they get stands behind it, (visual tokens, (1 + layers) * width).
+        Qwen3-VL's tower also feeds layers of the language model; those features follow along the width:
+        (visual tokens, (1 + layers) * width).
         """
         flat = [image for row in images for image in row]
         if not flat:
-            self._lap("preprocess", turn)
             return [], [torch.zeros(len(row), 3, dtype=torch.long, device=self.model.device) for row in images]
-        pixels = self.processor.image_processor(flat, return_tensors="pt").to(self.model.device)
-        self._lap("preprocess", turn)
+        pixels = self._pixels(flat)
         grids, features = pixels["image_grid_thw"], []
         for patches, part in _portions(pixels["pixel_values"], grids, self.vision_patches):
             found = self.model.get_image_features(patches, part)
             deep = getattr(found, "deepstack_features", None) or []
             features += [torch.cat([one, *more], dim=-1) for one, *more in zip(found.pooler_output, *deep, strict=True)]
-        self._lap("vision", turn)
         return features, list(grids.split([len(row) for row in images]))
+
+    def _pixels(self, images: list[Image]) -> Any:
+        """Patches and grids of ``images``, on the model's device."""
+        return self.processor.image_processor(images, return_tensors="pt").to(self.model.device)
+
+
+def call_scores(logits: Tensor, token: int) -> tuple[list[float], list[float]]:
+    """Per row of ``logits`` (B, vocabulary): log-probability of ``token``, and its logit minus the best other one."""
+    logprobs = torch.log_softmax(logits, dim=-1)[:, token]
+    others = logits.clone()
+    others[:, token] = float("-inf")
+    return logprobs.tolist(), (logits[:, token] - others.amax(dim=-1)).tolist()
 
 
 def prefix_cache(model: Any, prefix: Tensor, rows: int) -> DynamicCache:
-    """The cache of text ids (1, P), seen by ``rows`` rows. At the start of a row text has the same positions in all.
+    """The cache of text ids (1, P) for ``rows`` rows. Text at the start of a row has the same positions in all rows.
 
-    Gradients pass through it where they are on.
+    Gradients pass through it if they are enabled.
     """
     cache = DynamicCache(config=model.config)
     model.model.language_model(input_ids=prefix, past_key_values=cache, use_cache=True)
@@ -363,7 +301,7 @@ def prefix_cache(model: Any, prefix: Tensor, rows: int) -> DynamicCache:
 
 
 def vision_output(pooled: Any, deep: Sequence[Any]) -> BaseModelOutputWithPooling:
-    """What a vision tower says: ``pooled`` for the language model's input, and for its first layers ``deep`` (Qwen3-VL's; else none)."""
+    """A vision tower's output: ``pooled`` for the language model's input, ``deep`` for its first layers (Qwen3-VL only)."""
     if deep:
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
@@ -372,14 +310,14 @@ def vision_output(pooled: Any, deep: Sequence[Any]) -> BaseModelOutputWithPoolin
 
 
 def _encoded(features: Sequence[Tensor], width: int) -> Any:
-    """The features of `Decoder._encode` as the model takes them."""
+    """The features of `Decoder._encode` in the form that the model takes."""
     parts = [one.split(width, dim=-1) for one in features]
     pooled, *deep = ([part[level] for part in parts] for level in range(len(parts[0])))
     return vision_output(tuple(pooled), deep)
 
 
 def _portions(patches: Tensor, grids: Tensor, limit: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole images, as many at a time as stay within ``limit``: the patches of each and its grids."""
+    """Patches and grids of whole images, as many at a time as stay within ``limit`` patches."""
     counts = grids.prod(dim=1).tolist()
     begin = 0
     for index, together in enumerate(accumulate(counts)):
@@ -390,6 +328,6 @@ def _portions(patches: Tensor, grids: Tensor, limit: float) -> Iterator[tuple[Te
 
 
 def _select(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A copy of the cache that holds only ``rows``, in their order; the old one stays as it was."""
+    """A copy of the cache with only ``rows``, in their order; the original stays unchanged."""
     layers: list[Any] = cache.layers
     return DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in layers])

@@ -29,7 +29,7 @@ from awares.data import rows as data
 from awares.engine import answer_match as wording
 from awares.engine import decode, model
 from awares.engine.jsonl import Record, in_chunks, write_records
-from awares.errors import AwaresValueError, Failure
+from awares.errors import AwaresValueError, Failure, with_failures
 from awares.method import crops, judges, metrics, protocol, rollout
 from awares.method.judges import HR, LR, TIE, Judge, label
 from awares.training import checkpoints as training
@@ -157,7 +157,7 @@ def base_answers(rows: datasets.Dataset, engine: Any, view: str) -> list[Any]:
         chosen = [tuple(names) for names in part["target_crops"]] if view == "half+crops" else None
         return engine.answer(list(part["image"]), list(part["question"]), view, chosen, row_ids=list(part["id"]))
 
-    return rollout.with_failures(list(rows["id"]), ask)
+    return with_failures(list(rows["id"]), ask)
 
 
 class _Work:

@@ -1,8 +1,8 @@
-"""The one two-turn interaction: used by curation, evaluation, the library front and the benchmarks (PAPER §1).
+"""The two-turn interaction of curation, evaluation, `AwaRes.ask`, the baselines and the benchmarks (PAPER §1).
 
-Turn 1 sees the question and I_low, and answers or calls for crops. Turn 2 adds the crops, or an error in words when the
-call could not be read, and answers: it cannot call again, since there is no third turn. Rows that answer directly and
-rows that call share batches; a batch is bounded by its tokens.
+Turn 1 sees the question and I_low and either answers or calls for crops. Turn 2 adds the crops, or an error in words if
+the call was not readable, and answers; it cannot call again, since there is no third turn. Rows that answer directly and
+rows that call share batches; a token budget bounds each batch.
 """
 
 import time
@@ -10,28 +10,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
-import torch
 from PIL.Image import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from awares.config import Params
+from awares.engine.batches import token_groups, windows
 from awares.engine.chat_format import END_OF_TURN, answer_text
-from awares.engine.decode import Codec, Decoder, Lap, Orders, Output
+from awares.engine.decode import Codec, Decoder, Output, call_scores
 from awares.engine.images import cap, open_image
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
-from awares.errors import AwaresRequestError, AwaresValueError, Failure
+from awares.errors import AwaresValueError
 from awares.method import protocol
 from awares.method.crops import cut, low_resolution
 from awares.method.protocol import OURS, Call, Protocol, get_protocol
 
-T = TypeVar("T")
-Source = str | Path | Image
+ImageSource = str | Path | Image
 VIEWS = ("full", "half", "none", "half+crops")
-MAX_NEW_TOKENS = 64  # of a turn, where nobody says: a call with two free boxes fits
-WINDOW, WINDOW_PIXELS = 256, 2**28  # rows opened and sorted at a time, and pixels of their images: 0.8 GB
+MAX_NEW_TOKENS = 64  # default per turn: a call with two free boxes fits
 
 
 @dataclass(frozen=True)
@@ -47,28 +44,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One interaction.
-
-    ``call_status``: none, valid, recovered, malformed or forced. ``seconds``: this row's share of its batch's time.
-    ``margin``: smallest gap between the two best logits at any token written; near 0 the text may change with the
-    batch or the thread count. ``call_logprob``: of the call token at the first position, before any bias; None if it
-    was no choice. ``call_gap``: there, the call token's logit less the best other one, before any bias: the first token
-    is the call token where ``call_gap + call_bias > 0``. ``layer_visual_tokens``: of a system that drops tokens inside
-    the language model, their mean over its layers; ``visual_tokens`` is then what the system's ratio counts.
-    """
+    """One interaction."""
 
     row_id: str
     answer: str
     crops: tuple[str, ...]
-    call_status: str
+    call_status: str  # none, valid, recovered, malformed or forced
     turns: tuple[Turn, ...]
-    visual_tokens: int
+    visual_tokens: int  # over all turns; for a pruner, the count that its own ratio uses
     full_visual_tokens: int  # of the full image alone
-    seconds: float
-    margin: float
-    call_logprob: float | None = None
-    call_gap: float | None = None
-    layer_visual_tokens: float | None = None
+    seconds: float  # the row's share of its batch's time
+    margin: float  # smallest gap between two best logits; near 0 the text may change with batch or thread count
+    call_logprob: float | None = None  # of the call token at the first position, before any bias; None: no choice
+    call_gap: float | None = None  # its logit there minus the best other one: a call if call_gap + call_bias > 0
+    layer_visual_tokens: float | None = None  # mean over the LM's layers, for a pruner that drops tokens between them
 
     @property
     def rtr(self) -> float:
@@ -92,31 +81,18 @@ class Trajectory:
         return cls(**{**values, "turns": turns, "crops": tuple(values["crops"])})
 
 
-@dataclass(frozen=True)
-class Script:
-    """What a row must do, for timing: its call is written token by token and answered in a second turn, like a free one.
-
-    ``crops``: what its first turn calls for; () = it answers at once. ``answer_tokens``: tokens of the last turn, the
-    end of the turn included; None = what the model writes.
-    """
-
-    crops: tuple[str, ...] = ()
-    answer_tokens: int | None = None
-
-
 @dataclass
-class _Row:
-    """A conversation under way: everything the model has seen of it so far."""
+class Conversation:
+    """A conversation in progress: everything that the model has seen so far."""
 
     row_id: str
     full: Image
     images: list[Image]
     ids: list[int]
     turns: list[Turn]
-    messages: list[dict[str, Any]]  # the same as chat messages, image placeholders without their images
+    messages: list[dict[str, Any]]  # the turns as chat messages, image placeholders without their images
     call: Call = Call((), "none", "")
     free: bool = False  # the next assistant turn may be a call
-    script: Script = Script()
     bias: float = 0.0
     call_logprob: float | None = None
     call_gap: float | None = None
@@ -125,31 +101,8 @@ class _Row:
     layer_visual_tokens: float | None = None
 
 
-def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[T]]) -> list[T | Failure]:
-    """``ask`` on the places of all rows; a `Failure` in place of a row that its AwaresRequestError lists as lost.
-
-    The others are then asked for once more, which costs nothing where replies are recorded. A call that was given up
-    as a whole raises as before.
-    """
-    found: dict[int, T | Failure] = {}
-    while left := [place for place in range(len(row_ids)) if place not in found]:
-        try:
-            found |= dict(zip(left, ask(left), strict=True))
-        except AwaresRequestError as error:
-            lost = {failure.row_id: failure for failure in error.failures}
-            fallen = {place: lost[row_ids[place]] for place in left if row_ids[place] in lost}
-            if not fallen:
-                raise
-            found |= fallen
-    return [found[place] for place in range(len(row_ids))]
-
-
 class Interaction(ABC):
-    """The two-turn interaction, whoever writes the assistant's turns: `Engine` here, `remote.RemoteEngine` a server.
-
-    A subclass says in ``_all`` how rows are played. ``protocol``: ours or released, by name or with a prompt of one's
-    own (`protocol.get_protocol`).
-    """
+    """The two-turn interaction; subclasses implement ``_all`` for a local model (`Engine`) or a server (`RemoteEngine`)."""
 
     def __init__(self, codec: Codec, max_side: int, protocol: Protocol = OURS) -> None:
         self.codec = codec
@@ -159,91 +112,87 @@ class Interaction(ABC):
 
     def run(
         self,
-        images: Sequence[Source],
+        images: Sequence[ImageSource],
         questions: Sequence[str],
         forced: Sequence[tuple[str, ...] | None] | None = None,
         call_bias: float | Sequence[float] = 0.0,
         row_ids: Sequence[str] | None = None,
-        scripts: Sequence[Script] | None = None,
     ) -> list[Trajectory]:
-        """The two-turn policy on every row.
+        """The two-turn policy on every row; AwaresError names a row with a bad image or question.
 
-        ``forced`` fixes the decision of a row: a tuple of crops = the first turn is that call, () = it may not call,
-        None = its own choice. ``call_bias``, one for all or one per row, is added to the logit of the call token at the
-        first generated position. ``scripts`` instead make the rows *write* what they say, for timing.
+        ``forced`` fixes a row's decision: a tuple of crops = the first turn is that call, () = the row may not call,
+        None = the model decides. ``call_bias``, one for all or one per row, is added to the logit of the call token at
+        the first generated position.
         """
-        if forced is not None and scripts is not None:
-            raise AwaresValueError("give forced or scripts, not both")
+        names = _names(row_ids, len(questions))
         biases = [call_bias] * len(questions) if isinstance(call_bias, float | int) else call_bias
-        _check_lengths(questions, images=images, forced=forced, call_bias=biases, row_ids=row_ids, scripts=scripts)
+        _check_lengths(questions, images=images, forced=forced, call_bias=biases, row_ids=row_ids)
 
-        def prepare(index: int) -> _Row:
+        def prepare(index: int) -> Conversation:
             decision = forced[index] if forced is not None else None
-            row = self._open(images[index], questions[index], _name(row_ids, index), "half", (), self.protocol.system)
-            if scripts is not None:
-                row.script, row.bias = scripts[index], float("-inf")
-                return row
+            row = self._open(images[index], questions[index], names[index], "half", (), self.protocol.system)
             if decision:
                 return self._force(row, decision)
             row.free, row.bias = decision is None, biases[index] if decision is None else float("-inf")
             return row
 
-        return self._all([_name(row_ids, index) for index in range(len(questions))], prepare)
+        return self._all(names, prepare)
 
-    def prompt_length(self, image: Source, question: str) -> int:
+    def prompt_length(self, image: ImageSource, question: str) -> int:
         """Tokens of a row's first turn, visual ones included; AwaresError for a row that `run` would refuse."""
         return len(self._open(image, question, "0", "half", (), self.protocol.system).ids)
 
     def answer(
         self,
-        images: Sequence[Source],
+        images: Sequence[ImageSource],
         questions: Sequence[str],
         view: str = "full",
         crops: Sequence[tuple[str, ...]] | None = None,
         row_ids: Sequence[str] | None = None,
-        answer_tokens: Sequence[int | None] | None = None,
     ) -> list[Trajectory]:
         """One turn of the base model with its plain system prompt, from one ``view`` (of `VIEWS`) of the image.
 
-        ``crops`` are each row's, for the view half+crops (the low-resolution image, then the crops, in one user turn).
-        ``answer_tokens`` make rows write that many tokens, the end of the turn included, for timing.
+        ``crops``, one tuple per row, belongs to the view half+crops: the low-resolution image, then the crops, in one
+        user turn.
         """
         if view not in VIEWS:
             raise AwaresValueError(f"view {view!r}: use one of {', '.join(VIEWS)}")
         if (view == "half+crops") != (crops is not None):
             raise AwaresValueError("give crops for the view half+crops, and for no other")
-        _check_lengths(questions, images=images, crops=crops, row_ids=row_ids, answer_tokens=answer_tokens)
+        names = _names(row_ids, len(questions))
+        _check_lengths(questions, images=images, crops=crops, row_ids=row_ids)
 
-        def prepare(index: int) -> _Row:
-            names, row_id = crops[index] if crops is not None else (), _name(row_ids, index)
-            row = self._open(images[index], questions[index], row_id, view, names, protocol.PLAIN_SYSTEM)
-            row.script = Script((), answer_tokens[index] if answer_tokens is not None else None)
-            return row
+        def prepare(index: int) -> Conversation:
+            chosen = crops[index] if crops is not None else ()
+            return self._open(images[index], questions[index], names[index], view, chosen, protocol.PLAIN_SYSTEM)
 
-        return self._all([_name(row_ids, index) for index in range(len(questions))], prepare)
+        return self._all(names, prepare)
 
     # Rows
 
-    def _open(self, source: Source, question: str, row_id: str, view: str, crops: Sequence[str], system: str) -> _Row:
+    def _open(
+        self, source: ImageSource, question: str, row_id: str, view: str, crops: Sequence[str], system: str
+    ) -> Conversation:
         """The row up to the first assistant turn; AwaresError naming the row for a bad image or question."""
         full = cap(open_image(source, f"row {row_id}"), self.max_side)
-        seen = {"full": [full], "none": []}.get(view)
-        pictures = (
-            [low_resolution(full), *(cut(full, name, self.protocol.region_budget) for name in crops)]
-            if seen is None
-            else seen
-        )
+        if view in ("full", "none"):
+            pictures = [full] * (view == "full")
+        else:
+            pictures = [low_resolution(full), *self._cut(full, crops)]
         try:
             conversation = protocol.user_messages(question, [None] * len(pictures), system)
         except AwaresValueError as error:
             raise AwaresValueError(f"row {row_id}: {error}") from error
         text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        row = _Row(row_id, full, [], [], [], conversation)
+        row = Conversation(row_id, full, [], [], [], conversation)
         self._append(row, "user", question, text, pictures)
         return row
 
-    def _append(self, row: _Row, role: str, text: str, rendered: str, pictures: list[Image]) -> list[int]:
-        """Add a turn that the model does not write; returns its ids."""
+    def _cut(self, full: Image, crops: Sequence[str]) -> list[Image]:
+        return [cut(full, name, self.protocol.region_budget) for name in crops]
+
+    def _append(self, row: Conversation, role: str, text: str, rendered: str, pictures: list[Image]) -> list[int]:
+        """Add a turn that the model does not write; return its ids."""
         sizes = tuple(picture.size for picture in pictures)
         ids = self.codec.tokenize(rendered, sizes)
         visual = sum(visual_tokens(size, self.processor) for size in sizes)
@@ -252,17 +201,17 @@ class Interaction(ABC):
         row.ids += ids
         return ids
 
-    def _write(self, row: _Row, tokens: list[int], margin: float = float("inf")) -> None:
-        """Add an assistant turn that the model has written."""
+    def _write(self, row: Conversation, tokens: list[int], margin: float = float("inf")) -> None:
+        """Add an assistant turn that the model wrote."""
         row.ids += tokens
         row.margin = min(row.margin, margin)
         text = self.codec.text(tokens)
         row.turns.append(Turn("assistant", answer_text(text), (), 0, len(tokens)))
         row.messages.append({"role": "assistant", "content": text.removesuffix(END_OF_TURN)})
 
-    def _respond(self, row: _Row) -> tuple[list[int], list[Image]]:
-        """Add the tool's turn for ``row.call``; returns the ids and images that are new to the model."""
-        pictures = [cut(row.full, name, self.protocol.region_budget) for name in row.call.crops]
+    def _respond(self, row: Conversation) -> tuple[list[int], list[Image]]:
+        """Add the tool's turn for ``row.call``; return its ids and images."""
+        pictures = self._cut(row.full, row.call.crops)
         error = None if pictures else protocol.TOOL_ERROR
         row.messages.append(self.protocol.reply([None] * len(pictures), error))
         suffix = protocol.tool_suffix(self.processor, row.messages[-1])
@@ -271,18 +220,22 @@ class Interaction(ABC):
         role = "tool" if self.protocol.name == "ours" else "user"
         return self._append(row, role, error or "", suffix, pictures), pictures
 
-    def _force(self, row: _Row, crops: tuple[str, ...]) -> _Row:
+    def _force(self, row: Conversation, crops: tuple[str, ...]) -> Conversation:
         text = self.protocol.render_call(crops)
         self._write(row, self.codec.tokenize(text + END_OF_TURN))
         row.call, row.bias = Call(tuple(crops), "forced", text), float("-inf")
         self._respond(row)
         return row
 
-    @abstractmethod
-    def _all(self, names: Sequence[str], prepare: Callable[[int], _Row]) -> list[Trajectory]:
-        """Play the rows ``prepare(0)``, ``prepare(1)``, ... to their end; one trajectory for each of ``names``."""
+    def _read_call(self, row: Conversation) -> Call:
+        """The call of the assistant turn that ``row`` ends with."""
+        return protocol.parse_call(row.turns[-1].text, self.protocol)
 
-    def _trajectory(self, row: _Row) -> Trajectory:
+    @abstractmethod
+    def _all(self, names: Sequence[str], prepare: Callable[[int], Conversation]) -> list[Trajectory]:
+        """Complete the rows ``prepare(0)``, ``prepare(1)``, ...; one trajectory for each of ``names``."""
+
+    def _trajectory(self, row: Conversation) -> Trajectory:
         return Trajectory(
             row_id=row.row_id,
             answer=row.turns[-1].text,
@@ -299,26 +252,14 @@ class Interaction(ABC):
         )
 
 
-def windows(count: int, prepare: Callable[[int], _Row]) -> Iterator[list[_Row]]:
-    """The rows ``prepare(0)`` to ``prepare(count - 1)`` in parts that may be open at a time, by number and by pixels."""
-    rows: list[_Row] = []
-    pixels = 0
-    for index in range(count):
-        rows.append(prepare(index))
-        pixels += rows[-1].full.width * rows[-1].full.height
-        if len(rows) >= WINDOW or pixels >= WINDOW_PIXELS:
-            yield rows
-            rows, pixels = [], 0
-    if rows:
-        yield rows
-
-
 class Engine(Interaction):
-    """Runs rows through ``model``; ``token_budget`` bounds the tokens of a padded batch, a longer row runs alone.
+    """Runs rows through ``model``. ``token_budget`` bounds the tokens of a padded batch; a longer row runs alone.
 
-    ``reuse=False`` re-prefills everything in turn 2, for comparison only; ``lap`` is the decoder's, for timing. Results
-    come in the order of the rows.
+    ``reuse=False`` prefills everything again in turn 2, for comparison. ``protocol``: ours or released, by name or as a
+    `Protocol`. Results come in the order of the rows.
     """
+
+    decoder_type: type[Decoder] = Decoder
 
     def __init__(
         self,
@@ -329,19 +270,18 @@ class Engine(Interaction):
         max_side: int = 2000,
         reuse: bool = True,
         progress: bool = False,
-        lap: Lap | None = None,
         protocol: str | Protocol = OURS,
     ) -> None:
         chosen = get_protocol(protocol) if isinstance(protocol, str) else protocol
-        self.decoder = Decoder(model, processor, max_new_tokens, lap, chosen.opening)
+        self.decoder = self.decoder_type(model, processor, max_new_tokens, chosen.opening)
         super().__init__(self.decoder, max_side, chosen)
         self.token_budget = token_budget
         self.reuse = reuse
         self.progress = progress
 
     @classmethod
-    def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> "Engine":
-        """An engine with the limits of params.yaml, which shows its progress; ``options`` override them."""
+    def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> Self:
+        """An engine with the limits of params.yaml that shows its progress; ``options`` override them."""
         limits: dict[str, Any] = dict(
             progress=True,
             max_new_tokens=params.protocol.max_new_tokens,
@@ -353,14 +293,14 @@ class Engine(Interaction):
 
     # Batches
 
-    def _all(self, names: Sequence[str], prepare: Callable[[int], _Row]) -> list[Trajectory]:
+    def _all(self, names: Sequence[str], prepare: Callable[[int], Conversation]) -> list[Trajectory]:
         count = len(names)
         results: list[Trajectory] = []
         training = self.decoder.model.training
         self.decoder.model.eval()
         try:
             with tqdm(total=count, unit="row", leave=False, disable=not self.progress) as bar:
-                for rows in windows(count, prepare):
+                for rows in windows(map(prepare, range(count)), lambda row: row.full.width * row.full.height):
                     for batch in self._batches(rows):
                         self._play(batch)
                         bar.update(len(batch))
@@ -369,76 +309,47 @@ class Engine(Interaction):
             self.decoder.model.train(training)
         return results
 
-    def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-        """Rows of like size together, the largest first, so that what does not fit in memory fails at once."""
-        by_size = sorted(rows, key=lambda row: (sum(turn.visual_tokens for turn in row.turns), len(row.ids)))
-        ordered = by_size[::-1]
-        return ([ordered[index] for index in group] for group in self._groups([len(row.ids) for row in ordered]))
+    def _batches(self, rows: Sequence[Conversation]) -> Iterator[list[Conversation]]:
+        """Rows of similar size together, the largest first, so that a batch that does not fit in memory fails at once."""
+        by_size = sorted(rows, key=lambda row: (sum(turn.visual_tokens for turn in row.turns), len(row.ids)))[::-1]
+        return ([by_size[index] for index in group] for group in self._groups([len(row.ids) for row in by_size]))
 
     def _groups(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Consecutive indices whose padded size, room for the answer included, stays within the token budget."""
-        group: list[int] = []
-        for index, length in enumerate(lengths):
-            longest = max([length, *(lengths[other] for other in group)]) + self.decoder.max_new_tokens
-            if group and longest * (len(group) + 1) > self.token_budget:
-                yield group
-                group = []
-            group.append(index)
-        if group:
-            yield group
+        return token_groups(lengths, self.decoder.max_new_tokens, self.token_budget)
 
-    def _play(self, rows: list[_Row]) -> None:
+    def _play(self, rows: list[Conversation]) -> None:
         """One batch: the first turn of all rows, then the second turn of those that called."""
         begun = time.perf_counter()
         bias, names = [row.bias for row in rows], [row.row_id for row in rows]
-        orders = [self._order(row) for row in rows]
-        output = self.decoder.start([row.ids for row in rows], [row.images for row in rows], bias, names, orders)
+        output = self.decoder.start([row.ids for row in rows], [row.images for row in rows], bias, names)
         for row, kept in zip(rows, output.kept or (), strict=False):
             row.turns[-1] = replace(row.turns[-1], visual_tokens=kept.nominal)
             row.layer_visual_tokens = kept.layer_mean
-        scores = torch.log_softmax(output.first_logits, dim=-1)[:, self.decoder.call_token].tolist()
-        gaps = _call_gaps(output.first_logits, self.decoder.call_token)
+        logprobs, gaps = call_scores(output.first_logits, self.decoder.call_token)
         callers = []
         for index, row in enumerate(rows):
             self._write(row, output.tokens[index], output.margins[index])
             if row.free:
-                row.call = protocol.parse_call(row.turns[-1].text, self.protocol)
-                row.call_logprob, row.call_gap = scores[index], gaps[index]
+                row.call = self._read_call(row)
+                row.call_logprob, row.call_gap = logprobs[index], gaps[index]
                 callers += [index] if row.call.status != "none" else []
-            elif row.script.crops:
-                row.call = Call(row.script.crops, "forced", row.turns[-1].text)
-                callers.append(index)
         self._second_turn(rows, callers, output)
         for row in rows:
             row.seconds = (time.perf_counter() - begun) / len(rows)
 
-    def _order(self, row: _Row) -> Orders:
-        """What the script of ``row`` has the model write in the first turn."""
-        if not row.script.crops:
-            return row.script.answer_tokens
-        return self.decoder.tokenize(self.protocol.render_call(row.script.crops) + END_OF_TURN)
-
-    def _second_turn(self, rows: list[_Row], callers: list[int], output: Output) -> None:
+    def _second_turn(self, rows: list[Conversation], callers: list[int], output: Output) -> None:
         replies = [(index, *self._respond(rows[index])) for index in callers]
         replies.sort(key=lambda reply: len(reply[1]), reverse=True)
         known = output.state.ids.shape[1]
         for group in self._groups([known + len(ids) for _, ids, _ in replies]):
             picked, suffixes, images = zip(*(replies[member] for member in group), strict=True)
-            orders = [rows[index].script.answer_tokens for index in picked]
-            extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse, orders)
+            extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse)
             for index, tokens, margin in zip(picked, extended.tokens, extended.margins, strict=True):
                 self._write(rows[index], tokens, margin)
 
 
-def _call_gaps(logits: Tensor, token: int) -> list[float]:
-    """Of every row of ``logits`` (B, vocabulary): the logit of ``token`` less the best other one."""
-    others = logits.clone()
-    others[:, token] = float("-inf")
-    return (logits[:, token] - others.amax(dim=-1)).tolist()
-
-
-def _name(row_ids: Sequence[str] | None, index: int) -> str:
-    return str(row_ids[index]) if row_ids is not None else str(index)
+def _names(row_ids: Sequence[str] | None, count: int) -> list[str]:
+    return [str(name) for name in (range(count) if row_ids is None else row_ids)]
 
 
 def _check_lengths(questions: Sequence[str], **others: Sequence[Any] | None) -> None:
