@@ -1,7 +1,7 @@
 """Extension points: a reward, a judge, a crop rule or a compared system is a plain function under a decorator.
 
-A name in params.yaml is found in this order: a function registered with the decorator (in a module or in a notebook
-cell), a built-in name, or ``module:function``, which is imported. Where code takes a name it also takes the function.
+A name in params.yaml is looked up in this order: a function registered with the decorator (in a module or in a notebook
+cell), a built-in name, or ``module:function``, which is imported. Code that takes a name also takes the function.
 """
 
 import importlib
@@ -15,10 +15,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Registry:
-    """The functions of one extension point. ``key``: its key in params.yaml; ``builtin``: name -> module that defines it."""
+    """The functions of one extension point. ``kind``: its noun, for messages; ``builtin``: name -> module that defines it."""
 
-    def __init__(self, key: str, builtin: Mapping[str, str]) -> None:
-        self.key = key
+    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
+        self.kind = kind
         self.builtin = dict(builtin)
         self._functions: dict[str, Callable[..., Any]] = {}
 
@@ -35,24 +35,26 @@ class Registry:
         return iter(dict.fromkeys((*self.builtin, *self._functions)))
 
     def find(self, wanted: str | Callable[..., Any]) -> Callable[..., Any]:
-        """The function for a name or for a function itself; AwaresValueError for an unknown name."""
+        """The function for a name, or ``wanted`` itself if it is a function; AwaresValueError for an unknown name."""
         if not isinstance(wanted, str):
             return wanted
-        self.check(wanted)
         if wanted not in self._functions and wanted in self.builtin:
             importlib.import_module(self.builtin[wanted])
         if wanted in self._functions:
             return self._functions[wanted]
-        module, _, name = wanted.partition(":")
+        module, colon, name = wanted.partition(":")
+        if not colon:
+            raise AwaresValueError(f"unknown {self.kind} {wanted!r}, choose from {', '.join(self)} or module:function")
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise AwaresValueError(f"{self.key}: cannot import {wanted!r} ({error}): write module:function") from error
+            raise AwaresValueError(f"{self.kind}: cannot import {wanted!r} ({error}): write module:function") from error
 
-    def check(self, name: str) -> None:
-        """AwaresValueError unless ``name`` is registered, built in, or of the form module:function."""
-        if name not in self._functions and name not in self.builtin and ":" not in name:
-            raise AwaresValueError(f"{self.key}: unknown {name!r}, choose from {', '.join(self)} or module:function")
+    def check(self, name: str) -> str:
+        """``name`` if `find` finds it, else AwaresValueError. A built-in function is not imported for that."""
+        if name not in self.builtin:
+            self.find(name)
+        return name
 
     def source(self, wanted: str | Callable[..., Any]) -> str:
         """The name, and for a function of the user its source code: part of a checkpoint's key."""
@@ -62,13 +64,12 @@ class Registry:
         return f"{wanted if isinstance(wanted, str) else function.__name__}\n{inspect.getsource(function)}"
 
 
-_METHOD, _TRAINED, _SERVED = "awares.method", "awares.baselines.trained", "awares.clients.judges"
+_TRAINED, SERVED = "awares.baselines.trained", "awares.clients.judges"
 
-crop_rule = Registry("crops.rule", {"coverage": f"{_METHOD}.crops", "iou": f"{_METHOD}.crops"})
+crop_rule = Registry("crop rule", dict.fromkeys(("coverage", "iou"), "awares.method.crops"))
 judge = Registry(
-    "curation.judge",
-    dict.fromkeys(("semantic", "embedding", "anls"), f"{_METHOD}.judges")
-    | {"always": _TRAINED}
-    | dict.fromkeys(("llama", "deepseek"), _SERVED),
+    "judge",
+    dict.fromkeys(("semantic", "embedding", "anls"), "awares.method.judges")
+    | {"always": _TRAINED, "llama": SERVED, "deepseek": SERVED},
 )
-reward = Registry("grpo.reward", {"awares": f"{_METHOD}.rewards", "visionthink": _TRAINED, "ergo": _TRAINED})
+reward = Registry("reward", {"awares": "awares.method.rewards", "visionthink": _TRAINED, "ergo": _TRAINED})

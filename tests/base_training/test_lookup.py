@@ -83,7 +83,7 @@ def test_a_stage_begins_with_what_the_ones_before_it_learned(tokenizer, tmp_path
 
 def test_a_finished_model_is_trained_further_under_new_heads(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "HEAD_STEPS", 2)
-    recipe = replace(load_params("mini").base, begin="review", vision_work=400)
+    recipe = load_params("mini", overrides={"base.begin": "review", "base.stages.vision.work": 400}).base
     torch.manual_seed(3)
     finished = Qwen2_5_VLForConditionalGeneration(base.tiny_config(tokenizer))
     save_model(finished, make_processor(tokenizer), tmp_path / "model")
@@ -109,7 +109,7 @@ def test_a_model_of_another_architecture_is_not_trained_further(tiny, tmp_path):
 def test_the_card_of_a_model_that_was_trained_further_tells_the_whole_training(tmp_path):
     (tmp_path / "training.json").write_text('[{"stage": "joint", "steps": 3, "planned": 3, "hours": 2.0}]')
     log = pd.DataFrame({"stage": "review", "step": [20, 40], "seconds": [90.0, 90.0]})
-    recipe = replace(load_params("mini").base, begin="review", review_steps=50)
+    recipe = load_params("mini", overrides={"base.begin": "review", "base.stages.review.steps": 50}).base
     told = [
         (one["stage"], one["steps"], one["planned"], one["hours"]) for one in pretrain.history(log, recipe, tmp_path)
     ]

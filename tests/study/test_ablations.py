@@ -2,7 +2,6 @@
 
 import pandas as pd
 import pytest
-import yaml
 
 from awares.config import load_params
 from awares.errors import AwaresError
@@ -56,22 +55,6 @@ def test_a_value_for_one_profile_leaves_the_other_alone():
         for profile in ("mini", "paper")
     }
     assert steps["mini"][1] == 3 * steps["mini"][0] and steps["paper"][0] == steps["paper"][1]
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"sft": ["nosuch"]}, "unknown variant of ablations.sft 'nosuch'"),
-        ({"sft": ["beta_0"]}, "variant beta_0 first changes grpo: list it there"),
-        ({"grpo": ["main"]}, "variant main first changes nothing"),
-        ({"evaluation": ["beta_0"]}, "unknown stage of ablations 'evaluation': known are curation, sft, grpo, systems"),
-    ],
-)
-def test_a_variant_in_the_wrong_list_is_named(tmp_path, change, said):
-    raw = yaml.safe_load(load_params().path("params.yaml").read_text())
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**raw, "ablations": change}))
-    with pytest.raises(AwaresError, match=said):
-        load_params(path=tmp_path / "params.yaml")
 
 
 def test_tables_of_variants_stand_beside_the_main_line(tmp_path):

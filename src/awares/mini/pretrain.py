@@ -423,7 +423,7 @@ class Stage:
 
     @classmethod
     def of(cls, name: str, recipe: Base) -> Stage:
-        return cls(name, *(getattr(recipe, f"{name}_{key}") for key in ("steps", "learning_rate", "work")))
+        return cls(name, **asdict(recipe.stages[name]))
 
 
 class Network:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from awares.config import Params
+from awares.config import Params, read_yaml
 from awares.errors import AwaresFileError, Failure
 from awares.method.crops import coverage, union_area
 from awares.method.judges import Judge, right_at
@@ -171,8 +171,9 @@ def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
 
 def hyperparameters(params: Params) -> pd.DataFrame:
     """Table 11 for this profile: every parameter of the two trainings but where they run, as params.yaml gives it. Columns parameter, sft, grpo."""
-    values = params.as_dict()
-    names = [name for name in dict.fromkeys([*values["sft"], *values["grpo"]]) if name != "launch"]
+    values, written = params.as_dict(), read_yaml(params.path("params.yaml"))
+    sections = [part[stage] for stage in ("sft", "grpo") for part in (written, written["profiles"][params.profile])]
+    names = [name for name in dict.fromkeys(name for section in sections for name in section) if name != "launch"]
     cells = {
         stage: [str(values[stage][name]) if name in values[stage] else "" for name in names]
         for stage in ("sft", "grpo")
