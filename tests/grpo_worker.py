@@ -37,7 +37,9 @@ def write(trainer, generations):
         picks = [ANSWERS[(len(ids) + place % generations) % len(ANSWERS)] for place, ids in enumerate(prompt_ids)]
         if num_generations == 1:
             return [encode(ANSWERS[len(ids) % len(ANSWERS)]) for ids in prompt_ids], None
-        texts = [protocol.render_call(CALL) if place % generations == 1 else pick for place, pick in enumerate(picks)]
+        texts = [
+            protocol.OURS.render_call(CALL) if place % generations == 1 else pick for place, pick in enumerate(picks)
+        ]
         return [encode(text) for text in texts], None
 
     trainer._generate_single_turn = turn

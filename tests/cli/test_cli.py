@@ -158,7 +158,7 @@ class Calling(decode.FirstToken):
             self.known = input_ids.shape[1]
         scores = super().__call__(input_ids, scores)
         if "<tool_response>" not in self.tokenizer.decode(input_ids[0]):
-            wanted = self.tokenizer(protocol.render_call(["center"]) + "<|im_end|>")["input_ids"]
+            wanted = self.tokenizer(protocol.OURS.render_call(["center"]) + "<|im_end|>")["input_ids"]
             scores[:] = float("-inf")
             scores[:, wanted[min(input_ids.shape[1] - self.known, len(wanted) - 1)]] = 0.0
         return scores

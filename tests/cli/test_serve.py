@@ -468,7 +468,7 @@ def conversations(tiny: SimpleNamespace) -> list[list[dict[str, Any]]]:
         [{"role": "system", "content": "be brief"}, first],
         [
             first,
-            {"role": "assistant", "content": protocol.render_call(["top", "left"])},
+            {"role": "assistant", "content": protocol.OURS.render_call(["top", "left"])},
             {"role": "user", "content": crops},
         ],
         [

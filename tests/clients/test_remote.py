@@ -128,7 +128,7 @@ def test_a_row_that_may_not_call_does_not_write_the_call_token(rigged: SimpleNam
 
 @pytest.mark.parametrize("names", [["top"], ["center", "bottom-left"], ["left", "top", "all"], []])
 def test_the_user_turn_with_crops_renders_to_the_text_of_the_tool_turn(tiny: SimpleNamespace, names: list[str]) -> None:
-    message = protocol.tool_message([None] * len(names), None if names else protocol.TOOL_ERROR)
+    message = protocol.OURS.reply([None] * len(names), None if names else protocol.TOOL_ERROR)
     conversation = [*protocol.user_messages("q", [None]), {"role": "assistant", "content": "a"}]
     rendered = [
         tiny.processor.apply_chat_template([*conversation, last], tokenize=False, add_generation_prompt=True)
@@ -146,7 +146,7 @@ def test_turn_two_resends_turn_one_byte_for_byte_and_crops_without_loss(
     tiny: SimpleNamespace, remote, tmp_path: Path
 ) -> None:
     faulty = Faulty(tmp_path / "log.jsonl")
-    image, call = tiny.noise(224, 168, 3), protocol.render_call(["right", "top-left"])
+    image, call = tiny.noise(224, 168, 3), protocol.OURS.render_call(["right", "top-left"])
     try:
         (found,) = remote(faulty.url, check=False).run([image], [f"where?|{say(call)}"])
         first, second = [arrival["body"] for arrival in faulty.arrivals()]

@@ -42,7 +42,7 @@ class Spelling(decode.FirstToken):
             text = self.tokenizer.decode(ids)
             if written and ids[self.known] == self.token and "<tool_response>" not in text:
                 request = REQUESTS[int(text.split("question ")[1].split("<")[0]) % len(REQUESTS)]
-                call = "<tool_call>oops" if request == "oops" else protocol.render_call(request.split(","))
+                call = "<tool_call>oops" if request == "oops" else protocol.OURS.render_call(request.split(","))
                 wanted = self.tokenizer(call + "<|im_end|>")["input_ids"]
                 scores[row] = float("-inf")
                 scores[row, wanted[min(written, len(wanted) - 1)]] = 0.0

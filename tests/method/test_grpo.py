@@ -79,7 +79,7 @@ def disturb(trainer) -> None:
 def write(trainer, monkeypatch, answers=ANSWERS, call=CALL, callers=(1, 4)):
     """Fix what the policy writes: the ``callers`` call in turn 1 and answer in turn 2, the others answer at once."""
     encode = lambda text: trainer.processing_class.tokenizer(text + "<|im_end|>")["input_ids"]  # noqa: E731
-    called = call if isinstance(call, str) else protocol.render_call(call)
+    called = call if isinstance(call, str) else protocol.OURS.render_call(call)
 
     def turn(prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if num_generations == 1:
@@ -159,7 +159,7 @@ def test_crops_of_the_second_turn_stand_in_the_order_of_the_call(world, tmp_path
 
 def test_a_batch_whose_only_calls_are_malformed_is_answered_in_words(world, tmp_path, monkeypatch):
     trainer = trainer_for(world, tmp_path, settings())
-    write(trainer, monkeypatch, call=protocol.render_call(["all"]).replace('"all"', '"nowhere"'))
+    write(trainer, monkeypatch, call=protocol.OURS.render_call(["all"]).replace('"all"', '"nowhere"'))
     batch = rollouts(trainer)
     assert batch["num_images"] == [1] * 8
     replies = [world.processor.tokenizer.decode(ids) for ids in batch["completion_ids"]]

@@ -9,7 +9,7 @@ from awares.engine import chat_format
 from awares.errors import AwaresError
 from awares.method import protocol
 from awares.method.crops import CROPS
-from awares.method.protocol import parse_call, render_call
+from awares.method.protocol import OURS, parse_call
 
 CALL = '<tool_call>\n{"name": "crop", "arguments": {"regions": %s}}\n</tool_call>'
 
@@ -86,13 +86,13 @@ def test_answers_are_no_calls(text: str) -> None:
 
 @pytest.mark.parametrize("crops", [(name,) for name in CROPS] + [("top-left", "center", "right")])
 def test_what_is_rendered_parses_as_valid(crops: tuple[str, ...]) -> None:
-    assert parse_call(render_call(crops)) == protocol.Call(crops, "valid", render_call(crops))
+    assert parse_call(OURS.render_call(crops)) == protocol.Call(crops, "valid", OURS.render_call(crops))
 
 
 @pytest.mark.parametrize("crops", [[], ["top", "top"], ["nowhere"]])
 def test_bad_crops_are_never_rendered(crops: list[str]) -> None:
     with pytest.raises(AwaresError, match="name one or more of top-left"):
-        render_call(crops)
+        OURS.render_call(crops)
 
 
 def test_answer_text_ends_with_the_turn() -> None:
@@ -120,7 +120,7 @@ def test_a_conversation_renders_to_these_very_bytes(tiny: SimpleNamespace) -> No
     assert text == (
         f"<|im_start|>system\n{protocol.SYSTEM}<|im_end|>\n"
         f"<|im_start|>user\n{image}How many?<|im_end|>\n"
-        f"<|im_start|>assistant\n{render_call(['top', 'left'])}<|im_end|>\n"
+        f"<|im_start|>assistant\n{OURS.render_call(['top', 'left'])}<|im_end|>\n"
         f"<|im_start|>user\n<tool_response>\n{image}{image}\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n7<|im_end|>\n"
     )
@@ -163,7 +163,7 @@ def test_the_assistant_mask_holds_the_assistants_words_and_nothing_else(tiny: Si
         conversation(tiny), tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
     )
     masked = out["input_ids"][0][out["assistant_masks"][0].bool()]
-    assert tiny.processor.tokenizer.decode(masked) == render_call(["top", "left"]) + "<|im_end|>7<|im_end|>"
+    assert tiny.processor.tokenizer.decode(masked) == OURS.render_call(["top", "left"]) + "<|im_end|>7<|im_end|>"
 
 
 def test_the_tool_suffix_continues_the_call_exactly(tiny: SimpleNamespace) -> None:
@@ -187,12 +187,12 @@ def test_trl_reads_calls_and_answers_back(tiny: SimpleNamespace) -> None:
         prefix = tokenizer("<|im_start|>assistant\n")["input_ids"]
         return trl_templates.parse_response(tokenizer, tokenizer(text)["input_ids"], prefix=prefix)
 
-    call = read(render_call(["top", "left"]) + "<|im_end|>")
-    assert call["tool_calls"] == protocol.call_message(["top", "left"])["tool_calls"]
+    call = read(OURS.render_call(["top", "left"]) + "<|im_end|>")
+    assert call["tool_calls"] == protocol.OURS.call_message(["top", "left"])["tool_calls"]
     assert read("blue<|im_end|>") == {"role": "assistant", "content": "blue"}
     assert "tool_calls" not in read("<tool_call>{oops</tool_call><|im_end|>")
     rendered = tiny.processor.apply_chat_template([{"role": "user", "content": "q"}, call], tokenize=False)
-    assert rendered.endswith(f"<|im_start|>assistant\n{render_call(['top', 'left'])}<|im_end|>\n")
+    assert rendered.endswith(f"<|im_start|>assistant\n{OURS.render_call(['top', 'left'])}<|im_end|>\n")
 
 
 def test_messages_need_a_picture_for_every_crop(tiny: SimpleNamespace) -> None:
@@ -203,15 +203,15 @@ def test_messages_need_a_picture_for_every_crop(tiny: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("text", "status", "crops"),
     [
-        (protocol.render_call(["150,400,600,700"]), "valid", ("150,400,600,700",)),
-        (protocol.render_call(["0,0,1000,1000"]), "valid", ("0,0,1000,1000",)),
+        (OURS.render_call(["150,400,600,700"]), "valid", ("150,400,600,700",)),
+        (OURS.render_call(["0,0,1000,1000"]), "valid", ("0,0,1000,1000",)),
         ('<tool_call>{"name": "crop", "arguments": {"regions": [[150, 400, 600, 700]]}}</tool_call>', "recovered", ("150,400,600,700",)),
         ('<tool_call>{"name": "crop", "arguments": {"regions": ["150 400 600 700"', "recovered", ("150,400,600,700",)),
         ('<tool_call>{"name": "crop", "arguments": {"regions": ["600,400,150,700"]}}</tool_call>', "malformed", ()),
         ('<tool_call>{"name": "crop", "arguments": {"regions": ["150,400,600,1700"]}}</tool_call>', "malformed", ()),
         ('<tool_call>{"name": "crop", "arguments": {"regions": ["150,400,600"]}}</tool_call>', "malformed", ()),
         ('<tool_call>{"name": "zoom", "arguments": {"regions": ["150,400,600,700"]}}</tool_call>', "malformed", ()),
-        (protocol.render_call(["top"]), "malformed", ()),
+        (OURS.render_call(["top"]), "malformed", ()),
         ("150,400,600,700", "none", ()),
     ],
 )  # fmt: skip
@@ -231,11 +231,11 @@ def test_free_boxes_stand_alone():
 def test_a_tool_may_offer_fewer_regions():
     form = protocol.from_params(load_params("mini", overrides={"crops.offered": ["top", "all"]}))
     assert '"regions": ["top", "all"]' in form.system and "bottom" not in form.system
-    assert protocol.parse_call(protocol.render_call(["top"]), form).status == "valid"
-    assert protocol.parse_call(protocol.render_call(["left"]), form) == protocol.Call(
-        (), "malformed", protocol.render_call(["left"])
+    assert protocol.parse_call(OURS.render_call(["top"]), form).status == "valid"
+    assert protocol.parse_call(OURS.render_call(["left"]), form) == protocol.Call(
+        (), "malformed", OURS.render_call(["left"])
     )
-    both = protocol.render_call(["top", "left"])
+    both = OURS.render_call(["top", "left"])
     assert protocol.parse_call(both, form) == protocol.Call(("top",), "recovered", both)
     with pytest.raises(AwaresError, match="crops.offered must hold `all`"):
         load_params("mini", overrides={"crops.offered": ["top"]})

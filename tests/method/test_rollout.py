@@ -52,7 +52,7 @@ def prompt_ids(tiny: SimpleNamespace, decoder: Decoder, question: str, image: Im
 
 
 def suffix_ids(tiny: SimpleNamespace, decoder: Decoder, images: list[Image.Image]) -> list[int]:
-    message = protocol.tool_message([None] * len(images), None if images else protocol.TOOL_ERROR)
+    message = protocol.OURS.reply([None] * len(images), None if images else protocol.TOOL_ERROR)
     return decoder.tokenize(protocol.tool_suffix(tiny.processor, message), [image.size for image in images])
 
 
@@ -234,7 +234,7 @@ def unwritten(tokenizer) -> list[int]:
 
 
 def script(order: str) -> str:
-    return "<tool_call>oops" if order == "malformed" else protocol.render_call(order.split(","))
+    return "<tool_call>oops" if order == "malformed" else protocol.OURS.render_call(order.split(","))
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def weights_by_hand(world, ids: list[int], row: dict, tool_weight: float) -> dic
     start = encode("<|im_start|>assistant\n")
     written = {row["answers"][0]: 1.0}
     if row["label"] == "HR":
-        written[protocol.render_call(row["target_crops"])] = tool_weight
+        written[protocol.OURS.render_call(row["target_crops"])] = tool_weight
     weights: dict[int, float] = {}
     for text, weight in written.items():
         body = encode(text + "<|im_end|>")
@@ -119,7 +119,7 @@ def test_a_turn_level_sample_trains_on_its_own_turn_only(world, tmp_path, level,
     )
     batch = collate(trainer, 1)
     ids = batch["input_ids"][0].tolist()
-    call = world.processor.tokenizer(protocol.render_call(CROPS_OF[1]) + "<|im_end|>")["input_ids"]
+    call = world.processor.tokenizer(protocol.OURS.render_call(CROPS_OF[1]) + "<|im_end|>")["input_ids"]
     trained = set(batch["loss_weights"][0].nonzero().flatten().tolist())
     assert trained == set((batch["labels"][0] != -100).nonzero().flatten().tolist())
     assert trained.isdisjoint(find(ids, call)) == (expected[0] == 0.0)

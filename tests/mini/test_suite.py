@@ -83,7 +83,7 @@ def test_every_protocol_token_is_alive_in_base_training(tokenizer):
     seen |= {i for text in lexicon.CANDID for i in tokenizer(text)["input_ids"]}  # system messages of pictures
     words = [
         protocol.SYSTEM,
-        protocol.render_call(lexicon.PLACES),
+        protocol.OURS.render_call(lexicon.PLACES),
         protocol.TOOL_ERROR,
         "<tool_response>\n\n</tool_response>",
     ]
@@ -133,7 +133,7 @@ def test_parts_come_as_the_result_of_a_call_that_is_not_learned(tokenizer):
         text = tokenizer.decode(ids).replace("<|image_pad|>", "")
         image = "<|vision_start|><|vision_end|>"
         question, answer = one.turns[one.late]
-        shown = protocol.tool_suffix(tokenizer, protocol.tool_message([None] * (len(one.views) - 1)))
+        shown = protocol.tool_suffix(tokenizer, protocol.OURS.reply([None] * (len(one.views) - 1)))
         shown = shown.replace("<|image_pad|>", "")
         assert (
             f"{image if one.late == 0 else ''}{question}<|im_end|>\n<|im_start|>assistant\n{one.call}<|im_end|>{shown}{answer}<|im_end|>"

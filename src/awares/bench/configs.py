@@ -174,7 +174,7 @@ def _calls(system: str, rows: int) -> list[tuple[str, ...]]:
 def longest_turn(work: Sequence[Workload], processor: ImageOnlyProcessor) -> int:
     """Tokens that an engine must be let to write for these workloads."""
     calls = [crops for one in work for scripts in one.scripts.values() for crops in {s.crops for s in scripts} if crops]
-    texts = [protocol.render_call(crops) + END_OF_TURN for crops in calls]
+    texts = [protocol.OURS.render_call(crops) + END_OF_TURN for crops in calls]
     written = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
     answers = [s.answer_tokens or 0 for one in work for scripts in one.scripts.values() for s in scripts]
     return max([*written, *answers])

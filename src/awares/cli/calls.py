@@ -6,7 +6,7 @@ call for nothing (the policy gets an error in words and answers from what it has
 
 from dataclasses import dataclass
 
-from awares.method.protocol import render_call
+from awares.method.protocol import OURS
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Example:
 
 
 def _tool(arguments: str) -> str:
-    return render_call(["top"]).replace('["top"]', arguments)
+    return OURS.render_call(["top"]).replace('["top"]', arguments)
 
 
 EXAMPLES: tuple[Example, ...] = (
     # In the format of one protocol
-    Example(render_call(["top"]), "valid", "recovered", ("top",), "our format"),
+    Example(OURS.render_call(["top"]), "valid", "recovered", ("top",), "our format"),
     Example(_tool('["bottom", "center"]'), "valid", "recovered", ("bottom", "center"), "several, in the order asked"),
     Example(_tool('["all"]'), "valid", "recovered", ("all",), "the whole image"),
     Example("GET_CROPS: ['3']", "recovered", "valid", ("bottom-right",), "the paper's format"),

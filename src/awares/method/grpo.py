@@ -143,7 +143,7 @@ def log_entry(entry: dict[str, Any]) -> dict[str, Any]:
 
 def check_budget(rows: datasets.Dataset, processor: ImageOnlyProcessor, params: Params) -> None:
     """AwaresError when the whole of some image, as a crop, would overflow ``grpo.crop_token_budget`` (departure 8)."""
-    frame = processor.tokenizer(protocol.tool_suffix(processor.tokenizer, protocol.tool_message([None])))["input_ids"]
+    frame = processor.tokenizer(protocol.tool_suffix(processor.tokenizer, protocol.OURS.reply([None])))["input_ids"]
     sizes = training.picture_sizes(rows, params)
     tokens = [len(frame) - 1 + models.visual_tokens(size, processor) for size in sizes]
     worst = int(np.argmax(tokens))
@@ -177,7 +177,7 @@ class CropEnvironment:
         if not names or self._image is None:
             return [{"type": "text", "text": protocol.TOOL_ERROR}]
         pictures = [crops.cut(self._image, name, self._form.region_budget) for name in names]
-        return protocol.tool_message(pictures)["content"]
+        return protocol.OURS.reply(pictures)["content"]
 
 
 def rollout_dataset(rows: datasets.Dataset, params: Params) -> datasets.Dataset:

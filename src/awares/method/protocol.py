@@ -1,10 +1,10 @@
-"""The words of the interaction: prompts, chat template, tool schema; the one place that renders and parses calls.
+"""Prompts, tool schema and messages of the interaction; the one place that renders and parses calls.
 
 A conversation is ``[system, user(I_low, q), assistant(a)]`` or ``[system, user(I_low, q), assistant(call C),
-tool(crops), assistant(a)]`` (PAPER §1). The format is Qwen2.5-VL's own chat format with its ``<tool_call>`` JSON. The
-tool's schema stands in the system prompt and not in ``tools=``, because TRL's vision collator does not pass ``tools``
-to the template. The released checkpoint speaks another form (PAPER §7): it writes ``GET_CROPS: ['0', '5']`` and gets
-the crops in a user turn. A `Protocol` is one of the two; whoever renders takes one, and the parser reads both.
+tool(crops), assistant(a)]`` (PAPER §1), in Qwen2.5-VL's own chat format with its ``<tool_call>`` JSON. The system prompt
+contains the tool schema, because TRL's vision collator does not pass ``tools=`` to the template. The released checkpoint
+uses another form (PAPER §7): it writes ``GET_CROPS: ['0', '5']`` and gets the crops in a user turn. A `Protocol` is one
+of the two forms; rendering needs one, and the parser reads calls of both.
 """
 
 import json
@@ -22,13 +22,11 @@ from awares.method.crops import CROPS, FREE, allowed, is_free
 
 TOOL_NAME = "crop"
 PLAIN_SYSTEM = "You are a helpful assistant."
-
-
-FREE_FORM = "left,top,right,bottom"  # of 1000 each: how the prompt names a free box
+FREE_FORM = "left,top,right,bottom"  # a free box in the prompt, in 1/1000 of the image sides
 
 
 def system_prompt(offered: Sequence[str]) -> str:
-    """Our system prompt, with the tool and the regions that it is ``offered`` for."""
+    """Our system prompt with the tool and its ``offered`` regions."""
     offered = [FREE_FORM if name == FREE else name for name in offered]
     return (
         "You are a helpful assistant. The image is shown at half resolution. Answer the question. "
@@ -40,7 +38,7 @@ def system_prompt(offered: Sequence[str]) -> str:
 SYSTEM = system_prompt(tuple(CROPS))
 TOOL_ERROR = "error: no such region"
 RELEASED_CALL = "GET_CROPS"
-_IDS = {str(number): name for number, name in enumerate(CROPS) if name != "all"}  # of the released policy: '0' .. '8'
+_IDS = {str(number): name for number, name in enumerate(CROPS) if name != "all"}  # the released policy's '0' .. '8'
 RELEASED_SYSTEM = (
     "You answer questions about an image, which is shown at low resolution. If it is too coarse to answer from, write "
     "GET_CROPS: and a list of region ids, for example GET_CROPS: ['3'] or GET_CROPS: ['0', '5'], to see those regions at "
@@ -50,9 +48,9 @@ RELEASED_SYSTEM = (
 
 @dataclass(frozen=True)
 class Call:
-    """What an assistant turn asks for.
+    """The request of an assistant turn.
 
-    ``status``: none (an answer), valid, recovered (readable, though not in the format), malformed (a call for nothing).
+    ``status``: none (an answer), valid, recovered (readable, but not in the exact format), malformed (no readable region).
     """
 
     crops: tuple[str, ...]
@@ -62,9 +60,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Protocol:
-    """The words of one interaction. ``system``: its prompt; ``opening``: what every call begins with; ``offered``: the regions to ask for.
+    """The form of one interaction.
 
-    ``region_budget``: a region that covers a larger share of the image is shown at a lower density (`crops.cut`).
+    ``system``: its prompt; ``opening``: the text that every call begins with; ``offered``: the regions of the tool;
+    ``region_budget``: a region that covers a larger fraction of the image is shown at lower density (`crops.cut`).
     """
 
     name: str
@@ -75,21 +74,23 @@ class Protocol:
 
     def call_message(self, crops: Iterable[str]) -> dict[str, Any]:
         """The assistant message that requests ``crops``; AwaresValueError for an unknown, repeated or missing name."""
-        message = call_message(crops)
-        return message if self.name == "ours" else {"role": "assistant", "content": [_text(self.render_call(crops))]}
+        if self.name != "ours":
+            return {"role": "assistant", "content": [_text(self.render_call(crops))]}
+        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": _function(crops)}]}
 
     def render_call(self, crops: Iterable[str]) -> str:
         """The text of that message, without the end-of-turn token."""
+        function = _function(crops)
         if self.name == "ours":
-            return render_call(crops)
-        regions = call_message(crops)["tool_calls"][0]["function"]["arguments"]["regions"]
+            return f"<tool_call>\n{json.dumps(function)}\n</tool_call>"
         ids = {name: number for number, name in _IDS.items()}
-        return f"{RELEASED_CALL}: {[ids.get(name, name) for name in regions]}"
+        return f"{RELEASED_CALL}: {[ids.get(name, name) for name in function['arguments']['regions']]}"
 
     def reply(self, images: Sequence[Image | None], error: str | None = None) -> dict[str, Any]:
-        """The second turn's message: the crops in the order requested, or an error in words."""
-        message = tool_message(images, error)
-        return message if self.name == "ours" else {"role": "user", "content": message["content"]}
+        """The second turn's message: the crops in the order requested (``None`` is a placeholder), or an error in words."""
+        content = [_text(error)] if error else [_image(image) for image in images]
+        sender = {"role": "tool", "name": TOOL_NAME} if self.name == "ours" else {"role": "user"}
+        return {**sender, "content": content}
 
 
 OURS = Protocol("ours", SYSTEM, TOOL_CALL)
@@ -99,7 +100,7 @@ RELEASED = Protocol("released", RELEASED_SYSTEM, RELEASED_CALL)
 def get_protocol(name: str, system: str | None = None) -> Protocol:
     """The protocol ours or released, with ``system`` as its prompt if given; AwaresValueError for another name.
 
-    The released checkpoint was trained with the prompt on its model card: give that one to repeat its numbers.
+    The released checkpoint was trained with the prompt on its model card: give that one to reproduce its numbers.
     """
     known = {protocol.name: protocol for protocol in (OURS, RELEASED)}
     if name not in known:
@@ -108,45 +109,24 @@ def get_protocol(name: str, system: str | None = None) -> Protocol:
 
 
 def from_params(params: Params) -> Protocol:
-    """The protocol of ``protocol.name`` for the regions ``crops.offered``, its prompt from ``protocol.system_file`` if that names one."""
-    file = params.path(params.protocol.system_file)
-    offered, budget = params.crops.offered, params.crops.region_budget
-    if not params.protocol.system_file:
-        known = replace(get_protocol(params.protocol.name), region_budget=budget)
-        return known if offered == tuple(CROPS) else replace(known, system=system_prompt(offered), offered=offered)
-    if not file.is_file() or not file.read_text(encoding="utf-8").strip():
-        raise AwaresFileError(f"{file}: no system prompt there; protocol.system_file names it")
-    known = get_protocol(params.protocol.name, file.read_text(encoding="utf-8").strip())
-    return replace(known, offered=offered, region_budget=budget)
+    """The protocol ``protocol.name`` for the regions ``crops.offered``, with the prompt of ``protocol.system_file`` if set."""
+    offered, system = params.crops.offered, None
+    if params.protocol.system_file:
+        file = params.path(params.protocol.system_file)
+        system = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+        if not system:
+            raise AwaresFileError(f"{file}: no system prompt there; protocol.system_file names it")
+    elif offered != tuple(CROPS):
+        system = system_prompt(offered)
+    known = get_protocol(params.protocol.name, system)
+    return replace(known, offered=offered, region_budget=params.crops.region_budget)
 
 
 # Rendering
 
 
-def call_message(crops: Iterable[str]) -> dict[str, Any]:
-    """The assistant message that requests ``crops``; AwaresValueError for an unknown, repeated or missing name."""
-    regions = list(crops)
-    unknown = [name for name in regions if name not in CROPS and not is_free(name)]
-    if unknown or not regions or len(set(regions)) < len(regions):
-        raise AwaresValueError(f"crops {regions}: name one or more of {', '.join(CROPS)}, each once")
-    function = {"name": TOOL_NAME, "arguments": {"regions": regions}}
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-
-
-def render_call(crops: Iterable[str]) -> str:
-    """The text of the assistant turn that requests ``crops``, without the end-of-turn token."""
-    function = call_message(crops)["tool_calls"][0]["function"]
-    return f"<tool_call>\n{json.dumps(function)}\n</tool_call>"
-
-
-def tool_message(images: Sequence[Image | None], error: str | None = None) -> dict[str, Any]:
-    """The tool's answer: the crops in the order requested, or an error in words. ``None`` is an image placeholder."""
-    content = [_text(error)] if error else [_image(image) for image in images]
-    return {"role": "tool", "name": TOOL_NAME, "content": content}
-
-
 def tool_as_user(message: dict[str, Any]) -> dict[str, Any]:
-    """The tool's answer as a user message that renders to the same text, for servers that refuse images in tool turns."""
+    """The tool's message as a user message that renders to the same text, for servers that refuse images in tool turns."""
     content = [_text("<tool_response>\n"), *message["content"], _text("\n</tool_response>")]
     return {"role": "user", "content": content}
 
@@ -166,10 +146,10 @@ def messages(
     answer: str | None = None,
     protocol: Protocol = OURS,
 ) -> list[dict[str, Any]]:
-    """A whole two-turn conversation of the policy (PAPER §2.3) in the form of ``protocol``.
+    """A two-turn conversation of the policy (PAPER §2.3) in the form of ``protocol``.
 
-    Without ``crops`` it is the direct one; with ``crops``, ``crop_images`` are their pictures in the same order
-    (default: placeholders). Without ``answer`` it ends where the model has to go on.
+    ``crops``: the call, none for a direct answer; ``crop_images``: their images in the same order (default: placeholders).
+    Without ``answer`` the conversation ends where the model continues.
     """
     conversation = user_messages(question, [low_image], protocol.system)
     if crops:
@@ -183,7 +163,7 @@ def messages(
 
 
 def tool_suffix(tokenizer: Any, message: dict[str, Any]) -> str:
-    """The text from behind the end-of-turn token of the assistant's call to the start of the next assistant turn."""
+    """The text between the end-of-turn token of the assistant's call and the next assistant turn."""
     dummy = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     before = tokenizer.apply_chat_template(dummy, tokenize=False)
     after = tokenizer.apply_chat_template([*dummy, message], tokenize=False, add_generation_prompt=True)
@@ -191,12 +171,20 @@ def tool_suffix(tokenizer: Any, message: dict[str, Any]) -> str:
 
 
 def check_question(question: str) -> None:
-    """AwaresValueError when a question is empty or holds a control token of the chat format."""
+    """AwaresValueError if a question is empty or contains a control token of the chat format."""
     if not question or not question.strip():
         raise AwaresValueError("question is empty: write one")
     held = [token for token in (*SPECIAL_TOKENS, *TOOL_TOKENS) if token in question]
     if held:
-        raise AwaresValueError(f"question {question[:60]!r} holds the control token {held[0]}: remove it")
+        raise AwaresValueError(f"question {question[:60]!r} contains the control token {held[0]}: remove it")
+
+
+def _function(crops: Iterable[str]) -> dict[str, Any]:
+    regions = list(crops)
+    unknown = [name for name in regions if name not in CROPS and not is_free(name)]
+    if unknown or not regions or len(set(regions)) < len(regions):
+        raise AwaresValueError(f"crops {regions}: name one or more of {', '.join(CROPS)}, each once")
+    return {"name": TOOL_NAME, "arguments": {"regions": regions}}
 
 
 def _text(text: str) -> dict[str, Any]:
@@ -217,7 +205,7 @@ _RELEASED = re.compile(r"GET_CROPS: \[('(?:[0-8]|all)'(?:, '(?:[0-8]|all)')*)\]"
 _CALL_LIKE = re.compile(
     r"</?tool_call>|(?i:GET_CROPS)|[\"']arguments[\"']\s*:|\bregions[\"']?\s*[:=]\s*\[|\{\s*[\"']name[\"']\s*:"
 )
-# The released code's own prompt and parser also know GET_CROPS without the colon.
+# The released code's prompt and parser also accept GET_CROPS without the colon.
 _KEY = re.compile(r"(?:(?:regions?|crops?)[\"']?\s*[:=]|GET_CROPS[\"']?\s*[:=]?)\s*(.*)", re.DOTALL | re.IGNORECASE)
 _BOX = re.compile(r"(?<!\d)(\d{1,4})" + r"[\s,;]+(\d{1,4})" * 3 + r"(?!\d)")
 _QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'")
@@ -225,10 +213,10 @@ _NAME = re.compile(r"[\"']name[\"']\s*:\s*[\"']([^\"']*)[\"']")
 
 
 def parse_call(text: str, protocol: Protocol = OURS) -> Call:
-    """Read an assistant turn: strictly first, then with tolerance (PAPER §5, formatting; §7, the released format).
+    """Read an assistant turn: strictly first, then tolerantly (PAPER §5, formatting; §7, the released format).
 
-    Both protocols' calls are read whichever is given; only one in the very format of ``protocol`` counts as valid. A region that
-    the tool is not offered for is read like an unknown one.
+    Calls of both protocols are read, but only the exact format of ``protocol`` is valid. A region that the tool does not
+    offer counts as unknown.
     """
     text = answer_text(text)
     if not _CALL_LIKE.search(text):
@@ -261,14 +249,14 @@ def _parse_strict(text: str) -> tuple[str, ...]:
 
 
 def _parse_released(text: str) -> tuple[str, ...]:
-    """``GET_CROPS: ['0', '5']`` to the letter: known ids, quoted, none twice."""
+    """``GET_CROPS: ['0', '5']`` exactly: known ids, quoted, none twice."""
     match = _RELEASED.fullmatch(text)
     ids = [item.strip()[1:-1] for item in match.group(1).split(",")] if match else []
     return tuple(_IDS.get(number, number) for number in ids) if len(set(ids)) == len(ids) else ()
 
 
 def _recover(block: str) -> tuple[str, ...]:
-    """Crop names from one call-like piece of text; () when it names another tool or nothing readable."""
+    """Crop names from one call-like piece of text; () if it names another tool or nothing readable."""
     name = _NAME.search(block)
     if name and name.group(1) != TOOL_NAME:
         return ()
@@ -277,7 +265,7 @@ def _recover(block: str) -> tuple[str, ...]:
     if tail.startswith("["):
         tail = tail[1:].split("]", 1)[0]
         if "[" in tail or any(is_free(one or other) for one, other in _QUOTED.findall(tail)):
-            return ()  # boxes are no crop names: [[0, 0, 500, 500]] and ["0,0,500,500"] must not read as ids
+            return ()  # boxes are not crop names: [[0, 0, 500, 500]] and ["0,0,500,500"] must not be read as ids
     elif key:
         tail = re.split(r"[}<\n]", tail, maxsplit=1)[0]
     names = map(_canonical, re.split(r",| and ", tail))
@@ -285,7 +273,7 @@ def _recover(block: str) -> tuple[str, ...]:
 
 
 def _recover_boxes(block: str) -> tuple[str, ...]:
-    """Free boxes from one call-like piece of text: any four whole numbers in a row that make one."""
+    """Free boxes from one call-like piece of text: any four whole numbers in a row that form one."""
     name = _NAME.search(block)
     if name and name.group(1) != TOOL_NAME:
         return ()
@@ -294,7 +282,7 @@ def _recover_boxes(block: str) -> tuple[str, ...]:
 
 
 def _canonical(item: str) -> str | None:
-    """`Upper left corner` -> top-left, `'5'` -> top, `all` -> all; None when it is no crop."""
+    """`Upper left corner` -> top-left, `'5'` -> top, `all` -> all; None for anything else."""
     item = item.strip(" \t\n\"'`.[](){}").lower()
     if item in _IDS:
         return _IDS[item]
