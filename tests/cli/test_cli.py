@@ -372,7 +372,7 @@ def test_rows_that_would_be_mixed_up_are_refused(scans: Path, engine: Engine, tm
 def test_a_file_of_something_else_is_never_touched(content: str, scans: Path, engine: Engine, tmp_path: Path) -> None:
     out = tmp_path / "mine.jsonl"
     out.write_text(content)
-    with pytest.raises(AwaresError, match="holds something else than results"):
+    with pytest.raises(AwaresError, match="contains something other than results"):
         batch.run(batch.read_items(scans, "q"), out, engine, SETTINGS)
     assert out.read_text() == content
 

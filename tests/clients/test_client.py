@@ -301,7 +301,7 @@ def test_a_cache_that_is_no_cache_or_that_another_process_holds_is_refused(clien
         client("other.jsonl").ask([request("refused cache")])
     for text in ("notes of mine", '{"id": 1}\n'):
         (tmp_path / "notes.txt").write_text(text)
-        with pytest.raises(AwaresError, match="notes.txt: holds something else than replies"):
+        with pytest.raises(AwaresError, match="notes.txt: contains something other than replies"):
             client("notes.txt").ask([request("refused cache")])
         assert (tmp_path / "notes.txt").read_text() == text
     first, second = client("held.jsonl"), client("held.jsonl")

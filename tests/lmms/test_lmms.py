@@ -82,7 +82,7 @@ def test_lmms_eval_runs_the_policy_on_an_offline_task(rows):
     assert [json.loads(line)["answer"] for line in kept] == [one.answer for one in own]
     log.write_bytes(b"my notes")
     refused = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert "holds something else than samples" in refused.stdout + refused.stderr  # it ends with 0 all the same
+    assert "contains something other than samples" in refused.stdout + refused.stderr  # it ends with 0 all the same
     assert log.read_bytes() == b"my notes"
     results = min(folder.glob("out/**/*results.json"), key=lambda file: file.stat().st_mtime)
     scores = [metrics.relaxed_accuracy(one.answer, [row["answer"]]) for one, row in zip(own, records, strict=True)]
@@ -109,7 +109,7 @@ def test_the_evaluation_notebook_scores_a_policy_through_lmms_eval(rows, monkeyp
     (samples,) = folder.glob("evaluation/.checkpoints/*/samples.jsonl")
     samples.write_text("my notes")
     with pytest.raises(
-        AwaresError, match="(?s)lmms-eval ended with .* without results; .*holds something else than samples"
+        AwaresError, match="(?s)lmms-eval ended with .* without results; .*contains something other than samples"
     ):
         benchmarks.through_lmms_eval(*given, {"chartqa": "awares_offline"}, options)
     missing = load_params("mini", overrides={"evaluation.lmms_eval": "nowhere/python"}, path=ROOT / "params.yaml")

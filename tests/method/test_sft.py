@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from awares.config import load_params
 from awares.data import rows as data
-from awares.engine.jsonl import alone
+from awares.engine.jsonl import exclusive_lock
 from awares.engine.model import load_model, load_processor, save_model
 from awares.errors import AwaresError
 from awares.method import crops, grpo, protocol, sft
@@ -151,7 +151,7 @@ def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):
 
 def test_a_second_process_may_not_train_in_the_same_folder(world, tmp_path):
     trainer = trainer_for(world, settings(), tmp_path, [sft.Sample(1, "trajectory", 0)])
-    with alone(tmp_path / "training"), pytest.raises(AwaresError, match="another process is writing it"):
+    with exclusive_lock(tmp_path / "training"), pytest.raises(AwaresError, match="another process is writing it"):
         training.train(trainer, tmp_path, training.Log(tmp_path / "log.jsonl", sft.log_entry, "loss"))
 
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from awares.engine.images import cap, open_image
 from awares.engine.jsonl import (
     Record,
-    alone,
     append_records,
     drop_torn_line,
+    exclusive_lock,
     read_records,
     refuse_foreign,
     write_records,
@@ -133,7 +133,7 @@ def run(
     AwaresError for a file that holds something else, or that another process is writing.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with alone(out):
+    with exclusive_lock(out):
         done = _done(items, out, settings, retry)
         todo = [item for item in items if item.row_id not in done]
         before = len(items) - len(todo)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from awares.engine.jsonl import alone, append_records, drop_torn_line, read_records, refuse_foreign
+from awares.engine.jsonl import append_records, drop_torn_line, exclusive_lock, read_records, refuse_foreign
 from awares.errors import AwaresFileError
 
 
@@ -87,7 +87,7 @@ class ReplyFile:
             yield
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(self.path):
+        with exclusive_lock(self.path):
             self._load(self.path)
             try:
                 yield

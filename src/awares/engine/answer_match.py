@@ -1,4 +1,4 @@
-"""Surface forms: when two short answers say the same (documented normalisation for the semantic judge)."""
+"""Whether two short answers have the same meaning after normalisation of their surface forms (semantic judge)."""
 
 import re
 import unicodedata
@@ -23,7 +23,7 @@ def _table(text: str) -> dict[str, str]:
     return {word: target.strip() for target, words in entries for word in words.split()}
 
 
-# Both weights and pounds sterling read "pound": a question asks for one or the other, never for both.
+# Weights and pounds sterling are both "pound": a question is about one of them, never both.
 _UNITS = _table(
     "percent: percent percentage pct percents; dollar: dollar dollars usd buck bucks; euro: euro euros eur; "
     "pound: pound pounds gbp lb lbs quid; yen: yen jpy; shekel: shekel shekels ils nis; cent: cent cents; "
@@ -42,7 +42,7 @@ _WORDS = _table(
     "airplane: plane aeroplane; phone: telephone cellphone; truck: lorry; january: jan; february: feb; march: mar; "
     "april: apr; june: jun; july: jul; august: aug; september: sep sept; october: oct; november: nov; december: dec"
 )
-_WHOLE = {"dark": "black"}  # only as a whole answer: "dark blue" is not black
+_WHOLE = {"dark": "black"}  # only as a complete answer: "dark blue" is not black
 _FILLERS = {"a", "an", "the", "in", "on", "at", "corner", "side"}
 _LEAD_IN = re.compile(
     r"^(?:the answer is|answer\s*:|it is|it's|it says|it reads|it shows|they are|there (?:is|are)|that is)\s+"
@@ -53,28 +53,27 @@ _NUMBER_AND_UNIT = re.compile(r"(-?\d+(?:\.\d+)?)([a-z]+)")
 
 @dataclass(frozen=True)
 class Part:
-    """One part of an answer: a number with its unit ("" = none was given), or words."""
+    """One part of an answer: a number with its unit ("" = none), or words."""
 
     number: Decimal | None
     text: str
 
     def same(self, other: "Part") -> bool:
-        """Numbers must be equal, and units where both sides name one; words must be the same words."""
+        """Equal numbers, with equal units if both sides have one; or equal words."""
         if self.number is None or other.number is None:
             return self == other
         return self.number == other.number and (self.text == other.text or not self.text or not other.text)
 
 
 def normalise(text: str) -> tuple[Part, ...]:
-    """An answer as its parts, surface forms levelled.
+    """The parts of an answer in normal form; `same_meaning` ignores their order.
 
-    In this order: Unicode compatibility form and lower case; a lead-in ("the answer is") dropped; currency and
-    percent signs into words; thousands separators out; split at commas, semicolons, "and" and "&"; punctuation and
-    hyphens into spaces, but for decimal points, signs, and colons and slashes between digits; articles and fillers of
-    place ("in the ... corner") out, unless nothing else is there; number words 0-99, and thousand, million, billion
-    after a number, into digits; units and synonyms (colours, directions, months, a few things) into one form; a
-    number with at most one unit into a quantity. Digits with a leading zero stay text: 007 is a code. The order of
-    the parts does not matter to :func:`same_meaning`.
+    Steps, in this order: Unicode compatibility form and lower case; drop a lead-in ("the answer is"); currency and
+    percent signs to words; remove thousands separators; split at commas, semicolons, "and" and "&"; punctuation and
+    hyphens to spaces, except decimal points, signs, and colons and slashes between digits; drop articles and fillers of
+    place ("in the ... corner") unless nothing else is left; number words 0-99, and thousand, million, billion after a
+    number, to digits; units and synonyms (colours, directions, months, some objects) to one form; a number with at most
+    one unit to a quantity. Digits with a leading zero stay text: 007 is a code.
     """
     lowered = unicodedata.normalize("NFKC", text).lower().translate(str.maketrans("−–—’`", "---''")).strip()
     lowered = _LEAD_IN.sub("", lowered)
@@ -87,7 +86,7 @@ def normalise(text: str) -> tuple[Part, ...]:
 
 
 def same_meaning(prediction: str, answer: str) -> bool:
-    """Whether both say the same: equal parts in any order; to a yes/no question the first word decides."""
+    """Whether both answers have equal parts in any order; for a yes/no answer the first word decides."""
     left, right = normalise(prediction), normalise(answer)
     if not left or not right:
         return prediction.strip().lower() == answer.strip().lower()
@@ -108,7 +107,7 @@ def _same_parts(left: tuple[Part, ...], right: tuple[Part, ...]) -> bool:
 
 
 def _tokens(piece: str) -> list[str]:
-    """Words and numbers of one part, number words, units and synonyms resolved."""
+    """Words and numbers of one part; number words, units and synonyms in normal form."""
     piece = piece.replace("'", "")
     piece = re.sub(r"(?<=\w)-|-(?!\d)", " ", piece)  # a hyphen inside or after a word; a sign before a number stays
     piece = re.sub(r"(?<!\d)[:/]|(?<=[^\s\d-])\.|[.:/](?!\d)", " ", piece)  # kept: 3.5, .5, 10:30, 1/2
@@ -124,7 +123,7 @@ def _split_unit(word: str) -> list[str]:
 
 
 def _digits(tokens: list[str]) -> list[str]:
-    """Number words 0-99 and scale words into digits: forty one -> 41, 2.5 million -> 2500000."""
+    """Number words 0-99 and scale words to digits: forty one -> 41, 2.5 million -> 2500000."""
     result: list[str] = []
     tens = False  # whether the last number was a tens word that a one may complete
     for token in tokens:
@@ -154,5 +153,5 @@ def _part(tokens: list[str]) -> Part | None:
     if len(numbers) == 1 and len(units) <= 2 and len(numbers) + len(units) == len(tokens):
         unit = units[-1] if units[:1] == ["degree"] else " ".join(units)  # 5 degrees celsius = 5 celsius
         return Part(_number(numbers[0]), unit)
-    text = " ".join(_UNITS.get(token, token) if len(token) > 2 else token for token in tokens)  # a letter is no unit
+    text = " ".join(_UNITS.get(token, token) if len(token) > 2 else token for token in tokens)  # a letter is not a unit
     return Part(None, _WHOLE.get(text, text))

@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from awares.engine.chat_format import END_OF_TEXT, END_OF_TURN, TOOL_CALL

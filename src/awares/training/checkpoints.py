@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from awares.config import Grpo, Params, Sft
 from awares.engine.images import cap, check_image
-from awares.engine.jsonl import alone
+from awares.engine.jsonl import exclusive_lock
 from awares.engine.model import ImageOnlyProcessor, save_model
 from awares.errors import AwaresFileError, AwaresValueError
 from awares.method import crops, protocol
@@ -151,7 +151,7 @@ def train(trainer: Trainer, folder: Path, log: "Log") -> None:
     """Train to the end, from the last complete checkpoint of ``folder`` if there is one. AwaresError while another process does."""
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)  # the log in full on the screen, where `log` shows a bar
-    with alone(folder / "training") if trainer.is_world_process_zero() else nullcontext():
+    with exclusive_lock(folder / "training") if trainer.is_world_process_zero() else nullcontext():
         done = checkpoints(folder, trainer.args.world_size)
         state = TrainerState.load_from_json(str(done[-1] / "trainer_state.json")) if done else None
         if state and state.global_step >= state.max_steps:  # the trainer would make one more update first
