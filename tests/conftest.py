@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from awares.engine import chat_format
 from awares.engine.model import ImageOnlyProcessor, make_processor
 from awares.method.crops import CROPS
-from awares.study.variants import judged_by
+from awares.study.comparison import judged_by
 
 TOOL_TOKENS = (
     *chat_format.TOOL_TOKENS,

@@ -1,28 +1,23 @@
-"""The comparison: every system's scores brought together, means over seeds, who is compared with whom."""
+"""Systems and variants side by side: means over seeds, who is compared with whom, how tables of variants come together."""
 
 import pandas as pd
 import pytest
 from datasets import Dataset
 
-from awares.baselines import registry as baselines
+from awares.baselines import registry
 from awares.config import load_params
 from awares.errors import AwaresError
 from awares.study import comparison
 from awares.study.tables import AVERAGE
 
+PARAMS = load_params("mini")
+
 
 def scores(**systems):
     """system -> {seed: marks of four rows}; two rows of either task."""
+    rows = {"benchmark": ["docvqa", "docvqa", "pope", "pope"], "row_id": list("abcd"), "rtr": 0.5, "layer_rtr": 0.75}
     parts = [
-        pd.DataFrame(
-            {
-                "benchmark": ["docvqa", "docvqa", "pope", "pope"],
-                "row_id": list("abcd"),
-                "score": marks,
-                "rtr": 0.5,
-                "layer_rtr": 0.75,
-            }
-        ).assign(system=name, seed=seed)
+        pd.DataFrame({**rows, "score": marks}).assign(system=name, seed=seed)
         for name, seeds in systems.items()
         for seed, marks in seeds.items()
     ]
@@ -30,10 +25,8 @@ def scores(**systems):
 
 
 def test_a_trained_system_is_the_mean_over_its_seeds():
-    params = load_params("mini")
-    table = comparison.systems_table(
-        scores(full={1: [1, 1, 1, 0]}, awares={1: [1, 0, 1, 1], 2: [1, 1, 0, 0]}), params.evaluation
-    )
+    found = scores(full={1: [1, 1, 1, 0]}, awares={1: [1, 0, 1, 1], 2: [1, 1, 0, 0]})
+    table = comparison.systems_table(found, PARAMS.evaluation)
     average = table[table.benchmark == AVERAGE].set_index("system")
     assert average.accuracy.to_dict() == pytest.approx({"full": 75.0, "awares": 62.5})
     assert average.seeds.to_dict() == {"full": 1, "awares": 2} and average.n.to_dict() == {"full": 4, "awares": 4}
@@ -42,92 +35,140 @@ def test_a_trained_system_is_the_mean_over_its_seeds():
     assert list(table) == wanted
 
 
-def test_systems_are_paired_at_the_main_seed_and_pruners_with_their_own_control():
-    params = load_params("mini")
-    one = {1: [1, 1, 1, 1]}
-    found = scores(
-        awares={1: [1, 1, 1, 0], 2: [0, 0, 0, 0]},
-        visionzip_50=one,
-        fastv_70=one,
-        random_token_50={1: [0, 0, 1, 1]},
-        random_token_70=one,
-        random_token_awares=one,
-    )
-    against = comparison.against(found, "awares", params)
-    assert against.b.tolist() == [
-        "visionzip_50", "fastv_70", "random_token_50", "random_token_70", "random_token_awares"]  # fmt: skip
-    assert against.difference[0] == pytest.approx(-25)
-    control = comparison.against_control(found, params)
-    assert list(zip(control.a, control.b, control.difference, strict=True)) == [
-        ("visionzip_50", "random_token_50", pytest.approx(50)), ("fastv_70", "random_token_70", 0)]  # fmt: skip
+def test_systems_are_paired_at_the_main_seed_and_pruners_with_random_tokens():
+    pruners = ("visionzip_50", "fastv_70", "random_token_50", "random_token_70", "random_token_awares")
+    marks = {name: {1: [1, 1, 1, 1]} for name in pruners} | {"random_token_50": {1: [0, 0, 1, 1]}}
+    found = scores(awares={1: [1, 1, 1, 0], 2: [0, 0, 0, 0]}, **marks)
+    against = comparison.against(found, "awares", PARAMS)
+    assert against.b.tolist() == list(pruners) and against.difference[0] == pytest.approx(-25)
+    control = comparison.against_control(found, PARAMS)
+    pairs = list(zip(control.a, control.b, control.difference, strict=True))
+    assert pairs == [("visionzip_50", "random_token_50", pytest.approx(50)), ("fastv_70", "random_token_70", 0)]
 
 
 def test_the_length_of_a_response_is_that_of_its_answer():
     """Table 6: the paper's characters leave no room for calls."""
     table = scores(awares={1: [1] * 4, 2: [1] * 4}).assign(answer=["seventy", "twelve", "no", "yes!"] * 2)
-    found = comparison.response_table(table, load_params("mini")).set_index("benchmark")
+    found = comparison.answer_lengths(table, PARAMS).set_index("benchmark")
     assert found.characters.to_dict() == {"docvqa": 6.5, "pope": 3.0} and found.n.tolist() == [2, 2]
     assert found.characters_sd["docvqa"] == pytest.approx(2**0.5 / 2)
 
 
-def test_a_pruner_is_paired_with_its_shuffled_control():
-    found = scores(holov_50={1: [1, 0, 0, 0]}, holov_50_shuffled={1: [1, 1, 0, 0]}, fastv_50_shuffled={1: [1, 1, 1, 1]})
-    (row,) = comparison.against_shuffled(found, load_params("mini")).to_dict("records")
-    assert (row["a"], row["b"], row["difference"]) == ("holov_50", "holov_50_shuffled", pytest.approx(-25))
-
-
-def test_a_pruner_is_run_at_the_share_that_the_policy_keeps():
-    main = pd.DataFrame(
-        {"system": ["awares", "awares", "full"], "benchmark": ["pope", "average", "average"], "rtr": [0.3, 0.3642, 1.0]}
-    )
-    assert baselines.matched("visionzip_awares", main) == "visionzip_36.4"
-    assert baselines.matched("visionzip_50", main) == "visionzip_50"
-    assert baselines.parse(baselines.matched("random_token_awares", main))[1] == pytest.approx(0.364)
-
-
-def test_what_pruners_leave_of_the_evidence_is_tabled(tmp_path):
-    params = load_params(
-        "mini",
-        overrides={"paths.runs": str(tmp_path), "comparison.systems": ["visionzip_50", "random_crop", "fastv_50"]},
-    )
-    plain = pd.DataFrame(
-        {"benchmark": ["pope", "pope", "vstar"], "row_id": list("abc"), "score": [1, 0, 1], "rtr": 0.5}
-    )
-    shares = {"left": [0.5, 0.5, 0.5], "evidence": [0.25, 0.75, None]}
-    tables = {
-        "visionzip_50": plain.assign(**shares),
-        "random_crop": plain,
-        "fastv_50": plain.assign(left=0.5, evidence=None),
+def test_every_compared_system_is_known_and_a_pruner_can_keep_as_much_as_the_policy():
+    rows = {
+        "system": ["awares", "awares", "full"],
+        "benchmark": ["pope", "average", "average"],
+        "rtr": [0.3, 0.3642, 1],
     }
-    for system, table in tables.items():
+    main = pd.DataFrame(rows)
+    assert registry.matched("visionzip_awares", main) == "visionzip_36.4"
+    assert registry.matched("visionzip_50", main) == "visionzip_50"
+    assert registry.parse(registry.matched("random_token_awares", main))[1] == pytest.approx(0.364)
+    for name in PARAMS.comparison.systems:
+        registry.parse(registry.matched(name, main))
+
+
+def test_evidence_that_pruners_leave(tmp_path):
+    systems = ["visionzip_50", "random_crop", "fastv_50"]
+    params = load_params("mini", overrides={"paths.runs": str(tmp_path), "comparison.systems": systems})
+    rows = {"benchmark": ["pope", "pope", "vstar"], "row_id": list("abc"), "score": [1, 0, 1], "rtr": 0.5}
+    shares = ({"left": 0.5, "evidence": [0.25, 0.75, None]}, {}, {"left": 0.5, "evidence": None})
+    for system, more in zip(systems, shares, strict=True):
         folder = tmp_path / "mini" / "systems" / system
         folder.mkdir(parents=True)
-        table.to_csv(folder / "scores.csv", index=False)
-    (found,) = comparison.evidence_table(params).to_dict("records")
+        pd.DataFrame({**rows, **more}).to_csv(folder / "scores.csv", index=False)
+    (found,) = comparison.evidence_left(params).to_dict("records")
     assert (found["system"], found["left"], found["evidence"], found["n"]) == ("visionzip_50", 50, 50, 2)
     assert found["low"] == 25 and found["high"] == 75 and found["accuracy"] == 50
 
 
-def test_regions_that_show_the_evidence_are_told_from_those_that_do_not():
-    params = load_params("mini")
+def test_accuracy_where_regions_show_the_evidence_and_elsewhere():
     boxes = [[[0, 0, 400, 400]], [[600, 600, 900, 900]], [[0, 0, 900, 900]], []]
     rows = Dataset.from_dict({"id": list("abcd"), "question_boxes": [[]] * 4, "answer_boxes": boxes})
     found = scores(full={1: [1, 1, 1, 1]}, awares={1: [1, 0, 0, 1], 2: [1, 1, 1, 1]})
-    asked = {"awares": [("top-left",), ("0,0,500,950",), ("left", "right"), ("top",)]}
-    found["crops"] = [crops for name in ("full", "awares", "awares") for crops in asked.get(name, [()] * 4)]
-    (one,) = comparison.regions_table(found, rows, params).to_dict("records")
+    found["crops"] = [()] * 4 + [("top-left",), ("0,0,500,950",), ("left", "right"), ("top",)] * 2
+    (one,) = comparison.regions_table(found, rows, PARAMS).to_dict("records")
     assert (one["system"], one["calls"], one["accuracy_elsewhere"]) == ("awares", 3, 0)
     assert one["covered"] == pytest.approx(200 / 3) and one["accuracy_covered"] == 50 and one["low"] < one["high"]
 
 
-def test_every_name_that_is_compared_is_a_system():
-    main = pd.DataFrame({"system": ["awares"], "benchmark": ["average"], "rtr": [0.4]})
-    for name in load_params("mini").comparison.systems:
-        baselines.parse(baselines.matched(name, main))
-
-
 def test_a_system_that_has_not_answered_is_named(tmp_path):
     params = load_params("mini", overrides={"paths.runs": str(tmp_path)})
-    (tmp_path / "mini" / "data").mkdir(parents=True)
     with pytest.raises(AwaresError, match="data"):
         comparison.all_scores(params)
+
+
+# Variants
+
+
+def result(variant, accuracy, main):
+    rows = [
+        (name, task, value + gain)
+        for name, value in ((variant, accuracy), ("main", main))
+        for task, gain in (("docvqa", 1), (AVERAGE, 0))
+    ]
+    frame = pd.DataFrame(rows, columns=["system", "benchmark", "accuracy"])
+    return frame.assign(accuracy_low=frame.accuracy - 1, accuracy_high=frame.accuracy + 1, rtr=0.4, n=10)
+
+
+def write(folder, **tables):
+    folder.mkdir(parents=True)
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False)
+    return folder
+
+
+def test_a_variant_shares_every_stage_that_it_leaves_alone():
+    def of(name, stage):
+        params = load_params("mini", name)
+        return str(params.run_dir(stage).relative_to(params.path("runs/mini")))
+
+    assert of("no_area_cost", "sft") == of("main", "sft") == "sft/main-s1"
+    assert of("no_area_cost", "grpo") == "grpo/no_area_cost-s1" and of("weight_1", "sft") == "sft/weight_1-s1"
+    assert of("no_area_cost", "evaluation") == "evaluation/no_area_cost-s1"
+    assert of("labels_anls", "curation") != of("weight_1", "curation") == of("main", "curation")
+
+
+def test_a_variant_is_judged_by_the_last_policy_that_it_changes():
+    for name, judged in {"beta_0": ("awares", "grpo"), "visionthink": ("awares", "grpo")}.items():
+        assert comparison.judged_by(load_params("mini", name)) == judged
+    for name in ("turn", "labels_anls"):
+        assert comparison.judged_by(load_params("mini", name)) == ("sft", "sft")
+    with pytest.raises(AwaresError, match="'main'"):
+        comparison.judged_by(PARAMS)
+
+
+def test_tables_of_variants_and_the_main_line(tmp_path):
+    values = {"turn": 70.0, "weight_1": 75.0}
+    folders = {name: write(tmp_path / name, result=result(name, value, 80.0)) for name, value in values.items()}
+    tables = comparison.gather(folders, "result")
+    for wanted, accuracies in (
+        (["turn", "weight_5", "weight_1"], [70, 80, 75]),
+        (["phased", "turn", "weight_5"], [70, 80]),
+    ):
+        found = comparison.select_variants(tables, "system", wanted, "weight_5")  # phased is not listed, so not run
+        average = found[found.benchmark == AVERAGE]
+        assert average.variant.tolist() == [name for name in wanted if name != "phased"]
+        assert average.accuracy.tolist() == accuracies
+    with pytest.raises(AwaresError, match="phased, weight_5"):
+        comparison.select_variants(tables, "system", ["phased", "weight_5"], "weight_5")
+    with pytest.raises(AwaresError, match="phased"):
+        comparison.gather({**folders, "phased": tmp_path / "phased"}, "result")
+
+
+def test_sweeps_are_the_variants_that_change_one_number(tmp_path):
+    names = [name for listed in PARAMS.ablations.values() for name in listed]
+    found = comparison.sweeps(PARAMS, {name: load_params("mini", name) for name in names})
+    assert found["sft.tool_turn_weight"] == {"weight_1": 1.0, "main": 5.0, "weight_10": 10.0}
+    assert found["grpo.beta"] == {"beta_0": 0.0, "main": 0.05, "beta_02": 0.2}
+    others = {"turn", "reward_anls", "no_tool_cost", "grpo_only"}
+    assert not any(others & set(values) for values in found.values())
+
+    folders = {}
+    for name, accuracy, rate in (("a", 70.0, 20.0), ("b", 75.0, 70.0)):
+        cdp = pd.DataFrame({"policy": [name, "main"], "call_rate": [rate, 50.0], "area": [0.3, 0.4]})
+        folders[name] = write(tmp_path / name, result=result(name, accuracy, 80.0), cdp=cdp)
+    tables = [comparison.gather(folders, name) for name in ("result", "cdp")]
+    swept = comparison.sweep_table(*tables, {"grpo.beta": {"a": 0.0, "main": 0.05, "b": 0.2}})
+    assert swept.value.tolist() == [0.0, 0.05, 0.2] and swept.accuracy.tolist() == [70, 80, 75]
+    assert swept.call_rate.tolist() == [20, 50, 70] and (swept.parameter == "grpo.beta").all()

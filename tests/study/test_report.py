@@ -17,8 +17,7 @@ from awares.errors import AwaresError, Failure
 from awares.method import evaluation
 from awares.method.judges import SemanticJudge
 from awares.method.rollout import Trajectory, Turn
-from awares.study import figures, publish
-from awares.study import tables as report
+from awares.study import figures, publish, tables
 from awares.study import text_probe as leaks
 
 PARAMS = load_params("mini", overrides={"evaluation.bootstrap": 200})
@@ -61,7 +60,7 @@ def test_rows_without_an_answer_or_a_score_are_left_out_of_the_repair_and_counte
     curated = rows(label=["HR", "HR", "LR", "LR"], target=[["all"], ["all"], [], []])
     for name in ("low_answer", "high_answer"):
         curated = curated.add_column(name, ["no", "12", "12", "12"])
-    table = report.judged(curated, given, Unsure()).set_index("label")
+    table = tables.repair_table(curated, given, Unsure()).set_index("label")
     assert table.n.to_dict() == {"HR": 1, "LR": 1, "all": 2} and table.lost.to_dict() == {"HR": 1, "LR": 1, "all": 2}
     assert table["half+crops"].to_dict() == {"HR": 100, "LR": 100, "all": 100}
 
@@ -149,85 +148,41 @@ def test_majority_counts_by_the_benchmarks_metric():
 
 def test_curated_tables():
     labelled = rows(4, ["HR", "HR", "LR", "LR"], [["top"], ["top", "left"], [], []])
-    assert report.label_metrics(labelled) == {"rows": 4, "hr": 50.0, "area": (0.5 + 0.75) / 2}
-    labels = report.label_table(labelled).set_index("source")
+    assert tables.label_metrics(labelled) == {"rows": 4, "hr": 50.0, "area": (0.5 + 0.75) / 2}
+    labels = tables.label_table(labelled).set_index("source")
     assert labels.hr.to_dict() == {"chartqa": 50, "all sources": 50}
-    crops = report.crop_table(labelled).query("source == 'chartqa'").set_index("crop").share
+    crops = tables.crop_table(labelled).query("source == 'chartqa'").set_index("crop").share
     assert crops["top"] == crops["several"] == 50 and crops.sum() == 100
-    assert report.missed_evidence(labelled, 0.95) == 0
-    assert report.missed_evidence(rows(1, ["HR"], [["bottom"]]), 0.95) == 100
-    assert report.pick(labelled, 1, label="LR")["id"][:] == ["row-2"]
+    assert tables.missed_evidence(labelled, 0.95) == 0
+    assert tables.missed_evidence(rows(1, ["HR"], [["bottom"]]), 0.95) == 100
+    assert tables.first_rows(labelled, 1, label="LR")["id"][:] == ["row-2"]
 
 
 def test_accuracy_by_size_orders_by_evidence():
     evidence = pd.DataFrame(
         {"height": range(8), "label": ["HR"] * 4 + ["LR"] * 4, "half": [False] * 4 + [True] * 4, "full": True}
     )
-    table = report.accuracy_by_size(evidence, parts=2)
+    table = tables.accuracy_by_size(evidence, parts=2)
     assert table.half.tolist() == [0, 100] and table.full.tolist() == [100, 100] and table.n.tolist() == [4, 4]
     for nothing in (evidence[:4], evidence.drop(columns=["half", "full"])):  # of HR rows alone, of released rows
-        empty = report.accuracy_by_size(nothing, parts=2)
+        empty = tables.accuracy_by_size(nothing, parts=2)
         assert list(empty) == list(table) and empty.empty
 
 
 def test_checks_compare_with_their_bounds(tmp_path):
-    main = [("full", task, 90.0, 1.0) for task in ("chartqa", "average")]
-    main += [(system, "average", 80.0, 0.3) for system in ("half", "no_image", "sft")] + [
-        ("awares", "average", 89.0, 0.5)
-    ]
-    tables = {
-        "table1_main": pd.DataFrame(main, columns=["system", "benchmark", "accuracy", "rtr"]),
-        "reading": pd.DataFrame({"view": ["full", "half"], "evidence": "large", "accuracy": [90.0, 89.0]}),
-        "oracle_repair": pd.DataFrame({"label": ["all"], "full": [90.0], "half+crops": [89.5]}),
-        "no_image": pd.DataFrame({"gain": [1.0, 9.0]}),
-        "leaks": pd.DataFrame({"check": ["when", "where"], "value": [0.6, 45.0], "bound": [0.7, 40.0]}),
-        "table9_format": pd.DataFrame({"system": ["awares"], "valid": [np.nan]}),
-    }
-    for name, table in tables.items():
-        report.save_table(table, tmp_path / f"{name}.csv")
-    metrics = {"curation": {"train": {"hr": 30.0, "area": 0.4}}, "crop_distribution": {"unused_crops": 0}}
-    checks = report.check_table(tmp_path, metrics).set_index("check")
-    failed = {
-        "full less half resolution, average (points)",
-        "no image less the most frequent answer, worst task (points)",
-        "crop from the words less the most frequent crop (points)",
-        "RTR of AwaRes",
-        "RTR of SFT only less that of AwaRes",
-        "valid calls of AwaRes (%)",
-    }
-    assert set(checks[~checks.holds].index) == failed
-    assert checks.value["crop from the words less the most frequent crop (points)"] == 15
+    checks = [("a", 1.5, "<=", 1.5), ("b", 0.4, ">=", 0.5), ("c", np.nan, "<=", 1.0), ("d", None, ">=", 0.0)]
+    table = tables.check_table(checks)
+    assert table.holds.tolist() == [True, False, False, False]
+    tables.save_table(table, tmp_path / "checks.csv")
+    assert (tmp_path / "checks.csv").read_text().splitlines()[1] == "a,1.5,<=,1.5,True"
 
 
 def test_metrics_are_json_with_null_for_nan(tmp_path):
-    written = report.save_metrics(
+    written = tables.save_metrics(
         {"a": {"b": np.float64(1.23456789)}, "c": float("nan"), "n": 3}, tmp_path / "metrics.json"
     )
     assert written["a"] == {"b": 1.234568} and np.isnan(written["c"])
-    assert report.load_metrics(tmp_path) == {"a": {"b": 1.234568}, "c": None, "n": 3}
-
-
-def test_what_is_asked_over_seeds():
-    def table(**accuracies):
-        rows = [(name, report.AVERAGE, value, rtr) for name, (value, rtr) in accuracies.items()]
-        return pd.DataFrame(rows, columns=["system", "benchmark", "accuracy", "rtr"])
-
-    def paired(sft, full):
-        return pd.DataFrame({"a": ["awares", "awares"], "b": ["sft", "full"], "high": [sft, full]})
-
-    checks = report.seed_checks(
-        table(full=(85.0, 1.0), sft=(83.0, 0.40), awares=(84.0, 0.42)),
-        paired(1.8, -0.1),
-        pd.DataFrame({"system": ["awares", "awares", "sft"], "valid": [99.5, 98.5, 50.0]}),
-        pd.DataFrame({"policy": ["sft"], "rtr": [0.40], "rtr_at_accuracy": [0.38]}),
-        table(full=(86.0, 1.0), sft=(0.0, 0.45), awares=(84.0, 0.44)),
-        paired(-0.2, -0.7),
-    )
-    own, unseen = checks.iloc[:6], checks.iloc[6:]
-    assert own.value.round(3).tolist() == [1.0, 0.42, 98.5, -0.02, 1.8, 0.02]
-    assert own.holds.tolist() == [True, True, False, False, True, True]
-    assert unseen.value.round(3).tolist() == [2.0, 0.7, 0.44, 0.01, -0.2]
-    assert unseen.holds.tolist() == [False, True, True, True, False]
+    assert tables.load_metrics(tmp_path) == {"a": {"b": 1.234568}, "c": None, "n": 3}
 
 
 def test_the_same_answers_are_the_same_bytes_whatever_time_they_took(tmp_path):
@@ -243,10 +198,10 @@ def test_seed_means_and_missing_seed(tmp_path):
     runs = pd.DataFrame(
         {"system": "sft", "benchmark": "pope", "accuracy": [80.0, 84.0], "rtr": [0.4, 0.5], "seed": [1, 2]}
     )
-    means = report.seed_means(runs).squeeze()
+    means = tables.seed_means(runs).squeeze()
     assert (means.accuracy, means.accuracy_low, means.accuracy_high, means.seeds) == (82, 80, 84, 2)
     with pytest.raises(AwaresError, match="seed 2 has not been evaluated"):
-        report.seed_table(params, 2)
+        tables.seed_table(params, 2)
     with pytest.raises(AwaresError, match="no trajectories here"):
         evaluation.load_trajectories(tmp_path / "none.jsonl")
 
@@ -295,18 +250,16 @@ def test_figures_draw_and_repeat(tmp_path):
     assert png(figures.show(figures.curves_figure(curves, {"reward": "reward", "kl": "KL", "absent": "?"})))
 
 
-def test_whiskers_stand_on_their_own_bars():
-    table = pd.DataFrame(
-        [(b, s, v, v - 1, v + 2) for v, (b, s) in enumerate([("x", "p"), ("x", "q"), ("y", "p"), ("y", "q")])],
-        columns=["benchmark", "system", "accuracy", "accuracy_low", "accuracy_high"],
-    ).iloc[[0, 3, 1, 2]]
+def test_whiskers_are_on_their_own_bars():
+    values = [("x", "p"), ("x", "q"), ("y", "p"), ("y", "q")]
+    table = pd.DataFrame([(*names, v, v - 1, v + 2) for v, names in enumerate(values)]).iloc[[0, 3, 1, 2]]
+    table.columns = ["benchmark", "system", "accuracy", "accuracy_low", "accuracy_high"]
     figure = figures.bars_figure(table, "benchmark", "accuracy", "system", ("", ""))
     axes = figure.axes[0]
-    tops = sorted(
-        (round(bar.get_x() + bar.get_width() / 2, 3), bar.get_height()) for box in axes.containers for bar in box
-    )
-    marks = [lines.get_segments()[0] for lines in axes.collections]
-    assert sorted((round(low[0], 3), low[1] + 1) for low, _ in marks) == tops
+    heights = {round(bar.get_x() + bar.get_width() / 2, 3): bar.get_height() for bar in axes.patches}
+    whiskers = {round(low[0], 3): (low[1], high[1]) for lines in axes.collections for low, high in lines.get_segments()}
+    assert whiskers == {place: (height - 1, height + 2) for place, height in heights.items()}
+    assert sorted(heights.values()) == [0, 1, 2, 3]
     figures.show(figure)
 
 

@@ -1,54 +1,49 @@
-"""Table 1 with every system: the scores that the stages wrote, brought together (PAPER §5, §6)."""
+"""Systems and variants side by side: Table 1 with every system (PAPER §5, §6) and the ablations (Tables 3, 4, 7 to 10).
 
-from collections.abc import Iterable, Iterator, Mapping
+A variant changes a few parameters and repeats the stages that they decide; `06_ablations` writes its tables next to those of the main line.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
 
-from awares.config import SHUFFLED, SYSTEMS, Evaluation, Params, differences
-from awares.data import rows as data
-from awares.errors import AwaresFileError
+from awares.config import DECIDES, SYSTEMS, Evaluation, Params, differences
+from awares.data.rows import evaluation_rows
+from awares.errors import AwaresFileError, AwaresValueError
 from awares.method import evaluation
 from awares.method.crops import coverage
 from awares.method.metrics import bootstrap_interval
-from awares.study.scores import EVALUATION, Runs
-from awares.study.variants import MAIN, judged_by
+from awares.study.scores import EVALUATION, Runs, trained
+from awares.study.tables import AVERAGE
 
-TRAINED = {"sft": "sft", "awares": "grpo"}  # and the stage that trains it
+MAIN = "main"  # the main line's name in the tables of a variant
+TRAINED = {"sft": "sft", "awares": "grpo"}  # system -> the stage that trains it
 CONTROL = "random_token"
-SHOWN = 0.95  # share of a box from which a region shows it
-ANSWERED = ["system", "seed", "benchmark", "row_id", "score", "rtr", "layer_rtr", "answer", "written", "crops", "call_status", "call_gap",
-            "visual_tokens", "full_visual_tokens"]  # fmt: skip
-EFFECTS = [
-    "variant",
-    "system",
-    "against",
-    "change",
-    "difference",
-    "low",
-    "high",
-    "significant",
-    "rtr",
-    "rtr_low",
-    "rtr_high",
-]
+COVERED = 0.95  # share of a box from which a region shows it
+ANSWER_COLUMNS = ["answer", "written", "crops", "call_status", "call_gap", "visual_tokens", "full_visual_tokens"]
+
+File = tuple[str, int, Path]  # system or variant, training seed, its trajectories
+
+# Answers
 
 
 def all_scores(params: Params) -> pd.DataFrame:
-    """One line per system, training seed and row, as `answered` has them.
-
-    Systems: those of Table 1, of ``comparison`` and of ``ablations.systems``. ``seed`` is the main one for what is not trained;
-    of a trained system every seed counts for which it has been run. Raises AwaresFileError naming what has not been run.
-    """
-    return answered(params, [*_main_places(params), *_other_places(params)])
+    """`answered` of the systems of Table 1, of ``comparison`` and of ``ablations.systems``, a trained system at every seed that was run."""
+    folder = params.run_dir("systems")
+    files = [(system, params.seed, folder / system / "trajectories.jsonl") for system in params.comparison.all]
+    for variant in params.ablations.get("systems", ()):
+        files.append((variant, params.seed, _answers(replace(params, variant=variant), "awares")))
+    return answered(params, [*_main_files(params), *files])
 
 
 def seed_scores(params: Params) -> pd.DataFrame:
-    """`all_scores` of Table 1's systems alone; with an unseen evaluation seed, of the rows that it draws."""
-    return answered(params, _main_places(params))
+    """`answered` of Table 1's systems alone; with an unseen evaluation seed, on the rows that it draws."""
+    return answered(params, _main_files(params))
 
 
 def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
@@ -57,77 +52,46 @@ def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
     return scores.groupby(keys, sort=False)[["score", "rtr", "layer_rtr"]].mean().reset_index()
 
 
-def evidence_table(params: Params) -> pd.DataFrame:
-    """What each pruner of ``comparison`` leaves, in percent: of all visual tokens, of those that show evidence.
+def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
+    """The evaluation rows as every system of ``files`` has answered them, one line per system, seed and row.
 
-    Columns system, left, evidence with its interval over rows, accuracy (of the rows with evidence, average of the tasks), n.
+    Columns system, seed, benchmark, row_id, score (0 to 1), rtr, layer_rtr, then ANSWER_COLUMNS (``written``: the text of each assistant
+    turn). Raises AwaresFileError naming the file of a system that has not been run.
     """
-    settings, records = params.evaluation, []
-    for system in params.comparison.all:
-        scores = pd.read_csv(params.run_dir("systems") / system / "scores.csv")
-        if "evidence" not in scores or scores.evidence.isna().all():  # no pruner, or benchmarks without boxes
-            continue
-        scores = scores.dropna(subset="evidence")
-        resampling = (settings.seed, settings.bootstrap, settings.level, scores.benchmark.tolist())
-        found = bootstrap_interval(scores.evidence.tolist(), *resampling)
-        left, accuracy = scores.groupby("benchmark")[["left", "score"]].mean().mean()
-        values = {"left": left, "evidence": found.mean, "low": found.low, "high": found.high, "accuracy": accuracy}
-        records.append({"system": system, **{k: 100 * v for k, v in values.items()}, "n": len(scores)})
-    return pd.DataFrame(records, columns=["system", "left", "evidence", "low", "high", "accuracy", "n"])
-
-
-def regions_table(scores: pd.DataFrame, rows: datasets.Dataset, params: Params) -> pd.DataFrame:
-    """Whether the regions that each system of `all_scores` got show the evidence, at the main training seed, on the rows where it got any.
-
-    Columns system, calls (rows), covered (percent of them whose every box lies in the regions to SHOWN) with its interval over rows,
-    accuracy_covered and accuracy_elsewhere (percent right). ``rows``: the evaluation rows; those without boxes are left out.
-    """
-    settings, records = params.evaluation, []
-    plain = rows.select_columns(["id", "question_boxes", "answer_boxes"])
-    boxes = {one["id"]: [*one["question_boxes"], *one["answer_boxes"]] for one in plain}
-    main = scores[(scores.seed == params.seed) & scores.crops.map(len).gt(0) & scores.row_id.map(boxes).map(len).gt(0)]
-    for system, part in main.groupby("system", sort=False):
-        pairs = zip(part.row_id, part.crops, strict=True)
-        covered = np.array([all(coverage(tuple(box), names) >= SHOWN for box in boxes[row]) for row, names in pairs])
-        found = bootstrap_interval(covered.tolist(), settings.seed, settings.bootstrap, settings.level)
-        right = [100 * part.score[mask].mean() for mask in (covered, ~covered)]
-        records.append((system, len(part), 100 * found.mean, 100 * found.low, 100 * found.high, *right))
-    columns = ["system", "calls", "covered", "low", "high", "accuracy_covered", "accuracy_elsewhere"]
-    return pd.DataFrame(records, columns=columns)
-
-
-def answered(params: Params, places: Iterable[tuple[str, int, Path]]) -> pd.DataFrame:
-    """The evaluation rows as every system of ``places`` (name, training seed, trajectories) has answered them.
-
-    Columns system, seed, benchmark, row_id, score (0 to 1), rtr, layer_rtr, answer, written (the text of each assistant turn), crops,
-    call_status, call_gap, visual_tokens, full_visual_tokens. Raises AwaresFileError naming what has not been run.
-    """
-    rows = data.evaluation_rows(params)
-    found = []
-    for system, seed, path in places:
+    rows, found = evaluation_rows(params), []
+    for system, seed, path in files:
         if not path.is_file():
             raise AwaresFileError(f"{path}: system {system} has not answered yet; run `dvc repro comparison`")
         done = evaluation.load_trajectories(path)
-        table = evaluation.scored(system, rows, done)
+        table = evaluation.scored(system, rows, done).assign(seed=seed)
         table["written"] = [[turn.text for turn in one.turns if turn.role == "assistant"] for one in done]
         for name in ("layer_rtr", "call_gap", "visual_tokens", "full_visual_tokens"):
             table[name] = [getattr(one, name) for one in done]
-        found.append(table.assign(seed=seed))
-    return pd.concat(found, ignore_index=True)[ANSWERED]
+        found.append(table)
+    first = ["system", "seed", "benchmark", "row_id", "score", "rtr", "layer_rtr"]
+    return pd.concat(found, ignore_index=True)[[*first, *ANSWER_COLUMNS]]
 
 
-def first_turns(places: Iterable[tuple[str, int, Path]]) -> pd.DataFrame:
-    """What the policies of ``places`` ask for on the curated validation rows: system, seed, row_id, crops, call_status."""
+def first_turns(files: Iterable[File]) -> pd.DataFrame:
+    """Requests of the policies of ``files`` on the curated validation rows: system, seed, row_id, crops, call_status."""
     found = [
         (system, seed, one.row_id, one.crops, one.call_status)
-        for system, seed, path in places
+        for system, seed, path in files
         for one in evaluation.load_trajectories(path)
     ]
     return pd.DataFrame(found, columns=["system", "seed", "row_id", "crops", "call_status"])
 
 
-def validation_places(params: Params) -> Iterator[tuple[str, int, Path]]:
-    """System, seed and validation trajectories of the trained policies of Table 1; further seeds only where they are."""
+def _main_files(params: Params) -> Iterator[File]:
+    for system in SYSTEMS:
+        for seed in (params.seed, *(params.seeds if system in TRAINED else ())):
+            path = _answers(replace(params, seed=seed), system)
+            if seed == params.seed or path.is_file():  # further seeds only where they have been run
+                yield system, seed, path
+
+
+def main_first_turns(params: Params) -> Iterator[File]:
+    """Validation trajectories of the trained policies of Table 1; further seeds only where they have been run."""
     for system, stage in TRAINED.items():
         for seed in (params.seed, *params.seeds):
             path = replace(params, seed=seed).run_dir(stage) / "validation.jsonl"
@@ -135,34 +99,33 @@ def validation_places(params: Params) -> Iterator[tuple[str, int, Path]]:
                 yield system, seed, path
 
 
-def _main_places(params: Params) -> Iterator[tuple[str, int, Path]]:
-    """System, seed and trajectories of Table 1's systems; further seeds only where they are."""
-    for system in SYSTEMS:
-        yield system, params.seed, params.run_dir("evaluation") / "trajectories" / f"{system}.jsonl"
-        for seed in params.seeds if system in TRAINED else ():
-            path = replace(params, seed=seed).run_dir("evaluation") / "trajectories" / f"{system}.jsonl"
-            if path.is_file():
-                yield system, seed, path
+def variant_answers(runs: Mapping[str, Params]) -> list[File]:
+    """Trajectories of every variant on the evaluation rows."""
+    return [(name, params.seed, _answers(params, judged_by(params)[0])) for name, params in runs.items()]
 
 
-def _other_places(params: Params) -> Iterator[tuple[str, int, Path]]:
-    for system in params.comparison.all:
-        yield system, params.seed, params.run_dir("systems") / system / "trajectories.jsonl"
-    for system in params.ablations.get("systems", ()):
-        folder = replace(params, variant=system).run_dir("evaluation")
-        yield system, params.seed, folder / "trajectories" / "awares.jsonl"
+def variant_first_turns(runs: Mapping[str, Params]) -> list[File]:
+    """Trajectories of every variant on the curated validation rows."""
+    stages = {name: params.run_dir(judged_by(params)[1]) for name, params in runs.items()}
+    return [(name, runs[name].seed, folder / "validation.jsonl") for name, folder in stages.items()]
+
+
+def _answers(params: Params, system: str) -> Path:
+    return params.run_dir("evaluation") / "trajectories" / f"{system}.jsonl"
+
+
+# Systems
 
 
 def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
     """`evaluation.main_table` of every system, a row's score being its mean over seeds, plus layer_rtr and seeds."""
-    seeds = scores.groupby("system", sort=False).seed.nunique()
-    means = over_seeds(scores)
+    seeds, means = scores.groupby("system", sort=False).seed.nunique(), over_seeds(scores)
     table = evaluation.main_table(means, settings)
     inside = evaluation.main_table(means.assign(rtr=means.layer_rtr), settings)
     return table.assign(layer_rtr=inside.rtr, seeds=table.system.map(seeds))
 
 
-def response_table(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
+def answer_lengths(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
     """Table 6 from `all_scores`, main training seed: system, benchmark, characters of the answer (mean), characters_sd, n."""
     main = scores[scores.seed == params.seed]
     lengths = main.assign(characters=main.answer.str.len())
@@ -173,63 +136,164 @@ def response_table(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
 def against(scores: pd.DataFrame, system: str, params: Params) -> pd.DataFrame:
     """`evaluation.compare` of ``system`` with each other one, at the main training seed."""
     main = scores[scores.seed == params.seed]
-    others = [name for name in main.system.unique() if name != system]
-    return evaluation.compare(main, [(system, name) for name in others], params.evaluation)
+    pairs = [(system, name) for name in main.system.unique() if name != system]
+    return evaluation.compare(main, pairs, params.evaluation)
 
 
 def against_control(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
     """`evaluation.compare` of each pruner with the random choice of as many tokens."""
-    names = list(scores.system.unique())
-    controls = {name.removeprefix(CONTROL): name for name in names if name.startswith(f"{CONTROL}_")}
-    pairs = [
-        (name, controls[f"_{share}"])
-        for name in names
-        for stem, _, share in [name.rpartition("_")]
-        if stem and f"_{share}" in controls and not name.startswith(CONTROL)
-    ]
+    names = [name for name in scores.system.unique() if "_" in name]
+    pairs = [(name, f"{CONTROL}_{name.rpartition('_')[2]}") for name in names if not name.startswith(CONTROL)]
+    pairs = [(name, control) for name, control in pairs if control in names]
     return evaluation.compare(scores[scores.seed == params.seed], pairs, params.evaluation)
 
 
-def against_shuffled(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """`evaluation.compare` of each pruner with its own counts of tokens, with and without evidence, drawn."""
-    names = set(scores.system)
-    pairs = [(name.removesuffix(SHUFFLED), name) for name in scores.system.unique() if name.endswith(SHUFFLED)]
-    pairs = [pair for pair in pairs if pair[0] in names]
-    return evaluation.compare(scores[scores.seed == params.seed], pairs, params.evaluation)
+def evidence_left(params: Params) -> pd.DataFrame:
+    """Percent of all visual tokens, and of those that show evidence, that each pruner of ``comparison`` keeps.
+
+    Columns system, left, evidence with its interval over rows, accuracy (of the rows with evidence, mean of the tasks), n.
+    """
+    records = []
+    for system in params.comparison.all:
+        scores = pd.read_csv(params.run_dir("systems") / system / "scores.csv")
+        if "evidence" not in scores or scores.evidence.isna().all():  # no pruner, or benchmarks without boxes
+            continue
+        scores = scores.dropna(subset="evidence")
+        left, accuracy = (100 * scores.groupby("benchmark")[["left", "score"]].mean().mean()).tolist()
+        interval = _percent(scores.evidence.tolist(), params.evaluation, scores.benchmark.tolist())
+        records.append((system, left, *interval, accuracy, len(scores)))
+    return pd.DataFrame(records, columns=["system", "left", "evidence", "low", "high", "accuracy", "n"])
+
+
+def regions_table(scores: pd.DataFrame, rows: datasets.Dataset, params: Params) -> pd.DataFrame:
+    """Whether the regions that each system of `all_scores` got show the evidence, at the main training seed, on rows with regions and boxes.
+
+    Columns system, calls (rows), covered (percent of them whose regions cover every box to COVERED) with its interval over rows,
+    accuracy_covered and accuracy_elsewhere (percent right). ``rows``: the evaluation rows.
+    """
+    plain = rows.select_columns(["id", "question_boxes", "answer_boxes"])
+    boxes = {one["id"]: [*one["question_boxes"], *one["answer_boxes"]] for one in plain}
+    main = scores[(scores.seed == params.seed) & scores.crops.map(len).gt(0) & scores.row_id.map(boxes).map(len).gt(0)]
+    records = []
+    for system, part in main.groupby("system", sort=False):
+        pairs = zip(part.row_id, part.crops, strict=True)
+        covered = np.array([all(coverage(tuple(box), names) >= COVERED for box in boxes[row]) for row, names in pairs])
+        right = [100 * part.score[mask].mean() for mask in (covered, ~covered)]
+        records.append((system, len(part), *_percent(covered.tolist(), params.evaluation), *right))
+    columns = ["system", "calls", "covered", "low", "high", "accuracy_covered", "accuracy_elsewhere"]
+    return pd.DataFrame(records, columns=columns)
+
+
+def _percent(shares: list[float], settings: Evaluation, groups: list[str] | None = None) -> tuple[float, float, float]:
+    """Mean, low and high of shares (0 to 1) in percent, resampled inside ``groups``."""
+    found = bootstrap_interval(shares, settings.seed, settings.bootstrap, settings.level, groups)
+    return 100 * found.mean, 100 * found.low, 100 * found.high
+
+
+# Variants
+
+
+def judged_by(params: Params) -> tuple[str, str]:
+    """The system that a variant is judged by, and the stage that trained it: awares after grpo where it changes GRPO, else sft.
+
+    Raises AwaresValueError for a variant that changes no training.
+    """
+    touched = params.changed & DECIDES["grpo"]
+    if not touched:
+        raise AwaresValueError(f"variant {params.variant!r} changes no training: no ablation of params.yaml")
+    return ("awares", "grpo") if "grpo" in touched else ("sft", "sft")
+
+
+def gather(folders: Mapping[str, Path], name: str) -> pd.DataFrame:
+    """The tables ``name`` of all variants (variant -> folder of its tables) below each other, with a first column variant."""
+    found = []
+    for variant, folder in folders.items():
+        file = folder / f"{name}.csv"
+        if not file.is_file():
+            raise AwaresFileError(f"{file}: variant {variant} has not been run; run `dvc repro ablations`")
+        found.append(pd.read_csv(file))
+        found[-1].insert(0, "variant", variant)
+    return pd.concat(found, ignore_index=True)
+
+
+def select_variants(tables: pd.DataFrame, column: str, wanted: Sequence[str], main: str) -> pd.DataFrame:
+    """The rows of the variants ``wanted`` in gathered ``tables``, in that order, and those of the main line under the name ``main``.
+
+    ``column`` names a policy in a variant's table. Every variant's table holds the main line's row as well, scored at the same training
+    seed; that of the first wanted variant is taken. A variant that params.yaml does not list has no rows; AwaresValueError if none has.
+    """
+    own = tables[tables[column] == tables.variant]
+    ours = [name for name in wanted if name != main and (own.variant == name).any()]
+    if not ours:
+        raise AwaresValueError(f"none of {', '.join(wanted)} is listed under ablations in params.yaml")
+    reference = tables[(tables[column] == MAIN) & (tables.variant == ours[0])].assign(variant=main)
+    rows = pd.concat([own, reference])
+    return pd.concat([rows[rows.variant == name] for name in wanted], ignore_index=True).drop(columns=column)
+
+
+def recipe_table(results: pd.DataFrame, decisions: pd.DataFrame, wanted: Sequence[str], main: str) -> pd.DataFrame:
+    """Table 8: variant, accuracy (percent) with its interval, rtr, call_rate (percent), area (share of the image)."""
+    average = select_variants(results[results.benchmark == AVERAGE], "system", wanted, main)
+    calls = select_variants(decisions, "policy", wanted, main)[["variant", "call_rate", "area"]]
+    return average[["variant", "accuracy", "accuracy_low", "accuracy_high", "rtr"]].merge(calls, on="variant")
+
+
+def sweeps(main: Params, runs: Mapping[str, Params]) -> dict[str, dict[str, float]]:
+    """Parameters that variants change alone, each to another number: dotted key -> variant -> value, the main line included."""
+    found: dict[str, dict[str, float]] = {}
+    for name, params in runs.items():
+        changes = differences(main, params)
+        if len(changes) == 1 and all(type(value) in (int, float) for value in changes[0][1:]):
+            key, before, after = changes[0]
+            found.setdefault(key, {MAIN: before})[name] = after
+    return {key: dict(sorted(values.items(), key=lambda item: item[1])) for key, values in found.items()}
+
+
+def sweep_table(
+    results: pd.DataFrame, decisions: pd.DataFrame, found: Mapping[str, Mapping[str, float]]
+) -> pd.DataFrame:
+    """Columns parameter, value, then those of `recipe_table`; one line per point of every sweep."""
+    parts = []
+    for parameter, values in found.items():
+        table = recipe_table(results, decisions, list(values), MAIN)
+        table.insert(0, "value", table.variant.map(values))
+        table.insert(0, "parameter", parameter)
+        parts.append(table)
+    return pd.concat(parts, ignore_index=True)
 
 
 def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
-    """What the change of each variant does to average accuracy (points) and to RTR: a line against the main line, then one against
-    each variant whose changes are a part of its own (a trained system of Table 1 is compared with the main line alone).
+    """Effect of each variant's change on mean accuracy (points) and RTR: a line against the main line, then one against each variant
+    whose changes are a part of its own (a trained system of Table 1 is compared with the main line alone).
 
-    Columns EFFECTS: ``system`` (of Table 1) is the trained policy that is looked at, ``change`` what sets the two apart. The intervals hold
-    rows and the scatter of training (awares.measures). Raises AwaresFileError for a variant that has not been run.
+    ``system``: the trained policy of Table 1 that is compared; ``change``: the parameters that differ. The intervals cover the variance
+    of rows and training (`scores`). Raises AwaresFileError for a variant that has not been run.
     """
     system = {name: judged_by(params)[0] for name, params in runs.items()}
     changes = {name: {key: str(new) for key, _, new in differences(main, params)} for name, params in runs.items()}
-    policies = {one: {EVALUATION: _answers(MAIN, one)} for one in TRAINED}
-    policies |= {name: {EVALUATION: _answers(name, one), "like": one} for name, one in system.items()}
-    read = Runs(main, policies)
+    policies = {name: trained(MAIN, stage) for name, stage in TRAINED.items()}
+    policies |= {name: trained(name, TRAINED[like], like) for name, like in system.items()}
     steps = {name: change for name, change in changes.items() if name not in main.ablations.get("systems", ())}
-    starts = [
-        (name, other) for name in steps for other in _parts_of(steps[name], steps) if system[other] == system[name]
+    pairs = [(name, MAIN) for name in runs]
+    pairs += [
+        (name, start) for name in steps for start in _parts_of(steps[name], steps) if system[start] == system[name]
     ]
-    records = []
-    for name, other in [*((name, MAIN) for name in runs), *starts]:
-        pair = (name, system[name] if other == MAIN else other)
+    read, records = Runs(main, policies), []
+    for name, start in pairs:
+        pair = (name, system[name] if start == MAIN else start)
         seeds = read.seeds(pair, EVALUATION)
-        values = []
-        for measure in ("accuracy", "rtr"):
-            a, b = (read.sample(measure, policy, seeds) for policy in pair)
-            values.append(((a - b).value, *(a - b).interval(main.evaluation.level)))
-        change = ", ".join(f"{key} {new}" for key, new in changes[name].items() if key not in changes.get(other, ()))
-        (gain, low, high), rtr = values
-        records.append((name, system[name], other, change, gain, low, high, not low <= 0 <= high, *rtr))
-    return pd.DataFrame(records, columns=EFFECTS)
-
-
-def _answers(variant: str, system: str) -> str:
-    return f"evaluation/{variant}-s{{seed}}/trajectories/{system}.jsonl"
+        change = ", ".join(f"{key} {new}" for key, new in changes[name].items() if key not in changes.get(start, ()))
+        record: dict[str, Any] = {"variant": name, "system": system[name], "against": start, "change": change}
+        for measure, column, low, high in (
+            ("accuracy", "difference", "low", "high"),
+            ("rtr", "rtr", "rtr_low", "rtr_high"),
+        ):
+            sample = read.sample(measure, pair[0], seeds) - read.sample(measure, pair[1], seeds)
+            record[column] = sample.value
+            record[low], record[high] = sample.interval(main.evaluation.level)
+            record.setdefault("significant", not record["low"] <= 0 <= record["high"])
+        records.append(record)
+    return pd.DataFrame(records)
 
 
 def _parts_of(whole: Mapping[str, str], changes: Mapping[str, Mapping[str, str]]) -> list[str]:

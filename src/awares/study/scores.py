@@ -1,22 +1,19 @@
-"""Row-by-row measures of a policy, read from what the stages wrote, and their resamples: what claims are decided by.
+"""Row-by-row measures of a policy, read from the runs, and their bootstrap samples: what claims are decided by.
 
-A policy has up to three sets of rows: ``evaluation`` (answers to the benchmarks' rows), ``validation`` (first turns on
-the curated validation rows, against label and oracle crops) and ``curation`` (labels of the training rows). Where one
-of them lies is told by a path below runs/<profile>; "{seed}" in it stands for the training seeds, "{main}" for the main
-one, where nothing was trained.
+A policy has up to three kinds of rows: ``evaluation`` (answers to the benchmark rows), ``validation`` (first turns on the
+curated validation rows, compared with labels and oracle crops) and ``curation`` (labels of the training rows).
 
-Training has its own scatter, and few seeds tell little of it: what it adds to a resample of the rows follows Student's distribution
-for as many seeds as it was estimated from. Where policies are compared at several seeds, a resample's mean over them moves by
-their deviations from it, the same way for every policy, so that a difference moves by the deviations of the differences. Where
-one of them was trained at a single seed, every trained one's resamples move by the scatter over seeds of the main line's policy
-that it is ``like`` (itself, if it has the seeds): independent draws, so that the interval of a difference is rather too wide than
-too narrow where two policies share a cold start.
+An interval covers two sources of variance. Rows are resampled inside each benchmark, the same rows for every policy. Training seeds
+are few, so their variance follows Student's t. At n > 1 seeds a resample of the mean over seeds moves by the policy's deviations
+from it, with the same random numbers for every policy: differences are paired by seed. At one seed it moves by the
+standard deviation over seeds of the main line's policy that it is ``like``, drawn independently. This interval is too wide
+rather than too narrow where two policies share an SFT checkpoint.
 """
 
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +22,39 @@ import numpy as np
 import pandas as pd
 
 from awares.config import Params
-from awares.data import rows as data
+from awares.data.rows import load_rows
 from awares.errors import AwaresFileError, AwaresValueError
 from awares.method.evaluation import load_trajectories, scored
 from awares.method.judges import label
 from awares.method.metrics import resampled_means
-from awares.method.rollout import Trajectory
 from awares.study.diagnostics import decision_parts, outcome
 
-EVALUATION, VALIDATION, CURATION = KINDS = ("evaluation", "validation", "curation")
+EVALUATION, VALIDATION, CURATION = "evaluation", "validation", "curation"
+SHARES = ("call_rate", "precision", "recall", "f1", "fpr", "exact", "relaxed")  # of Table 7
 
-# measure -> (rows it needs, factor: 100 for percent)
+# measure -> (kind of rows, factor: 100 for percent)
 MEASURES: dict[str, tuple[str, float]] = {
     "accuracy": (EVALUATION, 100.0),  # the benchmark's own metric
     "rtr": (EVALUATION, 1.0),
-    "characters": (EVALUATION, 1.0),  # of the answer, as in Table 6: calls are not counted
-    "call_rate": (VALIDATION, 100.0),  # this and the next seven: diagnostics.CdpDiagnostics
-    "precision": (VALIDATION, 100.0),
-    "recall": (VALIDATION, 100.0),
-    "f1": (VALIDATION, 100.0),
-    "fpr": (VALIDATION, 100.0),
-    "exact": (VALIDATION, 100.0),
-    "relaxed": (VALIDATION, 100.0),
-    "area": (VALIDATION, 1.0),  # the one that is no share of rows
-    "whole_image": (VALIDATION, 100.0),  # rows that ask for the whole image
-    "whole_of_calls": (VALIDATION, 100.0),  # calls that do
+    "characters": (EVALUATION, 1.0),  # of the answer, without calls (Table 6)
+    **dict.fromkeys(SHARES, (VALIDATION, 100.0)),
+    "area": (VALIDATION, 1.0),  # requested per call, share of the image
+    "whole_image": (VALIDATION, 100.0),  # rows that request the whole image
+    "whole_of_calls": (VALIDATION, 100.0),  # calls that request the whole image
     "valid": (VALIDATION, 100.0),  # attempted calls that parse as written
     "hr": (VALIDATION, 100.0),  # rows labelled HR
     "agreement": (CURATION, 100.0),  # rows on which a judge gives the label of the deciding judge
 }
-SCORES = ("benchmark", "row_id", "score", "rtr")  # what scores.csv must have; "characters" may stand beside
+COLUMNS = {
+    "accuracy": ("score", 1.0),
+    "rtr": ("rtr", 1e9),
+    "characters": ("characters", 1e9),
+}  # and their largest values
 
-Parts = tuple[np.ndarray, np.ndarray | None]
+Policy = Mapping[str, str]  # kind -> file or folder below runs/<profile>; "judge"; "like"
+Parts = tuple[
+    np.ndarray, np.ndarray | None
+]  # numerator and denominator of each row (N,); without denominator a mean over rows
 
 
 class MissingRows(AwaresFileError):
@@ -65,9 +63,7 @@ class MissingRows(AwaresFileError):
 
 @dataclass(frozen=True)
 class Sample:
-    """A statistic over rows and training seeds, and its resamples (n,); the same resample is the same rows and seeds
-    for every policy, so that differences of samples are paired.
-    """
+    """A statistic over rows and seeds, and its resamples ``draws`` (n,). Draw k has the same rows for every policy."""
 
     value: float
     draws: np.ndarray
@@ -85,7 +81,7 @@ class Sample:
 
     @property
     def defined(self) -> bool:
-        """Whether value and every resample are finite: not so where hardly a row counts."""
+        """Whether value and every draw are finite. They are not where too few rows count."""
         return bool(np.isfinite(self.value) and np.isfinite(self.draws).all())
 
     def interval(self, level: float) -> tuple[float, float]:
@@ -94,241 +90,220 @@ class Sample:
         return float(low), float(high)
 
 
-def worst(samples: Sequence[Sample], smallest: bool, level: float) -> tuple[float, float, float]:
-    """The smallest (or largest) of several values, and its interval.
-
-    That all of them are above a margin takes every interval to be above it; that one of them is below may be found in any of them, so
-    that end takes intervals at 1 - (1 - level) / their number (Bonferroni). A single one has its own interval.
-    """
-    pick, stricter = (min if smallest else max), 1 - (1 - level) / len(samples)
-    near, far = ([one.interval(level) for one in samples], [one.interval(stricter) for one in samples])
-    lows, highs = (near, far) if smallest else (far, near)
-    return pick(one.value for one in samples), pick(low for low, _ in lows), pick(high for _, high in highs)
-
-
 @dataclass(frozen=True)
 class RowSet:
-    """One policy on N rows of one kind. ``parts``: measure -> what each row adds to numerator and denominator (N,)."""
+    """One policy on N rows of one kind. ``groups``: benchmark or source of each row."""
 
     place: str
     ids: tuple[str, ...]
-    groups: tuple[str, ...]  # benchmark or source of each row
+    groups: tuple[str, ...]
     parts: Mapping[str, Parts]
+
+    def of(self, measure: str) -> Parts:
+        """The parts of ``measure``, or MissingRows."""
+        if measure not in self.parts:
+            raise MissingRows(f"{self.place} has no {measure}")
+        return self.parts[measure]
+
+
+def trained(variant: str, stage: str, like: str = "") -> Policy:
+    """The policy that ``stage`` (sft or grpo) of a variant trains; ``like``: the main line's policy of that stage."""
+    system = {"sft": "sft", "grpo": "awares"}[stage]
+    answers = f"evaluation/{variant}-s{{seed}}/trajectories/{system}.jsonl"
+    return {EVALUATION: answers, VALIDATION: f"{stage}/{variant}-s{{seed}}/validation.jsonl", "like": like}
 
 
 class Runs:
-    """Row sets below runs/<profile>, loaded when asked for. ``policies``: name -> kind -> path; ``judge`` for curation;
-    ``like``: the main line's policy whose scatter over training seeds stands for that of a policy with one seed.
+    """The rows and resamples of ``policies``, each computed once. Paths have "{seed}", a training seed, or "{main}".
 
     Raises `MissingRows` for what has not been run yet, another AwaresError for files that are there and are wrong.
     """
 
-    def __init__(self, params: Params, policies: Mapping[str, Mapping[str, str]]) -> None:
-        self.params, self.policies = params, policies
+    def __init__(self, params: Params, policies: Mapping[str, Policy]) -> None:
+        self.params, self.policies, self.settings = params, policies, params.evaluation
         self.root = params.path(params.paths.runs) / params.profile
-        self._sets: dict[tuple[str, str, int], RowSet] = {}
         self._first: dict[str, RowSet] = {}
-        self._resampled: dict[Any, tuple[float, np.ndarray]] = {}
-
-    # Where
-
-    def path(self, policy: str, kind: str, seed: int) -> Path:
-        """The file or folder of a policy's rows."""
-        found = self.policies[policy]
-        if kind not in found:
-            raise AwaresValueError(f"policy {policy} has no {kind} rows: its path is to be told under policies")
-        return self.root / found[kind].format(seed=seed, main=self.params.seed)
+        self.rows, self._resample, self._dataset = cache(self._load), cache(self._bootstrap), cache(self._read_dataset)
 
     def seeds(self, policies: Sequence[str], kind: str) -> tuple[int, ...]:
-        """The training seeds for which every one of ``policies`` has rows; the main one if none of them was trained."""
+        """The training seeds for which all ``policies`` have rows; the main seed if none of them was trained."""
         common = every = (self.params.seed, *self.params.seeds)
         for policy in policies:
-            there = self._there(policy, kind)
+            there = self._seeds_of(policy, kind)
             if not there:
-                raise MissingRows(f"{self._name(self.path(policy, kind, every[0]))} is not there")
+                self._place(self._path(policy, kind, every[0]))
             common = tuple(seed for seed in common if seed in there) if self._trained(policy, kind) else common
         if not common:
             raise MissingRows(f"{', '.join(policies)} have no training seed in common")
         return common if any(self._trained(policy, kind) for policy in policies) else common[:1]
 
-    def _trained(self, policy: str, kind: str) -> bool:
-        return "{seed}" in self.policies[policy].get(kind, "")
+    def sample(self, measure: str, policy: str, seeds: Sequence[int], benchmarks: tuple[str, ...] = ()) -> Sample:
+        """``measure`` of ``policy``, its mean over ``seeds``, with the variance of rows and training.
 
-    def _there(self, policy: str, kind: str) -> tuple[int, ...]:
-        """The training seeds for which ``policy`` has rows; the main one for what was not trained."""
-        asked = (self.params.seed, *self.params.seeds) if self._trained(policy, kind) else (self.params.seed,)
-        return tuple(seed for seed in asked if _exists(self.path(policy, kind, seed)))
-
-    def _name(self, path: Path) -> str:
-        return str(path.relative_to(self.params.root)) if path.is_relative_to(self.params.root) else str(path)
-
-    # What
-
-    def sample(self, measure: str, policy: str, seeds: Sequence[int], benchmarks: Sequence[str] = ()) -> Sample:
-        """``measure`` of ``policy``, the mean over ``seeds``; rows are resampled inside each benchmark, and training's scatter added.
-
-        On evaluation rows it is the mean over ``benchmarks``, all of them by default; elsewhere over all rows. At a single seed the
-        scatter is that of `scatter`.
+        On evaluation rows it is the mean over ``benchmarks`` (all of them by default), elsewhere the mean over rows.
         """
-        kind, factor = MEASURES[measure]
-        found = [self._resample(self.rows(policy, kind, seed), measure, tuple(benchmarks)) for seed in seeds]
-        pooled = self._pool(found)
+        factor = MEASURES[measure][1]
+        pooled = self._pool([self._resample(policy, seed, measure, benchmarks) for seed in seeds])
         if len(seeds) > 1:
             return Sample(factor * pooled.value, factor * pooled.draws)
-        spread, count = self.scatter(measure, policy, benchmarks)
+        deviation, count = self.seed_deviation(measure, policy, benchmarks)
         noise = self._stream("training", policy, measure).standard_normal(len(pooled.draws)) * self._student(count)
-        return Sample(factor * pooled.value, factor * pooled.draws + spread * noise)
+        return Sample(factor * pooled.value, factor * pooled.draws + deviation * noise)
 
-    def scatter(self, measure: str, policy: str, benchmarks: Sequence[str] = ()) -> tuple[float, int]:
-        """Standard deviation of ``measure`` over training seeds of the policy that ``policy`` is like, and their number; 0 for one.
+    def seed_deviation(self, measure: str, policy: str, benchmarks: tuple[str, ...] = ()) -> tuple[float, int]:
+        """Standard deviation over the seeds of the policy that ``policy`` is like, and their number; (0, 1) if untrained.
 
-        A share that came out alike at every seed is known to half a row either way: its scatter is that of the rounding.
+        A share that is equal at every seed is known to half a row: its deviation is that of rounding.
         """
         kind, factor = MEASURES[measure]
-        kin = self.policies[policy].get("like", policy)
-        there = self._there(kin, kind)
-        if not self._trained(policy, kind) or len(there) < 2:
+        like = self.policies[policy].get("like") or policy
+        seeds = self._seeds_of(like, kind)
+        if not self._trained(policy, kind) or len(seeds) < 2:
             return 0.0, 1
-        found = [self.rows(kin, kind, seed) for seed in there]
-        values = [self._resample(rows, measure, tuple(benchmarks))[0] for rows in found]
-        wholes = _parts(found[0], measure)[1]
+        values = [self._resample(like, seed, measure, benchmarks)[0] for seed in seeds]
+        wholes = self.rows(like, kind, seeds[0]).of(measure)[1]
         floor = 1 / (12**0.5 * wholes.sum()) if wholes is not None and len(set(values)) == 1 and wholes.any() else 0.0
-        return float(factor * max(np.std(values, ddof=1), floor)), len(there)
-
-    def _student(self, seeds: int) -> np.ndarray:
-        """What turns normal noise of a scatter estimated from ``seeds`` into Student's: the same for every policy, resample by resample."""
-        free = max(seeds - 1, 1)
-        return np.sqrt(free / self._stream("student").chisquare(free, self.params.evaluation.bootstrap))
-
-    def _stream(self, *names: str) -> np.random.Generator:
-        """Random numbers of their own for ``names``."""
-        return np.random.default_rng([self.params.evaluation.seed, zlib.crc32("/".join(names).encode())])
+        return float(factor * max(np.std(values, ddof=1), floor)), len(seeds)
 
     def correlation(self, x: str, y: str, policy: str, seeds: Sequence[int]) -> Sample:
-        """Pearson correlation, over all rows, of two measures in which every row counts; the mean over ``seeds``."""
+        """Pearson correlation over all rows of two measures in which every row counts, its mean over ``seeds``."""
         return self._pool([self._correlate(self.rows(policy, MEASURES[x][0], seed), x, y) for seed in seeds])
 
+    # Statistics
+
     def _pool(self, found: Sequence[tuple[float, np.ndarray]]) -> Sample:
-        """Mean over n seeds of (value, resamples), moved by sum_k (v_k - mean) z_k / sqrt(n (n - 1)) and Student's factor; z is every policy's."""
+        """Mean over n seeds of (v_k, draws), moved by sum_k (v_k - mean) z_k / sqrt(n (n - 1)) times Student's factor."""
         values, draws = np.array([value for value, _ in found]), np.mean([draws for _, draws in found], axis=0)
         if (count := len(found)) == 1:
             return Sample(float(values[0]), draws)
-        normal = self._stream("seeds").standard_normal((self.params.evaluation.bootstrap, count))
+        normal = self._stream("seeds").standard_normal((self.settings.bootstrap, count))
         moved = normal @ (values - values.mean()) / (count * (count - 1)) ** 0.5
         return Sample(float(values.mean()), draws + moved * self._student(count))
 
-    def _resample(self, rows: RowSet, measure: str, benchmarks: tuple[str, ...]) -> tuple[float, np.ndarray]:
-        key = (rows.place, measure, benchmarks)
-        if key not in self._resampled:
-            values, wholes = _parts(rows, measure)
-            groups = rows.groups if wholes is None else None
-            if benchmarks:
-                if lacking := sorted(set(benchmarks) - set(rows.groups)):
-                    raise MissingRows(f"{rows.place} has no rows of {', '.join(lacking)}")
-                kept = np.isin(rows.groups, benchmarks)
-                values, groups = values[kept], tuple(name for name in rows.groups if name in benchmarks)
-            settings = self.params.evaluation
-            mean, draws = resampled_means(values, settings.seed, settings.bootstrap, groups, wholes=wholes)
-            if measure != "area" and (alike := _alike(values, wholes)) is not None:
-                drawn = self._stream(rows.place, measure).beta(*alike, settings.bootstrap)
-                draws = np.where(np.isfinite(draws), drawn, draws)
-            self._resampled[key] = mean, draws
-        return self._resampled[key]
+    def _student(self, seeds: int) -> np.ndarray:
+        """Factors that turn normal noise into Student's t with seeds - 1 degrees of freedom, the same for every policy."""
+        free = max(seeds - 1, 1)
+        return np.sqrt(free / self._stream("student").chisquare(free, self.settings.bootstrap))
+
+    def _stream(self, *names: str) -> np.random.Generator:
+        return np.random.default_rng([self.settings.seed, zlib.crc32("/".join(names).encode())])
+
+    def _bootstrap(self, policy: str, seed: int, measure: str, benchmarks: tuple[str, ...]) -> tuple[float, np.ndarray]:
+        rows = self.rows(policy, MEASURES[measure][0], seed)
+        values, wholes = rows.of(measure)
+        groups = rows.groups if wholes is None else None
+        if benchmarks:
+            if lacking := sorted(set(benchmarks) - set(rows.groups)):
+                raise MissingRows(f"{rows.place} has no rows of {', '.join(lacking)}")
+            kept = np.isin(rows.groups, benchmarks)
+            values, groups = values[kept], tuple(name for name in rows.groups if name in benchmarks)
+        mean, draws = resampled_means(values, self.settings.seed, self.settings.bootstrap, groups, wholes=wholes)
+        if measure != "area" and (beta := _jeffreys(values, wholes)) is not None:
+            drawn = self._stream(rows.place, measure).beta(*beta, self.settings.bootstrap)
+            draws = np.where(np.isfinite(draws), drawn, draws)
+        return mean, draws
 
     def _correlate(self, rows: RowSet, x: str, y: str) -> tuple[float, np.ndarray]:
-        a, b = (_parts(rows, name)[0] for name in (x, y))
-        settings = self.params.evaluation
-        moments = [resampled_means(v, settings.seed, settings.bootstrap) for v in (a, b, a * b, a * a, b * b)]
-        draws = _pearson(*(drawn for _, drawn in moments))
-        return float(_pearson(*(np.array(mean) for mean, _ in moments))), draws
+        a, b = rows.of(x)[0], rows.of(y)[0]
+        seed, count = self.settings.seed, self.settings.bootstrap
+        moments = [resampled_means(values, seed, count) for values in (a, b, a * b, a * a, b * b)]
+        value, draws = (_pearson(*map(np.asarray, column)) for column in zip(*moments, strict=True))
+        return float(value), draws
 
-    def rows(self, policy: str, kind: str, seed: int) -> RowSet:
-        """The rows of one policy, loaded once; all policies must have the same rows in the same order."""
-        key = (policy, kind, seed)
-        if key not in self._sets:
-            found = self._load(policy, kind, self.path(policy, kind, seed))
-            first = self._first.setdefault(kind, found)
-            if found.ids != first.ids:
-                raise AwaresValueError(f"{found.place} and {first.place} hold different rows: run both stages again")
-            self._sets[key] = found
-        return self._sets[key]
+    # Files
 
-    def _load(self, policy: str, kind: str, path: Path) -> RowSet:
+    def _trained(self, policy: str, kind: str) -> bool:
+        return "{seed}" in self.policies[policy][kind]
+
+    def _path(self, policy: str, kind: str, seed: int) -> Path:
+        return self.root / self.policies[policy][kind].format(seed=seed, main=self.params.seed)
+
+    def _place(self, path: Path) -> str:
+        """The name of a file or dataset in messages; MissingRows if it is not there."""
+        place = str(path.relative_to(self.params.root)) if path.is_relative_to(self.params.root) else str(path)
         if not _exists(path):
-            raise MissingRows(f"{self._name(path)} is not there")
-        place = self._name(path)
-        if kind == EVALUATION:
-            return _scores(place, path) if path.suffix == ".csv" else self._scored(place, path)
-        if kind == CURATION:
-            judge = self.policies[policy].get("judge", "")
-            return _agreement(f"{place} (judge {judge})", data.load_rows(path), judge)
-        return self._decisions(place, path)
+            raise MissingRows(f"{place} is not there")
+        return place
 
-    @cached_property
-    def _benchmark_rows(self) -> datasets.Dataset:
-        return self._dataset(self.root / "data" / "evaluation")
+    def _seeds_of(self, policy: str, kind: str) -> tuple[int, ...]:
+        """The training seeds for which ``policy`` has rows; the main seed if it was not trained."""
+        seeds = (self.params.seed, *self.params.seeds) if self._trained(policy, kind) else (self.params.seed,)
+        return tuple(seed for seed in seeds if _exists(self._path(policy, kind, seed)))
 
-    @cached_property
-    def _validation_rows(self) -> datasets.Dataset:
-        return self._dataset(self.root / "curation" / "validation" / "dataset")
+    def _read_dataset(self, path: Path) -> datasets.Dataset:
+        self._place(path)
+        return load_rows(path)
 
-    def _dataset(self, path: Path) -> datasets.Dataset:
-        if not _exists(path):
-            raise MissingRows(f"{self._name(path)} is not there")
-        return data.load_rows(path)
+    def _load(self, policy: str, kind: str, seed: int) -> RowSet:
+        """The rows of one policy; all policies must have the same rows in the same order."""
+        path = self._path(policy, kind, seed)
+        place, judge = self._place(path), self.policies[policy].get("judge", "")
+        try:
+            if kind == CURATION:
+                found = _agreement(f"{place} (judge {judge})", self._dataset(path), judge)
+            else:
+                found = self._scores(place, path) if kind == EVALUATION else self._decisions(place, path)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:  # no table, no trajectory, or of other rows
+            raise AwaresFileError(f"{place}: {error or repr(error)}; run its stage again") from error
+        first = self._first.setdefault(kind, found)
+        if found.ids != first.ids:
+            raise AwaresValueError(f"{found.place} and {first.place} hold different rows: run both stages again")
+        return found
 
-    def _scored(self, place: str, path: Path) -> RowSet:
-        rows, done = self._benchmark_rows, _trajectories(place, path)
-        _check_ids(place, done, rows["id"][:])
-        table = scored(place, rows, done).assign(characters=[len(one.answer) for one in done])
-        return _row_set(place, table)
+    def _scores(self, place: str, path: Path) -> RowSet:
+        """From scores.csv of a system, or from trajectories."""
+        if path.suffix == ".csv":
+            table = pd.read_csv(path, dtype={"row_id": str, "benchmark": str})
+        else:
+            done = load_trajectories(path)
+            table = scored(path.stem, self._dataset(self.root / "data" / "evaluation"), done)
+            table["characters"] = [len(one.answer) for one in done]
+        parts: dict[str, Parts] = {}
+        for measure, (column, most) in COLUMNS.items():
+            if column in table or measure != "characters":
+                wrong = table[~pd.to_numeric(table[column], errors="coerce").between(0, most)]
+                if len(wrong):
+                    raise ValueError(
+                        f"row {wrong.row_id.iloc[0]}: {column} is {wrong[column].iloc[0]}, not 0 to {most:g}"
+                    )
+                parts[measure] = table[column].to_numpy(float), None
+        if table.row_id.duplicated().any():
+            raise ValueError(f"row {table.row_id[table.row_id.duplicated()].iloc[0]} occurs twice")
+        return RowSet(place, tuple(table.row_id), tuple(table.benchmark), parts)
 
     def _decisions(self, place: str, path: Path) -> RowSet:
-        """First turns of trajectories, or, for a dataset of curated rows, the oracle's requests."""
-        rows = self._validation_rows
-        if path.is_dir():
-            requests, statuses = rows["target_crops"][:], None
-        else:
-            done = _trajectories(place, path)
-            _check_ids(place, done, rows["id"][:])
-            requests, statuses = [one.crops for one in done], [one.call_status for one in done]
-        relaxed = self.params.evaluation.relaxed_iou
-        parts: dict[str, Parts] = dict(decision_parts(rows["label"][:], requests, rows["target_crops"][:], relaxed))
-        every, whole = np.ones(len(rows)), np.array([outcome(crops) == "all" for crops in requests], float)
+        """First turns of trajectories, or the oracle's requests if ``path`` is the curated rows."""
+        rows = self._dataset(self.root / "curation" / "validation" / "dataset")
+        ids, labels, target = rows["id"][:], rows["label"][:], rows["target_crops"][:]
+        done = [] if path.is_dir() else load_trajectories(path)
+        if done and [one.row_id for one in done] != ids:
+            raise ValueError("its trajectories are of other rows than the curated ones")
+        requests = [one.crops for one in done] or target
+        every, whole = np.ones(len(ids)), np.array([outcome(crops) == "all" for crops in requests], float)
+        parts: dict[str, Parts] = dict(decision_parts(labels, requests, target, self.settings.relaxed_iou))
         parts |= {"whole_image": (whole, every), "whole_of_calls": (whole, parts["call_rate"][0])}
-        parts["hr"] = (np.array([name == "HR" for name in rows["label"][:]], float), every)
-        if statuses is not None:
-            tried = np.array([name in ("valid", "recovered", "malformed") for name in statuses], float)
-            parts["valid"] = (np.array([name == "valid" for name in statuses], float), tried)
-        return RowSet(place, tuple(rows["id"][:]), tuple(rows["source"][:]), parts)
+        parts["hr"] = np.array([name == "HR" for name in labels], float), every
+        if done:
+            tried = np.array([one.call_status in ("valid", "recovered", "malformed") for one in done], float)
+            parts["valid"] = np.array([one.call_status == "valid" for one in done], float), tried
+        return RowSet(place, tuple(ids), tuple(rows["source"][:]), parts)
 
 
 def _exists(path: Path) -> bool:
     return path.is_file() or (path / "state.json").is_file()
 
 
-def _trajectories(place: str, path: Path) -> list[Trajectory]:
-    try:
-        return load_trajectories(path)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise AwaresFileError(f"{place}: a line is no trajectory ({error!r}): run its stage again") from error
+def _agreement(place: str, rows: datasets.Dataset, judge: str) -> RowSet:
+    """Whether ``judge`` gives each curated row the label that the deciding judge gives it."""
+    if f"verdict_{judge}" not in rows.column_names:
+        raise MissingRows(f"{place}: the rows have no verdicts of this judge")
+    same = [label(a) == label(b) for a, b in zip(rows[f"verdict_{judge}"][:], rows["verdict"][:], strict=True)]
+    parts: dict[str, Parts] = {"agreement": (np.array(same, float), np.ones(len(rows)))}
+    return RowSet(place, tuple(rows["id"][:]), tuple(rows["source"][:]), parts)
 
 
-def _check_ids(place: str, done: Sequence[Trajectory], ids: Sequence[str]) -> None:
-    if [one.row_id for one in done] != list(ids):
-        raise AwaresValueError(
-            f"{place}: its trajectories are not those of the rows that are there: run its stage again"
-        )
-
-
-def _parts(rows: RowSet, measure: str) -> Parts:
-    if measure not in rows.parts:
-        raise MissingRows(f"{rows.place} does not tell {measure}")
-    return rows.parts[measure]
-
-
-def _alike(values: np.ndarray, wholes: np.ndarray | None) -> tuple[float, float] | None:
-    """For a share that every row has, or none, whose resamples would all be the same: Jeffreys' distribution of it, Beta(a, b)."""
+def _jeffreys(values: np.ndarray, wholes: np.ndarray | None) -> tuple[float, float] | None:
+    """Beta(a, b) of a share that is 0 or 1 in every draw: its posterior under Jeffreys' prior."""
     if wholes is None or not set(np.unique(wholes)) <= {0.0, 1.0}:
         return None
     number, hits = wholes.sum(), values.sum()
@@ -339,38 +314,3 @@ def _pearson(x: Any, y: Any, xy: Any, xx: Any, yy: Any) -> Any:
     """From the means of x, y, x*y, x*x, y*y; nan where one of the two does not vary."""
     spread = (xx - x * x).clip(0) * (yy - y * y).clip(0)
     return np.where(spread > 1e-12, (xy - x * y) / np.sqrt(np.maximum(spread, 1e-12)), np.nan)
-
-
-def _scores(place: str, path: Path) -> RowSet:
-    """scores.csv of a system, as `evaluation.scored` tables it."""
-    try:
-        table = pd.read_csv(path, dtype={"row_id": str, "benchmark": str})
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise AwaresFileError(f"{place} is not a table: {error}") from error
-    if missing := [name for name in SCORES if name not in table]:
-        raise AwaresValueError(f"{place}: column {', '.join(missing)} missing; scores have {', '.join(SCORES)}")
-    return _row_set(place, table)
-
-
-def _row_set(place: str, table: pd.DataFrame) -> RowSet:
-    """Scores in 0 to 1, RTRs and characters from 0 up, no row twice, or AwaresError naming the row."""
-    for name, high in (("score", 1.0), ("rtr", np.inf), ("characters", np.inf)):
-        values = pd.to_numeric(table[name], errors="coerce") if name in table else pd.Series(dtype=float)
-        if len(wrong := np.flatnonzero(~(values.between(0, high) & np.isfinite(values)))):
-            row = table.iloc[wrong[0]]
-            raise AwaresValueError(f"{place}, row {row.row_id}: {name} is {row[name]}, not a number from 0 to {high:g}")
-    if table.row_id.duplicated().any():
-        raise AwaresValueError(f"{place}: row {table.row_id[table.row_id.duplicated()].iloc[0]} stands twice")
-    columns = {"accuracy": "score", "rtr": "rtr", "characters": "characters"}
-    parts = {name: (table[column].to_numpy(float), None) for name, column in columns.items() if column in table}
-    return RowSet(place, tuple(table.row_id), tuple(table.benchmark), parts)
-
-
-def _agreement(place: str, rows: datasets.Dataset, judge: str) -> RowSet:
-    """Whether ``judge`` gives each curated row the label that the deciding judge gives it."""
-    column = f"verdict_{judge}"
-    if column not in rows.column_names:
-        raise MissingRows(f"{place}: the rows have no verdicts of this judge")
-    same = [label(one) == label(deciding) for one, deciding in zip(rows[column][:], rows["verdict"][:], strict=True)]
-    parts: dict[str, Parts] = {"agreement": (np.array(same, float), np.ones(len(rows)))}
-    return RowSet(place, tuple(rows["id"][:]), tuple(rows["source"][:]), parts)
