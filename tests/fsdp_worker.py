@@ -1,7 +1,8 @@
-"""``python fsdp_worker.py BASE FOLDER`` under accelerate launch with an FSDP configuration: one process of the cold start in FOLDER, on a CPU.
+"""``python fsdp_worker.py BASE FOLDER`` under accelerate launch with an FSDP configuration: one process of SFT, on a CPU.
 
-accelerate shards on GPUs only: on a CPU it reads the configuration and leaves it aside. Here its plugin is put where accelerate keeps it on a GPU;
-cutting the model up, training, saving and loading are then the libraries' own. Prints what each process holds.
+accelerate shards on GPUs only: on a CPU it reads the configuration and leaves it aside. Here its plugin is put where
+accelerate keeps it on a GPU; sharding, training, saving and loading are then the libraries' own. Prints what each
+process holds.
 """
 
 import sys
@@ -14,10 +15,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from awares.data import rows as data
-from awares.engine.model import load_model
+from awares.engine.model import load_processor
 from awares.method import sft
 from awares.training import checkpoints as training
-from awares.training import distributed as launch
 
 
 class Sharded(TrainerCallback):
@@ -28,18 +28,20 @@ class Sharded(TrainerCallback):
         print(f"{parts} parts, {here} of {whole} weights", flush=True)
 
 
-if __name__ == "__main__":
-    base, folder = map(Path, sys.argv[1:])
-    params = settings(
-        folder, **{"sft.launch": FSDP2, "sft.share_computation": False, "sft.gradient_checkpointing": True}
-    )
-    rows = data.load_rows(params.run_dir("curation") / "train" / "dataset")
-    job = sft._prepare(params, rows, rows, base, params.run_dir("sft"))
-    model = load_model(base, params.base.dtype, launch.device(params))
-    trainer = sft.build_trainer(params, job.rows, job.samples, model, job.processor, job.folder)
+def shard_and_train(trainer, folder, log):
     for state in (PartialState(), trainer.accelerator.state):
         state.distributed_type = DistributedType.FSDP
     trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     trainer.is_fsdp_enabled = True
     trainer.add_callback(Sharded())
-    training.train(trainer, job.folder, training.Log(job.log, sft.log_entry, "loss"))
+    train(trainer, folder, log)
+
+
+if __name__ == "__main__":
+    base, folder = map(Path, sys.argv[1:])
+    changes = {"sft.launch": FSDP2, "sft.share_computation": False, "sft.gradient_checkpointing": True}
+    params, rows = settings(folder, **changes), data.load_rows(folder / "rows")
+    train, training.train = training.train, shard_and_train
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    samples = sft.plan(rows, load_processor(base), params)
+    sft.fit(params, rows, base, folder / "checkpoints", folder / "log.jsonl", samples)

@@ -57,11 +57,16 @@ class Registry:
         return name
 
     def source(self, wanted: str | Callable[..., Any]) -> str:
-        """The name, and for a function of the user its source code: part of a checkpoint's key."""
+        """The name and the source code, part of a checkpoint's key: of its module, or of itself if a notebook defines it."""
         function = self.find(wanted)
-        if isinstance(wanted, str) and function.__module__ == self.builtin.get(wanted):
-            return wanted
-        return f"{wanted if isinstance(wanted, str) else function.__name__}\n{inspect.getsource(function)}"
+        name = wanted if isinstance(wanted, str) else function.__name__
+        module = inspect.getmodule(function)
+        try:
+            return f"{name}\n{inspect.getsource(module if module and hasattr(module, '__file__') else function)}"
+        except (OSError, TypeError) as error:
+            raise AwaresValueError(
+                f"{self.kind}: {name!r} has no source code: define it in a file or a cell"
+            ) from error
 
 
 _TRAINED, SERVED = "awares.baselines.trained", "awares.clients.judges"

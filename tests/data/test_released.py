@@ -136,7 +136,7 @@ def test_sft_speaks_the_protocol_and_grpo_refuses_what_it_cannot(tiny: SimpleNam
     )
     assert "assistant\nGET_CROPS: ['5']<|im_end|>" in text and "tool_call" not in text
     rows = datasets.Dataset.from_list([row])
-    with pytest.raises(AwaresError, match="protocol.name released: GRPO's rollouts are TRL's"):
+    with pytest.raises(AwaresError, match="protocol.name released"):
         build_trainer(params, rows, tiny.model, tiny.processor, tmp_path)
 
 

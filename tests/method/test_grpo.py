@@ -1,4 +1,4 @@
-"""Multi-turn GRPO: the reward, what is masked, the reference, the order of the crops, sharing of prompts, resuming."""
+"""Multi-turn GRPO: what is masked, the loss, the reward's terms, sharing of prompts, resuming."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,12 @@ from trl import GRPOTrainer
 
 from awares.config import load_params
 from awares.data import rows as data
-from awares.engine import images
+from awares.engine.chat_format import END_OF_TURN
+from awares.engine.jsonl import read_records
 from awares.engine.model import load_model, load_processor, save_model, visual_tokens
 from awares.errors import AwaresError
-from awares.method import crops, grpo, protocol
+from awares.method import crops, grpo, protocol, rewards
+from awares.method.metrics import anls
 from awares.training import checkpoints as training
 from awares.training import prompt_sharing as sharing
 
@@ -61,8 +63,10 @@ def world(tiny, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(policy=policy, rows=rows, processor=load_processor(policy))
 
 
-def trainer_for(world, folder, params):
-    trainer = grpo.build_trainer(params, world.rows, load_model(world.policy), load_processor(world.policy), folder)
+def trainer_for(world, folder, params, reward=None):
+    trainer = grpo.build_trainer(
+        params, world.rows, load_model(world.policy), load_processor(world.policy), folder, reward
+    )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer
@@ -78,7 +82,7 @@ def disturb(trainer) -> None:
 
 def write(trainer, monkeypatch, answers=ANSWERS, call=CALL, callers=(1, 4)):
     """Fix what the policy writes: the ``callers`` call in turn 1 and answer in turn 2, the others answer at once."""
-    encode = lambda text: trainer.processing_class.tokenizer(text + "<|im_end|>")["input_ids"]  # noqa: E731
+    encode = lambda text: trainer.processing_class.tokenizer(text + END_OF_TURN)["input_ids"]  # noqa: E731
     called = call if isinstance(call, str) else protocol.OURS.render_call(call)
 
     def turn(prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
@@ -183,11 +187,11 @@ def test_the_loss_is_grpo_with_kl_over_assistant_tokens(world, tmp_path, monkeyp
     batch = rollouts(trainer)
     policy = policy_log_probs(trainer, batch)
     # Eq. 5-8 by hand: ANLS of the answer, and the cost of the two calls
-    marks = torch.tensor([data_anls(answer, "word 2" if i < 4 else "word 3") for i, answer in enumerate(ANSWERS)])
+    marks = torch.tensor([anls(answer, ["word 2" if i < 4 else "word 3"]) for i, answer in enumerate(ANSWERS)])
     area = params.grpo.alpha_use + params.grpo.lambda_area * 0.5
     cost = torch.tensor([0, area, 0, 0, area, 2.0, 2.0, 2.0])
-    rewards = (params.grpo.alpha_ans * marks - cost).view(2, 4)
-    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    groups = (params.grpo.alpha_ans * marks - cost).view(2, 4)
+    advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
     torch.testing.assert_close(batch["advantages"], advantages, atol=1e-4, rtol=1e-4)
     mask = batch["completion_mask"] * batch["tool_mask"]
     ratio = plain_log_probs(world, batch) - policy
@@ -195,12 +199,6 @@ def test_the_loss_is_grpo_with_kl_over_assistant_tokens(world, tmp_path, monkeyp
     by_hand = ((token_loss * mask).sum(1) / mask.sum(1)).mean()
     assert (0.7 * (ratio.exp() - ratio - 1) * mask).sum() > 0.01
     assert trainer._compute_loss(trainer.model, batch).item() == pytest.approx(by_hand.item(), rel=2e-3, abs=2e-4)
-
-
-def data_anls(prediction: str, answer: str) -> float:
-    from awares.method.metrics import anls
-
-    return anls(prediction, [answer])
 
 
 def log_probs(trainer, batch, share):
@@ -245,7 +243,9 @@ def test_completions_of_one_question_on_two_pictures_are_not_mixed_up(world):
     ids = torch.tensor([[7, 8, 9, 1], [7, 8, 9, 2], [7, 8, 9, 3]])
     picture, other = torch.ones(4, 6), torch.zeros(4, 6)
     grids = [torch.tensor([[1, 2, 2]])] * 3
-    batch = sharing.Batch(ids, torch.ones_like(ids), ids[None], 3, [[picture], [other], [picture]], grids, [1, 1, 1])
+    batch = sharing.PackedBatch(
+        ids, torch.ones_like(ids), ids[None], 3, [[picture], [other], [picture]], grids, [1, 1, 1]
+    )
     assert sharing._groups(batch) == [[0, 2], [1]]
 
 
@@ -284,20 +284,20 @@ def test_a_picture_passes_through_the_vision_tower_once_an_update(world, tmp_pat
         pass
 
 
-# Reward
-
-
 def test_pictures_are_told_apart_in_bfloat16_too():
     one = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert sharing._digest(one) == sharing._digest(one.clone()) != sharing._digest(one * 2)
+
+
+# Rollouts and their reward
 
 
 def said(text, calls=None):
     return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
 
 
-def called(*regions, name="crop"):
-    return {"type": "function", "function": {"name": name, "arguments": {"regions": list(regions)}}}
+def called(*regions):
+    return wrong("regions", list(regions))
 
 
 def wrong(key, value):
@@ -306,6 +306,10 @@ def wrong(key, value):
 
 
 TOOL = {"role": "tool", "name": "crop", "content": [{"type": "image", "image": None}]}
+
+
+def read(completion, form=protocol.OURS, **row):
+    return grpo.read_rollout(completion, form, **{**dict.fromkeys(grpo.ROW), "label": "HR", "answers": ["7"], **row})
 
 
 @pytest.mark.parametrize(
@@ -327,142 +331,192 @@ TOOL = {"role": "tool", "name": "crop", "content": [{"type": "image", "image": N
     ],
 )
 def test_a_completion_is_read_as_answer_and_requested_crops(completion, expected):
-    outcome = grpo.read_completion(completion)
-    assert (outcome.answer, outcome.crops, outcome.malformed, outcome.overflow) == expected
+    rollout = read(completion)
+    assert (rollout.answer, rollout.crops, rollout.malformed, rollout.overflow) == expected
 
 
 def test_call_metrics_average_over_the_right_completions():
-    outcomes = [grpo.Outcome("a", names, bad, over) for names, bad, over in
-                [(("top",), False, False), ((), True, False), ((), False, False), (("top", "left"), False, True)]]  # fmt: skip
-    values = grpo.call_metrics(outcomes, ["HR", "LR", "HR", "LR"])
+    calls = [("top",), (), (), ("top", "left")]
+    completions = [[said("", [called(*names)]), TOOL, said("a")] if names else [said("a")] for names in calls]
+    completions[1] = [said("<tool_call>")]
+    completions[3] = completions[3][:1]  # TRL dropped the crops
+    rollouts = [read(one, label=label) for one, label in zip(completions, ("HR", "LR", "HR", "LR"), strict=True)]
+    values = grpo.call_metrics(rollouts)
     assert values["call_rate"] == [1, 0, 0, 1] and values["call_rate_hr"] == [1, 0] and values["call_rate_lr"] == [0, 1]
     assert values["area"] == [0.5, 0.75] and values["malformed"] == [0, 1, 0, 0] and values["overflow"] == [0, 0, 0, 1]
-    assert "call_rate_hr" not in grpo.call_metrics(outcomes[1:2], ["LR"])
+    assert "call_rate_hr" not in grpo.call_metrics(rollouts[1:2])
 
 
 def test_an_overflowing_call_still_costs_and_is_counted(world, tmp_path, monkeypatch):
-    names = ("all", "top", "bottom", "left", "right")
     trainer = trainer_for(world, tmp_path, settings(**{"grpo.crop_token_budget": 90}))
-    write(trainer, monkeypatch, call=names)
-    batch = rollouts(trainer)
-    assert batch["num_images"] == [1] * 8
+    write(trainer, monkeypatch, call=("all", "top", "bottom", "left", "right"))
+    assert rollouts(trainer)["num_images"] == [1] * 8
     metrics = trainer._metrics["train"]
     assert metrics["overflow"] == [0.25] and metrics["call_rate"] == [0.25] and metrics["area"] == [1.0]
-    assert metrics["rewards/tool_cost/mean"] == [pytest.approx((2 * 0.26 + 3 * 2.0) / 8)]
+    assert metrics["terms/tool_cost"] == [pytest.approx((2 * 0.26 + 3 * 2.0) / 8)]
+
+
+def test_the_reward_and_advantage_of_trl_are_ours_to_the_bit(world, tmp_path, monkeypatch):
+    """One function and float32 sums give what two weighted reward functions of TRL gave."""
+    params, kept = settings(), []
+    trainer = trainer_for(world, tmp_path, params, lambda played, context: kept.extend(played) or [0.0] * len(played))
+    write(trainer, monkeypatch)
+    rollouts(trainer)
+    trainer.reward = rewards.awares_reward
+    batch, scored = rollouts(trainer), grpo.score_rollouts(params, kept)
+    columns = torch.tensor([[one["answer"], one["tool_cost"]] for one in scored])
+    plain = (columns * torch.tensor([params.grpo.alpha_ans, -1.0])).nansum(1)
+    assert [one["reward"] for one in scored] == plain.tolist()
+    assert [one["advantage"] for one in scored] == pytest.approx(batch["advantages"].tolist(), abs=1e-6)
+    assert [one["crops"] for one in scored] == [CALL if i in (1, 4) else () for i in range(8)]
+    for one in scored:
+        assert one["miss"] + one["use"] + one["area"] == pytest.approx(one["tool_cost"])
+    assert scored[1]["text"] == protocol.OURS.render_call(CALL) + "\n" + ANSWERS[1]
+
+
+def test_rollouts_of_one_row_are_sampled_as_in_training(world):
+    params = settings(**{"grpo.max_completion_length": 12})
+    first, again = (grpo.sample_rollouts(params, world.rows.select([3]), world.policy) for _ in range(2))
+    assert [one.text for one in first] == [one.text for one in again]
+    assert {one.row_id for one in first} == {"r3"} and len({one.text for one in first}) == params.grpo.generations
+    assert first[0].question == world.rows[3]["question"] and first[0].full_image.size == world.rows[3]["image"].size
+
+
+def early_words(played, context):
+    """A reward of a reader's own: letters of the alphabet's beginning."""
+    early = [sum(letter < "n" for letter in one.text) for one in played]
+    context.log(early=early)
+    return [letters - 5.0 * len(one.crops) for letters, one in zip(early, played, strict=True)]
+
+
+def test_a_reward_from_outside_trains_another_policy(world, tmp_path):
+    """As from a notebook cell: the library stays as it is."""
+    few = {"grpo.max_steps": 1, "grpo.max_completion_length": 6}
+    ours = grpo.train_grpo(settings(**few), world.rows, world.policy, tmp_path / "main-s1")
+    before = weights(ours)
+    mine = grpo.train_grpo(settings(**few), world.rows, world.policy, tmp_path / "main-s1", reward=early_words)
+    assert len(list((tmp_path / ".checkpoints").iterdir())) == 2  # its source is part of the key
+    assert not all(torch.equal(value, before[name]) for name, value in weights(mine).items())
+    (entry,) = read_records(mine.log)
+    assert entry["reward"] == pytest.approx(entry["early"]) and "tool_cost" not in entry
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0] * 7 + [float("nan")], None])
+def test_a_reward_must_be_one_finite_number_for_each_rollout(world, tmp_path, monkeypatch, values):
+    def broken(played, context):
+        return values
+
+    trainer = trainer_for(world, tmp_path, settings(), broken)
+    write(trainer, monkeypatch)
+    with pytest.raises(AwaresError, match="broken.* 8 rollouts"):
+        rollouts(trainer)
+
+
+def test_a_reward_of_this_process_cannot_be_launched(world, tmp_path):
+    params = settings(**{"base.launch": "data/launch/2cpu.yaml"})
+    with pytest.raises(AwaresError, match="grpo.reward.*module:function"):
+        grpo.train_grpo(params, world.rows, world.policy, tmp_path, reward=lambda played, context: [0.0] * len(played))
 
 
 def test_the_tool_returns_the_crops_in_order_and_errors_in_words(world):
     environment, image = grpo.CropEnvironment(), world.rows[0]["image"]
     assert environment.reset(full_image=image, label="HR", answers=["x"]) is None
-    parts = environment.crop(["left", "bottom-right"])
-    assert [part["image"].tobytes() for part in parts] == [
-        crops.cut(image, name).tobytes() for name in ("left", "bottom-right")
-    ]
+
+    def shown(regions):
+        return [part["image"].tobytes() for part in environment.crop(regions)]
+
+    assert shown(["left", "bottom-right"]) == [crops.cut(image, name).tobytes() for name in ("left", "bottom-right")]
     for bad in (["nowhere"], [], "", [[0, 0, 5, 5]], ["0,0,500,500"], None, {}, [True], 3.0):
         assert environment.crop(bad) == [{"type": "text", "text": protocol.TOOL_ERROR}]
-    for regions in (
-        ["top and left"],
-        ["top", "nowhere", "left"],
-        ["upper", "left", "top"],
-    ):  # read as the engine reads them
-        shown = [part["image"].tobytes() for part in environment.crop(regions)]
-        assert shown == [crops.cut(image, name).tobytes() for name in ("top", "left")]
-    public = {name for name in vars(grpo.CropEnvironment) if not name.startswith("_")}
-    assert public == {"reset", "crop"}
+    for regions in (["top and left"], ["top", "nowhere", "left"], ["upper", "left", "top"]):  # read as the engine does
+        assert shown(regions) == [crops.cut(image, name).tobytes() for name in ("top", "left")]
+    assert {name for name in vars(grpo.CropEnvironment) if not name.startswith("_")} == {"reset", "crop"}
+
+
+# The rivals' rewards
+
+
+WHOLE = {"crops.offered": ["all"], "grpo.reward": "visionthink", "grpo.answer_reward": "judge", "grpo.alpha_ans": 1.0}
+FREE = {"crops.offered": ["box"], "crops.region_budget": 0.25, "grpo.reward": "ergo"}
+FREE |= {"grpo.answer_reward": "judge", "grpo.alpha_ans": 1.0}
+
+
+def terms(params, played, reader=None):
+    """(answer, tool_cost) of every rollout under ``grpo.reward``; ``reader``: in the place of the base model."""
+    context = rewards.RewardContext(params)
+    if reader:
+        context.__dict__["base"] = SimpleNamespace(answer=reader)
+    context.score(grpo.registry.reward.find(params.grpo.reward), played)
+    return context.logged["answer"], context.logged["tool_cost"]
 
 
 def test_visionthink_pays_for_being_right_without_asking_and_for_form(world):
-    whole = {
-        "crops.offered": ["all"],
-        "grpo.reward": "visionthink",
-        "grpo.answer_reward": "judge",
-        "grpo.alpha_ans": 1.0,
-    }
-    params = settings(**whole)
-    reward = grpo.REWARDS[params.grpo.reward](params)
+    params = settings(**WHOLE)
+    form = protocol.from_params(params)
     asked = [said("", [called("all")]), TOOL, said("7")]
-    completions = [[said("7")], asked, [said("8")], [said("", [called("top")]), TOOL, said("7")]]
-    assert reward.answer(completions=completions, answers=[["7"]] * 4) == pytest.approx([1.0, 0.9, 0.0, 1.0])
-    assert reward.tool_cost(completions=completions, label=["LR"] * 4) == [
-        -0.5,
-        -0.5,
-        -0.5,
-        0.0,
+    completions = [
+        [said("7")],
+        asked,
+        [said("8")],
+        [said("", [called("top")]), TOOL, said("7")],
     ]  # `top` is not offered
-    environment = grpo.CropEnvironment(protocol.from_params(params))
+    answer, cost = terms(params, [read(one, form) for one in completions])
+    assert answer == pytest.approx([1.0, 0.9, 0.0, 1.0]) and cost == [-0.5, -0.5, -0.5, 0.0]
+    environment = grpo.CropEnvironment(form)
     environment.reset(full_image=world.rows[0]["image"])
     assert environment.crop(["top"]) == [{"type": "text", "text": protocol.TOOL_ERROR}]
     assert environment.crop(["all"])[0]["image"].size == world.rows[0]["image"].size
 
 
-def test_a_policy_with_fewer_regions_is_trained_on_them_alone(world, tmp_path, monkeypatch):
-    trainer = trainer_for(world, tmp_path, settings(**{"crops.offered": ["all"], "grpo.reward": "visionthink"}))
-    write(trainer, monkeypatch, call=("all",))
-    batch = rollouts(trainer)
-    prompt = world.processor.tokenizer.decode(batch["prompt_ids"][0])
-    assert '"regions": ["all"]' in prompt and "top-left" not in prompt
-    assert batch["num_images"] == [2 if i in (1, 4) else 1 for i in range(8)]
+def test_ergo_pays_for_a_region_that_is_enough_and_small(world):
+    params = settings(**FREE)
+    seen, picture = [], world.rows[0]["image"]
 
-
-FREE = {"crops.offered": ["box"], "crops.region_budget": 0.25}
-
-
-def test_ergo_pays_for_a_region_that_is_enough_and_small(world, monkeypatch):
-    params = settings(**FREE, **{"grpo.answer_reward": "judge", "base.model": str(world.policy)})
-    reward = grpo.REWARDS["ergo"](params)
-    seen = []
-
-    def read(images, questions):
+    def reader(images, questions):
         seen.append([(image.size, question) for image, question in zip(images, questions, strict=True)])
         return [SimpleNamespace(answer=text) for text in ("7", "8", "7")]
 
-    monkeypatch.setattr(reward.reader, "answer", read)
-    picture = world.rows[0]["image"]
     completions = [
         [said("", [called("0,0,500,500")]), TOOL, said("7")],  # right, enough, small
         [said("", [called("0,0,500,500")]), TOOL, said("7")],  # right, small
         [said("", [called("0,0,1000,800")]), TOOL, said("8")],  # enough
         [said("7")],  # right without a region
     ]
-    prompts = [protocol.messages("what?", picture)] * 4
-    given = reward.answer(
-        completions=completions, answers=[["7"]] * 4, prompts=prompts, full_image=[picture] * 4, label=["HR"] * 4
-    )
-    assert given == pytest.approx([2.5, 1.5, 1.0, 1.0])
-    assert reward.tool_cost(completions=completions, label=["HR"] * 4) == [-1.0, -1.0, -1.0, 0.0]
+    form, row = protocol.from_params(params), {"question": "what?", "full_image": picture}
+    answer, cost = terms(params, [read(one, form, **row) for one in completions], reader)
+    assert answer == pytest.approx([2.5, 1.5, 1.0, 1.0]) and cost == [-1.0, -1.0, -1.0, 0.0]
     width, height = picture.size
     shrunk = crops.cut(picture, "0,0,1000,800", 0.25)
     assert shrunk.width * shrunk.height == pytest.approx(0.25 * width * height, rel=0.05)
     assert seen == [[((width // 2, height // 2), "what?")] * 2 + [(shrunk.size, "what?")]]
 
 
-def test_ergo_reads_a_region_however_small(world):
-    reward = grpo.REWARDS["ergo"](settings(**FREE, **{"grpo.answer_reward": "judge", "base.model": str(world.policy)}))
-    picture = world.rows[0]["image"]
+def test_ergo_asks_the_base_model_about_a_region_however_small(world):
+    params, row = settings(**FREE, **{"base.model": str(world.policy)}), world.rows[0]
     completion = [said("", [called("100,100,150,150")]), TOOL, said("7")]
-    assert max(crops.cut(picture, "100,100,150,150").size) < images.MIN_SIDE
-    given = reward.answer(
-        completions=[completion], answers=[["7"]], prompts=[protocol.messages("what?", picture)], full_image=[picture]
-    )
-    assert given[0] >= 1.5  # right and small, whatever the reader makes of it
+    state = torch.get_rng_state()
+    played = read(completion, protocol.from_params(params), question=row["question"], full_image=row["image"])
+    answer, _ = terms(params, [played])
+    assert answer[0] >= 1.5  # right and small, whatever the base model makes of it
+    assert torch.equal(torch.get_rng_state(), state)  # the policy samples as if it had not been loaded
 
 
-def test_a_policy_with_free_boxes_is_trained_on_them(world, tmp_path, monkeypatch):
-    ergo = {
-        "grpo.reward": "ergo",
-        "grpo.answer_reward": "judge",
-        "grpo.alpha_ans": 1.0,
-        "base.model": str(world.policy),
-    }
-    trainer = trainer_for(world, tmp_path, settings(**FREE, **ergo))
-    write(trainer, monkeypatch, call=("0,0,500,1000",))
+@pytest.mark.parametrize(
+    "changes, call, offered", [(WHOLE, "all", '["all"]'), (FREE, "0,0,500,1000", '["left,top,right,bottom"]')]
+)
+def test_a_policy_with_other_regions_is_trained_on_them_alone(world, tmp_path, monkeypatch, changes, call, offered):
+    trainer = trainer_for(world, tmp_path, settings(**changes, **{"base.model": str(world.policy)}))
+    write(trainer, monkeypatch, call=(call,))
     batch = rollouts(trainer)
     prompt = world.processor.tokenizer.decode(batch["prompt_ids"][0])
-    assert '"regions": ["left,top,right,bottom"]' in prompt
+    assert f'"regions": {offered}' in prompt and "top-left" not in prompt
     assert batch["num_images"] == [2 if i in (1, 4) else 1 for i in range(8)]
-    metrics = trainer._metrics["train"]
-    assert metrics["area"] == [0.5]
-    assert metrics["rewards/tool_cost/mean"] == [-0.25]  # the two that ask for a region
+
+
+def test_a_reward_over_groups_wants_whole_ones_in_every_process(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # two completions of groups of four
+    with pytest.raises(AwaresError, match="grpo.reward visionthink.* 2 completions"):
+        trainer_for(world, tmp_path, settings(**WHOLE))
 
 
 # Guards
@@ -485,6 +539,10 @@ def test_rows_without_labels_and_models_with_adapters_are_refused(world, tmp_pat
 
 
 # The whole training
+
+
+def weights(result):
+    return load_file(result.adapter / "adapter_model.safetensors")
 
 
 def run(world, out, **overrides):
@@ -513,11 +571,9 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(world, tmp_path, monk
     resumed = run(world, tmp_path / "parts" / "main-s1")
     assert len(generated) == 1  # only the third update is made again
     assert whole.log.read_text() == resumed.log.read_text()
-    first, second = (load_file(one.adapter / "adapter_model.safetensors") for one in (whole, resumed))
-    for name, value in first.items():
-        assert torch.equal(value, second[name])
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
     other = run(world, tmp_path / "parts" / "main-s1", **{"grpo.lambda_area": 0.5, "grpo.max_steps": 1})
-    assert len(generated) == 2 and other.steps == 1  # other inputs: from the start
+    assert len(generated) == 2 and other.step == 1  # other inputs: from the start
 
 
 def test_a_resumed_run_goes_on_in_the_order_of_its_own_epoch(world, tmp_path):
@@ -531,19 +587,13 @@ def test_a_resumed_run_goes_on_in_the_order_of_its_own_epoch(world, tmp_path):
         assert list(sampler) == orders[order] and len(sampler) == len(plain)
 
 
-def test_visionthink_wants_whole_groups_in_every_process(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo.launch, "layout", lambda *_: (2, 3))  # six completions of groups of four
-    with pytest.raises(AwaresError, match="grpo.reward visionthink looks at whole groups, and each process has 6"):
-        trainer_for(world, tmp_path, settings(**{"crops.offered": ["all"], "grpo.reward": "visionthink"}))
-
-
 def test_what_is_logged_and_saved(world, tmp_path):
     result = run(world, tmp_path / "main-s1", **{"grpo.max_steps": 2})
     log = result.log.read_text()
     result.log.unlink()
     again = run(world, tmp_path / "main-s1", **{"grpo.max_steps": 2})  # in the middle of an epoch: not one update more
-    assert again.steps == result.steps == 2 and again.log.read_text() == log
-    entries = training.read_jsonl(result.log)
+    assert again.step == result.step == 2 and again.log.read_text() == log
+    entries = read_records(result.log)
     assert [entry["step"] for entry in entries] == [1, 2]
     wanted = {"reward", "answer", "tool_cost", "call_rate", "malformed", "overflow", "kl", "entropy", "loss", "lr"}
     assert all(wanted <= set(entry) for entry in entries)

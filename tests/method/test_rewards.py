@@ -1,34 +1,30 @@
-"""The reward holds Eq. 5 to 7 of PAPER §4, term by term."""
+"""The reward holds Eq. 5 and 6 of PAPER §4, term by term, and those of the trained rivals."""
 
 import math
 from pathlib import Path
 
 import pytest
 
+from awares.baselines.trained import escalation_discounts
 from awares.config import load_params
 from awares.errors import AwaresError
 from awares.method import rewards
 from awares.method.crops import CROPS, union_area
 
-PARAMS = Path(__file__).parents[2] / "params.yaml"
+PARAMS = load_params(path=Path(__file__).parents[2] / "params.yaml")
 WEIGHTS = {"alpha_miss": 2.0, "alpha_use": 0.25, "lambda_area": 0.01}  # the paper's
-
-
-@pytest.fixture(scope="module")
-def grpo():
-    return load_params(path=PARAMS).grpo
 
 
 class FixedEncoder:
     """Unit vectors at a known angle: similarity of text n and m is cos(n - m)."""
 
-    name = "fixed"
-
     def similarity(self, predictions, answers):
-        return [
-            max(math.cos(float(p) - float(a)) for a in accepted)
-            for p, accepted in zip(predictions, answers, strict=True)
-        ]
+        pairs = zip(predictions, answers, strict=True)
+        return [max(math.cos(float(text) - float(one)) for one in accepted) for text, accepted in pairs]
+
+
+def rollout(answer="7", accepted=("7",), label="LR", crops=()):
+    return rewards.Rollout("r", "q?", None, accepted, label, answer, answer, crops, False, False)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +41,7 @@ class FixedEncoder:
     ],
 )
 def test_tool_cost(label, crops, expected):
-    assert rewards.tool_cost(label, crops, **WEIGHTS) == pytest.approx(expected)
+    assert sum(rewards.tool_cost(label, crops, **WEIGHTS)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -55,41 +51,40 @@ def test_every_weight_of_the_tool_cost_acts_alone(weight):
         for crops in [(), *((name,) for name in CROPS), ("left", "top")]:
             missed, used = label == "HR" and not crops, bool(crops)
             expected = {"alpha_miss": missed, "alpha_use": used, "lambda_area": union_area(crops)}[weight]
-            assert rewards.tool_cost(label, crops, **only) == pytest.approx(3.0 * expected)
+            cost = rewards.tool_cost(label, crops, **only)
+            assert sum(cost) == getattr(cost, weight.split("_")[1]) == pytest.approx(3.0 * expected)
 
 
 def test_tool_cost_refuses_an_unknown_label():
-    with pytest.raises(AwaresError, match="LR or HR"):
+    with pytest.raises(AwaresError, match="'hr'"):
         rewards.tool_cost("hr", (), **WEIGHTS)
 
 
-def test_answer_similarity_is_the_best_cosine():
-    found = rewards.answer_similarity(["0", "3"], [["1"], ["0", "2.5"]], FixedEncoder())
-    assert found == pytest.approx([math.cos(1), math.cos(0.5)])
-    assert rewards.answer_similarity(["0"], [["3"]], FixedEncoder())[0] < 0
+def test_the_reward_is_the_weighted_answer_less_the_cost(monkeypatch):
+    monkeypatch.setattr(rewards, "load_encoder", lambda name: {PARAMS.grpo.embedder: FixedEncoder()}[name])
+    context = rewards.RewardContext(PARAMS)
+    played = [rollout("0", ["3"], "HR"), rollout("3", ["0", "2.5"], crops=("top",)), rollout("1", ["1"])]
+    values = context.score(rewards.awares_reward, played)
+    best = [math.cos(3), math.cos(0.5), 1.0]  # not clipped; the best of several accepted answers
+    assert context.logged["answer"] == pytest.approx(best)
+    assert context.logged["tool_cost"] == pytest.approx([2.0, 0.255, 0.0])
+    assert context.shown["miss"] == [2.0, 0.0, 0.0] and context.shown["use"] == [0.0, 0.25, 0.0]
+    costs = zip(best, [2.0, 0.255, 0.0], strict=True)
+    assert values == pytest.approx([PARAMS.grpo.alpha_ans * answer - cost for answer, cost in costs])
 
 
-def test_answer_rewards_of_the_ablations(grpo):
+def test_answer_rewards_of_the_ablations():
     predictions, answers = ["forty-one percent", "opem", "no"], [["41%"], ["open"], ["yes"]]
-    anls = rewards.ANSWER_REWARDS["anls"](grpo)(predictions, answers)
-    judge = rewards.ANSWER_REWARDS["judge"](grpo)(predictions, answers)
-    assert anls == pytest.approx([0, 0.75, 0])  # sees letters, not meaning
-    assert judge == [1, 0, 0]
+    assert rewards.answer_anls(PARAMS.grpo, predictions, answers) == pytest.approx([0, 0.75, 0])  # letters, not meaning
+    assert rewards.answer_judge(PARAMS.grpo, predictions, answers) == [1, 0, 0]
 
 
-def test_similarity_reward_uses_the_embedder_of_the_parameters(grpo, monkeypatch):
-    asked = []
-    monkeypatch.setattr(rewards, "load_encoder", lambda name: asked.append(name) or FixedEncoder())
-    assert rewards.ANSWER_REWARDS["similarity"](grpo)(["0"], [["1"]]) == pytest.approx([math.cos(1)])
-    assert asked == [grpo.embedder]
-
-
-def test_escalation_is_discounted_and_so_is_rare_luck():
-    """VisionThink's reward, by hand: two groups of six."""
+def test_visionthink_discounts_calls_and_rare_direct_answers():
+    """By hand: two groups of six."""
     called = [False, True, True, True, True, True] * 2
     lucky, often = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    found = rewards.escalation_discounts([*lucky, *often], called, 6)
+    found = escalation_discounts([*lucky, *often], called, 6)
     assert found == pytest.approx([0.9] * 6 + [1.0, 0.9, 0, 0, 0, 0])  # 1 of 6 right ones was direct, then 1 of 2
-    assert rewards.escalation_discounts([0.0, 1.0], [False, False], 2) == [0.0, 1.0]
-    with pytest.raises(AwaresError, match="cannot be split into groups of 6"):
-        rewards.escalation_discounts([1.0] * 7, [False] * 7, 6)
+    assert escalation_discounts([0.0, 1.0], [False, False], 2) == [0.0, 1.0]
+    with pytest.raises(AwaresError, match="groups of 6"):
+        escalation_discounts([1.0] * 7, [False] * 7, 6)

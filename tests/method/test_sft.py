@@ -1,4 +1,4 @@
-"""Cold start: the loss is Eq. 4, the samples are the curated trajectories, and a training resumes only from its own checkpoints."""
+"""SFT: the loss is Eq. 4, the samples are the curated trajectories, a training resumes only from its own checkpoints."""
 
 import json
 import shutil
@@ -7,16 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from awares.config import load_params
 from awares.data import rows as data
-from awares.engine.jsonl import exclusive_lock
+from awares.engine.jsonl import exclusive_lock, read_records
 from awares.engine.model import load_model, load_processor, save_model
 from awares.errors import AwaresError
-from awares.method import crops, grpo, protocol, sft
+from awares.method import crops, protocol, sft
 from awares.training import checkpoints as training
+from awares.training.prompt_sharing import without_prefix
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -31,6 +31,7 @@ SMALL = {
     "sft.warmup_ratio": 0.0,
     "protocol.max_new_tokens": 12,
 }
+PACKAGES = ("engine", "method", "training")
 MIXED = [(0, "direct"), (1, "trajectory"), (4, "trajectory"), (5, "direct")]
 CROPS_OF = {1: ["top-left", "bottom-right"], 4: ["bottom"], 7: ["right", "top-left"]}
 
@@ -112,11 +113,10 @@ def test_loss_is_the_weighted_cross_entropy_of_the_assistant_tokens(world, tmp_p
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("level, kind, expected", [("turn", "answer", (0.0, 1.0)), ("turn", "call", (3.0,))])
-def test_a_turn_level_sample_trains_on_its_own_turn_only(world, tmp_path, level, kind, expected):
-    trainer = trainer_for(
-        world, settings(**{"sft.level": level, "sft.tool_turn_weight": 3.0}), tmp_path, [sft.Sample(1, kind, 0)]
-    )
+@pytest.mark.parametrize("kind, expected", [("answer", (0.0, 1.0)), ("call", (3.0,))])
+def test_a_turn_level_sample_trains_on_its_own_turn_only(world, tmp_path, kind, expected):
+    params = settings(**{"sft.level": "turn", "sft.tool_turn_weight": 3.0})
+    trainer = trainer_for(world, params, tmp_path, [sft.Sample(1, kind, 0)])
     batch = collate(trainer, 1)
     ids = batch["input_ids"][0].tolist()
     call = world.processor.tokenizer(protocol.OURS.render_call(CROPS_OF[1]) + "<|im_end|>")["input_ids"]
@@ -209,7 +209,7 @@ def test_a_picture_passes_through_the_vision_tower_once_in_all_epochs(world, tmp
 def test_a_shared_prefix_leaves_less_to_compute_and_does_not_go_with_checkpointing(world, tmp_path):
     trainer = trainer_for(world, settings(), tmp_path, [sft.Sample(i, kind, 0) for i, kind in MIXED])
     batch = collate(trainer, len(MIXED))
-    rest = sft.without_prefix(trainer.model.get_base_model(), batch)
+    rest = without_prefix(trainer.model.get_base_model(), batch)
     system = world.processor.apply_chat_template(protocol.messages("what?", None)[:1], tokenize=False)
     shared = batch["input_ids"].shape[1] - rest["input_ids"].shape[1]
     assert shared == rest["past_key_values"].get_seq_length() >= len(world.processor.tokenizer(system)["input_ids"])
@@ -246,26 +246,22 @@ def test_plan_follows_the_knobs(world):
 
 
 @pytest.mark.parametrize(
-    "column, value, message",
+    "change, overrides, message",
     [
-        ("label", "maybe", "row r1: label 'maybe'"),
-        ("target_crops", [], "row r1: labelled HR"),
-        (None, None, "row r.*sft.max_length 9"),
+        (("label", "maybe"), {}, "row r1: label 'maybe'"),
+        (("target_crops", []), {}, "row r1.*target_crops"),
+        (None, {"sft.max_length": 9}, "row r.*sft.max_length 9"),
+        (None, {"protocol.max_new_tokens": 5}, "row r1: the call.*protocol.max_new_tokens"),  # always cut off
     ],
 )
-def test_rows_that_cannot_be_trained_on_are_named(world, column, value, message):
+def test_rows_that_cannot_be_trained_on_are_named(world, change, overrides, message):
     rows = world.rows
-    if column:
-        values = list(rows[column])
-        values[1] = value
+    if change:
+        column, value = change
+        values = [value if index == 1 else old for index, old in enumerate(rows[column])]
         rows = rows.remove_columns(column).add_column(column, values)
     with pytest.raises(AwaresError, match=message):
-        sft.plan(rows, world.processor, settings(**({} if column else {"sft.max_length": 9})))
-
-
-def test_a_call_that_is_always_cut_off_is_an_error(world):
-    with pytest.raises(AwaresError, match="row r1: the call takes .* tokens, protocol.max_new_tokens is 5"):
-        sft.plan(world.rows, world.processor, settings(**{"protocol.max_new_tokens": 5}))
+        sft.plan(rows, world.processor, settings(**overrides))
 
 
 def run(world, out, **overrides):
@@ -273,7 +269,7 @@ def run(world, out, **overrides):
 
 
 @pytest.fixture(scope="module")
-def finished(world, tmp_path_factory) -> sft.SftResult:
+def finished(world, tmp_path_factory) -> training.TrainedPolicy:
     """A training of three updates that nothing has disturbed; its checkpoints stand two folders above ``adapter``."""
     return run(world, tmp_path_factory.mktemp("finished") / "main-s1")
 
@@ -305,15 +301,12 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(world, finished, tmp_
         interrupt(patch, at=3)
         run(world, tmp_path / "parts" / "main-s1")
     assert not (tmp_path / "parts" / "main-s1" / "merged").exists()
-    starts = []
-    original = sft.WeightedSFTTrainer.train
+    steps, original = [], sft.WeightedSFTTrainer.training_step
     monkeypatch.setattr(
-        sft.WeightedSFTTrainer,
-        "train",
-        lambda self, **k: (starts.append(k["resume_from_checkpoint"]), original(self, **k)),
+        sft.WeightedSFTTrainer, "training_step", lambda self, *given: (steps.append(1), original(self, *given))[1]
     )
     resumed = run(world, tmp_path / "parts" / "main-s1")
-    assert starts[0].endswith("checkpoint-2")
+    assert len(steps) == 2  # the micro-batches of the third update
     assert finished.log.read_text() == resumed.log.read_text()
     assert resumed.step == finished.step
     for name, value in weights(finished.adapter).items():
@@ -339,29 +332,11 @@ def test_checkpoints_of_other_inputs_are_never_used(world, finished, tmp_path):
         run(world, tmp_path / "main-s1", **{"sft.learning_rate": 5.0e-3})
 
 
-# What the notebooks of the stage use beside the training
-BESIDE = {"curation", "diagnostics", "evaluation", "launch", "records"}
-
-
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_the_key_holds_all_code_that_decides_the_result(world, tmp_path, stage):
-    """Else a stage that DVC runs again would take its finished checkpoint of the older code for the new one's."""
-    folder = tmp_path / "main-s1"
-    if stage == "sft":
-        job = sft._prepare(settings(), world.rows, world.rows, world.base, folder)
-    else:
-        job = grpo._prepare(settings(), world.rows, world.base, folder)
-    code = set(json.loads((job.folder / "inputs.json").read_text())["code"])
-    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
-    modules = {Path(name).name for name in declared if name.startswith("src/awares/")}
-    assert code == modules - {f"{name}.py" for name in BESIDE}
-
-
 def test_every_input_is_part_of_the_key(world, tmp_path):
     params, rows = settings(), world.rows
 
     def key(params=params, rows=rows, base=world.base):
-        return training.describe_inputs("sft", params, [rows], base, [sft.__file__])
+        return training.describe_inputs("sft", params, [rows], base)
 
     other = tmp_path / "other"
     model = load_model(world.base)
@@ -370,12 +345,23 @@ def test_every_input_is_part_of_the_key(world, tmp_path):
     pictures = list(rows["image"])
     swapped = rows.remove_columns("image").add_column("image", [{"bytes": b"x", "path": None}] * len(pictures))
     keys = [key(), key(params=settings(seed=2)), key(params=settings(**{"sft.phased": True})), key(base=other)]
-    for text in ("Answer.", "Answer in one word."):  # the same name, another prompt
-        (tmp_path / "prompt.txt").write_text(text)
-        keys.append(key(params=settings(**{"protocol.system_file": str(tmp_path / "prompt.txt")})))
     keys += [key(rows=rows.select(range(11))), key(rows=swapped.cast_column("image", data.FEATURES["image"]))]
     assert len({json.dumps(each, sort_keys=True) for each in keys}) == len(keys)
     assert key() == key(rows=rows.select(range(12)))  # the same content, another fingerprint
+    code = training.code_of(
+        *sorted(str(file) for name in PACKAGES for file in (ROOT / "src/awares" / name).glob("*.py"))
+    )
+    assert key()["code"] == code  # all that DVC declares as the stage's code
+
+
+def test_another_prompt_of_the_same_name_is_another_training(world, tmp_path, monkeypatch):
+    keys = []
+    monkeypatch.setattr(training, "run", lambda *given: keys.append(given[6]) or tmp_path)
+    for text in ("Answer.", "Answer in one word."):
+        (tmp_path / "prompt.txt").write_text(text)
+        with pytest.raises(ValueError):  # no checkpoint to choose
+            run(world, tmp_path, **{"protocol.system_file": str(tmp_path / "prompt.txt")})
+    assert keys[0]["prompt"] != keys[1]["prompt"]
 
 
 def test_a_model_of_the_hub_is_keyed_by_its_commit(monkeypatch):
@@ -441,20 +427,20 @@ def test_what_is_saved_is_one_policy_without_paths_of_this_machine(world, finish
         path for folder in (result.adapter, result.merged) for path in folder.iterdir() if path.suffix != ".safetensors"
     ]
     assert not [path for path in written if str(result.adapter.parents[1]) in path.read_text()]
-    entries = training.read_jsonl(result.log)
+    entries = read_records(result.log)
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3]
-    assert [set(entry) for entry in entries if "loss" not in entry] == [
-        {"step", "validation_accuracy", "call_rate"}
-    ] * 3
+    candidate = {"step", "validation_accuracy", "call_rate"}
+    assert [set(entry) for entry in entries if "loss" not in entry] == [candidate] * 3
 
 
-def test_nothing_trainable_is_an_error(world):
-    model = load_model(world.base)
-    for weight in model.parameters():
-        weight.requires_grad = False
-    with pytest.raises(AwaresError, match="0 trainable parameters"):
-        training.require_trainable(model, "sft")
+def test_a_model_that_carries_an_adapter_is_refused(world):
     adapted = load_model(world.base, trainable=True)
     adapted.peft_config = {}
-    with pytest.raises(AwaresError, match="already carries an adapter"):
+    with pytest.raises(AwaresError, match="adapter"):
         training.require_plain(adapted)
+
+
+def test_the_share_of_rows_is_the_first_of_every_source(world):
+    rows = world.rows.remove_columns("source").add_column("source", ["a", "a", "b"] * 4)
+    assert sft.share_of(rows, 0.5)["id"][:] == ["r0", "r1", "r2", "r3", "r4", "r5"]
+    assert sft.share_of(rows, 1.0)["id"][:] == rows["id"][:]

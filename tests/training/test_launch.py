@@ -1,6 +1,6 @@
 """Two processes equal one: real processes under `accelerate launch`, over gloo."""
 
-import dataclasses
+import json
 import os
 import re
 import socket
@@ -16,18 +16,21 @@ from safetensors.torch import load_file
 from test_grpo import world as grpo_world  # noqa: F401
 from test_sft import SMALL, world  # noqa: F401
 
-from awares import config
 from awares.config import load_params
 from awares.data import rows as data
+from awares.engine.jsonl import read_records
 from awares.errors import AwaresError
 from awares.method import grpo, sft
 from awares.training import checkpoints as training
-from awares.training import distributed as launch
+from awares.training import distributed
 
 HERE = Path(__file__).parents[1]
 ROOT = HERE.parent
 TWO = "data/launch/2cpu.yaml"
 FSDP2 = "data/launch/fsdp2-8gpu.yaml"
+SEARCH = os.pathsep.join(map(str, (ROOT / "src", HERE, HERE / "method", HERE / "training")))
+WORKERS = {**os.environ, "PYTHONPATH": SEARCH, "OMP_NUM_THREADS": "1"}
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
 
 
 def settings(folder, **overrides):
@@ -37,12 +40,7 @@ def settings(folder, **overrides):
 
 def train(world, folder, **overrides):  # noqa: F811
     params = settings(folder, **overrides)
-    for split in ("train", "validation"):
-        rows = params.run_dir("curation") / split / "dataset"
-        if not rows.exists():
-            data.save_rows(world.rows, rows)
-    rows = data.load_rows(params.run_dir("curation") / "train" / "dataset")
-    return sft.train_sft(params, rows, rows, world.base, params.run_dir("sft"))
+    return sft.train_sft(params, world.rows, world.rows, world.base, params.run_dir("sft"))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,11 @@ def weights(result):
 
 
 def losses(log):
-    return [entry for entry in training.read_jsonl(log) if "loss" in entry]
+    return [entry for entry in read_records(log) if "loss" in entry]
+
+
+def steps(folder, processes=1):
+    return [training.step_of(path) for path in training.checkpoints(folder, processes)]
 
 
 def require_same_training(log, other):
@@ -83,89 +85,76 @@ def test_a_launched_training_goes_on_from_its_checkpoint_and_ends_the_same(world
     folder, done = launched
     before = weights(done)
     (work,) = (settings(folder).run_dir("sft").parent / ".checkpoints").iterdir()
-    last = training.checkpoints(work)[-1]
-    assert training.step_of(last) == 3
-    (last / "rng_state_1.pth").unlink()  # killed after the first process had written its part, before the second had
-    assert [training.step_of(path) for path in training.checkpoints(work, 2)] == [1, 2]
+    assert steps(work, 2) == [1, 2, 3]
+    (work / "checkpoint-3" / "rng_state_1.pth").unlink()  # killed when only the first process had written its part
+    assert steps(work, 2) == [1, 2]
     again = train(world, folder, **{"base.launch": TWO})
-    assert [e["step"] for e in training.read_jsonl(again.log) if "loss" in e] == [1, 2, 3]
+    assert [entry["step"] for entry in losses(again.log)] == [1, 2, 3]
     assert all(torch.equal(value, weights(again)[name]) for name, value in before.items())
 
 
 def run_sharded(world, folder):  # noqa: F811
-    """The cold start in two processes under the FSDP2 configuration that ships, on a CPU; what they print."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{HERE}{os.pathsep}{HERE / 'method'}{os.pathsep}{HERE / 'training'}",
-        "OMP_NUM_THREADS": "1",
-    }
-    start = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / FSDP2), "--num_processes", "2"]
-    command = [sys.executable, *start, str(HERE / "fsdp_worker.py"), str(world.base), str(folder)]
-    return subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    """SFT in two processes under the FSDP2 configuration that ships, on a CPU; what they print."""
+    given = [*LAUNCH, str(ROOT / FSDP2), "--num_processes", "2", str(HERE / "fsdp_worker.py"), str(world.base)]
+    done = subprocess.run([sys.executable, *given, str(folder)], env=WORKERS, cwd=ROOT, check=True, capture_output=True)
+    return done.stdout.decode()
 
 
-def test_a_sharded_cold_start_has_the_losses_of_one_and_goes_on_from_its_checkpoint(world, alone, tmp_path):  # noqa: F811
-    params = settings(tmp_path)
-    data.save_rows(world.rows, params.run_dir("curation") / "train" / "dataset")
-    said, log = run_sharded(world, tmp_path), params.run_dir("sft") / "log.jsonl"
+def test_a_sharded_training_has_the_losses_of_one_and_goes_on_from_its_checkpoint(world, alone, tmp_path):  # noqa: F811
+    data.save_rows(world.rows, tmp_path / "rows")
+    said, log = run_sharded(world, tmp_path), tmp_path / "log.jsonl"
     here = [tuple(map(int, found)) for found in re.findall(r"(\d+) parts, (\d+) of (\d+) weights", said)]
     assert len(here) == 2 and sum(held for _, held, _ in here) == here[0][2]  # each process holds its share and no more
     assert all(parts >= 5 for parts, _, _ in here)  # the layers of both towers, and what is left
     require_same_training(alone.log, log)
-    (work,) = (params.run_dir("sft").parent / ".checkpoints").iterdir()
-    last = training.checkpoints(work, 2)[-1]
-    assert training.step_of(last) == 3
-    before, first = load_file(last / "adapter_model.safetensors"), (work / "checkpoint-1" / "optimizer.bin").stat()
-    assert before.keys() == weights(alone).keys() and alone.step == 3
+    work = tmp_path / "checkpoints"
+    assert steps(work, 2) == [1, 2, 3] and alone.step == 3
+    last = work / "checkpoint-3" / "adapter_model.safetensors"
+    before, first = load_file(last), (work / "checkpoint-1" / "optimizer.bin").stat()
+    assert before.keys() == weights(alone).keys()
     assert all(torch.allclose(value, before[name], atol=1e-3) for name, value in weights(alone).items())
-    (last / "optimizer.bin").unlink()  # killed between the parts of the checkpoint
-    assert [training.step_of(path) for path in training.checkpoints(work, 2)] == [1, 2]
+    (work / "checkpoint-3" / "optimizer.bin").unlink()  # killed between the parts of the checkpoint
+    assert steps(work, 2) == [1, 2]
     run_sharded(world, tmp_path)
     assert [entry["step"] for entry in losses(log)] == [1, 2, 3]
-    after = load_file(training.checkpoints(work, 2)[-1] / "adapter_model.safetensors")
+    after = load_file(last)
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
     assert (work / "checkpoint-1" / "optimizer.bin").stat() == first  # it went on, and did not begin again
 
 
 def test_grpo_in_two_processes_has_the_gradients_of_one(grpo_world, tmp_path):  # noqa: F811
     data.save_rows(grpo_world.rows, tmp_path / "rows")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{HERE}{os.pathsep}{HERE / 'method'}{os.pathsep}{HERE / 'training'}",
-        "OMP_NUM_THREADS": "1",
-    }
-    starts = {"one": [], "two": ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / TWO)]}
+    starts = {"one": [], "two": [*LAUNCH, str(ROOT / TWO)]}
     for name, start in starts.items():
         (tmp_path / name).mkdir()
         given = [str(HERE / "grpo_worker.py"), str(grpo_world.policy), str(tmp_path / "rows"), str(tmp_path / name)]
-        subprocess.run([sys.executable, *start, *given], env=environment, cwd=ROOT, check=True)
+        subprocess.run([sys.executable, *start, *given], env=WORKERS, cwd=ROOT, check=True)
     one, two = (load_file(tmp_path / name / "gradients.safetensors") for name in starts)
     assert set(one) == set(two) and sum(value.abs().sum() for value in one.values()) > 0
     for name, value in one.items():
         assert torch.allclose(value, two[name], atol=1e-6, rtol=1e-3), name
+    logs = [json.loads((tmp_path / name / "log.json").read_text())[0] for name in starts]
+    for term in ("reward", "terms/answer", "terms/tool_cost", "call_rate"):  # over the completions of both processes
+        assert logs[0][term] == pytest.approx(logs[1][term], rel=1e-5)
 
 
 def test_grpo_in_two_processes_goes_on_from_its_checkpoint_and_ends_the_same(grpo_world, tmp_path):  # noqa: F811
-    named = {"base.launch": TWO, "paths.runs": str(tmp_path), "grpo.max_completion_length": 6}
-    params = test_grpo.settings(**named)
-    for split in ("train", "validation"):
-        data.save_rows(grpo_world.rows, params.run_dir("curation") / split / "dataset")
-    rows, out = data.load_rows(params.run_dir("curation") / "train" / "dataset"), params.run_dir("grpo")
-    done = grpo.train_grpo(params, rows, grpo_world.policy, out)
+    params = test_grpo.settings(**{"base.launch": TWO, "paths.runs": str(tmp_path), "grpo.max_completion_length": 6})
+    out = params.run_dir("grpo")
+    done = grpo.train_grpo(params, grpo_world.rows, grpo_world.policy, out)
     before, log = weights(done), done.log.read_text()
     (work,) = (out.parent / ".checkpoints").iterdir()
-    last = training.checkpoints(work, 2)[-1]
-    assert training.step_of(last) == 3
-    (last / "rng_state_1.pth").unlink()  # killed after the first process had written its part, before the second had
-    again = grpo.train_grpo(params, rows, grpo_world.policy, out)
+    assert training.step_of(training.checkpoints(work, 2)[-1]) == 3
+    (work / "checkpoint-3" / "rng_state_1.pth").unlink()
+    again = grpo.train_grpo(params, grpo_world.rows, grpo_world.policy, out)
     assert again.log.read_text() == log
     assert all(torch.equal(value, weights(again)[name]) for name, value in before.items())
 
 
 def test_two_machines_want_to_know_of_each_other(world, tmp_path, monkeypatch):  # noqa: F811
-    for name in launch.NODE:
+    for name in distributed.NODE:
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(AwaresError, match="2 machines, and MASTER_ADDR, MASTER_PORT, NODE_RANK not set"):
+    with pytest.raises(AwaresError, match="2 machines.*MASTER_ADDR, MASTER_PORT, NODE_RANK"):
         train(world, tmp_path, **{"base.launch": "data/launch/2x8gpu.yaml"})
 
 
@@ -176,11 +165,11 @@ def test_two_machines_of_one_process_train_as_one_does(world, alone, tmp_path, m
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    job = settings(tmp_path).run_dir("sft") / "launch.json"
-    joining = "import sys, time, pathlib\nfrom awares import launch\njob = pathlib.Path(sys.argv[1])\n"
-    joining += "while not job.is_file() or not job.read_text().endswith('}'):\n    time.sleep(0.1)\nsys.exit(launch.main([str(job)]))"
+    job = settings(tmp_path).run_dir("sft") / "launch.job"
+    joining = "import sys, time, pathlib\nfrom awares.training import distributed\njob = pathlib.Path(sys.argv[1])\n"
+    joining += "while not job.is_file():\n    time.sleep(0.1)\nsys.exit(distributed.main([str(job)]))"
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **shared, "NODE_RANK": "1", "PYTHONPATH": str(ROOT / "src")}
+    environment = {**WORKERS, **shared, "NODE_RANK": "1"}
     second = subprocess.Popen([sys.executable, "-c", joining, str(job)], env=environment, cwd=ROOT)
     try:
         for name, value in {**shared, "NODE_RANK": "0"}.items():
@@ -192,30 +181,21 @@ def test_two_machines_of_one_process_train_as_one_does(world, alone, tmp_path, m
     require_same_training(alone.log, result.log)
 
 
-def test_the_same_settings_come_out_of_their_overrides():
-    params = load_params("paper", "no_area_cost", {"sft.epochs": 3.0, "seed": 7}, path=ROOT / "params.yaml")
-    again = load_params("paper", "no_area_cost", config.overrides_of(params), path=ROOT / "params.yaml")
-    assert dataclasses.replace(again, changed=params.changed) == params
-
-
 def test_a_process_that_fails_ends_the_training_with_its_name(world, tmp_path):  # noqa: F811
-    with pytest.raises(AwaresError, match="sft: accelerate launch ended with exit code"):
-        train(
-            world, tmp_path, **{"base.launch": TWO, "sft.batch_size": 5, "sft.per_device_batch_size": 1}
-        )  # two processes cannot share five samples
-    with pytest.raises(AwaresError, match="nowhere.yaml: no such accelerate configuration"):
-        train(world, tmp_path, **{"base.launch": "nowhere.yaml"})
+    five = {"base.launch": TWO, "sft.batch_size": 5, "sft.per_device_batch_size": 1}
+    with pytest.raises(AwaresError, match="sft.*exit code"):
+        train(world, tmp_path, **five)  # two processes cannot share five samples
+    with pytest.raises(AwaresError, match="launch.job"):
+        distributed.join(tmp_path / "launch.job")
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (
-            {"base.launch": FSDP2},
-            "base.launch: GRPO cannot be trained with FSDP.*in sft.launch.*8gpu.yaml, in base.launch",
-        ),
-        ({"sft.launch": FSDP2}, "sft.launch: accelerate shards on GPUs only.*base.device cpu"),
-        ({"sft.launch": "nowhere.yaml"}, "nowhere.yaml: no such accelerate configuration; sft.launch names it"),
+        ({"base.launch": FSDP2}, "base.launch: GRPO.*sft.launch"),
+        ({"sft.launch": FSDP2}, "sft.launch.*base.device cpu"),
+        ({"base.launch": "nowhere.yaml"}, "nowhere.yaml.*base.launch"),
+        ({"sft.launch": "nowhere.yaml"}, "nowhere.yaml.*sft.launch"),
     ],
 )
 def test_a_configuration_that_would_not_train_as_it_says_is_refused(world, tmp_path, changes, message):  # noqa: F811
@@ -225,47 +205,49 @@ def test_a_configuration_that_would_not_train_as_it_says_is_refused(world, tmp_p
 
 def test_grpo_refuses_to_be_sharded(grpo_world, tmp_path):  # noqa: F811
     params = test_grpo.settings(**{"base.launch": FSDP2, "paths.runs": str(tmp_path)})
-    with pytest.raises(AwaresError, match="base.launch: GRPO cannot be trained with FSDP"):
+    with pytest.raises(AwaresError, match="base.launch: GRPO"):
         grpo.train_grpo(params, grpo_world.rows, grpo_world.policy, tmp_path / "grpo")
 
 
-@pytest.mark.parametrize("key, value", [("fsdp_version", 1), ("fsdp_state_dict_type", "SHARDED_STATE_DICT")])
-def test_a_sharded_configuration_must_keep_checkpoints_that_can_be_chosen_from(tmp_path, key, value):
-    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_computation": False})
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("fsdp_version", 1, "fsdp_config.fsdp_version must be 2"),
+        ("fsdp_state_dict_type", "SHARDED_STATE_DICT", "fsdp_config.fsdp_state_dict_type must be FULL_STATE_DICT"),
+        (None, None, "sft.share_computation"),
+    ],
+)
+def test_a_sharded_configuration_must_fit_the_training(tmp_path, key, value, message):
+    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_computation": key is None})
     found = yaml.safe_load((ROOT / FSDP2).read_text())
-    launch._check_fsdp(params, "sft.launch", found)
-    found["fsdp_config"][key] = value
-    with pytest.raises(AwaresError, match=f"sft.launch: fsdp_config.{key} must be .*, not {value}"):
-        launch._check_fsdp(params, "sft.launch", found)
+    if key:
+        distributed._check_fsdp(params, "sft.launch", found)
+        found["fsdp_config"][key] = value
+    with pytest.raises(AwaresError, match=f"sft.launch: .*{message}"):
+        distributed._check_fsdp(params, "sft.launch", found)
 
 
-def test_a_prefix_cannot_be_shared_when_sharded(tmp_path):
-    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_computation": True})
-    with pytest.raises(AwaresError, match="set sft.share_computation to false"):
-        launch._check_fsdp(params, "sft.launch", yaml.safe_load((ROOT / FSDP2).read_text()))
-
-
-def test_a_cold_start_alone_may_have_a_configuration_of_its_own(tmp_path):
+def test_sft_alone_may_have_a_configuration_of_its_own(tmp_path):
     params = settings(tmp_path, **{"base.launch": TWO, "sft.launch": FSDP2})
     assert (params.launch("sft"), params.launch("grpo")) == (FSDP2, TWO)
     assert settings(tmp_path, **{"base.launch": TWO}).launch("sft") == TWO
 
 
-def test_a_process_loads_the_model_on_its_own_gpu_and_for_fsdp_beside_it(tmp_path, monkeypatch):
+def test_a_process_loads_the_model_on_its_own_gpu_and_for_fsdp_in_host_memory(tmp_path, monkeypatch):
     params = settings(tmp_path, **{"base.device": "cuda"})
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert launch.device(params) == "cuda:1"
+    assert distributed.device(params) == "cuda:1"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert launch.device(params) == "cpu"
+    assert distributed.device(params) == "cpu"
 
 
 def test_batches_that_do_not_come_out_even_are_named(monkeypatch):
-    assert launch.layout("sft", 128, 16) == (16, 8)
+    assert distributed.layout("sft", 128, 16) == (16, 8)
     monkeypatch.setenv("WORLD_SIZE", "16")
-    assert launch.layout("sft", 128, 16) == (8, 1) and launch.layout("grpo", 96, 4) == (3, 2)
-    with pytest.raises(AwaresError, match="sft.batch_size 100 is no multiple of the 16 processes"):
-        launch.layout("sft", 100, 16)
+    assert distributed.layout("sft", 128, 16) == (8, 1) and distributed.layout("grpo", 96, 4) == (3, 2)
+    with pytest.raises(AwaresError, match="sft.batch_size 100 .* 16 processes"):
+        distributed.layout("sft", 100, 16)
 
 
 @pytest.mark.parametrize("name", ["1gpu", "8gpu", "2x8gpu", "fsdp2-8gpu"])
@@ -275,17 +257,18 @@ def test_the_papers_batches_fit_the_configurations(name, monkeypatch):
     params = load_params("paper", path=ROOT / "params.yaml")
     for stage in ("sft", "grpo"):
         section = getattr(params, stage)
-        size, steps = launch.layout(stage, section.batch_size, section.per_device_batch_size)
+        size, steps = distributed.layout(stage, section.batch_size, section.per_device_batch_size)
         assert size * steps * count == section.batch_size and size <= section.per_device_batch_size
 
 
-def test_several_gpus_want_a_launch(monkeypatch):
+def test_several_gpus_want_a_launch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    launch.require_one_gpu("cpu")
-    with pytest.raises(AwaresError, match="8 GPUs are visible.*base.launch"):
-        launch.require_one_gpu("cuda")
+    assert distributed.device(settings(tmp_path)) == "cpu"
+    params = settings(tmp_path, **{"base.device": "cuda"})
+    with pytest.raises(AwaresError, match="8 GPUs.*base.launch"):
+        distributed.device(params)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    launch.require_one_gpu("cuda")
+    assert distributed.device(params) == "cuda:0"
 
 
 @pytest.mark.parametrize("name", sorted(file.name for file in (ROOT / "data" / "launch").glob("*.yaml")))

@@ -1,84 +1,165 @@
-"""The reward of multi-turn GRPO (PAPER §4): pure functions, one float per completion.
+"""The reward of multi-turn GRPO (PAPER §4, Eq. 5 and 6), and how to write another one.
 
-R_ans of Eq. 5 and the tool's cost (Eq. 6) are here; what is made of them (the weighted sum, Eq. 7's advantages, Eq. 8's clipped objective
-with its KL term) is TRL's.
+A reward is a function of a batch of rollouts, in which the G rollouts of a row follow each other. It returns one number
+for each rollout::
+
+    @reward("frugal")
+    def frugal(rollouts, context):
+        right = context.answer_reward(rollouts)     # R_ans, one number for each rollout
+        context.log(right=right)                    # a column of the training curve
+        return [10 * mark - 2 * len(one.crops) for mark, one in zip(right, rollouts)]
+
+The advantages (Eq. 7) and the clipped objective with its KL term (Eq. 8) are TRL's.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from awares.config import Grpo
-from awares.engine.embedding import SentenceEncoder, load_encoder
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from awares.config import Grpo, Params
+from awares.engine.embedding import load_encoder
+from awares.engine.model import load_model, load_processor
 from awares.errors import AwaresValueError
 from awares.method.crops import union_area
 from awares.method.judges import HR, LR, SemanticJudge
 from awares.method.metrics import anls
+from awares.method.rollout import Engine
+from awares.registry import reward
+from awares.training import distributed
 
-# R_ans of a batch: predictions and, for each, its accepted answers
-AnswerReward = Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]
 
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled interaction: the row, and what the policy did with it.
 
-def answer_similarity(
-    predictions: Sequence[str], answers: Sequence[Sequence[str]], encoder: SentenceEncoder
-) -> list[float]:
-    """R_ans: cosine of the sentence embeddings of prediction and answer, -1 to 1, not clipped.
-
-    Where a row accepts several answers, the best counts; with one it is the paper's reward.
+    ``text``: all that the policy wrote. ``crops``: the requested regions, () without a readable call. ``malformed``: it
+    wrote a call that cannot be read. ``overflow``: its crops did not fit and were dropped (departure 8 of `grpo`).
     """
-    return encoder.similarity(predictions, answers)
+
+    row_id: str
+    question: str
+    full_image: Image
+    answers: Sequence[str]
+    label: str
+    text: str
+    answer: str
+    crops: tuple[str, ...]
+    malformed: bool
+    overflow: bool
 
 
-def answer_anls(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-    """R_ans of the ANLS ablation (Table 4): 0 to 1, the best over the accepted answers."""
-    return [anls(prediction, accepted) for prediction, accepted in zip(predictions, answers, strict=True)]
+class RewardContext:
+    """What a reward may use besides the rollouts, ``params`` for instance, and where it reports its terms."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self.logged: dict[str, list[float]] = {}
+        self.shown: dict[str, list[float]] = {}
+
+    def answer_reward(self, rollouts: Sequence[Rollout], predictions: Sequence[str] | None = None) -> list[float]:
+        """R_ans (``grpo.answer_reward``) of every rollout's answer, or of other ``predictions`` in its place.
+
+        Where a row accepts several answers, the best counts; with one it is the paper's reward.
+        """
+        section, answers = self.params.grpo, [one.answers for one in rollouts]
+        given = [one.answer for one in rollouts] if predictions is None else predictions
+        return ANSWER_REWARDS[section.answer_reward](section, given, answers)
+
+    @functools.cached_property
+    def base(self) -> Engine:
+        """The frozen base model of ``base.model``, for instance to answer from a crop alone."""
+        path, device = self.params.model_path(), distributed.device(self.params)
+        with torch.random.fork_rng():  # loading must not change what the policy samples
+            model = load_model(path, self.params.base.dtype, device)
+        return Engine.from_params(model, load_processor(path), self.params, progress=False)
+
+    def log(self, **terms: Sequence[float]) -> None:
+        """Terms of the reward, one number for each rollout; the training log has their means."""
+        self.logged |= {name: [float(value) for value in values] for name, values in terms.items()}
+
+    def show(self, **terms: Sequence[float]) -> None:
+        """Terms for `grpo.score_rollouts` alone, which lists those of `log` as well."""
+        self.shown |= {name: [float(value) for value in values] for name, values in terms.items()}
+
+    def score(self, function: "RewardFunction", rollouts: Sequence[Rollout]) -> list[float]:
+        """The rewards of ``rollouts``; AwaresValueError unless each, and each term, is a finite number."""
+        self.logged.clear()
+        self.shown.clear()
+        rewards = np.asarray(function(rollouts, self), dtype=float)
+        for name, values in {"the result": rewards, **self.logged, **self.shown}.items():
+            found = np.asarray(values)
+            if found.shape != (len(rollouts),) or not np.isfinite(found).all():
+                raise AwaresValueError(
+                    f"grpo.reward {function.__name__}: {name} must be one finite number for each of "
+                    f"{len(rollouts)} rollouts, not {values}"
+                )
+        return rewards.tolist()
 
 
-def answer_judge(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-    """R_ans of the judge ablation (Table 4): 1 where the semantic judge calls the answer right, else 0."""
-    return SemanticJudge().scores([""] * len(predictions), predictions, answers)
+RewardFunction = Callable[[Sequence[Rollout], RewardContext], Sequence[float]]
 
 
-# grpo.answer_reward -> R_ans with these parameters
-ANSWER_REWARDS: dict[str, Callable[[Grpo], AnswerReward]] = {
-    "similarity": lambda grpo: lambda p, a: answer_similarity(p, a, load_encoder(grpo.embedder)),
-    "anls": lambda grpo: answer_anls,
-    "judge": lambda grpo: answer_judge,
-}
+# AwaRes
 
 
-def tool_cost(label: str, crops: Sequence[str], alpha_miss: float, alpha_use: float, lambda_area: float) -> float:
-    """Eq. 6, C_tool(C, y): ``alpha_miss`` for an HR row without a call, ``alpha_use + lambda_area * ||C||`` for a call.
+@reward("awares")
+def awares_reward(rollouts: Sequence[Rollout], context: RewardContext) -> Sequence[float]:
+    """Eq. 5: alpha_ans * R_ans - C_tool."""
+    section = context.params.grpo
+    weights = section.alpha_miss, section.alpha_use, section.lambda_area
+    costs = [tool_cost(one.label, one.crops, *weights) for one in rollouts]
+    context.show(**{name: [getattr(cost, name) for cost in costs] for name in ToolCost._fields})
+    return weighted_sum(context, context.answer_reward(rollouts), [sum(cost) for cost in costs])
 
-    An LR row without a call costs nothing. ||C|| is the share of the image that the *union* of the crops covers, 0 to
-    1. ``crops``: the requested crops, () where the policy did not call or the call was malformed. Raises AwaresError
-    for another label than LR or HR.
+
+def weighted_sum(context: RewardContext, answer: Sequence[float], cost: Sequence[float]) -> Sequence[float]:
+    """``alpha_ans * answer - cost`` in float32, as TRL weighs and adds two rewards; both are logged."""
+    context.log(answer=answer, tool_cost=cost)
+    answers, costs = np.asarray(answer, np.float32), np.asarray(cost, np.float32)
+    return (context.params.grpo.alpha_ans * answers - costs).tolist()
+
+
+class ToolCost(NamedTuple):
+    """The terms of Eq. 6, each 0 or more; their sum is C_tool(C, y)."""
+
+    miss: float = 0.0  # a needed call that was not made
+    use: float = 0.0  # a call
+    area: float = 0.0  # the requested area
+
+
+def tool_cost(label: str, crops: Sequence[str], alpha_miss: float, alpha_use: float, lambda_area: float) -> ToolCost:
+    """Eq. 6: ``alpha_miss`` for an HR row without a call, ``alpha_use + lambda_area * ||C||`` for a call, else 0.
+
+    ||C|| is the fraction of the image that the *union* of the requested ``crops`` covers.
     """
     if label not in (LR, HR):
         raise AwaresValueError(f"label {label!r}: a curated row is {LR} or {HR}")
     if crops:
-        return alpha_use + lambda_area * union_area(tuple(crops))
-    return alpha_miss if label == HR else 0.0
+        return ToolCost(use=alpha_use, area=lambda_area * union_area(tuple(crops)))
+    return ToolCost(miss=alpha_miss if label == HR else 0.0)
 
 
-SMALL = 0.5  # ERGO's weight of a region that covers no more than SMALL_AREA of the image
-SMALL_AREA = 0.6
-FORMAT = 0.5  # VisionThink's weight of a well-formed completion
-DISCOUNT = 0.9  # of accuracy, for escalating, or for a group that hardly ever need not
-RARE = 0.2
+# R_ans of predictions, each with its accepted answers. ``grpo.answer_reward`` names one; Table 4 compares them.
 
 
-def escalation_discounts(marks: Sequence[float], called: Sequence[bool], group: int) -> list[float]:
-    """VisionThink's accuracy reward (PAPER §6) from ``marks`` of 0 or 1, in runs of ``group`` completions of one prompt.
+def answer_similarity(grpo: Grpo, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+    """The paper's R_ans: cosine of sentence embeddings, -1 to 1, not clipped."""
+    return load_encoder(grpo.embedder).similarity(predictions, answers)
 
-    A completion that called keeps 0.9 of its mark. One that was right without keeps 0.9 as well where, of the group's right completions,
-    some but fewer than one in five were right without: there luck is likelier than sight.
-    """
-    if group < 2 or len(marks) % group:
-        raise AwaresValueError(f"{len(marks)} rewards cannot be split into groups of {group}: 2 or more, all full")
-    found = []
-    for start in range(0, len(marks), group):
-        part = list(zip(marks[start : start + group], called[start : start + group], strict=True))
-        right = sum(mark > 0 for mark, _ in part)
-        direct = sum(mark > 0 and not call for mark, call in part)
-        lucky = right > 0 and 0 < direct / right < RARE
-        found += [mark * (DISCOUNT if call or lucky else 1.0) for mark, call in part]
-    return found
+
+def answer_anls(grpo: Grpo, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+    """Edit-distance similarity, 0 to 1."""
+    return [anls(prediction, accepted) for prediction, accepted in zip(predictions, answers, strict=True)]
+
+
+def answer_judge(grpo: Grpo, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+    """1 where the semantic judge calls the answer right, else 0."""
+    return SemanticJudge().scores([""] * len(predictions), predictions, answers)
+
+
+ANSWER_REWARDS = {"similarity": answer_similarity, "anls": answer_anls, "judge": answer_judge}

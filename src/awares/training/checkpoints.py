@@ -1,17 +1,19 @@
-"""What both trainings share: checkpoints keyed by their inputs, LoRA, the log, saving.
+"""What both trainings share: checkpoints keyed by their inputs, resuming, LoRA, trainer settings, the log, saving.
 
-A training may stop at any moment. Its checkpoints stand beside the stage's output, in ``.checkpoints/<key>``, where the key is a
-hash of everything that determines the result: parameters, rows, weights, code, library versions. The same inputs find the same
-folder and go on; other inputs find another one and start afresh.
+A training may be killed at any moment. Its checkpoints are next to the stage's output, in ``.checkpoints/<key>``. The
+key is a hash of everything that determines the result: parameters, rows, weights, code, library versions. A rerun with
+the same inputs resumes; other inputs start in another folder.
 """
 
 import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,101 +27,162 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from awares.config import Grpo, Params, Sft
 from awares.engine.images import cap, check_image
-from awares.engine.jsonl import exclusive_lock
-from awares.engine.model import ImageOnlyProcessor, save_model
-from awares.errors import AwaresFileError, AwaresValueError
-from awares.method import crops, protocol
+from awares.engine.jsonl import exclusive_lock, write_records
+from awares.engine.model import load_model, load_processor, save_model, set_threads
+from awares.errors import AwaresValueError
+from awares.training import distributed
 
-# TRL reports every trainer it builds to its makers; nothing leaves the machine here.
-huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-# Environments are experimental in TRL, which warns each time: its version is pinned, and our tests hold what it does.
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer to its makers
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns of environments each time; its version is pinned
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")
-TRAINED_ON = ("id", "question", "answers", "label", "target_crops")  # and the image: what a training takes from a row
-# files of a whole checkpoint, beside its state and one `rng_state*.pth` a process; the optimizer's as FSDP keeps them, or as all others do
+TRAINED_ON = ("id", "question", "answers", "label", "target_crops")  # and the image: what a training reads of a row
+# Files of a complete checkpoint, next to its state and one `rng_state*.pth` per process; the optimizer's, or FSDP's
 COMPLETE = ("adapter_model.safetensors", "scheduler.pt")
 OPTIMIZER = (("optimizer.pt",), ("optimizer.bin", "pytorch_model_fsdp.bin"))
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """What a training wrote: folders of adapter and merged model, log, step of the checkpoint, its accuracy (SFT)."""
+
+    adapter: Path
+    merged: Path
+    log: Path
+    step: int
+    accuracy: float = math.nan
+
+
+def run(
+    stage: str,
+    params: Params,
+    rows: datasets.Dataset,
+    model_path: str | Path,
+    out_dir: str | Path,
+    fit: Callable[..., None],
+    inputs: dict[str, Any],
+    *arguments: Any,
+) -> Path:
+    """Train ``stage`` (sft or grpo) to its last checkpoint; returns the folder of its checkpoints.
+
+    ``fit(params, rows, model_path, folder, log, *arguments)`` builds the trainer and calls `train`; it runs in this
+    process or in those of the stage's accelerate configuration. ``inputs``: what else determines the result.
+    """
+    set_threads(params.threads)
+    folder = checkpoint_folder(out_dir, {**describe_inputs(stage, params, [rows], model_path), **inputs})
+    given = (params, rows, model_path, folder, Path(out_dir) / "log.jsonl", *arguments)
+    if params.launch(stage):
+        distributed.launch(stage, params, out_dir, fit, *given)
+    else:
+        fit(*given)
+    return folder
+
+
+def train(trainer: Trainer, folder: Path, log: "Log") -> None:
+    """Train to the end, from the last complete checkpoint of ``folder``. AwaresError while another process does."""
+    trainer.add_callback(log)
+    trainer.remove_callback(PrinterCallback)  # prints the whole log, where `log` shows a bar
+    with exclusive_lock(folder / "training") if trainer.is_world_process_zero() else nullcontext():
+        done = checkpoints(folder, trainer.args.world_size)
+        state = TrainerState.load_from_json(str(done[-1] / "trainer_state.json")) if done else None
+        if not state or state.global_step < state.max_steps:
+            trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+        elif trainer.is_world_process_zero():  # the trainer would make one more update
+            log.write(state.log_history)
+
+
+def save_policy(
+    params: Params, model_path: str | Path, checkpoint: Path, out_dir: str | Path, accuracy: float = math.nan
+) -> TrainedPolicy:
+    """Write ``out_dir/adapter`` (LoRA of ``checkpoint``, made for ``model_path``) and ``out_dir/merged`` (plain)."""
+    adapter, merged, path = Path(out_dir) / "adapter", Path(out_dir) / "merged", Path(model_path)
+    processor = load_processor(model_path)
+    model = load_model(model_path, params.base.dtype, params.base.device, checkpoint, trainable=True)
+    save_model(model, processor, adapter)
+    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with a path of this machine
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    inside = path.is_absolute() and path.is_relative_to(params.root)
+    config["base_model_name_or_path"] = path.relative_to(params.root).as_posix() if inside else str(model_path)
+    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_model(model.merge_and_unload(), processor, merged)
+    return TrainedPolicy(adapter, merged, Path(out_dir) / "log.jsonl", step_of(checkpoint), accuracy)
 
 
 # Inputs and checkpoints
 
 
 def describe_inputs(
-    stage: str, params: Params, rows: Sequence[datasets.Dataset], model_path: str | Path, sources: Sequence[str]
+    stage: str, params: Params, rows: Sequence[datasets.Dataset], model_path: str | Path, sources: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Everything that determines the result of a training ``stage``, as JSON values; ``sources`` are the files of its own code."""
-    values = params.as_dict()
-    sources = [*sources, __file__, str(crops.__file__), str(protocol.__file__)]
-    launch = params.launch(stage)
+    """Everything that determines the result of a ``stage``, as JSON values; ``sources``: further files of code."""
+    values, launch = params.as_dict(), params.launch(stage)
+    packages = [Path(__file__).parents[1] / name for name in ("engine", "training", "method")]
+    code = sorted(str(file) for package in packages for file in package.rglob("*.py"))
     return {
         "stage": stage,
-        "launch": hashlib.sha256(params.path(launch).read_bytes()).hexdigest()
-        if launch and params.path(launch).is_file()
-        else launch,
+        "launch": code_of(str(params.path(launch))) if launch and params.path(launch).is_file() else launch,
         "params": {key: values[key] for key in ("seed", "threads", "crops", "protocol", stage)},
-        "prompt": protocol.from_params(params).system,
         "numbers": [params.base.dtype, params.base.device],
         "rows": [rows_digest(part) for part in rows],
         "weights": folder_digest(model_path),
-        "code": {Path(source).name: code_of(source) for source in sources},
+        "code": code_of(*code, *sources),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
 
 def code_of(*files: str) -> str:
-    """Hash of source files: stored work of older code must not be taken for this code's."""
+    """Hash of files: stored work of older code must not be taken for this code's."""
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def rows_digest(rows: datasets.Dataset) -> str:
-    """Hash of what a training takes from ``rows``, image bytes included: fingerprints of ``datasets`` differ between processes."""
+    """Hash of what a training reads of ``rows``: fingerprints of ``datasets`` differ between processes."""
     digest = hashlib.sha256()
-    for row in rows.cast_column("image", datasets.Image(decode=False)):
-        image = row["image"]
+    for row, image in zip(rows.remove_columns("image"), _stored_images(rows), strict=True):
         digest.update(json.dumps([row.get(column) for column in TRAINED_ON]).encode())
-        digest.update(image["bytes"] or Path(image["path"]).read_bytes())
+        digest.update(image)
     return digest.hexdigest()
 
 
+def _stored_images(rows: datasets.Dataset) -> Iterator[bytes]:
+    for image in rows.cast_column("image", datasets.Image(decode=False))["image"]:
+        yield image["bytes"] or Path(image["path"]).read_bytes()
+
+
 def folder_digest(folder: str | Path) -> str:
-    """Hash of the files of a model folder; of name and commit for a model of the hub, as it lies in the hub's cache."""
-    digest = hashlib.sha256(b"" if Path(folder).is_dir() else f"{folder}{_commit(str(folder))}".encode())
-    for file in sorted(Path(folder).glob("*")) if Path(folder).is_dir() else []:
-        if file.is_file() and file.suffix in (".safetensors", ".json", ".jinja", ".txt"):
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
+    """Hash of the files of a model folder; for a model of the hub, of its name and its commit in the hub's cache."""
+    if not Path(folder).is_dir():
+        found = try_to_load_from_cache(str(folder), "config.json")
+        file = found if isinstance(found, str) else hf_hub_download(str(folder), "config.json")
+        return hashlib.sha256(f"{folder}@{Path(file).parent.name}".encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*")):
+        if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja", ".txt"):
+            digest.update(path.name.encode())
+            with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
-def _commit(name: str) -> str:
-    """Of the model ``name`` as it lies in the hub's cache, fetched if need be."""
-    found = try_to_load_from_cache(name, "config.json")
-    return f"@{Path(found if isinstance(found, str) else hf_hub_download(name, 'config.json')).parent.name}"
-
-
 def checkpoint_folder(out_dir: str | Path, inputs: dict[str, Any]) -> Path:
-    """``<out_dir>/../.checkpoints/<key>``, made if need be, with the inputs beside the checkpoints in ``inputs.json``.
+    """``<out_dir>/../.checkpoints/<key>``, created if missing, with the inputs in ``inputs.json``.
 
-    It stands outside ``out_dir`` because DVC empties a stage's outputs before it runs. AwaresError when the folder holds
+    It is outside ``out_dir`` because DVC empties a stage's outputs before it runs. AwaresError when the folder holds
     checkpoints of other inputs (it was copied or renamed).
     """
     text = json.dumps(inputs, indent=1, sort_keys=True)
     folder = Path(out_dir).parent / ".checkpoints" / hashlib.sha256(text.encode()).hexdigest()[:16]
     note = folder / "inputs.json"
-    if folder.is_dir() and any(folder.glob("checkpoint-*")) and (not note.is_file() or note.read_text() != text):
-        raise AwaresValueError(f"{folder}: holds checkpoints of other inputs than inputs.json names: delete the folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not note.is_file() or note.read_text() != text:  # processes of one training come here together
+    if not note.is_file() or note.read_text() != text:
+        if any(folder.glob("checkpoint-*")):
+            raise AwaresValueError(f"{folder}: holds checkpoints of other inputs than inputs.json: delete the folder")
+        folder.mkdir(parents=True, exist_ok=True)
         note.write_text(text)
     return folder
 
 
 def checkpoints(folder: Path, processes: int = 1) -> list[Path]:
-    """The complete checkpoints of ``folder``, oldest first, for as many ``processes`` to go on from. A torn one (a process was
-    killed while it wrote) is skipped.
-    """
+    """The complete checkpoints of ``folder``, oldest first, from which ``processes`` can resume; no torn ones."""
     found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _is_complete(path, processes)]
     return sorted(found, key=step_of)
 
@@ -139,76 +202,7 @@ def _is_complete(checkpoint: Path, processes: int) -> bool:
     return written and each and state.get("global_step") == step_of(checkpoint)
 
 
-def require_checkpoint(folder: Path) -> None:
-    """AwaresError when a launched training has left no checkpoint in ``folder``: it worked on other rows than its caller."""
-    if not checkpoints(folder):
-        raise AwaresFileError(
-            f"{folder}: the launched training left no checkpoint here: it reads the curated rows of the run folder, and was called with others"
-        )
-
-
-def train(trainer: Trainer, folder: Path, log: "Log") -> None:
-    """Train to the end, from the last complete checkpoint of ``folder`` if there is one. AwaresError while another process does."""
-    trainer.add_callback(log)
-    trainer.remove_callback(PrinterCallback)  # the log in full on the screen, where `log` shows a bar
-    with exclusive_lock(folder / "training") if trainer.is_world_process_zero() else nullcontext():
-        done = checkpoints(folder, trainer.args.world_size)
-        state = TrainerState.load_from_json(str(done[-1] / "trainer_state.json")) if done else None
-        if state and state.global_step >= state.max_steps:  # the trainer would make one more update first
-            if trainer.is_world_process_zero():
-                log.write(state.log_history)
-            return
-        trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
-
-
-# The policy
-
-
-def lora_config(section: Sft | Grpo) -> LoraConfig:
-    """LoRA on the linear layers ``section.lora_modules`` of the language model; the vision tower stays as it is."""
-    modules = "|".join(section.lora_modules)
-    return LoraConfig(
-        r=section.lora_rank,
-        lora_alpha=section.lora_alpha,
-        lora_dropout=section.lora_dropout,
-        target_modules=rf".*language_model\..*\.({modules})",
-        task_type="CAUSAL_LM",
-    )
-
-
-def require_plain(model: PreTrainedModel) -> None:
-    """AwaresError when ``model`` carries an adapter: a new one on top would take the *base* as its reference, unnoticed."""
-    if hasattr(model, "peft_config"):
-        raise AwaresValueError("the model to train already carries an adapter: give the merged model's folder")
-
-
-def require_trainable(model: Any, section: str) -> None:
-    """AwaresError when no parameter would be trained (PEFT says nothing about it)."""
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise AwaresValueError(
-            f"{section}: 0 trainable parameters: {section}.lora_modules matches no layer of the model"
-        )
-
-
-def save_policy(model: Any, processor: ImageOnlyProcessor, out_dir: str | Path, base: str) -> tuple[Path, Path]:
-    """Write ``out_dir/adapter`` (LoRA weights; made for the model named ``base``) and ``out_dir/merged`` (a plain model)."""
-    adapter, merged = Path(out_dir) / "adapter", Path(out_dir) / "merged"
-    save_model(model, processor, adapter)
-    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with a path of this machine
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = base
-    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_model(model.merge_and_unload(), processor, merged)
-    return adapter, merged
-
-
-def relative(path: str | Path, root: Path) -> str:
-    """``path`` as it is written into files: relative to the repository when it lies inside."""
-    inside = Path(path).is_absolute() and Path(path).is_relative_to(root)
-    return Path(path).relative_to(root).as_posix() if inside else str(path)
-
-
-# Rows
+# Images
 
 
 def picture(row: dict[str, Any], params: Params) -> Image.Image:
@@ -217,43 +211,74 @@ def picture(row: dict[str, Any], params: Params) -> Image.Image:
 
 
 def picture_sizes(rows: datasets.Dataset, params: Params) -> list[tuple[int, int]]:
-    """(width, height) in pixels of every :func:`picture`, from the headers of the files, without decoding a pixel."""
+    """(width, height) in pixels of every `picture`, from the headers of the files, without decoding a pixel."""
     sizes = []
-    for stored in rows.cast_column("image", datasets.Image(decode=False))["image"]:
-        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
+    for stored in _stored_images(rows):
+        with Image.open(io.BytesIO(stored)) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # `datasets` turns such images upright
             size = image.size[::-1] if turned else image.size
         sizes.append(cap(Image.new("1", size), params.crops.max_side).size)
     return sizes
 
 
-# Gradients
+# The trainer
+
+
+def trainer_arguments(stage: str, params: Params, folder: Path) -> dict[str, Any]:
+    """The arguments that SFTConfig and GRPOConfig share."""
+    section, gpu = getattr(params, stage), params.base.device != "cpu"
+    size, steps = distributed.layout(stage, section.batch_size, section.per_device_batch_size)
+    return dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=steps,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=section.scheduler,
+        warmup_steps=section.warmup_ratio,  # below 1 it is a share of the steps
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        seed=params.seed,
+        bf16=gpu and params.base.dtype == "bfloat16",  # TRL's default is True, on a CPU too
+        use_cpu=not gpu,
+        gradient_checkpointing=section.gradient_checkpointing,
+        remove_unused_columns=False,
+        logging_steps=1,
+        disable_tqdm=True,  # `Log` shows the bar
+        report_to="none",
+    )
+
+
+def lora_config(section: Sft | Grpo) -> LoraConfig:
+    """LoRA on the linear layers ``section.lora_modules`` of the language model; the vision tower stays frozen."""
+    modules = rf".*language_model\..*\.({'|'.join(section.lora_modules)})"
+    rank, alpha, dropout = section.lora_rank, section.lora_alpha, section.lora_dropout
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM")
+
+
+def require_plain(model: PreTrainedModel) -> None:
+    """AwaresError when ``model`` has an adapter: a new one on top would take the *base* as its reference, silently."""
+    if hasattr(model, "peft_config"):
+        raise AwaresValueError("the model to train already carries an adapter: give the merged model's folder")
 
 
 class SpareVision(TrainerCallback):
-    """Keeps gradients out of the frozen vision tower, which gradient checkpointing of an adapter would let in.
+    """Keeps gradients out of the frozen vision tower under gradient checkpointing.
 
-    For checkpoints to pass gradients on, trainers let the input embeddings of *all* towers require them; the language model's suffice.
+    For checkpoints to pass gradients on, trainers make the input embeddings of *all* towers require them.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer when it has switched checkpointing on."""
+        """Called by the trainer after it has switched checkpointing on: this hook follows its own."""
         if args.gradient_checkpointing:
             patches = kwargs["model"].get_base_model().model.visual.get_input_embeddings()
-            patches.register_forward_hook(_detached)  # after the hooks that let gradients in
-
-
-def _detached(_module: Any, _inputs: Any, output: Any) -> Any:
-    return output.detach()
-
-
-# The log
+            patches.register_forward_hook(lambda _module, _inputs, output: output.detach())
 
 
 class Log(TrainerCallback):
-    """Writes the whole log of a training to a jsonl file at every step, and shows a bar with the last value of ``shown``.
+    """Writes the log of a training to a JSONL file at every step, and shows a bar with the last value of ``shown``.
 
-    The file is written whole, from the trainer's own history, so that a resumed run leaves no gap and no repeat.
+    ``rename`` maps an entry of the trainer's log to ours, {} = leave it out. The file is written whole, from the
+    trainer's own history, so that a resumed run leaves no gap and no repeat.
     """
 
     def __init__(self, path: Path, rename: Callable[[dict[str, Any]], dict[str, Any]], shown: str) -> None:
@@ -261,40 +286,23 @@ class Log(TrainerCallback):
         self.bar = tqdm(disable=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the bar where the training starts."""
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, unit="update", disable=not state.is_world_process_zero
-        )
+        """Start the bar at the step where the training starts."""
+        hidden = not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update", disable=hidden)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer after every update."""
-        if not state.is_world_process_zero:
-            return
-        entries = self.write(state.log_history)
-        self.bar.set_postfix({self.shown: f"{entries[-1][self.shown]:.3f}"}, refresh=False)
-        self.bar.update(state.global_step - self.bar.n)
+        if state.is_world_process_zero:
+            entries = self.write(state.log_history)
+            self.bar.set_postfix({self.shown: f"{entries[-1][self.shown]:.3f}"}, refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
 
     def write(self, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Write the file from a trainer's ``log_history``; the entries."""
+        """Write the file from a trainer's ``log_history``; returns its entries."""
         entries = [entry for entry in map(self.rename, history) if entry]
-        write_jsonl(self.path, entries)
+        write_records(self.path, entries)
         return entries
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self.bar.close()
-
-
-def write_jsonl(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line; the file is replaced whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    partial.replace(path)
-
-
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The entries that :func:`write_jsonl` wrote; AwaresError when there is no such log."""
-    if not Path(path).is_file():
-        raise AwaresFileError(f"{path}: no such log: run the training first")
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,0 +1,64 @@
+"""Rivals that are trained through our own path (PAPER §6): the rewards of VisionThink and ERGO, and ERGO's judge."""
+
+from collections.abc import Sequence
+
+from awares.errors import AwaresValueError
+from awares.method.crops import cut, readable, union_area
+from awares.method.rewards import RewardContext, Rollout, weighted_sum
+from awares.registry import reward
+
+FORMAT = 0.5  # VisionThink: for a well-formed completion
+DISCOUNT = 0.9  # of accuracy, for a call, or for an answer in a group that hardly ever succeeds without one
+RARE = 0.2
+SMALL = 0.5  # ERGO: for a region that covers at most SMALL_AREA of the image
+SMALL_AREA = 0.6
+
+
+@reward("visionthink")
+def visionthink_reward(rollouts: Sequence[Rollout], context: RewardContext) -> Sequence[float]:
+    """Discounted accuracy, plus 0.5 for a well-formed completion (logged as a negative ``tool_cost``)."""
+    marks = context.answer_reward(rollouts)
+    answer = escalation_discounts(marks, [bool(one.crops) for one in rollouts], context.params.grpo.generations)
+    return weighted_sum(context, answer, [-FORMAT if one.answer and _well_formed(one) else 0.0 for one in rollouts])
+
+
+def escalation_discounts(marks: Sequence[float], called: Sequence[bool], group: int) -> list[float]:
+    """VisionThink's accuracy reward from ``marks`` of 0 or 1, in runs of ``group`` completions of one prompt.
+
+    A completion that called keeps 0.9 of its mark. So does one that was right without a call, if fewer than one in five
+    of the group's right completions were: it was probably lucky.
+    """
+    if group < 2 or len(marks) % group:
+        raise AwaresValueError(f"{len(marks)} rewards cannot be split into groups of {group}: 2 or more, all full")
+    discounted = []
+    for start in range(0, len(marks), group):
+        part = list(zip(marks[start : start + group], called[start : start + group], strict=True))
+        right = sum(mark > 0 for mark, _ in part)
+        direct = sum(mark > 0 and not call for mark, call in part)
+        lucky = right > 0 and 0 < direct / right < RARE
+        discounted += [mark * (DISCOUNT if call or lucky else 1.0) for mark, call in part]
+    return discounted
+
+
+@reward("ergo")
+def ergo_reward(rollouts: Sequence[Rollout], context: RewardContext) -> Sequence[float]:
+    """Accuracy, sufficiency and size of the region, plus 1 for a well-formed call (logged as a negative ``tool_cost``).
+
+    The frozen base model judges sufficiency: it sees only the crop and the question. A small region adds 0.5.
+    """
+    answer = context.answer_reward(rollouts)
+    places = [index for index, one in enumerate(rollouts) if one.crops]
+    callers = [rollouts[index] for index in places]
+    budget = context.params.crops.region_budget
+    pieces = [readable(cut(one.full_image, one.crops[0], budget)) for one in callers]
+    read = context.base.answer(pieces, [one.question for one in callers]) if callers else []
+    enough = context.answer_reward(callers, [one.answer for one in read])
+    for index, one, mark in zip(places, callers, enough, strict=True):
+        answer[index] += mark + SMALL * (union_area(one.crops) <= SMALL_AREA)
+    return weighted_sum(
+        context, answer, [-1.0 if one.crops and one.answer and _well_formed(one) else 0.0 for one in rollouts]
+    )
+
+
+def _well_formed(rollout: Rollout) -> bool:
+    return not rollout.malformed and not rollout.overflow
