@@ -1,4 +1,4 @@
-"""A judge, an oracle and a base model as a chat server: run as a process by the tests of `awares.served`.
+"""A judge, an oracle and a base model as a chat server: run as a process by the tests of `clients.judges`.
 
 ``python judging_server.py LOG PORT [rigged | mute]``. It answers the prompts of data/served.yaml about rows of
 `test_curation.make_rows`, whose questions carry a number n, and fails by it: garbage for n % 20 == 3, silence at first for
@@ -16,16 +16,14 @@ import hashlib
 import io
 import json
 import re
-import socket
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from faulty_server import completion, last_text
+from faulty_server import completion, last_text, serve
 from PIL import Image
 
 SILENCE = 3.0  # seconds: longer than the tests' time-out
@@ -59,9 +57,9 @@ def base_answer(body: dict[str, Any], number: int) -> str:
 
 def constrained(body: dict[str, Any]) -> bool:
     """Whether a judge's request binds the reply to a verdict of 0, 1 or 2."""
-    wanted = body.get("response_format", {}).get("json_schema", {})
-    better = wanted.get("schema", {}).get("properties", {}).get("better", {})
-    return wanted.get("strict") is True and better == {"type": "integer", "enum": [0, 1, 2]}
+    wanted = body["response_format"]["json_schema"]
+    better = wanted["schema"]["properties"]["better"]
+    return wanted["strict"] and better["type"] == "integer" and better["enum"] == [0, 1, 2]
 
 
 def rigged(said: dict[str, str]) -> dict[str, Any]:
@@ -103,7 +101,7 @@ def make_app(log: Path) -> FastAPI:
         if mute or (arrived[name] == 1 and number % 20 == 7):
             await asyncio.sleep(SILENCE)
         if arrived[name] == 1 and number % 5 == 1:
-            return JSONResponse({"error": {"message": "busy"}}, 429, {"retry-after": "0"})
+            return JSONResponse({"error": {"message": "busy"}}, 429, {"retry-after-ms": "20"})
         if "Question: " not in text:
             return JSONResponse({**completion(base_answer(body, number)), "id": name})
         said = json.dumps(reply(text))
@@ -123,7 +121,4 @@ def make_app(log: Path) -> FastAPI:
 
 
 if __name__ == "__main__":
-    listener = socket.create_server(("127.0.0.1", int(sys.argv[2])))
-    print(listener.getsockname()[1], flush=True)
-    config = uvicorn.Config(make_app(Path(sys.argv[1])), log_level="critical")
-    uvicorn.Server(config).run([listener])
+    serve(make_app(Path(sys.argv[1])))

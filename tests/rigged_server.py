@@ -1,16 +1,14 @@
-"""Our server in chat mode around the tiny model, rigged as in test_rollout: a process for the tests of the remote engine.
+"""Our server in chat mode around the tiny model, rigged as in test_rollout: a process for the tests of `RemoteEngine`.
 
-``python rigged_server.py MAX_PIXELS``: the image processor's upper limit, so that a server of another model can be had.
+``python rigged_server.py LOG PORT``; nothing is logged.
 """
 
-import sys
-
 import torch
-import uvicorn
 from conftest import tiny_model, tiny_tokenizer
+from faulty_server import serve
 from test_rollout import Rigged
 
-from awares.cli import serve
+from awares.cli.serve import make_app
 from awares.cli.wire import ServeSettings
 from awares.engine import decode
 from awares.engine.model import make_processor
@@ -18,11 +16,8 @@ from awares.method.rollout import Engine
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    processor = make_processor(tiny_tokenizer(), max_pixels=int(sys.argv[1]))
+    processor = make_processor(tiny_tokenizer(), max_pixels=2000 * 2000)
     Rigged.tokenizer = processor.tokenizer
     decode.FirstToken = Rigged  # type: ignore[misc]
     engine = Engine(tiny_model(processor), processor, max_new_tokens=16)
-    listener = serve.bind("127.0.0.1", 0)
-    print(listener.getsockname()[1], flush=True)
-    app = serve.make_app(engine, ServeSettings(model="tiny"), mode="chat")
-    uvicorn.Server(uvicorn.Config(app, log_level="critical")).run([listener])
+    serve(make_app(engine, ServeSettings(model="tiny"), mode="chat"))

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from pydantic import ValidationError
+
 T = TypeVar("T")
 
 
@@ -56,3 +58,15 @@ def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[T]
                 raise
             found |= fallen
     return [found[place] for place in range(len(row_ids))]
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault of a pydantic validation as ``key.path: message, not value``."""
+    fault = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {key}"
+    if fault["type"] == "missing":
+        return f"{key} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, not {str(fault['input'])[:100]!r}"

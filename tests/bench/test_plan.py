@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from test_served import Server
+from faulty_server import ServerProcess
 from test_sources_hub import Gate, gate  # noqa: F401  (a fixture)
 from transformers import Qwen3VLConfig
 
@@ -141,7 +141,7 @@ def test_a_folder_is_counted_as_what_its_config_says(tmp_path):
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    running = Server(tmp_path / "server.jsonl")
+    running = ServerProcess("judging_server.py", tmp_path / "server.jsonl")
     for name in ("LLAMA", "DEEPSEEK", "QWEN3_VL"):
         monkeypatch.setenv(f"AWARES_{name}_URL", running.url)
     monkeypatch.setenv("AWARES_BASE_URL", "http://127.0.0.1:9/v1")

@@ -3,18 +3,16 @@
 import base64
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import openai
 import pytest
 from conftest import tiny_tokenizer
+from faulty_server import ServerProcess
 from PIL import Image
-from test_client import Faulty
 from test_rollout import NAMES, ORDERS, TIE, engine, rigged, rows_of  # noqa: F401  (rigged is a fixture)
 
 from awares.cli import batch
@@ -27,29 +25,32 @@ from awares.errors import AwaresError, AwaresRequestError
 from awares.method import crops, protocol
 from awares.method.rollout import Engine, Trajectory
 
-HERE = Path(__file__).parents[1]
+NOWHERE = "http://127.0.0.1:9/v1"
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server process with the very model of the fixture ``tiny``."""
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent / 'src'}{os.pathsep}{HERE}"}
-    environment.pop("AWARES_API_KEY", None)
-    command = [sys.executable, str(HERE / "rigged_server.py"), str(2000 * 2000)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout
-    yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
-    process.kill()
-    process.wait()
+    server = ServerProcess("rigged_server.py", tmp_path_factory.mktemp("rigged") / "log.jsonl")
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[ServerProcess]:
+    server = ServerProcess("faulty_server.py", tmp_path / "log.jsonl")
+    yield server
+    server.stop()
 
 
 @pytest.fixture
 def remote(url: str, tiny: SimpleNamespace, tmp_path: Path, monkeypatch) -> Callable[..., RemoteEngine]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
 
-    def make(url: str = url, processor: Any = tiny.processor, cache: str = "replies.jsonl", **options) -> RemoteEngine:
-        server = Server(url, "tiny", attempts=2, first_wait=0.01)
-        return RemoteEngine(ChatClient(server, tmp_path / cache), processor, **{"max_new_tokens": 16, **options})
+    def make(url: str = url, processor: Any = tiny.processor, **options: Any) -> RemoteEngine:
+        client = ChatClient(Server(url=url, model="tiny", attempts=2), tmp_path / "replies.jsonl")
+        return RemoteEngine(client, processor, **{"max_new_tokens": 16, **options})
 
     return make
 
@@ -107,9 +108,9 @@ def test_single_turns_equal_the_in_process_engines(rigged: SimpleNamespace, remo
 def test_a_second_run_needs_no_server(rigged: SimpleNamespace, remote) -> None:  # noqa: F811
     images = rows_of(rigged, ORDERS)
     first = remote().run(images, ORDERS)
-    assert remote("http://127.0.0.1:9/v1").run(images, ORDERS) == first
-    with pytest.raises(AwaresRequestError, match="the probe before the first row failed: connection failed"):
-        remote("http://127.0.0.1:9/v1").run(images, [*ORDERS[1:], "new"])
+    assert remote(NOWHERE).run(images, ORDERS) == first
+    with pytest.raises(AwaresRequestError, match="the probe before the first row: Connection error"):
+        remote(NOWHERE).run(images, [*ORDERS[1:], "new"])
     assert remote().run([], []) == []
 
 
@@ -143,15 +144,11 @@ def say(text: str) -> str:
 
 
 def test_turn_two_resends_turn_one_byte_for_byte_and_crops_without_loss(
-    tiny: SimpleNamespace, remote, tmp_path: Path
+    tiny: SimpleNamespace, remote, faulty: ServerProcess
 ) -> None:
-    faulty = Faulty(tmp_path / "log.jsonl")
     image, call = tiny.noise(224, 168, 3), protocol.OURS.render_call(["right", "top-left"])
-    try:
-        (found,) = remote(faulty.url, check=False).run([image], [f"where?|{say(call)}"])
-        first, second = [arrival["body"] for arrival in faulty.arrivals()]
-    finally:
-        faulty.stop()
+    (found,) = remote(faulty.url, check=False).run([image], [f"where?|{say(call)}"])
+    first, second = [arrival["body"] for arrival in faulty.arrivals()]
     assert found.crops == ("right", "top-left") and found.answer == "reply to \n</tool_response>".strip()
     low, both = first.pop("messages"), second.pop("messages")
     barred, barred_then = first.pop("logit_bias"), second.pop("logit_bias")  # there is no third turn
@@ -190,59 +187,47 @@ def test_a_server_with_other_image_limits_is_found_out_before_its_reply_is_recor
     tiny: SimpleNamespace, remote, tmp_path: Path
 ) -> None:
     other = make_processor(tiny_tokenizer(), max_pixels=112 * 112)  # the probe's images are below the limit
-    with pytest.raises(AwaresRequestError, match="the server counts .* prompt tokens where we count"):
+    with pytest.raises(AwaresRequestError, match="the server counts .* prompt tokens"):
         remote(processor=other).run([tiny.noise(448, 448, 0)], ["q"])
     assert not (tmp_path / "replies.jsonl").exists()
 
 
-def test_a_server_that_tells_no_tokens_must_be_trusted_by_name(tiny: SimpleNamespace, remote, tmp_path: Path) -> None:
-    faulty = Faulty(tmp_path / "log.jsonl")
-    try:
-        with pytest.raises(AwaresRequestError, match="tells no prompt tokens to check: pass check=False"):
-            remote(faulty.url).run([tiny.noise(112, 112, 0)], ["q"])
-        (found,) = remote(faulty.url, check=False).run([tiny.noise(112, 112, 0)], ["q"])
-    finally:
-        faulty.stop()
+def test_a_server_that_reports_no_tokens_must_be_trusted_by_name(
+    tiny: SimpleNamespace, remote, faulty: ServerProcess
+) -> None:
+    with pytest.raises(AwaresRequestError, match="check=False"):
+        remote(faulty.url).run([tiny.noise(112, 112, 0)], ["q"])
+    (found,) = remote(faulty.url, check=False).run([tiny.noise(112, 112, 0)], ["q"])
     assert found.answer == "reply to q"
     assert found.turns[1].text_tokens == len(tiny.processor.tokenizer("reply to q<|im_end|>")["input_ids"])
 
 
-def test_lost_rows_are_named_and_the_others_kept(tiny: SimpleNamespace, remote, tmp_path: Path) -> None:
-    faulty, image = Faulty(tmp_path / "log.jsonl"), tiny.noise(112, 112, 0)
-    questions = ["a", "b|500", f"c|{say('<|image_pad|>')}", "d"]
-    try:
-        with pytest.raises(AwaresRequestError, match="2 of 4 rows") as caught:
-            remote(faulty.url, check=False).run([image] * 4, questions, row_ids=list("uvwx"))
-        remote(faulty.url, check=False).run([image] * 2, ["a", "d"])
-        assert faulty.counts()["a"] == faulty.counts()["d"] == 1
-    finally:
-        faulty.stop()
+def test_failed_rows_are_named_and_the_others_kept(tiny: SimpleNamespace, remote, faulty: ServerProcess) -> None:
+    image, questions = tiny.noise(112, 112, 0), ["a", "b|500", f"c|{say('<|image_pad|>')}", "d"]
+    with pytest.raises(AwaresRequestError, match="2 of 4 rows") as caught:
+        remote(faulty.url, check=False).run([image] * 4, questions, row_ids=list("uvwx"))
+    remote(faulty.url, check=False).run([image] * 2, ["a", "d"])
+    assert faulty.counts()["a"] == faulty.counts()["d"] == 1
     assert [failure.row_id for failure in caught.value.failures] == ["v", "w"]
     assert "row w: the model wrote an image placeholder" in str(caught.value)
 
 
-def test_a_batch_notes_the_row_that_the_server_gives_up_and_answers_the_others(tiny, remote, tmp_path: Path) -> None:
-    faulty, image, out = Faulty(tmp_path / "log.jsonl"), tiny.noise(112, 112, 0), tmp_path / "out.jsonl"
-    items = [
-        batch.Item(name, name, question, lambda: image)
-        for name, question in zip("uvw", ["a", "b|500", "d"], strict=True)
-    ]
-    try:
-        done = batch.run(items, out, remote(faulty.url, check=False), {"call_bias": 0.0})
-        assert faulty.counts()["a"] == faulty.counts()["d"] == 1
-    finally:
-        faulty.stop()
+def test_a_batch_notes_the_row_that_the_server_gives_up_and_answers_the_others(
+    tiny: SimpleNamespace, remote, faulty: ServerProcess, tmp_path: Path
+) -> None:
+    image, out = tiny.noise(112, 112, 0), tmp_path / "out.jsonl"
+    questions = {"u": "a", "v": "b|500", "w": "d"}
+    items = [batch.Item(name, name, question, lambda: image) for name, question in questions.items()]
+    done = batch.run(items, out, remote(faulty.url, check=False), {"call_bias": 0.0})
+    assert faulty.counts()["a"] == faulty.counts()["d"] == 1
     assert (done.rows, done.ran, done.errors) == (3, 3, 1)
-    assert [("error" in line, line.get("answer")) for line in read_records(out)] == [
-        (False, "reply to a"),
-        (True, None),
-        (False, "reply to d"),
-    ]
+    lines = [("error" in line, line.get("answer")) for line in read_records(out)]
+    assert lines == [(False, "reply to a"), (True, None), (False, "reply to d")]
 
 
 def test_bad_input_is_named_before_anything_is_sent(tiny: SimpleNamespace, remote) -> None:
-    good, nowhere = tiny.noise(56, 56, 0), remote("http://127.0.0.1:9/v1", check=False)
-    with pytest.raises(AwaresError, match="call_bias 2.0: a server biases a token at every position"):
+    good, nowhere = tiny.noise(56, 56, 0), remote(NOWHERE, check=False)
+    with pytest.raises(AwaresError, match="call_bias 2.0"):
         nowhere.run([good], ["q"], call_bias=2.0)
     with pytest.raises(AwaresError, match="row a: 20x56 px"):
         nowhere.run([Image.new("RGB", (20, 56))], ["q"], row_ids=["a"])

@@ -4,19 +4,17 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import openai
 import pytest
 import yaml
 from conftest import tiny_tokenizer
+from faulty_server import ServerProcess
 from test_curation import FakeEngine, content, make_rows
 
 from awares.clients import judges as served
@@ -27,29 +25,9 @@ from awares.engine.model import make_processor
 from awares.errors import AwaresError, AwaresRequestError
 from awares.method import curation
 
-HERE = Path(__file__).parents[1]
-ROOT = HERE.parent
+ROOT = Path(__file__).parents[2]
 ROWS = 60
 KEY = "sk-planted-77aa"
-BRISK = {"attempts": 4, "first_wait": 0.1}
-
-
-class Server:
-    """The process of judging_server.py and its log."""
-
-    def __init__(self, log, *more):
-        self.log = log
-        command = [sys.executable, str(HERE / "judging_server.py"), str(log), "0", *more]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"
-
-    def arrivals(self, of="body"):
-        lines = self.log.read_text().splitlines() if self.log.is_file() else []
-        return Counter(json.loads(line)[of] for line in lines)
-
-    def stop(self):
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture
@@ -58,9 +36,10 @@ def start(tmp_path, monkeypatch):
     started = []
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("AWARES_API_KEY", KEY)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.05)
 
-    def start(*more):
-        started.append(Server(tmp_path / f"server-{len(started)}.jsonl", *more))
+    def start(*mode):
+        started.append(ServerProcess("judging_server.py", tmp_path / f"server-{len(started)}.jsonl", *mode))
         for name in ("BASE", "LLAMA", "DEEPSEEK", "QWEN3_VL"):
             monkeypatch.setenv(f"AWARES_{name}_URL", started[-1].url)
         return started[-1]
@@ -75,11 +54,11 @@ def server(start):
     return start()
 
 
-def settings(folder, **changes):
+def settings(folder, attempts=3, **changes):
     """Parameters with served judges and oracle, their limits such that a test does not wait, and runs/ in ``folder``."""
     declared = yaml.safe_load((ROOT / "data" / "served.yaml").read_text())
     for model in declared["models"].values():
-        model.update(timeout=1.0, retries=1, concurrency=8)
+        model.update(timeout=1.0, retries=1, concurrency=8, attempts=attempts)
     (folder / "served.yaml").write_text(yaml.safe_dump(declared))
     params = load_params(path=ROOT / "params.yaml")
     section = dict(
@@ -96,17 +75,8 @@ def settings(folder, **changes):
 
 def curate(params, out, rows=ROWS, engine=None):
     panel, oracle = served.make_judges(params), served.make_oracle(params)
-    for client in (panel[0].client, oracle.client):
-        client.server = dataclasses.replace(client.server, **BRISK)
-    return curation.curate(
-        make_rows(rows),
-        engine or FakeEngine(),
-        panel,
-        oracle,
-        params,
-        out,
-        ready=partial(served.require_servers, params),
-    )
+    ready = partial(served.require_servers, params)
+    return curation.curate(make_rows(rows), engine or FakeEngine(), panel, oracle, params, out, ready=ready)
 
 
 # Reading
@@ -123,52 +93,65 @@ def curate(params, out, rows=ROWS, engine=None):
         ('{"first": 1, "second": 0, "better": 0}', None),
         ('{"first": 1, "second": 0, "better": 3}', None),
         ('{"first": true, "second": false, "better": 1}', None),
+        ('{"first": 1.0, "second": 0, "better": 1}', None),
+        ('{"first": 1, "second": 0, "better": 1, "sure": 1}', None),
         ('{"first": 1, "better": 1}', None),
         ("1", None),
         ("", None),
         ('{"first": 1, "second": 0, "bet', None),
     ],
 )
-def test_verdicts_are_read_or_refused(text, found):
-    assert served.read_verdict(text) == found
+def test_comparisons_are_read_or_refused(text, found):
+    reply = served.Comparison.read(text)
+    assert (reply and (reply.first, reply.second, reply.better)) == found
+
+
+BOX = [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "question", "answer", "exact"),
     [
-        ('{"question_boxes": [[1, 2, 3, 4]], "answer_boxes": []}', ([[1, 2, 3, 4]], [], "strict")),
-        (
-            '{"question_boxes": [[0, 0, 1000, 1000]], "answer_boxes": [[1, 2, 3, 4]], "sure": 1}',
-            ([[0, 0, 1000, 1000]], [[1, 2, 3, 4]], "tolerant"),
-        ),
-        ('```json\n{"question_boxes": [[1, 2, 3, 4]], "answer_boxes": []}\n```', ([[1, 2, 3, 4]], [], "tolerant")),
-        ('{"question_boxes": [[1.0, 2, 3, 4]], "answer_boxes": []}', ([[1, 2, 3, 4]], [], "tolerant")),
-        ('{"answer_boxes": [[1, 2, 3, 4]]}', ([], [[1, 2, 3, 4]], "tolerant")),
-        (
-            'So: {"question_boxes": [], "answer_boxes": [1, 2, 3, 4]}',
-            ([], [[1, 2, 3, 4]], "tolerant"),
-        ),  # one box, not in a list
-        ('{"question_boxes": [{"bbox_2d": [1.4, 2, 3.6, 4]}], "answer_boxes": []}', ([[1, 2, 4, 4]], [], "tolerant")),
+        ('{"question_boxes": [[1, 2, 3, 4]], "answer_boxes": []}', [BOX], [], True),
+        ('{"question_boxes": [[0, 0, 1000, 1000]], "answer_boxes": [], "sure": 1}', [[0, 0, 1000, 1000]], [], False),
+        ('```json\n{"question_boxes": [[1, 2, 3, 4]], "answer_boxes": []}\n```', [BOX], [], False),
+        ('{"question_boxes": [[1.0, 2, 3, 4]], "answer_boxes": []}', [BOX], [], False),
+        ('{"answer_boxes": [[1, 2, 3, 4]]}', [], [BOX], False),
+        ('So: {"question_boxes": [], "answer_boxes": [1, 2, 3, 4]}', [], [BOX], False),  # one box, not in a list
+        ('{"question_boxes": [{"bbox_2d": [1.4, 2, 2.6, 4]}], "answer_boxes": []}', [BOX], [], False),
         (
             '{"question_boxes": [[30, 40, 10, 20]], "answer_boxes": [[-5, 0, 1200, 1000]]}',
-            ([[10, 20, 30, 40]], [[0, 0, 1000, 1000]], "tolerant"),
+            [[10, 20, 30, 40]],
+            [[0, 0, 1000, 1000]],
+            False,
         ),
-        ('{"question_boxes": [], "answer_boxes": []}', None),
-        ('{"question_boxes": [[0.4, 0.4, 0.6, 0.6]], "answer_boxes": []}', None),  # in shares of 1
-        ('{"question_boxes": [[1, 2, 3]], "answer_boxes": []}', None),
-        ('{"question_boxes": [[5, 2, 5, 4]], "answer_boxes": [[1, 2, 3, 4]]}', None),  # half an answer is none
-        ('{"question_boxes": [[1, 2, 3, "x"]], "answer_boxes": []}', None),
-        ('{"question_boxes": [[NaN, 2, 3, 4]], "answer_boxes": []}', None),
-        ("[[1, 2, 3, 4]]", None),
-        ("nowhere", None),
     ],
 )
-def test_boxes_are_read_strictly_then_tolerantly(text, found):
-    assert served.read_boxes(text) == found
+def test_boxes_are_read_exactly_or_repaired(text, question, answer, exact):
+    reply = served.Evidence.read(text)
+    assert (reply.question_boxes, reply.answer_boxes, reply.is_all_of(text)) == (question, answer, exact)
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        "[]",
+        "[[0.4, 0.4, 0.6, 0.6]]",  # in fractions of 1
+        "[[1, 2, 3]]",
+        "[[5, 2, 5, 4], [1, 2, 3, 4]]",  # one bad box spoils the reply
+        '[[1, 2, 3, "x"]]',
+        "[[true, 2, 3, 4]]",
+        "[[NaN, 2, 3, 4]]",
+        "null",
+    ],
+)
+def test_unusable_boxes_are_refused(boxes):
+    assert served.Evidence.read(f'{{"question_boxes": {boxes}, "answer_boxes": []}}') is None
+    assert served.Evidence.read(boxes) is served.Evidence.read("nowhere") is None
 
 
 def test_braces_in_an_answer_stay_as_they_are():
-    prompt = served.Prompt("1", "s", "{question}: {answer}")
+    prompt = served.Prompt(version="1", system="s", user="{question}: {answer}")
     assert prompt.messages(question="{answer}?", answer="{x}")[1]["content"] == "{answer}?: {x}"
 
 
@@ -196,9 +179,15 @@ def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(s
 
 def test_of_two_wrong_answers_none_is_better(server, tmp_path):
     judge = served.ServedJudge("llama", settings(tmp_path))
-    found = judge._verdict([((0, 0, 2), "low first"), ((0, 0, 1), "high first")])
+
+    def verdict(right, forward, swapped):
+        said = [served.Comparison(first=right, second=right, better=better) for better in (forward, swapped)]
+        return judge.verdict_of((said[0], "low first"), (said[1], "high first"))
+
+    found = verdict(0, 2, 1)
     assert (found.value, found.forward, found.swapped, found.both_wrong) == (0, 2, 2, True)
-    assert judge._verdict([((1, 1, 2), ""), ((1, 1, 1), "")]).value == 2  # of two right ones, one may be
+    assert found.replies == ("low first", "high first")
+    assert verdict(1, 2, 1).value == 2  # of two right ones, one may be
 
 
 def test_of_a_judge_that_talks_garbage_no_label_comes(server, tmp_path):
@@ -217,7 +206,7 @@ def test_a_failing_server_costs_only_the_rows_that_it_fails_on_and_the_silent_on
         rows = curate(params, tmp_path / "out")
         lost = {one["id"]: one for one in read_records(tmp_path / "out" / curation.LOST_FILE)}
         assert {row_id: one["step"] for row_id, one in lost.items()} == named({**garbage, **silent})
-        assert all("no answer within" in lost[row_id]["reason"] for row_id in named(silent))
+        assert all("timed out" in lost[row_id]["reason"] for row_id in named(silent))
         numbers = [n for n in range(ROWS) if n not in {**garbage, **silent}]
         assert rows["id"] == [f"row-{n}" for n in numbers]
         assert rows["label"] == ["HR" if n % 4 in (1, 2) else "LR" for n in numbers]
@@ -231,7 +220,7 @@ def test_a_failing_server_costs_only_the_rows_that_it_fails_on_and_the_silent_on
         agreement = curation.judge_agreement(rows)
         assert (agreement.agreement[0], agreement.n[0]) == (100, len(rows))
         if asked is not None:  # each request once: both orders of the judge, then the oracle
-            assert server.arrivals("row") == {f"Question: what is {n}?": count for n, count in asked.items()}
+            assert server.counts("row") == {f"Question: what is {n}?": count for n, count in asked.items()}
     kept = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(kept) > 5 and not any(KEY.encode() in file.read_bytes() for file in kept)
 
@@ -241,14 +230,13 @@ def named(numbers):
 
 
 def test_a_server_that_goes_away_ends_the_run(server, tmp_path):
-    judge, oracle = served.ServedJudge("llama", settings(tmp_path)), served.ServedOracle("qwen3_vl", settings(tmp_path))
+    params = settings(tmp_path, attempts=2)
+    judge, oracle = served.ServedJudge("llama", params), served.ServedOracle("qwen3_vl", params)
     server.stop()
-    for client in (judge.client, oracle.client):
-        client.server = dataclasses.replace(client.server, attempts=2, first_wait=0.01)
     rows = list(make_rows(24))
-    with pytest.raises(AwaresRequestError, match="gave up after 16 rows without an answer"):
+    with pytest.raises(AwaresRequestError, match="16 rows in a row"):
         judge.judge([row["question"] for row in rows], ["1"] * 24, ["2"] * 24, [row["answers"] for row in rows])
-    with pytest.raises(AwaresRequestError, match="gave up after 16 rows without an answer"):
+    with pytest.raises(AwaresRequestError, match="16 rows in a row"):
         oracle.locate(rows)
 
 
@@ -285,18 +273,17 @@ def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):
     assert all("not usable" in one["reason"] for one in lost)
 
 
-def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes_and_asks_nothing_again(start, tmp_path, monkeypatch):
+def test_killed_at_five_random_moments_it_ends_with_the_same_bytes_and_asks_nothing_again(start, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
     start()
     job(whole)
     server = start()
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}{os.pathsep}{HERE}")
     processes = multiprocessing.get_context("forkserver")  # imports once, so that a start takes no seconds
     processes.set_forkserver_preload(["test_served"])
     rng, recorded = random.Random(9), {}  # request -> how often it had arrived when its reply was recorded
-    moments = rng.sample(range(len(replies(whole)) - 20), 10)  # by the replies recorded; some are left after the last
+    moments = rng.sample(range(len(replies(whole)) - 20), 5)  # by the replies recorded; some are left after the last
     for moment in sorted(moments):
         before = len(replies(broken))
         process = processes.Process(target=job, args=(broken,))
@@ -308,9 +295,9 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes_and_asks_nothi
         process.join()
         assert process.exitcode == -signal.SIGKILL
         time.sleep(0.1)  # the server still logs what was under way
-        recorded |= {name: server.arrivals()[name] for name in replies(broken) if name not in recorded}
+        recorded |= {name: server.counts("body")[name] for name in replies(broken) if name not in recorded}
     job(broken)
-    after, kept = server.arrivals(), replies(broken)
+    after, kept = server.counts("body"), replies(broken)
     assert len(recorded) < len(kept) and all(after[name] == count for name, count in recorded.items())
     assert set(recorded) <= set(kept) and len(kept) == len(set(kept))
     assert content(whole / "out") == content(broken / "out")
@@ -321,9 +308,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes_and_asks_nothi
 def job(folder):
     """Curation with base model, judge and oracle all behind the server."""
     params = settings(folder, engine="base")
-    client = served.get_model("base", params).client(params)
-    client.server = dataclasses.replace(client.server, **BRISK)
-    engine = RemoteEngine.from_params(client, make_processor(tiny_tokenizer()), params, check=False)
+    engine = RemoteEngine(served.make_client("base", params), make_processor(tiny_tokenizer()), check=False)
     curate(params, folder / "out", engine=engine)
 
 
@@ -360,16 +345,13 @@ def test_the_estimate_counts_requests_tokens_money_and_hours(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw["models"].pop("llama"), "models.llama is not declared; declared are base"),
-        (lambda raw: raw["models"]["llama"].pop("url"), "models.llama.url is missing"),
-        (
-            lambda raw: raw["models"]["llama"].update(timeout="long"),
-            "models.llama.timeout is missing or of the wrong kind",
-        ),
-        (lambda raw: raw["models"]["llama"].update(colour=1), "models.llama: colour"),
-        (lambda raw: raw["models"]["llama"].update(rows_per_hour=0), "models.llama: rows_per_hour"),
-        (lambda raw: raw["prompts"].pop("judge"), "prompts.judge must have"),
-        (lambda raw: raw.pop("models"), "sections models and prompts"),
+        (lambda raw: raw["models"].pop("llama"), "models.llama is not declared"),
+        (lambda raw: raw["models"]["llama"].pop("url"), "models.llama.*url"),
+        (lambda raw: raw["models"]["llama"].update(timeout="long"), "models.llama.*timeout"),
+        (lambda raw: raw["models"]["llama"].update(colour=1), "models.llama.*colour"),
+        (lambda raw: raw["models"]["llama"].update(rows_per_hour=0), "models.llama.*rows_per_hour"),
+        (lambda raw: raw["prompts"].pop("judge"), "prompts.judge"),
+        (lambda raw: raw.pop("models"), "served.yaml: models is missing"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(tmp_path, change, message):
@@ -383,5 +365,5 @@ def test_what_is_wrong_in_the_file_is_named(tmp_path, change, message):
 
 
 def test_the_served_base_must_be_the_base(tiny, tmp_path):
-    with pytest.raises(AwaresError, match="labels would be those of another model"):
+    with pytest.raises(AwaresError, match="base.model"):
         served.make_engine("base", tiny.processor, settings(tmp_path))

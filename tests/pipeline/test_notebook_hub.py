@@ -21,7 +21,7 @@ import pytest
 import test_notebooks
 import yaml
 from conftest import under_other_names
-from test_served import Server
+from faulty_server import ServerProcess
 
 from awares.bench.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.config import SYSTEMS, TASKS
@@ -95,7 +95,7 @@ def servers(folder):
     command = [sys.executable, "-m", "awares", "serve", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
-    judging = Server(folder / "server.jsonl", "rigged")
+    judging = ServerProcess("judging_server.py", folder / "server.jsonl", "rigged")
     names = ("LLAMA", "DEEPSEEK", "QWEN3_VL")
     yield {
         "AWARES_BASE_URL": process.stdout.readline().split()[-1],

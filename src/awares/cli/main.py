@@ -95,7 +95,7 @@ def _remote(args: argparse.Namespace, found: "Checkpoint", limits: dict[str, Any
 
     name = args.server_model or Path(found.path).resolve().name
     cache = args.out.with_name(f"{args.out.name}.replies") if args.out else None
-    server = Server(args.server, name, attempts=8 if args.out else 3)  # somebody waits for a single answer
+    server = Server(url=args.server, model=name, attempts=12 if args.out else 3)  # somebody waits for a single answer
     client = ChatClient(server, cache, progress=sys.stderr.isatty() and args.out is not None)
     limits = {
         "max_new_tokens": MAX_NEW_TOKENS,

@@ -1,283 +1,249 @@
-"""Chat requests to an OpenAI-compatible server: bounded, timed, retried, and no recorded reply asked for again.
+"""Chat requests to an OpenAI-compatible server: in threads, retried by the openai client, each reply kept in a file.
 
-Every reply is appended, raw, to a JSONL file as soon as it is there, under a hash of its whole request. A call that was
-killed, or that lost requests to errors, goes on from that file when it is made again. Judges, oracles and
-`remote.RemoteEngine` stand on this.
+Every reply is appended, raw, to a JSONL file as soon as it arrives, under a hash of its whole request. The same call
+after a kill or an outage continues from that file. Judges, oracles and `clients.engine.RemoteEngine` use this client.
 """
 
-import asyncio
+import hashlib
+import json
 import os
-import random
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from threading import Lock
+from typing import Any, TypeVar
 
 import openai
+from pydantic import AliasPath, BaseModel, Field, ValidationError
+from pydantic_core import from_json
 from tqdm import tqdm
 
-from awares.clients.replies import Again, Lost, Reply, ReplyFile, Request, read_json, read_reply
-from awares.errors import AwaresRequestError, AwaresValueError, Failure
+from awares.engine.jsonl import Record, append_records, drop_torn_line, exclusive_lock, read_records, refuse_foreign
+from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
 
 T = TypeVar("T")
-WHOLE_JOB = (401, 403, 404)  # key, rights, address or model: no other request would fare better
-RETRYABLE = (408, 409, 425, 429)  # and everything from 500 up
+HEAD = b'{"reply_key": '  # the first bytes of every line of a reply file
+REFUSES_ALL = (401, 403, 404)  # key, rights, address or model: the next request would fail the same way
+
+
+class RowFailed(Exception):
+    """A row without a result; raised in a ``talk`` it stops no other row.
+
+    ``silent``: the server gave no reply, so a later run asks again. ``refused``: it gave a 4xx status.
+    """
+
+    def __init__(self, reason: str, silent: bool = False, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.silent, self.refused = silent, refused
+
+
+class Server(BaseModel, extra="forbid", frozen=True):
+    """An OpenAI-compatible endpoint and its limits; AwaresValueError names a wrong one.
+
+    ``url`` ends in /v1. The key is read from the environment variable ``key_variable`` only; unset = no key. At most
+    ``concurrency`` rows run at once. A request is tried ``attempts`` times, each time for ``timeout`` seconds.
+    """
+
+    url: str = Field(pattern="^https?://")
+    model: str
+    key_variable: str = "AWARES_API_KEY"
+    concurrency: int = Field(16, gt=0)
+    timeout: float = Field(300.0, gt=0)
+    attempts: int = Field(12, gt=0)
+    stop_after: int = Field(16, gt=0)  # rows in a row without a reply that end the call
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise AwaresValueError(f"server: {first_fault(error)}") from error
+
+    def connect(self) -> openai.OpenAI:
+        """The library's client: it waits between attempts and follows Retry-After headers of up to two minutes."""
+        key = os.environ.get(self.key_variable) or "none"  # the library requires a key
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=self.attempts - 1, timeout=self.timeout)
+
+    def without_key(self, content: bytes) -> bytes:
+        """``content`` with the key masked: some servers echo the request."""
+        key = os.environ.get(self.key_variable)
+        return content.replace(key.encode(), b"***") if key else content
+
+
+class Reply(BaseModel):
+    """First choice (``text``; ``finish``: stop, length, ...) and token counts, if any, of the body ``raw``.
+
+    ``seconds``: duration of the attempt that succeeded.
+    """
+
+    text: str | None = Field(validation_alias=AliasPath("choices", 0, "message", "content"))
+    finish: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
+    prompt_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "prompt_tokens"))
+    completion_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "completion_tokens"))
+    raw: dict[str, Any]
+    seconds: float
+
+    @classmethod
+    def read(cls, body: Any, seconds: float) -> "Reply":
+        """The reply in the parsed body of a chat completion; ValueError for any other body."""
+        return cls.model_validate({**(body if isinstance(body, dict) else {}), "raw": body, "seconds": seconds})
 
 
 @dataclass(frozen=True)
-class Server:
-    """An OpenAI-compatible endpoint and how hard to press it. Times in seconds.
+class Request:
+    """One chat completion; ``messages`` and ``settings`` (temperature, max_tokens, extra_body, ...) as in the API.
 
-    ``url`` ends in /v1. The key is read from the environment variable ``key_variable`` and from nowhere else; unset
-    means that the server wants none. A request is tried ``attempts`` times, each within ``timeout`` from connecting to
-    the last byte. Attempt n + 1 waits ``first_wait`` · 2^(n-1), at most ``longest_wait``, shortened by up to a half at
-    random (``seed``), or longer if the server's Retry-After says so. ``stop_after`` rows lost one after the other to a
-    server that is silent or overloaded end the whole call.
+    ``version`` names the prompt. The same request always gets the same recorded reply; another ``seed`` setting makes
+    it another request. ``check`` sees a fresh reply before it is recorded and may raise. ``record=False``: always sent.
     """
 
-    url: str
-    model: str
-    key_variable: str = "AWARES_API_KEY"
-    concurrency: int = 16
-    timeout: float = 300.0
-    attempts: int = 8
-    first_wait: float = 1.0
-    longest_wait: float = 60.0
-    stop_after: int = 16
-    seed: int = 0
+    row_id: str
+    messages: Sequence[dict[str, Any]]
+    settings: dict[str, Any]
+    version: str = ""
+    check: Callable[[Reply], None] = lambda reply: None
+    record: bool = True
 
-    def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")) or not self.model:
-            raise AwaresValueError(
-                f"server.url {self.url!r}, server.model {self.model!r}: give http://host:port/v1 and a model's name"
-            )
-        for name in ("concurrency", "timeout", "attempts", "stop_after"):
-            if getattr(self, name) <= 0:
-                raise AwaresValueError(f"server.{name} must be above 0, not {getattr(self, name)!r}")
-
-    def api_key(self) -> str:
-        """The key from the environment, or a word that is none (the library insists on one)."""
-        return os.environ.get(self.key_variable) or "none"
-
-    def wait(self, attempt: int, request_key: str) -> float:
-        """Back-off after the failed ``attempt`` (from 1); the jitter is the request's own, whatever runs beside it."""
-        jitter = random.Random(f"{self.seed}:{request_key}:{attempt}").uniform(0.5, 1.0)
-        return jitter * min(self.longest_wait, self.first_wait * 2.0 ** min(attempt - 1, 60))
+    def key(self, model: str) -> str:
+        """Hash of everything that decides the reply: model, messages with image bytes, settings, prompt version."""
+        whole = {"model": model, "messages": self.messages, "settings": self.settings, "version": self.version}
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-Send = Callable[[Request], Awaitable[Reply]]
-Talk = Callable[[int, Send], Awaitable[T]]
+Send = Callable[[Request], Reply]
 
 
 class ChatClient:
-    """Sends requests to ``server``; ``cache`` is the JSONL file of replies (None: nothing is kept).
+    """Sends requests to ``server``; ``path`` is the JSONL file of replies (None: they are kept in memory only)."""
 
-    Works in a script and inside a running event loop (Jupyter). Results come in the order of the rows.
-    """
+    def __init__(self, server: Server, path: str | Path | None, progress: bool = False) -> None:
+        self.server, self.path, self.progress = server, None if path is None else Path(path), progress
+        self.replies: dict[str, Reply] = {}  # by the key of the request
+        self._silent = 0  # failed rows since the last reply
+        self._lock, self._sending = Lock(), defaultdict[str, Lock](Lock)
 
-    def __init__(self, server: Server, cache: str | Path | None, progress: bool = False) -> None:
-        self.server = server
-        self.replies = ReplyFile(cache)
-        self.progress = progress
+    def converse(
+        self,
+        row_ids: Sequence[str],
+        talk: Callable[[int, Send], T],
+        on_failure: Callable[[Failure], T] | None = None,
+    ) -> list[T]:
+        """The results of ``talk(index, send)`` for all rows, in their order; it runs in threads.
 
-    def ask(self, requests: Sequence[Request], return_failures: bool = False) -> list[Any]:
-        """One `Reply` for each request; errors and ``return_failures`` as in `converse`."""
+        ``send(request)`` returns a reply, recorded or fresh. A failed row does not stop the others: ``on_failure``
+        gives its result; without it, an AwaresRequestError lists all failures at the end. A refused key, address or
+        model and a server that stopped replying raise AwaresRequestError at once.
+        """
+        results: list[Any] = [None] * len(row_ids)
+        self._silent = 0
+        bar = tqdm(total=len(row_ids), desc=self.server.model, unit="row", disable=not self.progress)
+        with self.opened(), self.server.connect() as api, bar:
 
-        async def talk(index: int, send: Send) -> Reply:
-            return await send(requests[index])
+            def run_row(index: int) -> tuple[int, T | Failure]:
+                try:
+                    return index, talk(index, lambda request: self._send(api, request))
+                except RowFailed as error:
+                    return index, self._failure(row_ids[index], error)
 
-        return self.converse([request.row_id for request in requests], talk, return_failures)
+            # Daemon threads: an error or an interrupt ends the call without waiting for the requests under way.
+            with ThreadPool(max(1, min(self.server.concurrency, len(row_ids)))) as pool:
+                for index, result in pool.imap_unordered(run_row, range(len(row_ids))):
+                    results[index] = result
+                    bar.update()
+        failures = [result for result in results if isinstance(result, Failure)]
+        if failures and on_failure is None:
+            shown = "".join(f"\n  row {failure.row_id}: {failure.reason}" for failure in failures[:20])
+            count = f"{len(failures)} of {len(results)} rows have no reply, run again ({self._kept()})"
+            raise AwaresRequestError(
+                f"{self.server.url}: {count}:{shown}{len(failures) > 20 and '...' or ''}", failures
+            )
+        return [on_failure(result) if on_failure and isinstance(result, Failure) else result for result in results]
 
     def holds(self, request: Request) -> bool:
-        """Whether the reply to ``request`` is recorded, as far as the last call of `converse` has read."""
-        return self.replies.get(request.key(self.server.model)) is not None
+        """Whether the reply to ``request`` is known."""
+        return request.key(self.server.model) in self.replies
 
-    def converse(self, row_ids: Sequence[str], talk: Talk[T], return_failures: bool = False) -> list[Any]:
-        """The result of ``talk(index, send)`` for each row, at most ``server.concurrency`` of them at a time.
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Lock and read the file; AwaresError if another process holds it or if it contains something else."""
+        if self.path is None:
+            yield
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(self.path):
+            refuse_foreign(self.path, HEAD, "replies")
+            drop_torn_line(self.path)  # else the next record would follow half a record on one line
+            records = read_records(self.path)
+            self.replies = {record["reply_key"]: Reply.read(record["reply"], record["seconds"]) for record in records}
+            yield
 
-        ``send(request)`` awaits a reply, recorded or fresh. A row whose request fails for good does not stop the
-        others: with ``return_failures`` a `Failure` stands in its place, else AwaresRequestError lists all of them at
-        the end. It comes at once for a refused key, address or model, and for a server that is gone.
-        """
-        with self.replies.opened():
-            results = _run(self._all(row_ids, talk))
-        lost = [result for result in results if isinstance(result, Failure)]
-        if lost and not return_failures:
-            raise AwaresRequestError(_summary(self.server, lost, len(results), self.replies.path), lost)
-        return results
-
-    async def _all(self, row_ids: Sequence[str], talk: Talk[T]) -> list[Any]:
-        results: list[Any] = [None] * len(row_ids)
-        rows = iter(range(len(row_ids)))
-        # Retries are ours: the library's jitter has no seed, and it does not retry a torn body.
-        api = openai.AsyncOpenAI(
-            base_url=self.server.url, api_key=self.server.api_key(), max_retries=0, timeout=self.server.timeout
-        )
-        bar = tqdm(total=len(row_ids), desc=self.server.model, unit="row", disable=not self.progress)
-        session = _Session(self.server, api, self.replies)
-
-        async def worker() -> None:
-            for index in rows:
-                results[index] = await session.row(row_ids[index], talk(index, session.send))
-                bar.set_postfix(asked=session.asked, retried=session.retried, lost=session.lost, refresh=False)
-                bar.update()
-
-        with bar:
-            async with api:
-                await _together([worker() for _ in range(min(self.server.concurrency, len(row_ids)))])
-        return results
-
-
-class _Session:
-    """The requests of one call of `ChatClient.converse`."""
-
-    def __init__(self, server: Server, api: openai.AsyncOpenAI, replies: "ReplyFile") -> None:
-        self.server, self.api, self.replies = server, api, replies
-        self.asked = self.retried = self.lost = 0
-        self.silent = 0  # rows lost since the server last answered
-        self.proven = replies.known > 0  # it has answered before: a refusal is then about the row
-        self.locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-
-    async def row(self, row_id: str, talk: Awaitable[T]) -> T | Failure:
-        try:
-            return await talk
-        except Lost as error:
-            self.lost += 1
-            self.silent += error.silent and not (error.refused and self.proven)
-            if self.silent >= self.server.stop_after:
-                kept = "" if self.replies.path is None else ": it goes on from the replies so far, which are kept"
-                raise AwaresRequestError(
-                    f"{self.server.url}: gave up after {self.silent} rows without an answer, the last for: {error}. "
-                    f"When the server is back, run again{kept}"
-                ) from error
-            return Failure(row_id, str(error), error.silent)
-
-    async def send(self, request: Request) -> Reply:
+    def _send(self, api: openai.OpenAI, request: Request) -> Reply:
         key = request.key(self.server.model)
-        async with self.locks[key]:  # the same request of two rows is asked once
-            reply = self.replies.get(key)
-            if reply is None or not request.record:
-                attempts, reply = await self._fetch(request, key)
-                if request.check:
-                    request.check(reply)
-                if request.record:
-                    self.replies.add(key, reply, request, self.server.model, attempts)
-                self.silent, self.proven = 0, True
+        with self._lock:
+            sending = self._sending[key]
+        with sending:  # the same request of two rows is sent once
+            if key in self.replies and request.record:
+                return self.replies[key]
+            reply = self._fetch(api, request)
+            request.check(reply)
+            with self._lock:
+                self._silent = 0
+                if request.record and not api.is_closed():  # after an abort the file is no longer ours
+                    self.replies[key] = reply
+                    self._append({"reply_key": key, "id": request.row_id, "version": request.version}, reply)
         return reply
 
-    async def _fetch(self, request: Request, key: str) -> tuple[int, Reply]:
-        """The reply and the number of attempts that it took."""
-        for attempt in range(1, self.server.attempts + 1):
-            self.asked += 1
-            try:
-                return attempt, await self._attempt(request)
-            except Again as error:
-                if attempt == self.server.attempts:
-                    raise Lost(f"{error} ({attempt} attempts)", error.silent) from error
-                self.retried += 1
-                await asyncio.sleep(max(self.server.wait(attempt, key), error.wait))
-        raise AssertionError("unreachable: at least one attempt is made")
+    def _append(self, about: Record, reply: Reply) -> None:
+        """The reply is on the disk when this returns."""
+        if self.path is not None:
+            record = {**about, "model": self.server.model, "seconds": reply.seconds, "reply": reply.raw}
+            append_records(self.path, [record])
 
-    async def _attempt(self, request: Request) -> Reply:
-        begun, messages = (
-            time.perf_counter(),
-            cast(Any, request.messages),
-        )  # plain dicts: the library wants its own types
-        try:
-            async with asyncio.timeout(self.server.timeout):  # the library's own limit starts anew with every byte
-                raw = await self.api.chat.completions.with_raw_response.create(
-                    model=self.server.model, messages=messages, **request.settings
-                )
-        except (TimeoutError, openai.APITimeoutError) as error:
-            raise Again(f"no answer within {self.server.timeout:g} s", silent=True) from error
-        except openai.APIConnectionError as error:
-            raise Again(f"connection failed: {error.__cause__ or error}", silent=True) from error
-        except openai.APIStatusError as error:
-            raise self._refusal(error) from error
-        secret = os.environ.get(self.server.key_variable)
-        content = (
-            raw.content.replace(secret.encode(), b"***") if secret else raw.content
-        )  # some servers echo the request
-        return read_reply(read_json(content), time.perf_counter() - begun)
+    def _fetch(self, api: openai.OpenAI, request: Request) -> Reply:
+        create: Any = api.chat.completions.with_raw_response.create
+        for attempt in range(self.server.attempts):
+            try:
+                response = create(model=self.server.model, messages=request.messages, **request.settings)
+            except openai.APIConnectionError as error:  # or a timeout
+                raise RowFailed(f"{error} ({error.__cause__})", silent=True) from error
+            except openai.APIStatusError as error:
+                raise self._refusal(error) from error
+            content = self.server.without_key(response.content)
+            try:
+                reply = Reply.read(from_json(content), response.elapsed.total_seconds())
+            except ValueError:  # a torn body with status 200, which the library does not request again
+                time.sleep(min(8.0, 0.5 * 2.0**attempt))
+                continue
+            if reply.text is None:
+                raise RowFailed(f"a reply without text (finish_reason {reply.finish!r})")
+            return reply
+        raise RowFailed(f"the body is no chat completion: {content[:200]!r}")
 
     def _refusal(self, error: openai.APIStatusError) -> Exception:
-        """What an error status means: try again, this row is lost, or (AwaresRequestError) everything is."""
-        status = error.status_code
-        said = f"status {status}: {error.response.text[:300].strip()}"
-        if secret := os.environ.get(self.server.key_variable):
-            said = said.replace(secret, "***")
-        if status in WHOLE_JOB:
-            return AwaresRequestError(
-                f"{self.server.url} refuses every request, {said}. Check server.url (ends in /v1), server.model "
-                f"{self.server.model!r} and the key in the environment variable {self.server.key_variable}"
-            )
-        if status not in RETRYABLE and status < 500:
-            # Of this row, or of a server that is set up wrongly: many before any answer are the latter
-            return Lost(said, silent=True, refused=True)
-        wait = _retry_after(error.response.headers.get("retry-after"))
-        if wait > 10 * self.server.longest_wait:
-            return Lost(f"{said}, and asks to wait {wait:.0f} s", silent=True)
-        return Again(said, wait, silent=True)
+        """The exception for an error status: of this row, or (AwaresRequestError) of the whole call."""
+        body = self.server.without_key(error.response.content)[:300].decode(errors="replace").strip()
+        reason = f"status {error.status_code}: {body}"
+        if error.status_code not in REFUSES_ALL:
+            return RowFailed(reason, silent=True, refused=error.status_code < 500 and error.status_code != 429)
+        return AwaresRequestError(
+            f"{self.server.url} refuses every request, {reason}. Check server.url (ends in /v1), server.model "
+            f"{self.server.model!r} and the key in the environment variable {self.server.key_variable}"
+        )
 
+    def _failure(self, row_id: str, error: RowFailed) -> Failure:
+        """The row's result; AwaresRequestError if it is one of too many. After a first reply a 4xx is the row's fault."""
+        with self._lock:
+            self._silent += error.silent and not (error.refused and self.replies)
+            silent = self._silent
+        if silent >= self.server.stop_after:
+            raise AwaresRequestError(
+                f"{self.server.url}: no reply for {silent} rows in a row, the last for row {row_id}: {error}. "
+                f"When the server is back, run again ({self._kept()})"
+            ) from error
+        return Failure(row_id, str(error), error.silent)
 
-def _retry_after(header: str | None) -> float:
-    """Seconds to wait by a Retry-After header, in seconds or as a date; 0 without a readable one."""
-    try:
-        return max(0.0, float(header or 0))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(str(header)) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # TypeError: a date without a time zone
-        return 0.0
-
-
-def _summary(server: Server, lost: Sequence[Failure], rows: int, cache: Path | None) -> str:
-    shown = "".join(f"\n  row {failure.row_id}: {failure.reason}" for failure in lost[:20])
-    more = f"\n  and {len(lost) - 20} more" if len(lost) > 20 else ""
-    kept = (
-        "the others are kept: run again and it goes on from there"
-        if cache
-        else "the others are not kept: no file was named for them"
-    )
-    return f"{server.url}: {len(lost)} of {rows} rows have no reply; {kept}.{shown}{more}"
-
-
-# Event loops
-
-
-async def _together(workers: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run ``workers`` side by side; the first error ends all of them and is raised as it is, not in a group."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for worker in workers:
-                group.create_task(worker)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from errors.exceptions[0].__cause__
-
-
-def _run(main: Coroutine[Any, Any, T]) -> T:
-    """Run ``main`` to its end, in a thread of its own where this one has a running event loop (Jupyter)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(main)
-    started: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = []
-
-    async def watched() -> T:
-        started.append((asyncio.get_running_loop(), asyncio.current_task()))  # type: ignore[arg-type]
-        return await main
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(asyncio.run, watched())
-        try:
-            return future.result()
-        except BaseException:  # an interrupt reaches this thread only: hand it on, or leaving `with` would wait for all
-            if started and not future.done():
-                started[0][0].call_soon_threadsafe(started[0][1].cancel)
-            raise
+    def _kept(self) -> str:
+        return "no reply is kept, because no file was named" if self.path is None else "the other replies are kept"

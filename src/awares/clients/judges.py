@@ -1,43 +1,42 @@
-"""Judges, oracle and base model behind OpenAI-compatible servers such as vLLM (PAPER §2, steps 1 and 2).
+"""Judges and oracle behind OpenAI-compatible servers such as vLLM (PAPER §2, steps 1 and 2).
 
-data/served.yaml names the servers and holds the prompts. Every reply is kept raw (`client.ChatClient`), so that no recorded
-one is asked for again after a kill. A reply that cannot be used is asked for again; a row that never gets a usable one is
-listed as lost, not labelled. A row that never gets any is lost, too, but the next run asks about it again.
+data/served.yaml declares the models and the prompts. A reply that cannot be used is requested again; a row that never
+gets a usable one is listed as lost. A row without any reply of the server is lost, too, but the next run asks again.
 """
 
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Generic, Self, TypeVar
 
 import pandas as pd
 from PIL import Image
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
+from pydantic_core import from_json
 
-from awares.clients.chat import ChatClient, Send, Server
+from awares import registry
+from awares.clients.chat import ChatClient, Request, RowFailed, Send, Server
 from awares.clients.engine import RemoteEngine, data_url
-from awares.clients.replies import Lost, Request
 from awares.config import Params, read_yaml
 from awares.engine.images import to_rgb
 from awares.engine.jsonl import Record
 from awares.engine.model import ImageOnlyProcessor
-from awares.errors import AwaresRequestError, AwaresValueError, Failure
+from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
+from awares.method import protocol
 from awares.method.curation import AnnotationOracle, Boxes, Oracle
 from awares.method.judges import HIGH_BETTER, JUDGES, LOW_BETTER, TIE, Judge, Verdict
 from awares.training.checkpoints import code_of
 
-T = TypeVar("T")
-SIDE = 1000  # boxes are in thousandths of a side
-WARMER = 0.7  # temperature of a reply asked for again
+SIDE = 1000  # boxes are in thousandths of the image's width and height
 
 
-# What data/served.yaml declares
+# Declarations
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(BaseModel, extra="forbid"):
     """``system`` and ``user`` text; ``{names}`` are filled in."""
 
     version: str
@@ -47,139 +46,191 @@ class Prompt:
     def messages(self, image: Image.Image | None = None, **values: str) -> list[Record]:
         """The chat, the image before the question; braces in a value stay as they are."""
         text = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), self.user).strip()
-        picture = [{"type": "image_url", "image_url": {"url": data_url(image)}}] if image else []
-        content: Any = [*picture, {"type": "text", "text": text}] if image else text
+        picture = {"type": "image_url", "image_url": {"url": data_url(image)}} if image else None
+        content: Any = [picture, {"type": "text", "text": text}] if picture else text
         return [{"role": "system", "content": self.system.strip()}, {"role": "user", "content": content}]
 
 
-@dataclass(frozen=True)
-class Model:
-    """A served model: an entry of data/served.yaml, which says what the fields are."""
+class ServedModel(Server, extra="forbid", frozen=True):
+    """A model behind a server; data/served.yaml explains the fields."""
 
-    name: str
-    model: str
-    url: str
-    key_variable: str
-    concurrency: int
-    timeout: float
-    max_tokens: int
-    retries: int
+    max_tokens: int = Field(gt=0)
+    retries: int = Field(ge=0)
     dollars: tuple[float, float]
-    rows_per_hour: float
-
-    def server(self) -> Server:
-        url = os.environ.get(self.url_variable()) or self.url
-        return Server(url, self.model, self.key_variable, self.concurrency, self.timeout)
-
-    def url_variable(self) -> str:
-        return f"AWARES_{self.name.upper()}_URL"
-
-    def client(self, params: Params) -> ChatClient:
-        """A client whose replies all runs of a profile share."""
-        path = params.path(params.paths.runs) / params.profile / ".replies" / f"{self.name}.jsonl"
-        return ChatClient(self.server(), path, progress=True)
+    rows_per_hour: float = Field(gt=0)
 
 
-def get_model(name: str, params: Params) -> Model:
-    """A served model by its name; AwaresError naming file and key for what is not declared as it should be."""
-    models = _read(params)["models"]
-    place = f"{params.curation.served_file}: models.{name}"
-    if name not in models:
-        raise AwaresValueError(f"{place} is not declared; declared are {', '.join(models)}")
-    entry, kinds = models[name], {"concurrency": int, "max_tokens": int, "retries": int, "dollars": list}
-    for one in fields(Model)[1:]:
-        kind: Any = kinds.get(one.name, (int, float) if one.name in ("timeout", "rows_per_hour") else str)
-        if not isinstance(entry, dict) or not isinstance(entry.get(one.name), kind):
-            raise AwaresValueError(f"{place}.{one.name} is missing or of the wrong kind: see the comments there")
-    unknown = set(entry) - {one.name for one in fields(Model)}
-    wrong = [*unknown, *(["dollars"] if len(entry["dollars"]) != 2 else [])]
-    wrong += ["rows_per_hour"] if entry["rows_per_hour"] <= 0 else []
-    if wrong:
-        raise AwaresValueError(f"{place}: {', '.join(wrong)}: not as the comments there say")
-    return Model(name=name, **{**entry, "dollars": tuple(entry["dollars"])})
+class Prompts(BaseModel, extra="forbid"):
+    """The prompts for comparing two answers, for grading one, and for finding the evidence."""
+
+    judge: Prompt
+    grade: Prompt
+    oracle: Prompt
 
 
-def get_prompt(name: str, params: Params) -> Prompt:
-    """A prompt by its name."""
-    try:
-        return Prompt(**_read(params)["prompts"][name])
-    except (KeyError, TypeError) as error:
-        raise AwaresValueError(
-            f"{params.curation.served_file}: prompts.{name} must have version, system and user"
-        ) from error
+class Served(BaseModel, extra="forbid"):
+    """The file data/served.yaml."""
+
+    models: dict[str, ServedModel]
+    prompts: Prompts
 
 
-def _read(params: Params) -> Record:
+def read_served(params: Params) -> Served:
+    """The declarations of ``curation.served_file``; AwaresValueError names a wrong key.
+
+    The environment variable AWARES_<NAME>_URL replaces a model's ``url``.
+    """
     path = params.path(params.curation.served_file)
-    raw = read_yaml(path, "curation.served_file")
-    if not all(isinstance(raw.get(key), dict) for key in ("models", "prompts")):
-        raise AwaresValueError(f"{path.name} must have the sections models and prompts")
-    return raw
+    try:
+        served = Served.model_validate(read_yaml(path, "curation.served_file"))
+    except ValidationError as error:
+        raise AwaresValueError(f"{path}: {first_fault(error)}: see the comments there") from error
+    for name, model in served.models.items():
+        url = os.environ.get(f"AWARES_{name.upper()}_URL") or model.url
+        served.models[name] = model.model_copy(update={"url": url})
+    return served
 
 
-# Asking
+def get_model(name: str, params: Params) -> ServedModel:
+    """A served model by its name; AwaresValueError for one that is not declared."""
+    models = read_served(params).models
+    if name not in models:
+        file = params.curation.served_file
+        raise AwaresValueError(f"{file}: models.{name} is not declared, only {', '.join(models)}")
+    return models[name]
 
 
-class Asked:
-    """A served model with one prompt: asks until a reply can be read."""
+def make_client(name: str, params: Params) -> ChatClient:
+    """The client of a served model; all runs of a profile share its replies."""
+    path = params.path(params.paths.runs) / params.profile / ".replies" / f"{name}.jsonl"
+    return ChatClient(get_model(name, params), path, progress=True)
 
-    def __init__(self, model: Model, prompt: Prompt, schema: Record) -> None:
-        self.model, self.prompt, self.schema = model, prompt, schema
+
+# Replies
+
+
+class ModelReply(BaseModel, extra="forbid", strict=True):
+    """A JSON object that a model must reply with."""
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        """The object in ``text``, alone or within other words; None without a valid one."""
+        for part in (text, *re.findall(r"\{.*\}", text, re.DOTALL)):
+            try:
+                found = from_json(part)
+            except ValueError:
+                continue
+            try:
+                return cls.model_validate(found)
+            except ValidationError:
+                break
+        return None
+
+
+# Not Literal[0, 1], which accepts true and 1.0 even in strict mode
+Bit = Annotated[int, Field(ge=0, le=1, json_schema_extra={"enum": [0, 1]})]
+Preference = Annotated[int, Field(ge=0, le=2, json_schema_extra={"enum": [TIE, LOW_BETTER, HIGH_BETTER]})]
+
+
+class Comparison(ModelReply):
+    """``first``, ``second``: whether that answer is right; ``better``: 0 = neither, 1 = the first, 2 = the second."""
+
+    first: Bit
+    second: Bit
+    better: Preference
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.first != self.second and self.better != (LOW_BETTER if self.first else HIGH_BETTER):
+            raise ValueError("better contradicts first and second")
+        return self
+
+
+class Grade(ModelReply):
+    """Whether an answer is right."""
+
+    right: Bit
+
+
+_EDGES = TypeAdapter(list[FiniteFloat])
+
+
+class Evidence(ModelReply):
+    """Boxes [x1, y1, x2, y2] in 0-1000, at least one.
+
+    Other keys are ignored and a missing list is empty. A box may be a mapping with the key ``bbox_2d``, and have
+    fractions, its corners in another order, or edges outside, which are cut off. One bad box spoils the reply.
+    """
+
+    question_boxes: list[list[int]]
+    answer_boxes: list[list[int]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _repair(cls, found: Any) -> Any:
+        keys = ("question_boxes", "answer_boxes")
+        boxes = {key: _boxes(found.get(key, [])) for key in keys} if isinstance(found, dict) else {}
+        if not any(boxes.values()):
+            raise ValueError("no box")
+        return boxes
+
+    def is_all_of(self, text: str) -> bool:
+        """Whether ``text`` is this object, as requested and without repair."""
+        return re.sub(r"\s", "", text) == self.model_dump_json()
+
+
+def _boxes(part: Any) -> Boxes:
+    if not isinstance(part, list):
+        raise ValueError("boxes must be a list")
+    if len(part) == 4 and all(isinstance(edge, int | float) for edge in part):
+        part = [part]  # one box without its list
+    boxes = []
+    for box in part:
+        edges = _EDGES.validate_python(box.get("bbox_2d") if isinstance(box, dict) else box, strict=True)
+        clipped = [min(SIDE, max(0, round(edge))) for edge in edges]
+        (left, right), (top, bottom) = sorted(clipped[0::2]), sorted(clipped[1::2])
+        if max(edges) <= 1 or left == right or top == bottom:
+            raise ValueError("a box in fractions of 1, or an empty one")
+        boxes.append([left, top, right, bottom])
+    return boxes
+
+
+R = TypeVar("R", bound=ModelReply)
+
+
+class Asker(Generic[R]):
+    """A served model with one of the prompts: asks until a reply can be read as ``reply``."""
+
+    def __init__(self, name: str, params: Params, prompt: str, reply: type[R]) -> None:
+        self.model, self.reply = get_model(name, params), reply
+        self.prompt: Prompt = getattr(read_served(params).prompts, prompt)
+        self.source = {"model": self.model.model, "version": self.prompt.version}
 
     def key(self) -> str:
-        """Everything of it that decides a reply."""
+        """Everything that decides a reply."""
         return f"{self.model.model}:{self.model.max_tokens}:{self.model.retries}:{self.prompt}:{code_of(__file__)}"
 
-    async def ask(
-        self, send: Send, row_id: str, messages: Sequence[Record], read: Callable[[str], T | None]
-    ) -> tuple[T, str]:
-        """What ``read`` makes of a reply, and its raw text. Raises Lost when no attempt gave one that it can read."""
-        reasons = []
+    def ask(self, send: Send, row_id: str, picture: Image.Image | None = None, **values: str) -> tuple[R, str]:
+        """The first usable reply and its raw text; RowFailed after ``retries`` further attempts without one."""
+        schema = {"name": "reply", "strict": True, "schema": self.reply.model_json_schema()}
+        messages, reasons = self.prompt.messages(picture, **values), []
         for attempt in range(self.model.retries + 1):
             settings = {
-                "temperature": WARMER if attempt else 0.0,
+                "temperature": 0.7 if attempt else 0.0,
                 "seed": attempt,
                 "max_tokens": self.model.max_tokens,
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "reply", "strict": True, "schema": self.schema},
-                },
+                "response_format": {"type": "json_schema", "json_schema": schema},
             }
             try:
-                text = (await send(Request(row_id, messages, settings, self.prompt.version))).text
-            except Lost as error:
+                text = str(send(Request(row_id, messages, settings, self.prompt.version)).text)
+                if found := self.reply.read(text):
+                    return found, text
+                reasons.append(f"not usable: {text[:200]!r}")
+            except RowFailed as error:
                 if error.silent:
-                    raise  # the server may be gone: another attempt now would fare no better
+                    raise  # another attempt now would fail the same way
                 reasons.append(str(error))
-                continue
-            found = read(text)
-            if found is not None:
-                return found, text
-            reasons.append(f"not usable: {text[:200]!r}")
-        raise Lost("; ".join(reasons))
-
-
-def _choice(*values: int) -> Record:
-    return {"type": "integer", "enum": list(values)}
-
-
-def _object(properties: Record) -> Record:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-def _loads(text: str) -> Any:
-    """The JSON object of a reply: the whole of it, or else the one that stands in other words; None where there is none."""
-    for part in (text, *re.findall(r"\{.*\}", text, re.DOTALL)):
-        try:
-            return json.loads(part)
-        except ValueError:
-            continue
-    return None
+        raise RowFailed("; ".join(reasons))
 
 
 # Judges
@@ -187,9 +238,10 @@ def _loads(text: str) -> Any:
 
 @dataclass(frozen=True)
 class ServedVerdict(Verdict):
-    """A verdict with its source. ``forward``, ``swapped``: the verdict with the low answer first and with it second, both in the paper's
-    terms (1 = low better); ``replies``: raw, in that order; ``reason``: why there is none;
-    ``silent``: because the server did not answer.
+    """A verdict with its source.
+
+    ``forward``, ``swapped``: the verdicts with the low answer first and second, both in the paper's terms (1 = low
+    better); ``replies``: raw, in that order; ``reason``: why there is no verdict; ``silent``: no reply of the server.
     """
 
     forward: int | None
@@ -201,46 +253,16 @@ class ServedVerdict(Verdict):
     silent: bool = False
 
 
-JUDGE_SCHEMA = _object(
-    {"first": _choice(0, 1), "second": _choice(0, 1), "better": _choice(TIE, LOW_BETTER, HIGH_BETTER)}
-)
-GRADE_SCHEMA = _object({"right": _choice(0, 1)})
-
-
-def read_verdict(text: str) -> tuple[int, int, int] | None:
-    """(first right, second right, verdict 0, 1 or 2) of a judge's reply; None for one that is malformed or contradicts itself."""
-    found = _loads(text)
-    if not isinstance(found, dict) or set(found) != set(JUDGE_SCHEMA["properties"]):
-        return None
-    first, second, better = (found[key] for key in ("first", "second", "better"))
-    if any(type(value) is not int for value in (first, second, better)):
-        return None
-    if first not in (0, 1) or second not in (0, 1) or better not in (TIE, LOW_BETTER, HIGH_BETTER):
-        return None
-    wrong_way = (better == LOW_BETTER and second > first) or (better == HIGH_BETTER and first > second)
-    undecided = better == TIE and first != second
-    return None if wrong_way or undecided else (first, second, better)
-
-
-def read_grade(text: str) -> int | None:
-    """1 or 0 of a reply about one answer; None for a malformed one."""
-    found = _loads(text)
-    right = found.get("right") if isinstance(found, dict) and len(found) == 1 else None
-    return right if type(right) is int and right in (0, 1) else None
-
-
 class ServedJudge(Judge):
-    """A language model asked in both orders (PAPER §2): where they disagree, the order decided, and the verdict is a tie.
+    """A language model that compares two answers in both orders (PAPER §2): if these disagree, the verdict is a tie.
 
     A score is the share of the two orders that called the answer right.
     """
 
     def __init__(self, name: str, params: Params) -> None:
-        self.name = name
-        model = get_model(name, params)
-        self.client = model.client(params)
-        self.pair = Asked(model, get_prompt("judge", params), JUDGE_SCHEMA)
-        self.single = Asked(model, get_prompt("grade", params), GRADE_SCHEMA)
+        self.name, self.client = name, make_client(name, params)
+        self.pair = Asker(name, params, "judge", Comparison)
+        self.single = Asker(name, params, "grade", Grade)
 
     def key(self) -> str:
         return f"{super().key()}:{self.pair.key()}"
@@ -248,16 +270,14 @@ class ServedJudge(Judge):
     def scores(
         self, questions: Sequence[str], predictions: Sequence[str], answers: Sequence[Sequence[str]]
     ) -> list[float]:
-        """1 for an answer that the model calls right, 0 for another, nan where it gave no usable reply."""
+        """1 for an answer that the model calls right, 0 for another, nan without a usable reply."""
 
-        async def talk(index: int, send: Send) -> float:
-            messages = self.single.prompt.messages(
-                question=questions[index], answers=_listed(answers[index]), answer=predictions[index]
-            )
-            return float((await self.single.ask(send, str(index), messages, read_grade))[0])
+        def talk(index: int, send: Send) -> float:
+            values: Any = {"question": questions[index], "answers": _joined(answers[index])}
+            values["answer"] = predictions[index]
+            return float(self.single.ask(send, str(index), **values)[0].right)
 
-        found = self.client.converse([str(index) for index in range(len(questions))], talk, return_failures=True)
-        return [math.nan if isinstance(one, Failure) else one for one in found]
+        return self.client.converse([str(index) for index in range(len(questions))], talk, lambda failure: math.nan)
 
     def judge(
         self,
@@ -267,36 +287,98 @@ class ServedJudge(Judge):
         answers: Sequence[Sequence[str]],
         row_ids: Sequence[str] | None = None,
     ) -> list[Verdict]:
-        names = list(row_ids) if row_ids is not None else [str(index) for index in range(len(questions))]
+        names = [str(index) for index in range(len(questions))] if row_ids is None else list(row_ids)
 
-        async def talk(index: int, send: Send) -> Verdict:
-            said = []
-            for first, second in ((lows[index], highs[index]), (highs[index], lows[index])):
-                messages = self.pair.prompt.messages(
-                    question=questions[index], answers=_listed(answers[index]), first=first, second=second
-                )
-                said.append(await self.pair.ask(send, names[index], messages, read_verdict))
-            return self._verdict(said)
+        def talk(index: int, send: Send) -> ServedVerdict:
+            low, high = lows[index], highs[index]
+            rest: Any = {"question": questions[index], "answers": _joined(answers[index])}
+            forward = self.pair.ask(send, names[index], first=low, second=high, **rest)
+            return self.verdict_of(forward, self.pair.ask(send, names[index], first=high, second=low, **rest))
 
-        found = self.client.converse(names, talk, return_failures=True)
-        return [self._lost(one) if isinstance(one, Failure) else one for one in found]
+        def lost(failure: Failure) -> ServedVerdict:
+            source, nothing = self.pair.source, (None, None, None, None, None, None)
+            return ServedVerdict(*nothing, **source, replies=(), reason=failure.reason, silent=failure.silent)
 
-    def _lost(self, row: Failure) -> ServedVerdict:
-        source = self.pair.model.model, self.pair.prompt.version
-        return ServedVerdict(None, None, None, None, None, None, *source, (), row.reason, row.silent)
+        return [*self.client.converse(names, talk, lost)]
 
-    def _verdict(self, said: Sequence[tuple[tuple[int, int, int], str]]) -> ServedVerdict:
-        source, replies = (self.pair.model.model, self.pair.prompt.version), tuple(text for _, text in said)
-        (low, high, forward), (high_again, low_again, turned) = (found for found, _ in said)
-        swapped = {TIE: TIE, LOW_BETTER: HIGH_BETTER, HIGH_BETTER: LOW_BETTER}[turned]
-        scores = (low + low_again) / 2, (high + high_again) / 2
-        both_wrong = max(low, high, low_again, high_again) == 0  # equally bad, whatever is said to be better
-        value = forward if forward == swapped and not both_wrong else TIE
-        return ServedVerdict(value, *scores, max(scores) < self.right_at, forward, swapped, *source, replies)
+    def verdict_of(self, forward: tuple[Comparison, str], swapped: tuple[Comparison, str]) -> ServedVerdict:
+        """The verdict from two replies: with the low answer first, and with it second."""
+        (one, text), (other, other_text) = forward, swapped
+        turned = {TIE: TIE, LOW_BETTER: HIGH_BETTER, HIGH_BETTER: LOW_BETTER}[other.better]
+        low, high = (one.first + other.second) / 2, (one.second + other.first) / 2
+        decided = one.better == turned and max(low, high) > 0  # two wrong answers are equally bad
+        both_wrong = max(low, high) < self.right_at
+        value, replies = one.better if decided else TIE, (text, other_text)
+        return ServedVerdict(value, low, high, both_wrong, one.better, turned, **self.pair.source, replies=replies)
 
 
-def _listed(answers: Iterable[str]) -> str:
+def _joined(answers: Iterable[str]) -> str:
     return " | ".join(dict.fromkeys(answers))
+
+
+for _name in ("llama", "deepseek"):
+    registry.judge(_name)(partial(ServedJudge, _name))
+
+
+# Oracle and base model
+
+
+class ServedOracle(Oracle):
+    """A vision-language model that sees the full image, the question and the accepted answers (PAPER §2.2)."""
+
+    def __init__(self, name: str, params: Params) -> None:
+        self.name, self.client = name, make_client(name, params)
+        self.asker = Asker(name, params, "oracle", Evidence)
+
+    def key(self) -> str:
+        return f"{self.name}:{self.asker.key()}"
+
+    def locate(self, rows: Sequence[Record]) -> list[Record]:
+        """Boxes, raw reply, how it was ``read``, model and prompt version of each row.
+
+        A row without a usable reply has no boxes, a ``reason``, and whether the server was ``silent``.
+        """
+
+        def talk(index: int, send: Send) -> Record:
+            row = rows[index]
+            values = {"question": row["question"], "answers": _joined(row["answers"])}
+            found, text = self.asker.ask(send, row["id"], to_rgb(row["image"], f"row {row['id']}"), **values)
+            how = "strict" if found.is_all_of(text) else "tolerant"
+            return {**found.model_dump(), **self.asker.source, "reply": text, "read": how, "reason": ""}
+
+        def lost(failure: Failure) -> Record:
+            none = {"question_boxes": [], "answer_boxes": [], **self.asker.source, "reply": "", "read": ""}
+            return {**none, "reason": failure.reason, "silent": failure.silent}
+
+        return self.client.converse([row["id"] for row in rows], talk, lost)
+
+
+def make_judges(params: Params) -> list[Judge]:
+    """The judges of ``curation.panel`` in that order, here or behind a server."""
+    return [JUDGES[name](params) if name in JUDGES else ServedJudge(name, params) for name in params.curation.panel]
+
+
+def make_oracle(params: Params) -> Oracle:
+    """The oracle of ``curation.oracle``."""
+    section = params.curation
+    if section.oracle == AnnotationOracle.name:
+        return AnnotationOracle(section.oracle_seed, section.oracle_sigma, section.oracle_margin)
+    return ServedOracle(section.oracle, params)
+
+
+def make_engine(name: str, processor: ImageOnlyProcessor, params: Params) -> RemoteEngine:
+    """The engine of the served base model ``name``; AwaresValueError unless that is ``base.model``."""
+    served = get_model(name, params).model
+    if served != params.base.model:
+        file = params.curation.served_file
+        raise AwaresValueError(f"{file}: models.{name}.model is {served!r}, but base.model is {params.base.model!r}")
+    return RemoteEngine(
+        make_client(name, params),
+        processor,
+        max_new_tokens=params.curation.max_new_tokens,
+        max_side=params.crops.max_side,
+        protocol=protocol.from_params(params),
+    )
 
 
 def order_effects(verdicts: Sequence[Record]) -> pd.DataFrame:
@@ -317,147 +399,6 @@ def order_effects(verdicts: Sequence[Record]) -> pd.DataFrame:
         )
         records.append((name, len(pairs), *(100 * marks.mean()), len(found) - len(pairs)))
     return pd.DataFrame(records, columns=["judge", "n", "same", "first", "second", "lost"])
-
-
-# The oracle
-
-ORACLE_SCHEMA = _object(
-    {
-        key: {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}
-        for key in ("question_boxes", "answer_boxes")
-    }
-)
-
-
-def read_boxes(text: str) -> tuple[Boxes, Boxes, str] | None:
-    """(question boxes, answer boxes, ``strict`` or ``tolerant``: how it was read) of an oracle's reply, in 0-1000; None for one without a
-    single usable box.
-
-    Read strictly first: the very object that was asked for. Else tolerantly: the object may stand in other words; a box may be a
-    mapping with the key ``bbox_2d``, have its corners in another order, fractions, or edges outside, which are cut off. A box that
-    is empty then, or not of four numbers, makes the reply unusable: half an answer is none.
-    """
-    for name, reader in (("strict", _read_strictly), ("tolerant", _read_tolerantly)):
-        if found := reader(text):
-            return *found, name
-    return None
-
-
-def _read_strictly(text: str) -> tuple[Boxes, Boxes] | None:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(found, dict) or set(found) != set(ORACLE_SCHEMA["properties"]):
-        return None
-    question, answer = found["question_boxes"], found["answer_boxes"]
-    if not isinstance(question, list) or not isinstance(answer, list) or not question + answer:
-        return None
-    return (question, answer) if all(map(_is_box, question + answer)) else None
-
-
-def _is_box(box: Any) -> bool:
-    if not isinstance(box, list) or len(box) != 4 or any(type(value) is not int for value in box):
-        return False
-    left, top, right, bottom = box
-    return 0 <= left < right <= SIDE and 0 <= top < bottom <= SIDE
-
-
-def _read_tolerantly(text: str) -> tuple[Boxes, Boxes] | None:
-    found = _loads(text)
-    if not isinstance(found, dict):
-        return None
-    parts = [found.get(key, []) for key in ("question_boxes", "answer_boxes")]
-    boxes = [_boxes(part) for part in parts]
-    question, answer = boxes
-    if question is None or answer is None or not question + answer:
-        return None
-    return question, answer
-
-
-def _boxes(part: Any) -> Boxes | None:
-    if not isinstance(part, list):
-        return None
-    if len(part) == 4 and all(isinstance(value, int | float) for value in part):
-        part = [part]  # one box that is not in a list
-    read = []
-    for box in part:
-        box = box.get("bbox_2d") if isinstance(box, dict) else box
-        if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
-            return None
-        if not all(math.isfinite(value) for value in box) or max(box) <= 1:  # in shares of 1: to be asked again
-            return None
-        clipped = [min(SIDE, max(0, round(value))) for value in box]
-        (left, right), (top, bottom) = sorted(clipped[0::2]), sorted(clipped[1::2])
-        if right <= left or bottom <= top:
-            return None
-        read.append([left, top, right, bottom])
-    return read
-
-
-class ServedOracle(Oracle):
-    """A vision-language model that sees the full image, the question and the accepted answers (PAPER §2.2)."""
-
-    def __init__(self, name: str, params: Params) -> None:
-        self.name = name
-        model = get_model(name, params)
-        self.client = model.client(params)
-        self.asked = Asked(model, get_prompt("oracle", params), ORACLE_SCHEMA)
-
-    def key(self) -> str:
-        return f"{self.name}:{self.asked.key()}"
-
-    def locate(self, rows: Sequence[Record]) -> list[Record]:
-        """Boxes, raw reply, how it was ``read``, model and prompt version of each row; empty boxes and a ``reason`` where no reply could be used, or,
-        ``silent``, none came.
-        """
-        about = {"model": self.asked.model.model, "version": self.asked.prompt.version}
-
-        async def talk(index: int, send: Send) -> Record:
-            row = rows[index]
-            messages = self.asked.prompt.messages(
-                to_rgb(row["image"], f"row {row['id']}"), question=row["question"], answers=_listed(row["answers"])
-            )
-            (question, answer, how), text = await self.asked.ask(send, row["id"], messages, read_boxes)
-            boxes = {"question_boxes": question, "answer_boxes": answer}
-            return {**boxes, **about, "reply": text, "read": how, "reason": ""}
-
-        none = {"question_boxes": [], "answer_boxes": [], **about, "reply": "", "read": ""}
-        return [
-            {**none, "reason": one.reason, "silent": one.silent} if isinstance(one, Failure) else one
-            for one in self.client.converse([row["id"] for row in rows], talk, return_failures=True)
-        ]
-
-
-# By name
-
-# A new judge or oracle behind a server is one entry in data/served.yaml and one name in config.JUDGES or config.ORACLES.
-
-
-def make_judges(params: Params) -> list[Judge]:
-    """The judges of ``curation.panel`` in that order, here or behind a server."""
-    return [JUDGES[name](params) if name in JUDGES else ServedJudge(name, params) for name in params.curation.panel]
-
-
-def make_oracle(params: Params) -> Oracle:
-    """The oracle of ``curation.oracle``."""
-    section = params.curation
-    if section.oracle == AnnotationOracle.name:
-        return AnnotationOracle(section.oracle_seed, section.oracle_sigma, section.oracle_margin)
-    return ServedOracle(section.oracle, params)
-
-
-def make_engine(name: str, processor: ImageOnlyProcessor, params: Params) -> RemoteEngine:
-    """The base model behind the server ``name`` in the place of `rollout.Engine`; AwaresError unless it serves ``base.model``."""
-    model = get_model(name, params)
-    if model.model != params.base.model:
-        raise AwaresValueError(
-            f"{params.curation.served_file}: models.{name}.model is {model.model!r}, base.model {params.base.model!r}: the "
-            "labels would be those of another model"
-        )
-    return RemoteEngine.from_params(
-        model.client(params), processor, params, max_new_tokens=params.curation.max_new_tokens
-    )
 
 
 # Before money is spent
@@ -486,18 +427,17 @@ def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
         yield _answers(name, get_model(name, params))
 
 
-def _answers(name: str, model: Model) -> Finding:
+def _answers(name: str, model: ServedModel) -> Finding:
     import openai
 
-    server = model.server()
-    what = f"{name}: {model.model} at {server.url}"
+    what = f"{name}: {model.model} at {model.url}"
     try:
-        with openai.OpenAI(base_url=server.url, api_key=server.api_key(), max_retries=1, timeout=20.0) as api:
-            served_there = [one.id for one in api.models.list()]
+        with model.connect() as api:
+            served_there = [one.id for one in api.with_options(max_retries=1, timeout=20.0).models.list()]
     except openai.AuthenticationError:
         return Finding(what, False, "refuses the key", f"put it into the environment variable {model.key_variable}")
     except openai.OpenAIError as error:
-        mend = f"start it (data/launch/README.md, Judge and oracle), or say where it is in {model.url_variable()}"
+        mend = f"start it (data/launch/README.md, Judge and oracle), or say where it is in AWARES_{name.upper()}_URL"
         return Finding(what, False, f"no answer: {type(error).__name__}", mend)
     mend = f"start it with --served-model-name {model.model}, or name what it serves in data/served.yaml"
     return Finding(what, model.model in served_there, f"serves {', '.join(served_there)}", mend)
@@ -522,7 +462,7 @@ def estimate(rows: int, params: Params) -> pd.DataFrame:
         asked.append(("base", params.curation.engine, rows, 2, "", VISUAL_TOKENS * 5 // 8))  # full and half resolution
     for role, name, count, each, prompt, visual in asked:
         model = get_model(name, params)
-        words = get_prompt(prompt, params) if prompt else Prompt("", "", "")
+        words = getattr(read_served(params).prompts, prompt) if prompt else Prompt(version="", system="", user="")
         request = visual + (len(words.system) + len(words.user) + 120) // CHARACTERS
         reply = {"judge": 20, "oracle": 60}.get(role, 20)
         requests = count * each
@@ -535,4 +475,4 @@ def estimate(rows: int, params: Params) -> pd.DataFrame:
 
 def is_served(name: str, params: Params) -> bool:
     """Whether ``name`` is a model behind a server."""
-    return name in _read(params)["models"]
+    return name in read_served(params).models
