@@ -54,11 +54,11 @@ def server(start):
     return start()
 
 
-def settings(folder, attempts=3, **changes):
+def settings(folder, attempts=3, timeout=1.0, **changes):
     """Parameters with served judges and oracle, their limits such that a test does not wait, and runs/ in ``folder``."""
     declared = yaml.safe_load((ROOT / "data" / "served.yaml").read_text())
     for model in declared["models"].values():
-        model.update(timeout=1.0, retries=1, concurrency=8, attempts=attempts)
+        model.update(timeout=timeout, retries=1, concurrency=8, attempts=attempts)
     (folder / "served.yaml").write_text(yaml.safe_dump(declared))
     params = load_params(path=ROOT / "params.yaml")
     section = dict(
@@ -307,9 +307,9 @@ def test_killed_at_five_random_moments_it_ends_with_the_same_bytes_and_asks_noth
 
 def job(folder):
     """Curation with base model, judge and oracle all behind the server."""
-    params = settings(folder, engine="base")
+    params = settings(folder, timeout=0.4, engine="base")
     engine = RemoteEngine(served.make_client("base", params), make_processor(tiny_tokenizer()), check=False)
-    curate(params, folder / "out", engine=engine)
+    curate(params, folder / "out", rows=40, engine=engine)
 
 
 def replies(folder):
