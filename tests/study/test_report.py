@@ -290,7 +290,7 @@ def test_effects_stand_in_their_order_and_a_hollow_dot_is_none():
 def test_gallery_takes_whatever_a_policy_writes():
     made = rows(2)
     done = [trajectory("row-0", "$12$ \x00 \t", ["top", "right"], "valid"), trajectory("row-1", "")]
-    assert png(figures.show(figures.gallery(figures.cards(made, done, ["note", ""]))))
+    assert png(figures.show(figures.gallery(made, done, ["note", ""])))
     assert png(figures.show(figures.gallery([])))
 
 

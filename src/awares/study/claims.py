@@ -1,7 +1,7 @@
 """The paper's claims, decided by our runs: one predicate per claim, on a quantity with an interval.
 
 A claim *holds* if the whole interval is on the claimed side of the margin, *does not hold* if it is wholly on the other
-side, and is *undecided* otherwise, also if its runs are missing. data/paper/claims.csv has the wording under the same id:
+side, and is *undecided* otherwise, also without its runs. data/paper/claims.csv has the wording under the same id:
 section and tables of the paper, the quantity with its unit, and the reason why a claim fails here (if known).
 """
 
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from awares.config import Params, find_file
@@ -107,7 +108,18 @@ def correlation(policy: str, x: str, y: str) -> Quantity:
 
 def time_ratio(system: str, over: str) -> Quantity:
     """Time of a system over that of another at batch 1, from latency/ratios.csv below reports/<profile>."""
-    return Quantity((), "", lambda runs, _: _time_ratio(runs.params, system, over))
+
+    def sample(runs: Runs, _: Sequence[int]) -> Sample:
+        file = runs.params.report_dir() / "latency" / "ratios.csv"
+        if not file.is_file():
+            raise MissingRows("latency/ratios.csv is not there")
+        table = pd.read_csv(file, dtype=str).set_index(["system", "over", "batch"])
+        if (system, over, "1") not in table.index:
+            raise MissingRows(f"latency/ratios.csv has no {system} over {over} at batch 1")
+        value, low, high = table.loc[(system, over, "1"), ["ratio", "ratio_low", "ratio_high"]].astype(float)
+        return Sample(value, np.repeat([low, high], 50))  # its percentile interval is [low, high]
+
+    return Quantity((), "", sample)
 
 
 def every(predicates: Iterable[Predicate]) -> Predicate:
@@ -247,21 +259,3 @@ def save_claims(params: Params, folder: Path) -> pd.DataFrame:
     save_table(table[["id", "claim", "tables", "holds", "margin", "verdict", "note"]], folder / "claims_notes.csv")
     save_table(table[COLUMNS], folder / "claims.csv")
     return table
-
-
-class _Measured(Sample):
-    """A value whose interval another stage has computed: ``draws`` are its two ends."""
-
-    def interval(self, level: float) -> tuple[float, float]:
-        return float(self.draws[0]), float(self.draws[1])
-
-
-def _time_ratio(params: Params, system: str, over: str) -> Sample:
-    file = params.report_dir() / "latency" / "ratios.csv"
-    if not file.is_file():
-        raise MissingRows("latency/ratios.csv is not there")
-    table = pd.read_csv(file, dtype={"batch": str}).set_index(["system", "over", "batch"])
-    if (system, over, "1") not in table.index:
-        raise MissingRows(f"latency/ratios.csv has no {system} over {over} at batch 1")
-    row = table.loc[(system, over, "1")]
-    return _Measured(float(row.ratio), row[["ratio_low", "ratio_high"]].to_numpy(float))

@@ -1,6 +1,6 @@
-"""Systems and variants side by side: Table 1 with every system (PAPER §5, §6) and the ablations (Tables 3, 4, 7 to 10).
+"""Systems and variants side by side: Table 1 with every system (PAPER §5, §6), ablations (Tables 3, 4, 7 to 10).
 
-A variant changes a few parameters and repeats the stages that they decide; `06_ablations` writes its tables next to those of the main line.
+A variant changes a few parameters and repeats the stages that they decide. `06_ablations` tables one variant.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ File = tuple[str, int, Path]  # system or variant, training seed, its trajectori
 
 
 def all_scores(params: Params) -> pd.DataFrame:
-    """`answered` of the systems of Table 1, of ``comparison`` and of ``ablations.systems``, a trained system at every seed that was run."""
+    """`answered` of the systems of Table 1 (every seed that was run), ``comparison`` and ``ablations.systems``."""
     folder = params.run_dir("systems")
     files = [(system, params.seed, folder / system / "trajectories.jsonl") for system in params.comparison.all]
     for variant in params.ablations.get("systems", ()):
@@ -55,8 +55,8 @@ def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
 def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
     """The evaluation rows as every system of ``files`` has answered them, one line per system, seed and row.
 
-    Columns system, seed, benchmark, row_id, score (0 to 1), rtr, layer_rtr, then ANSWER_COLUMNS (``written``: the text of each assistant
-    turn). Raises AwaresFileError naming the file of a system that has not been run.
+    Columns system, seed, benchmark, row_id, score (0 to 1), rtr, layer_rtr, then ANSWER_COLUMNS (``written``: the text
+    of each assistant turn). Raises AwaresFileError for a system that has not been run.
     """
     rows, found = evaluation_rows(params), []
     for system, seed, path in files:
@@ -73,30 +73,29 @@ def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
 
 
 def first_turns(files: Iterable[File]) -> pd.DataFrame:
-    """Requests of the policies of ``files`` on the curated validation rows: system, seed, row_id, crops, call_status."""
-    found = [
-        (system, seed, one.row_id, one.crops, one.call_status)
-        for system, seed, path in files
-        for one in evaluation.load_trajectories(path)
-    ]
+    """Requests on the curated validation rows: system, seed, row_id, crops, call_status."""
+    found = []
+    for system, seed, path in files:
+        for one in evaluation.load_trajectories(path):
+            found.append((system, seed, one.row_id, one.crops, one.call_status))
     return pd.DataFrame(found, columns=["system", "seed", "row_id", "crops", "call_status"])
 
 
-def _main_files(params: Params) -> Iterator[File]:
-    for system in SYSTEMS:
-        for seed in (params.seed, *(params.seeds if system in TRAINED else ())):
-            path = _answers(replace(params, seed=seed), system)
-            if seed == params.seed or path.is_file():  # further seeds only where they have been run
-                yield system, seed, path
-
-
-def main_first_turns(params: Params) -> Iterator[File]:
+def main_first_turns(params: Params) -> list[File]:
     """Validation trajectories of the trained policies of Table 1; further seeds only where they have been run."""
-    for system, stage in TRAINED.items():
-        for seed in (params.seed, *params.seeds):
-            path = replace(params, seed=seed).run_dir(stage) / "validation.jsonl"
-            if seed == params.seed or path.is_file():
-                yield system, seed, path
+    return [file for system, stage in TRAINED.items() for file in _by_seed(params, system, stage, "validation.jsonl")]
+
+
+def _main_files(params: Params) -> list[File]:
+    names = {system: f"trajectories/{system}.jsonl" for system in SYSTEMS}
+    return [file for system in SYSTEMS for file in _by_seed(params, system, "evaluation", names[system])]
+
+
+def _by_seed(params: Params, system: str, stage: str, name: str) -> Iterator[File]:
+    for seed in (params.seed, *(params.seeds if system in TRAINED else ())):
+        path = replace(params, seed=seed).run_dir(stage) / name
+        if seed == params.seed or path.is_file():
+            yield system, seed, path
 
 
 def variant_answers(runs: Mapping[str, Params]) -> list[File]:
@@ -106,8 +105,8 @@ def variant_answers(runs: Mapping[str, Params]) -> list[File]:
 
 def variant_first_turns(runs: Mapping[str, Params]) -> list[File]:
     """Trajectories of every variant on the curated validation rows."""
-    stages = {name: params.run_dir(judged_by(params)[1]) for name, params in runs.items()}
-    return [(name, runs[name].seed, folder / "validation.jsonl") for name, folder in stages.items()]
+    stages = {name: judged_by(params)[1] for name, params in runs.items()}
+    return [(name, one.seed, one.run_dir(stages[name]) / "validation.jsonl") for name, one in runs.items()]
 
 
 def _answers(params: Params, system: str) -> Path:
@@ -126,7 +125,7 @@ def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
 
 
 def answer_lengths(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """Table 6 from `all_scores`, main training seed: system, benchmark, characters of the answer (mean), characters_sd, n."""
+    """Table 6, main training seed: system, benchmark, characters of the answer (mean), characters_sd, n."""
     main = scores[scores.seed == params.seed]
     lengths = main.assign(characters=main.answer.str.len())
     grouped = lengths.groupby(["system", "benchmark"], sort=False).characters
@@ -151,7 +150,7 @@ def against_control(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
 def evidence_left(params: Params) -> pd.DataFrame:
     """Percent of all visual tokens, and of those that show evidence, that each pruner of ``comparison`` keeps.
 
-    Columns system, left, evidence with its interval over rows, accuracy (of the rows with evidence, mean of the tasks), n.
+    Columns system, left, evidence with its interval over rows, accuracy (rows with evidence, mean of the tasks), n.
     """
     records = []
     for system in params.comparison.all:
@@ -166,9 +165,9 @@ def evidence_left(params: Params) -> pd.DataFrame:
 
 
 def regions_table(scores: pd.DataFrame, rows: datasets.Dataset, params: Params) -> pd.DataFrame:
-    """Whether the regions that each system of `all_scores` got show the evidence, at the main training seed, on rows with regions and boxes.
+    """Whether the regions that each system of `all_scores` got show the evidence (main training seed, rows with both).
 
-    Columns system, calls (rows), covered (percent of them whose regions cover every box to COVERED) with its interval over rows,
+    Columns system, calls (rows), covered (percent of them whose regions cover every box to COVERED) with its interval,
     accuracy_covered and accuracy_elsewhere (percent right). ``rows``: the evaluation rows.
     """
     plain = rows.select_columns(["id", "question_boxes", "answer_boxes"])
@@ -194,7 +193,7 @@ def _percent(shares: list[float], settings: Evaluation, groups: list[str] | None
 
 
 def judged_by(params: Params) -> tuple[str, str]:
-    """The system that a variant is judged by, and the stage that trained it: awares after grpo where it changes GRPO, else sft.
+    """The system that a variant is judged by and the stage that trained it: awares, grpo if it changes GRPO, else sft.
 
     Raises AwaresValueError for a variant that changes no training.
     """
@@ -205,7 +204,7 @@ def judged_by(params: Params) -> tuple[str, str]:
 
 
 def gather(folders: Mapping[str, Path], name: str) -> pd.DataFrame:
-    """The tables ``name`` of all variants (variant -> folder of its tables) below each other, with a first column variant."""
+    """The tables ``name`` of all variants (variant -> folder of its tables) in one, with a first column variant."""
     found = []
     for variant, folder in folders.items():
         file = folder / f"{name}.csv"
@@ -217,10 +216,10 @@ def gather(folders: Mapping[str, Path], name: str) -> pd.DataFrame:
 
 
 def select_variants(tables: pd.DataFrame, column: str, wanted: Sequence[str], main: str) -> pd.DataFrame:
-    """The rows of the variants ``wanted`` in gathered ``tables``, in that order, and those of the main line under the name ``main``.
+    """The rows of gathered ``tables`` for the variants ``wanted``, in that order; the main line is named ``main``.
 
-    ``column`` names a policy in a variant's table. Every variant's table holds the main line's row as well, scored at the same training
-    seed; that of the first wanted variant is taken. A variant that params.yaml does not list has no rows; AwaresValueError if none has.
+    ``column`` names a policy in a variant's table. Every such table has the main line's row, too, scored at the same
+    seed; that of the first wanted variant is taken. Raises AwaresValueError if params.yaml lists no wanted variant.
     """
     own = tables[tables[column] == tables.variant]
     ours = [name for name in wanted if name != main and (own.variant == name).any()]
@@ -239,7 +238,7 @@ def recipe_table(results: pd.DataFrame, decisions: pd.DataFrame, wanted: Sequenc
 
 
 def sweeps(main: Params, runs: Mapping[str, Params]) -> dict[str, dict[str, float]]:
-    """Parameters that variants change alone, each to another number: dotted key -> variant -> value, the main line included."""
+    """Numbers that variants change alone: dotted key -> variant -> value, sorted, the main line included."""
     found: dict[str, dict[str, float]] = {}
     for name, params in runs.items():
         changes = differences(main, params)
@@ -263,11 +262,11 @@ def sweep_table(
 
 
 def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
-    """Effect of each variant's change on mean accuracy (points) and RTR: a line against the main line, then one against each variant
-    whose changes are a part of its own (a trained system of Table 1 is compared with the main line alone).
+    """Effect of each variant's change on mean accuracy (points) and RTR: a line against the main line, then one against
+    each variant whose changes are a part of its own (not of the trained systems of Table 1).
 
-    ``system``: the trained policy of Table 1 that is compared; ``change``: the parameters that differ. The intervals cover the variance
-    of rows and training (`scores`). Raises AwaresFileError for a variant that has not been run.
+    ``system``: the policy of Table 1 that is compared; ``change``: the parameters that differ. The intervals cover the
+    variance of rows and training (`scores`). Raises AwaresFileError for a variant that has not been run.
     """
     system = {name: judged_by(params)[0] for name, params in runs.items()}
     changes = {name: {key: str(new) for key, _, new in differences(main, params)} for name, params in runs.items()}
@@ -284,19 +283,17 @@ def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
         seeds = read.seeds(pair, EVALUATION)
         change = ", ".join(f"{key} {new}" for key, new in changes[name].items() if key not in changes.get(start, ()))
         record: dict[str, Any] = {"variant": name, "system": system[name], "against": start, "change": change}
-        for measure, column, low, high in (
-            ("accuracy", "difference", "low", "high"),
-            ("rtr", "rtr", "rtr_low", "rtr_high"),
-        ):
-            sample = read.sample(measure, pair[0], seeds) - read.sample(measure, pair[1], seeds)
-            record[column] = sample.value
-            record[low], record[high] = sample.interval(main.evaluation.level)
-            record.setdefault("significant", not record["low"] <= 0 <= record["high"])
-        records.append(record)
+        gain, tokens = (
+            read.sample(measure, pair[0], seeds) - read.sample(measure, pair[1], seeds)
+            for measure in ("accuracy", "rtr")
+        )
+        (low, high), (rtr_low, rtr_high) = (one.interval(main.evaluation.level) for one in (gain, tokens))
+        record |= {"difference": gain.value, "low": low, "high": high, "significant": not low <= 0 <= high}
+        records.append(record | {"rtr": tokens.value, "rtr_low": rtr_low, "rtr_high": rtr_high})
     return pd.DataFrame(records)
 
 
 def _parts_of(whole: Mapping[str, str], changes: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The variants whose changes are a part of ``whole``, less those that are a part of another such and those without any."""
+    """The variants whose changes are the largest parts of ``whole``."""
     parts = [name for name, change in changes.items() if change and change.items() < whole.items()]
     return [name for name in parts if not any(changes[name].items() < changes[other].items() for other in parts)]

@@ -1,17 +1,15 @@
 """Figures: what notebooks show and reports/<profile>/figures keeps (the paper's Figs. 3, 5, 8-15 and ours).
 
-Functions take plain data frames and rows, so that a figure can be redrawn from its table. Colours are seaborn's colour-blind
-palette; every axis has its quantity and unit; intervals are drawn where a table has them.
+Functions take plain data frames and rows, so that a figure can be redrawn from its table. Colours are of seaborn's
+colour-blind palette; every axis has its quantity and unit; intervals are drawn where a table has them.
 """
 
 import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill, shorten
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -44,13 +42,8 @@ RTR = "retain token ratio (visual tokens / tokens of the full image)"
 
 def style(dpi: int) -> None:
     """One look for all figures of a notebook."""
-    sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.85)
-    plt.rcParams |= {
-        "figure.dpi": dpi,
-        "savefig.dpi": dpi,
-        "savefig.bbox": "tight",
-        "figure.constrained_layout.use": True,
-    }
+    rc = {"figure.dpi": dpi, "savefig.dpi": dpi, "savefig.bbox": "tight", "figure.constrained_layout.use": True}
+    sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.85, rc=rc)
 
 
 def show(figure: Figure) -> Picture:
@@ -72,16 +65,16 @@ def save_figure(figure: Figure, path: Path) -> Picture:
 # Systems
 
 
-def _point(axes: Axes, row: Any, x: str = "rtr", **look: Any) -> None:
-    """Accuracy against ``x``, each with the interval that the row of a table has."""
-
-    def whisker(name: str) -> Any:
-        ends = [abs(getattr(row, f"{name}_{end}", math.nan) - getattr(row, name)) for end in ("low", "high")]
-        return None if math.isnan(ends[0]) else [[ends[0]], [ends[1]]]
-
-    system = {"fmt": MARKERS.get(row.system, "o"), "color": COLOURS.get(row.system), "capsize": 3}
-    name = SYSTEM_NAMES.get(row.system, row.system)
-    axes.errorbar(getattr(row, x), row.accuracy, whisker("accuracy"), whisker(x), **{"label": name, **system, **look})
+def _points(axes: Axes, table: pd.DataFrame, x: str = "rtr", **look: Any) -> None:
+    """Accuracy against ``x`` for every row (system) of a table, with the intervals that it has."""
+    for row in table.to_dict("records"):
+        bars = {}
+        for axis, name in (("xerr", x), ("yerr", "accuracy")):
+            if f"{name}_low" in row:
+                bars[axis] = [[row[name] - row[f"{name}_low"]], [row[f"{name}_high"] - row[name]]]
+        system = {"fmt": MARKERS.get(row["system"], "o"), "color": COLOURS.get(row["system"]), "capsize": 3}
+        system["label"] = SYSTEM_NAMES.get(row["system"], row["system"])
+        axes.errorbar(row[x], row["accuracy"], **{**bars, **system, **look})
 
 
 def accuracy_rtr_figure(table: pd.DataFrame) -> Figure:
@@ -95,8 +88,7 @@ def accuracy_rtr_figure(table: pd.DataFrame) -> Figure:
     mosaic = [[AVERAGE, AVERAGE, *upper], [AVERAGE, AVERAGE, *lower, *["."] * (len(upper) - len(lower))]]
     figure, panels = plt.subplot_mosaic(mosaic, figsize=(13, 5.5), sharex=True)
     for benchmark, axes in panels.items():
-        for row in table[table.benchmark == benchmark].itertuples():
-            _point(axes, row)
+        _points(axes, table[table.benchmark == benchmark])
         axes.set(title=benchmark, xlim=(-0.05, 1.2))
     figure.legend(*panels[AVERAGE].get_legend_handles_labels(), loc="outside right upper")
     figure.supxlabel(RTR)
@@ -105,24 +97,23 @@ def accuracy_rtr_figure(table: pd.DataFrame) -> Figure:
 
 
 def systems_figure(table: pd.DataFrame) -> Figure:
-    """Mean accuracy (percent, with intervals) against RTR of many systems. A pruner's colour is its name, its marker the ratio.
+    """Mean accuracy (percent, with intervals) against RTR of many systems, without ``no_image``.
 
-    ``table``: columns of table1_systems.csv; ``no_image`` is left out.
+    A pruner's colour is its name, its marker the ratio. ``table``: columns of table1_systems.csv.
     """
     figure, axes = plt.subplots(figsize=(9.5, 5.5))
     rows = table[(table.benchmark == AVERAGE) & (table.system != "no_image")]
-    pruners = [name for name in rows.system if name.rpartition("_")[2] in RATIO_MARKERS and "_" in name]
-    stems = list(dict.fromkeys(name.rpartition("_")[0] for name in pruners))
+    names = [name.rpartition("_") for name in rows.system]
+    stems = list(dict.fromkeys(stem for stem, _, ratio in names if stem and ratio in RATIO_MARKERS))
     colours = dict(zip(stems, sns.color_palette("colorblind", len(stems)), strict=True))
-    others = dict(zip((name for name in rows.system if name not in pruners), "PXv*^<>dph8H1234|_x+", strict=False))
-    for row in rows.itertuples():
-        stem, _, ratio = row.system.rpartition("_")
-        if row.system in pruners:
-            _point(axes, row, fmt=RATIO_MARKERS[ratio], color=colours[stem], elinewidth=0.8, capsize=2)
-        else:
-            _point(axes, row, fmt=others.get(row.system, "."), color="black", elinewidth=0.8, capsize=2, markersize=9)
-    columns = 1 + (len(rows) > 18)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small", ncols=columns)
+    markers = iter("PXv*^<>dph8H1234|_x+" * 3)
+    for row in rows.to_dict("records"):
+        stem, _, ratio = row["system"].rpartition("_")
+        look: dict[str, Any] = {"fmt": RATIO_MARKERS.get(ratio), "color": colours.get(stem)}
+        if None in look.values():
+            look = {"fmt": next(markers), "color": "black", "markersize": 9}
+        _points(axes, pd.DataFrame([row]), elinewidth=0.8, capsize=2, **look)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False, ncols=1 + (len(rows) > 18))
     axes.set(xlabel=RTR, ylabel="accuracy (%), mean of the tasks")
     return figure
 
@@ -135,8 +126,7 @@ def accuracy_time_figure(table: pd.DataFrame) -> Figure:
     batches = list(table.batch.unique())
     figure, grid = plt.subplots(1, len(batches), figsize=(4.5 * len(batches), 3.8), sharey=True, squeeze=False)
     for axes, batch in zip(grid.flat, batches, strict=True):
-        for row in table[table.batch == batch].itertuples():
-            _point(axes, row, "ms")
+        _points(axes, table[table.batch == batch], "ms")
         axes.set(title=f"batch: {batch}", xlabel="time a row (ms)", xlim=(0, None))
     grid[0, 0].set_ylabel("accuracy (%), mean of the tasks")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
@@ -144,30 +134,28 @@ def accuracy_time_figure(table: pd.DataFrame) -> Figure:
 
 
 def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) -> Figure:
-    """Operating curves: accuracy against RTR as the call bias grows, with intervals, the trained policy (bias 0) ringed.
+    """Operating curves: accuracy against RTR as the call bias grows, with intervals; bias 0 (as trained) is ringed.
 
-    ``dial``: columns of dial.csv. Left its rows "all" with full and half of Table 1 (``main``), right its rows "frontier" with the
-    oracle frontier of the same policies (``frontier``, frontier_curve.csv).
+    Left the rows "all" of ``dial`` (dial.csv) with full and half of ``main`` (table1_main.csv), right its rows
+    "frontier" with the oracle frontier of the same policies (``frontier``, frontier_curve.csv).
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True, sharey=True)
     titles = {"all": "the dial, {} rows (ring: as trained)", "frontier": "under the oracle frontier, {} rows"}
     for axes, (part, title) in zip(panels, titles.items(), strict=True):
         shown = dial[dial.rows == part]
         for system, rows in shown.groupby("system", sort=False):
-            look = {"color": COLOURS.get(system)}
+            look, trained = {"color": COLOURS.get(system)}, rows[rows.call_bias == 0]
             axes.plot(rows.rtr, rows.accuracy, marker="o", markersize=4, label=SYSTEM_NAMES.get(system, system), **look)
             axes.fill_between(rows.rtr, rows.accuracy_low, rows.accuracy_high, alpha=0.12, linewidth=0, **look)
-            trained = rows[rows.call_bias == 0]
             axes.plot(trained.rtr, trained.accuracy, "o", markersize=10, markerfacecolor="none", **look)
         axes.set(xlabel=RTR, title=title.format(shown.n.iloc[0]))
-    for row in main[(main.benchmark == AVERAGE) & main.system.isin(["full", "half"])].itertuples():
-        _point(panels[0], row)
+    _points(panels[0], main[(main.benchmark == AVERAGE) & main.system.isin(["full", "half"])])
     for place, (system, rows) in enumerate(frontier.groupby("system", sort=False)):
-        name, dashes = (
-            f"{SYSTEM_NAMES.get(system, system)}: oracle frontier",
-            (4 * place, (4, 4)),
-        )  # dashes fill the other's gaps
-        panels[1].plot(rows.rtr, rows.accuracy, linestyle=dashes, color=COLOURS.get(system), label=name)
+        look = {
+            "color": COLOURS.get(system),
+            "linestyle": (4 * place, (4, 4)),
+        }  # dashes fill the gaps of the other frontier
+        panels[1].plot(rows.rtr, rows.accuracy, label=f"{SYSTEM_NAMES.get(system, system)}: oracle frontier", **look)
     panels[0].set_ylabel("accuracy (%), average over tasks")
     for axes in panels:
         axes.legend(loc="best")
@@ -180,7 +168,7 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
 def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]], rows: str) -> Figure:
     """Fig. 5: a column per policy (oracle, SFT, GRPO); ribbons show where the rows of an outcome go at the next policy.
 
-    ``policies``: name -> crops requested row by row, the same rows in the same order. ``rows``: what rows they are, for the title.
+    ``policies``: name -> crops requested row by row, the same rows in the same order. ``rows``: their name.
     """
     figure, axes = plt.subplots(figsize=(8, 5))
     colours = dict(zip(OUTCOMES, OUTCOME_COLOURS, strict=True))
@@ -191,19 +179,17 @@ def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]], rows: str) -> F
         for kind, height in shares[name].items():
             axes.bar(column, height, 0.16, tops[name][kind], color=colours[kind], linewidth=0)
             if height >= 4:
-                ink = "black" if np.dot(colours[kind], (0.299, 0.587, 0.114)) > 0.5 else "white"
-                place = (column, tops[name][kind] + height / 2)
-                axes.text(*place, f"{height:.0f}", ha="center", va="center", color=ink, weight="bold")
+                look: Any = {"color": "black" if np.dot(colours[kind], (0.299, 0.587, 0.114)) > 0.5 else "white"}
+                look |= {"ha": "center", "va": "center", "weight": "bold"}
+                axes.text(column, tops[name][kind] + height / 2, f"{height:.0f}", **look)
     steps = np.linspace(0, 1, 50)
     for column, (left, right) in enumerate(zip(table, list(table)[1:], strict=False)):
-        counts = pd.crosstab(table[left], table[right], normalize="all").reindex(
-            index=shares.index, columns=shares.index
-        )
+        counts = 100 * pd.crosstab(table[left], table[right], normalize="all")
         starts, ends = tops[left].copy(), tops[right].copy()
-        for (source, target), height in (100 * counts).stack().items():
+        for (source, target), height in counts.reindex(index=shares.index, columns=shares.index).stack().items():
             low = starts[source] + (3 * steps**2 - 2 * steps**3) * (ends[target] - starts[source])
-            look = {"color": colours[source], "alpha": 0.3, "linewidth": 0}
-            axes.fill_between(column + 0.08 + 0.84 * steps, low, low + height, **look)
+            place = column + 0.08 + 0.84 * steps
+            axes.fill_between(place, low, low + height, color=colours[source], alpha=0.3, linewidth=0)
             starts[source] += height
             ends[target] += height
     axes.set(xlim=(-0.3, len(policies) - 0.7), ylim=(102, -2), ylabel="rows (%)", title=f"{len(table)} {rows} rows")
@@ -233,7 +219,7 @@ def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step")
 
 
 def sweep_figure(table: pd.DataFrame) -> Figure:
-    """One column of panels per swept parameter: accuracy (percent, with its interval) above, RTR below, over the values in order.
+    """A column of panels per swept parameter: accuracy (percent, with its interval) above, RTR below, over the values.
 
     ``table``: parameter, value, accuracy, accuracy_low, accuracy_high, rtr.
     """
@@ -255,15 +241,12 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
 def effects_figure(table: pd.DataFrame) -> Figure:
     """Each variant less the main line, with intervals: points of accuracy on the left, RTR on the right.
 
-    ``table``: `comparison.effects` against the main line. One colour per system; a dot is hollow if its interval includes zero.
+    ``table``: `comparison.effects` against the main line. One colour per system; hollow: the interval includes zero.
     """
     rows = table.iloc[::-1].reset_index(drop=True)
     figure, panels = plt.subplots(1, 2, figsize=(9, 0.8 + 0.26 * len(rows)), sharey=True, width_ratios=(3, 2))
-    shown = {
-        "difference": ("low", "high", "accuracy difference (points)"),
-        "rtr": ("rtr_low", "rtr_high", "RTR difference"),
-    }
-    for axes, (value, (low, high, label)) in zip(panels, shown.items(), strict=True):
+    columns = [("difference", "low", "high"), ("rtr", "rtr_low", "rtr_high")]
+    for axes, (value, low, high) in zip(panels, columns, strict=True):
         for name, part in rows.groupby("system"):
             significant = (part[low] > 0) | (part[high] < 0)
             axes.hlines(part.index, part[low], part[high], color=COLOURS[name], linewidth=1.4, label=SYSTEM_NAMES[name])
@@ -271,7 +254,7 @@ def effects_figure(table: pd.DataFrame) -> Figure:
             axes.scatter(part[value], part.index, color=inside, edgecolor=COLOURS[name], zorder=3)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(label)
+        axes.set_xlabel({"difference": "accuracy difference (points)", "rtr": "RTR difference"}[value])
     panels[0].set_yticks(rows.index, rows.variant)
     handles = panels[1].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=len(handles[0]), frameon=False)
@@ -291,19 +274,17 @@ def stacked_figure(table: pd.DataFrame, x: str, parts: Mapping[str, str], ylabel
 
 
 def bars_figure(table: pd.DataFrame, x: str, y: str, hue: str | None, labels: tuple[str, str]) -> Figure:
-    """Grouped bars of ``y`` over ``x``; whiskers where ``table`` has columns ``<y>_low`` and ``<y>_high``. ``labels``: x, y axis."""
+    """Grouped bars of ``y`` over ``x``, whiskers from columns ``<y>_low`` and ``<y>_high``. ``labels``: x, y axis."""
     figure, axes = plt.subplots(figsize=(9, 3.6))
-    group = hue or "all"
     long = table if hue else table.assign(all=y)
-    names, groups = list(dict.fromkeys(long[x])), list(dict.fromkeys(long[group]))
-    heights, *ends = (
-        long.pivot(index=x, columns=group, values=column).reindex(index=names, columns=groups)
+    wide = [
+        long.pivot(index=x, columns=hue or "all", values=column).reindex(long[x].unique())[long[hue or "all"].unique()]
         for column in (y, f"{y}_low", f"{y}_high")
         if column in long
-    )
-    whiskers = np.abs([(end - heights).to_numpy().T for end in ends]).transpose(1, 0, 2) if ends else None
-    look = {"error_kw": {"linewidth": 1}, "width": 0.8, "linewidth": 0, "rot": 20 if len(names) > 4 else 0}
-    heights.plot.bar(ax=axes, yerr=whiskers, legend=bool(hue), xlabel=labels[0], ylabel=labels[1], **look)
+    ]
+    whiskers = np.abs([(end - wide[0]).to_numpy().T for end in wide[1:]]).swapaxes(0, 1) if wide[1:] else None
+    look = {"error_kw": {"linewidth": 1}, "width": 0.8, "linewidth": 0, "rot": 20 if len(wide[0]) > 4 else 0}
+    wide[0].plot.bar(ax=axes, yerr=whiskers, legend=bool(hue), xlabel=labels[0], ylabel=labels[1], **look)
     axes.grid(False, axis="x")
     if hue:
         axes.legend(title=hue, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
@@ -331,19 +312,6 @@ def scatter_figure(table: pd.DataFrame, x: str, y: str, hue: str, labels: tuple[
 # Rows
 
 
-def cards(
-    rows: datasets.Dataset, trajectories: Sequence["Trajectory"] | None = None, notes: Sequence[str] | None = None
-) -> list[dict[str, Any]]:
-    """Rows as cards for :func:`gallery`: what a policy did, or without ``trajectories`` the target crops of curated rows."""
-    found = []
-    for index, row in enumerate(rows):
-        card = {key: row[key] for key in ("image", "question", "answers", "question_boxes", "answer_boxes")}
-        done = trajectories[index] if trajectories else None
-        crops, answer = (done.crops, done.answer) if done else (row.get("target_crops") or (), None)
-        found.append({**card, "crops": crops, "answer": answer, "note": notes[index] if notes else ""})
-    return found
-
-
 def pictures(captioned: Sequence[tuple[Image.Image, str]], columns: int = 3) -> Figure:
     """Pictures in a grid, each under its caption."""
     figure, grid = _panels(len(captioned), 3.4, 3.4, columns)
@@ -352,24 +320,28 @@ def pictures(captioned: Sequence[tuple[Image.Image, str]], columns: int = 3) -> 
     return figure
 
 
-def gallery(cards: Iterable[Mapping[str, Any]]) -> Figure:
-    """One line per interaction: the low-resolution view with boxes and requested crops, then the crops themselves.
+def gallery(
+    rows: Iterable[Mapping[str, Any]], done: Sequence["Trajectory"] = (), notes: Sequence[str] | None = None
+) -> Figure:
+    """One line per row: low-resolution view with boxes, then the crops. Without any crops three views to a line.
 
-    Where no card requests a crop, there are three views to a line. A card has image (PIL, full size), question,
-    crops (names requested), and may have answers, answer, question_boxes, answer_boxes (0-1000) and note.
+    ``done``: a policy's trajectories, with its crops and answers; without them the target crops of curated rows.
     Boxes: question dashed, answer solid; requested crops are shaded.
     """
-    cards = list(cards)
-    most = max((len(card["crops"]) for card in cards), default=0)
+    rows = list(rows)
+    crops = [one.crops for one in done] or [row.get("target_crops") or () for row in rows]
+    most = max(map(len, crops), default=0)
     width = 1 + most if most else 3
-    figure, grid = _panels(len(cards) * width if most else len(cards), 3.4, 3.4, width)
-    if not cards:
+    figure, grid = _panels(len(rows) * (width if most else 1), 3.4, 3.4, width)
+    if not rows:
         grid[0].text(0.5, 0.5, "no such rows", ha="center", va="center")
-    for axes, card in zip(grid[:: width if most else 1], cards, strict=False):
-        _low_view(axes, card)
-    for number, card in enumerate(cards if most else ()):
-        for axes, name in zip(grid[number * width + 1 :], card["crops"], strict=False):
-            _picture(axes, cut(card["image"], name), f"crop: {name}")
+    for number, (row, names) in enumerate(zip(rows, crops, strict=True)):
+        first = number * (width if most else 1)
+        truth, note = f"truth: {row['answers'][0]}", [notes[number]] if notes and notes[number] else []
+        said = f"answer: {done[number].answer} ({truth})" if done else truth
+        _low_view(grid[first], row, names, "\n".join([row["question"], said, *note]))
+        for axes, name in zip(grid[first + 1 :], names, strict=False):
+            _picture(axes, cut(row["image"], name), f"crop: {name}")
     return figure
 
 
@@ -391,18 +363,14 @@ def _picture(axes: Axes, image: Image.Image, title: str) -> None:
     axes.set_title("\n".join(lines), fontsize=8, loc="left", parse_math=False)
 
 
-def _low_view(axes: Axes, card: Mapping[str, Any]) -> None:
-    low, palette = low_resolution(card["image"]), sns.color_palette("colorblind")
-    answer = "" if card.get("answer") is None else f"answer: {card['answer']}"
-    truth = f"truth: {card['answers'][0]}" if card.get("answers") else ""
-    said = f"{answer} ({truth})" if answer and truth else answer or truth
-    _picture(axes, low, "\n".join([card["question"], said, *filter(None, [card.get("note")])]))
-    for name in card["crops"]:
+def _low_view(axes: Axes, row: Mapping[str, Any], crops: Iterable[str], title: str) -> None:
+    low, palette = low_resolution(row["image"]), sns.color_palette("colorblind")
+    _picture(axes, low, title)
+    for name in crops:
         _outline(axes, low, crop_box(name), edgecolor=palette[2], facecolor=(*palette[2], 0.15))
-    for box in card.get("question_boxes") or []:
-        _outline(axes, low, box, edgecolor=palette[0], linestyle="--", fill=False)
-    for box in card.get("answer_boxes") or []:
-        _outline(axes, low, box, edgecolor=palette[3], fill=False)
+    for boxes, colour, line in (("question_boxes", palette[0], "--"), ("answer_boxes", palette[3], "-")):
+        for box in row[boxes]:
+            _outline(axes, low, box, edgecolor=colour, linestyle=line, fill=False)
 
 
 def _outline(axes: Axes, image: Image.Image, box: Sequence[float], **look: Any) -> None:

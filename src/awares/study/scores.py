@@ -1,13 +1,13 @@
 """Row-by-row measures of a policy, read from the runs, and their bootstrap samples: what claims are decided by.
 
-A policy has up to three kinds of rows: ``evaluation`` (answers to the benchmark rows), ``validation`` (first turns on the
+A policy has up to three kinds of rows: ``evaluation`` (answers to the benchmark rows), ``validation`` (first turns on
 curated validation rows, compared with labels and oracle crops) and ``curation`` (labels of the training rows).
 
-An interval covers two sources of variance. Rows are resampled inside each benchmark, the same rows for every policy. Training seeds
-are few, so their variance follows Student's t. At n > 1 seeds a resample of the mean over seeds moves by the policy's deviations
-from it, with the same random numbers for every policy: differences are paired by seed. At one seed it moves by the
-standard deviation over seeds of the main line's policy that it is ``like``, drawn independently. This interval is too wide
-rather than too narrow where two policies share an SFT checkpoint.
+An interval covers two sources of variance. Rows are resampled inside each benchmark, the same rows for every policy.
+Training seeds are few, so their variance follows Student's t. At n > 1 seeds a resample of the mean over seeds moves by
+the policy's deviations from it, with the same random numbers for every policy: differences are paired by seed. At one
+seed it moves by the standard deviation over seeds of the main line's policy that it is ``like``, drawn independently:
+too wide rather than too narrow where two policies share an SFT checkpoint.
 """
 
 import zlib
@@ -123,7 +123,7 @@ class Runs:
         self.params, self.policies, self.settings = params, policies, params.evaluation
         self.root = params.path(params.paths.runs) / params.profile
         self._first: dict[str, RowSet] = {}
-        self.rows, self._resample, self._dataset = cache(self._load), cache(self._bootstrap), cache(self._read_dataset)
+        self.rows, self._resample, self._dataset = cache(self._load), cache(self._bootstrap), cache(load_rows)
 
     def seeds(self, policies: Sequence[str], kind: str) -> tuple[int, ...]:
         """The training seeds for which all ``policies`` have rows; the main seed if none of them was trained."""
@@ -151,7 +151,7 @@ class Runs:
         return Sample(factor * pooled.value, factor * pooled.draws + deviation * noise)
 
     def seed_deviation(self, measure: str, policy: str, benchmarks: tuple[str, ...] = ()) -> tuple[float, int]:
-        """Standard deviation over the seeds of the policy that ``policy`` is like, and their number; (0, 1) if untrained.
+        """Standard deviation over the seeds of the policy that it is ``like``, and their number; (0, 1) if untrained.
 
         A share that is equal at every seed is known to half a row: its deviation is that of rounding.
         """
@@ -172,7 +172,7 @@ class Runs:
     # Statistics
 
     def _pool(self, found: Sequence[tuple[float, np.ndarray]]) -> Sample:
-        """Mean over n seeds of (v_k, draws), moved by sum_k (v_k - mean) z_k / sqrt(n (n - 1)) times Student's factor."""
+        """Mean of v_k over n seeds; draws move by Student's factor times sum_k (v_k - mean) z_k / sqrt(n (n - 1))."""
         values, draws = np.array([value for value, _ in found]), np.mean([draws for _, draws in found], axis=0)
         if (count := len(found)) == 1:
             return Sample(float(values[0]), draws)
@@ -181,7 +181,7 @@ class Runs:
         return Sample(float(values.mean()), draws + moved * self._student(count))
 
     def _student(self, seeds: int) -> np.ndarray:
-        """Factors that turn normal noise into Student's t with seeds - 1 degrees of freedom, the same for every policy."""
+        """Factors that turn normal noise into Student's t with seeds - 1 degrees of freedom, for every policy."""
         free = max(seeds - 1, 1)
         return np.sqrt(free / self._stream("student").chisquare(free, self.settings.bootstrap))
 
@@ -229,10 +229,6 @@ class Runs:
         """The training seeds for which ``policy`` has rows; the main seed if it was not trained."""
         seeds = (self.params.seed, *self.params.seeds) if self._trained(policy, kind) else (self.params.seed,)
         return tuple(seed for seed in seeds if _exists(self._path(policy, kind, seed)))
-
-    def _read_dataset(self, path: Path) -> datasets.Dataset:
-        self._place(path)
-        return load_rows(path)
 
     def _load(self, policy: str, kind: str, seed: int) -> RowSet:
         """The rows of one policy; all policies must have the same rows in the same order."""

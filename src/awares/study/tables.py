@@ -106,8 +106,8 @@ def _by_source(table: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
 def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
     """One line per curated row: source, label, image width and height, height of the evidence (px of the full image).
 
-    Columns half and full: whether the deciding judge accepts these answers (not of released rows, which have none). The evidence is
-    the smallest annotated box, else the smallest of the oracle, measured on its shorter side; without boxes its height is nan.
+    Columns half and full: whether the deciding judge accepts these answers (released rows have none). The evidence is
+    the smallest annotated box, else the oracle's smallest, on its shorter side; without boxes height is nan.
     """
     judge = params.curation.judge
     sides = {} if params.curation.released else {"half": "low", "full": "high"}
@@ -125,9 +125,9 @@ def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
 
 
 def accuracy_by_size(evidence: pd.DataFrame, parts: int = 4) -> pd.DataFrame:
-    """Percent right at half and full resolution in equal parts of the rows with boxes by evidence size, the smallest first.
+    """Percent right at half and full resolution in equal parts of the rows with boxes, the smallest evidence first.
 
-    Empty without answers of a base model, and where no LR row has boxes: the label of an HR row says which answers are right.
+    Empty without answers of a base model and where only HR rows have boxes: their label says which answers are right.
     """
     columns = ["height min", "height max", "n", "half", "full"]
     evidence = evidence.dropna(subset="height")
@@ -142,8 +142,8 @@ def accuracy_by_size(evidence: pd.DataFrame, parts: int = 4) -> pd.DataFrame:
 def repair_table(rows: datasets.Dataset, repaired: Sequence["Trajectory | Failure"], judge: Judge) -> pd.DataFrame:
     """Percent of curated rows, by label and over all, that ``judge`` accepts from half, full, half+crops.
 
-    ``repaired``: the base model's answers from the half-resolution view with the target crops. Columns label, n, lost (rows
-    without such an answer or a usable score), half, full, half+crops.
+    ``repaired``: the base model's answers from the half-resolution view with the target crops. Columns label, n, lost
+    (rows without such an answer or a usable score), half, full, half+crops.
     """
     answered = {index: one.answer for index, one in enumerate(repaired) if not isinstance(one, Failure)}
     labels, rows = rows["label"][:], rows.select(list(answered))
@@ -161,7 +161,7 @@ def repair_table(rows: datasets.Dataset, repaired: Sequence["Trajectory | Failur
 
 
 def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
-    """Percent of HR rows with annotated boxes whose target crops cover less than ``threshold`` of a box; nan without such."""
+    """Percent of HR rows with boxes whose target crops cover less than ``threshold`` of a box; nan without rows."""
     missed = []
     for row in rows.select_columns(["question_boxes", "answer_boxes", "target_crops"]):
         if row["target_crops"] and (boxes := [*row["question_boxes"], *row["answer_boxes"]]):
@@ -173,7 +173,7 @@ def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
 
 
 def hyperparameters(params: Params) -> pd.DataFrame:
-    """Table 11 for this profile: parameters of both trainings, in the order of params.yaml. Columns parameter, sft, grpo."""
+    """Table 11 for this profile, in the order of params.yaml. Columns parameter, sft, grpo."""
     values, written = params.as_dict(), read_yaml(params.path("params.yaml"))
     sections = [part[stage] for stage in ("sft", "grpo") for part in (written, written["profiles"][params.profile])]
     names = [name for name in dict.fromkeys(name for section in sections for name in section) if name != "launch"]
@@ -199,6 +199,6 @@ def seed_means(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def check_table(checks: Sequence[tuple[str, float | None, str, float]]) -> pd.DataFrame:
-    """Acceptance checks (name, value, sense ">=" or "<=", bound) as a table: check, value, sense, bound, holds (False for nan)."""
+    """Acceptance checks (name, value, sense ">=" or "<=", bound), with a column holds (False for nan)."""
     table = pd.DataFrame(checks, columns=["check", "value", "sense", "bound"]).astype({"value": float})
     return table.assign(holds=np.where(table.sense == ">=", table.value >= table.bound, table.value <= table.bound))
