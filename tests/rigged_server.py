@@ -8,8 +8,8 @@ from conftest import tiny_model, tiny_tokenizer
 from faulty_server import serve
 from test_rollout import Rigged
 
+from awares.cli.limits import Limits
 from awares.cli.serve import make_app
-from awares.cli.wire import ServeSettings
 from awares.engine import decode
 from awares.engine.model import make_processor
 from awares.method.rollout import Engine
@@ -20,4 +20,4 @@ if __name__ == "__main__":
     Rigged.tokenizer = processor.tokenizer
     decode.FirstToken = Rigged  # type: ignore[misc]
     engine = Engine(tiny_model(processor), processor, max_new_tokens=16)
-    serve(make_app(engine, ServeSettings(model="tiny"), mode="chat"))
+    serve(make_app(engine, "tiny", Limits(), mode="chat"))

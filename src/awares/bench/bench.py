@@ -37,7 +37,6 @@ from awares import __version__
 from awares.bench import configs as shapes
 from awares.bench import costs, latency
 from awares.bench.latency import LOOP, Stopwatch
-from awares.cli.options import count, finite
 from awares.config import Params, load_params, parse_overrides
 from awares.errors import AwaresError, AwaresValueError
 from awares.method import grpo, sft
@@ -122,6 +121,20 @@ def check(options: argparse.Namespace) -> None:
         training_params(options, "float32")
     if not (options.interactions or options.pruners or options.train):
         raise AwaresValueError("--no-interactions leaves nothing to measure: add --pruners or --train")
+
+
+def count(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """An argument that is a number, and neither infinite nor nan."""
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number")
+    return float(text)
 
 
 def _seed(text: str) -> int:

@@ -1,24 +1,33 @@
-"""The six benchmarks through lmms-eval itself, by the plug-in `lmms_plugin`.
+"""The six benchmarks through lmms-eval itself: the program that runs it, and the chat model ``awares`` that it finds.
 
-lmms-eval wants torchvision and so another build of torch: it runs as a program of an environment of its own, whose Python
-``evaluation.lmms_eval`` names. Rows, prompts and metrics are lmms-eval's; the interaction, its crops and its price are ours.
+lmms-eval wants another build of torch, so it runs in an environment of its own, whose Python ``evaluation.lmms_eval`` names; rows,
+prompts and metrics are lmms-eval's, the interaction and its token counts are ours. There the model is found through a package entry
+point:
+
+    lmms-eval --model awares --model_args pretrained=FOLDER,log=samples.jsonl --tasks chartqa,docvqa_val --batch_size 64
 """
 
+import hashlib
+import importlib.util
 import json
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from PIL import Image
 
 from awares import policy
 from awares.config import Params
 from awares.data import sources
-from awares.engine import decode, model
-from awares.engine import jsonl as records
+from awares.engine import decode, jsonl, model
+from awares.engine.jsonl import Record
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 from awares.method import protocol, rollout
-from awares.training import checkpoints as training
+from awares.training import checkpoints
 
 TASKS = {
     "chartqa": "chartqa",
@@ -29,6 +38,7 @@ TASKS = {
     "vstar": "vstar_bench",
 }
 COLUMNS = ["system", "benchmark", "task", "metric", "value", "rtr", "seconds", "n"]
+CHUNK = 64  # samples between two writes of the log, at least; so many images are held at a time
 
 
 def through_lmms_eval(
@@ -41,10 +51,9 @@ def through_lmms_eval(
 ) -> pd.DataFrame:
     """Scores of the policy at ``model_path`` by lmms-eval: a line per benchmark and metric, on lmms-eval's own scale.
 
-    Columns as in ``COLUMNS``; rtr and seconds are means over samples, n counts them. ``tasks``: benchmark -> task of
-    lmms-eval; ``options``: more of its command line. The samples stand in ``.checkpoints`` beside ``out_dir``, keyed by the
-    policy and its settings: the same call after a kill goes on from them. AwaresFileError where the environment
-    is missing, AwaresError with lmms-eval's last words where it fails.
+    Columns as in ``COLUMNS``; rtr and seconds are means over samples, n counts them. ``tasks``: benchmark -> task of lmms-eval;
+    ``options``: more of its command line. The samples are kept in ``.checkpoints`` next to ``out_dir``: the same call resumes after
+    a kill. AwaresFileError for a missing environment, AwaresError with lmms-eval's last words where it fails.
     """
     python = params.path(params.evaluation.lmms_eval)
     if not python.is_file():
@@ -53,67 +62,208 @@ def through_lmms_eval(
         )
     if protocol.from_params(params) != protocol.get_protocol(params.protocol.name):
         raise AwaresValueError(
-            'evaluation.lmms_eval: the plug-in plays the interaction of protocol.name alone: set it to "", or leave protocol.system_file, '
+            'evaluation.lmms_eval: it runs the interaction of protocol.name alone: set it to "", or leave protocol.system_file, '
             "crops.offered and crops.region_budget as they are"
         )
-    modules = [str(part.__file__) for part in (decode, model, policy, rollout, sources)]
-    code = [__file__, str(Path(__file__).with_name("lmms_plugin.py")), *modules]
-    inputs = training.describe_inputs("evaluation", params, [], model_path, code)
-    folder = training.checkpoint_folder(out_dir, {**inputs, "tasks": list(tasks.values()), "options": list(options)})
+    code = [__file__, *(str(part.__file__) for part in (decode, model, policy, rollout, sources))]
+    inputs = checkpoints.describe_inputs("evaluation", params, [], model_path, code)
+    inputs |= {"tasks": list(tasks.values()), "options": list(options)}
+    folder = checkpoints.checkpoint_folder(out_dir, inputs)
     samples = folder / "samples.jsonl"
-    limits = params.protocol
     arguments = {
         "pretrained": model_path.resolve(),
         "dtype": params.base.dtype,
         "device": params.base.device,
-        "protocol": limits.name,
+        "protocol": params.protocol.name,
         "call_bias": params.evaluation.call_bias,
-        "max_new_tokens": limits.max_new_tokens,
-        "token_budget": limits.token_budget,
+        "max_new_tokens": params.protocol.max_new_tokens,
+        "token_budget": params.protocol.token_budget,
         "max_side": params.crops.max_side,
         "log": samples.resolve(),
     }
     command = [str(python), "-m", "lmms_eval", "--model", "awares", "--tasks", ",".join(tasks.values())]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())]
-    command += [
-        "--batch_size",
-        "64",
-        "--output_path",
-        str(folder / "results"),
-        *options,
-    ]
-    before = _written(folder)
+    command += ["--batch_size", str(CHUNK), "--output_path", str(folder / "results"), *options]
+    before = _results(folder)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # its progress goes to stderr
-    fresh = _written(folder) - before
+    fresh = _results(folder) - before
     if done.returncode or not fresh:  # it ends with 0 after most errors, too
         raise AwaresError(
-            f"lmms-eval ended with {done.returncode} on {system}, {'with' if fresh else 'without'} results; what it printed tells why:\n"
+            f"lmms-eval ended with {done.returncode} on {system}, {'with' if fresh else 'without'} results; its last words:\n"
             f"{done.stdout[-2000:]}"
         )
-    _, results = max(fresh)
-    return table(system, json.loads(results.read_text())["results"], pd.DataFrame(records.read_records(samples)), tasks)
+    results = json.loads(max(fresh)[1].read_text())["results"]
+    return table(system, results, pd.DataFrame(jsonl.read_records(samples)), tasks)
 
 
-def _written(folder: Path) -> set[tuple[int, Path]]:
-    """(time, file) of every table of results that lmms-eval has written there."""
+def _results(folder: Path) -> set[tuple[int, Path]]:
+    """(time, file) of every table of results that lmms-eval has written."""
     return {(file.stat().st_mtime_ns, file) for file in folder.glob("results/**/*results.json")}
 
 
 def table(
     system: str, results: Mapping[str, Mapping[str, object]], samples: pd.DataFrame, tasks: Mapping[str, str] = TASKS
 ) -> pd.DataFrame:
-    """lmms-eval's ``results`` (task -> ``metric,filter`` -> value) and the plug-in's ``samples`` as one table."""
-    of = (
-        samples.drop_duplicates("sample", keep="last")
-        .assign(task=samples["sample"].str.split("/").str[0])
-        .groupby("task")
-    )
+    """lmms-eval's ``results`` (task -> ``metric,filter`` -> value) and the logged ``samples`` as one table."""
+    latest = samples.drop_duplicates("sample", keep="last")
+    by_task = latest.assign(task=latest["sample"].str.split("/").str[0]).groupby("task")
     rows = []
     for benchmark, task in tasks.items():
-        part = of.get_group(task)
+        part = by_task.get_group(task)
         for key, value in results[task].items():
             metric = key.split(",")[0]
             if isinstance(value, int | float) and "," in key and not metric.endswith("_stderr"):
-                price = part.rtr.mean(), part.seconds.mean(), len(part)
-                rows.append((system, benchmark, task, metric, float(value), *price))
+                means = part.rtr.mean(), part.seconds.mean(), len(part)
+                rows.append((system, benchmark, task, metric, float(value), *means))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+# Inside lmms-eval's environment
+
+if importlib.util.find_spec("lmms_eval"):
+    from lmms_eval.api.model import lmms as Model
+else:
+    Model = object
+
+
+def manifest() -> Any:
+    """The entry point of lmms-eval's registry."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="awares", chat_class_path="awares.cli.lmms.AwaresChat")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A request: its name in the log, its pictures (PIL, or what PIL opens), the question, the texts that end the answer."""
+
+    name: str
+    pictures: list[Any]
+    question: str
+    stops: list[str]
+
+    def image(self) -> Image.Image:
+        """The picture; several are set side by side, as in the training rows."""
+        pictures = [one if isinstance(one, Image.Image) else Image.open(one) for one in self.pictures]
+        return pictures[0] if len(pictures) == 1 else sources.side_by_side(pictures)
+
+
+class AwaresChat(Model):
+    """The policy as lmms-eval wants a model: chat messages in, texts out.
+
+    ``pretrained``: a merged model, or a base with ``adapter``. ``log``: a JSONL file with answer, crops, token counts and seconds of
+    every sample. Samples that it holds of the same policy and settings are not run again: lmms-eval writes its own cache only at the
+    end. A task's limit on new tokens is for the answer and would cut calls off: ours holds.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        adapter: str = "",
+        dtype: str = "bfloat16",
+        device: str = "cuda",
+        protocol: str = "ours",
+        call_bias: float = 0.0,
+        max_new_tokens: int = 512,
+        token_budget: int = 65536,
+        max_side: int = 2000,
+        log: str = "",
+        batch_size: int | str = 1,
+        **_: Any,  # whatever else lmms-eval hands to every model
+    ) -> None:
+        from accelerate import Accelerator
+
+        super().__init__()
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        place = str(self.accelerator.device) if device == "cuda" else device
+        limits = {"max_new_tokens": int(max_new_tokens), "token_budget": int(token_budget), "max_side": int(max_side)}
+        loaded = policy.AwaRes.from_pretrained(pretrained, adapter or None, dtype, place, protocol=protocol, **limits)
+        self.engine, self.call_bias = loaded.engine, float(call_bias)
+        about: dict[str, Any] = {"protocol": protocol, "dtype": dtype, "call_bias": self.call_bias, **limits}
+        about["weights"] = [checkpoints.folder_digest(folder) for folder in (pretrained, adapter) if folder]
+        self.identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        path = Path(log) if log else None
+        self.log = path.with_suffix(f".{self._rank}{path.suffix}") if path and self._world_size > 1 else path
+        self.chunk = max(CHUNK, int(batch_size) if str(batch_size).isdecimal() else CHUNK)
+
+    def generate_until(self, requests: list[Any]) -> list[Any]:
+        """One answer per request, in order. AwaresValueError for a row without an image, or with a video or sound."""
+        from lmms_eval.models.model_utils.gen_metrics import log_metrics
+
+        known, done = self._logged(), []
+        written, begun = 0, time.perf_counter()
+        for start in range(0, len(requests), self.chunk):
+            rows = [self._sample(*request.args) for request in requests[start : start + self.chunk]]
+            fresh = self._answer([row for row in rows if known.get(row.name, {}).get("question") != row.question])
+            written += sum(record["output_tokens"] for record in fresh)
+            known |= {record["sample"]: record for record in fresh}
+            done += [(known[row.name], row.stops) for row in rows]
+        seconds = time.perf_counter() - begun
+        log_metrics(
+            total_gen_tokens=written,
+            total_elapsed_time=seconds,
+            avg_speed=written / seconds if seconds else 0.0,
+            additional_metrics={"rank": self._rank, "rtr": sum(one["rtr"] for one, _ in done) / max(1, len(done))},
+        )
+        return [_result(record, stops) for record, stops in done]
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Not for a policy that decides what to see while it answers."""
+        raise NotImplementedError("awares answers by generation: take a generate_until task")
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        """Not for an interaction with rounds of its own."""
+        raise NotImplementedError("awares answers in one round: take a generate_until task")
+
+    def _sample(self, _context: str, to_messages: Any, settings: Any, doc_id: int, task: str, split: str) -> Sample:
+        from lmms_eval.protocol import ChatMessages
+
+        messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
+        images, videos, sounds = messages.extract_media()
+        name = f"{task}/{split}/{doc_id}"
+        if not images or videos or sounds:
+            media = f"{len(images)} images, {len(videos)} videos, {len(sounds)} sounds"
+            raise AwaresValueError(f"{name}: awares answers questions about images; this row has {media}")
+        said = [part for one in messages.messages if one.role == "user" for part in one.content if part.type == "text"]
+        until = settings.get("until") or []
+        question = "\n".join(part.text for part in said).strip()
+        return Sample(name, images, question, [until] if isinstance(until, str) else list(until))
+
+    def _answer(self, rows: list[Sample]) -> list[Record]:
+        """Runs the policy; its records, which are then in the log."""
+        images, questions, names = ([getattr(row, key) for row in rows] for key in ("image", "question", "name"))
+        pictures = [image() for image in images]
+        done = self.engine.run(pictures, questions, call_bias=self.call_bias, row_ids=names) if rows else []
+        found = [self._record(row, one) for row, one in zip(rows, done, strict=True)]
+        if self.log and found:
+            jsonl.append_records(self.log, found)
+        return found
+
+    def _record(self, row: Sample, done: rollout.Trajectory) -> Record:
+        read, written = (sum(turn.text_tokens + turn.visual_tokens for turn in done.turns[i::2]) for i in (0, 1))
+        about: Record = {"sample": row.name, "policy": self.identity, "question": row.question, "answer": done.answer}
+        about |= {"crops": list(done.crops), "call": done.call_status, "input_tokens": read, "output_tokens": written}
+        counts = {"visual_tokens": done.visual_tokens, "full_visual_tokens": done.full_visual_tokens, "rtr": done.rtr}
+        return {**about, **counts, "seconds": done.seconds}
+
+    def _logged(self) -> dict[str, Record]:
+        """The records of this policy in these settings, by sample; AwaresFileError for a file that is no log."""
+        if self.log is None:
+            return {}
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        jsonl.refuse_foreign(self.log, b'{"sample": ', "samples")
+        jsonl.drop_torn_line(self.log)
+        return {one["sample"]: one for one in jsonl.read_records(self.log) if one.get("policy") == self.identity}
+
+
+def _result(record: Record, stops: list[str]) -> Any:
+    from lmms_eval.api.instance import GenerationResult, TokenCounts
+
+    text = record["answer"]
+    for stop in filter(None, stops):
+        text = text.split(stop)[0]
+    counts = TokenCounts(input_tokens=record["input_tokens"], output_tokens=record["output_tokens"])
+    return GenerationResult(text, counts)

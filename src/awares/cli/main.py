@@ -1,305 +1,461 @@
-"""The command ``awares``: ask a policy, score it, time it, serve it, plan its making.
+"""The command ``awares``: ask a policy, score it, time it, serve it, plan its pipeline, publish it.
 
-Exit codes: 0 done, 1 something in the data or the files is wrong, 2 wrong usage, 130 interrupted. What is asked for goes
-to stdout, everything else to stderr. Nothing heavy is imported before a command needs it.
+Exit codes: 0 done, 1 something in the data or the files is wrong, 2 wrong usage, 130 interrupted. Results go to stdout, everything
+else to stderr. Torch and transformers are imported inside the commands, so that the help is fast.
 """
 
-import argparse
+import functools
 import hashlib
+import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from awares.cli.options import parser
+import typer
+from typer import Argument, Option
+
+from awares import __version__
+from awares.cli.limits import Limits
 from awares.errors import AwaresError
 
 if TYPE_CHECKING:
-    from awares.cli.batch import Summary
     from awares.method.rollout import Trajectory
     from awares.policy import AwaRes, Checkpoint
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (default: the process's own); the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if given[:1] == ["bench"]:
-            return _bench(given[1:])
-        parsed = parser(given).parse_args(given)
-        code = COMMANDS[parsed.command](parsed)
+        code = app(arguments, prog_name="awares", standalone_mode=False) or 0
         sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # whoever read our output has gone; nothing may be flushed to it at exit
+    except typer.TyperException as error:
+        usage: Any = error
+        usage.show()
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output has gone; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (AwaresError, OSError) as error:
         _say(" ".join(str(error).split()))
         return 1
-    except KeyboardInterrupt:
+    if code == 130:
         _say("interrupted")
-        return 130
+    return code
 
 
 def _say(text: str) -> None:
     print(f"awares: {text}", file=sys.stderr)
 
 
-# The policy
+# Types of options
 
 
-def _checkpoint(args: argparse.Namespace) -> "Checkpoint":
-    from awares.policy import Checkpoint, of_run, shipped
-
-    if args.adapter and not args.model:
-        args.parser.error("--adapter needs --model, the base model that it belongs to")
-    if args.run:
-        return of_run(args.run)
-    if not args.model:
-        return shipped()
-    adapters = tuple(args.adapter or ())
-    return Checkpoint(" + ".join([args.model, *map(str, adapters)]), args.model, adapters)
+def _number(text: str) -> float:
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
+        raise typer.BadParameter(f"{text!r}: give a number")
+    return float(text)
 
 
-def _limits(args: argparse.Namespace) -> dict[str, Any]:
-    """Engine options that were given."""
-    named = {"max_new_tokens": args.max_new_tokens, "token_budget": args.token_budget}
-    return {name: value for name, value in named.items() if value is not None}
+def _seconds(text: str) -> float:
+    if _number(text) <= 0:
+        raise typer.BadParameter(f"{text!r}: give a number above 0")
+    return float(text)
 
 
-def _form(found: "Checkpoint") -> dict[str, Any]:
-    """The engine's option for the interaction that a policy was trained on."""
-    return {"protocol": found.form} if found.form else {}
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise typer.BadParameter(f"{text!r}: give cpu, cuda or cuda:N")
+    return text
 
 
-def _load(args: argparse.Namespace, **options: Any) -> "tuple[AwaRes, str]":
-    """The policy and its name; ``options`` go to the engine, those of the command line before them."""
-    from awares.policy import AwaRes
-
-    found = _checkpoint(args)
-    limits = {**options, **_form(found), **_limits(args)}
-    if args.server:
-        return _remote(args, found, limits)
-    return AwaRes.from_pretrained(found.path, found.adapters or None, args.dtype, args.device, **limits), found.name
+def _png(text: str) -> Path:
+    if Path(text).suffix.lower() != ".png":
+        raise typer.BadParameter(f"{text!r}: the picture is a PNG, give it a name that ends in .png")
+    return Path(text)
 
 
-def _remote(args: argparse.Namespace, found: "Checkpoint", limits: dict[str, Any]) -> "tuple[AwaRes, str]":
-    """The policy behind ``--server``. The replies of a batch are kept beside its results."""
-    from awares.clients.chat import ChatClient, Server
-    from awares.clients.engine import RemoteEngine
-    from awares.engine.model import load_processor
-    from awares.method.rollout import MAX_NEW_TOKENS
-    from awares.policy import AwaRes
-
-    name = args.server_model or Path(found.path).resolve().name
-    cache = args.out.with_name(f"{args.out.name}.replies") if args.out else None
-    server = Server(url=args.server, model=name, attempts=12 if args.out else 3)  # somebody waits for a single answer
-    client = ChatClient(server, cache, progress=sys.stderr.isatty() and args.out is not None)
-    limits = {
-        "max_new_tokens": MAX_NEW_TOKENS,
-        **{key: value for key, value in limits.items() if key != "token_budget"},
-    }
-    engine: Any = RemoteEngine(client, load_processor(found.path), **limits)
-    return AwaRes(engine), f"{name} behind a server"
+Bias = Annotated[
+    float | None, Option(parser=_number, metavar="X", help="> 0 calls for crops more readily, < 0 less (default 0)")
+]
+Out = Annotated[Path | None, Option(metavar="FILE.jsonl", help="file of the results; the same command resumes it")]
+Profile = Annotated[str, Option(help="of params.yaml (default: its own `profile`)", show_default=False)]
+Json = Annotated[bool, Option("--json", help="print one JSON object")]
 
 
-# ask
+@dataclass(frozen=True)
+class Policy:
+    """The options that name a policy; `policy_options` adds them to a command."""
+
+    model: Annotated[str, Option(metavar="PATH", help="a model or an adapter: a folder or a hub name")] = ""
+    run: Annotated[str, Option(metavar="NAME", help="a run's policy: mini, mini/sft, mini/grpo/main-s2")] = ""
+    adapter: Annotated[tuple[Path, ...], Option(metavar="PATH", help="merged into --model; may be repeated")] = ()
+    device: Annotated[str, Option(parser=_device, metavar="DEVICE", help="cpu, cuda, cuda:1")] = "cpu"
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="of the weights")] = "float32"
+    max_new_tokens: Annotated[int | None, Option(min=1, help="of one turn (default 64; eval: params.yaml's)")] = None
+    token_budget: Annotated[int | None, Option(min=1, help="tokens of a padded batch: bounds the memory")] = None
+    server: Annotated[str, Option(metavar="URL", help="an OpenAI-compatible server of --model, ends in /v1")] = ""
+    server_model: Annotated[str, Option(metavar="NAME", help="its name there (default: the folder's)")] = ""
+
+    def __post_init__(self) -> None:
+        if self.model and self.run:
+            raise typer.BadParameter("--model is not allowed with --run")
+        if self.adapter and not self.model:
+            raise typer.BadParameter("--adapter needs --model, the base model that it belongs to")
+
+    def checkpoint(self) -> "Checkpoint":
+        from awares.policy import Checkpoint, of_run, shipped
+
+        if self.run:
+            return of_run(self.run)
+        if not self.model:
+            return shipped()
+        return Checkpoint(" + ".join([self.model, *map(str, self.adapter)]), self.model, tuple(self.adapter))
+
+    def load(self, out: Path | None = None, **options: Any) -> "tuple[AwaRes, str]":
+        """The policy and its name; ``options`` go to the engine. ``out``: a server's replies are kept next to it."""
+        from awares.policy import AwaRes
+
+        found = self.checkpoint()
+        given = {"max_new_tokens": self.max_new_tokens, "token_budget": self.token_budget, "protocol": found.form}
+        options |= {name: value for name, value in given.items() if value is not None}
+        if not self.server:
+            model = AwaRes.from_pretrained(found.path, found.adapters or None, self.dtype, self.device, **options)
+            return model, found.name
+        from awares.clients.chat import ChatClient, Server
+        from awares.clients.engine import RemoteEngine
+        from awares.engine.model import load_processor
+
+        options.pop("token_budget", None)
+        name = self.server_model or Path(found.path).resolve().name
+        server = Server(url=self.server, model=name, attempts=12 if out else 3)  # somebody waits for a single answer
+        replies = out.with_name(f"{out.name}.replies") if out else None
+        client = ChatClient(server, replies, progress=sys.stderr.isatty() and out is not None)
+        engine: Any = RemoteEngine(client, load_processor(found.path), **options)
+        return AwaRes(engine), f"{name} behind a server"
+
+    def settings(self, policy: "AwaRes", name: str, call_bias: float) -> dict[str, Any]:
+        """What decides the answers of a batch; a file of results is never continued with other settings."""
+        from awares.training.checkpoints import folder_digest
+
+        engine: Any = policy.engine
+        weights, found = "", self.checkpoint()
+        if not self.server:  # a policy that was trained again has the same name
+            parts = [folder_digest(part) for part in (found.path, *found.adapters)]
+            weights = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+        prompt = hashlib.sha256(repr(engine.protocol).encode()).hexdigest()[:8]
+        tokens = engine.max_new_tokens if self.server else engine.decoder.max_new_tokens
+        about = {"policy": name, "weights": weights, "dtype": self.dtype, "prompt": prompt, "max_side": engine.max_side}
+        return {**about, "call_bias": call_bias, "max_new_tokens": tokens}
 
 
-def _ask(args: argparse.Namespace) -> int:
-    if args.question is not None and args.common is not None:
-        args.parser.error("the question stands twice: QUESTION and --question")
-    question = args.common if args.question is None else args.question
-    if args.image.is_dir() or args.image.suffix.lower() == ".jsonl":
-        return _ask_batch(args, question)
-    if question is None:
-        args.parser.error("no question: write it behind the image")
-    if args.out or args.retry_errors or args.chunk:
-        args.parser.error("--out, --retry-errors and --chunk belong to a batch: a folder or a .jsonl file")
-    return _ask_one(args, question)
+def policy_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Gives ``command`` the options of `Policy`, which it gets as its first argument."""
+    own, shared = inspect.signature(command).parameters, inspect.signature(Policy).parameters
+
+    @functools.wraps(command)
+    def with_policy(**options: Any) -> int:
+        return command(Policy(**{name: options.pop(name) for name in shared}), **options)
+
+    parameters = [*list(own.values())[1:], *shared.values()]
+    with_policy.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_policy.__annotations__ = {}
+    return with_policy
 
 
-def _ask_one(args: argparse.Namespace, question: str) -> int:
+# Commands
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"awares {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def awares(
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    """AwaRes: a vision-language model that sees an image at half resolution and calls for the crops that it needs.
+
+    \b
+    examples:
+      awares ask page.png "what is the total?"
+      awares ask questions.jsonl --out answers.jsonl
+      awares eval --rows 20
+      awares serve --port 8000
+      awares plan --profile paper --check
+
+    Exit codes: 0 done, 1 something in the data or the files is wrong, 2 wrong usage, 130 interrupted.
+    """
+
+
+@app.command()
+@policy_options
+def ask(
+    policy: Policy,
+    image: Annotated[Path, Argument(help="an image; for a batch a folder or a .jsonl file")],
+    question: Annotated[str | None, Argument(show_default=False)] = None,
+    common: Annotated[str | None, Option("--question", help="the same; in a batch for rows without their own")] = None,
+    as_json: Json = False,
+    show: Annotated[Path | None, Option(parser=_png, metavar="FILE.png", help="draw the view and the crops")] = None,
+    out: Out = None,
+    retry_errors: Annotated[bool, Option("--retry-errors", help="run rows again that ended in an error")] = False,
+    chunk: Annotated[int | None, Option(min=1, help="write results every so many rows (default 64)")] = None,
+    call_bias: Bias = None,
+) -> int:
+    """Ask a policy about an image, or about many.
+
+    In a batch, IMAGE is a folder (every image in it, one question) or a .jsonl file with one row a line: image (a path
+    relative to the file), question and optionally id. --out gets one line a row. Rows that it holds are not run again; a
+    row that cannot be run has its reason in "error", and the exit code is then 1.
+
+    \b
+    examples:
+      awares ask page.png "what is the total?" --show seen.png --call-bias 2
+      awares ask scans/ "is it signed?" --out answers.jsonl
+      awares ask questions.jsonl --out answers.jsonl --run mini/sft
+      awares ask page.png "what is the total?" --server http://127.0.0.1:8000/v1 --model policy/
+    """
+    if question is not None and common is not None:
+        raise typer.BadParameter("two questions: QUESTION and --question")
+    wanted, bias = common if question is None else question, call_bias or 0.0
+    if image.is_dir() or image.suffix.lower() == ".jsonl":
+        if out is None:
+            raise typer.BadParameter("a batch needs --out, the file for its results")
+        if show:
+            raise typer.BadParameter("--show draws one image, not a batch")
+        return _ask_batch(policy, image, wanted, bias, out, as_json, size=chunk or 64, retry=retry_errors)
+    if wanted is None:
+        raise typer.BadParameter("no question: write it after the image")
+    if out or retry_errors or chunk:
+        raise typer.BadParameter("--out, --retry-errors and --chunk belong to a batch: a folder or a .jsonl file")
+    return _ask_one(policy, image, wanted, bias, show, as_json)
+
+
+def _ask_one(policy: Policy, path: Path, question: str, bias: float, show: Path | None, as_json: bool) -> int:
     from awares.engine.images import open_image
 
-    image = open_image(args.image)  # before the model is loaded: a wrong path should not cost seconds
-    policy, _ = _load(args)
-    done = policy.ask(image, question, call_bias=args.call_bias or 0.0)
-    if args.show:
-        _draw(args.show, image, question, done)
-    if args.json:
-        named = {"image": str(args.image), "question": question}
-        print(json.dumps({**named, **done.to_dict(), "rtr": done.rtr}, ensure_ascii=False))
+    image = open_image(path)  # before the model is loaded: a wrong path should not cost seconds
+    done = policy.load()[0].ask(image, question, call_bias=bias)
+    if show:
+        import matplotlib
+
+        matplotlib.use("Agg")  # opens no window
+        from awares.study import figures
+
+        figures.style(110)
+        row = {"image": image, "question": question, "answers": ["unknown"]}
+        figures.save_figure(figures.gallery([row], [done]), show)
+    if as_json:
+        about = {"image": str(path), "question": question}
+        print(json.dumps({**about, **done.to_dict(), "rtr": done.rtr}, ensure_ascii=False))
         return 0
     print(done.answer)
-    print(f"crops   {', '.join(done.crops) or 'none'}{'' if done.call_status != 'malformed' else ' (malformed call)'}")
+    print(f"crops   {', '.join(done.crops) or 'none'}{' (malformed call)' if done.call_status == 'malformed' else ''}")
     print(f"tokens  {done.visual_tokens} of {done.full_visual_tokens} visual tokens, RTR {done.rtr:.2f}")
     print(f"time    {done.seconds:.2f} s")
     return 0
 
 
-def _draw(path: Path, image: Any, question: str, done: "Trajectory") -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window is to be opened
-    from awares.study import figures
-
-    figures.style(110)
-    card = {"image": image, "question": question, "answer": done.answer, "crops": done.crops}
-    figures.save_figure(figures.gallery([card]), path)
-
-
-def _ask_batch(args: argparse.Namespace, question: str | None) -> int:
+def _ask_batch(
+    policy: Policy, source: Path, question: str | None, bias: float, out: Path, as_json: bool, **options: Any
+) -> int:
     from awares.cli import batch
 
-    if args.out is None:
-        args.parser.error("a batch needs --out, the file for its results")
-    if args.show:
-        args.parser.error("--show draws one image, not a batch")
-    items = batch.read_items(args.image, question)
-    policy, name = _load(args)
-    settings = _settings(args, policy, name, args.call_bias or 0.0)
-    done = batch.run(items, args.out, policy.engine, settings, args.chunk or batch.CHUNK, args.retry_errors)
-    if args.json:
-        print(json.dumps({"out": str(args.out), **vars(done)}))
-    _say(_told(done, args.out))
+    items = batch.read_items(source, question)
+    loaded, name = policy.load(out)
+    done = batch.run(items, out, loaded.engine, policy.settings(loaded, name, bias), **options)
+    if as_json:
+        print(json.dumps({"out": str(out), **vars(done)}))
+    _say(f"{done}: {out}")
     return 1 if done.errors else 0
 
 
-def _told(done: "Summary", out: Path) -> str:
-    return f"{done.rows} rows, {done.ran} asked now, {done.done_before} done before, {done.errors} with an error: {out}"
+@app.command("eval")
+@policy_options
+def evaluate(
+    policy: Policy,
+    rows_file: Annotated[
+        Path | None, Argument(metavar="FILE.jsonl", help="your own rows (default: the tasks')")
+    ] = None,
+    profile: Profile = "",
+    rows: Annotated[int | None, Option(min=1, help="rows of each task (default: evaluation.rows)")] = None,
+    seed: Annotated[int | None, Option(help="draws the rows (default: evaluation.seed)")] = None,
+    out: Out = None,
+    as_json: Json = False,
+    call_bias: Bias = None,
+) -> int:
+    """Score a policy on the evaluation rows or on your own: Table 1's numbers.
 
+    Accuracy (percent, by each benchmark's own metric, with its interval) and retain token ratio (RTR), per benchmark and on
+    average.
 
-def _settings(args: argparse.Namespace, policy: "AwaRes", name: str, bias: float) -> dict[str, Any]:
-    """What decides the answers of a batch."""
-    engine: Any = policy.engine  # behind a server it has no decoder
-    tokens = engine.max_new_tokens if args.server else engine.decoder.max_new_tokens
-    weights = "" if args.server else _digest(_checkpoint(args))
-    form = hashlib.sha256(repr(engine.protocol).encode()).hexdigest()[:8]
-    about = {"policy": name, "weights": weights, "dtype": args.dtype, "prompt": form, "max_side": engine.max_side}
-    return {**about, "call_bias": bias, "max_new_tokens": tokens}
-
-
-def _digest(found: "Checkpoint") -> str:
-    """Of model and adapters: a run that was trained again has the same name."""
-    from awares.training.checkpoints import folder_digest
-
-    parts = [folder_digest(part) for part in (found.path, *found.adapters)]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-
-
-# eval
-
-
-def _eval(args: argparse.Namespace) -> int:
+    \b
+    examples:
+      awares eval --rows 20                  20 rows of each task
+      awares eval --seed 2024                rows that no stage has seen
+      awares eval mine.jsonl --run mini      rows with image, question, answers, and source for the metric
+    """
     from awares.config import load_params
     from awares.data import rows as data
     from awares.engine.model import set_threads
     from awares.method import evaluation, protocol
 
-    if args.rows_file and (args.rows or args.seed is not None):
-        args.parser.error("--rows and --seed draw the tasks' rows, not those of a file")
-    given = {"evaluation.rows": args.rows, "evaluation.seed": args.seed, "evaluation.call_bias": args.call_bias}
-    params = load_params(args.profile, overrides={key: value for key, value in given.items() if value is not None})
-    rows = data.from_jsonl(args.rows_file) if args.rows_file else data.make_split(params, "evaluation")
+    if rows_file and (rows or seed is not None):
+        raise typer.BadParameter("--rows and --seed draw the tasks' rows, not those of a file")
+    given = {"evaluation.rows": rows, "evaluation.seed": seed, "evaluation.call_bias": call_bias}
+    params = load_params(profile, overrides={key: value for key, value in given.items() if value is not None})
+    table = data.from_jsonl(rows_file) if rows_file else data.make_split(params, "evaluation")
     set_threads(params.threads)
     limits = {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
-    limits |= {"max_side": params.crops.max_side}
-    policy, name = _load(args, **limits, protocol=protocol.from_params(params))
-    done = _trajectories(args, rows, policy, name, params.evaluation.call_bias)
-    table = evaluation.main_table(evaluation.scored(name, rows, done), params.evaluation).drop(columns="system")
-    if args.json:
-        found = {"policy": name, "call_bias": params.evaluation.call_bias, "table": table.to_dict("records")}
+    words = protocol.from_params(params)
+    loaded, name = policy.load(out, **limits, max_side=params.crops.max_side, protocol=words)
+    done = _trajectories(policy, loaded, name, table, params.evaluation.call_bias, out)
+    scores = evaluation.main_table(evaluation.scored(name, table, done), params.evaluation).drop(columns="system")
+    if as_json:
+        found = {"policy": name, "call_bias": params.evaluation.call_bias, "table": scores.to_dict("records")}
         print(json.dumps(found))
     else:
-        print(table.to_string(index=False, float_format="{:.2f}".format))
+        print(scores.to_string(index=False, float_format="{:.2f}".format))
     return 0
 
 
-def _trajectories(args: argparse.Namespace, rows: Any, policy: "AwaRes", name: str, bias: float) -> "list[Trajectory]":
-    """The policy's own choices on ``rows``, kept in --out where it is given."""
-    if args.out is None:
-        policy.engine.progress = sys.stderr.isatty()
-        return policy.engine.run(rows["image"], rows["question"], call_bias=bias, row_ids=rows["id"])
+def _trajectories(
+    policy: Policy, loaded: "AwaRes", name: str, rows: Any, bias: float, out: Path | None
+) -> "list[Trajectory]":
+    if out is None:
+        loaded.engine.progress = sys.stderr.isatty()
+        return loaded.engine.run(rows["image"], rows["question"], call_bias=bias, row_ids=rows["id"])
     from awares.cli import batch
 
-    items, settings = batch.dataset_items(rows), _settings(args, policy, name, bias)
-    _say(_told(batch.run(items, args.out, policy.engine, settings), args.out))
-    return batch.trajectories(args.out, rows["id"])
+    settings = policy.settings(loaded, name, bias)
+    _say(f"{batch.run(batch.dataset_items(rows), out, loaded.engine, settings)}: {out}")
+    return batch.trajectories(out, rows["id"])
 
 
-# serve, bench
+def _limit(help: str) -> Any:
+    return Option(min=1, help=help)
 
 
-def _serve(args: argparse.Namespace) -> int:
-    from dataclasses import fields
+@app.command()
+@policy_options
+def serve(
+    policy: Policy,
+    host: Annotated[str, Option(help="address to listen at; the default is this machine only")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    mode: Annotated[Literal["policy", "chat"], Option(help="chat serves the bare model")] = "policy",
+    name: Annotated[str, Option(help="the model's name for clients (default: that of --model's folder)")] = "",
+    image_bytes: Annotated[int, _limit("bytes of one image")] = Limits.image_bytes,
+    image_pixels: Annotated[int, _limit("pixels of all images of one request")] = Limits.image_pixels,
+    images: Annotated[int, _limit("images of one request")] = Limits.images,
+    body_bytes: Annotated[int, _limit("bytes of one request")] = Limits.body_bytes,
+    prompt_tokens: Annotated[int, _limit("tokens of one prompt, visual ones included")] = Limits.prompt_tokens,
+    max_tokens: Annotated[int, _limit("tokens of one answer")] = Limits.max_tokens,
+    queue: Annotated[int, _limit("requests held at a time; more are refused with 429")] = Limits.queue,
+    timeout: Annotated[float, Option(parser=_seconds, help="seconds for one request")] = Limits.timeout,
+    shutdown: Annotated[float, Option(parser=_seconds, help="seconds for requests at SIGTERM")] = Limits.shutdown,
+) -> int:
+    """Serve a policy behind an OpenAI-compatible API.
 
-    from awares.cli.serve import serve
-    from awares.cli.wire import ServeSettings
+    POST /v1/chat/completions with one image (a data URL) and one question. The model runs here, one request at a time, or behind
+    --server (vLLM), which batches. Clients must send the key in the environment variable AWARES_API_KEY, if it is set. SIGTERM
+    ends the server after the requests under way.
 
-    found = _checkpoint(args)
-    limits: dict[str, Any] = {one.name: getattr(args, one.name) for one in fields(ServeSettings) if one.name != "model"}
-    name = args.model_name or ("awares" if not args.model else Path(args.model).resolve().name)
-    try:
-        settings = ServeSettings(model=name, **limits)
-    except AwaresError as error:
-        args.parser.error(str(error))
-    where = (found.path, found.adapters or None, args.host, args.port, args.mode, settings, args.dtype, args.device)
-    serve(*where, **{**_form(found), **_limits(args)})
+    \b
+    examples:
+      awares serve --port 8000 --image-bytes 5000000 --timeout 30
+      awares serve --server http://127.0.0.1:8001/v1 --model policy/
+    """
+    if policy.server and mode == "chat":
+        raise typer.BadParameter("--mode chat serves a model in this process: leave out --server")
+    policy.checkpoint()
+    from awares.cli import serve as front
+
+    sizes = (image_bytes, image_pixels, images, body_bytes, prompt_tokens, max_tokens, queue)
+    shown = name or (Path(policy.model).resolve().name if policy.model else "awares")
+    front.serve(lambda: policy.load()[0].engine, host, port, shown, Limits(*sizes, timeout, shutdown), mode)
     return 0
 
 
-def _bench(arguments: list[str]) -> int:
-    from awares.bench.bench import main as bench
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> int:
+    """Time the interaction against full resolution."""
+    from awares.bench.bench import main as measure
 
-    return bench(arguments)
+    return measure(context.args)
 
 
-# plan
+@app.command()
+def plan(
+    profile: Profile = "",
+    overrides: Annotated[str, Option(help="of params.yaml, e.g. '{plan.gpus: 2}'")] = "",
+    check: Annotated[bool, Option("--check", help="check that this machine has what the profile needs")] = False,
+    as_json: Json = False,
+) -> int:
+    """Forecast the pipeline's requests, tokens, GPU hours, memory and disk, stage by stage.
 
+    Counted from params.yaml (section `plan`) and data/served.yaml. --check looks for GPUs, disk, servers, keys, model and
+    datasets, says how to fix what is missing, and the exit code is then 1.
 
-def _plan(args: argparse.Namespace) -> int:
-    from awares.bench import plan
+    \b
+    examples:
+      awares plan --profile paper
+      awares plan --profile paper --check
+    """
+    from awares.bench import plan as planning
     from awares.config import load_params
 
-    params = load_params(args.profile, overrides=args.overrides)
-    table = plan.forecast(params)
-    findings = plan.preflight(params) if args.check else []
-    if args.json:
-        found = {
-            "profile": params.profile,
-            "stages": table.to_dict("records"),
-            "checks": [vars(one) for one in findings],
-        }
-        print(json.dumps(found))
+    params = load_params(profile, overrides=overrides)
+    table = planning.forecast(params)
+    findings = planning.preflight(params) if check else []
+    if as_json:
+        checks = [vars(one) for one in findings]
+        print(json.dumps({"profile": params.profile, "stages": table.to_dict("records"), "checks": checks}))
     else:
         print(table.to_string(index=False, float_format="{:,.1f}".format))
-        print(f"\n{plan.hours(table, params):.1f} h on {params.plan.gpus} x {params.plan.gpu}, servers not counted")
+        hours = planning.hours(table, params)
+        print(f"\n{hours:.1f} h on {params.plan.gpus} x {params.plan.gpu}, servers not counted")
         for one in findings:
-            mend = "" if one.there else f": {one.mend}"
-            print(f"{'there  ' if one.there else 'MISSING'} {one.what} ({one.found}){mend}")
+            fix = "" if one.there else f": {one.mend}"
+            print(f"{'there  ' if one.there else 'MISSING'} {one.what} ({one.found}){fix}")
     return 0 if all(one.there for one in findings) else 1
 
 
-# push
+@app.command()
+def push(
+    what: Annotated[Literal["policy", "dataset"], Argument()],
+    repo: Annotated[str, Argument(metavar="OWNER/NAME", help="repository on the hub; a new one is private")],
+    profile: Profile = "",
+    images: Annotated[bool, Option("--images", help="upload the images of a dataset, too")] = False,
+    public: Annotated[bool, Option("--public", help="make a new repository public")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="prepare the folder, list it, upload nothing")] = False,
+) -> int:
+    """Publish the trained policy or the curated rows on a model hub.
 
+    A policy is the merged model with its adapters and a card with this run's Table 1. The token comes from the environment
+    variable HF_TOKEN.
 
-def _push(args: argparse.Namespace) -> int:
+    \b
+    examples:
+      awares push policy me/awares-mini --dry-run
+      awares push dataset me/awares-curated --profile paper
+    """
     from awares.cli import hub
     from awares.config import load_params
 
-    params = load_params(args.profile)
-    folder = hub.policy_folder(params) if args.what == "policy" else hub.dataset_folder(params, args.images)
+    params = load_params(profile)
+    folder = hub.policy_folder(params) if what == "policy" else hub.dataset_folder(params, images)
     files = hub.contents(folder)
     for name, size in files:
         print(f"{size:>14,} {name}")
     print(f"{sum(size for _, size in files):>14,} bytes in {folder}")
-    if not args.dry_run:
-        kind = "model" if args.what == "policy" else "dataset"
-        print(hub.push(folder, args.repo, kind, private=not args.public))
+    if not dry_run:
+        print(hub.push(folder, repo, "model" if what == "policy" else "dataset", private=not public))
     return 0
-
-
-COMMANDS = {"ask": _ask, "eval": _eval, "plan": _plan, "push": _push, "serve": _serve}
