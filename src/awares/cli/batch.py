@@ -17,8 +17,8 @@ from pydantic import BaseModel, StringConstraints, ValidationError
 from tqdm import tqdm
 
 from awares.engine import jsonl
-from awares.engine.jsonl import Record
 from awares.engine.images import cap, open_image
+from awares.engine.jsonl import Record
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError, Failure, with_failures
 from awares.method.protocol import check_question
 from awares.method.rollout import ImageSource, Trajectory

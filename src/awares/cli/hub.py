@@ -15,8 +15,8 @@ import pandas as pd
 from huggingface_hub import DatasetCardData, EvalResult, HfApi, ModelCardData, RepoCard
 
 from awares.config import Params
-from awares.data import rows as data
 from awares.data import sources
+from awares.engine.rows import load_rows
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 
 PAPER = "https://arxiv.org/abs/2603.16932"
@@ -82,7 +82,11 @@ def policy_folder(params: Params) -> Path:
 
 
 def _model_card(params: Params, scores: pd.DataFrame) -> tuple[ModelCardData, str]:
-    task = {"task_type": "image-text-to-text", "dataset_type": f"awares-{params.profile}", "metric_type": "accuracy"}
+    task: dict[str, Any] = {
+        "task_type": "image-text-to-text",
+        "dataset_type": f"awares-{params.profile}",
+        "metric_type": "accuracy",
+    }
     results = [
         EvalResult(**task, dataset_name=f"{row.benchmark} ({params.profile})", metric_value=round(row.accuracy, 2))
         for row in scores.itertuples()
@@ -126,7 +130,7 @@ def dataset_folder(params: Params, images: bool = False) -> Path:
     folder, counts = _fresh(params, "dataset"), []
     (folder / "data").mkdir()
     for split in SPLITS:
-        rows = data.load_rows(curated / split / "dataset")
+        rows = load_rows(curated / split / "dataset")
         counts.append((split, len(rows), sum(label == "HR" for label in rows["label"])))
         (rows if images else rows.remove_columns("image")).to_parquet(folder / "data" / f"{split}.parquet")
         for file in sorted((curated / split).glob("*.jsonl")):

@@ -63,12 +63,6 @@ def _number(text: str) -> float:
     return float(text)
 
 
-def _seconds(text: str) -> float:
-    if _number(text) <= 0:
-        raise typer.BadParameter(f"{text!r}: give a number above 0")
-    return float(text)
-
-
 def _device(text: str) -> str:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
         raise typer.BadParameter(f"{text!r}: give cpu, cuda or cuda:N")
@@ -95,7 +89,7 @@ class Policy:
 
     model: Annotated[str, Option(metavar="PATH", help="a model or an adapter: a folder or a hub name")] = ""
     run: Annotated[str, Option(metavar="NAME", help="a run's policy: mini, mini/sft, mini/grpo/main-s2")] = ""
-    adapter: Annotated[tuple[Path, ...], Option(metavar="PATH", help="merged into --model; may be repeated")] = ()
+    adapter: Annotated[list[Path] | None, Option(metavar="PATH", help="merged into --model; may be repeated")] = None
     device: Annotated[str, Option(parser=_device, metavar="DEVICE", help="cpu, cuda, cuda:1")] = "cpu"
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="of the weights")] = "float32"
     max_new_tokens: Annotated[int | None, Option(min=1, help="of one turn (default 64; eval: params.yaml's)")] = None
@@ -116,7 +110,8 @@ class Policy:
             return of_run(self.run)
         if not self.model:
             return shipped()
-        return Checkpoint(" + ".join([self.model, *map(str, self.adapter)]), self.model, tuple(self.adapter))
+        adapters = tuple(self.adapter or ())
+        return Checkpoint(" + ".join([self.model, *map(str, adapters)]), self.model, adapters)
 
     def load(self, out: Path | None = None, **options: Any) -> "tuple[AwaRes, str]":
         """The policy and its name; ``options`` go to the engine. ``out``: a server's replies are kept next to it."""
@@ -251,8 +246,7 @@ def _ask_one(policy: Policy, path: Path, question: str, bias: float, show: Path 
         from awares.study import figures
 
         figures.style(110)
-        row = {"image": image, "question": question, "answers": ["unknown"]}
-        figures.save_figure(figures.gallery([row], [done]), show)
+        figures.save_figure(figures.gallery([{"image": image, "question": question}], [done]), show)
     if as_json:
         about = {"image": str(path), "question": question}
         print(json.dumps({**about, **done.to_dict(), "rtr": done.rtr}, ensure_ascii=False))
@@ -359,8 +353,8 @@ def serve(
     prompt_tokens: Annotated[int, _limit("tokens of one prompt, visual ones included")] = Limits.prompt_tokens,
     max_tokens: Annotated[int, _limit("tokens of one answer")] = Limits.max_tokens,
     queue: Annotated[int, _limit("requests held at a time; more are refused with 429")] = Limits.queue,
-    timeout: Annotated[float, Option(parser=_seconds, help="seconds for one request")] = Limits.timeout,
-    shutdown: Annotated[float, Option(parser=_seconds, help="seconds for requests at SIGTERM")] = Limits.shutdown,
+    timeout: Annotated[float, Option(min=0.001, help="seconds for one request")] = Limits.timeout,
+    shutdown: Annotated[float, Option(min=0.001, help="seconds for requests at SIGTERM")] = Limits.shutdown,
 ) -> int:
     """Serve a policy behind an OpenAI-compatible API.
 

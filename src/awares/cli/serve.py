@@ -6,6 +6,7 @@ ends. Clients send the key in the environment variable AWARES_API_KEY, if it is 
 """
 
 import asyncio
+import copy
 import hmac
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL.Image import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import LogitsProcessorList, MaxTimeCriteria, SequenceBiasLogitsProcessor, StoppingCriteriaList
@@ -33,9 +35,11 @@ from awares.cli.openai_api import (
     completion,
     read_request,
 )
+from awares.clients.chat import ChatClient
 from awares.engine.decode import Decoder
 from awares.engine.images import cap
 from awares.errors import AwaresError, AwaresRequestError, AwaresValueError
+from awares.method.rollout import Trajectory
 
 API_KEY = "AWARES_API_KEY"
 
@@ -125,13 +129,11 @@ def answer_policy(engine: Any, request: PolicyRequest, limits: Limits, deadline:
     message, images = request.messages[0], request.images(limits)
     if len(request.messages) != 1 or message.role != "user" or len(images) != 1:
         raise ApiError(400, "send one user message with one image and a question", param="messages")
-    decoder = getattr(engine, "decoder", engine)  # none behind a server
-    longest, image = decoder.max_new_tokens, cap(images[0], engine.max_side)
+    longest, image = getattr(engine, "decoder", engine).max_new_tokens, cap(images[0], engine.max_side)
     limit = _limit(request, longest, min(limits.max_tokens, longest))
     question = "\n".join(part.text for part in message.parts() if part.type == "text")
     _check_length(engine, engine.prompt_length(image, question), longest, limits)
-    decoder.criteria = _until(deadline)
-    done = engine.run([image], [question], call_bias=request.call_bias or 0.0)[0]
+    done = _interact(engine, image, question, request.call_bias or 0.0, deadline)
     written = [turn.text_tokens for turn in done.turns if turn.role == "assistant"]
     tokens = engine.codec.tokenize(done.answer)[: written[-1]]
     text = engine.codec.text(tokens[:limit]) if len(tokens) > limit else done.answer
@@ -141,6 +143,18 @@ def answer_policy(engine: Any, request: PolicyRequest, limits: Limits, deadline:
     spent |= {"crops": list(done.crops), "call_status": done.call_status}
     cut = len(tokens) > limit or len(tokens) >= longest
     return completion(request.model, text, cut, prompt, sum(written), {"awares": spent})
+
+
+def _interact(engine: Any, image: Image, question: str, call_bias: float, deadline: float) -> Trajectory:
+    if hasattr(engine, "decoder"):
+        engine.decoder.criteria = _until(deadline)
+        return engine.run([image], [question], call_bias=call_bias)[0]
+    left = {"timeout": max(1.0, deadline - time.time()), "attempts": 2}
+    remote = copy.copy(engine)  # with its own client, since a client keeps its replies
+    remote.client = ChatClient(engine.client.server.model_copy(update=left), None)
+    done = remote.run([image], [question], call_bias=call_bias)[0]
+    engine.unchecked = remote.unchecked
+    return done
 
 
 def answer_chat(engine: Any, request: RawRequest, limits: Limits, deadline: float) -> dict[str, Any]:

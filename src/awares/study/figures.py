@@ -337,8 +337,9 @@ def gallery(
         grid[0].text(0.5, 0.5, "no such rows", ha="center", va="center")
     for number, (row, names) in enumerate(zip(rows, crops, strict=True)):
         first = number * (width if most else 1)
-        truth, note = f"truth: {row['answers'][0]}", [notes[number]] if notes and notes[number] else []
+        truth = f"truth: {row['answers'][0]}" if row.get("answers") else "truth unknown"
         said = f"answer: {done[number].answer} ({truth})" if done else truth
+        note = [notes[number]] if notes and notes[number] else []
         _low_view(grid[first], row, names, "\n".join([row["question"], said, *note]))
         for axes, name in zip(grid[first + 1 :], names, strict=False):
             _picture(axes, cut(row["image"], name), f"crop: {name}")
@@ -369,7 +370,7 @@ def _low_view(axes: Axes, row: Mapping[str, Any], crops: Iterable[str], title: s
     for name in crops:
         _outline(axes, low, crop_box(name), edgecolor=palette[2], facecolor=(*palette[2], 0.15))
     for boxes, colour, line in (("question_boxes", palette[0], "--"), ("answer_boxes", palette[3], "-")):
-        for box in row[boxes]:
+        for box in row.get(boxes) or ():
             _outline(axes, low, box, edgecolor=colour, linestyle=line, fill=False)
 
 
