@@ -138,7 +138,11 @@ def answer_policy(engine: Any, request: PolicyRequest, limits: Limits, deadline:
     tokens = engine.codec.tokenize(done.answer)[: written[-1]]
     text = engine.codec.text(tokens[:limit]) if len(tokens) > limit else done.answer
     prompt = sum(turn.visual_tokens + turn.text_tokens for turn in done.turns if turn.role != "assistant")
-    spent = {"visual_tokens": done.visual_tokens, "full_visual_tokens": done.full_visual_tokens, "rtr": done.rtr}
+    spent: dict[str, Any] = {
+        "visual_tokens": done.visual_tokens,
+        "full_visual_tokens": done.full_visual_tokens,
+        "rtr": done.rtr,
+    }
     spent |= {"visual_tokens_saved": done.full_visual_tokens - done.visual_tokens}
     spent |= {"crops": list(done.crops), "call_status": done.call_status}
     cut = len(tokens) > limit or len(tokens) >= longest
