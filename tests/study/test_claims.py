@@ -171,14 +171,6 @@ def test_few_trainings_follow_student_and_are_paired(world):
         assert sample.interval(0.95) == pytest.approx((low, high), abs=0.05 * (high - low))
 
 
-def test_trainings_of_one_sign_do_not_decide_alone(world):
-    world.main("full", marks(0.5), tokens=64)
-    for seed, tokens in ((1, 46), (2, 56), (3, 60)):
-        world.main("awares", marks(0.5), seed, tokens=tokens)
-    found = world.decide(rtr("awares") - rtr("full") < 0)
-    assert found.effect < 0 < found.high and found.verdict == "undecided"
-
-
 def test_only_seeds_that_both_have_count(world):
     world.curated("validation", ["HR", "LR"] * 10, [["top"], []] * 10)
     for seed in (1, 2):

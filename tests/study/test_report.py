@@ -79,14 +79,6 @@ def test_main_table_averages_over_benchmarks_not_rows():
     assert table.loc["chartqa", "accuracy_low"] == 100 and table.n.tolist() == [3, 1, 4]
 
 
-def test_interval_of_the_average_is_resampled_inside_each_benchmark():
-    scores = pd.DataFrame(
-        {"system": "full", "benchmark": ["chartqa"] * 50 + ["pope"] * 50, "score": [1.0] * 50 + [0.0] * 50, "rtr": 1.0}
-    )
-    average = report_table(scores).loc["average"]
-    assert average.accuracy_low == average.accuracy == average.accuracy_high == 50  # nothing varies within a benchmark
-
-
 def report_table(scores):
     return evaluation.main_table(scores, PARAMS.evaluation).set_index("benchmark")
 
@@ -96,14 +88,6 @@ def test_scored_refuses_trajectories_of_other_rows():
     assert good.score.tolist() == [1.0] and good.rtr.tolist() == [1.0]
     with pytest.raises(AwaresError, match="trajectory of row other where row row-0 was asked"):
         evaluation.scored("full", rows(1), [trajectory("other")])
-
-
-def test_cdp_table_in_percent():
-    labelled = rows(4, ["HR", "HR", "LR", "LR"], [["top"], ["left"], [], []])
-    done = [trajectory(crops=names, status="valid") for names in (["top"], [], ["right"], [])]
-    found = evaluation.cdp_table({"sft": done}, labelled, 0.25).squeeze()
-    assert (found.call_rate, found.precision, found.recall, found.fpr, found.exact) == (50, 50, 50, 50, 100)
-    assert found.area == 0.5 and found.n == 4
 
 
 def test_first_turns_have_intervals_around_the_tables_values():
@@ -241,13 +225,23 @@ def test_figures_draw_and_repeat(tmp_path):
         figures.save_figure(figures.flow_figure(requests, "held-out"), tmp_path / f"{n}.png") for n in range(2)
     )
     assert png(first) and first.data == second.data == (tmp_path / "0.png").read_bytes()
-    main = pd.DataFrame(
-        [(s, b, 50.0, 40.0, 60.0, 0.5, 9) for s in ("full", "awares") for b in ("pope", "average")],
-        columns=["system", "benchmark", "accuracy", "accuracy_low", "accuracy_high", "rtr", "n"],
-    )
-    assert png(figures.show(figures.accuracy_rtr_figure(main)))
+    names = ("full", "half", "awares", "visionzip_50", "visionzip_awares", "random_crop")
+    main = pd.DataFrame({"system": names, "accuracy": 50.0, "accuracy_low": 40.0, "accuracy_high": 60.0, "rtr": 0.5})
+    main = pd.concat([main.assign(benchmark=name) for name in ("pope", "average")])
+    times = main.assign(batch="1", ms=3.0, ms_low=2.0, ms_high=5.0)
     curves = pd.DataFrame({"step": [1, 2], "reward": [0.1, 0.2], "kl": [None, None]})
-    assert png(figures.show(figures.curves_figure(curves, {"reward": "reward", "kl": "KL", "absent": "?"})))
+    sizes = pd.DataFrame({"width": [8, 8, 9], "height": [8, 8, 9], "source": ["a", "a", "b"]})
+    for figure in (
+        figures.accuracy_rtr_figure(main),
+        figures.systems_figure(main),
+        figures.accuracy_time_figure(times),
+        figures.curves_figure(curves, {"reward": "reward", "kl": "KL", "absent": "?"}),
+        figures.scatter_figure(sizes, "width", "height", "source", ("px", "px")),
+        figures.stacked_figure(times[:2], "system", {"ms_low": "low", "ms_high": "high"}, "ms"),
+    ):
+        assert png(figures.show(figure))
+    labels = [text.get_text() for text in figures.systems_figure(main).axes[0].get_legend().get_texts()]
+    assert labels == ["full", "half", "AwaRes", "visionzip_50", "visionzip_awares", "random_crop"]
 
 
 def test_whiskers_are_on_their_own_bars():
