@@ -315,7 +315,7 @@ def job(folder):
 def replies(folder):
     """The requests, as the server names them, whose replies stand in the files."""
     files = sorted((folder / "runs" / "mini" / ".replies").glob("*.jsonl"))
-    return [json.loads(line)["reply"]["id"] for file in files for line in file.read_bytes().split(b"\n")[:-1]]
+    return [json.loads(line)["raw"]["id"] for file in files for line in file.read_bytes().split(b"\n")[:-1]]
 
 
 # What is declared

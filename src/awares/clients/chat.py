@@ -22,7 +22,7 @@ from pydantic import AliasPath, BaseModel, Field, ValidationError
 from pydantic_core import from_json
 from tqdm import tqdm
 
-from awares.engine.jsonl import Record, append_records, drop_torn_line, exclusive_lock, read_records, refuse_foreign
+from awares.engine.jsonl import append_records, drop_torn_line, exclusive_lock, read_records, refuse_foreign
 from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
 
 T = TypeVar("T")
@@ -79,37 +79,31 @@ class Reply(BaseModel):
     ``seconds``: duration of the attempt that succeeded.
     """
 
-    text: str | None = Field(validation_alias=AliasPath("choices", 0, "message", "content"))
-    finish: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
-    prompt_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "prompt_tokens"))
-    completion_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "completion_tokens"))
     raw: dict[str, Any]
     seconds: float
-
-    @classmethod
-    def read(cls, body: Any, seconds: float) -> "Reply":
-        """The reply in the parsed body of a chat completion; ValueError for any other body."""
-        return cls.model_validate({**(body if isinstance(body, dict) else {}), "raw": body, "seconds": seconds})
+    text: str | None = Field(validation_alias=AliasPath("raw", "choices", 0, "message", "content"))
+    finish: str | None = Field(None, validation_alias=AliasPath("raw", "choices", 0, "finish_reason"))
+    prompt_tokens: int | None = Field(None, validation_alias=AliasPath("raw", "usage", "prompt_tokens"))
+    completion_tokens: int | None = Field(None, validation_alias=AliasPath("raw", "usage", "completion_tokens"))
 
 
 @dataclass(frozen=True)
 class Request:
     """One chat completion; ``messages`` and ``settings`` (temperature, max_tokens, extra_body, ...) as in the API.
 
-    ``version`` names the prompt. The same request always gets the same recorded reply; another ``seed`` setting makes
-    it another request. ``check`` sees a fresh reply before it is recorded and may raise. ``record=False``: always sent.
+    The same request always gets the same recorded reply; another ``seed`` setting makes it another request. ``check``
+    sees a fresh reply before it is recorded and may raise. ``record=False``: always sent.
     """
 
     row_id: str
     messages: Sequence[dict[str, Any]]
     settings: dict[str, Any]
-    version: str = ""
     check: Callable[[Reply], None] = lambda reply: None
     record: bool = True
 
     def key(self, model: str) -> str:
-        """Hash of everything that decides the reply: model, messages with image bytes, settings, prompt version."""
-        whole = {"model": model, "messages": self.messages, "settings": self.settings, "version": self.version}
+        """Hash of everything that decides the reply: model, messages with image bytes, settings."""
+        whole = {"model": model, "messages": self.messages, "settings": self.settings}
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -156,10 +150,8 @@ class ChatClient:
         failures = [result for result in results if isinstance(result, Failure)]
         if failures and on_failure is None:
             shown = "".join(f"\n  row {failure.row_id}: {failure.reason}" for failure in failures[:20])
-            count = f"{len(failures)} of {len(results)} rows have no reply, run again ({self._kept()})"
-            raise AwaresRequestError(
-                f"{self.server.url}: {count}:{shown}{len(failures) > 20 and '...' or ''}", failures
-            )
+            count = f"{len(failures)} of {len(results)} rows have no reply, {self._kept()}"
+            raise AwaresRequestError(f"{self.server.url}: {count}. The first:{shown}", failures)
         return [on_failure(result) if on_failure and isinstance(result, Failure) else result for result in results]
 
     def holds(self, request: Request) -> bool:
@@ -176,8 +168,7 @@ class ChatClient:
         with exclusive_lock(self.path):
             refuse_foreign(self.path, HEAD, "replies")
             drop_torn_line(self.path)  # else the next record would follow half a record on one line
-            records = read_records(self.path)
-            self.replies = {record["reply_key"]: Reply.read(record["reply"], record["seconds"]) for record in records}
+            self.replies = {one["reply_key"]: Reply.model_validate(one) for one in read_records(self.path)}
             yield
 
     def _send(self, api: openai.OpenAI, request: Request) -> Reply:
@@ -193,14 +184,10 @@ class ChatClient:
                 self._silent = 0
                 if request.record and not api.is_closed():  # after an abort the file is no longer ours
                     self.replies[key] = reply
-                    self._append({"reply_key": key, "id": request.row_id, "version": request.version}, reply)
+                    about = {"reply_key": key, "id": request.row_id, "model": self.server.model}
+                    if self.path:
+                        append_records(self.path, [{**about, "seconds": reply.seconds, "raw": reply.raw}])
         return reply
-
-    def _append(self, about: Record, reply: Reply) -> None:
-        """The reply is on the disk when this returns."""
-        if self.path is not None:
-            record = {**about, "model": self.server.model, "seconds": reply.seconds, "reply": reply.raw}
-            append_records(self.path, [record])
 
     def _fetch(self, api: openai.OpenAI, request: Request) -> Reply:
         create: Any = api.chat.completions.with_raw_response.create
@@ -213,7 +200,7 @@ class ChatClient:
                 raise self._refusal(error) from error
             content = self.server.without_key(response.content)
             try:
-                reply = Reply.read(from_json(content), response.elapsed.total_seconds())
+                reply = Reply.model_validate({"raw": from_json(content), "seconds": response.elapsed.total_seconds()})
             except ValueError:  # a torn body with status 200, which the library does not request again
                 time.sleep(min(8.0, 0.5 * 2.0**attempt))
                 continue
@@ -234,16 +221,14 @@ class ChatClient:
         )
 
     def _failure(self, row_id: str, error: RowFailed) -> Failure:
-        """The row's result; AwaresRequestError if it is one of too many. After a first reply a 4xx is the row's fault."""
+        """The row's result; AwaresRequestError for one too many. After a first reply a 4xx is the row's own fault."""
         with self._lock:
             self._silent += error.silent and not (error.refused and self.replies)
             silent = self._silent
         if silent >= self.server.stop_after:
-            raise AwaresRequestError(
-                f"{self.server.url}: no reply for {silent} rows in a row, the last for row {row_id}: {error}. "
-                f"When the server is back, run again ({self._kept()})"
-            ) from error
+            reason = f"no reply for {silent} rows in a row, the last for row {row_id}: {error}"
+            raise AwaresRequestError(f"{self.server.url}: {reason}. When it is back, {self._kept()}") from error
         return Failure(row_id, str(error), error.silent)
 
     def _kept(self) -> str:
-        return "no reply is kept, because no file was named" if self.path is None else "the other replies are kept"
+        return "run again: the other replies are kept" if self.path else "no reply is kept, as no file was named"

@@ -24,8 +24,8 @@ from awares.method.protocol import OURS, Protocol, get_protocol
 from awares.method.rollout import MAX_NEW_TOKENS, Conversation, Interaction, Trajectory
 
 NEVER = -100.0  # the API's lowest logit_bias: the token is not written
-# Control tokens as they are: a tokenizer that marks <tool_call> as special, as ours does, would drop it. The
-# repetition penalty of the checkpoint's generation config must not apply.
+# A tokenizer that marks <tool_call> as special, as ours does, would drop it; the repetition penalty of the
+# checkpoint's generation config must not apply.
 VLLM_SETTINGS = {"skip_special_tokens": False, "spaces_between_special_tokens": False, "repetition_penalty": 1.0}
 FIX = (
     "serve the model with its own chat template and image processor and, on vLLM, with "
@@ -36,14 +36,13 @@ FIX = (
 class RemoteEngine(Interaction):
     """Runs rows through the model behind ``client``; same arguments and results as `rollout.Engine`.
 
-    ``processor`` (tokenizer and image processor of the served model) counts the tokens. ``check``: before the first
-    fresh request a two-turn probe is sent. The server's prompt must equal ours: by token ids if the server returns
-    them (vLLM does), else by their number. Every later prompt is compared by number.
+    ``processor`` (of the served model) counts the tokens. ``check``: the server's prompt must equal ours. A two-turn
+    probe before the first fresh request compares token ids if the server returns them (vLLM does), else their number;
+    later prompts are compared by number.
 
-    Differences from the in-process engine: ``seconds`` is the time of the row's own requests, the server's queue
-    included; ``margin`` is infinite and ``call_logprob`` None (no logits); in turn 2 the server tokenizes the text of
-    turn 1 again, so an unusual spelling of a call in tokens becomes the tokenizer's; in protocol released, a row that
-    may not call cannot write the call's first word anywhere in turn 1, and can in turn 2.
+    Differences from the in-process engine: ``call_bias`` must be 0; ``seconds`` is the time of the row's requests, the
+    server's queue included; ``margin`` is infinite and ``call_logprob`` None; the server tokenizes the text of turn 1
+    again in turn 2; with protocol released, a row that may not call cannot write the call's first word in turn 1.
     """
 
     def __init__(
@@ -69,10 +68,8 @@ class RemoteEngine(Interaction):
         def talk(index: int, send: Send) -> Trajectory:
             with self._lock:  # images and tokenizers are not safe in several threads
                 row = prepare(index)
-            if row.bias not in (0.0, float("-inf")):
-                raise AwaresValueError(
-                    f"call_bias {row.bias}: a server takes only 0, as logit_bias is for all positions"
-                )
+            if row.bias not in (0.0, float("-inf")):  # logit_bias would apply at every position
+                raise AwaresValueError(f"call_bias {row.bias}: use 0 with a server, or the in-process engine")
             urls = self._turn(row, [], send)
             if row.free:
                 row.call = self._read_call(row)
@@ -131,7 +128,7 @@ class RemoteEngine(Interaction):
             row = self._open(Image.new("RGB", (112, 168)), "probe", "probe", "half", (), self.protocol.system)
             self._force(row, ("top", "left"))
         request = self._request(row, [data_url(image) for image in row.images])
-        extra = {**VLLM_SETTINGS, "return_token_ids": True}
+        extra = {"max_tokens": 1, "extra_body": {**VLLM_SETTINGS, "return_token_ids": True}}
 
         def check(reply: Reply) -> None:
             ids = reply.raw.get("prompt_token_ids")
@@ -141,26 +138,21 @@ class RemoteEngine(Interaction):
                 raise AwaresRequestError(f"the server renders another prompt than this model's: {FIX}")
             self._check(reply, len(row.ids))
 
-        settings = {**request.settings, "max_tokens": 1, "extra_body": extra}
         try:
-            send(Request("probe", request.messages, settings, check=check, record=False))
+            send(replace(request, settings={**request.settings, **extra}, check=check, record=False))
         except RowFailed as error:
             raise AwaresRequestError(f"{self.client.server.url}: the probe before the first row: {error}") from error
 
 
 def as_sent(messages: Iterable[dict[str, Any]], urls: Sequence[str]) -> list[dict[str, Any]]:
     """Chat messages for the API: ``urls`` replace the image placeholders, tool turns become user turns."""
-    pictures = iter(urls)
-
-    def part(content: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "image_url", "image_url": {"url": next(pictures)}} if content["type"] == "image" else content
-
+    pictures = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
     sent = []
     for message in messages:
-        message = protocol.tool_as_user(message) if message["role"] == "tool" else message
-        content = message["content"]
-        parts = content if isinstance(content, str) else [part(one) for one in content]
-        sent.append({"role": message["role"], "content": parts})
+        content = (protocol.tool_as_user(message) if message["role"] == "tool" else message)["content"]
+        if not isinstance(content, str):
+            content = [next(pictures) if part["type"] == "image" else part for part in content]
+        sent.append({"role": "user" if message["role"] == "tool" else message["role"], "content": content})
     return sent
 
 

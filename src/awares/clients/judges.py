@@ -202,13 +202,11 @@ class Asker(Generic[R]):
     """A served model with one of the prompts: asks until a reply can be read as ``reply``."""
 
     def __init__(self, name: str, params: Params, prompt: str, reply: type[R]) -> None:
-        self.model, self.reply = get_model(name, params), reply
+        self.model, self.client, self.reply = get_model(name, params), make_client(name, params), reply
         self.prompt: Prompt = getattr(read_served(params).prompts, prompt)
         self.source = {"model": self.model.model, "version": self.prompt.version}
-
-    def key(self) -> str:
-        """Everything that decides a reply."""
-        return f"{self.model.model}:{self.model.max_tokens}:{self.model.retries}:{self.prompt}:{code_of(__file__)}"
+        limits = f"{self.model.max_tokens}:{self.model.retries}"
+        self.key = f"{name}:{self.model.model}:{limits}:{self.prompt}:{code_of(__file__)}"  # all that decides a reply
 
     def ask(self, send: Send, row_id: str, picture: Image.Image | None = None, **values: str) -> tuple[R, str]:
         """The first usable reply and its raw text; RowFailed after ``retries`` further attempts without one."""
@@ -222,7 +220,7 @@ class Asker(Generic[R]):
                 "response_format": {"type": "json_schema", "json_schema": schema},
             }
             try:
-                text = str(send(Request(row_id, messages, settings, self.prompt.version)).text)
+                text = str(send(Request(row_id, messages, settings)).text)
                 if found := self.reply.read(text):
                     return found, text
                 reasons.append(f"not usable: {text[:200]!r}")
@@ -260,12 +258,12 @@ class ServedJudge(Judge):
     """
 
     def __init__(self, name: str, params: Params) -> None:
-        self.name, self.client = name, make_client(name, params)
+        self.name = name
         self.pair = Asker(name, params, "judge", Comparison)
         self.single = Asker(name, params, "grade", Grade)
 
     def key(self) -> str:
-        return f"{super().key()}:{self.pair.key()}"
+        return self.pair.key
 
     def scores(
         self, questions: Sequence[str], predictions: Sequence[str], answers: Sequence[Sequence[str]]
@@ -277,7 +275,9 @@ class ServedJudge(Judge):
             values["answer"] = predictions[index]
             return float(self.single.ask(send, str(index), **values)[0].right)
 
-        return self.client.converse([str(index) for index in range(len(questions))], talk, lambda failure: math.nan)
+        return self.single.client.converse(
+            [str(index) for index in range(len(questions))], talk, lambda failure: math.nan
+        )
 
     def judge(
         self,
@@ -299,7 +299,7 @@ class ServedJudge(Judge):
             source, nothing = self.pair.source, (None, None, None, None, None, None)
             return ServedVerdict(*nothing, **source, replies=(), reason=failure.reason, silent=failure.silent)
 
-        return [*self.client.converse(names, talk, lost)]
+        return [*self.pair.client.converse(names, talk, lost)]
 
     def verdict_of(self, forward: tuple[Comparison, str], swapped: tuple[Comparison, str]) -> ServedVerdict:
         """The verdict from two replies: with the low answer first, and with it second."""
@@ -327,11 +327,11 @@ class ServedOracle(Oracle):
     """A vision-language model that sees the full image, the question and the accepted answers (PAPER §2.2)."""
 
     def __init__(self, name: str, params: Params) -> None:
-        self.name, self.client = name, make_client(name, params)
+        self.name = name
         self.asker = Asker(name, params, "oracle", Evidence)
 
     def key(self) -> str:
-        return f"{self.name}:{self.asker.key()}"
+        return self.asker.key
 
     def locate(self, rows: Sequence[Record]) -> list[Record]:
         """Boxes, raw reply, how it was ``read``, model and prompt version of each row.
@@ -350,7 +350,7 @@ class ServedOracle(Oracle):
             none = {"question_boxes": [], "answer_boxes": [], **self.asker.source, "reply": "", "read": ""}
             return {**none, "reason": failure.reason, "silent": failure.silent}
 
-        return self.client.converse([row["id"] for row in rows], talk, lost)
+        return self.asker.client.converse([row["id"] for row in rows], talk, lost)
 
 
 def make_judges(params: Params) -> list[Judge]:
