@@ -15,11 +15,9 @@ from faulty_server import ServerProcess
 from PIL import Image
 from test_rollout import NAMES, ORDERS, TIE, engine, rigged, rows_of  # noqa: F401  (rigged is a fixture)
 
-from awares.cli import batch
 from awares.clients.chat import ChatClient, Server
 from awares.clients.engine import RemoteEngine, data_url
 from awares.engine import chat_format
-from awares.engine.jsonl import read_records
 from awares.engine.model import make_processor
 from awares.errors import AwaresError, AwaresRequestError
 from awares.method import crops, protocol
@@ -75,6 +73,8 @@ def test_trajectories_equal_the_in_process_engines(rigged: SimpleNamespace, remo
     images = rows_of(rigged, ORDERS)
     found = remote().run(images, ORDERS)
     assert_same(found, engine(rigged).run(images, ORDERS))
+    forced = [("center", "bottom"), (), None, ("all",), ("left",), *[None] * (len(ORDERS) - 5)]
+    assert_same(remote().run(images, ORDERS, forced), engine(rigged).run(images, ORDERS, forced))
     assert {trajectory.call_status for trajectory in found} == {"none", "valid", "malformed"}
     assert max(len(trajectory.crops) for trajectory in found) == 3
     assert all(trajectory.seconds > 0 and trajectory.margin == float("inf") for trajectory in found)
@@ -85,15 +85,6 @@ def test_a_call_that_runs_out_of_tokens_is_closed_the_same_way(rigged: SimpleNam
     found = remote(max_new_tokens=5).run(image, order)
     assert found[0].call_status == "recovered"
     assert_same(found, engine(rigged, max_new_tokens=5).run(image, order))
-
-
-def test_forced_decisions_equal_the_in_process_engines(rigged: SimpleNamespace, remote) -> None:  # noqa: F811
-    forced = [("center", "bottom"), (), None, ("all",), ("left",)]
-    questions = ["plain a", "plain b", "do top", "plain c", "do right"]
-    images = rows_of(rigged, questions)
-    found = remote().run(images, questions, forced=forced, row_ids=list("abcde"))
-    assert_same(found, engine(rigged).run(images, questions, forced=forced, row_ids=list("abcde")))
-    assert [trajectory.call_status for trajectory in found] == ["forced", "none", "valid", "forced", "forced"]
 
 
 @pytest.mark.parametrize("view", ["full", "half", "none", "half+crops"])
@@ -171,24 +162,18 @@ def read_url(url: str) -> Image.Image:
 # A server that is not ours
 
 
-def test_a_server_that_renders_another_prompt_is_found_out_before_any_row(
+def test_a_server_with_another_prompt_or_image_limit_is_refused_before_a_reply_is_recorded(
     tiny: SimpleNamespace, remote, tmp_path: Path
 ) -> None:
     tokenizer = tiny_tokenizer()
     other = make_processor(tokenizer)
     swapped = chat_format.CHAT_TEMPLATE.replace("</tool_response>", "X").replace("<tool_response>", "</tool_response>")
     tokenizer.chat_template = other.chat_template = swapped.replace("X", "<tool_response>")  # as many tokens as before
-    with pytest.raises(AwaresRequestError, match="renders another prompt.*--chat-template-content-format openai"):
+    with pytest.raises(AwaresRequestError, match="another prompt.*--chat-template-content-format openai"):
         remote(processor=other).run([tiny.noise(112, 112, 0)], ["q"])
-    assert not (tmp_path / "replies.jsonl").exists()
-
-
-def test_a_server_with_other_image_limits_is_found_out_before_its_reply_is_recorded(
-    tiny: SimpleNamespace, remote, tmp_path: Path
-) -> None:
-    other = make_processor(tiny_tokenizer(), max_pixels=112 * 112)  # the probe's images are below the limit
+    limited = make_processor(tiny_tokenizer(), max_pixels=112 * 112)  # the probe's images are below the limit
     with pytest.raises(AwaresRequestError, match="the server counts .* prompt tokens"):
-        remote(processor=other).run([tiny.noise(448, 448, 0)], ["q"])
+        remote(processor=limited).run([tiny.noise(448, 448, 0)], ["q"])
     assert not (tmp_path / "replies.jsonl").exists()
 
 
@@ -210,19 +195,6 @@ def test_failed_rows_are_named_and_the_others_kept(tiny: SimpleNamespace, remote
     assert faulty.counts()["a"] == faulty.counts()["d"] == 1
     assert [failure.row_id for failure in caught.value.failures] == ["v", "w"]
     assert "row w: the model wrote an image placeholder" in str(caught.value)
-
-
-def test_a_batch_notes_the_row_that_the_server_gives_up_and_answers_the_others(
-    tiny: SimpleNamespace, remote, faulty: ServerProcess, tmp_path: Path
-) -> None:
-    image, out = tiny.noise(112, 112, 0), tmp_path / "out.jsonl"
-    questions = {"u": "a", "v": "b|500", "w": "d"}
-    items = [batch.Item(name, name, question, lambda: image) for name, question in questions.items()]
-    done = batch.run(items, out, remote(faulty.url, check=False), {"call_bias": 0.0})
-    assert faulty.counts()["a"] == faulty.counts()["d"] == 1
-    assert (done.rows, done.ran, done.errors) == (3, 3, 1)
-    lines = [("error" in line, line.get("answer")) for line in read_records(out)]
-    assert lines == [(False, "reply to a"), (True, None), (False, "reply to d")]
 
 
 def test_bad_input_is_named_before_anything_is_sent(tiny: SimpleNamespace, remote) -> None:
