@@ -423,7 +423,7 @@ def test_many_clients_at_once_get_what_they_get_alone_from_a_front_of_a_server(
         serving(tmp_path / "tiny", "--max-new-tokens", 12, "--server", backend, "--server-model", "tiny") as (url, _),
     ):
         with ThreadPoolExecutor(10) as pool:
-            asks = [pool.submit(client(url).chat.completions.create, **question(image)) for image in images]
+            asks = [pool.submit(client(url).chat.completions.create, **question(image)) for image in images]  # type: ignore[arg-type]
             replies: list[Any] = [ask.result() for ask in asks]
         for image, reply in zip(images, replies, strict=True):
             own = engine.run([image], ["what?"])[0]
