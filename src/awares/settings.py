@@ -266,16 +266,17 @@ class Params(Section):
         return self.root / name
 
     def run_dir(self, stage: str) -> Path:
-        """runs/<profile>/<stage>, and below it /<variant>-s<seed> for stages that depend on the training seed.
+        """runs/<profile>/<stage>; below it <variant> for data and curation, <variant>-s<seed> for stages that depend on the seed.
 
         A stage before the first one that the variant changes has the main line's folder. Evaluation on an unseen seed
         has runs/<profile>/unseen/<variant>-s<seed>-e<evaluation seed>.
         """
         folder = self.path(self.paths.runs) / self.profile / stage
-        own = self.variant != "main" and (stage not in DECIDES or bool(self.changed & DECIDES[stage]))
-        if stage not in SEEDED_STAGES:
-            return folder / self.variant if own and stage in DECIDES else folder
-        name = f"{self.variant if own else 'main'}-s{self.seed}"
+        name = self.variant if self.changed & DECIDES.get(stage, self.changed) else "main"
+        if stage in SEEDED_STAGES:
+            name = f"{name}-s{self.seed}"
+        elif stage not in DECIDES:
+            return folder
         if stage == "evaluation" and self.unseen:
             return folder.with_name("unseen") / f"{name}-e{self.evaluation.seed}"
         return folder / name

@@ -136,7 +136,7 @@ def test_judges_differ_as_the_paper_says():
 def test_unknown_judge_and_oracle_are_named():
     with pytest.raises(AwaresError, match="'bleu'.*semantic"):
         load_params(path=PARAMS, overrides={"curation.judges": ["semantic", "bleu"]})
-    with pytest.raises(AwaresError, match="'llm'.*annotation"):
+    with pytest.raises(AwaresError, match="curation.oracle.*annotation.*'llm'"):
         load_params(path=PARAMS, overrides={"curation.oracle": "llm"})
 
 
@@ -356,9 +356,7 @@ def test_lucky_rows_are_located_and_told(params, tmp_path):
 
 
 def test_luck_cannot_be_told_without_logits():
-    with pytest.raises(
-        AwaresError, match="curation.lucky_margin 1.5 needs the logits of curation.engine local: 'base'"
-    ):
+    with pytest.raises(AwaresError, match="curation.lucky_margin needs logits.* curation.engine local"):
         load_params(path=PARAMS, overrides={"curation.engine": "base", "curation.lucky_margin": 1.5})
 
 

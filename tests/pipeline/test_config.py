@@ -61,7 +61,7 @@ def test_both_profiles_have_the_same_keys():
 
 def test_run_folders(edited):
     params = load_params("mini", overrides="{seed: 2}", path=PARAMS)
-    assert params.run_dir("data") == params.path("runs/mini/data")
+    assert params.run_dir("data") == params.path("runs/mini/data/main")
     assert params.run_dir("grpo") == params.path("runs/mini/grpo/main-s2")
     assert params.report_dir() == params.path("reports/mini") and not params.unseen
     unseen = load_params("mini", overrides="{evaluation.seed: 999}", path=PARAMS)
@@ -82,6 +82,7 @@ def test_variant_then_overrides(edited):
     assert (params.grpo.lambda_area, params.grpo.beta, params.grpo.epochs, params.threads) == (0.0, 0.2, 1, 3)
     assert params.base.stages["words"].steps == 5
     assert params.run_dir("grpo").name == "no_area-s1" and params.run_dir("sft").name == "main-s1"
+    assert params.run_dir("curation").name == "main" and params.run_dir("ablations").name == "ablations"
 
 
 def test_a_whole_number_becomes_a_float_where_one_is_declared():

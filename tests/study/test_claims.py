@@ -25,10 +25,10 @@ POLICIES = {
     "awares": trained("main", "grpo"),
     "sft": trained("main", "sft"),
     "variant": trained("variant", "grpo", like="awares"),
-    "oracle": {"validation": "curation/validation/dataset"},
+    "oracle": {"validation": "curation/main/validation/dataset"},
     "pruner": {"evaluation": "systems/pruner/scores.csv"},
-    "judge_anls": {"curation": "curation/train/dataset", "judge": "anls"},
-    "judge_other": {"curation": "curation/train/dataset", "judge": "other"},
+    "judge_anls": {"curation": "curation/main/train/dataset", "judge": "anls"},
+    "judge_other": {"curation": "curation/main/train/dataset", "judge": "other"},
 }
 
 
@@ -51,7 +51,7 @@ class World:
         self.params = load_params("mini", overrides={**paths, "evaluation.bootstrap": 500})
         self.folder, self.runs = folder, folder / "runs" / "mini"
         self.rows = data.from_rows([row(f"{task}-{n}", task, "evaluation") for n in range(PER_TASK) for task in TASKS])
-        data.save_rows(self.rows, self.runs / "data" / "evaluation")
+        data.save_rows(self.rows, self.runs / "data" / "main" / "evaluation")
 
     def policy(self, path, marks, **more):
         """Answers to the evaluation rows; ``marks``: right or wrong, one per row."""
@@ -74,7 +74,7 @@ class World:
             made = made.add_column("verdict", [2 if label == "HR" else 0 for label in labels])
         for judge, values in dict(verdicts).items():
             made = made.add_column(f"verdict_{judge}", values)
-        data.save_rows(made, self.runs / "curation" / split / "dataset")
+        data.save_rows(made, self.runs / "curation" / "main" / split / "dataset")
 
     def turns(self, path, requests, statuses=None):
         statuses = statuses or ["valid" if crops else "none" for crops in requests]

@@ -95,7 +95,7 @@ def collect(params: Params, kind: str, name: str) -> Collected:
         opened.check()
         published = opened.count()
         wanted = _wanted(params, source, published)
-        folder = training.checkpoint_folder(params.run_dir("data") / "rows", _inputs(params, source, opened.commit))
+        folder = training.checkpoint_folder(params.run_dir("data"), _inputs(params, source, opened.commit))
         draw = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
         read = {record["id"]: record for file in folder.glob("rows-*.jsonl") for record in read_records(file)}
         places = {source.row_id(index): index for index in wanted}

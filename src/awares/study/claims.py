@@ -34,8 +34,8 @@ POLICIES: dict[str, Policy] = {
     **{name: trained(name, "sft", like="sft") for name in SFT_VARIANTS},
     **{name: trained(name, "grpo", like="awares") for name in GRPO_VARIANTS},
     **{name: {"evaluation": f"systems/{name}/scores.csv"} for name in PRUNERS},
-    "oracle": {"validation": "curation/validation/dataset"},
-    **{f"judge_{name}": {"curation": "curation/train/dataset", "judge": name} for name in ("embedding", "anls")},
+    "oracle": {"validation": "curation/main/validation/dataset"},
+    **{f"judge_{name}": {"curation": "curation/main/train/dataset", "judge": name} for name in ("embedding", "anls")},
 }
 
 

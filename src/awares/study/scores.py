@@ -252,7 +252,7 @@ class Runs:
             table = pd.read_csv(path, dtype={"row_id": str, "benchmark": str})
         else:
             done = load_trajectories(path)
-            table = scored(path.stem, self._dataset(self.root / "data" / "evaluation"), done)
+            table = scored(path.stem, self._dataset(self.root / "data" / "main" / "evaluation"), done)
             table["characters"] = [len(one.answer) for one in done]
         parts: dict[str, Parts] = {}
         for measure, (column, most) in COLUMNS.items():
@@ -269,7 +269,7 @@ class Runs:
 
     def _decisions(self, place: str, path: Path) -> RowSet:
         """First turns of trajectories, or the oracle's requests if ``path`` is the curated rows."""
-        rows = self._dataset(self.root / "curation" / "validation" / "dataset")
+        rows = self._dataset(self.root / "curation" / "main" / "validation" / "dataset")
         ids, labels, target = rows["id"][:], rows["label"][:], rows["target_crops"][:]
         done = [] if path.is_dir() else load_trajectories(path)
         if done and [one.row_id for one in done] != ids:
