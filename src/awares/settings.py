@@ -210,7 +210,7 @@ class BaseStage(Section):  # one stage of training the embedded base model; work
 class Base(Section):  # the base VLM: a folder of this repository or a model id, and how the embedded one was trained
     seed: Whole
     begin: Literal["glyphs", "joint", "review"]
-    stages: dict[str, BaseStage]  # in order
+    stages: dict[str, BaseStage] = field(hash=False)  # in order
     warmup_steps: Count
     decay_fraction: Fraction
     weight_decay: Amount

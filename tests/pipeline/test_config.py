@@ -177,6 +177,7 @@ def test_a_broken_variant_does_not_break_the_others(edited):
 def test_as_dict_names_every_value_and_no_folder():
     values = load_params(path=PARAMS).as_dict()
     assert values["grpo"]["beta"] == 0.05 and "root" not in values
+    assert hash(load_params(path=PARAMS)) == hash(load_params(path=PARAMS))  # as a key of caches
 
 
 def test_the_judge_that_decides_gives_a_verdict_too():
