@@ -210,7 +210,6 @@ class BaseStage(Section):  # one stage of training the embedded base model; work
 class Base(Section):  # the base VLM: a folder of this repository or a model id, and how the embedded one was trained
     seed: Whole
     begin: Literal["glyphs", "joint", "review"]
-    stages: dict[str, BaseStage] = field(hash=False)  # in order
     warmup_steps: Count
     decay_fraction: Fraction
     weight_decay: Amount
@@ -218,6 +217,7 @@ class Base(Section):  # the base VLM: a folder of this repository or a model id,
     dtype: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"]
     launch: str
+    stages: dict[str, BaseStage] = field(hash=False)  # in order
 
 
 class Plan(Section):  # the hardware that costs are estimated for; bench: a folder of `awares bench --train` or nothing
