@@ -272,7 +272,8 @@ class Params(Section):
         has runs/<profile>/unseen/<variant>-s<seed>-e<evaluation seed>.
         """
         folder = self.path(self.paths.runs) / self.profile / stage
-        name = self.variant if self.changed & DECIDES.get(stage, self.changed) else "main"
+        shared = stage in DECIDES and not self.changed & DECIDES[stage]
+        name = "main" if shared else self.variant
         if stage in SEEDED_STAGES:
             name = f"{name}-s{self.seed}"
         elif stage not in DECIDES:

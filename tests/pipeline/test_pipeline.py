@@ -31,7 +31,7 @@ SUMMARIES = ("crop_distribution", "report", "seeds", "ablations", "comparison")
 
 def with_names(text, profile="mini", variant="main"):
     """``text`` of dvc.yaml with the names of one run filled in."""
-    names = {"profile": profile, "item.variant": variant, "item.system": "half", "item.trained": "sft"}
+    names = {"profile": profile, "item.variant": variant, "item.system": "half"}
     return re.sub(r"\$\{([\w.]+)\}", lambda match: names.get(match[1], match[0]), text)
 
 
