@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from faulty_server import ServerProcess
-from test_sources_hub import Gate, gate  # noqa: F401  (a fixture)
+from hub_server import Gate, gate  # noqa: F401  (a fixture)
 from transformers import Qwen3VLConfig
 
 from awares.bench import costs, plan

@@ -10,11 +10,10 @@ import published
 import pytest
 
 from awares import AwaRes
-from awares.cli import calls
 from awares.config import CROP_NAMES, load_params
 from awares.data import released
-from awares.data import rows as data
 from awares.engine.model import save_model
+from awares.engine.rows import load_rows
 from awares.errors import AwaresError
 from awares.method import curation, protocol, sft
 from awares.method.crops import CROPS
@@ -29,19 +28,60 @@ def settings(**values):
     return load_params("mini", overrides=values, path=ROOT / "params.yaml")
 
 
-# The parser
+# What the parser accepts and rejects: a turn, its status in our and in the released protocol, crops, note
+SPELLINGS = """\
+CROP(["top"]) | valid | recovered | top | our format
+CROP(["bottom", "center"]) | valid | recovered | bottom, center | several, in the order asked
+CROP(["all"]) | valid | recovered | all | the whole image
+GET_CROPS: ['3'] | recovered | valid | bottom-right | the paper's format
+GET_CROPS: ['0', '5'] | recovered | valid | top-left, top | several ids
+GET_CROPS: ['all'] | recovered | valid | all | the whole image
+GET_CROPS: ['0','5'] | recovered | recovered | top-left, top | no space
+GET_CROPS:['0', '5'] | recovered | recovered | top-left, top | no space after the colon
+GET_CROPS ['3'] | recovered | recovered | bottom-right | no colon, as the released evaluation asks
+GET_CROPS: ["0", "5"] | recovered | recovered | top-left, top | double quotes
+GET_CROPS: [0, 5] | recovered | recovered | top-left, top | numbers
+GET_CROPS: [0,5,6,7] | recovered | recovered | top-left, top, bottom, left | four numbers
+GET_CROPS: 5 | recovered | recovered | top | no list
+GET_CROPS: ['top-left'] | recovered | recovered | top-left | a name for an id
+GET_CROPS: ['5', '5'] | recovered | recovered | top | one twice
+GET_CROPS: ['5', '9'] | recovered | recovered | top | an unknown id beside a known one
+GET_CROPS: ['0', '5' | recovered | recovered | top-left, top | cut off
+get_crops: ['8'] | recovered | recovered | right | small letters
+It is too small. GET_CROPS: ['4'] | recovered | recovered | center | words before
+CROP("top") | recovered | recovered | top | no list
+CROP(["Upper left", "centre"]) | recovered | recovered | top-left, center | other words
+CROP(["top", "top"]) | recovered | recovered | top | one twice
+CROP(["left", "nowhere"]) | recovered | recovered | left | an unknown name beside a known one
+<tool_call> {'name': 'crop', 'arguments': {'regions': ['right']}} </tool_call> | recovered | recovered | right | single quotes
+<tool_call>top-left and right</tool_call> | recovered | recovered | top-left, right | no JSON
+GET_CROPS: [] | malformed | malformed |  | no region
+GET_CROPS: ['9'] | malformed | malformed |  | an unknown id
+GET_CROPS | malformed | malformed |  | cut off too early
+CROP([]) | malformed | malformed |  | no region
+CROP(["nowhere"]) | malformed | malformed |  | an unknown name
+CROP([[0, 0, 500, 500]]) | malformed | malformed |  | a box is no region
+CROP(["0,0,500,500"]) | malformed | malformed |  | nor is its text
+<tool_call> {"name": "zoom", "arguments": {"regions": ["top"]}} </tool_call> | malformed | malformed |  | another tool
+top left | none | none |  | a place as an answer
+['0', '5'] | none | none |  | a list as an answer
+all | none | none |  | a word of the protocol as an answer
+crop: wheat | none | none |  | a word that looks like a key
+""".splitlines()
 
 
-@pytest.mark.parametrize("name", ["ours", "released"])
-@pytest.mark.parametrize("example", calls.EXAMPLES, ids=lambda example: example.text[:40])
-def test_the_table_of_accepted_and_rejected_strings(example: calls.Example, name: str) -> None:
-    call = protocol.parse_call(example.text, protocol.get_protocol(name))
-    assert (call.status, call.crops) == (getattr(example, name), example.crops)
-    assert protocol.parse_call(example.text + "<|im_end|>", protocol.get_protocol(name)).status == call.status
-
-
-def test_the_readme_shows_the_very_table() -> None:
-    assert calls.markdown() in (ROOT / "src" / "awares" / "README.md").read_text()
+@pytest.mark.parametrize("line", SPELLINGS)
+def test_the_table_of_accepted_and_rejected_strings(line: str) -> None:
+    short, ours, released_form, crops, note = line.split(" | ")
+    call_of = r'<tool_call> {"name": "crop", "arguments": {"regions": \1}} </tool_call>'
+    printed = re.sub(r"CROP\((.*)\)", call_of, short)
+    text = printed.replace("<tool_call> ", "<tool_call>\n").replace(" </tool_call>", "\n</tool_call>")
+    for name, status in (("ours", ours), ("released", released_form)):
+        call = protocol.parse_call(text, protocol.get_protocol(name))
+        assert (call.status, ", ".join(call.crops)) == (status, crops)
+        assert protocol.parse_call(text + "<|im_end|>", protocol.get_protocol(name)).status == status
+    readme = (ROOT / "src" / "awares" / "README.md").read_text()
+    assert f"| `{printed}` | {ours} | {released_form} | {crops} | {note} |" in readme
 
 
 @pytest.mark.parametrize("form", [protocol.OURS, protocol.RELEASED], ids=["ours", "released"])
@@ -149,7 +189,7 @@ def test_the_released_dataset_gives_curated_rows(tiny: SimpleNamespace, tmp_path
     published.benchmarks(tmp_path / "hub", 2, 80_000)  # chartqa's first two pictures are those of rows 0 and 1
     places = {"data.hub_root": str(tmp_path / "hub"), "paths.runs": str(tmp_path / "runs")}
     params = settings(**{"curation.released": "awares", "data.validation_rows": 1, **places})
-    curated = released.curate(params, tmp_path / "out")
+    curated = released.curate_released(params, tmp_path / "out")
     rows, held = curated["train"], curated["validation"]
     assert (
         len(held) == 5 and len(rows) == 5 and set(held["split"]) == {"validation"} and set(rows["split"]) == {"train"}
@@ -165,17 +205,17 @@ def test_the_released_dataset_gives_curated_rows(tiny: SimpleNamespace, tmp_path
         assert row["image"].size == (168, 112)  # the picture, not the crop
     reference = {"low_answer", "high_answer", "verdict", "label", "both_wrong", "target_crops", "oracle_answer_boxes"}
     assert reference <= set(rows.column_names) and curation.judge_names(rows) == ["released"]
-    read = data.load_rows(tmp_path / "out/train/dataset")
+    read = load_rows(tmp_path / "out/train/dataset")
     values = {"sft.max_length": 8192, "protocol.max_new_tokens": 64}
     assert len(sft.plan(read, tiny.processor, settings(**values))) == 5 * settings(**values).sft.epochs
     needed = sum(label == "HR" for label in read["label"])
     assert curation.label_shares(read).set_index("judge").hr["released"] == 20 * needed > 0
-    again = released.curate(params, tmp_path / "again")
+    again = released.curate_released(params, tmp_path / "again")
     assert [again[split]["id"][:] for split in again] == [curated[split]["id"][:] for split in curated]
-    with pytest.raises(
-        AwaresError, match=r"curated.awares: 10 usable rows .* beside the 10 of data.validation_rows: lower"
-    ):
-        released.curate(settings(**{"curation.released": "awares", "data.validation_rows": 2, **places}), tmp_path)
+    with pytest.raises(AwaresError, match="curated.awares: 10 usable rows .*data.validation_rows"):
+        released.curate_released(
+            settings(**{"curation.released": "awares", "data.validation_rows": 2, **places}), tmp_path
+        )
 
 
 def test_pictures_held_out_of_the_released_dataset_do_not_come_back_in_training(tmp_path: Path, monkeypatch) -> None:
@@ -184,21 +224,16 @@ def test_pictures_held_out_of_the_released_dataset_do_not_come_back_in_training(
     published.benchmarks(tmp_path / "hub", 2, 90_000)
     places = {"data.hub_root": str(tmp_path / "hub"), "paths.runs": str(tmp_path / "runs")}
     some = {"curation.released": "awares", "data.validation_rows": 2, "data.sources": ["chartqa"]}
-    curated = released.curate(settings(**some, **places), tmp_path / "out")
+    curated = released.curate_released(settings(**some, **places), tmp_path / "out")
     numbers = {split: {int(row_id[-2:]) for row_id in rows["id"]} for split, rows in curated.items()}
     assert len(numbers["validation"]) == 2
     assert numbers["train"] == {n for n in range(12) if n % 6 not in {held % 6 for held in numbers["validation"]}}
 
 
-def test_an_unknown_name_for_the_released_dataset_is_told(tmp_path: Path) -> None:
-    with pytest.raises(AwaresError, match="curation.released: 'nothing' is not declared in .*: it has awares"):
-        released.curate(settings(**{"curation.released": "nothing"}), tmp_path)
-
-
-def test_an_unreadable_call_of_the_released_dataset_is_named() -> None:
-    with pytest.raises(
-        AwaresError, match=r"here, row 7: the first turn 'GET_CROPS: \?' is no readable call: write skip: \[7\]"
-    ):
+def test_an_unknown_name_and_an_unreadable_call_are_named(tmp_path: Path) -> None:
+    with pytest.raises(AwaresError, match="curation.released: 'nothing' is not in .*awares"):
+        released.curate_released(settings(**{"curation.released": "nothing"}), tmp_path)
+    with pytest.raises(AwaresError, match=r"here, row 7: .*GET_CROPS: \?.*skip: \[7\]"):
         released._target({"row": 7, "call": "GET_CROPS: ?"}, "here")
-    with pytest.raises(AwaresError, match=r"here, row 8: the trajectory ends with its call: write skip: \[8\]"):
+    with pytest.raises(AwaresError, match=r"here, row 8: .*skip: \[8\]"):
         released._target({"row": 8, "call": "", "answers": ["GET_CROPS: ['5']"]}, "here")

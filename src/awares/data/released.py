@@ -1,7 +1,6 @@
-"""The released AwaRes dataset as curated rows: a ready-made alternative to `curation` (PAPER §7), which ``curation.released`` chooses.
+"""The released AwaRes dataset as curated rows, in place of `method.curation` (PAPER §7); ``curation.released`` names it.
 
-Its published schema could not be read when this was written: what is assumed of it stands in `sources.READERS` (trajectory)
-and under ``curated`` in data/sources.yaml, which is where to correct it.
+Its schema is assumed: see the reader `trajectory` in `sources` and section ``curated`` of data/sources.yaml.
 """
 
 from collections.abc import Sequence
@@ -11,69 +10,69 @@ from pathlib import Path
 import datasets
 
 from awares.config import Params
-from awares.data import rows as data
-from awares.data import sampling
-from awares.data.sampling import Collected
+from awares.data.rows import validate_rows
+from awares.data.sampling import Collected, all_hashes, benchmark_hashes, build, collect, far_from, ranked
+from awares.data.sources import open_source
 from awares.engine.jsonl import Record
+from awares.engine.rows import load_rows, save_rows
 from awares.errors import AwaresValueError
 from awares.method import curation, protocol
 
-JUDGE = "released"  # name of the verdict columns: whoever labelled the release
+RELEASED_JUDGE = "released"  # name of the verdict columns
 
 
-def curate(params: Params, out_dir: str | Path) -> dict[str, datasets.Dataset]:
-    """Write the curated rows of both splits to ``out_dir``, where `curation.curate` would, and return them.
+def curate_released(params: Params, out_dir: str | Path) -> dict[str, datasets.Dataset]:
+    """Write the curated rows of both splits to ``out_dir``, as `curation.curate` does, and return them.
 
-    A trajectory that calls is HR with the crops it asks for as target, one that answers at once is LR. Answers of a base model
-    and boxes were not released and stay empty; the verdict is 2 for HR and 0 for LR. Rows with an image of a benchmark
-    are left out. Validation rows are as many as `data` would hold out of all sources; training rows are all others but those that
-    share an image with one of them. Raises AwaresError as `sampling.collect` does, for too few rows, and for a call that
-    cannot be read.
+    A trajectory with a call is HR with its crops as target (verdict 2), one that answers at once is LR (verdict 0).
+    Answers of the base model and boxes were not released and stay empty. Rows with a benchmark's image are dropped.
+    Validation has as many rows as stage `data` would hold out; training has all rows that share no image with it.
+    Raises AwaresError as `sampling.collect` does, for too few rows, and for an unreadable call.
     """
-    one = sampling.collect(params, "curated", params.curation.released)
-    limit = params.data.duplicate_distance
-    clean = sampling.apart(sampling.good(one), sampling.benchmark_hashes(params), limit)
-    count = params.data.validation_rows * len(params.data.sources)
-    held = sampling.ranked(clean, params.data.validation_seed)[:count]
-    train = sampling.ranked(sampling.apart(clean, sampling.phashes(held), limit), params.data.train_seed)
+    data, limit = params.data, params.data.duplicate_distance
+    one = collect(params, open_source(params, "curated", params.curation.released))
+    clean = far_from(one.usable, benchmark_hashes(params), limit)
+    held = ranked(clean, data.validation_seed)[: data.validation_rows * len(data.sources)]
+    train = ranked(far_from(clean, all_hashes(held), limit), data.train_seed)
     if not train:
         raise AwaresValueError(
-            f"{one.source.place}: {len(clean)} usable rows in {one.source.hub} leave none to train on beside the {count} of "
-            "data.validation_rows: lower it"
+            f"{one.source.place}: {len(clean)} usable rows in {one.source.hub}, and data.validation_rows takes "
+            f"{len(held)}: none is left to train on, lower it"
         )
+    splits = {}
     for split, records in {"train": train, "validation": held}.items():
-        rows = data.validate(_curated(one, records, split, params), f"released rows, {split}", pixels=False)
-        data.save_rows(rows, Path(out_dir) / split / curation.ROWS)
-    return {split: data.load_rows(Path(out_dir) / split / curation.ROWS) for split in ("train", "validation")}
+        folder = Path(out_dir) / split / curation.ROWS
+        rows = _curated(one, records, split, params)
+        save_rows(validate_rows(rows, f"{one.source.place}, {split}", pixels=False), folder)
+        splits[split] = load_rows(folder)
+    return splits
 
 
 def _curated(one: Collected, records: Sequence[Record], split: str, params: Params) -> datasets.Dataset:
     targets = [_target(record, one.source.place) for record in records]
-    base = sampling.build(one, records, split)
     blank: Record = {"answer": ""}
     answers = [{"id": record["id"], "low": blank, "high": blank} for record in records]
-    verdicts = [{"id": record["id"], JUDGE: _verdict(crops)} for record, crops in zip(records, targets, strict=True)]
-    section = replace(params.curation, judge=JUDGE, drop_both_wrong=False)
+    verdicts = [
+        {"id": record["id"], RELEASED_JUDGE: _verdict(crops)} for record, crops in zip(records, targets, strict=True)
+    ]
+    section = replace(params.curation, judge=RELEASED_JUDGE, drop_both_wrong=False)
+    base = build(one, records, split)
     rows = curation.assemble(base, answers, verdicts, [], replace(params, curation=section))
-    column = datasets.Dataset.from_dict(
-        {"target_crops": targets}, features=rows.select_columns("target_crops").features
-    )
+    feature = rows.select_columns("target_crops").features
+    column = datasets.Dataset.from_dict({"target_crops": targets}, features=feature)
     return datasets.concatenate_datasets([rows.remove_columns("target_crops"), column], axis=1)
-
-
-def _target(record: Record, place: str) -> list[str]:
-    """The crops that a trajectory asks for; none where it answers at once."""
-    call = protocol.parse_call(record["call"], protocol.RELEASED)
-    if record["call"] and not call.crops:
-        raise AwaresValueError(
-            f"{place}, row {record['row']}: the first turn {record['call'][:80]!r} is no readable call: write skip: [{record['row']}]"
-        )
-    if not record["call"] and protocol.parse_call(record["answers"][0], protocol.RELEASED).status != "none":
-        raise AwaresValueError(
-            f"{place}, row {record['row']}: the trajectory ends with its call: write skip: [{record['row']}]"
-        )
-    return list(call.crops)
 
 
 def _verdict(crops: list[str]) -> Record:
     return {"value": 2 if crops else 0, "low": None, "high": None, "both_wrong": False}
+
+
+def _target(record: Record, place: str) -> list[str]:
+    """The crops that a trajectory calls for; none if it answers at once."""
+    call = protocol.parse_call(record["call"], protocol.RELEASED)
+    skip = f"write skip: [{record['row']}]"
+    if record["call"] and not call.crops:
+        raise AwaresValueError(f"{place}, row {record['row']}: unreadable call {record['call'][:80]!r}: {skip}")
+    if not record["call"] and protocol.parse_call(record["answers"][0], protocol.RELEASED).status != "none":
+        raise AwaresValueError(f"{place}, row {record['row']}: the trajectory ends with its call: {skip}")
+    return list(call.crops)

@@ -1,6 +1,6 @@
-"""Real datasets: what data/sources.yaml declares of each, how it is opened, and how a published row becomes one of ours.
+"""Real datasets: the declarations in data/sources.yaml, opening them, and converting published rows to ours.
 
-All that a column mapping can say stands in the YAML; what it cannot say is one reader here. `sampling` draws from these.
+The YAML maps columns. A reader here does what a column mapping cannot express. `sampling` draws rows from these sources.
 """
 
 import hashlib
@@ -10,32 +10,29 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, NamedTuple
 
 import datasets
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image, ImageOps
+from pydantic import BaseModel, ValidationError, model_validator
 
 from awares.config import Params, read_yaml
 from awares.engine.images import MAX_ASPECT, MIN_SIDE, cap, check_image, to_rgb
-from awares.errors import AwaresError, AwaresFileError, AwaresValueError
-from awares.method import protocol
+from awares.engine.jsonl import Record
+from awares.errors import AwaresError, AwaresFileError, AwaresValueError, first_fault
+from awares.method.protocol import check_question
 
-KINDS = ("training", "evaluation", "curated")
-GAP = 28  # px of white between the pictures of a strip
-EDGE = 2**16  # bytes of a local file's beginning and end that are hashed
-
-Record = dict[str, Any]
+NAMED_BY = {"training": "data.sources", "evaluation": "data.tasks", "curated": "curation.released"}
+STRIP_GAP = 28  # px of white between the pictures of a strip
+HASHED_EDGE = 2**16  # bytes at both ends of a local file that are hashed: tables and archives keep their indices there
 
 
-@dataclass(frozen=True)
-class Source:
-    """One entry of the sources file, as its head explains. ``place``: the file and key, for messages."""
+class Source(BaseModel, extra="forbid", strict=True, frozen=True):
+    """One entry of the sources file, whose head explains the keys. ``place``: file and key, for messages."""
 
     name: str
     kind: str
@@ -46,413 +43,300 @@ class Source:
     split: str
     streaming: bool
     reader: str
-    columns: Mapping[str, str]
+    columns: dict[str, str]
     suffix: str
     licence: str
     homepage: str
     rows: int
     archive: str = ""
-    skip: tuple[int, ...] = ()
+    skip: list[int] = []
+
+    @model_validator(mode="after")
+    def _check_reader(self) -> "Source":
+        if self.reader not in READERS:
+            raise ValueError(f"reader must be one of {', '.join(READERS)}")
+        if set(self.columns) != set(READERS[self.reader][0]):
+            raise ValueError(f"columns of reader {self.reader} must be {', '.join(READERS[self.reader][0])}")
+        return self
 
     def row_id(self, index: int) -> str:
-        """Name of the published row ``index``: the same whatever is drawn."""
+        """Id of the published row ``index``, which does not depend on the draw."""
         return f"{self.name}-{self.split}-{index:06d}"
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A published row in our terms, its image not yet capped.
-
-    ``call``: the released trajectory's first turn. ``pictures``: those that the image was joined from, where there are several.
-    """
-
-    image: Image.Image
-    encoded: bytes | None  # the published file, where the image is one as it stands
-    question: str
-    answers: tuple[str, ...]
-    call: str = ""
-    pictures: tuple[Image.Image, ...] = ()
-
-
-# Declarations
-
-
 def read_sources(params: Params, kind: str) -> dict[str, Source]:
-    """The sources of ``kind`` (of `KINDS`) in the file ``data.sources_file``, by name; AwaresError naming file and key."""
+    """The sources of ``kind`` (a key of NAMED_BY) in ``data.sources_file``; AwaresError naming file and key."""
     file = params.path(params.data.sources_file)
-    raw = read_yaml(file, "data.sources_file")
-    if not isinstance(raw.get(kind), dict):
-        raise AwaresValueError(f"{file.name}: no section {kind}; it has {', '.join(KINDS)}")
-    return {name: _declared(name, kind, f"{file.name}: {kind}.{name}", entry) for name, entry in raw[kind].items()}
+    entries = read_yaml(file, "data.sources_file").get(kind)
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise AwaresValueError(f"{file.name}: {kind} must be a mapping of source names to mappings")
+    sources = {}
+    for name, entry in entries.items():
+        place = f"{file.name}: {kind}.{name}"
+        try:
+            sources[name] = Source.model_validate({**entry, "name": name, "kind": kind, "place": place})
+        except ValidationError as error:
+            raise AwaresValueError(f"{place}: {first_fault(error)}") from error
+    return sources
 
 
-def get_source(params: Params, kind: str, name: str) -> Source:
-    """One source of `read_sources`; AwaresError listing the known ones for another name."""
+def open_source(params: Params, kind: str, name: str, check: bool = True) -> "OpenSource":
+    """Open one source of :func:`read_sources`; ``check``: and read its first row, before hours of work.
+
+    Raises AwaresError for an unknown name, listing the known ones, and for what is not there or not readable.
+    """
     known = read_sources(params, kind)
     if name not in known:
-        key = {"training": "data.sources", "evaluation": "data.tasks", "curated": "curation.released"}[kind]
-        raise AwaresValueError(
-            f"{key}: {name!r} is not declared in {params.data.sources_file}: it has {', '.join(known)}"
-        )
-    return known[name]
+        file = params.data.sources_file
+        raise AwaresValueError(f"{NAMED_BY[kind]}: {name!r} is not in {file}, which has {', '.join(known)}")
+    opened = OpenSource(known[name], params.path(params.data.hub_root) if params.data.hub_root else None)
+    if check:
+        first = next(index for index in itertools.count() if index not in known[name].skip)
+        try:
+            opened.draft(first)
+        except AwaresValueError as error:
+            raise AwaresValueError(f"{known[name].place}, row {first}: {error}") from error
+    return opened
 
 
-def _declared(name: str, kind: str, place: str, entry: Any) -> Source:
-    if not isinstance(entry, dict):
-        raise AwaresValueError(f"{place} must be a mapping, not {entry!r}")
-    known = [one for one in fields(Source) if one.name not in ("name", "kind", "place")]
-    for key in entry:
-        if key not in {one.name for one in known}:
-            raise AwaresValueError(f"{place}: unknown key {key}: known are {', '.join(one.name for one in known)}")
-    missing = [one.name for one in known if one.default is MISSING and one.name not in entry]
-    if missing:
-        raise AwaresValueError(f"{place}: {', '.join(missing)} missing")
-    for one in known:
-        _check_kind(f"{place}.{one.name}", entry.get(one.name), one)
-    if entry["reader"] not in READERS:
-        raise AwaresValueError(f"{place}.reader: unknown {entry['reader']!r}, choose from {', '.join(READERS)}")
-    wanted = set(READERS[entry["reader"]].columns)
-    if set(entry["columns"]) != wanted:
-        raise AwaresValueError(f"{place}.columns: reader {entry['reader']} wants {', '.join(sorted(wanted))}")
-    return Source(name=name, kind=kind, place=place, **{**entry, "skip": tuple(entry.get("skip") or ())})
+class Draft(NamedTuple):
+    """A published row in our terms. ``pictures``: files as a reader finds them, then decoded images.
+
+    ``call``: the first turn of a released trajectory. ``encoded``: the file of a single picture; several become a strip.
+    """
+
+    pictures: list[Any]
+    question: str
+    answers: list[Any]
+    call: str = ""
+    encoded: bytes | None = None
 
 
-def _check_kind(key: str, value: Any, one: Any) -> None:
-    if value is None and one.default is not MISSING:
-        return
-    kinds = {"streaming": bool, "rows": int, "columns": dict, "skip": list}
-    kind = kinds.get(one.name, str)
-    if type(value) is not kind:
-        raise AwaresValueError(f"{key} must be a {kind.__name__}, not {value!r}")
+class OpenSource:
+    """A source that can be read: rows by position, and members of its image archive.
 
-
-# Opening
-
-
-class Opened:
-    """A source that is ready to be read: its rows by position, and its archive of images if it has one.
-
-    ``commit``: what the revision stood for, or a digest of the files of a local copy. Rows come in ascending order: a
-    streaming source is read front to back, once. Raises AwaresError with the mend for what cannot be had.
+    ``commit``: the commit of the revision, or a digest of the files of a local copy. Read rows in ascending order: a
+    streaming source is then read once. Raises AwaresError with the fix if the source is not available.
     """
 
     def __init__(self, source: Source, hub_root: Path | None) -> None:
         self.source = source
-        self.local = _local(source, hub_root) if hub_root else None
-        self.commit = _digest(self.local) if self.local else _resolve(source)
-        self.rows = self._open()
+        self.local = hub_root / source.hub if hub_root else None
+        try:
+            commit = (
+                _digest(self.local) if self.local else HfApi().dataset_info(source.hub, revision=source.revision).sha
+            )
+            self.commit = str(commit)
+            self.rows = self._open()
+        except Exception as error:  # datasets and the hub's client raise many types
+            raise _unavailable(source, error, self.local) from error
         self._stream: Any = None
         self._position = 0
-        self._stack = ExitStack()
         self._zip: zipfile.ZipFile | None = None
 
-    def __enter__(self) -> "Opened":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def check(self) -> None:
-        """Read the first row whole, so that a moved column or a missing archive shows before hours of work."""
-        self.draft(self.at(self.first), self.first)
-
-    @property
-    def first(self) -> int:
-        """The first position that is not to be skipped."""
-        return next(index for index in itertools.count() if index not in self.source.skip)
-
     def count(self) -> int:
-        """Published rows: from the table, else from the dataset card, else by reading the stream through once."""
+        """Draft rows: of the table, else of the dataset card, else counted by reading the whole stream."""
         if isinstance(self.rows, datasets.Dataset):
             return len(self.rows)
-        splits = self.rows.info.splits or {}
-        if self.source.split in splits and splits[self.source.split].num_examples:
-            return int(splits[self.source.split].num_examples)
-        return sum(1 for _ in self.rows)
+        card = (self.rows.info.splits or {}).get(self.source.split)
+        return int(card.num_examples) if card and card.num_examples else sum(1 for _ in self.rows)
 
-    def at(self, index: int) -> Record:
-        """The published row at position ``index``, images undecoded; AwaresError when a column has gone."""
-        row = self._fetch(index)
-        missing = [column for column in self.source.columns.values() if column not in row]
+    def draft(self, index: int) -> Draft | None:
+        """The published row ``index``; None without question, answer or image. AwaresValueError if unreadable."""
+        row = self.rows[index].to_pylist()[0] if isinstance(self.rows, datasets.Dataset) else self._streamed(index)
+        source = self.source
+        missing = [column for column in source.columns.values() if column not in row]
         if missing:
-            raise AwaresValueError(
-                f"{self.source.place}.columns: {self.source.hub} has no column {', '.join(missing)} any more; it has "
-                f"{', '.join(row)}. Correct the mapping or pin an older revision"
+            raise AwaresFileError(
+                f"{source.place}.columns: {source.hub} has no column {', '.join(missing)}; it has {', '.join(row)}. "
+                "Correct the mapping or pin an older revision"
             )
-        return {ours: row[theirs] for ours, theirs in self.source.columns.items()}
-
-    def draft(self, row: Record, index: int) -> Draft | None:
-        """``row`` through the source's reader; None for one that asks nothing of an image or has no answer.
-
-        AwaresValueError for one that cannot be read.
-        """
         try:
-            return READERS[self.source.reader](row, self, index)
+            read = READERS[source.reader][1]
+            draft = read({ours: row[theirs] for ours, theirs in source.columns.items()}, source.row_id(index))
         except (TypeError, KeyError, AttributeError) as error:
-            raise AwaresValueError(f"the reader {self.source.reader} cannot read it ({error!r})") from error
+            raise AwaresValueError(f"the reader {source.reader} cannot read it ({error!r})") from error
+        question = str(draft.question or "").replace("<image>", "").strip()
+        answers = [str(answer).strip() for answer in draft.answers if answer is not None and str(answer).strip()]
+        if not question or not answers or not draft.pictures or None in draft.pictures:
+            return None
+        check_question(question)
+        files = [self._file(picture) for picture in draft.pictures]
+        encoded = files[0] if len(files) == 1 else None
+        answers = list(dict.fromkeys(answers))
+        return Draft([_decode(file) for file in files], question + source.suffix, answers, draft.call, encoded)
 
-    def member(self, name: str) -> bytes:
-        """A file of the archive. Over the hub only its own bytes travel, not the archive's."""
+    def _file(self, picture: Any) -> bytes:
+        """The file of a published picture: bytes, a member of the archive, or a local file."""
+        if isinstance(picture, list):
+            if len(picture) != 1:
+                raise AwaresValueError(f"{len(picture)} pictures in the image column: use the reader `conversation`")
+            [picture] = picture
+        if not isinstance(picture, dict):
+            picture = {"bytes": picture} if isinstance(picture, bytes) else {"path": picture}
+        content, path = picture.get("bytes"), picture.get("path")
+        if content:
+            return bytes(content)
+        if path and self.source.archive:
+            return self._member(path)
+        if path and Path(path).is_file():
+            return Path(path).read_bytes()
+        raise AwaresValueError("the image is missing: neither bytes nor a file")
+
+    def _member(self, name: str) -> bytes:
+        """A file of the archive. Over the network only this file's bytes are fetched."""
+        archive = self.source.archive
         if self._zip is None:
-            archive = self._stack.enter_context(self._open_archive())
+            path = f"{self.local or f'datasets/{self.source.hub}@{self.commit}'}/{archive}"
             try:
-                self._zip = self._stack.enter_context(zipfile.ZipFile(archive))
-            except zipfile.BadZipFile as error:
-                raise AwaresFileError(
-                    f"{self.source.place}.archive: {self.source.archive} is torn ({error})"
-                ) from error
+                self._zip = zipfile.ZipFile(path if self.local else HfFileSystem().open(path, "rb"))
+            except (OSError, zipfile.BadZipFile) as error:
+                raise AwaresFileError(f"{self.source.place}.archive: cannot open {path} ({error})") from error
         try:
             return self._zip.read(name)
         except KeyError as error:
-            raise AwaresValueError(f"{self.source.archive} holds no {name}") from error
+            raise AwaresValueError(f"{archive} holds no {name}") from error
         except (zipfile.BadZipFile, zlib.error) as error:
-            raise AwaresValueError(f"{name} in {self.source.archive} is torn ({error})") from error
+            raise AwaresValueError(f"{name} in {archive} is corrupt ({error})") from error
 
-    def _open(self) -> datasets.Dataset | datasets.IterableDataset:
-        source = self.source
-        try:
-            if self.local and any((self.local / name).is_file() for name in ("state.json", "dataset_dict.json")):
-                saved = datasets.load_from_disk(
-                    str(self.local)
-                )  # a copy of a repository that was saved by save_to_disk
-                rows: Any = saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
-            else:
-                # The library keys its cache of a local folder with a card by the folder's name alone: ours is keyed by content.
-                cache = Path(datasets.config.HF_DATASETS_CACHE) / self.commit.replace(":", "-")
-                here = {"path": str(self.local), "cache_dir": str(cache)}
-                there = {"path": source.hub, "revision": self.commit}
-                place: dict[str, Any] = here if self.local else there
-                rows = datasets.load_dataset(
-                    **place, name=source.config, split=source.split, streaming=source.streaming
-                )
-        except Exception as error:  # datasets raises many kinds; all mean that the declared thing is not there
-            raise _unavailable(source, error) from error
-        return rows.decode(False) if isinstance(rows, datasets.IterableDataset) else _undecoded(rows)
+    def _open(self) -> Any:
+        """A Dataset that gives Arrow tables, or an IterableDataset; both with undecoded images."""
+        source, folder = self.source, self.local
+        if folder and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(str(folder))  # published by save_to_disk
+            return (saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved).with_format("arrow")
+        place: dict[str, Any] = {"path": source.hub, "revision": self.commit}
+        if folder:  # the library's cache distinguishes local folders by name only, ours by content
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / self.commit.replace(":", "-")
+            place = {"path": str(folder), "cache_dir": str(cache)}
+        rows = datasets.load_dataset(**place, name=source.config, split=source.split, streaming=source.streaming)
+        return rows.decode(False) if source.streaming else rows.with_format("arrow")
 
-    def _open_archive(self) -> BinaryIO:
-        source = self.source
-        try:
-            if self.local:
-                return (self.local / source.archive).open("rb")
-            path = f"datasets/{source.hub}@{self.commit}/{source.archive}"
-            return cast(BinaryIO, HfFileSystem().open(path, "rb"))
-        except OSError as error:
-            raise AwaresFileError(
-                f"{source.place}.archive: {source.archive} is not in {source.hub} ({error})"
-            ) from error
-
-    def _fetch(self, index: int) -> Record:
-        if isinstance(self.rows, datasets.Dataset):
-            return self.rows[index]
+    def _streamed(self, index: int) -> Record:
+        place = f"{self.source.place}: {self.source.hub}"
         if self._stream is None or index < self._position:
             self._stream, self._position = iter(self.rows.skip(index)), index
         try:
-            for row in self._stream:
-                self._position += 1
-                if self._position > index:
-                    return row
-        except Exception as error:  # the network, a torn file: what was read before is kept
+            row = next(itertools.islice(self._stream, index - self._position, None), None)
+        except Exception as error:  # the network or a corrupt file; rows read before are kept
             raise AwaresFileError(
-                f"{self.source.place}: reading {self.source.hub} broke off after row {self._position} ({error}): run again, "
-                "it goes on from there"
+                f"{place}: cannot read row {index} ({error}): run again, it continues there"
             ) from error
-        raise AwaresFileError(
-            f"{self.source.place}: {self.source.hub} ends at row {self._position}, before row {index}: its dataset card promises more"
-        )
-
-
-def _undecoded(rows: datasets.Dataset) -> datasets.Dataset:
-    for name, feature in rows.features.items():
-        raw = datasets.Image(decode=False)
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, raw)
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.List(raw))
-    return rows
-
-
-def _local(source: Source, root: Path) -> Path:
-    folder = root / source.hub
-    if not folder.is_dir():
-        raise AwaresFileError(
-            f"{folder}: no copy of {source.hub} there; data.hub_root names the folder. Fetch it with `hf download "
-            f'{source.hub} --repo-type dataset --local-dir {folder}`, or set data.hub_root to ""'
-        )
-    return folder
+        if row is None:
+            raise AwaresFileError(f"{place} has no row {index}, which its dataset card promises")
+        self._position = index + 1
+        return row
 
 
 def _digest(folder: Path) -> str:
-    """Of every file the name, the size, and the first and last 64 KiB, where tables and archives keep their indices."""
+    """Digest of every file's name, size and both ends."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
-            digest.update(file.read(EDGE))
-            file.seek(max(0, size - EDGE))
+            digest.update(file.read(HASHED_EDGE))
+            file.seek(max(0, size - HASHED_EDGE))
             digest.update(file.read())
     return f"local:{digest.hexdigest()[:16]}"
 
 
-def _resolve(source: Source) -> str:
-    try:
-        return str(HfApi().dataset_info(source.hub, revision=source.revision).sha)
-    except Exception as error:  # the client raises many kinds, from no network to a private repository
-        raise _unavailable(source, error) from error
-
-
-def _unavailable(source: Source, error: Exception) -> AwaresError:
-    """The message for a dataset that cannot be opened, with the mend that fits."""
+def _unavailable(source: Source, error: Exception, folder: Path | None) -> AwaresError:
     text = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-    if isinstance(error, GatedRepoError) or "gated" in text.lower():
-        mend = f"accept its terms at https://huggingface.co/datasets/{source.hub} and set HF_TOKEN"
-    elif isinstance(error, RepositoryNotFoundError) or isinstance(error, datasets.exceptions.DatasetNotFoundError):
-        mend = "correct the id, or set HF_TOKEN if it is private"
+    if folder and not folder.is_dir():
+        fix = f'`hf download {source.hub} --repo-type dataset --local-dir {folder}`, or set data.hub_root to ""'
+    elif isinstance(error, GatedRepoError) or "gated" in text.lower():
+        fix = f"accept its terms at https://huggingface.co/datasets/{source.hub} and set HF_TOKEN"
+    elif isinstance(error, RepositoryNotFoundError | datasets.exceptions.DatasetNotFoundError):
+        fix = "correct the id, or set HF_TOKEN if it is private"
     elif "split" in text.lower() or "config" in text.lower():
-        mend = "correct config and split"
+        fix = "correct config and split"
     else:
-        mend = "check the network, or point data.hub_root at a folder of copies"
+        fix = "check the network, or point data.hub_root at a folder of copies"
     what = f"{source.hub}, config {source.config}, split {source.split}, revision {source.revision}"
-    return AwaresFileError(f"{source.place}: cannot open {what} ({text}): {mend}")
+    return AwaresFileError(f"{source.place}: cannot open {what} ({text}): {fix}")
 
 
-# Readers: one for each way of publishing
+# Readers: one for each way of publishing; (row under our column names, its id) -> Draft
 
 
-@dataclass(frozen=True)
-class Reader:
-    """``read(row, opened, index)``; ``columns``: the names of ours that the mapping must give."""
-
-    columns: tuple[str, ...]
-    read: Callable[[Record, Opened, int], Draft | None]
-
-    def __call__(self, row: Record, opened: Opened, index: int) -> Draft | None:
-        return self.read(row, opened, index)
-
-
-def _plain(row: Record, opened: Opened, index: int) -> Draft | None:
-    """Image, question, and one answer or several of equal standing; the first is the canonical one."""
+def _plain(row: Record, row_id: str) -> Draft:
+    """Image, question, and one or several equivalent answers; the first one is canonical."""
     answers = row["answers"] if isinstance(row["answers"], list) else [row["answers"]]
-    return _draft(row["image"], row["question"], answers, opened)
+    return Draft([row["image"]], row["question"], answers)
 
 
-def _votes(row: Record, opened: Opened, index: int) -> Draft | None:
-    """TextVQA: ten people's answers. The commonest is the canonical one; among equals the one given first."""
-    given = [answer.strip() for answer in row["answers"] if (answer or "").strip()]
-    votes = Counter(given)
-    return _draft(row["image"], row["question"], sorted(votes, key=lambda answer: -votes[answer]), opened)
+def _votes(row: Record, row_id: str) -> Draft:
+    """TextVQA: answers of ten people. The most frequent is canonical; on a tie the earliest."""
+    given = Counter(answer.strip() for answer in row["answers"] if (answer or "").strip())
+    return Draft([row["image"]], row["question"], [answer for answer, _ in given.most_common()])
 
 
-_OPTION = re.compile(r"\s*\([A-D]\)\s*")
+def _options(row: Record, row_id: str) -> Draft:
+    """V*Bench: "... (A) red (B) blue" becomes the question and one line "A. red" per option, as in lmms-eval.
 
-
-def _options(row: Record, opened: Opened, index: int) -> Draft | None:
-    """V*Bench: "... (A) red (B) blue" becomes the question and one line "A. red" an option, as lmms-eval asks it.
-
-    The published text ends with an instruction of its own, which stays with the last option there and here.
+    The instruction at the end of the published text stays in the last option's line, there and here.
     """
-    head, *options = _OPTION.split(row["question"] or "")
+    head, *options = re.split(r"\s*\([A-D]\)\s*", row["question"] or "")
     lines = [f"{letter}. {text.strip()}" for letter, text in zip("ABCD", options, strict=False)]
-    return _draft(row["image"], "\n".join([head.strip(), *lines]), [row["answers"]], opened)
+    return Draft([row["image"]], "\n".join([head.strip(), *lines]), [row["answers"]])
 
 
-def _conversation(row: Record, opened: Opened, index: int) -> Draft | None:
-    """LLaVA-Multi (Mantis): several pictures and several questions, each on one picture that it names ("for the left
-    image, ...", "image 2"). One row of ours = one of its questions.
+def _conversation(row: Record, row_id: str) -> Draft:
+    """LLaVA-Multi (Mantis): one of the questions of a conversation about several pictures, drawn by a hash of the id.
 
-    The policy looks at one image, so the pictures become a strip from left to right, at their native sizes, tops level:
-    every name that the source uses stays true there, and a crop of the left half is the left picture. In the few conversations
-    that set a placeholder before each picture's own questions (the question then names none) that picture alone is taken.
-    The question is drawn by a hash of the row's id. Conversations without an image give no row.
+    The policy sees one image, so the pictures are joined to a strip from left to right: "the left image" and "image 2"
+    in a question stay true, and crop `left` is the left picture. In conversations with a placeholder in front of each
+    picture's own questions, only the picture of the drawn question is taken.
     """
     turns = [(turn["role"], turn["content"] or "") for turn in row["conversation"]]
-    pairs = [(said, turns[at + 1][1]) for at, (role, said) in enumerate(turns[:-1]) if role == "user"]
-    if not pairs or not row["images"]:
-        return None
-    drawn = int(hashlib.sha256(opened.source.row_id(index).encode()).hexdigest(), 16) % len(pairs)
-    marks = [said.count("<image>") for said, _ in pairs]
-    shown = list(range(len(row["images"])))
-    if sum(mark > 0 for mark in marks) > 1:
-        seen = sum(marks[: drawn + 1])
-        shown = [max(0, min(seen, len(shown)) - 1)]
+    pairs = [(text, turns[at + 1][1]) for at, (role, text) in enumerate(turns[:-1]) if role == "user"]
+    pictures = row["images"]
+    if not pairs or not pictures:
+        return NOTHING
+    drawn = int(hashlib.sha256(row_id.encode()).hexdigest(), 16) % len(pairs)
+    placeholders = [text.count("<image>") for text, _ in pairs]
+    if sum(count > 0 for count in placeholders) > 1:
+        latest = min(sum(placeholders[: drawn + 1]), len(pictures))
+        pictures = [pictures[max(0, latest - 1)]]
     question, answer = pairs[drawn]
-    pictures = [row["images"][place] for place in shown]
-    if len(pictures) == 1:
-        return _draft(pictures[0], question, [answer], opened)
-    decoded = [_image(_bytes(picture, opened)) for picture in pictures]
-    draft = _draft(side_by_side(decoded), question, [answer], opened)
-    return draft and replace(draft, pictures=tuple(decoded))
+    return Draft(pictures, question, [answer])
 
 
-def _trajectory(row: Record, opened: Opened, index: int) -> Draft | None:
-    """The released AwaRes dataset. Assumed schema: ``messages`` of role and content as the released policy sees them, and
-    ``images``, of which the first is the picture at full resolution: [system,] user question, assistant answer, or
-    assistant GET_CROPS, user crops, assistant answer.
+def _trajectory(row: Record, row_id: str) -> Draft:
+    """The released AwaRes dataset, in an assumed schema.
+
+    ``messages`` have role and content (a text or a list of parts) as the released policy sees them: [system,] user
+    question, assistant answer; or assistant GET_CROPS, user crops, assistant answer. The first of ``images`` is the
+    full-resolution image.
     """
-    turns = [(turn["role"], _words(turn["content"])) for turn in row["messages"] if turn["role"] != "system"]
-    said = [text for role, text in turns if role == "assistant"]
-    if not turns or turns[0][0] != "user" or not said or not row["images"]:
-        return None
-    call = said[0] if len(said) > 1 else ""
-    draft = _draft(row["images"][0], turns[0][1], [said[-1]], opened)
-    return draft and replace(draft, call=call)
+    turns = []
+    for turn in row["messages"]:
+        content = turn["content"]
+        text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content or [])
+        turns += [(turn["role"], text)] if turn["role"] != "system" else []
+    replies = [text for role, text in turns if role == "assistant"]
+    if not replies or turns[0][0] != "user":
+        return NOTHING
+    return Draft(row["images"][:1], turns[0][1], [replies[-1]], replies[0] if len(replies) > 1 else "")
 
 
-READERS: dict[str, Reader] = {
-    "plain": Reader(("image", "question", "answers"), _plain),
-    "votes": Reader(("image", "question", "answers"), _votes),
-    "options": Reader(("image", "question", "answers"), _options),
-    "conversation": Reader(("images", "conversation"), _conversation),
-    "trajectory": Reader(("images", "messages"), _trajectory),
+NOTHING = Draft([], "", [])  # a row that asks nothing of an image
+# name -> (our column names that the mapping must give, reader)
+READERS: dict[str, tuple[tuple[str, ...], Callable[[Record, str], Draft]]] = {
+    "plain": (("image", "question", "answers"), _plain),
+    "votes": (("image", "question", "answers"), _votes),
+    "options": (("image", "question", "answers"), _options),
+    "conversation": (("images", "conversation"), _conversation),
+    "trajectory": (("images", "messages"), _trajectory),
 }
-
-
-def _draft(picture: Any, question: Any, answers: list[Any], opened: Opened) -> Draft | None:
-    """A draft with the source's suffix behind the question; None without question, answer or image."""
-    asked = str(question or "").replace("<image>", "").strip()
-    accepted = tuple(
-        dict.fromkeys(str(answer).strip() for answer in answers if answer is not None and str(answer).strip())
-    )
-    if picture is None or not asked or not accepted:
-        return None
-    protocol.check_question(asked)
-    encoded = None if isinstance(picture, Image.Image) else _bytes(picture, opened)
-    image = picture if encoded is None else _image(encoded)
-    return Draft(image, encoded, asked + opened.source.suffix, accepted)
-
-
-def _words(content: Any) -> str:
-    """The text of a message, whose content is text or a list of parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text") or "" for part in content or [])
 
 
 # Images
 
 
-def _bytes(picture: Any, opened: Opened) -> bytes:
-    """The file of a published picture: bytes, or a name in the archive or on this disk."""
-    if isinstance(picture, list):
-        if len(picture) != 1:
-            raise AwaresValueError(
-                f"{len(picture)} pictures in the image column, one is wanted: use the reader `conversation`"
-            )
-        return _bytes(picture[0], opened)
-    if isinstance(picture, bytes):
-        return picture
-    held = picture if isinstance(picture, dict) else {"bytes": None, "path": picture}
-    if held.get("bytes"):
-        return cast(bytes, held["bytes"])
-    if opened.source.archive and held.get("path"):
-        return opened.member(held["path"])
-    if held.get("path") and Path(held["path"]).is_file():
-        return Path(held["path"]).read_bytes()
-    raise AwaresValueError("the image is missing: neither bytes nor a file")
-
-
-def _image(encoded: bytes) -> Image.Image:
-    """Decoded and upright; AwaresError when it cannot be."""
+def _decode(encoded: bytes) -> Image.Image:
+    """Decoded and upright; AwaresValueError if corrupt."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.load()
@@ -464,30 +348,30 @@ def _image(encoded: bytes) -> Image.Image:
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:
-    """The pictures in one strip from left to right, tops level, `GAP` px of white between, none resized."""
-    width = sum(image.width for image in images) + GAP * (len(images) - 1)
+    """The pictures in one strip from left to right, aligned at the top, STRIP_GAP px apart, not resized."""
+    width = sum(image.width for image in images) + STRIP_GAP * (len(images) - 1)
     strip = Image.new("RGB", (width, max(image.height for image in images)), "white")
     left = 0
     for image in images:
         strip.paste(to_rgb(image, "image"), (left, 0))
-        left += image.width + GAP
+        left += image.width + STRIP_GAP
     return strip
 
 
-def fit(draft: Draft, max_side: int) -> tuple[bytes, Image.Image]:
-    """File and RGB picture of a draft: no side above ``max_side`` (PAPER §1), none below one visual token.
+def fit_image(draft: Draft, max_side: int) -> tuple[bytes, Image.Image]:
+    """File and RGB picture of a draft: no side above ``max_side`` px (PAPER §1) or below one visual token.
 
-    A published file that fits is kept byte for byte. Anything else is written anew: as JPEG (quality 95) where it was one, else
-    as PNG. Small pictures (OCRBench has some of 25 x 16 px) are enlarged, as the image processor would do.
+    A published file that fits is kept byte for byte. Otherwise the picture is encoded again: JPEG (quality 95) stays
+    JPEG, the rest becomes PNG. Small pictures (OCRBench has 25 x 16 px) are enlarged, as by the image processor.
     """
-    image = draft.image
-    factor = max(1.0, MIN_SIDE / min(image.size))
-    if factor > 1 and max(image.size) <= MAX_ASPECT * min(image.size):
+    image = draft.pictures[0] if draft.encoded else side_by_side(draft.pictures)
+    if min(image.size) < MIN_SIDE and max(image.size) <= MAX_ASPECT * min(image.size):
+        factor = MIN_SIDE / min(image.size)
         size = (max(MIN_SIDE, round(image.width * factor)), max(MIN_SIDE, round(image.height * factor)))
         picture = to_rgb(image, "image").resize(size, Image.Resampling.BICUBIC)
     else:
         picture = cap(check_image(image, "image"), max_side)
-    if draft.encoded is not None and picture.size == image.size:
+    if draft.encoded and picture.size == image.size:
         return draft.encoded, picture
     buffer = io.BytesIO()
     options: dict[str, Any] = {"format": "JPEG", "quality": 95} if image.format == "JPEG" else {"format": "PNG"}

@@ -17,7 +17,7 @@ from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from awares.config import Crops
-from awares.data.rows import evidence_crops, of_source
+from awares.data.rows import evidence_crops, rows_of_source
 from awares.errors import AwaresValueError
 
 
@@ -67,7 +67,7 @@ def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: Crops
     """
     records = []
     for source in dict.fromkeys(train["source"]):
-        known, asked = of_source(train, source), of_source(test, source)
+        known, asked = rows_of_source(train, source), rows_of_source(test, source)
         labels = {"answer": [[row[0] for row in rows["answers"]] for rows in (known, asked)]}
         crops = [evidence_crops(rows, section) for rows in (known, asked)]
         labels |= {"crop": crops} if all(any(names) for names in crops) else {}  # no boxes tell nothing

@@ -1,17 +1,12 @@
 """Each published dataset is read in its own schema; what is drawn is seeded, clean, disjoint, and the same after a kill."""
 
 import hashlib
-import http.server
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -21,11 +16,14 @@ import published
 import pytest
 import yaml
 from conftest import noise
+from hub_server import Commits, Gate, commit_of, serving
 from PIL import Image
 
 from awares.config import TASKS, load_params
-from awares.data import rows as data
 from awares.data import sampling, sources
+from awares.data.rows import image_digests, make_split, rows_of_source
+from awares.data.sources import OpenSource, open_source, read_sources
+from awares.engine.rows import FEATURES, save_rows
 from awares.errors import AwaresError, AwaresValueError
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +67,10 @@ def declared(tmp_path, **changes):
     return str(file)
 
 
-def first_draft(params, kind, name, index=0):
-    with sources.Opened(sources.get_source(params, kind, name), Path(params.data.hub_root)) as opened:
-        return opened.draft(opened.at(index), index)
+def opened(params, kind, name, **changes):
+    """A source without the check of its first row; ``changes`` to its declaration."""
+    source = read_sources(params, kind)[name].model_copy(update=changes)
+    return OpenSource(source, Path(params.data.hub_root) if params.data.hub_root else None)
 
 
 # Schemas
@@ -104,39 +103,40 @@ def first_draft(params, kind, name, index=0):
     ],
 )
 def test_every_source_is_read_in_its_published_schema(hub, tmp_path, kind, name, question, answers):
-    draft = first_draft(settings(hub, tmp_path), kind, name, 3 if kind == "training" else 1)
-    assert (draft.question, draft.answers) == (question, answers)
+    draft = opened(settings(hub, tmp_path), kind, name).draft(3 if kind == "training" else 1)
+    assert (draft.question, draft.answers) == (question, list(answers))
     if name != "llava_multi":
-        assert draft.image.size == (168, 112) and draft.encoded
+        assert draft.pictures[0].size == (168, 112) and draft.encoded
 
 
-@pytest.mark.parametrize("index", range(8))
-def test_pictures_of_a_conversation_stand_from_left_to_right(hub, tmp_path, index):
-    draft = first_draft(settings(hub, tmp_path), "training", "llava_multi", index)
-    made = {k: published.opened(published.encoded(40_000 + 10 * index + k, 112, 84 + 28 * k, "JPEG")) for k in range(3)}
-    kind = index % 4
-    assert "<image>" not in draft.question
-    if kind in (0, 2):  # one picture, or each before its own question: that one as it was published
-        place = 1 if "second" in draft.question else 0
-        assert draft.encoded and np.array_equal(draft.image, made[place])
-        return
-    count = 2 if kind == 1 else 3
-    assert draft.encoded is None and draft.image.size == (
-        112 * count + sources.GAP * (count - 1),
-        84 + 28 * (count - 1),
-    )
-    for k in range(count):
-        box = (k * (112 + sources.GAP), 0, k * (112 + sources.GAP) + 112, 84 + 28 * k)
-        assert np.array_equal(draft.image.crop(box), made[k])
-    assert draft.answers == ((f"right {index}",) if kind == 1 else (f"third {index}",))
+def test_pictures_of_a_conversation_stand_from_left_to_right(hub, tmp_path):
+    conversations = opened(settings(hub, tmp_path), "training", "llava_multi")
+    for index in range(8):
+        draft = conversations.draft(index)
+        made = [
+            published.opened(published.encoded(40_000 + 10 * index + k, 112, 84 + 28 * k, "JPEG")) for k in range(3)
+        ]
+        assert "<image>" not in draft.question
+        if index % 4 in (0, 2):  # one picture, or each before its own question: that one as it was published
+            assert draft.encoded
+            assert np.array_equal(draft.pictures[0], made[1 if "second" in draft.question else 0])
+            continue
+        count = len(draft.pictures)
+        _, strip = sources.fit_image(draft, 2000)
+        assert draft.encoded is None and count == (2 if index % 4 == 1 else 3)
+        assert strip.size == (112 * count + sources.STRIP_GAP * (count - 1), 84 + 28 * (count - 1))
+        for k in range(count):
+            left = k * (112 + sources.STRIP_GAP)
+            assert np.array_equal(strip.crop((left, 0, left + 112, 84 + 28 * k)), made[k])
+        assert draft.answers == [f"right {index}" if count == 2 else f"third {index}"]
 
 
 def test_the_sources_file_declares_what_params_and_the_paper_name():
     params = load_params("paper", path=ROOT / "params.yaml")
-    assert set(sources.read_sources(params, "training")) == set(params.data.sources)
-    assert set(sources.read_sources(params, "evaluation")) == set(TASKS)
-    for kind in sources.KINDS:
-        for source in sources.read_sources(params, kind).values():
+    assert set(read_sources(params, "training")) == set(params.data.sources)
+    assert set(read_sources(params, "evaluation")) == set(TASKS)
+    for kind in sources.NAMED_BY:
+        for source in read_sources(params, kind).values():
             assert source.hub.count("/") == 1 and source.licence and source.homepage.startswith("https://")
 
 
@@ -150,7 +150,7 @@ def ids(rows):
 @pytest.fixture(scope="module")
 def drawn(hub, tmp_path_factory):
     params = settings(hub, tmp_path_factory.mktemp("runs"))
-    return params, {split: data.make_split(params, split) for split in ("train", "validation", "evaluation")}
+    return params, {split: make_split(params, split) for split in ("train", "validation", "evaluation")}
 
 
 def test_splits_have_the_mix_and_share_no_image(drawn):
@@ -158,8 +158,8 @@ def test_splits_have_the_mix_and_share_no_image(drawn):
     for split, count in (("train", 5), ("validation", 2), ("evaluation", TESTS)):
         names = TASKS if split == "evaluation" else params.data.sources
         assert sorted(splits[split]["source"]) == sorted(name for name in names for _ in range(count))
-        assert splits[split].features == data.FEATURES and set(splits[split]["split"]) == {split}
-    digests = {split: set(data.image_digests(rows)) for split, rows in splits.items()}
+        assert splits[split].features == FEATURES and set(splits[split]["split"]) == {split}
+    digests = {split: set(image_digests(rows)) for split, rows in splits.items()}
     assert not digests["train"] & digests["validation"]
     assert not digests["evaluation"] & (digests["train"] | digests["validation"])
     assert len({row_id for rows in splits.values() for row_id in ids(rows)}) == sum(map(len, splits.values()))
@@ -167,34 +167,39 @@ def test_splits_have_the_mix_and_share_no_image(drawn):
 
 def test_rows_are_drawn_over_the_whole_by_the_seed(hub, tmp_path, drawn):
     _, splits = drawn
-    places = [int(row_id[-6:]) for row_id in ids(data.of_source(splits["train"], "chartqa"))]
+    places = [int(row_id[-6:]) for row_id in ids(rows_of_source(splits["train"], "chartqa"))]
     assert places != sorted(places) and max(places) > 6
-    again = data.make_split(settings(hub, tmp_path), "train")
-    other = data.make_split(settings(hub, tmp_path, **{"data.train_seed": 7}), "train")
+    again = make_split(settings(hub, tmp_path), "train")
+    other = make_split(settings(hub, tmp_path, **{"data.train_seed": 7}), "train")
     assert ids(again) == ids(splits["train"]) and ids(other) != ids(again)
 
 
 def test_what_is_read_is_spread_over_the_whole_split(tmp_path):
     params, other = (settings("", tmp_path, **{"data.train_rows": 98, "data.train_seed": seed}) for seed in (101, 7))
-    source = sources.get_source(params, "training", "chartqa")
-    places = sampling._wanted(params, source, 10_000)
+    source = read_sources(params, "training")["chartqa"]
+    places = sampling.drawn_positions(params, source, 10_000)
     assert len(places) == 125 and places == sorted(set(places))  # a quarter in reserve
     assert 4_000 < np.mean(places) < 6_000 and places[0] < 500 and places[-1] > 9_500
-    assert sampling._wanted(other, source, 10_000) != places
+    assert sampling.drawn_positions(other, source, 10_000) != places
 
 
 def test_streaming_draws_the_same_rows(hub, tmp_path, drawn):
     _, splits = drawn
     file = declared(tmp_path, training__chartqa={"streaming": True}, training__docvqa={"streaming": False})
-    turned = data.make_split(settings(hub, tmp_path, **{"data.sources_file": file}), "train")
+    turned = make_split(settings(hub, tmp_path, **{"data.sources_file": file}), "train")
     assert ids(turned) == ids(splits["train"])
-    assert data.image_digests(turned) == data.image_digests(splits["train"])
+    assert image_digests(turned) == image_digests(splits["train"])
 
 
 def test_evaluation_is_the_whole_benchmark_or_a_seeded_part(hub, tmp_path):
-    assert ids(sampling.load(settings(hub, tmp_path), "pope", "evaluation")) == ["pope-test-000000", "pope-test-000001"]
+    assert ids(sampling.load_split(settings(hub, tmp_path), "pope", "evaluation")) == [
+        "pope-test-000000",
+        "pope-test-000001",
+    ]
     part = {seed: {"evaluation.rows": 1, "evaluation.seed": seed} for seed in range(200, 208)}
-    found = {ids(sampling.load(settings(hub, tmp_path, **keys), "chartqa", "evaluation"))[0] for keys in part.values()}
+    found = {
+        ids(sampling.load_split(settings(hub, tmp_path, **keys), "chartqa", "evaluation"))[0] for keys in part.values()
+    }
     assert len(found) == 2
 
 
@@ -203,7 +208,7 @@ def test_a_file_of_ones_own_stands_beside_the_hub(hub, tmp_path):
     line = {"image": "mine.png", "question": "what?", "answers": ["x"], "source": "chartqa"}
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
     params = settings(hub, tmp_path, **{"data.sources": ["chartqa", str(tmp_path / "mine.jsonl")]})
-    rows = data.make_split(params, "train")
+    rows = make_split(params, "train")
     assert ids(rows)[1] == "mine-1" and len(rows) == 6
     places = {record["id"]: record["hub"] for record in sampling.manifest(params, {"train": rows})}
     assert places["mine-1"] == "" and set(places.values()) == {"", "HuggingFaceM4/ChartQA"}
@@ -213,7 +218,7 @@ def test_the_manifest_names_every_row_for_good(drawn):
     params, splits = drawn
     records = {record["id"]: record for record in sampling.manifest(params, splits)}
     assert len(records) == sum(map(len, splits.values()))
-    row = data.of_source(splits["validation"], "docvqa").cast_column("image", datasets.Image(decode=False))[0]
+    row = rows_of_source(splits["validation"], "docvqa").cast_column("image", datasets.Image(decode=False))[0]
     record = records[row["id"]]
     assert record["image"] == hashlib.sha256(row["image"]["bytes"]).hexdigest()
     assert record["text"] == hashlib.sha256(json.dumps([row["question"], row["answers"]]).encode()).hexdigest()
@@ -223,7 +228,7 @@ def test_the_manifest_names_every_row_for_good(drawn):
 
 def test_generated_rows_have_a_manifest_too():
     params = load_params("mini", overrides={"data.train_rows": 1}, path=ROOT / "params.yaml")
-    records = sampling.manifest(params, {"train": data.make_split(params, "train")})
+    records = sampling.manifest(params, {"train": make_split(params, "train")})
     assert len(records) == 5 and {record["hub"] for record in records} == {""}
     assert sampling.provenance(params).empty
 
@@ -247,13 +252,13 @@ def test_copies_of_a_picture_have_near_hashes_and_others_far_ones(how):
     hashes = [sampling.perceptual_hash(picture) for picture in pictures]
     copies = [sampling.perceptual_hash(altered(picture, how)) for picture in pictures]
     limit = load_params("paper", path=ROOT / "params.yaml").data.duplicate_distance
-    assert (sampling.distances(copies, hashes) <= limit).all()
-    assert all(sampling.distances([copies[k]], hashes[:k] + hashes[k + 1 :])[0] > 2 * limit for k in range(12))
-    assert sampling.distances(hashes, []).tolist() == [256] * 12
+    assert (sampling.hash_distances(copies, hashes) <= limit).all()
+    assert all(sampling.hash_distances([copies[k]], hashes[:k] + hashes[k + 1 :])[0] > 2 * limit for k in range(12))
+    assert sampling.hash_distances(hashes, []).tolist() == [256] * 12
 
 
 def test_distance_counts_bits():
-    assert sampling.distances(["0" * 64, "f" + "0" * 63], ["1" + "0" * 63, "f" * 64]).tolist() == [1, 3]
+    assert sampling.hash_distances(["0" * 64, "f" + "0" * 63], ["1" + "0" * 63, "f" * 64]).tolist() == [1, 3]
 
 
 def test_images_of_a_benchmark_are_left_out(own_hub, tmp_path):
@@ -262,8 +267,8 @@ def test_images_of_a_benchmark_are_left_out(own_hub, tmp_path):
     spoil(own_hub, "HuggingFaceM4/ChartQA", "image", {3: file_of(stolen[0]), 8: file_of(stolen[1])})
     spoil(own_hub, "HuggingFaceM4/DocumentVQA", "image", {0: published.encoded(95_000)})  # of V*
     params = settings(own_hub, tmp_path, **{"data.reserve": 1.0})
-    train = data.make_split(params, "train")
-    kept = set(ids(train)) | set(ids(data.make_split(params, "validation")))
+    train = make_split(params, "train")
+    kept = set(ids(train)) | set(ids(make_split(params, "validation")))
     assert not kept & {"chartqa-train-000003", "chartqa-train-000008", "docvqa-train-000000"}
     counts = sampling.provenance(params).set_index("source")
     assert counts["of benchmarks"].to_dict() == {
@@ -287,22 +292,19 @@ def test_every_picture_of_a_strip_counts_in_training_and_in_a_benchmark(own_hub,
     assert counts["of benchmarks"].to_dict() == {
         "chartqa": 1, "docvqa": 0, "textvqa": 0, "llava_multi": 1, "visionthink_smart": 0,
     }  # fmt: skip
-    taken = {
-        record["id"]
-        for part in sampling.select(params).splits.values()
-        for records in part.values()
-        for record in records
-    }
+    taken = {record["id"] for _, records in sampling.select_rows(params)[0].values() for record in records}
     assert not taken & {"chartqa-train-000003", "llava_multi-train-000007"}
 
 
 def test_rows_of_a_held_out_image_are_left_out_of_training(drawn, hub, tmp_path):
     """DocVQA asks twice of each page: a page held out must not come back with its other question."""
     params = settings(hub, tmp_path, **{"data.train_rows": 3, "data.reserve": 2.0})
-    selection = sampling.select(params)
-    pages = {split: {r["row"] // 2 for r in selection.splits[split]["docvqa"]} for split in ("train", "validation")}
+    drawn_rows, counts = sampling.select_rows(params)
+    pages = {
+        split: {record["row"] // 2 for record in drawn_rows[split, "docvqa"][1]} for split in ("train", "validation")
+    }
     assert not pages["train"] & pages["validation"]
-    assert selection.counts.set_index("source")["of validation"]["docvqa"] > 0
+    assert counts.set_index("source")["of validation"]["docvqa"] > 0
 
 
 def file_of(image, kind="PNG"):
@@ -313,19 +315,19 @@ def file_of(image, kind="PNG"):
 
 def draft_of(image, kind="PNG"):
     content = file_of(image, kind)
-    return sources.Draft(sources._image(content), content, "q", ("a",))
+    return sources.Draft([sources._decode(content)], "q", ["a"], encoded=content)
 
 
 def test_large_pictures_are_capped_and_others_kept_as_published():
     kept = draft_of(noise(300, 200, 1), "JPEG")
-    assert sources.fit(kept, 2000)[0] == kept.encoded
+    assert sources.fit_image(kept, 2000)[0] == kept.encoded
     for kind in ("JPEG", "PNG"):
-        content, picture = sources.fit(draft_of(noise(2600, 1300, 2), kind), 2000)
+        content, picture = sources.fit_image(draft_of(noise(2600, 1300, 2), kind), 2000)
         assert picture.size == (2000, 1000) == published.opened(content).size
         assert published.opened(content).format == kind
-    assert sources.fit(draft_of(noise(25, 16, 3)), 2000)[1].size == (44, 28)
+    assert sources.fit_image(draft_of(noise(25, 16, 3)), 2000)[1].size == (44, 28)
     with pytest.raises(AwaresError, match="longer than 200:1"):
-        sources.fit(draft_of(noise(6000, 28, 4)), 2000)
+        sources.fit_image(draft_of(noise(6000, 28, 4)), 2000)
 
 
 # Faults
@@ -353,11 +355,10 @@ def test_torn_pictures_are_listed_at_once_and_can_be_skipped(own_hub, tmp_path, 
     with pytest.raises(
         AwaresError, match=r"training.textvqa: 2 rows.*row 4: the image is corrupt.*row 7.*skip: \[4, 7\]"
     ):
-        sampling.collect(params, "training", "textvqa")
+        sampling.collect(params, opened(params, "training", "textvqa"))
     monkeypatch.setattr(sampling, "_read", None)  # nothing is read again
-    source = sources.get_source(params, "training", "textvqa")
-    monkeypatch.setattr(sources, "get_source", lambda *key: replace(source, skip=(4, 7)))
-    places = [record["row"] for record in sampling.collect(params, "training", "textvqa").records]
+    again = sampling.collect(params, opened(params, "training", "textvqa", skip=[4, 7]))
+    places = [record["row"] for record in again.records]
     assert not {4, 7} & set(places) and len(places) == COUNT - 2
 
 
@@ -365,135 +366,76 @@ def test_any_row_can_be_skipped_whatever_is_wrong_with_it(own_hub, tmp_path, mon
     """The first one, which is read before all others, and rows that no reader can read."""
     spoil(own_hub, "lmms-lab/textvqa", "image", {0: b"no image"})
     params = settings(own_hub, tmp_path, **{"data.reserve": 1.0})
-    with pytest.raises(AwaresError, match="corrupt"):
-        sampling.collect(params, "training", "textvqa")
-    source = sources.get_source(params, "training", "textvqa")
-    plain = sources.READERS[source.reader]
+    with pytest.raises(AwaresError, match="training.textvqa, row 0: .*corrupt"):
+        open_source(params, "training", "textvqa")
+    columns, votes = sources.READERS["votes"]
 
-    def read(row, opened, index):
-        if index == 2:
+    def read(row, row_id):
+        if row_id.endswith("2"):
             raise TypeError("'NoneType' object is not iterable")  # as of a column that holds null
-        if index == 5:
+        if row_id.endswith("5"):
             raise AwaresValueError("a member of the archive is torn")
-        return plain(row, opened, index)
+        return votes(row, row_id)
 
-    monkeypatch.setitem(sources.READERS, source.reader, replace(plain, read=read))
-    monkeypatch.setattr(sources, "get_source", lambda *key: replace(source, skip=(0,)))
-    with pytest.raises(AwaresError, match=r"2 rows.*row 2: the reader .* cannot read it.*row 5.*skip: \[2, 5\]"):
-        sampling.collect(params, "training", "textvqa")
-    monkeypatch.setattr(sources, "get_source", lambda *key: replace(source, skip=(0, 2, 5)))
-    assert not {0, 2, 5} & {record["row"] for record in sampling.collect(params, "training", "textvqa").records}
+    monkeypatch.setitem(sources.READERS, "votes", (columns, read))
+    with pytest.raises(AwaresError, match=r"2 rows.*row 2: the reader .*row 5.*skip: \[2, 5\]"):
+        sampling.collect(params, opened(params, "training", "textvqa", skip=[0]))
+    found = sampling.collect(params, opened(params, "training", "textvqa", skip=[0, 2, 5]))
+    assert not {0, 2, 5} & {record["row"] for record in found.records}
 
 
 def test_a_row_without_answer_is_passed_over_in_training_and_refused_in_a_benchmark(own_hub, tmp_path):
     spoil(own_hub, "HuggingFaceM4/ChartQA", "label", {2: [""], 5: []})
     params = settings(own_hub, tmp_path, **{"data.reserve": 1.0})
-    states = {r["row"]: r["state"] for r in sampling.collect(params, "training", "chartqa").records}
+    states = {r["row"]: r["state"] for r in sampling.collect(params, opened(params, "training", "chartqa")).records}
     assert {row for row, state in states.items() if state == "empty"} == {2, 5}
     spoil(own_hub, "lmms-lab/ChartQA", "answer", {1: " "})
     with pytest.raises(AwaresError, match="evaluation.chartqa: 1 rows.*row 1: no question, answer or image"):
-        sampling.collect(params, "evaluation", "chartqa")
+        sampling.collect(params, opened(params, "evaluation", "chartqa"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "place"),
     [
         ({"training__chartqa": {"columns": {"image": "image", "question": "ask", "answers": "label"}}},
-         "training.chartqa.columns: HuggingFaceM4/ChartQA has no column ask any more; it has image, query"),
-        ({"training__docvqa": {"hub": "nobody/DocumentVQA"}}, "nobody/DocumentVQA: no copy .*hf download nobody/DocumentVQA"),
-        ({"training__docvqa": {"hub": "nobody"}}, "no copy of nobody"),
-        ({"training__textvqa": {"split": "training"}}, "training.textvqa: cannot open .*correct config and split"),
-        ({"evaluation__docvqa": {"config": "DocVqa"}}, "evaluation.docvqa: cannot open .*correct config and split"),
-        ({"training__llava_multi": {"archive": "llava_665k_multi/pictures.zip"}}, "training.llava_multi.archive: .*is not in"),
-        ({"training__chartqa": {"reader": "magic"}}, "training.chartqa.reader: unknown 'magic', choose from plain"),
-        ({"training__chartqa": {"reader": "conversation"}}, "training.chartqa.columns: reader conversation wants conversation, images"),
+         "training.chartqa.columns: .* no column ask"),
+        ({"training__docvqa": {"hub": "nobody/DocumentVQA"}}, "training.docvqa: .*hf download nobody/DocumentVQA"),
+        ({"training__docvqa": {"hub": "nobody"}}, "training.docvqa: .*hf download nobody"),
+        ({"training__textvqa": {"split": "training"}}, "training.textvqa: .*correct config and split"),
+        ({"evaluation__docvqa": {"config": "DocVqa"}}, "evaluation.docvqa: .*correct config and split"),
+        ({"training__llava_multi": {"archive": "llava_665k_multi/pictures.zip"}}, "training.llava_multi.archive: .*pictures.zip"),
+        ({"training__chartqa": {"reader": "magic"}}, "training.chartqa: .*reader must be one of plain"),
+        ({"training__chartqa": {"reader": "conversation"}}, "training.chartqa: .*columns of reader conversation"),
         ({"training__chartqa": {"stream": True}}, "training.chartqa: unknown key stream"),
-        ({"training__chartqa": {"rows": "many"}}, "training.chartqa.rows must be a int"),
+        ({"training__chartqa": {"rows": "many"}}, "training.chartqa: rows: .*integer"),
     ],
 )  # fmt: skip
-def test_faults_of_the_declaration_are_named_before_any_work(hub, tmp_path, changes, said):
+def test_faults_of_the_declaration_are_named_before_any_work(hub, tmp_path, changes, place):
     params = settings(hub, tmp_path, **{"data.sources_file": declared(tmp_path, **changes)})
-    with pytest.raises(AwaresError, match=said):
-        sampling.preflight(params)
+    with pytest.raises(AwaresError, match=place):
+        sampling.open_all(params)
     assert not list(tmp_path.glob("paper/data/**/rows-*.jsonl"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "place"),
     [
         ({"data.train_rows": 50}, "training.chartqa: .*has 12 rows in split train, fewer than the 52"),
         ({"data.train_rows": 11, "data.validation_rows": 1}, "training.docvqa: 10 of 11 rows for data.train_rows .*lower data.train_rows"),
-        ({"data.sources": ["nothing"]}, "data.sources: 'nothing' is not declared in .*it has chartqa"),
+        ({"data.sources": ["nothing"]}, "data.sources: 'nothing' is not in .*chartqa"),
         ({"data.sources_file": "data/none.yaml"}, "none.yaml: no such file; data.sources_file names it"),
     ],
 )  # fmt: skip
-def test_too_few_rows_and_unknown_names(hub, tmp_path, changes, said):
-    with pytest.raises(AwaresError, match=said):
-        data.make_split(settings(hub, tmp_path, **changes), "train")
+def test_too_few_rows_and_unknown_names(hub, tmp_path, changes, place):
+    with pytest.raises(AwaresError, match=place):
+        make_split(settings(hub, tmp_path, **changes), "train")
 
 
 def test_a_missing_picture_in_the_archive_is_a_fault_of_its_row(own_hub, tmp_path):
     spoil(own_hub, "TIGER-Lab/Mantis-Instruct", "images", {4: [{"bytes": None, "path": "coco/none.jpg"}]})
+    params = settings(own_hub, tmp_path, **{"data.reserve": 1.0})
     with pytest.raises(AwaresError, match="row 4: llava_665k_multi/train_images.zip holds no coco/none.jpg"):
-        sampling.collect(settings(own_hub, tmp_path, **{"data.reserve": 1.0}), "training", "llava_multi")
-
-
-class Gate(http.server.BaseHTTPRequestHandler):
-    """A hub that knows one dataset and one model, both gated, and nothing else; two tokens: who holds ACCEPTED may read them."""
-
-    ACCEPTED, WAITING = "hf_accepted", "hf_waiting"
-
-    def do_GET(self):
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token not in ("", self.ACCEPTED, self.WAITING):
-            self.refuse(401, "", "Invalid credentials in Authorization header")
-        elif not re.search("ChartQA|Gated-Qwen2.5-VL-3B", self.path):
-            self.refuse(404, "RepoNotFound", "Repository not found")
-        elif token != self.ACCEPTED:
-            self.refuse(403 if token else 401, "GatedRepo", "Access to this repository is restricted")
-        else:
-            self.send_response(200)
-            self.end_headers()
-
-    def refuse(self, status, code, message):
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Error-Message", message)
-        self.end_headers()
-
-    def log_message(self, *values):
-        pass
-
-
-class Commits(Gate):
-    """A hub whose every dataset has a commit for each revision."""
-
-    def do_GET(self):
-        repository, revision = self.path.removeprefix("/api/datasets/").split("/revision/")
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps({"id": repository, "sha": commit_of(repository, revision)}).encode())
-
-
-def commit_of(repository, revision):
-    return hashlib.sha1(f"{repository} {revision}".encode()).hexdigest()
-
-
-@contextmanager
-def serving(handler):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub_constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        patch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
-        yield
-    server.shutdown()
-
-
-@pytest.fixture
-def gate():
-    with serving(Gate):
-        yield
+        sampling.collect(params, opened(params, "training", "llava_multi"))
 
 
 def test_rows_of_the_hub_are_read_at_the_commit_that_the_manifest_keeps(own_hub, tmp_path, monkeypatch, drawn):
@@ -509,33 +451,32 @@ def test_rows_of_the_hub_are_read_at_the_commit_that_the_manifest_keeps(own_hub,
     params = settings("", tmp_path)
     with serving(Commits):
         records = sampling.manifest(params, drawn[1])
-        streamed = sampling.collect(params, "training", "visionthink_smart")
+        streamed = sampling.collect(params, opened(params, "training", "visionthink_smart"))
     declared = yaml.safe_load((ROOT / "data/sources.yaml").read_text())
     named = [one for kind in ("training", "evaluation") for one in declared[kind].values()]
     assert asked == {one["hub"]: (commit_of(one["hub"], one["revision"]), one["streaming"]) for one in named}
     assert len(records) == sum(map(len, drawn[1].values()))
     assert all(record["commit"] == asked[record["hub"]][0] for record in records)
     assert streamed.published == COUNT
-    copied = sampling.collect(drawn[0], "training", "visionthink_smart")  # by load_from_disk
+    copied = sampling.collect(drawn[0], opened(drawn[0], "training", "visionthink_smart"))  # by load_from_disk
     assert streamed.records == copied.records
 
 
-def test_gated_and_missing_datasets_say_what_to_do(gate, tmp_path):
+def test_gated_and_missing_datasets_say_what_to_do(tmp_path):
     params = settings("", tmp_path)
-    with pytest.raises(
-        AwaresError, match="training.chartqa: cannot open .*accept its terms at .*ChartQA and set HF_TOKEN"
+    with (
+        serving(Gate),
+        pytest.raises(AwaresError, match="training.chartqa: .*accept its terms at .*ChartQA and set HF_TOKEN"),
     ):
-        sampling.collect(params, "training", "chartqa")
-    with pytest.raises(
-        AwaresError, match="evaluation.pope: cannot open .*correct the id, or set HF_TOKEN if it is private"
-    ):
-        sampling.collect(params, "evaluation", "pope")
+        open_source(params, "training", "chartqa")
+    with serving(Gate), pytest.raises(AwaresError, match="evaluation.pope: .*correct the id, or set HF_TOKEN"):
+        open_source(params, "evaluation", "pope")
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(AwaresError, match="cannot open .*point data.hub_root at a folder of copies"):
-        sampling.collect(settings("", tmp_path), "training", "chartqa")
+    with pytest.raises(AwaresError, match="training.chartqa: .*data.hub_root"):
+        open_source(settings("", tmp_path), "training", "chartqa")
 
 
 # Kills
@@ -550,41 +491,44 @@ def files_of(folder):
 
 
 def keep(params, folder):
-    splits = {split: data.make_split(params, split) for split in ("train", "validation", "evaluation")}
+    splits = {split: make_split(params, split) for split in ("train", "validation", "evaluation")}
     for split, rows in splits.items():
-        data.save_rows(rows, folder / split)
+        save_rows(rows, folder / split)
     (folder / "manifest.json").write_text(json.dumps(sampling.manifest(params, splits)))
     return files_of(folder)
 
 
 @pytest.mark.parametrize("name", ["chartqa", "textvqa", "llava_multi"])
-@pytest.mark.parametrize("moment", [0, 1, 4, 8])
-def test_an_interrupted_collection_goes_on_to_the_same_records(hub, tmp_path, monkeypatch, name, moment):
-    monkeypatch.setattr(sampling, "CHUNK", 2)
-    whole = sampling.collect(settings(hub, tmp_path / "a"), "training", name)
-    read, calls = sampling._read, []
+def test_an_interrupted_collection_goes_on_to_the_same_records(hub, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sampling, "READ_CHUNK", 2)
+    read, runs = sampling._read, {moment: settings(hub, tmp_path / str(moment)) for moment in ("never", 0, 1, 4, 8)}
+    whole = sampling.collect(runs["never"], opened(runs["never"], "training", name))
+    for moment in (0, 1, 4, 8):
+        calls = []
 
-    def torn(*values):
-        calls.append(values)
-        if len(calls) == moment + 1:
-            raise KeyboardInterrupt
-        return read(*values)
+        def torn(*values, calls=calls, moment=moment):
+            calls.append(values)
+            if len(calls) == moment + 1:
+                raise KeyboardInterrupt
+            return read(*values)
 
-    params = settings(hub, tmp_path / "b")
-    monkeypatch.setattr(sampling, "_read", torn)
-    with pytest.raises(KeyboardInterrupt):
-        sampling.collect(params, "training", name)
-    again = sampling.collect(params, "training", name)
-    assert again.records == whole.records and len(calls) <= len(whole.records) + 3  # only the torn chunk is read twice
-    assert files_of(again.folder / "images") == files_of(whole.folder / "images")
+        params = runs[moment]
+        monkeypatch.setattr(sampling, "_read", torn)
+        with pytest.raises(KeyboardInterrupt):
+            sampling.collect(params, opened(params, "training", name))
+        again = sampling.collect(params, opened(params, "training", name))
+        assert again.records == whole.records
+        assert len(calls) <= len(whole.records) + 3  # only the torn chunk is read twice
+        assert files_of(again.folder / "images") == files_of(whole.folder / "images")
 
 
 def test_drawing_more_rows_reads_the_new_ones_alone(hub, tmp_path, monkeypatch):
     """The mend for too few rows, a larger data.reserve, costs no row that was read before."""
-    first = sampling.collect(settings(hub, tmp_path, **{"data.reserve": 0.0}), "training", "chartqa")
+    few, many = (settings(hub, tmp_path, **{"data.reserve": reserve}) for reserve in (0.0, 0.5))
+    first = sampling.collect(few, opened(few, "training", "chartqa"))
     calls, read = [], sampling._read
     monkeypatch.setattr(sampling, "_read", lambda *values: (calls.append(values[1]), read(*values))[1])
-    more = sampling.collect(settings(hub, tmp_path, **{"data.reserve": 0.5}), "training", "chartqa")
+    more = sampling.collect(many, opened(many, "training", "chartqa"))
     before, after = ({one["row"] for one in found.records} for found in (first, more))
     assert before < after and set(calls) == after - before
     assert [one for one in more.records if one["row"] in before] == first.records
@@ -592,20 +536,20 @@ def test_drawing_more_rows_reads_the_new_ones_alone(hub, tmp_path, monkeypatch):
 
 def test_a_killed_process_leaves_nothing_that_changes_the_rows(hub, tmp_path, monkeypatch):
     """The same command after a hard exit in the middle of collecting gives the same bytes."""
-    monkeypatch.setattr(sampling, "CHUNK", 2)
+    monkeypatch.setattr(sampling, "READ_CHUNK", 2)
     two = {"data.sources": ["docvqa", "llava_multi"]}  # one that streams, one with an archive
     undisturbed = keep(settings(hub, tmp_path / "a", **two), tmp_path / "rows-a")
     program = (
         "import os, sys, json\n"
-        "from awares import data, sampling\n"
+        "from awares.data import rows, sampling\n"
         "from awares.config import load_params\n"
-        "sampling.CHUNK, read, seen = 2, sampling._read, []\n"
+        "sampling.READ_CHUNK, read, seen = 2, sampling._read, []\n"
         "def dies(*values):\n"
         "    seen.append(1)\n"
         "    if len(seen) == 26: os._exit(9)\n"
         "    return read(*values)\n"
         "sampling._read = dies\n"
-        "data.make_split(load_params('paper', overrides=json.loads(sys.argv[1]), path=sys.argv[2]), 'train')\n"
+        "rows.make_split(load_params('paper', overrides=json.loads(sys.argv[1]), path=sys.argv[2]), 'train')\n"
     )
     params = settings(hub, tmp_path / "b", **two)
     values = {
@@ -622,8 +566,8 @@ def test_a_killed_process_leaves_nothing_that_changes_the_rows(hub, tmp_path, mo
     assert keep(params, tmp_path / "rows-b") == undisturbed
 
 
-def test_a_list_of_one_picture_is_that_picture_and_of_more_is_refused():
-    opened = sources.Opened.__new__(sources.Opened)  # no archive is looked at
-    assert sources._bytes([{"bytes": b"file", "path": None}], opened) == b"file"
-    with pytest.raises(AwaresError, match="2 pictures in the image column, one is wanted"):
-        sources._bytes([b"one", b"two"], opened)
+def test_a_list_of_one_picture_is_that_picture_and_of_more_is_refused(hub, tmp_path):
+    source = opened(settings(hub, tmp_path), "training", "chartqa")
+    assert source._file([{"bytes": b"file", "path": None}]) == b"file"
+    with pytest.raises(AwaresError, match="2 pictures"):
+        source._file([b"one", b"two"])

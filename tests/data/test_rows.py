@@ -1,0 +1,163 @@
+"""Rows keep one schema, and a bad row is named before any work is done."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from awares.config import load_params
+from awares.data.rows import make_dataset, make_split, read_jsonl_rows, validate_rows
+from awares.engine.rows import FEATURES, load_rows, save_rows, share_of
+from awares.errors import AwaresError
+from awares.mini import synthetic_rows
+
+
+def encoded(width=84, height=56, kind="PNG"):
+    pixels = np.random.default_rng(width * height).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def row(number=0, **changes):
+    return {
+        "id": f"row-{number}",
+        "image": {"bytes": encoded(), "path": None},
+        "question": "what is the total?",
+        "answers": ["12 kg", "twelve kilograms"],
+        "source": f"source-{number % 2}",
+        "question_boxes": [[0, 0, 500, 100]],
+        "answer_boxes": [[600, 0, 1000, 100]],
+        "split": "train",
+        **changes,
+    }
+
+
+def test_rows_survive_the_disk_and_the_same_rows_give_the_same_bytes(tmp_path):
+    content = encoded(kind="JPEG")
+    for name in ("a", "b"):
+        save_rows(make_dataset([row(0), row(1, image={"bytes": content, "path": None})]), tmp_path / name)
+    read = load_rows(tmp_path / "a")
+    assert read.features == FEATURES and read[1]["answers"] == ["12 kg", "twelve kilograms"]
+    assert read.cast_column("image", datasets.Image(decode=False))[1]["image"]["bytes"] == content
+    files = [sorted((tmp_path / name).iterdir()) for name in ("a", "b")]
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"image": None}, "image"),
+        ({"image": {"bytes": encoded()[:200], "path": None}}, "image"),
+        ({"image": {"bytes": b"no image", "path": None}}, "image: corrupt"),
+        ({"image": {"bytes": encoded(84, 27), "path": None}}, "image: 84x27 px"),
+        ({"image": {"bytes": encoded(6000, 29), "path": None}}, "image: 6000x29 px"),
+        ({"id": "bad", "question": " "}, "question"),
+        ({"answers": []}, "answers"),
+        ({"answers": ["12", ""]}, "answers.1"),
+        ({"split": "test"}, "split"),
+        ({"answer_boxes": [[0, 0, 1001, 10]]}, "answer_boxes.0"),
+        ({"question_boxes": [[50, 0, 20, 10]]}, "question_boxes.0"),
+        ({"question_boxes": [[50, 0, 20]]}, "question_boxes.0"),
+    ],
+)
+def test_a_bad_row_is_named(changes, key):
+    rows = make_dataset([row(), row(**{"id": "bad", **changes})])
+    with pytest.raises(AwaresError, match=f"some rows, row bad.*{key}"):
+        validate_rows(rows, "some rows")
+
+
+def test_empty_and_incomplete_datasets():
+    with pytest.raises(AwaresError, match="some rows: no rows"):
+        validate_rows(make_dataset([]), "some rows")
+    with pytest.raises(AwaresError, match="some rows: column answers"):
+        validate_rows(make_dataset([row()]).remove_columns("answers"), "some rows")
+
+
+def test_missing_and_torn_folders(tmp_path):
+    with pytest.raises(AwaresError, match="nothing: no rows"):
+        load_rows(tmp_path / "nothing")
+    save_rows(make_dataset([row()]), tmp_path / "rows")
+    table = next((tmp_path / "rows").glob("*.arrow"))
+    table.write_bytes(table.read_bytes()[:100])
+    with pytest.raises(AwaresError, match="rows: cannot read"):
+        load_rows(tmp_path / "rows")
+
+
+def test_share_is_taken_from_every_source():
+    rows = make_dataset([row(number, source="big" if number < 6 else "small") for number in range(8)])
+    assert share_of(rows, 0.5)["id"][:] == ["row-0", "row-1", "row-2", "row-6"]
+    assert share_of(rows, 1.0)["id"][:] == rows["id"][:]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    (tmp_path / "page.png").write_bytes(encoded())
+    (tmp_path / "torn.png").write_bytes(encoded()[:200])
+    good = {"image": "page.png", "question": "what is the total?", "answers": ["12"]}
+
+    def write(*lines):
+        file = tmp_path / "mine.jsonl"
+        file.write_text("\n".join(line if isinstance(line, str) else json.dumps({**good, **line}) for line in lines))
+        return file
+
+    return write
+
+
+def test_jsonl_rows(jsonl):
+    rows = read_jsonl_rows(jsonl({}, {"id": "x", "answer_boxes": [[0, 0, 10, 10]], "split": "validation"}))
+    assert rows.features == FEATURES
+    assert rows["id"][:] == ["mine-1", "x"] and rows["source"][:] == ["mine", "mine"]
+    assert rows["split"][:] == ["train", "validation"] and rows[1]["answer_boxes"] == [[0, 0, 10, 10]]
+
+
+@pytest.mark.parametrize(
+    ("lines", "place"),
+    [
+        (["{"], "mine.jsonl, line 1: not a JSON"),
+        (["[1]"], "line 1: not a JSON"),
+        (['{"image": "page.png"}'], "line 1: question is missing"),
+        ([{}, {"image": "none.png"}], "line 2: image none.png"),
+        ([{}, {"image": "torn.png"}], "line 2, image"),
+        ([{"answers": "12"}], "line 1: answers"),
+        ([{"answers": [12]}], "line 1: answers.0"),
+        ([{"question": 3}], "line 1: question"),
+        ([{"anwser_boxes": []}], "line 1: unknown key anwser_boxes"),
+        ([{"answer_boxes": [0, 0, 1, 1]}], "line 1: answer_boxes.0"),
+        ([{"answer_boxes": [[0.1, 0, 1, 1]]}], "line 1: answer_boxes.0.0"),
+        ([{"id": "a"}, {"id": "a"}], "mine.jsonl: id a occurs 2 times"),
+        ([""], "mine.jsonl holds no rows"),
+    ],
+)
+def test_bad_jsonl(jsonl, lines, place):
+    with pytest.raises(AwaresError, match=place):
+        read_jsonl_rows(jsonl(*lines))
+
+
+def test_only_a_line_break_ends_a_row_and_other_encodings_are_named(jsonl):
+    strange = {"image": "page.png", "question": "one\u2028two\x85three", "answers": ["1"]}
+    file = jsonl(json.dumps(strange, ensure_ascii=False), {})
+    assert read_jsonl_rows(file)["question"][:] == ["one\u2028two\x85three", "what is the total?"]
+    file.write_bytes(file.read_bytes().replace(b"total?", "caf\u00e9?".encode("latin-1")))
+    with pytest.raises(AwaresError, match="line 2: .*utf-8"):
+        read_jsonl_rows(file)
+
+
+def test_jsonl_is_a_source_like_the_others(jsonl, monkeypatch):
+    def made(name, n, seed, split):
+        return [row(id=f"{name}-{seed}-{number}", split=split) for number in range(n)]
+
+    monkeypatch.setattr(synthetic_rows, "make_source", made)
+    file = jsonl({}, {}, {"split": "validation"})
+    params = load_params("mini", overrides={"data.sources": ["chartqa", str(file)], "data.train_rows": 5})
+    train = make_split(params, "train")["id"][:]
+    assert train[:4] == ["chartqa-101-0", "mine-1", "chartqa-101-1", "mine-2"]  # sources take turns
+    assert train[4:] == [f"chartqa-101-{number}" for number in (2, 3, 4)]
+    assert make_split(params, "validation")["id"][1] == "mine-3"
+    with pytest.raises(AwaresError, match='mine.jsonl: no row has split "validation"'):
+        make_split(load_params("mini", overrides={"data.sources": [str(jsonl({}))]}), "validation")
+    with pytest.raises(AwaresError, match="data.origin: unknown 'disk'"):
+        make_split(load_params("mini", overrides={"data.origin": "disk"}), "train")

@@ -1,0 +1,69 @@
+"""A hub on this machine: gated or missing repositories, and commits of revisions."""
+
+import hashlib
+import http.server
+import json
+import re
+import threading
+from contextlib import contextmanager
+
+import huggingface_hub.constants as hub_constants
+import pytest
+
+
+class Gate(http.server.BaseHTTPRequestHandler):
+    """A hub that knows one dataset and one model, both gated, and nothing else; two tokens: who holds ACCEPTED may read them."""
+
+    ACCEPTED, WAITING = "hf_accepted", "hf_waiting"
+
+    def do_GET(self):
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in ("", self.ACCEPTED, self.WAITING):
+            self.refuse(401, "", "Invalid credentials in Authorization header")
+        elif not re.search("ChartQA|Gated-Qwen2.5-VL-3B", self.path):
+            self.refuse(404, "RepoNotFound", "Repository not found")
+        elif token != self.ACCEPTED:
+            self.refuse(403 if token else 401, "GatedRepo", "Access to this repository is restricted")
+        else:
+            self.send_response(200)
+            self.end_headers()
+
+    def refuse(self, status, code, message):
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", message)
+        self.end_headers()
+
+    def log_message(self, *values):
+        pass
+
+
+class Commits(Gate):
+    """A hub whose every dataset has a commit for each revision."""
+
+    def do_GET(self):
+        repository, revision = self.path.removeprefix("/api/datasets/").split("/revision/")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"id": repository, "sha": commit_of(repository, revision)}).encode())
+
+
+def commit_of(repository, revision):
+    return hashlib.sha1(f"{repository} {revision}".encode()).hexdigest()
+
+
+@contextmanager
+def serving(handler):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub_constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        patch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+        yield
+    server.shutdown()
+
+
+@pytest.fixture
+def gate():
+    with serving(Gate):
+        yield
