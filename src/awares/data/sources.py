@@ -80,22 +80,25 @@ def read_sources(params: Params, kind: str) -> dict[str, Source]:
     return sources
 
 
-def open_source(params: Params, kind: str, name: str, check: bool = True) -> "OpenSource":
-    """Open one source of :func:`read_sources`; ``check``: and read its first row, before hours of work.
-
-    Raises AwaresError for an unknown name, listing the known ones, and for what is not there or not readable.
-    """
+def get_source(params: Params, kind: str, name: str) -> Source:
+    """One source of :func:`read_sources`; AwaresError that lists the known ones for an unknown name."""
     known = read_sources(params, kind)
     if name not in known:
         file = params.data.sources_file
         raise AwaresValueError(f"{NAMED_BY[kind]}: {name!r} is not in {file}, which has {', '.join(known)}")
-    opened = OpenSource(known[name], params.path(params.data.hub_root) if params.data.hub_root else None)
+    return known[name]
+
+
+def open_source(params: Params, kind: str, name: str, check: bool = True) -> "OpenSource":
+    """Open a declared source; ``check``: and read its first row, so that faults are found before hours of work."""
+    source = get_source(params, kind, name)
+    opened = OpenSource(source, params.path(params.data.hub_root) if params.data.hub_root else None)
     if check:
-        first = next(index for index in itertools.count() if index not in known[name].skip)
+        first = next(index for index in itertools.count() if index not in source.skip)
         try:
             opened.draft(first)
         except AwaresValueError as error:
-            raise AwaresValueError(f"{known[name].place}, row {first}: {error}") from error
+            raise AwaresValueError(f"{source.place}, row {first}: {error}") from error
     return opened
 
 
