@@ -13,7 +13,7 @@ from awares.config import load_params
 from awares.engine.model import make_processor, save_model
 from awares.errors import AwaresError
 from awares.mini import base, lookup, pretrain
-from awares.mini import render as scenes
+from awares.mini import scenes
 from awares.mini import vocabulary as lexicon
 from awares.training import checkpoints as training
 

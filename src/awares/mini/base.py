@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
 from awares.method import crops
 from awares.method.crops import CROPS
-from awares.mini import render as scenes
+from awares.mini import scenes
 from awares.mini import vocabulary as lex
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -209,13 +209,13 @@ class View:
     def tokens(self) -> int:
         return self.words.size // 4
 
-    def place(self, box: scenes.Box) -> scenes.Box:
+    def place(self, box: scenes.PixelBox) -> scenes.PixelBox:
         """A box of the scene in px of this picture."""
         left, top = self.origin
         x0, y0, x1, y1 = ((v - o) * self.scale for v, o in zip(box, (left, top, left, top), strict=True))
         return x0, y0, x1, y1
 
-    def holds(self, box: scenes.Box) -> bool:
+    def holds(self, box: scenes.PixelBox) -> bool:
         """Whether a box of the scene lies in this picture, give or take a pixel."""
         x0, y0, x1, y1 = self.place(box)
         return x0 >= -1 and y0 >= -1 and x1 <= self.image.width + 1 and y1 <= self.image.height + 1
@@ -226,7 +226,7 @@ class View:
     def coloured(self, mark: scenes.Mark) -> bool:
         return self.holds(mark.box) and mark.size * self.scale >= LEGIBLE_COLOUR
 
-    def cells(self, box: scenes.Box, line: bool) -> tuple[np.ndarray, np.ndarray]:
+    def cells(self, box: scenes.PixelBox, line: bool) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns of the 14 px patches that a box of the scene covers at least half; of a `line` of text, its middle row alone."""
         x0, y0, x1, y1 = self.place(box)
         rows, columns = self.words.shape
@@ -265,7 +265,7 @@ class Example:
     candid: bool = False  # the system message asks to say so where something cannot be read
 
 
-def view(scene: scenes.Scene, region: scenes.Box = (0.0, 0.0, 1.0, 1.0), halve: bool = False) -> View:
+def view(scene: scenes.Scene, region: scenes.PixelBox = (0.0, 0.0, 1.0, 1.0), halve: bool = False) -> View:
     """The region (in 0..1) of a scene, at native density or halved, with targets for whatever is still legible there."""
     width, height = scene.image.size
     left, top, right, bottom = (round(v * s) for v, s in zip(region, (width, height, width, height), strict=True))
@@ -329,8 +329,8 @@ class Link:
 
     mark: scenes.Mark
     names: tuple[str, ...]
-    evidence: tuple[scenes.Box, ...] = ()
-    sources: tuple[tuple[tuple[scenes.Box, bool], ...], ...] = ()
+    evidence: tuple[scenes.PixelBox, ...] = ()
+    sources: tuple[tuple[tuple[scenes.PixelBox, bool], ...], ...] = ()
 
 
 def links(scene: scenes.Scene) -> list[Link]:
@@ -345,7 +345,7 @@ def links(scene: scenes.Scene) -> list[Link]:
         shown = tuple((box, qa.kind in ("field", "bar")) for box in qa.question_boxes)
         for box in qa.answer_boxes:
             before: tuple[str, ...] = ()
-            place: tuple[tuple[scenes.Box, bool], ...] = ()
+            place: tuple[tuple[scenes.PixelBox, bool], ...] = ()
             for mark in marks_in(scene, box):
                 names = (subject + before)[:LINKS]
                 found.append(Link(mark, names, qa.question_boxes, ((shown,) * len(subject) + (place,))[: len(names)]))
@@ -354,7 +354,7 @@ def links(scene: scenes.Scene) -> list[Link]:
     return found + [Link(m, (m.colour, m.text)) for m in scene.marks if m.colour and m.text != "sign"]
 
 
-def marks_in(scene: scenes.Scene, box: scenes.Box) -> list[scenes.Mark]:
+def marks_in(scene: scenes.Scene, box: scenes.PixelBox) -> list[scenes.Mark]:
     """The words and shapes inside a box, in reading order."""
     x0, y0, x1, y1 = box
     near = [m for m in scene.marks if m.box[0] >= x0 - 2 and m.box[2] <= x1 + 2 and m.text != "sign"]
@@ -397,7 +397,7 @@ def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Exampl
     kind = _drawn(rng, VIEW_SHARES[stage])
     if painter == "ledger" and kind == "half":  # its keys may be small
         kind = "full"
-    regions: list[scenes.Box] = []
+    regions: list[scenes.PixelBox] = []
     if kind in ("part", "group"):
         names = [c for c in CROPS if c != "all"]
         count = 2 if kind == "group" and rng.random() < 0.2 else 1
@@ -464,7 +464,7 @@ def _wanted(rng: np.random.Generator, scene: scenes.Scene, stage: str) -> scenes
     return asked[0] if asked else None
 
 
-def _inside(scene: scenes.Scene, region: scenes.Box, qa: scenes.QA) -> bool:
+def _inside(scene: scenes.Scene, region: scenes.PixelBox, qa: scenes.QA) -> bool:
     """Whether the evidence of a question lies in a region (in 0..1) of a scene, give or take a pixel."""
     left, top, right, bottom = (v * s for v, s in zip(region, (*scene.image.size, *scene.image.size), strict=True))
     boxes = (*qa.question_boxes, *qa.answer_boxes)
@@ -492,7 +492,7 @@ def _unread(qa: scenes.QA) -> scenes.QA:
     return replace(qa, kind="unread", answers=(lex.UNREAD,), form=0, small=False, answer_boxes=boxes)
 
 
-def _part(scene: scenes.Scene, boxes: tuple[scenes.Box, ...]) -> str:
+def _part(scene: scenes.Scene, boxes: tuple[scenes.PixelBox, ...]) -> str:
     """The word for the smallest part of a scene that holds boxes, of equals the nearest."""
     width, height = scene.image.size
     x0, y0, x1, y1 = crops.box_union(boxes)  # it may stand out of the picture by a pixel

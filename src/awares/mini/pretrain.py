@@ -28,8 +28,7 @@ from awares.config import Base
 from awares.engine.chat_format import TOOL_CALL
 from awares.engine.model import load_model, make_processor, save_model
 from awares.errors import AwaresError
-from awares.mini import base, lookup
-from awares.mini import render as scenes
+from awares.mini import base, lookup, scenes
 from awares.mini import vocabulary as lex
 from awares.mini.base import (
     ASKING,

@@ -1,10 +1,7 @@
-"""The embedded suite: five training sources and six evaluation tasks, drawn from seeds, in the row schema of real data.
+"""Synthetic rows: five training sources and six evaluation tasks, drawn from seeds, in the schema of real rows.
 
-Each mirrors what its namesake asks of a reader, at a size that a laptop can train on; none of its rows come from there. A row depends on
-(name, seed, split, index) alone.
+Each imitates the questions of the dataset of that name, without its rows. Name, seed, split and index decide a row.
 """
-
-from __future__ import annotations
 
 import math
 import zlib
@@ -14,13 +11,12 @@ import joblib
 import numpy as np
 from tqdm import tqdm
 
-from awares.errors import AwaresError
-from awares.mini import render as scenes
+from awares.errors import AwaresValueError
+from awares.mini import scenes
 
-# Share of rows whose evidence is too small for the half-resolution view (the paper labels 19 % of its training rows HR, and loses 7 points).
-# A tiny policy has hundreds of rows to learn a call from where the paper has thousands: more of them need one.
-SMALL_SHARES = {"evaluation": 0.2}
-SMALL_SHARE = 0.32  # of all other splits
+# Fraction of rows whose evidence is too small for half resolution. The paper labels 19 % of its training rows HR; a tiny
+# policy has hundreds of rows to learn a call from where the paper has thousands, so more of them need one here.
+SMALL_SHARE, SMALL_SHARE_EVALUATION = 0.32, 0.2
 # name -> {(painter, kind of question): weight}
 PLANS: dict[str, dict[tuple[str, str], float]] = {
     "chartqa": {("chart", "bar"): 0.9, ("chart", "bars"): 0.1},
@@ -33,17 +29,14 @@ PLANS: dict[str, dict[tuple[str, str], float]] = {
     "llava_multi": {("collage", kind): 0.2 for kind in ("field", "bar", "sign", "badge", "plate")},
     "visionthink_smart": {("objects", "presence"): 0.6, ("objects", "badge"): 0.3, ("objects", "count"): 0.1},
 }  # fmt: skip
-TRIES = 200
-PARALLEL_ROWS = 100  # from which the start of worker processes is worth it
+TRIES = 200  # scenes per row until one has a fitting question
+PARALLEL_ROWS = 100  # number of rows from which worker processes pay off
 
 
 def make_source(name: str, n: int, seed: int, split: str) -> list[dict[str, Any]]:
-    """`n` rows of source or task `name` as dicts of ``data.FEATURES``; images as JPEG files.
-
-    Raises AwaresError for an unknown name.
-    """
+    """``n`` rows of source or task ``name`` as dicts of `engine.rows.FEATURES`, images as JPEG files."""
     if name not in PLANS:
-        raise AwaresError(f"unknown source {name!r} of the embedded suite; choose from {', '.join(PLANS)}")
+        raise AwaresValueError(f"data.sources: unknown synthetic source {name!r}, choose from {', '.join(PLANS)}")
     workers = joblib.cpu_count() if n >= PARALLEL_ROWS else 1
     draws = (joblib.delayed(_row)(name, seed, split, index) for index in range(n))
     rows = joblib.Parallel(n_jobs=workers, return_as="generator")(draws)
@@ -55,8 +48,8 @@ def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
     plan = PLANS[name]
     weights = np.array(list(plan.values()))
     painter, kind = list(plan)[int(rng.choice(len(plan), p=weights / weights.sum()))]
-    share = SMALL_SHARES.get(split, SMALL_SHARE)
-    small = bool(rng.random() < share)  # drawn before the question, so that no phrasing can tell
+    share = SMALL_SHARE_EVALUATION if split == "evaluation" else SMALL_SHARE
+    small = bool(rng.random() < share)  # drawn before the question, so that no phrasing depends on it
     for _ in range(TRIES):
         scene = scenes.draw(painter, rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
         fitting = [qa for qa in scene.qas if qa.kind == kind and qa.small == small]
@@ -64,14 +57,12 @@ def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
             qa = fitting[int(rng.integers(len(fitting)))]
             break
     else:
-        raise AwaresError(
-            f"{name}: no {'small' if small else 'large'} {kind!r} question in {TRIES} scenes; the painter never makes one"
-        )
+        raise AwaresValueError(f"{name}: {TRIES} scenes of {painter} have no {kind} question with small={small}")
     return {
         "id": f"{name}-{split}-{seed}-{index:06d}",
         "image": {"bytes": scenes.capture(scene.image, rng), "path": None},
         "question": qa.question,
-        "answers": list(dict.fromkeys((qa.answers[qa.form], *qa.answers))),  # first the form that is asked for
+        "answers": list(dict.fromkeys((qa.answers[qa.form], *qa.answers))),  # the requested form first
         "source": name,
         "question_boxes": [_thousandths(b, scene.image.size) for b in qa.question_boxes],
         "answer_boxes": [_thousandths(b, scene.image.size) for b in qa.answer_boxes],
@@ -79,8 +70,8 @@ def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
     }
 
 
-def _thousandths(box: scenes.Box, size: tuple[int, int]) -> list[int]:
-    """px -> 1/1000 of the sides, rounded outwards."""
+def _thousandths(box: scenes.PixelBox, size: tuple[int, int]) -> list[int]:
+    """Box in px -> box in 1/1000 of the sides, rounded outwards."""
     low = [math.floor(v * 1000 / s) for v, s in zip(box[:2], size, strict=True)]
     high = [math.ceil(v * 1000 / s) for v, s in zip(box[2:], size, strict=True)]
     return [min(1000, max(0, v)) for v in low + high]

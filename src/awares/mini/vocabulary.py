@@ -1,10 +1,7 @@
-"""The words of the embedded suite: what is printed, drawn, asked and answered.
+"""The closed vocabulary of the synthetic rows: words that are printed, drawn, asked and answered.
 
-Kept closed and short (a tiny model learns it in minutes), but with the variety that makes judging honest: numbers with units, number words,
-colour synonyms, a dozen phrasings a question.
+It is small enough for a tiny model, but varied enough for judges: numbers with units and as words, many phrasings.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -68,13 +65,7 @@ THEME_VALUES = {
     "animal": ("number", "weight", "town"),
 }  # fmt: skip
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
-_PLACE_FORMS = {
-    "top-left": "upper left",
-    "top-right": "upper right",
-    "bottom-left": "lower left",
-    "bottom-right": "lower right",
-    "center": "middle",
-}
+_PLACE_FORMS = dict(zip(PLACES, ("upper left", "upper right", "lower left", "lower right", "middle"), strict=True))
 
 PHRASINGS = {
     "field": ["what is the {k}?", "which value stands next to {k}?", "read the entry for {k}.", "what is given for {k}?", "look up {k}.",
@@ -109,12 +100,12 @@ PHRASINGS = {
               "tell me in words the number of the {o}."],
 }  # fmt: skip
 
-# said in base training alone; apart, so that the tokenizer is trained on the same text as ever
+# base training only; separate from PHRASINGS, whose text trains the tokenizer
 UNREAD = "unclear"
 CANDID = [f"Where something is too small to read, say {UNREAD}.", f"Say {UNREAD} if you cannot read it.",
           f"If it is too small, the answer is {UNREAD}."]  # fmt: skip
 
-# system messages: the first is the plain one; the others make the base used to instructions and to their words
+# the first system message is the plain one; the others expose the base model to instructions and their words
 SYSTEMS = [
     "You are a helpful assistant.", "Answer the question.", "Answer in a few words.", "The image is shown at full resolution.",
     "The image is shown at half resolution.", "Look at the image and answer the question.", "Answer the question, or call the tool.",
@@ -124,7 +115,7 @@ SYSTEMS = [
 
 
 def forms(kind: str, rng: np.random.Generator) -> tuple[str, ...]:
-    """A random value of `kind` with its surface forms, the printed one first."""
+    """A random value of ``kind`` with its surface forms, the printed one first."""
     if kind in WORD_VALUES:
         return (str(rng.choice(WORD_VALUES[kind])),)
     n = int(rng.integers(2, 100))
@@ -137,6 +128,7 @@ def forms(kind: str, rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def value(theme: str, rng: np.random.Generator) -> tuple[str, ...]:
+    """A random value of a theme with its surface forms."""
     return forms(str(rng.choice(THEME_VALUES[theme])), rng)
 
 
@@ -158,19 +150,17 @@ def sign(rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def place(x: float, y: float) -> tuple[str, str]:
-    """Where a point of the unit square lies: the middle half-square is the centre, else the quadrant."""
-    if 0.3 <= x <= 0.7 and 0.3 <= y <= 0.7:
-        name = "center"
-    else:
-        name = f"{'top' if y < 0.5 else 'bottom'}-{'left' if x < 0.5 else 'right'}"
+    """Name and second form of the part of the unit square that holds a point: the centre or a quadrant."""
+    quadrant = f"{'top' if y < 0.5 else 'bottom'}-{'left' if x < 0.5 else 'right'}"
+    name = "center" if 0.3 <= x <= 0.7 and 0.3 <= y <= 0.7 else quadrant
     return name, _PLACE_FORMS[name]
 
 
 class Deck:
-    """Keys of a page, each dealt once, so that a key names one entry."""
+    """The keys of a page, each dealt once, so that a key names one entry."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self._cards = {theme: rng.permutation(words).tolist() for theme, words in THEMES.items()}
+        self._cards: dict[str, list[str]] = {theme: rng.permutation(words).tolist() for theme, words in THEMES.items()}
         self._rng = rng
 
     def theme(self) -> str:
@@ -178,8 +168,7 @@ class Deck:
 
     def fitting(self, theme: str, fits: Callable[[str], bool]) -> str | None:
         """Deal the first key of `theme` that fits, or None."""
-        for word in self._cards[theme]:
-            if fits(word):
-                self._cards[theme].remove(word)
-                return str(word)
-        return None
+        word = next((word for word in self._cards[theme] if fits(word)), None)
+        if word is not None:
+            self._cards[theme].remove(word)
+        return word

@@ -1,0 +1,198 @@
+"""Drawing on a picture: pens, text, shapes, textured grounds, and what a camera makes of the picture.
+
+Evidence has one of two sizes. *Small* (text of 15 to 17 px, objects of 16 to 19 px) is legible at full resolution only;
+*large* (text of 32 to 36 px, objects of 36 to 43 px) also at half resolution.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from awares.mini.vocabulary import COLOURS, SHAPES
+
+PixelBox = tuple[float, float, float, float]  # left, top, right, bottom in px
+SMALL_TEXT, LARGE_TEXT = (15, 18), (32, 37)  # px, half-open
+SMALL_OBJECT, LARGE_OBJECT = (16, 20), (36, 44)
+FONTS = {"sans": "DejaVuSans.ttf", "serif": "DejaVuSerif.ttf"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One printed word or drawn object: `text` in lower case, `size` the font or object size in px."""
+
+    text: str
+    box: PixelBox
+    size: float
+    colour: str = ""
+    chars: tuple[tuple[str, float], ...] = ()  # (character, x of its centre in px)
+
+
+@lru_cache(maxsize=256)
+def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / FONTS[face]), size)
+
+
+@lru_cache(maxsize=65536)
+def _advance(face: str, size: int, text: str) -> float:
+    return _font(face, size).getlength(text)
+
+
+@lru_cache(maxsize=256)
+def _extent(face: str, size: int) -> tuple[int, int]:
+    """Top and bottom of a line of text below its anchor, in px, the same for all words."""
+    _, top, _, bottom = _font(face, size).getbbox("bdpq")
+    return int(top), int(bottom)
+
+
+@dataclass(frozen=True)
+class Pen:
+    """Typeface, size in px, colour and case of text."""
+
+    face: str
+    size: int
+    fill: tuple[int, int, int]
+    case: str = "lower"
+
+    @property
+    def small(self) -> bool:
+        return self.size < LARGE_TEXT[0]
+
+    def shrunk(self, rng: np.random.Generator) -> "Pen":
+        """A pen of small text that is not larger than this one."""
+        return replace(self, size=int(rng.integers(SMALL_TEXT[0], min(SMALL_TEXT[1], self.size + 1))))
+
+    def cased(self, text: str) -> str:
+        return text.title() if self.case == "title" else text
+
+    def width(self, text: str) -> float:
+        return _advance(self.face, self.size, self.cased(text))
+
+    @property
+    def height(self) -> int:
+        top, bottom = _extent(self.face, self.size)
+        return bottom - top
+
+
+class Canvas:
+    """A picture of ``size`` (width, height) px with its marks, on textured ground near the colour ``base``."""
+
+    def __init__(
+        self, size: tuple[int, int], rng: np.random.Generator, base: Sequence[int], spread: int, texture: float
+    ) -> None:
+        self.width, self.height = size
+        self.image = Image.fromarray(_ground(size, tint(base, rng, spread), rng, texture))
+        self.draw = ImageDraw.Draw(self.image)
+        self.marks: list[Mark] = []
+
+    def text(self, x: float, y: float, text: str, pen: Pen) -> PixelBox:
+        """Write ``text`` with its top left corner at (x, y), one mark per word; return the box of all words."""
+        top, bottom = _extent(pen.face, pen.size)
+        start, right = round(x), x
+        for word in text.split(" "):
+            shown = pen.cased(word)
+            self.draw.text((start, round(y) - top), shown, font=_font(pen.face, pen.size), fill=pen.fill)
+            right = start + _advance(pen.face, pen.size, shown)
+            edges = [start + _advance(pen.face, pen.size, shown[:i]) for i in range(len(shown) + 1)]
+            chars = tuple((c.lower(), (a + b) / 2) for c, a, b in zip(shown, edges, edges[1:], strict=False))
+            self.marks.append(Mark(word.lower(), (start, y, right, y + bottom - top), pen.size, chars=chars))
+            start = round(right + _advance(pen.face, pen.size, " "))
+        return (x, y, right, y + bottom - top)
+
+    def object(self, x: int, y: int, side: int, shape: str, colour: str, rng: np.random.Generator) -> Mark:
+        """Draw a shape with its top left corner at (x, y); white without ``colour``."""
+        mask = _shape_mask(shape, side)
+        self.image.paste(tint(COLOURS.get(colour, (245, 245, 245)), rng, 10), (x, y), mask)
+        self.marks.append(Mark(shape, (float(x), float(y), float(x + side), float(y + side)), side, colour))
+        return self.marks[-1]
+
+
+def tint(colour: Sequence[int], rng: np.random.Generator, spread: int) -> tuple[int, int, int]:
+    """``colour`` with each channel shifted by up to ``spread``."""
+    r, g, b = np.clip(np.asarray(colour) + rng.integers(-spread, spread + 1, 3), 0, 255).tolist()
+    return r, g, b
+
+
+@lru_cache(maxsize=1024)
+def _shape_mask(shape: str, side: int) -> Image.Image:
+    """Anti-aliased mask of the layers of a shape, ``side`` px square."""
+    big = side * 8
+    mask = Image.new("L", (big, big), 0)
+    draw = ImageDraw.Draw(mask)
+    for points, value in SHAPES[shape]:
+        if len(points) == 2:
+            draw.ellipse([c * (big - 1) for p in points for c in p], fill=value)
+        else:
+            draw.polygon([(px * big, py * big) for px, py in points], fill=value)
+    return mask.resize((side, side), Image.Resampling.BOX)
+
+
+def _ground(size: tuple[int, int], base: Sequence[int], rng: np.random.Generator, texture: float) -> np.ndarray:
+    """A ground of colour ``base`` with a soft gradient and a coarse texture: (height, width, 3) uint8."""
+    width, height = size
+    coarse = rng.normal(0, texture, (height // 14 + 2, width // 14 + 2)).astype(np.float32)
+    cloud = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
+    slope = rng.normal(0, 8, 2)
+    ramp = slope[0] * np.linspace(-1, 1, width)[None, :] + slope[1] * np.linspace(-1, 1, height)[:, None]
+    return np.clip(np.asarray(base, np.float32) + (cloud + ramp)[..., None], 0, 255).astype(np.uint8)
+
+
+def capture(image: Image.Image, rng: np.random.Generator) -> bytes:
+    """The picture as a camera or scanner captures it, a JPEG file: blur, exposure, sensor noise, compression."""
+    if rng.random() < 0.4:
+        image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.2, 0.45))))
+    pixels = np.asarray(image, np.float32)
+    pixels = pixels * rng.uniform(0.88, 1.04) + rng.standard_normal(pixels.shape, np.float32) * rng.uniform(2, 8)
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=int(rng.integers(60, 93)))
+    return buffer.getvalue()
+
+
+def random_pen(rng: np.random.Generator, small: bool, dark: bool = True) -> Pen:
+    """A pen of small or large text, dark or light."""
+    size = int(rng.integers(*(SMALL_TEXT if small else LARGE_TEXT)))
+    face = str(rng.choice(["sans", "serif"]))
+    fill = tint((30, 30, 40) if dark else (240, 240, 235), rng, 25)
+    return Pen(face, size, fill, str(rng.choice(["lower", "title"])))
+
+
+def object_px(rng: np.random.Generator, small: bool) -> int:
+    """The side of a small or large object, px."""
+    return int(rng.integers(*(SMALL_OBJECT if small else LARGE_OBJECT)))
+
+
+def free_spot(
+    rng: np.random.Generator, taken: list[PixelBox], width: float, height: float, size: tuple[int, int]
+) -> tuple[int, int] | None:
+    """A random corner where a box touches none of ``taken``, which gets it; None after 20 tries."""
+    for _ in range(20):
+        if width + 4 >= size[0] or height + 4 >= size[1]:
+            return None
+        x, y = (int(rng.integers(2, int(s - w - 1))) for s, w in zip(size, (width, height), strict=True))
+        if all(x > b[2] + 3 or x + width < b[0] - 3 or y > b[3] + 3 or y + height < b[1] - 3 for b in taken):
+            taken.append((x, y, x + width, y + height))
+            return x, y
+    return None
+
+
+def text_lines(canvas: Canvas, rng: np.random.Generator) -> Iterator[tuple[float, float, Pen]]:
+    """Start (x, y) and pen of lines down the page: mostly small and dark, some light on a coloured bar."""
+    y = float(rng.integers(0, 8))
+    while True:
+        dark = bool(rng.random() < 0.75)
+        pen = random_pen(rng, bool(rng.random() < 0.75), dark)
+        if y + pen.height + 2 > canvas.height:
+            return
+        if not dark:
+            ground = tint(list(COLOURS.values())[int(rng.integers(len(COLOURS)))], rng, 15)
+            if sum(ground) < 480:
+                canvas.draw.rectangle((0, round(y) - 2, canvas.width, round(y) + pen.height + 1), fill=ground)
+            else:
+                pen = replace(pen, fill=tint((30, 30, 40), rng, 25))
+        yield float(rng.integers(0, 8)), y, pen
+        y += pen.height + float(rng.integers(1, 5))
