@@ -14,8 +14,8 @@ from test_launch import FSDP2, settings
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from awares.data import rows as data
 from awares.engine.model import load_processor
+from awares.engine.rows import load_rows
 from awares.method import sft
 from awares.training import checkpoints as training
 
@@ -40,7 +40,7 @@ def shard_and_train(trainer, folder, log):
 if __name__ == "__main__":
     base, folder = map(Path, sys.argv[1:])
     changes = {"sft.launch": FSDP2, "sft.share_computation": False, "sft.gradient_checkpointing": True}
-    params, rows = settings(folder, **changes), data.load_rows(folder / "rows")
+    params, rows = settings(folder, **changes), load_rows(folder / "rows")
     train, training.train = training.train, shard_and_train
     (folder / "checkpoints").mkdir(exist_ok=True)
     samples = sft.plan(rows, load_processor(base), params)

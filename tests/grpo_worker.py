@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from test_grpo import ANSWERS, CALL, settings
 from transformers import TrainerCallback
 
-from awares.data import rows as data
 from awares.engine.model import load_model, load_processor
+from awares.engine.rows import load_rows
 from awares.method import grpo, protocol
 
 
@@ -48,9 +48,7 @@ def write(trainer, generations):
 if __name__ == "__main__":
     policy, rows, folder = map(Path, sys.argv[1:])
     params = settings(**{"grpo.max_steps": 1, "grpo.max_grad_norm": 1000.0})
-    trainer = grpo.build_trainer(
-        params, data.load_rows(rows), load_model(policy), load_processor(policy), folder / "work"
-    )
+    trainer = grpo.build_trainer(params, load_rows(rows), load_model(policy), load_processor(policy), folder / "work")
     torch.manual_seed(5)
     model: Any = trainer.model
     for name, weight in sorted(model.named_parameters()):

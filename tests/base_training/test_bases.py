@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from awares.baselines import registry as baselines
-from awares.data import rows as data
+from awares.data.rows import make_dataset
 from awares.engine import chat_format
 from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, save_model
 from awares.errors import AwaresError
@@ -173,7 +173,7 @@ def test_what_the_model_sees_decides_its_answer(engine, tiny):
 @pytest.fixture(scope="module")
 def rows(tiny):
     """Eight curated rows, every second one HR."""
-    found = data.from_rows(
+    found = make_dataset(
         {
             "id": f"r{n}", "image": tiny.noise(256, 192, n), "question": f"what is the {'big ' * n}word?", "answers": [f"word {n}"],
             "source": "chartqa", "question_boxes": [], "answer_boxes": [], "split": "train",

@@ -12,8 +12,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from awares.config import load_params
 from awares.engine.model import make_processor, save_model
 from awares.errors import AwaresError
-from awares.mini import base, lookup, pretrain
-from awares.mini import scenes
+from awares.mini import base, lookup, pretrain, scenes
 from awares.mini import vocabulary as lexicon
 from awares.training import checkpoints as training
 

@@ -19,7 +19,7 @@ from awares.bench import configs as shapes
 from awares.bench.latency import Job, Workload
 from awares.bench.scripted import PHASES, Script, ScriptedEngine
 from awares.config import TASKS
-from awares.data.rows import from_rows
+from awares.data.rows import make_dataset
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.model import make_processor, visual_tokens
 from awares.errors import AwaresError
@@ -180,7 +180,7 @@ def embedded() -> SimpleNamespace:
     """The embedded architecture with random weights, two rows of each task, and AwaRes at the paper's call rate."""
     torch.set_num_threads(1)
     model, processor = shapes.build("mini", 1.0, "float32", "cpu")
-    rows = from_rows([row for task in TASKS for row in suite.make_source(task, 2, 11, "evaluation")])
+    rows = make_dataset([row for task in TASKS for row in suite.make_source(task, 2, 11, "evaluation")])
     plan = shapes.workload("chartqa", len(rows), (112, 112)).scripts
     work = Workload(rows["image"], rows["question"], rows["id"], plan)
     models = dict.fromkeys(latency.SYSTEMS, model)
@@ -220,7 +220,7 @@ def test_must_show_counted_work_on_the_suite(embedded: SimpleNamespace) -> None:
 
 
 def test_escalation_plays_only_the_callers_again(embedded: SimpleNamespace) -> None:
-    rows = from_rows([row for task in TASKS for row in suite.make_source(task, 1, 12, "evaluation")])
+    rows = make_dataset([row for task in TASKS for row in suite.make_source(task, 1, 12, "evaluation")])
     engine = ScriptedEngine(embedded.model, embedded.processor, max_new_tokens=40)
     scripts = [Script(("top",), 2), Script((), 3)] * 3
     first = engine.run_scripts(rows["image"], rows["question"], rows["id"], scripts)

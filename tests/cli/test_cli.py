@@ -28,7 +28,7 @@ from awares import __version__
 from awares.cli import batch
 from awares.cli import main as cli
 from awares.config import load_params
-from awares.data import rows as data
+from awares.data.rows import make_split, read_jsonl_rows
 from awares.engine import chat_format, decode
 from awares.engine.jsonl import read_records
 from awares.engine.model import load_model, load_processor, save_model
@@ -454,7 +454,7 @@ def test_eval_gives_the_evaluations_own_numbers(model: Path, tmp_path: Path, cap
     assert cli.main(["eval", "--rows", "2", "--seed", "7", "--model", str(model), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     params = load_params(overrides={"evaluation.rows": 2, "evaluation.seed": 7})
-    rows = data.make_split(params, "evaluation")
+    rows = make_split(params, "evaluation")
     engine = Engine.from_params(load_model(model), load_processor(model), params, progress=False)
     done = engine.run(rows["image"], rows["question"], row_ids=rows["id"])
     expected = evaluation.main_table(evaluation.scored(str(model), rows, done), params.evaluation)
@@ -485,7 +485,7 @@ def test_eval_of_rows_of_your_own_is_kept_and_goes_on(
 
 
 def test_examples_are_rows_of_the_schema() -> None:
-    rows = data.from_jsonl(ROOT / "data" / "examples" / "questions.jsonl")
+    rows = read_jsonl_rows(ROOT / "data" / "examples" / "questions.jsonl")
     assert len(rows) == 4 and set(rows["source"]) <= set(load_params(path=ROOT / "params.yaml").data.tasks)
     assert len(batch.read_items(ROOT / "data" / "examples", "what is here?")) == 4
 

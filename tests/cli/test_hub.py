@@ -13,7 +13,7 @@ from test_curation import make_rows
 from awares.cli import hub
 from awares.cli import main as cli
 from awares.config import load_params
-from awares.data import rows as data
+from awares.engine.rows import save_rows
 from awares.errors import AwaresError
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def params(tmp_path):
     labels = ["LR", "HR"]
     for split in ("train", "validation"):
         rows = make_rows(4).add_column("label", 2 * labels).add_column("target_crops", 2 * [[], ["top"]])
-        data.save_rows(rows, params.run_dir("curation") / split / "dataset")
+        save_rows(rows, params.run_dir("curation") / split / "dataset")
         (params.run_dir("curation") / split / "verdicts.jsonl").write_text('{"id": "row-0"}\n')
     return params
 

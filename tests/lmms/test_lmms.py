@@ -14,7 +14,7 @@ pytest.importorskip("lmms_eval", reason="lives in its own environment: make lmms
 
 from awares.cli import lmms as benchmarks
 from awares.config import load_params
-from awares.data import rows as data
+from awares.data.rows import make_split
 from awares.data.sources import side_by_side
 from awares.engine.model import load_model, load_processor
 from awares.errors import AwaresError
@@ -34,7 +34,7 @@ FEATURES = {
 def rows(tmp_path_factory):
     """Six rows of the embedded suite, the last of them with two images, as the offline task reads them."""
     params = load_params("mini", overrides={"evaluation.rows": 5}, path=ROOT / "params.yaml")
-    found = [row for row in data.make_split(params, "evaluation") if row["source"] == "chartqa"][:5]
+    found = [row for row in make_split(params, "evaluation") if row["source"] == "chartqa"][:5]
     records = [{"images": [row["image"]], "question": row["question"], "answer": row["answers"][0]} for row in found]
     records.append({**records[0], "images": [found[0]["image"], found[1]["image"]]})
     folder = tmp_path_factory.mktemp("offline")

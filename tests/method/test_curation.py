@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 from awares.clients import judges as served
 from awares.config import load_params
-from awares.data import rows as data
+from awares.data.rows import make_dataset
 from awares.engine import embedding
 from awares.engine import jsonl as records
 from awares.engine.answer_match import same_meaning
@@ -229,7 +230,7 @@ def picture(number):
 
 def make_rows(count=11):
     """Row n is answered right at full resolution when n % 4 < 3, at half resolution when n % 4 < 1."""
-    return data.from_rows(
+    return make_dataset(
         {
             "id": f"row-{number}",
             "image": picture(number),
@@ -446,7 +447,7 @@ def test_work_of_other_inputs_is_never_taken(params, tmp_path):
     noisy = run(params, tmp_path / "out", judged, panel=[SemanticJudge(), AnlsJudge(0.9)])
     exact = run(params, tmp_path / "out", judged, oracle=curation.AnnotationOracle(0, 0.0))
     assert noisy["oracle_answer_boxes"][1] != exact["oracle_answer_boxes"][1] == [[300, 50, 400, 100]]
-    moved = data.from_rows([{**row, "answer_boxes": [[800, 800, 900, 900]]} for row in make_rows(4)])
+    moved = make_dataset([{**row, "answer_boxes": [[800, 800, 900, 900]]} for row in make_rows(4)])
     where = run(params, tmp_path / "out", FakeEngine(dies_at=0), rows=moved, oracle=curation.AnnotationOracle(0, 0.0))
     assert where["oracle_answer_boxes"][1] == [[800, 800, 900, 900]]  # corrected boxes are boxes of other inputs
 
@@ -464,7 +465,7 @@ def test_errors_come_before_work(params, tmp_path):
     engine = FakeEngine(dies_at=0)
     bare = [{**row, "question_boxes": [], "answer_boxes": []} for row in make_rows(2)]
     with pytest.raises(AwaresError, match="row row-0 has no question_boxes"):
-        run(params, tmp_path / "out", engine, rows=data.from_rows(bare))
+        run(params, tmp_path / "out", engine, rows=make_dataset(bare))
     with pytest.raises(AwaresError, match="'semantic' is not on the panel"):
         run(params, tmp_path / "out", engine, panel=[AnlsJudge()])
     with pytest.raises(AwaresError, match="empty"):
@@ -487,7 +488,7 @@ def test_engine_key_follows_the_weights(tiny):
 def test_with_the_real_engine(tiny, params, tmp_path):
     from awares.method.rollout import Engine
 
-    rows = data.from_rows([{**row, "image": tiny.noise(112, 84, n)} for n, row in enumerate(make_rows(4))])
+    rows = make_dataset([{**row, "image": tiny.noise(112, 84, n)} for n, row in enumerate(make_rows(4))])
     found = run(params, tmp_path / "out", Engine(tiny.model, tiny.processor, max_new_tokens=4), rows=rows)
     raw = records.read_records(tmp_path / "out" / "answers.jsonl")
     assert [record["id"] for record in raw] == rows["id"] and set(found["label"]) <= {"LR", "HR"}
@@ -545,7 +546,7 @@ def test_a_second_process_is_refused(tmp_path):
 
 def test_judge_agreement_is_the_confusion_matrix():
     columns = {"verdict": [0] * 8, "verdict_a": [2, 2, 2, 0, 1, 0, 0, 0], "verdict_b": [2, 2, 0, 2, 0, 0, 1, 0]}
-    curated = data.datasets.Dataset.from_dict(columns)
+    curated = datasets.Dataset.from_dict(columns)
     row = curation.judge_agreement(curated).to_dict("records")[0]
     assert (row["judge_a"], row["judge_b"], row["n"]) == ("a", "b", 8)
     assert (row["lr_lr"], row["lr_hr"], row["hr_lr"], row["hr_hr"]) == (50, 12.5, 12.5, 25)

@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 from awares.config import load_params
-from awares.data import rows as data
+from awares.data.rows import make_dataset
 from awares.engine import chat_format, decode
 from awares.errors import AwaresError
 from awares.method import evaluation, protocol
@@ -53,7 +53,7 @@ class Spelling(decode.FirstToken):
 def rows() -> datasets.Dataset:
     from conftest import noise
 
-    return data.from_rows(
+    return make_dataset(
         {
             "id": f"row-{number}",
             "image": noise(112 + 56 * (number % 2), 112, number),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from trl import GRPOTrainer
 
 from awares.config import load_params
-from awares.data import rows as data
+from awares.data.rows import make_dataset
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.jsonl import read_records
 from awares.engine.model import load_model, load_processor, save_model, visual_tokens
@@ -46,7 +46,7 @@ def world(tiny, tmp_path_factory) -> SimpleNamespace:
     """A cold-started policy on disk and six curated rows, every second one HR."""
     policy = tmp_path_factory.mktemp("policy") / "merged"
     save_model(tiny.model, tiny.processor, policy)
-    rows = data.from_rows(
+    rows = make_dataset(
         {
             "id": f"r{i}",
             "image": tiny.noise(*[(224, 168), (168, 280)][i % 2], seed=i),

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from awares.config import load_params
-from awares.data import rows as data
+from awares.data.rows import make_dataset
 from awares.engine.jsonl import exclusive_lock, read_records
 from awares.engine.model import load_model, load_processor, save_model
+from awares.engine.rows import FEATURES
 from awares.errors import AwaresError
 from awares.method import crops, protocol, sft
 from awares.training import checkpoints as training
@@ -45,7 +46,7 @@ def world(tiny, tmp_path_factory) -> SimpleNamespace:
     """A base model on disk and twelve curated rows, three of them HR."""
     base = tmp_path_factory.mktemp("base") / "base"
     save_model(tiny.model, tiny.processor, base)
-    rows = data.from_rows(
+    rows = make_dataset(
         {
             "id": f"r{i}",
             "image": tiny.noise(*[(224, 168), (168, 224), (280, 224)][i % 3], seed=i),
@@ -345,7 +346,7 @@ def test_every_input_is_part_of_the_key(world, tmp_path):
     pictures = list(rows["image"])
     swapped = rows.remove_columns("image").add_column("image", [{"bytes": b"x", "path": None}] * len(pictures))
     keys = [key(), key(params=settings(seed=2)), key(params=settings(**{"sft.phased": True})), key(base=other)]
-    keys += [key(rows=rows.select(range(11))), key(rows=swapped.cast_column("image", data.FEATURES["image"]))]
+    keys += [key(rows=rows.select(range(11))), key(rows=swapped.cast_column("image", FEATURES["image"]))]
     assert len({json.dumps(each, sort_keys=True) for each in keys}) == len(keys)
     assert key() == key(rows=rows.select(range(12)))  # the same content, another fingerprint
     code = training.code_of(

@@ -25,8 +25,8 @@ from faulty_server import ServerProcess
 
 from awares.bench.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.config import SYSTEMS, TASKS
-from awares.data import rows as data
 from awares.engine.model import save_model
+from awares.engine.rows import load_rows
 from awares.study import publish
 from awares.study.tables import AVERAGE
 
@@ -133,7 +133,7 @@ def shown(executed):
 
 def test_data(line):
     stage = line.params.run_dir("data")
-    rows = {split: data.load_rows(stage / split) for split in ("train", "validation", "evaluation")}
+    rows = {split: load_rows(stage / split) for split in ("train", "validation", "evaluation")}
     assert {split: len(part) for split, part in rows.items()} == {"train": 30, "validation": 10, "evaluation": 12}
     assert set(rows["evaluation"]["source"]) == set(TASKS)
     records = [json.loads(text) for text in (stage / "manifest.jsonl").read_text().splitlines()]
@@ -144,7 +144,7 @@ def test_data(line):
 
 
 def test_curation(line, folder):
-    curated = data.load_rows(line.params.run_dir("curation") / "train" / "dataset")
+    curated = load_rows(line.params.run_dir("curation") / "train" / "dataset")
     assert {"verdict_llama", "verdict_deepseek", "verdict_anls"} <= set(curated.column_names)
     assert {"LR", "HR"} == set(curated["label"])
     order = line.table("curation", "judge_order").set_index("judge")
@@ -262,7 +262,7 @@ def test_means_over_seeds(line):
     row = ("awares", AVERAGE)
     assert means.accuracy[row] == pytest.approx(main.accuracy[row], abs=1e-3) and (means.seeds == 3).all()
     fresh = line.with_values(**elsewhere).run_dir("evaluation")
-    rows = data.load_rows(line.params.run_dir("data") / "evaluation")
+    rows = load_rows(line.params.run_dir("data") / "evaluation")
     asked = [json.loads(text)["row_id"] for text in (fresh / "trajectories" / "awares.jsonl").read_text().splitlines()]
     assert sorted(asked) == sorted(rows["id"])  # the benchmarks are scored whole, so these are all there are
     assert pd.read_csv(tables / "table1_unseen.csv").accuracy.equals(pd.read_csv(tables / "table1_seeds.csv").accuracy)

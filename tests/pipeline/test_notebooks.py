@@ -20,8 +20,8 @@ from conftest import under_other_names
 
 from awares.bench.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.config import SYSTEMS, TASKS, load_params
-from awares.data import rows as data
 from awares.engine.model import load_model, save_model
+from awares.engine.rows import load_rows
 from awares.mini import pretrain
 from awares.study import publish
 from awares.study.tables import AVERAGE
@@ -161,9 +161,7 @@ def test_no_stage_writes_where_another_has_written(line):
 
 
 def test_data_rows(line):
-    splits = {
-        split: data.load_rows(line.params.run_dir("data") / split) for split in ("train", "validation", "evaluation")
-    }
+    splits = {split: load_rows(line.params.run_dir("data") / split) for split in ("train", "validation", "evaluation")}
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 40, "validation": 20, "evaluation": 12}
     assert set(splits["evaluation"]["source"]) == set(TASKS)
     assert set(splits["train"]["split"]) == {"train"}
@@ -171,7 +169,7 @@ def test_data_rows(line):
 
 
 def test_curation_labels(line):
-    curated = data.load_rows(line.params.run_dir("curation") / "train" / "dataset")
+    curated = load_rows(line.params.run_dir("curation") / "train" / "dataset")
     assert set(curated["label"]) == {"LR", "HR"}
     hr = 100 * curated["label"][:].count("HR") / len(curated)
     assert line.metrics("curation")["train"]["hr"] == pytest.approx(hr)
@@ -278,9 +276,7 @@ def test_released_rows_take_the_place_of_curation(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     executed = made.run("01_curation", "curation").read_text()  # own rows are not read: stage data has not run
     assert executed.count("Skipped: the rows are the released ones") >= 5
-    rows = {
-        split: data.load_rows(made.params.run_dir("curation") / split / "dataset") for split in ("train", "validation")
-    }
+    rows = {split: load_rows(made.params.run_dir("curation") / split / "dataset") for split in ("train", "validation")}
     assert {split: len(part) for split, part in rows.items()} == {"train": 22, "validation": 10}
     assert not set(rows["train"]["id"]) & set(rows["validation"]["id"])
     assert made.metrics("curation")["both_wrong"] is None
@@ -307,7 +303,7 @@ def test_unseen_evaluation_seed_draws_other_rows_beside_the_pipelines_own(line):
     fresh = line.with_values(**{"evaluation.seed": 2024}).run_dir("evaluation")
     assert fresh.name == "main-s1-e2024"
     asked = [json.loads(text)["row_id"] for text in (fresh / "trajectories" / "awares.jsonl").read_text().splitlines()]
-    assert len(asked) == 12 and not set(asked) & set(data.load_rows(line.params.run_dir("data") / "evaluation")["id"])
+    assert len(asked) == 12 and not set(asked) & set(load_rows(line.params.run_dir("data") / "evaluation")["id"])
     assert (line.params.run_dir("evaluation") / "tables" / "table1_main.csv").read_bytes() == before
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from awares import AwaRes
 from awares.config import load_params
-from awares.data import rows as data
+from awares.data.rows import make_split
 from awares.method import evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def test_the_policy_that_ships_reads_what_the_report_says() -> None:
     params = load_params(
         path=ROOT / "params.yaml", overrides={"evaluation.rows": 8, "evaluation.seed": 301, "threads": 1}
     )
-    rows = data.make_split(params, "evaluation")
+    rows = make_split(params, "evaluation")
     done = AwaRes.from_pretrained().engine.run(rows["image"], rows["question"], row_ids=rows["id"])
     found = evaluation.scored("awares", rows, done)
     reported = pd.read_csv(TABLES / "table1_main.csv").query("system == 'awares' and benchmark == 'average'").iloc[0]
@@ -65,7 +65,7 @@ def test_the_policy_that_ships_answers_as_the_report_says_row_by_row() -> None:
     main = pd.read_csv(TABLES / "table1_main.csv").query("system == 'awares' and benchmark == 'average'").iloc[0]
     if 100 * mine.score.mean() != pytest.approx(main.accuracy, abs=1e-3):
         pytest.skip("the main line was run here after the comparison: `dvc repro comparison@mini` brings them together")
-    rows = data.make_split(params, "evaluation")
+    rows = make_split(params, "evaluation")
     done = AwaRes.from_pretrained().engine.run(rows["image"], rows["question"], row_ids=rows["id"])
     found = evaluation.scored("awares", rows, done).set_index("row_id").join(mine, suffixes=("", "_published"))
     assert len(found) == 48 and found.answer_published.notna().all()

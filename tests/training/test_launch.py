@@ -17,8 +17,8 @@ from test_grpo import world as grpo_world  # noqa: F401
 from test_sft import SMALL, world  # noqa: F401
 
 from awares.config import load_params
-from awares.data import rows as data
 from awares.engine.jsonl import read_records
+from awares.engine.rows import save_rows
 from awares.errors import AwaresError
 from awares.method import grpo, sft
 from awares.training import checkpoints as training
@@ -101,7 +101,7 @@ def run_sharded(world, folder):  # noqa: F811
 
 
 def test_a_sharded_training_has_the_losses_of_one_and_goes_on_from_its_checkpoint(world, alone, tmp_path):  # noqa: F811
-    data.save_rows(world.rows, tmp_path / "rows")
+    save_rows(world.rows, tmp_path / "rows")
     said, log = run_sharded(world, tmp_path), tmp_path / "log.jsonl"
     here = [tuple(map(int, found)) for found in re.findall(r"(\d+) parts, (\d+) of (\d+) weights", said)]
     assert len(here) == 2 and sum(held for _, held, _ in here) == here[0][2]  # each process holds its share and no more
@@ -123,7 +123,7 @@ def test_a_sharded_training_has_the_losses_of_one_and_goes_on_from_its_checkpoin
 
 
 def test_grpo_in_two_processes_has_the_gradients_of_one(grpo_world, tmp_path):  # noqa: F811
-    data.save_rows(grpo_world.rows, tmp_path / "rows")
+    save_rows(grpo_world.rows, tmp_path / "rows")
     starts = {"one": [], "two": [*LAUNCH, str(ROOT / TWO)]}
     for name, start in starts.items():
         (tmp_path / name).mkdir()

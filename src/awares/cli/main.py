@@ -298,7 +298,7 @@ def evaluate(
       awares eval mine.jsonl --run mini      rows with image, question, answers, and source for the metric
     """
     from awares.config import load_params
-    from awares.data import rows as data
+    from awares.data.rows import make_split, read_jsonl_rows
     from awares.engine.model import set_threads
     from awares.method import evaluation, protocol
 
@@ -306,7 +306,7 @@ def evaluate(
         raise typer.BadParameter("--rows and --seed draw the tasks' rows, not those of a file")
     given = {"evaluation.rows": rows, "evaluation.seed": seed, "evaluation.call_bias": call_bias}
     params = load_params(profile, overrides={key: value for key, value in given.items() if value is not None})
-    table = data.from_jsonl(rows_file) if rows_file else data.make_split(params, "evaluation")
+    table = read_jsonl_rows(rows_file) if rows_file else make_split(params, "evaluation")
     set_threads(params.threads)
     limits = {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
     words = protocol.from_params(params)

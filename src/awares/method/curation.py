@@ -25,10 +25,11 @@ import pandas as pd
 import torch
 
 from awares.config import Params
-from awares.data import rows as data
+from awares.data.rows import validate_rows
 from awares.engine import answer_match as wording
 from awares.engine import decode, model
 from awares.engine.jsonl import Record, in_chunks, write_records
+from awares.engine.rows import FEATURES, load_rows, save_rows
 from awares.errors import AwaresValueError, Failure, with_failures
 from awares.method import crops, judges, metrics, protocol, rollout
 from awares.method.judges import HR, LR, TIE, Judge, label
@@ -133,7 +134,7 @@ def curate(
     changes the labels alone asks the base model nothing. ``ready`` is called before the first row of a step, with the names of the
     models still needed, and may raise (`served.require_servers`). AwaresError before any work for rows, judges or boxes that cannot do.
     """
-    data.validate(dataset, "curation", pixels=False)
+    validate_rows(dataset, "curation", pixels=False)
     oracle.check(dataset)
     if params.curation.judge not in [judge.name for judge in panel]:
         raise AwaresValueError(f"curation.judge {params.curation.judge!r} is not on the panel of judges")
@@ -145,8 +146,8 @@ def curate(
     for name, records in zip(RAW_FILES, (answers, verdicts, located), strict=True):
         write_records(Path(out_dir) / name, records)
     write_records(Path(out_dir) / LOST_FILE, lost_rows(answers, verdicts, located, params.curation.judge))
-    data.save_rows(assemble(dataset, answers, verdicts, located, params), Path(out_dir) / ROWS)
-    return data.load_rows(Path(out_dir) / ROWS)
+    save_rows(assemble(dataset, answers, verdicts, located, params), Path(out_dir) / ROWS)
+    return load_rows(Path(out_dir) / ROWS)
 
 
 def base_answers(rows: datasets.Dataset, engine: Any, view: str) -> list[Any]:
@@ -293,7 +294,7 @@ def assemble(
     columns["oracle_answer_boxes"] = [record["answer_boxes"] for record in found]
     columns["target_crops"] = [target_crops(record, params) for record in found]
     added = datasets.Dataset.from_dict(columns, features=_features(columns))
-    rows = datasets.concatenate_datasets([dataset.select_columns(list(data.FEATURES)), added], axis=1)
+    rows = datasets.concatenate_datasets([dataset.select_columns(list(FEATURES)), added], axis=1)
     dropped = columns["both_wrong"] if params.curation.drop_both_wrong else [False] * len(rows)
     kept = [
         i for i, (row_id, wrong) in enumerate(zip(rows["id"], dropped, strict=True)) if row_id not in lost and not wrong
@@ -393,8 +394,8 @@ def _features(columns: dict[str, Any]) -> datasets.Features:
         "high_answer": datasets.Value("string"),
         "label": datasets.Value("string"),
         "both_wrong": datasets.Value("bool"),
-        "oracle_question_boxes": data.FEATURES["question_boxes"],
-        "oracle_answer_boxes": data.FEATURES["answer_boxes"],
+        "oracle_question_boxes": FEATURES["question_boxes"],
+        "oracle_answer_boxes": FEATURES["answer_boxes"],
         "target_crops": datasets.List(datasets.Value("string")),
     }
     other = {name: datasets.Value("int8" if name.startswith("verdict") else "float64") for name in columns}
