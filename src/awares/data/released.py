@@ -4,8 +4,9 @@ Its schema is assumed: see the reader `trajectory` in `sources` and section ``cu
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 
@@ -55,9 +56,10 @@ def _curated(one: Collected, records: Sequence[Record], split: str, params: Para
     verdicts = [
         {"id": record["id"], RELEASED_JUDGE: _verdict(crops)} for record, crops in zip(records, targets, strict=True)
     ]
-    section = replace(params.curation, judge=RELEASED_JUDGE, drop_both_wrong=False)
+    section = SimpleNamespace(judge=RELEASED_JUDGE, drop_both_wrong=False, lucky_margin=params.curation.lucky_margin)
+    settings: Any = SimpleNamespace(curation=section, crops=params.crops)
     base = build(one, records, split)
-    rows = curation.assemble(base, answers, verdicts, [], replace(params, curation=section))
+    rows = curation.assemble(base, answers, verdicts, [], settings)
     feature = rows.select_columns("target_crops").features
     column = datasets.Dataset.from_dict({"target_crops": targets}, features=feature)
     return datasets.concatenate_datasets([rows.remove_columns("target_crops"), column], axis=1)
