@@ -231,7 +231,7 @@ def test_pictures_held_out_of_the_released_dataset_do_not_come_back_in_training(
 
 
 def test_an_unknown_name_and_an_unreadable_call_are_named(tmp_path: Path) -> None:
-    with pytest.raises(AwaresError, match="curation.released: 'nothing' is not in .*awares"):
+    with pytest.raises(AwaresError, match="curation.released: 'nothing' is not declared in .*awares"):
         released.curate_released(settings(**{"curation.released": "nothing"}), tmp_path)
     with pytest.raises(AwaresError, match=r"here, row 7: .*GET_CROPS: \?.*skip: \[7\]"):
         released._target({"row": 7, "call": "GET_CROPS: ?"}, "here")

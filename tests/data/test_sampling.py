@@ -422,7 +422,7 @@ def test_faults_of_the_declaration_are_named_before_any_work(hub, tmp_path, chan
     [
         ({"data.train_rows": 50}, "training.chartqa: .*has 12 rows in split train, fewer than the 52"),
         ({"data.train_rows": 11, "data.validation_rows": 1}, "training.docvqa: 10 of 11 rows for data.train_rows .*lower data.train_rows"),
-        ({"data.sources": ["nothing"]}, "data.sources: 'nothing' is not in .*chartqa"),
+        ({"data.sources": ["nothing"]}, "data.sources: 'nothing' is not declared in .*chartqa"),
         ({"data.sources_file": "data/none.yaml"}, "none.yaml: no such file; data.sources_file names it"),
     ],
 )  # fmt: skip

@@ -86,13 +86,14 @@ def missing_paths(markdown: str, root: Path = ROOT, folder: str = ".") -> list[s
 def unknown_commands(markdown: str, targets: set[str], stages: set[str], keys: set[str]) -> list[str]:
     """`make` targets, `dvc repro` stages, `-S` keys and `python -m awares.x` modules that do not exist."""
     text = "\n".join(code_spans(markdown))
-    modules = {path.stem for path in (ROOT / "src" / "awares").glob("*.py")}
+    library = ROOT / "src" / "awares"
+    modules = {".".join(path.relative_to(library).with_suffix("").parts) for path in library.rglob("*.py")}
     wanted = [("make", re.findall(r"(?<![\w/-])make ([a-z]\w*)", text), targets)]
     runs = re.findall(r"dvc (?:repro|exp run)((?: +[^\s#&|;]+)*)", text)
     named = [word for run in runs for word in re.sub(r"(?:-S|--set-param|-n|--name) +\S+", "", run).split()]
     wanted.append(("dvc stage", [word.partition("@")[0] for word in named if not word.startswith("-")], stages))
     wanted.append(("parameter", re.findall(r"(?:-S|--set-param) +[\"']?(?:[\w.]+:)?([\w.]+)=", text), keys))
-    wanted.append(("module awares.", re.findall(r"python -m awares\.(\w+)", text), modules))
+    wanted.append(("module awares.", re.findall(r"python -m awares\.([\w.]+)", text), modules))
     return [f"{kind} {name}" for kind, names, known in wanted for name in names if name not in known]
 
 

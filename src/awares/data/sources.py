@@ -85,7 +85,7 @@ def get_source(params: Params, kind: str, name: str) -> Source:
     known = read_sources(params, kind)
     if name not in known:
         file = params.data.sources_file
-        raise AwaresValueError(f"{NAMED_BY[kind]}: {name!r} is not in {file}, which has {', '.join(known)}")
+        raise AwaresValueError(f"{NAMED_BY[kind]}: {name!r} is not declared in {file}, which has {', '.join(known)}")
     return known[name]
 
 
