@@ -10,8 +10,9 @@ import scipy.stats
 from PIL import Image
 
 from awares.config import TASKS, load_params
-from awares.data import rows as data
+from awares.data.rows import make_dataset
 from awares.engine import jsonl
+from awares.engine.rows import save_rows
 from awares.errors import AwaresError
 from awares.method import evaluation
 from awares.method.rollout import Trajectory, Turn
@@ -50,8 +51,8 @@ class World:
         paths = {"paths.runs": str(folder / "runs"), "paths.reports": str(folder / "reports")}
         self.params = load_params("mini", overrides={**paths, "evaluation.bootstrap": 500})
         self.folder, self.runs = folder, folder / "runs" / "mini"
-        self.rows = data.from_rows([row(f"{task}-{n}", task, "evaluation") for n in range(PER_TASK) for task in TASKS])
-        data.save_rows(self.rows, self.runs / "data" / "main" / "evaluation")
+        self.rows = make_dataset([row(f"{task}-{n}", task, "evaluation") for n in range(PER_TASK) for task in TASKS])
+        save_rows(self.rows, self.runs / "data" / "main" / "evaluation")
 
     def policy(self, path, marks, **more):
         """Answers to the evaluation rows; ``marks``: right or wrong, one per row."""
@@ -68,13 +69,13 @@ class World:
         change(table).to_csv(self.runs / "systems" / "pruner" / "scores.csv", index=False)
 
     def curated(self, split, labels, target, verdicts=()):
-        made = data.from_rows(row(f"{split}-{n}", "chartqa", split) for n in range(len(labels)))
+        made = make_dataset(row(f"{split}-{n}", "chartqa", split) for n in range(len(labels)))
         made = made.add_column("label", labels).add_column("target_crops", target)
         if verdicts:
             made = made.add_column("verdict", [2 if label == "HR" else 0 for label in labels])
         for judge, values in dict(verdicts).items():
             made = made.add_column(f"verdict_{judge}", values)
-        data.save_rows(made, self.runs / "curation" / "main" / split / "dataset")
+        save_rows(made, self.runs / "curation" / "main" / split / "dataset")
 
     def turns(self, path, requests, statuses=None):
         statuses = statuses or ["valid" if crops else "none" for crops in requests]
