@@ -1,13 +1,11 @@
-"""A judge, an oracle and a base model as a chat server: run as a process by the tests of `clients.judges`.
+"""A judge, an oracle and a base model as a chat server: a process for the tests of `clients.judges`.
 
-``python judging_server.py LOG PORT [rigged | mute]``. It answers the prompts of data/served.yaml about rows of
-`test_curation.make_rows`, whose questions carry a number n, and fails by it: garbage for n % 20 == 3, silence at first for
-n % 20 == 7, status 429 at first for n % 5 == 1. Every third reply has words around its JSON. As the base model it
-answers like `test_curation.FakeEngine`. A judge prefers the first of two
-answers to a ``biased`` question. Arrivals are logged as in faulty_server.py.
-``mute``: besides, it never answers the judge's requests about n = 10 and the oracle's about n = 9.
-``rigged``: it does not fail, and judges any rows, for a base model that answers at random: of two answers the later one in the
-alphabet is right.
+``python judging_server.py LOG PORT [rigged | mute]``. It answers the prompts of data/served.yaml about the rows of
+`test_curation.make_rows`, whose questions carry a number n, and fails by it: garbage for n % 20 == 3, silence at first
+for n % 20 == 7, status 429 at first for n % 5 == 1. Every third reply has words around its JSON. As the base model it
+answers like `test_curation.FakeEngine`. Of two answers to a ``biased`` question it prefers the first.
+``mute``: also, it never answers the judge's requests about n = 10 and the oracle's about n = 9.
+``rigged``: it does not fail and judges any rows: of two answers the later one in the alphabet is right.
 """
 
 import asyncio
@@ -27,13 +25,13 @@ from faulty_server import completion, last_text, serve
 from PIL import Image
 
 SILENCE = 3.0  # seconds: longer than the tests' time-out
+BOXES = [[10, 10, 200, 200], [700, 20, 900, 100], [50, 600, 300, 900], [0, 0, 1000, 1000], [400, 400, 600, 600]]
+RIGGED, MUTE = (sys.argv[3:] == [mode] for mode in ("rigged", "mute"))
+MODELS = ["meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"]
 
 
-def reply(text: str) -> dict[str, Any]:
-    """What a perfect judge or oracle says to the user's text."""
-    said = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
-    if RIGGED:
-        return rigged(said)
+def reply(said: dict[str, str]) -> dict[str, Any]:
+    """The reply of a perfect judge or oracle to the lines of the user's text."""
     number = int(re.findall(r"\d+", said["Question"])[0])
     accepted = {answer.lower() for answer in said.get("Accepted answers", "").split(" | ")}
     right = {key: int(value.lower() in accepted) for key, value in said.items()}
@@ -48,8 +46,19 @@ def reply(text: str) -> dict[str, Any]:
     return {"question_boxes": [[50, 50, 150, 100]], "answer_boxes": [answer]}
 
 
+def rigged(said: dict[str, str]) -> dict[str, Any]:
+    if "First answer" in said or "Second answer" in said:
+        first, second = said.get("First answer", ""), said.get("Second answer", "")
+        better = 0 if first == second else 1 if first > second else 2
+        return {"first": int(first >= second), "second": int(second >= first), "better": better}
+    if "Accepted answers" in said:
+        return {"right": len(said.get("Answer", "")) % 2}
+    place = BOXES[sum(said.get("Question", "").encode()) % len(BOXES)]
+    return {"question_boxes": [place], "answer_boxes": [place]}
+
+
 def base_answer(body: dict[str, Any], number: int) -> str:
-    """The base model's answer: right for n % 4 < 3 from the full image, which is 84 px wide, and for n % 4 < 1 from a smaller one."""
+    """Right for n % 4 < 3 from the full image, which is 84 px wide, and for n % 4 < 1 from a smaller one."""
     url = body["messages"][-1]["content"][0]["image_url"]["url"]
     full = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).width == 84
     return f"{number} KG" if number % 4 < (3 if full else 1) else "illegible"
@@ -62,36 +71,17 @@ def constrained(body: dict[str, Any]) -> bool:
     return wanted["strict"] and better["type"] == "integer" and better["enum"] == [0, 1, 2]
 
 
-def rigged(said: dict[str, str]) -> dict[str, Any]:
-    if "First answer" in said or "Second answer" in said:
-        first, second = said.get("First answer", ""), said.get("Second answer", "")
-        return {
-            "first": int(first >= second),
-            "second": int(second >= first),
-            "better": 0 if first == second else 1 if first > second else 2,
-        }
-    if "Accepted answers" in said:
-        return {"right": len(said.get("Answer", "")) % 2}
-    place = BOXES[sum(said.get("Question", "").encode()) % len(BOXES)]
-    return {"question_boxes": [place], "answer_boxes": [place]}
-
-
-BOXES = [[10, 10, 200, 200], [700, 20, 900, 100], [50, 600, 300, 900], [0, 0, 1000, 1000], [400, 400, 600, 600]]
-RIGGED, MUTE = (sys.argv[3:] == [mode] for mode in ("rigged", "mute"))
-
-
 def make_app(log: Path) -> FastAPI:
     app = FastAPI()
-    arrived = Counter(json.loads(line)["body"] for line in log.read_text().splitlines()) if log.is_file() else Counter()
+    arrived: Counter[str] = Counter()
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
         body = await request.json()
-        name = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        text, name = last_text(body), hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         arrived[name] += 1
         with log.open("a") as file:
-            file.write(json.dumps({"body": name, "row": last_text(body).splitlines()[0]}) + "\n")
-        text = last_text(body)
+            file.write(json.dumps({"body": name, "row": text.splitlines()[0]}) + "\n")
         number = 0 if RIGGED else int(re.findall(r"\d+", text)[0])
         if number % 20 == 3:
             return JSONResponse({**completion("the second one, I think"), "id": name})
@@ -104,18 +94,17 @@ def make_app(log: Path) -> FastAPI:
             return JSONResponse({"error": {"message": "busy"}}, 429, {"retry-after-ms": "20"})
         if "Question: " not in text:
             return JSONResponse({**completion(base_answer(body, number)), "id": name})
-        said = json.dumps(reply(text))
+        lines = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+        said = json.dumps(rigged(lines) if RIGGED else reply(lines))
         return JSONResponse({**completion(f"```json\n{said}\n```" if number % 3 == 0 else said), "id": name})
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         if request.headers.get("authorization") == "Bearer wrong":
             return JSONResponse({"error": {"message": "no"}}, 401)
-        names = ["meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"]
-        names += ["deepseek-ai/DeepSeek-V3.2"] if RIGGED else []
-        return JSONResponse(
-            {"object": "list", "data": [{"id": one, "object": "model", "created": 0, "owned_by": "t"} for one in names]}
-        )
+        names = [*MODELS, *["deepseek-ai/DeepSeek-V3.2"] * RIGGED]
+        cards = [{"id": one, "object": "model", "created": 0, "owned_by": "t"} for one in names]
+        return JSONResponse({"object": "list", "data": cards})
 
     return app
 

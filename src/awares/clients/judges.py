@@ -46,8 +46,13 @@ class Prompt(BaseModel, extra="forbid"):
     def messages(self, image: Image.Image | None = None, **values: str) -> list[Record]:
         """The chat, the image before the question; braces in a value stay as they are."""
         text = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), self.user).strip()
-        picture = {"type": "image_url", "image_url": {"url": data_url(image)}} if image else None
-        content: Any = [picture, {"type": "text", "text": text}] if picture else text
+        if image:
+            content: Any = [
+                {"type": "image_url", "image_url": {"url": data_url(image)}},
+                {"type": "text", "text": text},
+            ]
+        else:
+            content = text
         return [{"role": "system", "content": self.system.strip()}, {"role": "user", "content": content}]
 
 
@@ -76,28 +81,22 @@ class Served(BaseModel, extra="forbid"):
 
 
 def read_served(params: Params) -> Served:
-    """The declarations of ``curation.served_file``; AwaresValueError names a wrong key.
-
-    The environment variable AWARES_<NAME>_URL replaces a model's ``url``.
-    """
+    """The declarations of ``curation.served_file``; AwaresValueError names a wrong key."""
     path = params.path(params.curation.served_file)
     try:
-        served = Served.model_validate(read_yaml(path, "curation.served_file"))
+        return Served.model_validate(read_yaml(path, "curation.served_file"))
     except ValidationError as error:
         raise AwaresValueError(f"{path}: {first_fault(error)}: see the comments there") from error
-    for name, model in served.models.items():
-        url = os.environ.get(f"AWARES_{name.upper()}_URL") or model.url
-        served.models[name] = model.model_copy(update={"url": url})
-    return served
 
 
 def get_model(name: str, params: Params) -> ServedModel:
-    """A served model by its name; AwaresValueError for one that is not declared."""
+    """A declared model, else AwaresValueError. AWARES_<NAME>_URL in the environment replaces its ``url``."""
     models = read_served(params).models
     if name not in models:
-        file = params.curation.served_file
-        raise AwaresValueError(f"{file}: models.{name} is not declared, only {', '.join(models)}")
-    return models[name]
+        place = f"{params.curation.served_file}: models.{name}"
+        raise AwaresValueError(f"{place} is not declared, only {', '.join(models)}")
+    url = os.environ.get(f"AWARES_{name.upper()}_URL") or models[name].url
+    return models[name].model_copy(update={"url": url})
 
 
 def make_client(name: str, params: Params) -> ChatClient:
@@ -117,13 +116,11 @@ class ModelReply(BaseModel, extra="forbid", strict=True):
         """The object in ``text``, alone or within other words; None without a valid one."""
         for part in (text, *re.findall(r"\{.*\}", text, re.DOTALL)):
             try:
-                found = from_json(part)
-            except ValueError:
-                continue
-            try:
-                return cls.model_validate(found)
+                return cls.model_validate(from_json(part))
             except ValidationError:
                 break
+            except ValueError:  # no JSON
+                continue
         return None
 
 
@@ -303,12 +300,11 @@ class ServedJudge(Judge):
 
     def verdict_of(self, forward: tuple[Comparison, str], swapped: tuple[Comparison, str]) -> ServedVerdict:
         """The verdict from two replies: with the low answer first, and with it second."""
-        (one, text), (other, other_text) = forward, swapped
+        one, other, replies = forward[0], swapped[0], (forward[1], swapped[1])
         turned = {TIE: TIE, LOW_BETTER: HIGH_BETTER, HIGH_BETTER: LOW_BETTER}[other.better]
         low, high = (one.first + other.second) / 2, (one.second + other.first) / 2
-        decided = one.better == turned and max(low, high) > 0  # two wrong answers are equally bad
+        value = one.better if one.better == turned and max(low, high) > 0 else TIE  # two wrong answers are equally bad
         both_wrong = max(low, high) < self.right_at
-        value, replies = one.better if decided else TIE, (text, other_text)
         return ServedVerdict(value, low, high, both_wrong, one.better, turned, **self.pair.source, replies=replies)
 
 
