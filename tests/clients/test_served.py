@@ -24,6 +24,7 @@ from awares.engine.jsonl import read_records
 from awares.engine.model import make_processor
 from awares.errors import AwaresError, AwaresRequestError
 from awares.method import curation
+from awares.study import curation_tables
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60
@@ -217,7 +218,7 @@ def test_a_failing_server_costs_only_the_rows_that_it_fails_on_and_the_silent_on
         for one in read_records(tmp_path / "out" / "oracle.jsonl"):  # every third reply has words around its JSON
             how = "tolerant" if int(one["id"].removeprefix("row-")) % 3 == 0 else "strict"
             assert one["read"] == ("" if one["id"] in lost else how)
-        agreement = curation.judge_agreement(rows)
+        agreement = curation_tables.judge_agreement(rows)
         assert (agreement.agreement[0], agreement.n[0]) == (100, len(rows))
         if asked is not None:  # each request once: both orders of the judge, then the oracle
             assert server.counts("row") == {f"Question: what is {n}?": count for n, count in asked.items()}

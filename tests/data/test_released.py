@@ -15,10 +15,11 @@ from awares.data import released
 from awares.engine.model import save_model
 from awares.engine.rows import load_rows
 from awares.errors import AwaresError
-from awares.method import curation, protocol, sft
+from awares.method import protocol, sft
 from awares.method.crops import CROPS
 from awares.method.grpo import build_trainer
 from awares.method.rollout import Engine, Trajectory
+from awares.study import curation_tables
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -204,12 +205,12 @@ def test_the_released_dataset_gives_curated_rows(tiny: SimpleNamespace, tmp_path
         assert row["question"] == "What is this?" and row["answers"] == [f"a {number}"]
         assert row["image"].size == (168, 112)  # the picture, not the crop
     reference = {"low_answer", "high_answer", "verdict", "label", "both_wrong", "target_crops", "oracle_answer_boxes"}
-    assert reference <= set(rows.column_names) and curation.judge_names(rows) == ["released"]
+    assert reference <= set(rows.column_names) and curation_tables.judge_names(rows) == ["released"]
     read = load_rows(tmp_path / "out/train/dataset")
     values = {"sft.max_length": 8192, "protocol.max_new_tokens": 64}
     assert len(sft.plan(read, tiny.processor, settings(**values))) == 5 * settings(**values).sft.epochs
     needed = sum(label == "HR" for label in read["label"])
-    assert curation.label_shares(read).set_index("judge").hr["released"] == 20 * needed > 0
+    assert curation_tables.label_shares(read).set_index("judge").hr["released"] == 20 * needed > 0
     again = released.curate_released(params, tmp_path / "again")
     assert [again[split]["id"][:] for split in again] == [curated[split]["id"][:] for split in curated]
     with pytest.raises(AwaresError, match="curated.awares: 10 usable rows .*data.validation_rows"):

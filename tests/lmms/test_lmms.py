@@ -149,7 +149,7 @@ def test_metrics_equal_those_of_lmms_eval(prediction, answer):
         ocr = theirs("ocrbench").ocrbench_process_results(row, [prediction])
         assert metrics.ocr_accuracy(prediction, [answer], question) == ocr["ocrbench_accuracy"]["score"]
     real = theirs("realworldqa").realworldqa_process_results({"answer": answer}, [prediction])
-    assert metrics.exact_match(prediction, [answer]) == real["exact_match"]
+    assert metrics.score("realworldqa", prediction, [answer]) == real["exact_match"]
     if answer.lower() in ("yes", "no"):
         pope = theirs("pope").pope_process_results({"answer": answer, "question_id": 1}, [prediction])
         assert metrics.pope_accuracy(prediction, [answer]) == pope["pope_accuracy"]["score"]

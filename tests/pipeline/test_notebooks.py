@@ -22,9 +22,9 @@ from awares.bench.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.config import SYSTEMS, TASKS, load_params
 from awares.engine.model import load_model, save_model
 from awares.engine.rows import load_rows
+from awares.method.evaluation import AVERAGE
 from awares.mini import pretrain
 from awares.study import publish
-from awares.study.tables import AVERAGE
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))

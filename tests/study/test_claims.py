@@ -16,7 +16,7 @@ from awares.engine.rows import save_rows
 from awares.errors import AwaresError
 from awares.method import evaluation
 from awares.method.rollout import Trajectory, Turn
-from awares.study import claims, comparison, diagnostics, scores
+from awares.study import claims, comparison, scores
 from awares.study.claims import accuracy, area, call_rate, characters, correlation, every, measure, recall, rtr, valid
 from awares.study.scores import Sample, trained
 
@@ -237,7 +237,7 @@ def test_measures_are_the_diagnostics(world):
     statuses = [("valid" if n % 4 else "recovered") if names else "none" for n, names in enumerate(requests)]
     world.curated("validation", labels, target)
     world.turns("grpo/main-s1", requests, statuses)
-    expected = dataclasses.asdict(diagnostics.cdp_diagnostics(labels, requests, target))
+    expected = evaluation.cdp_diagnostics(labels, requests, target)
     for name in (*scores.SHARES, "area"):
         found = world.decide(measure(name, "awares") > 0)
         assert found.effect == pytest.approx(expected[name] * (1 if name == "area" else 100))
@@ -245,7 +245,7 @@ def test_measures_are_the_diagnostics(world):
     calls = [names for names in requests if names]
     done = evaluation.load_trajectories(world.runs / "grpo/main-s1/validation.jsonl")
     shares = {"whole_of_calls": calls.count(["all"]) / len(calls), "whole_image": calls.count(["all"]) / 60}
-    shares |= {"valid": evaluation.form_table({"awares": done}).valid.item() / 100}
+    shares |= {"valid": evaluation.format_table({"awares": done}).valid.item() / 100}
     for name, share in shares.items():
         assert world.decide(measure(name, "awares") > 0).effect == pytest.approx(100 * share) and share < 1
     assert world.decide(measure("hr", "oracle") > 0).effect == pytest.approx(100 * labels.count("HR") / 60)

@@ -7,8 +7,8 @@ from datasets import Dataset
 from awares.baselines import registry
 from awares.config import load_params
 from awares.errors import AwaresError
+from awares.method.evaluation import AVERAGE
 from awares.study import comparison
-from awares.study.tables import AVERAGE
 
 PARAMS = load_params("mini")
 

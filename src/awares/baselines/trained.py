@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+from awares.config import Params
+from awares.engine.images import enlarge
 from awares.errors import AwaresValueError
-from awares.method.crops import cut, readable, union_area
+from awares.method.crops import cut, union_area
+from awares.method.judges import HIGH_BETTER, Judge, Verdict, build_judge
 from awares.method.rewards import RewardContext, Rollout, weighted_sum
-from awares.registry import reward
+from awares.registry import judge, reward
 
 FORMAT = 0.5  # VisionThink: for a well-formed completion
 DISCOUNT = 0.9  # of accuracy, for a call, or for an answer in a group that hardly ever succeeds without one
@@ -50,7 +53,7 @@ def ergo_reward(rollouts: Sequence[Rollout], context: RewardContext) -> Sequence
     places = [index for index, one in enumerate(rollouts) if one.crops]
     callers = [rollouts[index] for index in places]
     budget = context.params.crops.region_budget
-    pieces = [readable(cut(one.full_image, one.crops[0], budget)) for one in callers]
+    pieces = [enlarge(cut(one.full_image, one.crops[0], budget)) for one in callers]
     read = context.base.answer(pieces, [one.question for one in callers]) if callers else []
     enough = context.answer_reward(callers, [one.answer for one in read])
     for index, one, mark in zip(places, callers, enough, strict=True):
@@ -62,3 +65,16 @@ def ergo_reward(rollouts: Sequence[Rollout], context: RewardContext) -> Sequence
 
 def _well_formed(rollout: Rollout) -> bool:
     return not rollout.malformed and not rollout.overflow
+
+
+class AlwaysJudge(Judge):
+    """Labels every row HR, for ERGO, which requests a region whatever the question."""
+
+    def compare(self, low: float, high: float) -> Verdict:
+        return Verdict(HIGH_BETTER, low, high, max(low, high) < self.correct_threshold)
+
+
+@judge("always")
+def always(params: Params) -> Judge:
+    """The scores of the semantic judge, verdict 2 on every row."""
+    return AlwaysJudge("always", build_judge("semantic", params).score)

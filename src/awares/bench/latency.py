@@ -26,8 +26,8 @@ from awares.bench import costs
 from awares.bench.scripted import PHASES, PhaseEnd, Script, ScriptedEngine
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresValueError
+from awares.method.evaluation import AVERAGE
 from awares.method.rollout import Engine, Trajectory
-from awares.study.tables import AVERAGE
 
 # full, half: the base model's one turn; awares: cache reuse; awares_naive: the second turn prefills everything again;
 # escalate_full: a row that calls gets the whole image (VisionThink's interaction)

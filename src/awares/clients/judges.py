@@ -7,9 +7,8 @@ gets a usable one is listed as lost. A row without any reply of the server is lo
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, Generic, Self, TypeVar
 
 import pandas as pd
@@ -26,10 +25,10 @@ from awares.engine.jsonl import Record
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
 from awares.method import protocol
-from awares.method.curation import AnnotationOracle, Boxes, Oracle
-from awares.method.judges import HIGH_BETTER, JUDGES, LOW_BETTER, TIE, Judge, Verdict
+from awares.method.judges import HIGH_BETTER, LOW_BETTER, TIE, AnnotationOracle, Judge, Oracle, Verdict, build_judge
 from awares.training.checkpoints import code_of
 
+Boxes = list[list[int]]
 SIDE = 1000  # boxes are in thousandths of the image's width and height
 
 
@@ -304,7 +303,7 @@ class ServedJudge(Judge):
         turned = {TIE: TIE, LOW_BETTER: HIGH_BETTER, HIGH_BETTER: LOW_BETTER}[other.better]
         low, high = (one.first + other.second) / 2, (one.second + other.first) / 2
         value = one.better if one.better == turned and max(low, high) > 0 else TIE  # two wrong answers are equally bad
-        both_wrong = max(low, high) < self.right_at
+        both_wrong = max(low, high) < self.correct_threshold
         return ServedVerdict(value, low, high, both_wrong, one.better, turned, **self.pair.source, replies=replies)
 
 
@@ -312,8 +311,12 @@ def _joined(answers: Iterable[str]) -> str:
     return " | ".join(dict.fromkeys(answers))
 
 
+def _factory(name: str) -> Callable[[Params], Judge]:
+    return lambda params: ServedJudge(name, params)
+
+
 for _name in ("llama", "deepseek"):
-    registry.judge(_name)(partial(ServedJudge, _name))
+    registry.judge(_name)(_factory(_name))
 
 
 # Oracle and base model
@@ -351,7 +354,7 @@ class ServedOracle(Oracle):
 
 def make_judges(params: Params) -> list[Judge]:
     """The judges of ``curation.panel`` in that order, here or behind a server."""
-    return [JUDGES[name](params) if name in JUDGES else ServedJudge(name, params) for name in params.curation.panel]
+    return [build_judge(name, params) for name in params.curation.panel]
 
 
 def make_oracle(params: Params) -> Oracle:

@@ -5,8 +5,6 @@ Its schema is assumed: see the reader `trajectory` in `sources` and section ``cu
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import datasets
 
@@ -42,7 +40,7 @@ def curate_released(params: Params, out_dir: str | Path) -> dict[str, datasets.D
         )
     splits = {}
     for split, records in {"train": train, "validation": held}.items():
-        folder = Path(out_dir) / split / curation.ROWS
+        folder = Path(out_dir) / split / curation.ROWS_FOLDER
         rows = _curated(one, records, split, params)
         save_rows(validate_rows(rows, f"{one.source.place}, {split}", pixels=False), folder)
         splits[split] = load_rows(folder)
@@ -56,10 +54,8 @@ def _curated(one: Collected, records: Sequence[Record], split: str, params: Para
     verdicts = [
         {"id": record["id"], RELEASED_JUDGE: _verdict(crops)} for record, crops in zip(records, targets, strict=True)
     ]
-    section = SimpleNamespace(judge=RELEASED_JUDGE, drop_both_wrong=False, lucky_margin=params.curation.lucky_margin)
-    settings: Any = SimpleNamespace(curation=section, crops=params.crops)
     base = build(one, records, split)
-    rows = curation.assemble(base, answers, verdicts, [], settings)
+    rows = curation.assemble(base, answers, verdicts, [], params, RELEASED_JUDGE)
     feature = rows.select_columns("target_crops").features
     column = datasets.Dataset.from_dict({"target_crops": targets}, features=feature)
     return datasets.concatenate_datasets([rows.remove_columns("target_crops"), column], axis=1)

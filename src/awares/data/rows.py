@@ -22,7 +22,7 @@ from awares.config import Crops, Params
 from awares.engine.images import MIN_SIDE, check_image
 from awares.engine.rows import FEATURES, load_rows
 from awares.errors import AwaresFileError, AwaresValueError, first_fault
-from awares.method.crops import box_union, boxes_to_crops
+from awares.method.crops import boxes_to_crops
 
 
 def _check_box(box: list[int]) -> list[int]:
@@ -204,12 +204,8 @@ def image_digests(dataset: datasets.Dataset) -> list[str]:
 
 def evidence_crops(dataset: datasets.Dataset, section: Crops) -> list[str]:
     """Names of the crops that show each row's boxes by the rule of ``section``, joined by "+"; "" without boxes."""
-    names = []
-    for question, answer in zip(dataset["question_boxes"], dataset["answer_boxes"], strict=True):
-        boxes = [*question, *answer]
-        limits = (section.rule, section.iou_threshold, section.coverage_threshold)
-        names.append("+".join(boxes_to_crops(box_union(boxes), *limits, boxes, section.offered)) if boxes else "")
-    return names
+    boxes = zip(dataset["question_boxes"], dataset["answer_boxes"], strict=True)
+    return ["+".join(boxes_to_crops([*question, *answer], section)) for question, answer in boxes]
 
 
 def describe_splits(splits: Mapping[str, datasets.Dataset]) -> pd.DataFrame:

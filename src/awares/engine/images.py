@@ -59,3 +59,8 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     thinnest = -(-max(width, height) // MAX_ASPECT)
     size = (max(width, thinnest), max(height, thinnest))
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def enlarge(image: Image.Image) -> Image.Image:
+    """A small crop with each side enlarged to at least MIN_SIDE, as the image processor would."""
+    return resize(image, max(image.width, MIN_SIDE), max(image.height, MIN_SIDE))

@@ -1,22 +1,25 @@
-"""The candidate crops: areas, box -> crops, cutting and resizing (PAPER §1, §2).
+"""The candidate crops: areas, evidence boxes -> crops, cutting (PAPER §1, §2).
 
-A region is one of the paper's ten, by name, or a free box (its future work), whose name is the box itself: ``"150,400,600,700"``.
-Boxes are ``(x1, y1, x2, y2)`` in 0-1000 of the image's width and height, origin top left, wherever a function takes
-one. Only the table below is in fractions of the image.
+A region is one of the paper's ten crops, by name, or a free box (the paper's future work) named ``"150,400,600,700"``.
+Boxes are ``(x1, y1, x2, y2)`` in 0-1000 of the image's width and height, origin top left.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 
+import numpy as np
 from PIL import Image
 
-from awares.engine.images import MIN_SIDE, resize
+from awares import registry
+from awares.config import FREE_BOX, Crops
+from awares.engine.images import resize
 from awares.errors import AwaresValueError
 
 Box = Sequence[float]
+CropRule = str | Callable[[Sequence[Box], Crops], Iterable[str]]
 
-# In the order of the released policy's ids 0-8, then `all`.
+# In fractions of the image; in the order of the released policy's ids 0-8, then `all`.
 CROPS: dict[str, tuple[float, float, float, float]] = {
     "top-left": (0.0, 0.0, 0.5, 0.5),
     "top-right": (0.5, 0.0, 1.0, 0.5),
@@ -29,27 +32,21 @@ CROPS: dict[str, tuple[float, float, float, float]] = {
     "right": (0.5, 0.0, 1.0, 1.0),
     "all": (0.0, 0.0, 1.0, 1.0),
 }
-FREE = "box"  # in the place of a name, in what a tool is offered for: any box
-GRID = 50  # of 1000: what the edges of a free box are multiples of, where we draw it
+GRID = 50  # the edges of a drawn free box are multiples of this
 
 
 def crop_box(name: str) -> tuple[float, float, float, float]:
     """The box of a crop in 0-1000; AwaresValueError for an unknown name."""
-    if name in CROPS:
-        left, top, right, bottom = CROPS[name]
-        return 1000 * left, 1000 * top, 1000 * right, 1000 * bottom
-    if not is_free(name):
+    if name not in CROPS and not is_free(name):
         raise AwaresValueError(f"crop {name!r}: use one of {', '.join(CROPS)}, or a box such as 150,400,600,700")
-    left, top, right, bottom = (float(edge) for edge in name.split(","))
-    return left, top, right, bottom
+    edges = [1000 * edge for edge in CROPS[name]] if name in CROPS else list(map(float, name.split(",")))
+    return edges[0], edges[1], edges[2], edges[3]
 
 
 def is_free(name: str) -> bool:
-    """Whether ``name`` is a free box: four whole numbers of 0 to 1000, right of left and below top."""
-    if not re.fullmatch(r"\d{1,4}(,\d{1,4}){3}", name):
-        return False
-    left, top, right, bottom = map(int, name.split(","))
-    return left < right <= 1000 and top < bottom <= 1000
+    """Whether ``name`` is a free box: four integers from 0 to 1000, x1 < x2 and y1 < y2."""
+    edges = [int(edge) for edge in name.split(",")] if re.fullmatch(r"\d{1,4}(,\d{1,4}){3}", name) else [0] * 4
+    return edges[0] < edges[2] <= 1000 and edges[1] < edges[3] <= 1000
 
 
 def free_name(box: Box) -> str:
@@ -61,33 +58,23 @@ def free_name(box: Box) -> str:
 
 
 def allowed(name: str, offered: Sequence[str]) -> bool:
-    """Whether the tool is offered for this region."""
-    return name in offered or (FREE in offered and is_free(name))
-
-
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Different regions in the order of the table, free boxes behind it."""
-    known = list(CROPS)
-    return tuple(sorted(set(names), key=lambda name: (known.index(name) if name in CROPS else len(known), name)))
+    """Whether the tool offers this region."""
+    return name in offered or (FREE_BOX in offered and is_free(name))
 
 
 def area(name: str) -> float:
-    """Share of the image that one crop covers: 0.25, 0.5 or 1, or that of a free box."""
-    left, top, right, bottom = crop_box(name)
-    return (right - left) * (bottom - top) / 1e6
+    """Fraction of the image that one crop covers: 0.25, 0.5 or 1, or that of a free box."""
+    return _size(crop_box(name)) / 1e6
 
 
 def union_area(names: Iterable[str]) -> float:
-    """‖C‖ of Eq. 6: share of the image that the crops cover together, overlaps once; 0 for no crops."""
+    """‖C‖ of Eq. 6: fraction of the image that the crops cover together, overlaps counted once; 0 for no crops."""
     return _union([crop_box(name) for name in names]) / 1e6
 
 
 def box_union(boxes: Iterable[Box]) -> tuple[float, float, float, float]:
-    """The smallest box around ``boxes``; AwaresValueError for none."""
-    listed = list(boxes)
-    if not listed:
-        raise AwaresValueError("box_union needs at least one box")
-    lefts, tops, rights, bottoms = zip(*listed, strict=True)
+    """The smallest box around ``boxes`` (at least one)."""
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
@@ -99,40 +86,60 @@ def iou(a: Box, b: Box) -> float:
 
 
 def coverage(box: Box, names: Iterable[str]) -> float:
-    """Share of ``box`` that lies inside the union of the crops."""
+    """Fraction of ``box`` that lies inside the union of the crops."""
     solid = _solid(box)
     return _union([_intersection(solid, crop_box(name)) for name in names]) / _size(solid)
 
 
-def boxes_to_crops(
-    box: Box,
-    rule: str = "coverage",
-    iou_threshold: float = 0.5,
-    coverage_threshold: float = 0.95,
-    parts: Sequence[Box] = (),
-    offered: Sequence[str] = tuple(CROPS),
-) -> tuple[str, ...]:
-    """C* of PAPER §2.2 for the evidence box ``box``; names in the table's order.
+def move_box(rng: np.random.Generator, sigma: float, margin: int, box: Sequence[int]) -> list[int]:
+    """``box`` with a normal error of ``sigma`` on each edge, then grown by ``margin``; at least one unit a side."""
+    edges = np.rint(np.asarray(box) + rng.normal(0.0, sigma, 4)).astype(int).reshape(2, 2)  # corner, axis
+    low = np.clip(edges.min(axis=0) - margin, 0, 999)
+    high = np.clip(edges.max(axis=0) + margin, low + 1, 1000)
+    return [*low.tolist(), *high.tolist()]
 
-    ``coverage``: the cheapest single crop that covers ``coverage_threshold`` of the box, else the cheapest pair whose
-    union does, else ``all``. Cost is what is paid in tokens, the sum of the areas, so a pair that costs as much as
-    ``all`` gives way to it; ties go to the nearer centre. ``parts`` (the single question and answer boxes) must each
-    lie within one crop of a pair, so that no piece of evidence is cut in half. ``iou``: Eq. 3 literally, every crop
-    with IoU >= ``iou_threshold``, else the best. Only crops that the tool has ``offered`` are chosen; `all` is always one. A tool
-    that is offered for free boxes gets the box itself, rounded out to the grid.
+
+def boxes_to_crops(boxes: Sequence[Box], section: Crops, rule: CropRule | None = None) -> tuple[str, ...]:
+    """C* of PAPER §2.2: the crops for the question and answer boxes of one row; () without boxes.
+
+    ``rule`` (default ``crops.rule``): a name of `registry.crop_rule`, or a function ``(boxes, params.crops) -> crops``.
+    A tool that offers free boxes gets the box around ``boxes``, rounded out to the grid.
     """
-    if FREE in offered:
-        return (free_name(box),)
-    if rule == "iou":
-        return _by_iou(box, iou_threshold, offered)
-    if rule != "coverage":
-        raise AwaresValueError(f"crops.rule is {rule!r}: use one of coverage, iou")
-    cheap = [name for name in offered if name != "all"]
+    if not boxes:
+        return ()
+    if FREE_BOX in section.offered:
+        return (free_name(box_union(boxes)),)
+    names = registry.crop_rule.find(rule or section.rule)(boxes, section)
+    return tuple(name for name in names if crop_box(name))  # crop_box raises for a name that a user's rule made up
+
+
+@registry.crop_rule("coverage")
+def coverage_rule(boxes: Sequence[Box], section: Crops) -> tuple[str, ...]:
+    """The cheapest single crop that covers ``coverage_threshold`` of the union box, else the cheapest pair, else `all`.
+
+    The cost is paid in tokens: the sum of the areas, so that a pair as expensive as `all` is not used; ties go to the
+    nearer centre. Each of ``boxes`` must lie within one crop of a pair, so that no piece of evidence is cut in half.
+    """
+    box, threshold = box_union(boxes), section.coverage_threshold
+    cheap = [name for name in section.offered if name != "all"]
     candidates: list[tuple[str, ...]] = [(name,) for name in cheap]
     candidates += [pair for pair in combinations(cheap, 2) if sum(map(area, pair)) < 1]
-    fits = [names for names in candidates if coverage(box, names) >= coverage_threshold]
-    whole = [names for names in fits if _whole(parts, names, coverage_threshold)]
-    return min(whole, key=lambda names: (len(names), sum(map(area, names)), _distance(box, names)), default=("all",))
+
+    def shows(names: Sequence[str]) -> bool:
+        uncut = all(any(coverage(part, [name]) >= threshold for name in names) for part in boxes)
+        return coverage(box, names) >= threshold and (len(names) == 1 or uncut)
+
+    fits = filter(shows, candidates)
+    return min(fits, key=lambda names: (len(names), sum(map(area, names)), _distance(box, names)), default=("all",))
+
+
+@registry.crop_rule("iou")
+def iou_rule(boxes: Sequence[Box], section: Crops) -> tuple[str, ...]:
+    """Eq. 3 literally: every crop whose IoU with the union box is at least ``iou_threshold``, else the best crop."""
+    box = box_union(boxes)
+    scores = {name: iou(box, crop_box(name)) for name in section.offered}
+    chosen = tuple(name for name, score in scores.items() if score >= section.iou_threshold)
+    return chosen or (max(scores, key=lambda name: (scores[name], -_distance(box, (name,)))),)
 
 
 def low_resolution(image: Image.Image) -> Image.Image:
@@ -143,7 +150,7 @@ def low_resolution(image: Image.Image) -> Image.Image:
 def cut(image: Image.Image, name: str, budget: float = 1.0) -> Image.Image:
     """The crop ``name`` of ``image``, edges rounded to whole pixels, at native density.
 
-    One that covers more than the share ``budget`` of the image is shrunk to as many pixels as that share has.
+    A crop that covers more than the fraction ``budget`` of the image is shrunk to as many pixels as that fraction has.
     """
     left, top, right, bottom = (edge / 1000 for edge in crop_box(name))
     width, height = image.size
@@ -153,26 +160,10 @@ def cut(image: Image.Image, name: str, budget: float = 1.0) -> Image.Image:
     return resize(piece, round(scale * piece.width), round(scale * piece.height))
 
 
-def readable(image: Image.Image) -> Image.Image:
-    """A small crop with each side enlarged to at least MIN_SIDE, as the image processor would: so that it can be asked about alone."""
-    return resize(image, max(image.width, MIN_SIDE), max(image.height, MIN_SIDE))
-
-
-def _by_iou(box: Box, threshold: float, offered: Sequence[str]) -> tuple[str, ...]:
-    scores = {name: iou(box, crop_box(name)) for name in offered}
-    chosen = tuple(name for name, score in scores.items() if score >= threshold)
-    return chosen or (max(offered, key=lambda name: (scores[name], -_distance(box, (name,)))),)
-
-
-def _whole(parts: Sequence[Box], names: Sequence[str], threshold: float) -> bool:
-    return len(names) == 1 or all(any(coverage(part, [name]) >= threshold for name in names) for part in parts)
-
-
 def _distance(box: Box, names: Sequence[str]) -> float:
     """Between the centre of the box and the mean centre of the crops, squared."""
     centres = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in map(crop_box, names)]
-    x = sum(centre[0] for centre in centres) / len(centres)
-    y = sum(centre[1] for centre in centres) / len(centres)
+    x, y = (sum(values) / len(centres) for values in zip(*centres, strict=True))
     return (x - (box[0] + box[2]) / 2) ** 2 + (y - (box[1] + box[3]) / 2) ** 2
 
 

@@ -1,9 +1,6 @@
-"""Evaluation: trajectories to scores, Tables 1, 7 and 9, kinds of error, differences, the dial and the oracle
-frontier (PAPER §5)."""
+"""Evaluation (PAPER §5): trajectories to scores, Tables 1, 7 and 9, paired differences, the operating curve."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +11,38 @@ import pandas as pd
 from awares.config import Evaluation, Params
 from awares.engine.jsonl import read_records, write_records
 from awares.errors import AwaresFileError, AwaresValueError
-from awares.method.crops import CROPS
-from awares.method.curation import target_crops
-from awares.method.judges import JUDGES, label
-from awares.method.metrics import bootstrap_interval, paired_bootstrap, resampled_means, score
+from awares.method.crops import boxes_to_crops, union_area
+from awares.method.judges import HR, LR, build_judge, label
+from awares.method.metrics import bootstrap_interval, paired_bootstrap, score
 from awares.method.rollout import Trajectory
-from awares.study.diagnostics import (
-    ERRORS,
-    Frontier,
-    cdp_diagnostics,
-    decision_parts,
-    error_kind,
-    format_table,
-    oracle_frontier,
-)
-from awares.study.tables import AVERAGE
+
+CropSets = Sequence[Collection[str]]  # one set of crop names per row
+AVERAGE = "average"  # the benchmark name of the mean over benchmarks
+PLAIN = ("n", "calls", "area")  # not in percent
+CALL_STATUSES = ("valid", "recovered", "malformed")  # of attempted calls
+FORCING_BIAS = 1e9  # logits; finite, so that it decides the first token and bans the call token nowhere else
 
 
 def scored(system: str, rows: datasets.Dataset, trajectories: Sequence[Trajectory]) -> pd.DataFrame:
     """One line per row: system, benchmark, row_id, score (0 to 1), rtr, answer, crops, call_status.
 
-    Raises AwaresError when ``trajectories`` are not those of ``rows``, in their order.
+    Raises AwaresError unless ``trajectories`` belong to ``rows``, in the same order.
     """
     records = []
-    for row, one in zip(rows.remove_columns("image"), trajectories, strict=True):
-        if row["id"] != one.row_id:
-            raise AwaresValueError(f"{system}: trajectory of row {one.row_id} where row {row['id']} was asked")
-        mark = score(row["source"], one.answer, row["answers"], row["question"])
-        record = {"system": system, "benchmark": row["source"], "row_id": row["id"], "score": mark, "rtr": one.rtr}
-        records.append({**record, "answer": one.answer, "crops": one.crops, "call_status": one.call_status})
+    for row, done in zip(rows.remove_columns("image"), trajectories, strict=True):
+        if row["id"] != done.row_id:
+            raise AwaresValueError(f"{system}: expected the trajectory of row {row['id']}, got row {done.row_id}")
+        points = score(row["source"], done.answer, row["answers"], row["question"])
+        record = {"system": system, "benchmark": row["source"], "row_id": row["id"], "score": points, "rtr": done.rtr}
+        records.append({**record, "answer": done.answer, "crops": done.crops, "call_status": done.call_status})
     return pd.DataFrame(records)
 
 
 def main_table(scores: pd.DataFrame, evaluation: Evaluation) -> pd.DataFrame:
     """Table 1, long form: system, benchmark, accuracy, accuracy_low, accuracy_high (percent), rtr, n.
 
-    ``scores`` has one line per system and row: system, benchmark, score (0 to 1), rtr. The benchmark ``average`` is the
-    mean over benchmarks, its interval resampled inside each of them.
+    ``scores``: one line per system and row with system, benchmark, score (0 to 1), rtr. The benchmark ``average`` is
+    the mean over benchmarks; its interval resamples rows inside each benchmark.
     """
     records = []
     for system, rows in scores.groupby("system", sort=False):
@@ -63,95 +55,12 @@ def main_table(scores: pd.DataFrame, evaluation: Evaluation) -> pd.DataFrame:
 def _main_row(system: Any, benchmark: Any, rows: pd.DataFrame, evaluation: Evaluation) -> dict[str, Any]:
     groups = rows.benchmark.tolist()
     found = bootstrap_interval(rows.score.tolist(), evaluation.seed, evaluation.bootstrap, evaluation.level, groups)
-    accuracies = {"accuracy": found.mean, "accuracy_low": found.low, "accuracy_high": found.high}
-    rtr = rows.groupby("benchmark").rtr.mean().mean()
-    percent = {name: 100 * value for name, value in accuracies.items()}
-    return {"system": system, "benchmark": benchmark, **percent, "rtr": rtr, "n": len(rows)}
+    percent = {"accuracy": 100 * found.mean, "accuracy_low": 100 * found.low, "accuracy_high": 100 * found.high}
+    return {"system": system, "benchmark": benchmark, **percent, "rtr": _mean_rtr(rows), "n": len(rows)}
 
 
-def cdp_table(policies: Mapping[str, Sequence[Trajectory]], rows: datasets.Dataset, relaxed_iou: float) -> pd.DataFrame:
-    """Table 7: each policy's first turn against label and target crops of curated ``rows``; percent, area 0 to 1."""
-    records = []
-    for policy, trajectories in policies.items():
-        requests = [one.crops for one in trajectories]
-        found = asdict(cdp_diagnostics(rows["label"][:], requests, rows["target_crops"][:], relaxed_iou))
-        whole = ("n", "calls", "area")
-        records.append({"policy": policy, **{k: v if k in whole else 100 * v for k, v in found.items()}})
-    return pd.DataFrame(records)
-
-
-def form_table(policies: Mapping[str, Sequence[Trajectory]]) -> pd.DataFrame:
-    """Table 9: how each policy's calls parse, in percent of its calls (nan without any)."""
-    return format_table({policy: [one.call_status for one in done] for policy, done in policies.items()})
-
-
-def first_turn_intervals(
-    policies: Mapping[str, Sequence[Trajectory]], rows: datasets.Dataset, evaluation: Evaluation
-) -> pd.DataFrame:
-    """The shares of Tables 7 and 9 with bootstrap intervals over rows: policy, quantity, value, low, high.
-
-    In percent, area 0 to 1; nan where no row counts, as the region of a policy that never called.
-    """
-    records = []
-    for policy, done in policies.items():
-        requests, statuses = [one.crops for one in done], np.array([one.call_status for one in done])
-        parts = decision_parts(rows["label"][:], requests, rows["target_crops"][:], evaluation.relaxed_iou)
-        called = (statuses != "none").astype(float)
-        parts |= {name: ((statuses == name).astype(float), called) for name in ("valid", "recovered", "malformed")}
-        for quantity, (values, wholes) in parts.items():
-            mean, draws = resampled_means(values, evaluation.seed, evaluation.bootstrap, wholes=wholes)
-            draws = draws[~np.isnan(draws)] if not np.isnan(mean) else draws
-            low, high = np.quantile(draws, [(1 - evaluation.level) / 2, (1 + evaluation.level) / 2])
-            scale = 1 if quantity == "area" else 100
-            records.append((policy, quantity, scale * mean, scale * low, scale * high))
-    return pd.DataFrame(records, columns=["policy", "quantity", "value", "low", "high"])
-
-
-def majority_table(rows: datasets.Dataset) -> pd.DataFrame:
-    """Accuracy (percent) of always giving the answer that most rows of a benchmark accept. Columns benchmark, answer, accuracy."""
-    records = []
-    for benchmark in dict.fromkeys(rows["source"]):
-        accepted = [
-            answers for source, answers in zip(rows["source"], rows["answers"], strict=True) if source == benchmark
-        ]
-        answer = Counter(form for answers in accepted for form in dict.fromkeys(answers)).most_common(1)[0][0]
-        accuracy = 100 * float(np.mean([score(benchmark, answer, answers) for answers in accepted]))
-        records.append({"benchmark": benchmark, "answer": answer, "accuracy": accuracy})
-    return pd.DataFrame(records)
-
-
-def label_rows(
-    rows: datasets.Dataset, half: Sequence[Trajectory], full: Sequence[Trajectory], params: Params
-) -> datasets.Dataset:
-    """Evaluation rows with ``label`` and ``target_crops`` by the paper's rule (§2.1), from the base model's two answers.
-
-    The judge is ``evaluation.judge``, the same whichever labelled the training rows, without ``curation.lucky_margin``; the crops come from the
-    rows' own boxes, without the oracle's error and margin. For diagnosis only: no system sees them.
-    """
-    judge = JUDGES[params.evaluation.judge](params)
-    lows, highs = ([one.answer for one in done] for done in (half, full))
-    verdicts = judge.judge(rows["question"][:], lows, highs, rows["answers"][:])
-    labels = [label(verdict.value) for verdict in verdicts if verdict.value is not None]  # a local judge always has one
-    boxes = zip(labels, rows["question_boxes"], rows["answer_boxes"], strict=True)
-    wanted = [
-        target_crops({"question_boxes": q, "answer_boxes": a}, params) if hr == "HR" else [] for hr, q, a in boxes
-    ]
-    return rows.add_column("label", labels).add_column("target_crops", wanted)
-
-
-def error_table(scores: pd.DataFrame, labelled: datasets.Dataset, threshold: float) -> pd.DataFrame:
-    """Which errors are *when*, *where*, *reading*, in percent of a system's rows. Columns system, kind, share, rows.
-
-    ``scores``: of :func:`scored`, systems with the rows ``labelled``. A row counts as right from a score of 0.5.
-    """
-    evidence = [[*q, *a] for q, a in zip(labelled["question_boxes"], labelled["answer_boxes"], strict=True)]
-    records = []
-    for system, done in scores.groupby("system", sort=False):
-        facts = zip(done.score, labelled["label"], done.crops, evidence, strict=True)
-        kinds = [error_kind(mark >= 0.5, name, crops, boxes, threshold) for mark, name, crops, boxes in facts]
-        for kind in ERRORS:
-            records.append((system, kind, 100 * kinds.count(kind) / len(kinds), kinds.count(kind)))
-    return pd.DataFrame(records, columns=["system", "kind", "share", "rows"])
+def _mean_rtr(scores: pd.DataFrame) -> float:
+    return scores.groupby("benchmark").rtr.mean().mean()
 
 
 def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], evaluation: Evaluation) -> pd.DataFrame:
@@ -159,136 +68,168 @@ def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], evaluation: 
     records = []
     for a, b in pairs:
         left, right = (scores[scores.system == system] for system in (a, b))
-        values = (left.score.tolist(), right.score.tolist())
-        found = paired_bootstrap(
-            *values, evaluation.seed, evaluation.bootstrap, evaluation.level, left.benchmark.tolist()
-        )
-        rtr = left.groupby("benchmark").rtr.mean().mean() - right.groupby("benchmark").rtr.mean().mean()
-        points = {"difference": 100 * found.mean, "low": 100 * found.low, "high": 100 * found.high}
-        records.append({"a": a, "b": b, **points, "p": found.p, "significant": found.significant, "rtr": rtr})
+        settings = evaluation.seed, evaluation.bootstrap, evaluation.level, left.benchmark.tolist()
+        found = paired_bootstrap(left.score.tolist(), right.score.tolist(), *settings)
+        points = {"difference": 100 * found.mean, "low": 100 * found.low, "high": 100 * found.high, "p": found.p}
+        significant, rtr = found.low > 0 or found.high < 0, _mean_rtr(left) - _mean_rtr(right)
+        records.append({"a": a, "b": b, **points, "significant": significant, "rtr": rtr})
     return pd.DataFrame(records, columns=["a", "b", "difference", "low", "high", "p", "significant", "rtr"])
 
 
-def frontier(policy: str, engine: Any, rows: datasets.Dataset) -> Frontier:
-    """The oracle frontier of ``policy`` on ``rows``: it answers each with no call and with each of the ten single crops."""
-    marks, costs = [], []
-    for option in [(), *((name,) for name in CROPS)]:
-        done = engine.run(rows["image"], rows["question"], forced=[option] * len(rows), row_ids=rows["id"])
-        found = scored(policy, rows, done)
-        marks.append(found.score)
-        costs.append(found.rtr)
-    return oracle_frontier(np.stack(marks, axis=1), np.stack(costs, axis=1))
+# First turns: Tables 7 and 9
 
 
-def frontier_row(policy: str, best: Frontier, free: pd.DataFrame) -> dict[str, Any]:
-    """How far ``policy`` is from its ``best``: on each row the cheapest right answer of no call and the ten crops.
+def label_rows(
+    rows: datasets.Dataset, half: Sequence[Trajectory], full: Sequence[Trajectory], params: Params
+) -> datasets.Dataset:
+    """Evaluation rows with ``label`` and ``target_crops`` by the paper's rule (§2.1), from the base model's answers.
 
-    ``free``: :func:`scored` of the policy's own choices on the rows of ``best``. Accuracies in percent;
-    ``rtr_at_accuracy``: the RTR at which the frontier reaches the policy's accuracy.
+    The judge is ``evaluation.judge``, whichever judge labelled the training rows; crops come from the annotated boxes.
+    The margins ``curation.lucky_margin`` and ``oracle_margin`` are not applied. For diagnosis: no system sees these.
     """
-    accuracy, rtr = free.score.mean(), free.rtr.mean()
-    needed = float(np.interp(accuracy, best.accuracy_curve, best.rtr_curve))
-    mine = {"policy": policy, "accuracy": 100 * accuracy, "rtr": rtr}
+    judge = build_judge(params.evaluation.judge, params)
+    lows, highs = ([done.answer for done in answers] for answers in (half, full))
+    verdicts = judge.judge(rows["question"][:], lows, highs, rows["answers"][:])
+    labels = [label(verdict.value) for verdict in verdicts if verdict.value is not None]  # a local judge has no None
+    boxes = zip(labels, rows["question_boxes"], rows["answer_boxes"], strict=True)
+    targets = [list(boxes_to_crops([*q, *a], params.crops)) if name == HR else [] for name, q, a in boxes]
+    return rows.add_column("label", labels).add_column("target_crops", targets)
+
+
+def decision_parts(
+    labels: Sequence[str], crops: CropSets, oracle_crops: CropSets, relaxed_iou: float = 0.25
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Numerator and denominator of every ratio of `cdp_diagnostics`, (N,) each: one term per row, to be resampled.
+
+    Raises AwaresError for no rows and for a label other than LR or HR.
+    """
+    if not len(labels) or any(name not in (LR, HR) for name in labels):
+        raise AwaresValueError("CDP diagnostics need at least one row, each labelled LR or HR")
+    hr = np.array([name == HR for name in labels], float)
+    call = np.array([bool(names) for names in crops], float)
+    hit = hr * call
+    known = hit * np.array([bool(names) for names in oracle_crops], float)  # rows without boxes have no target crops
+    pairs = list(zip(crops, oracle_crops, strict=True))
+    exact = np.array([set(asked) == set(target) for asked, target in pairs], float)
+    relaxed = np.array([region_iou(asked, target) >= relaxed_iou for asked, target in pairs], float)
     return {
-        **mine,
-        "frontier_accuracy": 100 * best.accuracy,
-        "frontier_rtr": best.rtr,
-        "rtr_at_accuracy": needed,
-        "n": len(free),
+        "call_rate": (call, np.ones(len(labels))),
+        "precision": (hit, call),
+        "recall": (hit, hr),
+        "f1": (2 * hit, call + hr),
+        "fpr": (call - hit, 1 - hr),
+        "exact": (hit * exact, known),
+        "relaxed": (hit * relaxed, known),
+        "area": (np.array([union_area(names) for names in crops]), call),
     }
 
 
-def frontier_curve(policy: str, best: Frontier) -> pd.DataFrame:
-    """The oracle frontier as a curve: columns system, rtr, accuracy (percent), from no call anywhere to the best."""
-    return pd.DataFrame({"system": policy, "rtr": best.rtr_curve, "accuracy": 100 * best.accuracy_curve})
+def cdp_diagnostics(
+    labels: Sequence[str], crops: CropSets, oracle_crops: CropSets, relaxed_iou: float = 0.25
+) -> dict[str, float]:
+    """Diagnostics of the first-turn action (Table 7), from one label, requested set and oracle set per row.
 
-
-FORCING = 1e9  # logits: a finite bias, which like those of the dial decides the first token and bars no later one
-
-
-def dial(
-    engine: Any, rows: datasets.Dataset, free: Sequence[Trajectory], call_bias: float, biases: Sequence[float]
-) -> dict[float, list[Trajectory]]:
-    """What a policy does on ``rows`` at each of ``biases``, as :meth:`Engine.run` would: bias -> trajectories.
-
-    ``free``: its own run on these rows at ``call_bias``. The bias decides whether the first token is the call token, and
-    nothing after it, so a row has two trajectories. ``free`` has one; the other is run where some bias asks for it,
-    and ``call_gap`` tells which one a bias gives. Raises AwaresError for trajectories that had no choice.
+    n, calls, and ratios from 0 to 1, nan where the denominator is 0. Call: call_rate, precision P(HR | call), recall
+    P(call | HR), f1, fpr P(call | LR). Region, over the calls on HR rows: exact = the requested set is the oracle's,
+    relaxed = the requested region has IoU >= ``relaxed_iou`` with an oracle crop. area: mean requested area over calls.
     """
-    own = [_calls(one, call_bias) for one in free]
-    asked = {bias: [_calls(one, bias) for one in free] for bias in biases}
-    known = dict(zip(enumerate(own), free, strict=True))  # (row, whether it begins with the call token) -> trajectory
-    for call, forcing in ((False, -FORCING), (True, FORCING)):
-        wanted = {index for choices in asked.values() for index, choice in enumerate(choices) if choice is call}
-        missing = sorted(wanted - {index for index, choice in enumerate(own) if choice is call})
-        some = rows.select(missing)
-        done = engine.run(some["image"], some["question"], call_bias=forcing, row_ids=some["id"])
-        known |= {(index, call): one for index, one in zip(missing, done, strict=True)}
-    return {bias: [known[key] for key in enumerate(choices)] for bias, choices in asked.items()}
+    parts = decision_parts(labels, crops, oracle_crops, relaxed_iou)
+    counts = {"n": len(labels), "calls": sum(bool(names) for names in crops)}
+    return counts | {name: _ratio(part.sum(), whole.sum()) for name, (part, whole) in parts.items()}
 
 
-def _calls(one: Trajectory, bias: float) -> bool:
-    if one.call_gap is None:
-        raise AwaresValueError(f"row {one.row_id}: no call_gap, the first decision was no choice: run the row unforced")
-    return one.call_gap + bias > 0
+def region_iou(asked: Collection[str], target: Collection[str]) -> float:
+    """The best IoU of the requested region (union of ``asked``) with one crop of ``target`` or with all of them."""
+
+    def iou(names: Collection[str]) -> float:
+        union = union_area([*asked, *names])
+        return (union_area(asked) + union_area(names) - union) / union
+
+    return max(iou(names) for names in [*([name] for name in target), target]) if target else 0.0
 
 
-def dial_table(
-    system: str, rows: datasets.Dataset, runs: Mapping[float, Sequence[Trajectory]], evaluation: Evaluation
-) -> pd.DataFrame:
-    """Accuracy against tokens over the dial, one line per bias, the smallest first.
+def _ratio(part: float, whole: float) -> float:
+    return float(part) / float(whole) if whole else float("nan")
 
-    Columns system, call_bias, accuracy, accuracy_low, accuracy_high (percent, averaged over benchmarks as in Table 1),
-    rtr, call_rate (percent of rows that asked for crops), n. ``runs``: of :func:`dial`.
+
+def cdp_table(policies: Mapping[str, Sequence[Trajectory]], rows: datasets.Dataset, relaxed_iou: float) -> pd.DataFrame:
+    """Table 7: each policy's first turn against label and target crops of labelled ``rows``; percent, area 0 to 1."""
+    records = []
+    for policy, trajectories in policies.items():
+        requests = [done.crops for done in trajectories]
+        found = cdp_diagnostics(rows["label"][:], requests, rows["target_crops"][:], relaxed_iou)
+        records.append({"policy": policy, **{k: v if k in PLAIN else 100 * v for k, v in found.items()}})
+    return pd.DataFrame(records)
+
+
+def format_table(policies: Mapping[str, Sequence[Trajectory]]) -> pd.DataFrame:
+    """Table 9: how each policy's calls parse, in percent of its *attempted* calls (nan without any).
+
+    ``valid``: parsed as written; ``corrupt`` = ``recoverable`` (read with tolerance) + ``incorrect`` (malformed).
     """
     records = []
-    for bias, done in sorted(runs.items()):
-        average = _main_row(system, AVERAGE, scored(system, rows, done), evaluation)
-        calls = 100 * float(np.mean([bool(one.crops) for one in done]))
+    for policy, trajectories in policies.items():
+        counts = [sum(done.call_status == status for done in trajectories) for status in CALL_STATUSES]
+        valid, recovered, malformed = (100 * _ratio(count, sum(counts)) for count in counts)
+        records.append((policy, valid, recovered + malformed, recovered, malformed, sum(counts), len(trajectories)))
+    columns = ["system", "valid", "corrupt", "recoverable", "incorrect", "calls", "n"]
+    return pd.DataFrame(records, columns=columns)
+
+
+# The operating curve: accuracy against tokens as the bias on the call token grows
+
+
+def sweep_call_bias(
+    engine: Any, rows: datasets.Dataset, own: Sequence[Trajectory], call_bias: float, biases: Sequence[float]
+) -> dict[float, list[Trajectory]]:
+    """The trajectories of a policy on ``rows`` at each of ``biases``, as :meth:`Engine.run` would give them.
+
+    ``own``: the policy's run on these rows at ``call_bias``. A bias only decides whether the first token is the call
+    token, so a row has at most two trajectories: ``own`` has one, and the other is run if some bias needs it.
+    Raises AwaresError for trajectories whose first turn was forced (``call_gap`` is None).
+    """
+    own_calls = [_calls(done, call_bias) for done in own]
+    choices = {bias: [_calls(done, bias) for done in own] for bias in biases}
+    known = dict(zip(enumerate(own_calls), own, strict=True))  # (row, whether it begins with the call token)
+    for call, forcing in ((False, -FORCING_BIAS), (True, FORCING_BIAS)):
+        needed = {index for wanted in choices.values() for index, choice in enumerate(wanted) if choice is call}
+        missing = sorted(needed - {index for index, choice in enumerate(own_calls) if choice is call})
+        part = rows.select(missing)
+        fresh = engine.run(part["image"], part["question"], call_bias=forcing, row_ids=part["id"])
+        known |= {(index, call): done for index, done in zip(missing, fresh, strict=True)}
+    return {bias: [known[key] for key in enumerate(wanted)] for bias, wanted in choices.items()}
+
+
+def _calls(done: Trajectory, bias: float) -> bool:
+    if done.call_gap is None:
+        raise AwaresValueError(f"row {done.row_id}: no call_gap, its first turn was forced: run the row unforced")
+    return done.call_gap + bias > 0
+
+
+def operating_curve(
+    system: str, rows: datasets.Dataset, runs: Mapping[float, Sequence[Trajectory]], evaluation: Evaluation
+) -> pd.DataFrame:
+    """Accuracy against tokens, one line per bias, ascending. ``runs``: of :func:`sweep_call_bias`.
+
+    Columns system, call_bias, accuracy, accuracy_low, accuracy_high (percent, averaged over benchmarks as in Table 1),
+    rtr, call_rate (percent of rows with crops), n.
+    """
+    records = []
+    for bias, trajectories in sorted(runs.items()):
+        average = _main_row(system, AVERAGE, scored(system, rows, trajectories), evaluation)
+        calls = 100 * float(np.mean([bool(done.crops) for done in trajectories]))
         records.append({**average, "call_bias": bias, "call_rate": calls})
     columns = ["system", "call_bias", "accuracy", "accuracy_low", "accuracy_high", "rtr", "call_rate", "n"]
     return pd.DataFrame(records)[columns]
 
 
-def save_trajectories(path: Path, done: Sequence[Trajectory]) -> None:
-    """What a stage's rows did, a line each. ``seconds`` stay 0: the same answers are the same bytes, and DVC runs nothing again."""
-    write_records(path, [{**one.to_dict(), "seconds": 0.0} for one in done])
+def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
+    """One JSON line per row. ``seconds`` is written as 0, so that equal answers are equal bytes for DVC."""
+    write_records(path, [{**done.to_dict(), "seconds": 0.0} for done in trajectories])
 
 
 def load_trajectories(path: Path) -> list[Trajectory]:
-    """What `save_trajectories` wrote; AwaresError if it is not there."""
+    """The trajectories that `save_trajectories` wrote; AwaresError for a missing file."""
     if not path.is_file():
         raise AwaresFileError(f"{path}: no trajectories here; run the stage that writes them (`dvc repro`)")
     return [Trajectory.from_dict(record) for record in read_records(path)]
-
-
-LEGIBLE_AT_HALF = 24.0  # px of the full image: the suite's large evidence stands above, its small evidence below
-
-
-def evidence_heights(rows: datasets.Dataset) -> list[float]:
-    """Height of the lowest box that each row's question needs, in px of the full image (inf without boxes)."""
-    return [
-        min(
-            [(box[3] - box[1]) * row["image"].size[1] / 1000 for box in [*row["question_boxes"], *row["answer_boxes"]]],
-            default=np.inf,
-        )
-        for row in rows
-    ]
-
-
-def reading_table(scores: pd.DataFrame, rows: datasets.Dataset) -> pd.DataFrame:
-    """Percent right by view and by size of the evidence. Columns view, evidence (small, large, all), accuracy, n.
-
-    ``scores``: of :func:`scored`, one system per view.
-    """
-    height = dict(zip(rows["id"], evidence_heights(rows), strict=True))
-    sized = scores.assign(evidence=["large" if height[name] > LEGIBLE_AT_HALF else "small" for name in scores.row_id])
-    records = []
-    for view, part in sized.groupby("system", sort=False):
-        for name, group in (
-            ("small", part[part.evidence == "small"]),
-            ("large", part[part.evidence == "large"]),
-            ("all", part),
-        ):
-            records.append((view, name, 100 * group.score.mean(), len(group)))
-    return pd.DataFrame(records, columns=["view", "evidence", "accuracy", "n"])

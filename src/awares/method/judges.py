@@ -1,38 +1,43 @@
-"""Judges: is the answer at full resolution better than the one at half resolution? (PAPER §2, step 1)
+"""Judges and oracles: does a row need a crop, and where is its evidence? (PAPER §2, steps 1 and 2)
 
-A judge scores an answer against the accepted answers and turns two scores into the paper's verdict: 0 = equally good
-or equally bad, 1 = the low-resolution answer is better, 2 = the full-resolution answer is better. Three judges of
-different temper stand here, so that their agreement can be measured (Tables 2 and 10): words and numbers after
-normalisation, sentence embeddings, and edit distance.
+A judge scores the answers at half and at full resolution and compares the scores: verdict 0 = equally good or equally
+bad, 1 = low resolution is better, 2 = full resolution is better. `clients.judges` has judges and oracles on servers.
 """
 
-from abc import ABC, abstractmethod
+import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import datasets
+import numpy as np
+
+from awares import registry
 from awares.config import Params
 from awares.engine.answer_match import same_meaning
-from awares.engine.embedding import SentenceEncoder, load_encoder
+from awares.engine.embedding import load_encoder
+from awares.engine.jsonl import Record
 from awares.errors import AwaresValueError
+from awares.method.crops import move_box
 from awares.method.metrics import anls
 
 LR, HR = "LR", "HR"
 TIE, LOW_BETTER, HIGH_BETTER = 0, 1, 2
-TIE_MARGIN = 0.05  # ours: graded scores that lie closer than this are equally good
+TIE_MARGIN = 0.05  # assumed: graded scores that differ by less are equally good
+Texts = Sequence[str]
 
 
 def label(verdict: int) -> str:
     """Verdict -> LR (no crop needed) for 0 and 1, HR for 2 (PAPER §2)."""
-    if verdict not in (TIE, LOW_BETTER, HIGH_BETTER):
-        raise AwaresValueError(f"verdict {verdict!r}: a judge answers 0, 1 or 2")
     return HR if verdict == HIGH_BETTER else LR
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``value`` 0, 1 or 2; ``low`` and ``high``: the judge's raw scores, 0 to 1; ``both_wrong``: neither answer is
-    right. All None where a judge gave no usable verdict: such a row is lost, not labelled.
-    """
+    """``value`` 0, 1 or 2; ``low``, ``high``: raw scores, 0 to 1; ``both_wrong``: neither answer is correct. All None
+    if the judge gave no usable verdict: such a row is lost, not labelled."""
 
     value: int | None
     low: float | None
@@ -40,124 +45,121 @@ class Verdict:
     both_wrong: bool | None
 
 
-class Judge(ABC):
-    """Scores answers from 0 to 1. An answer is right from ``right_at``; scores within ``margin`` are equally good."""
+@dataclass(eq=False)
+class Judge:
+    """Scores answers from 0 to 1: correct from ``correct_threshold``, equally good within ``margin`` of each other.
+
+    ``score``: (questions, predictions, accepted answers) -> one score per row. ``source``: the code or model behind it.
+    """
 
     name: str
-    right_at: float = 1.0
+    score: Callable[[Texts, Texts, Sequence[Texts]], Sequence[float]]
+    correct_threshold: float = 1.0
     margin: float = 0.0
+    source: str = ""
 
-    @abstractmethod
-    def scores(
-        self, questions: Sequence[str], predictions: Sequence[str], answers: Sequence[Sequence[str]]
-    ) -> list[float]:
+    def scores(self, questions: Texts, predictions: Texts, answers: Sequence[Texts]) -> list[float]:
         """One score per prediction: its best over the row's accepted answers."""
+        return list(map(float, self.score(questions, predictions, answers)))
 
     def judge(
-        self,
-        questions: Sequence[str],
-        lows: Sequence[str],
-        highs: Sequence[str],
-        answers: Sequence[Sequence[str]],
-        row_ids: Sequence[str] | None = None,
+        self, questions: Texts, lows: Texts, highs: Texts, answers: Sequence[Texts], row_ids: Texts | None = None
     ) -> list[Verdict]:
         """One verdict per row, scores included; ``row_ids`` name the rows in records and messages."""
-        low_scores = self.scores(questions, lows, answers)
-        high_scores = self.scores(questions, highs, answers)
-        return [self._compare(low, high) for low, high in zip(low_scores, high_scores, strict=True)]
+        scores = self.scores(questions, lows, answers), self.scores(questions, highs, answers)
+        return [self.compare(low, high) for low, high in zip(*scores, strict=True)]
 
-    def verdict(self, question: str, low: str, high: str, answers: Sequence[str]) -> int | None:
-        """The verdict on one row: 0, 1 or 2."""
-        return self.judge([question], [low], [high], [answers])[0].value
-
-    def key(self) -> str:
-        """Everything that decides a verdict, for keying stored verdicts."""
-        return f"{self.name}:{self.right_at}:{self.margin}"
-
-    def _compare(self, low: float, high: float) -> Verdict:
-        """Two wrong answers are equally bad, however near one of them came."""
-        both_wrong = max(low, high) < self.right_at
+    def compare(self, low: float, high: float) -> Verdict:
+        """The verdict from two scores. Two wrong answers are equally bad, however close one of them is."""
+        both_wrong = max(low, high) < self.correct_threshold
         if both_wrong or abs(high - low) <= self.margin:
             return Verdict(TIE, low, high, both_wrong)
         return Verdict(HIGH_BETTER if high > low else LOW_BETTER, low, high, both_wrong)
 
-
-class SemanticJudge(Judge):
-    """1 where prediction and an accepted answer say the same after :func:`awares.wording.normalise`, else 0."""
-
-    name = "semantic"
-
-    def scores(
-        self, questions: Sequence[str], predictions: Sequence[str], answers: Sequence[Sequence[str]]
-    ) -> list[float]:
-        return [
-            float(any(same_meaning(prediction, answer) for answer in accepted))
-            for prediction, accepted in zip(predictions, answers, strict=True)
-        ]
+    def key(self) -> str:
+        """Everything that determines a verdict: part of the key of stored verdicts."""
+        return f"{self.name}:{self.correct_threshold}:{self.margin}:{hashlib.sha256(self.source.encode()).hexdigest()}"
 
 
-class AnlsJudge(Judge):
+def build_judge(wanted: str | Callable[..., Any] | Judge, params: Params) -> Judge:
+    """The judge for a name of `registry.judge`, for a function, or for a `Judge` (returned as it is).
+
+    The function is ``(question, prediction, accepted answers) -> score``, or a factory ``(params) -> Judge``.
+    """
+    if isinstance(wanted, Judge):
+        return wanted
+    function = registry.judge.find(wanted)
+    factory = len(inspect.signature(function).parameters) == 1
+    built = function(params) if factory else Judge("", lambda *rows: list(map(function, *rows)))
+    built.name = wanted if isinstance(wanted, str) else function.__name__
+    built.source += registry.judge.source(wanted)
+    return built
+
+
+@registry.judge("semantic")
+def semantic(question: str, prediction: str, answers: Texts) -> float:
+    """1 if the prediction and an accepted answer mean the same after `answer_match.normalise`, else 0."""
+    return float(any(same_meaning(prediction, answer) for answer in answers))
+
+
+@registry.judge("anls")
+def anls_judge(params: Params) -> Judge:
     """Edit-distance similarity with DocVQA's threshold; blind to meaning, as the paper found (Table 10)."""
-
-    name = "anls"
-    margin = TIE_MARGIN
-
-    def __init__(self, threshold: float = 0.5) -> None:
-        self.right_at = threshold
-
-    def scores(
-        self, questions: Sequence[str], predictions: Sequence[str], answers: Sequence[Sequence[str]]
-    ) -> list[float]:
-        pairs = zip(predictions, answers, strict=True)
-        return [anls(prediction, accepted, self.right_at) for prediction, accepted in pairs]
+    threshold = params.curation.anls_threshold
+    score = partial(anls, threshold=threshold)
+    return Judge("anls", lambda _, *rows: list(map(score, *rows)), threshold, TIE_MARGIN)
 
 
-class EmbeddingJudge(Judge):
+@registry.judge("embedding")
+def embedding_judge(params: Params) -> Judge:
     """Cosine of sentence embeddings, the best over the accepted answers, rounded to 4 decimals."""
+    encoder, threshold = load_encoder(params.curation.embedder), params.curation.embedding_threshold
 
-    name = "embedding"
-    margin = TIE_MARGIN
+    def score(_: Texts, *rows: Any) -> list[float]:
+        return [round(value, 4) for value in encoder.similarity(*rows)]
 
-    def __init__(self, encoder: SentenceEncoder, threshold: float = 0.85) -> None:
-        self.encoder, self.right_at = encoder, threshold
+    return Judge("embedding", score, threshold, TIE_MARGIN, encoder.name)
 
-    def scores(
-        self, questions: Sequence[str], predictions: Sequence[str], answers: Sequence[Sequence[str]]
-    ) -> list[float]:
-        return [round(value, 4) for value in self.encoder.similarity(predictions, answers)]
+
+class Oracle:
+    """Locates the evidence of rows. ``locate``: per row ``question_boxes`` and ``answer_boxes``, [x1, y1, x2, y2] in
+    0-1000, at least one in total; if localisation failed, no boxes and a ``reason``. ``looks``: whether it needs the
+    images. ``key``: everything that determines a box. ``check``: AwaresError for a row that it cannot locate."""
+
+    name: str
+    looks = True
+
+    def locate(self, rows: Sequence[Record]) -> list[Record]:
+        raise NotImplementedError
 
     def key(self) -> str:
-        return f"{super().key()}:{self.encoder.name}"
+        return repr(self)
+
+    def check(self, rows: datasets.Dataset) -> None:
+        return None
 
 
-class AlwaysJudge(Judge):
-    """Calls every row HR, for a system that asks for a region whatever the question (ERGO, PAPER §6)."""
+@dataclass(frozen=True)
+class AnnotationOracle(Oracle):
+    """The annotated boxes, moved as in `crops.move_box`; ``seed`` and the row's id determine the error."""
 
-    name = "always"
+    seed: int
+    sigma: float
+    margin: int = 0
+    name = "annotation"
+    looks = False
 
-    def scores(
-        self, questions: Sequence[str], predictions: Sequence[str], answers: Sequence[Sequence[str]]
-    ) -> list[float]:
-        return SemanticJudge().scores(questions, predictions, answers)
+    def locate(self, rows: Sequence[Record]) -> list[Record]:
+        found = []
+        for row in rows:
+            number = int.from_bytes(hashlib.sha256(row["id"].encode()).digest()[:8], "big")
+            move = partial(move_box, np.random.default_rng([self.seed, number]), self.sigma, self.margin)
+            found.append({key: list(map(move, row[key])) for key in ("question_boxes", "answer_boxes")})
+        return found
 
-    def _compare(self, low: float, high: float) -> Verdict:
-        return Verdict(HIGH_BETTER, low, high, max(low, high) < self.right_at)
-
-
-# The panel
-
-# name -> judge of these parameters, for those that judge in this process; `served.make_judges` knows the others.
-# A new judge is one entry here and one name in config.LOCAL_JUDGES.
-JUDGES: dict[str, Callable[[Params], Judge]] = {
-    "semantic": lambda params: SemanticJudge(),
-    "always": lambda params: AlwaysJudge(),
-    "embedding": lambda params: EmbeddingJudge(
-        load_encoder(params.curation.embedder), params.curation.embedding_threshold
-    ),
-    "anls": lambda params: AnlsJudge(params.curation.anls_threshold),
-}
-
-
-def right_at(name: str, params: Params) -> float:
-    """The score from which the judge of that name calls an answer right."""
-    return JUDGES[name](params).right_at if name in JUDGES else Judge.right_at
+    def check(self, rows: datasets.Dataset) -> None:
+        for row_id, *boxes in zip(rows["id"], rows["question_boxes"], rows["answer_boxes"], strict=True):
+            if not any(boxes):
+                raise AwaresValueError(
+                    f"row {row_id}: curation.oracle `annotation` needs question_boxes or answer_boxes"
+                )

@@ -1,29 +1,28 @@
-"""Benchmark scores and their intervals (PAPER §5); what they say of the policy stands in `diagnostics`.
+"""Benchmark scores and bootstrap intervals (PAPER §5).
 
-The six benchmark metrics follow the definitions of lmms-eval 0.7.3. Where a row accepts several answers the best counts; with one
-accepted answer every score is lmms-eval's own. All scores lie in 0 to 1; tables multiply by 100.
+The six benchmark metrics follow lmms-eval 0.7.3. A row with several accepted answers gets its best score; with one
+accepted answer the score equals lmms-eval's. Scores are in 0 to 1; tables multiply by 100.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from awares.errors import AwaresValueError
 
-# Benchmarks
-
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str], tolerance: float = 0.05) -> float:
-    """ChartQA: a number within 5 % of the true one, else the same text but for case. "41%" reads as 0.41."""
+    """ChartQA: a number within 5 % of the true one, or the same text ignoring case. "41%" reads as 0.41."""
     return float(any(_relaxed(prediction, answer, tolerance) for answer in answers))
 
 
 def _relaxed(prediction: str, answer: str, tolerance: float) -> bool:
     value, truth = _to_float(prediction), _to_float(answer)
-    if value is not None and truth:  # no relative error around zero: then the texts must be the same
+    if value is not None and truth:  # zero has no relative error: compare the texts instead
         return abs(value - truth) / abs(truth) <= tolerance
     return prediction.lower() == answer.lower()
 
@@ -36,9 +35,9 @@ def _to_float(text: str) -> float | None:
 
 
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
-    """DocVQA: 1 - edit distance / length of the longer text, the best over ``answers``; 0 when below ``threshold``.
+    """DocVQA: 1 - edit distance / length of the longer text, the best over ``answers``; 0 below ``threshold``.
 
-    Case and runs of white space do not count in the distance; the length is that of the raw texts, as in lmms-eval.
+    The distance ignores case and repeated white space; the length is that of the raw texts, as in lmms-eval.
     """
     best = max(_similarity(prediction, answer) for answer in answers)
     return best if best >= threshold else 0.0
@@ -46,9 +45,8 @@ def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> flo
 
 def _similarity(prediction: str, answer: str) -> float:
     length = max(len(prediction.upper()), len(answer.upper()))
-    if not length:
-        return 1.0
-    return 1 - edit_distance(" ".join(prediction.lower().split()), " ".join(answer.lower().split())) / length
+    distance = edit_distance(" ".join(prediction.lower().split()), " ".join(answer.lower().split()))
+    return 1 - distance / length if length else 1.0
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -63,232 +61,180 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def ocr_accuracy(prediction: str, answers: Sequence[str], question: str = "") -> float:
-    """OCRBench: an accepted answer stands somewhere in the prediction; case does not count, a line break is a space.
+    """OCRBench: the prediction contains an accepted answer; case is ignored, a line break is a space.
 
-    Of a formula (HME100k's rows, whose ``question`` asks for LaTeX) case does count, and white space does not.
+    A formula (HME100k: its ``question`` asks for LaTeX) keeps its case and loses its white space.
     """
-    read = _formula if "latex" in question.lower() else _print
-    return float(any(read(answer) in read(prediction) for answer in answers))
-
-
-def _formula(text: str) -> str:
-    return text.strip().replace("\n", " ").replace(" ", "")
+    formula = "latex" in question.lower()
+    return float(any(_ocr_text(answer, formula) in _ocr_text(prediction, formula) for answer in answers))
 
 
 _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " "}  # full-width forms of ASCII
 
 
-def _print(text: str) -> str:
+def _ocr_text(text: str, formula: bool) -> str:
+    if formula:
+        return text.strip().replace("\n", " ").replace(" ", "")
     return text.translate(_HALF_WIDTH).lower().strip().replace("\n", " ")
 
 
 def pope_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """POPE: "yes" or "no", but for case and outer white space; anything else is wrong."""
+    """POPE: the same text ("yes" or "no") ignoring case and outer white space."""
     return float(prediction.lower().strip() in {answer.lower().strip() for answer in answers})
 
 
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """RealWorldQA: the same text but for case, outer white space and a full stop; of a row with options, the right letter."""
-    if letters := {answer.strip().upper() for answer in answers} & set("ABCD"):
-        return float(option_letter(prediction) in letters)
-    return same_text(prediction, answers)
+def option_accuracy(prediction: str, answers: Sequence[str], read: Callable[[str], str]) -> float:
+    """RealWorldQA, V*Bench: the right option letter, as ``read`` finds it; without options in the row, `same_text`."""
+    letters = {answer.strip().upper() for answer in answers} & set("ABCD")
+    return float(read(prediction) in letters) if letters else same_text(prediction, answers)
 
 
 def same_text(prediction: str, answers: Sequence[str]) -> float:
-    """An accepted answer but for case, outer white space and a full stop."""
+    """An accepted answer, ignoring case, outer white space and a final full stop."""
     return float(prediction.lower().strip().rstrip(".") in {answer.lower().strip() for answer in answers})
 
 
-_NAMED = [
-    f"{the}{what} is"
-    for the in ("", "the ")
-    for what in ("answer", "correct answer", "best answer", "choice", "correct choice")
-]
-_NAMED += [f"{the}{what} option is" for the in ("", "the ") for what in ("correct", "best")]
-_NAMED += ["my answer is", "my choice is", "i choose", "i select", "i pick"]
+_NOUNS = "answer, correct answer, best answer, choice, correct choice, correct option, best option".split(", ")
+_ANSWER_PHRASES = [f"{the}{noun} is" for the in ("", "the ") for noun in _NOUNS]
+_ANSWER_PHRASES += ["my answer is", "my choice is", "i choose", "i select", "i pick"]
+_LETTER_FORMS = (r"\(([A-D])\)", r"([A-D])\.", r"([A-D]):", r"([A-D])\)", r"([A-D]) ", r"([A-D])")
 
 
 def option_letter(prediction: str) -> str:
     """The option A-D that a prediction names, "" if none; lmms-eval's rule for RealWorldQA, in English.
 
-    A letter alone at the beginning counts most, then one at the end, after words such as "the answer is", in brackets, before a
-    full stop, a colon, a closing bracket or a space, anywhere; of equals the one that stands last.
+    Priority: a letter alone at the beginning; at the end; after words such as "the answer is"; in brackets; before a
+    full stop, a colon, a closing bracket or a space; anywhere. Within one priority the last letter wins.
     """
     bare = prediction.strip()
     for mark in ",.!?;:'\"":
         bare = bare.strip(mark)
     text = f" {bare} "
-    told = [text.find(letter, start) for start in _after(text) for letter in "ABCD"]
-    ranked: list[list[int]] = [
-        [match.start(1) for match in re.finditer(r"^\s*([A-D])(?![^\W\d_])", text)],
-        [match.start(1) for match in re.finditer(r"(?<![^\W\d_])([A-D])\s*$", text)],
-        [place for place in told if place >= 0],
-        *([match.start(1) for match in re.finditer(form, text)] for form in _FORMS),
-    ]
+    lower = text.lower()
+    starts = [lower.find(phrase) + len(phrase) for phrase in _ANSWER_PHRASES if phrase in lower]
+    named = [text.find(letter, start) for start in starts for letter in "ABCD"]
+    forms = (r"^\s*([A-D])(?![^\W\d_])", r"(?<![^\W\d_])([A-D])\s*$", *_LETTER_FORMS)
+    ranked = [[match.start(1) for match in re.finditer(form, text)] for form in forms]
+    ranked.insert(2, [place for place in named if place >= 0])
     best = next((places for places in ranked if places), [])
     return text[max(best)] if best else ""
 
 
-_FORMS = (r"\(([A-D])\)", r"([A-D])\.", r"([A-D]):", r"([A-D])\)", r"([A-D]) ", r"([A-D])")
-
-
-def _after(text: str) -> list[int]:
-    """Where those of the words that name an answer end, each where it first stands."""
-    lower = text.lower()
-    return [lower.find(words) + len(words) for words in _NAMED if words in lower]
-
-
-_LETTER_PATTERNS = (
-    re.compile(r"^([A-D])\s*[.)\]]*"),
-    re.compile(r"(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])"),
-    re.compile(r"\(([A-D])\)"),
-    re.compile(r"([A-D])\s*[.)\]]"),
-    re.compile(r"(?:^|\s)([A-D])(?:\s|$)"),
+_CHOICE_FORMS = (
+    r"^([A-D])\s*[.)\]]*",
+    r"(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])",
+    r"\(([A-D])\)",
+    r"([A-D])\s*[.)\]]",
+    r"(?:^|\s)([A-D])(?:\s|$)",
 )
 
 
 def choice_letter(prediction: str) -> str:
     """The option A-D that a prediction names, "" if none; the rules and their order are lmms-eval's for V*Bench."""
     text = prediction.strip().upper()
-    for pattern in _LETTER_PATTERNS:
-        match = pattern.search(text)
-        if match:
+    for form in _CHOICE_FORMS:
+        if match := re.search(form, text):
             return match[1]
     letters = re.findall("[A-D]", text)
     return letters[0] if len(letters) == 1 else ""
 
 
-def vstar_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """V*Bench: the right option letter. An answer in words (the embedded suite has no options) needs the same text."""
-    letters = {answer.strip().upper() for answer in answers} & set("ABCD")
-    if letters:
-        return float(choice_letter(prediction) in letters)
-    return same_text(prediction, answers)
-
-
-SCORES: dict[str, Callable[..., float]] = {
+BENCHMARK_METRICS: dict[str, Callable[..., float]] = {
     "chartqa": relaxed_accuracy,
     "docvqa": anls,
     "ocrbench": ocr_accuracy,
     "pope": pope_accuracy,
-    "realworldqa": exact_match,
-    "vstar": vstar_accuracy,
+    "realworldqa": partial(option_accuracy, read=option_letter),
+    "vstar": partial(option_accuracy, read=choice_letter),
 }
 
 
 def score(benchmark: str, prediction: str, answers: Sequence[str], question: str = "") -> float:
     """The score of one prediction, 0 to 1, by the metric of ``benchmark``.
 
-    A source that is no benchmark (most training sources, a user's own rows) has no published metric: there the same
-    text counts (`same_text`). ``question`` matters to OCRBench alone. Raises AwaresError for a row without accepted answers.
+    Other sources (training sources, a user's own rows) have no published metric and use :func:`same_text`. Only
+    OCRBench reads ``question``. Raises AwaresError for a row without accepted answers.
     """
     if not answers:
         raise AwaresValueError(f"{benchmark}: a row without accepted answers cannot be scored")
-    if benchmark == "ocrbench":
-        return ocr_accuracy(prediction, answers, question)
-    return SCORES.get(benchmark, same_text)(prediction, answers)
+    metric = BENCHMARK_METRICS.get(benchmark, same_text)
+    return metric(prediction, answers, question) if benchmark == "ocrbench" else metric(prediction, answers)
 
 
 # Intervals
 
+Names = Sequence[str] | None
+_INDICES = 4_000_000  # bound on the row indices that a bootstrap holds at once
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its percentile bootstrap interval; ``n`` rows."""
+    """A mean over ``n`` rows with its percentile bootstrap interval. ``p``: of a difference, two-sided, else nan."""
 
     mean: float
     low: float
     high: float
     n: int
-
-
-@dataclass(frozen=True)
-class Difference(Interval):
-    """Mean of a - b over the same rows; ``p``: two-sided bootstrap p-value of no difference."""
-
-    p: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+    p: float = float("nan")
 
 
 def bootstrap_interval(
-    values: Sequence[float],
-    seed: int,
-    n: int = 2000,
-    level: float = 0.95,
-    groups: Sequence[str] | None = None,
+    values: Sequence[float], seed: int, n: int = 2000, level: float = 0.95, groups: Names = None
 ) -> Interval:
     """Mean of ``values`` (one per row) with the ``level`` interval of ``n`` resamples.
 
-    With ``groups`` (one name per row) the statistic is the mean of the groups' means, resampled inside each group: that
-    is the average over benchmarks. Raises AwaresError for no rows.
+    With ``groups`` (one name per row) the statistic is the mean of the group means, resampled inside each group: the
+    average over benchmarks. Raises AwaresError for no rows.
     """
     mean, draws = resampled_means(values, seed, n, groups)
+    return Interval(mean, *percentiles(draws, level), len(values))
+
+
+def percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
+    """Both ends of the central ``level`` (0 to 1) of the resamples ``draws``."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high), len(values))
+    return float(low), float(high)
 
 
 def paired_bootstrap(
-    a: Sequence[float],
-    b: Sequence[float],
-    seed: int,
-    n: int = 2000,
-    level: float = 0.95,
-    groups: Sequence[str] | None = None,
-) -> Difference:
-    """Mean of a - b, both scored on the same rows in the same order, resampled row by row; ``groups`` as above.
-
-    The same seed draws the same rows for every pair of systems.
-    """
-    if len(a) != len(b):
-        raise AwaresValueError(f"paired bootstrap needs the same rows twice, not {len(a)} and {len(b)}")
+    a: Sequence[float], b: Sequence[float], seed: int, n: int = 2000, level: float = 0.95, groups: Names = None
+) -> Interval:
+    """Mean of a - b over the same rows in one order; ``groups`` as above. A seed draws the same rows for all pairs."""
+    assert len(a) == len(b), f"not the same rows: {len(a)} and {len(b)}"
     mean, draws = resampled_means(np.asarray(a, float) - np.asarray(b, float), seed, n, groups)
-    draws = draws.round(12) + 0.0  # rounding errors are no differences, and -0 is 0
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    draws = draws.round(12) + 0.0  # rounding errors are not differences, and -0 is 0
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
-    p = min(1.0, 2 * (tail + 1) / (n + 1))  # never 0: the observed sample is one of the draws
-    return Difference(mean, float(low), float(high), len(a), p)
+    p = min(1.0, 2 * (tail + 1) / (n + 1))  # never 0: the observed sample counts as one draw
+    return Interval(mean, *percentiles(draws, level), len(a), p)
 
 
 def resampled_means(
-    values: Any,
-    seed: int,
-    n: int,
-    groups: Sequence[str] | None = None,
-    memory: int = 4_000_000,
-    wholes: Any = None,
+    values: Any, seed: int, n: int, groups: Names = None, denominators: Any = None
 ) -> tuple[float, np.ndarray]:
-    """The statistic behind every interval, and its ``n`` resamples (n,): the mean of ``values``, ``groups`` as above.
+    """The mean of ``values`` (one per row) and the means of its ``n`` resamples (n,); ``groups`` as above.
 
-    With ``wholes`` (one number per row, >= 0) it is sum(values) / sum(wholes), a share among the rows that count, and
-    nan where no drawn row counts. The same seed draws the same rows, whatever the values. ``memory`` bounds the drawn
-    indices held at once.
+    With ``denominators`` (one number per row, >= 0): sum(values) / sum(denominators), nan where that divides by 0. The
+    same seed draws the same rows, whatever the values.
     """
     array = np.asarray(values, dtype=float)
     if not len(array):
         raise AwaresValueError("no rows to resample: an empty list of scores has no interval")
-    weights = None if wholes is None else np.asarray(wholes, dtype=float)
+    divisors = None if denominators is None else np.asarray(denominators, dtype=float)
+
+    def statistic(rows: np.ndarray) -> Any:  # over the last axis of the row indices
+        if divisors is None:
+            return array[rows].mean(axis=-1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return array[rows].sum(axis=-1) / divisors[rows].sum(axis=-1)
+
     names = np.zeros(len(array)) if groups is None else np.asarray(groups)
+    members = [np.flatnonzero(names == name) for name in sorted(set(names.tolist()))]
     rng = np.random.default_rng(seed)
     means, draws = [], np.zeros(n)
-    members = [np.flatnonzero(names == name) for name in sorted(set(names.tolist()))]
     for member in members:
-        step = max(1, memory // len(member))
-        drawn = [
-            _mean(array, weights, member[rng.integers(0, len(member), (min(step, n - start), len(member)))])
-            for start in range(0, n, step)
-        ]
+        step = max(1, _INDICES // len(member))
+        shapes = [(min(step, n - start), len(member)) for start in range(0, n, step)]
+        drawn = [statistic(member[rng.integers(0, len(member), shape)]) for shape in shapes]
         draws += np.concatenate(drawn) / len(members)
-        means.append(_mean(array, weights, member))
+        means.append(statistic(member))
     return float(np.mean(means)), draws
-
-
-def _mean(values: np.ndarray, wholes: np.ndarray | None, rows: np.ndarray) -> Any:
-    """Over the last axis of the indices ``rows``."""
-    if wholes is None:
-        return values[rows].mean(axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return values[rows].sum(axis=-1) / wholes[rows].sum(axis=-1)

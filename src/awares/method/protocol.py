@@ -15,10 +15,10 @@ from typing import Any
 
 from PIL.Image import Image
 
-from awares.config import Params
+from awares.config import FREE_BOX, Params
 from awares.engine.chat_format import END_OF_TURN, SPECIAL_TOKENS, TOOL_CALL, TOOL_TOKENS, answer_text
 from awares.errors import AwaresFileError, AwaresValueError
-from awares.method.crops import CROPS, FREE, allowed, is_free
+from awares.method.crops import CROPS, allowed, is_free
 
 TOOL_NAME = "crop"
 PLAIN_SYSTEM = "You are a helpful assistant."
@@ -27,7 +27,7 @@ FREE_FORM = "left,top,right,bottom"  # a free box in the prompt, in 1/1000 of th
 
 def system_prompt(offered: Sequence[str]) -> str:
     """Our system prompt with the tool and its ``offered`` regions."""
-    offered = [FREE_FORM if name == FREE else name for name in offered]
+    offered = [FREE_FORM if name == FREE_BOX else name for name in offered]
     return (
         "You are a helpful assistant. The image is shown at half resolution. Answer the question. "
         "Where something is too small to read, call the tool to see regions of the image at full resolution.\n"
@@ -226,7 +226,7 @@ def parse_call(text: str, protocol: Protocol = OURS) -> Call:
         return Call(strict, "valid", text)
     found: list[str] = []
     for block in text.split(TOOL_CALL)[1:] or [text]:
-        names = _recover_boxes(block) if FREE in protocol.offered else _recover(block)
+        names = _recover_boxes(block) if FREE_BOX in protocol.offered else _recover(block)
         found += [name for name in names if name not in found and allowed(name, protocol.offered)]
     return Call(tuple(found), "recovered" if found else "malformed", text)
 

@@ -26,7 +26,7 @@ from awares.engine.embedding import load_encoder
 from awares.engine.model import load_model, load_processor
 from awares.errors import AwaresValueError
 from awares.method.crops import union_area
-from awares.method.judges import HR, LR, SemanticJudge
+from awares.method.judges import HR, LR, semantic
 from awares.method.metrics import anls
 from awares.method.rollout import Engine
 from awares.registry import reward
@@ -159,7 +159,7 @@ def answer_anls(grpo: Grpo, predictions: Sequence[str], answers: Sequence[Sequen
 
 def answer_judge(grpo: Grpo, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
     """1 where the semantic judge calls the answer right, else 0."""
-    return SemanticJudge().scores([""] * len(predictions), predictions, answers)
+    return [semantic("", *row) for row in zip(predictions, answers, strict=True)]
 
 
 ANSWER_REWARDS = {"similarity": answer_similarity, "anls": answer_anls, "judge": answer_judge}

@@ -36,7 +36,7 @@ from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, 
 from awares.engine.rows import share_of
 from awares.errors import AwaresValueError
 from awares.method import crops, protocol
-from awares.method.judges import SemanticJudge
+from awares.method.judges import semantic
 from awares.method.protocol import Protocol
 from awares.method.rollout import Engine
 from awares.training import checkpoints as training
@@ -322,7 +322,7 @@ def candidate_score(checkpoint: Path, params: Params, rows: Dataset, model_path:
         model = load_model(model_path, params.base.dtype, params.base.device, adapter=checkpoint)
         engine, questions = Engine.from_params(model, load_processor(model_path), params), list(rows["question"])
         trajectories = engine.run(list(rows["image"]), questions, row_ids=list(rows["id"]))
-        marks = SemanticJudge().scores(questions, [one.answer for one in trajectories], list(rows["answers"]))
+        marks = list(map(semantic, questions, [one.answer for one in trajectories], rows["answers"]))
         calls = [bool(trajectory.crops) for trajectory in trajectories]
         accuracy, call_rate = float(np.mean(marks)), float(np.mean(calls))
         values = {"step": training.step_of(checkpoint), "validation_accuracy": accuracy, "call_rate": call_rate}

@@ -21,6 +21,7 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
+from awares.config import CROP_NAMES, Crops
 from awares.method import crops
 from awares.method.crops import CROPS
 from awares.mini import scenes
@@ -29,6 +30,14 @@ from awares.mini import vocabulary as lex
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
             "<|video_pad|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]  # fmt: skip
 LEGIBLE_TEXT, LEGIBLE_OBJECT, LEGIBLE_COLOUR = 12.5, 12.5, 6.0  # px
+PAPER_CROPS = Crops(
+    offered=CROP_NAMES,  # type: ignore[arg-type]
+    region_budget=1.0,
+    rule="coverage",
+    iou_threshold=0.5,
+    coverage_threshold=0.95,
+    max_side=2000,
+)
 PATCH, TOKEN = 14, 28  # px
 CHARS = "abcdefghijklmnopqrstuvwxyz0123456789$%:"
 WORDS = sorted({w for words in [*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, list(lex.SHAPES)] for w in words}
@@ -498,7 +507,7 @@ def _part(scene: scenes.Scene, boxes: tuple[scenes.PixelBox, ...]) -> str:
     x0, y0, x1, y1 = crops.box_union(boxes)  # it may stand out of the picture by a pixel
     edges = (x0 / width, y0 / height, x1 / width, y1 / height)
     box = tuple(min(1000, max(0, round(1000 * edge))) for edge in edges)
-    names = crops.boxes_to_crops(box)
+    names = crops.boxes_to_crops([box], PAPER_CROPS)
     return names[0] if len(names) == 1 else "all"
 
 

@@ -17,9 +17,9 @@ from awares.data.rows import evaluation_rows
 from awares.errors import AwaresFileError, AwaresValueError
 from awares.method import evaluation
 from awares.method.crops import coverage
+from awares.method.evaluation import AVERAGE
 from awares.method.metrics import bootstrap_interval
 from awares.study.scores import EVALUATION, Runs, trained
-from awares.study.tables import AVERAGE
 
 MAIN = "main"  # the main line's name in the tables of a variant
 TRAINED = {"sft": "sft", "awares": "grpo"}  # system -> the stage that trains it

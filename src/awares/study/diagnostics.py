@@ -1,156 +1,85 @@
-"""What a policy does: when it calls, where it looks, how it writes, why it fails, how far from the best (PAPER §5)."""
+"""Diagnostics of a policy for tables and figures: intervals, policy flow, kinds of error, the oracle frontier."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
 
+from awares.config import FREE_BOX, Evaluation
 from awares.errors import AwaresValueError
-from awares.method.crops import CROPS, FREE, coverage, in_order, union_area
+from awares.method.crops import CROPS, coverage
+from awares.method.evaluation import CALL_STATUSES, decision_parts, scored
+from awares.method.judges import HR
+from awares.method.metrics import percentiles, resampled_means
+from awares.method.rollout import Trajectory
 
 Crops = Sequence[str]
 
-# The coupled-decision policy (Table 7)
 
+def first_turn_intervals(
+    policies: Mapping[str, Sequence[Trajectory]], rows: datasets.Dataset, evaluation: Evaluation
+) -> pd.DataFrame:
+    """The ratios of Tables 7 and 9 with bootstrap intervals over rows: policy, quantity, value, low, high.
 
-@dataclass(frozen=True)
-class CdpDiagnostics:
-    """Table 7, as shares 0 to 1; nan where no row decides a figure.
-
-    Call: ``precision`` P(HR | call), ``recall`` P(call | HR), ``f1``, ``fpr`` P(call | LR), ``call_rate``. Region,
-    over the calls on HR rows (an LR row has no oracle crop): ``exact`` the requested set is the oracle's, ``relaxed``
-    the requested region has IoU >= 0.25 with an oracle crop. ``area``: mean requested area over all calls.
+    Percent, area 0 to 1; nan where the denominator is 0, such as the region of a policy that never called.
     """
-
-    n: int
-    calls: int
-    call_rate: float
-    precision: float
-    recall: float
-    f1: float
-    fpr: float
-    exact: float
-    relaxed: float
-    area: float
-
-
-def cdp_diagnostics(
-    labels: Sequence[str], crops: Sequence[Crops], oracle_crops: Sequence[Crops], relaxed_iou: float = 0.25
-) -> CdpDiagnostics:
-    """Diagnostics of the first-turn action; one label (LR/HR), requested set and oracle set per row (PAPER §5)."""
-    parts = decision_parts(labels, crops, oracle_crops, relaxed_iou)
-    shares = {name: _share(part.sum(), whole.sum()) for name, (part, whole) in parts.items()}
-    return CdpDiagnostics(n=len(labels), calls=sum(bool(asked) for asked in crops), **shares)
-
-
-def decision_parts(
-    labels: Sequence[str], crops: Sequence[Crops], oracle_crops: Sequence[Crops], relaxed_iou: float = 0.25
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every share of `CdpDiagnostics` as what each row adds to its numerator and to its denominator, (N,) each.
-
-    So a share can be resampled row by row. Raises AwaresError for no rows and for another label than LR or HR.
-    """
-    rows = list(zip(labels, crops, oracle_crops, strict=True))
-    if not rows or any(name not in ("LR", "HR") for name in labels):
-        raise AwaresValueError("CDP diagnostics need at least one row, each labelled LR or HR")
-    hr = np.array([name == "HR" for name in labels], float)
-    call = np.array([bool(asked) for asked in crops], float)
-    hit = hr * call
-    known = hit * np.array(
-        [bool(wanted) for wanted in oracle_crops], float
-    )  # benchmarks have no boxes, so no target crops
-    exact = np.array([name == "HR" and bool(asked) and set(asked) == set(wanted) for name, asked, wanted in rows])
-    near = [name == "HR" and bool(asked) and region_iou(asked, wanted) >= relaxed_iou for name, asked, wanted in rows]
-    area = np.array([union_area(tuple(asked)) if asked else 0.0 for asked in crops])
-    return {
-        "call_rate": (call, np.ones(len(rows))),
-        "precision": (hit, call),
-        "recall": (hit, hr),
-        "f1": (2 * hit, call + hr),
-        "fpr": (call - hit, 1 - hr),
-        "exact": (exact.astype(float), known),
-        "relaxed": (np.array(near, float), known),
-        "area": (area, call),
-    }
-
-
-def region_iou(asked: Iterable[str], wanted: Iterable[str]) -> float:
-    """The best IoU of the requested region (union of ``asked``) with one crop of ``wanted`` or with all of them."""
-    asked, wanted = _ordered(asked), _ordered(wanted)
-    targets = [(name,) for name in wanted] + [wanted]
-    return max(_union_iou(asked, target) for target in targets) if wanted else 0.0
-
-
-def _union_iou(a: tuple[str, ...], b: tuple[str, ...]) -> float:
-    both = union_area(_ordered({*a, *b}))
-    return (union_area(a) + union_area(b) - both) / both
-
-
-def _ordered(names: Iterable[str]) -> tuple[str, ...]:
-    return in_order(names)
-
-
-def _share(part: float, whole: float) -> float:
-    return float(part) / float(whole) if whole else float("nan")
-
-
-def format_table(statuses: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """Table 9: system -> call status of each of its rows, to percentages of the *attempted* calls.
-
-    ``valid``: parsed as written; ``corrupt`` = ``recoverable`` (read with tolerance) + ``incorrect`` (malformed). nan
-    where a system never called.
-    """
-    rows = []
-    for system, found in statuses.items():
-        counts = {name: sum(status == name for status in found) for name in ("valid", "recovered", "malformed")}
-        calls = sum(counts.values())
-        valid, recovered, malformed = (100 * _share(count, calls) for count in counts.values())
-        rows.append((system, valid, recovered + malformed, recovered, malformed, calls, len(found)))
-    columns = ["system", "valid", "corrupt", "recoverable", "incorrect", "calls", "n"]
-    return pd.DataFrame(rows, columns=columns)
+    records = []
+    for policy, trajectories in policies.items():
+        requests, statuses = (
+            [done.crops for done in trajectories],
+            np.array([done.call_status for done in trajectories]),
+        )
+        parts = decision_parts(rows["label"][:], requests, rows["target_crops"][:], evaluation.relaxed_iou)
+        called = (statuses != "none").astype(float)
+        parts |= {status: ((statuses == status).astype(float), called) for status in CALL_STATUSES}
+        for quantity, (values, wholes) in parts.items():
+            mean, draws = resampled_means(values, evaluation.seed, evaluation.bootstrap, denominators=wholes)
+            low, high = percentiles(draws if np.isnan(mean) else draws[~np.isnan(draws)], evaluation.level)
+            scale = 1 if quantity == "area" else 100
+            records.append((policy, quantity, scale * mean, scale * low, scale * high))
+    return pd.DataFrame(records, columns=["policy", "quantity", "value", "low", "high"])
 
 
 # Policy flow (Fig. 5)
 
 NO_CALL, SEVERAL = "no call", "several"
-OUTCOMES = (
-    NO_CALL,
-    *CROPS,
-    SEVERAL,
-    FREE,
-)  # of a first turn; "several": more than one region; a single free one is "box"
+OUTCOMES = (NO_CALL, *CROPS, SEVERAL, FREE_BOX)  # of a first turn: no region, one of the ten, several, one free box
 
 
 def outcome(crops: Crops) -> str:
-    """What a request amounts to in the policy flow: one of ``OUTCOMES``. A malformed call shows nothing: no call."""
+    """The outcome (one of ``OUTCOMES``) of a first turn that requested ``crops``; a malformed call is no call."""
     if len(crops) > 1:
         return SEVERAL
-    return NO_CALL if not crops else crops[0] if crops[0] in CROPS else FREE
+    return NO_CALL if not crops else crops[0] if crops[0] in CROPS else FREE_BOX
 
 
-def known(found: Iterable[str]) -> list[str]:
-    """The outcomes that a table of ``found`` ones has a line for: ``OUTCOMES``, free boxes only where there are any."""
-    boxes = FREE in set(found)
-    return [name for name in OUTCOMES if name != FREE or boxes]
+def table_outcomes(found: Iterable[str]) -> list[str]:
+    """The outcomes that get a line in a table of the outcomes ``found``: free boxes only if there are any."""
+    boxes = FREE_BOX in set(found)
+    return [name for name in OUTCOMES if name != FREE_BOX or boxes]
 
 
 def policy_flow(policies: Mapping[str, Sequence[Crops]]) -> pd.DataFrame:
-    """Fig. 5 as a table: policy -> crops requested row by row, to the share (percent) of every outcome, zeros included (`known`).
+    """Fig. 5 as a table: from each policy's requested crops, row by row, the share (percent) of every outcome.
 
-    Columns policy, outcome, share, n. AwaresError when the policies did not answer equally many rows.
+    Columns policy, outcome, share, n. AwaresError unless all policies answered equally many rows.
     """
     if len({len(requests) for requests in policies.values()}) > 1:
         raise AwaresValueError("policy flow: every policy must have answered the same rows in the same order")
-    rows, found = [], {policy: [outcome(crops) for crops in requests] for policy, requests in policies.items()}
-    names = known([name for outcomes in found.values() for name in outcomes])
-    for policy, outcomes in found.items():
-        rows += [(policy, name, 100 * _share(outcomes.count(name), len(outcomes)), len(outcomes)) for name in names]
-    return pd.DataFrame(rows, columns=["policy", "outcome", "share", "n"])
+    outcomes = {policy: [outcome(crops) for crops in requests] for policy, requests in policies.items()}
+    names = table_outcomes(name for found in outcomes.values() for name in found)
+    records = [
+        (policy, name, 100 * (found.count(name) / len(found) if found else np.nan), len(found))
+        for policy, found in outcomes.items()
+        for name in names
+    ]
+    return pd.DataFrame(records, columns=["policy", "outcome", "share", "n"])
 
 
-# Which errors are when, where, reading
+# Kinds of error: when, where, reading
 
 ERRORS = ("correct", "when", "where", "reading")
 
@@ -158,14 +87,14 @@ ERRORS = ("correct", "when", "where", "reading")
 def error_kind(
     correct: bool, label: str, crops: Crops, evidence: Sequence[Sequence[int]], threshold: float = 0.95
 ) -> str:
-    """Why a row failed: ``when`` (HR, but no crop was requested), ``where`` (HR, and the requested crops show less than
-    ``threshold`` of a box of the evidence), else ``reading`` (what was needed was in view).
+    """Why a row failed. ``when``: HR, but no crop was requested. ``where``: HR, and the requested crops show less than
+    ``threshold`` of some evidence box. ``reading``: the evidence was in view.
 
     ``evidence``: question and answer boxes, [x1, y1, x2, y2] in 1/1000 of the image; without any, a call cannot miss.
     """
     if correct:
         return "correct"
-    if label != "HR":
+    if label != HR:
         return "reading"
     if not crops:
         return "when"
@@ -173,15 +102,29 @@ def error_kind(
     return "reading" if shown else "where"
 
 
+def error_table(scores: pd.DataFrame, labelled: datasets.Dataset, threshold: float) -> pd.DataFrame:
+    """The kinds of error in percent of a system's rows. Columns system, kind, share, rows.
+
+    ``scores``: of `evaluation.scored`, systems on the rows ``labelled``. A score of at least 0.5 counts as correct.
+    """
+    evidence = [[*q, *a] for q, a in zip(labelled["question_boxes"], labelled["answer_boxes"], strict=True)]
+    records = []
+    for system, part in scores.groupby("system", sort=False):
+        rows = zip(part.score, labelled["label"], part.crops, evidence, strict=True)
+        kinds = [error_kind(points >= 0.5, label, crops, boxes, threshold) for points, label, crops, boxes in rows]
+        records += [(system, kind, 100 * kinds.count(kind) / len(kinds), kinds.count(kind)) for kind in ERRORS]
+    return pd.DataFrame(records, columns=["system", "kind", "share", "rows"])
+
+
 # The oracle frontier
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """The best that any policy over these options can do: accuracy (0 to 1) at its RTR, and the way there.
+    """The best accuracy (0 to 1) of any policy over these options, the RTR it costs, and the curve up to it.
 
-    ``choice`` (N,): the cheapest of the best options of each row. ``rtr_curve``, ``accuracy_curve`` (K + 1,): from the
-    cheapest option everywhere, rows moved to their choice one by one, the largest gain per token first.
+    ``choice`` (N,): the cheapest best option of each row. ``rtr_curve``, ``accuracy_curve`` (K + 1,): from the cheapest
+    option everywhere, rows move to their choice one by one, the largest gain per token first.
     """
 
     accuracy: float
@@ -192,14 +135,13 @@ class Frontier:
 
 
 def oracle_frontier(scores: Any, rtrs: Any) -> Frontier:
-    """Frontier over options: ``scores`` and ``rtrs`` are (N rows, K options), option 0 = no call, then the ten crops.
+    """Frontier from ``scores`` and ``rtrs``, (N rows, K options) each; option 0 = no call, then the ten crops.
 
-    Of each row's options with its best score the cheapest counts, the earlier one at equal cost; a row that no option
-    answers stays with its cheapest.
+    A row takes the cheapest of its best-scoring options, the earlier one at equal cost; a row that no option answers
+    keeps its cheapest option.
     """
     scores, rtrs = np.asarray(scores, float), np.asarray(rtrs, float)
-    if scores.ndim != 2 or scores.shape != rtrs.shape or not len(scores):
-        raise AwaresValueError(f"oracle frontier needs two tables rows x options, not {scores.shape} and {rtrs.shape}")
+    assert scores.ndim == 2 and scores.shape == rtrs.shape and len(scores), (scores.shape, rtrs.shape)
     rows = np.arange(len(scores))
     choice = np.where(scores >= scores.max(axis=1, keepdims=True), rtrs, np.inf).argmin(axis=1)
     cheapest = rtrs.argmin(axis=1)
@@ -211,3 +153,32 @@ def oracle_frontier(scores: Any, rtrs: Any) -> Frontier:
     steps = np.cumsum([cost[moved], gain[moved]], axis=1) / len(rows)  # (2, K)
     curve = start + np.concatenate([np.zeros((2, 1)), steps], axis=1)
     return Frontier(float(curve[1, -1]), float(curve[0, -1]), choice, curve[0], curve[1])
+
+
+def run_frontier(policy: str, engine: Any, rows: datasets.Dataset) -> Frontier:
+    """The oracle frontier of ``policy``: it answers ``rows`` with no call and with each of the ten single crops."""
+    points, costs = [], []
+    for option in [(), *((name,) for name in CROPS)]:
+        done = engine.run(rows["image"], rows["question"], forced=[option] * len(rows), row_ids=rows["id"])
+        found = scored(policy, rows, done)
+        points.append(found.score)
+        costs.append(found.rtr)
+    return oracle_frontier(np.stack(points, axis=1), np.stack(costs, axis=1))
+
+
+def frontier_row(policy: str, best: Frontier, own: pd.DataFrame) -> dict[str, Any]:
+    """How far ``policy`` is from its frontier ``best``; accuracies in percent.
+
+    ``own``: `evaluation.scored` of the policy's own choices on the rows of ``best``. ``rtr_at_accuracy``: the RTR at
+    which the frontier reaches the policy's accuracy.
+    """
+    accuracy, rtr = own.score.mean(), own.rtr.mean()
+    reached = {"accuracy": 100 * accuracy, "rtr": rtr}
+    possible = {"frontier_accuracy": 100 * best.accuracy, "frontier_rtr": best.rtr}
+    cheaper = float(np.interp(accuracy, best.accuracy_curve, best.rtr_curve))
+    return {"policy": policy, **reached, **possible, "rtr_at_accuracy": cheaper, "n": len(own)}
+
+
+def frontier_curve(policy: str, best: Frontier) -> pd.DataFrame:
+    """The oracle frontier as a curve: columns system, rtr, accuracy (percent), from no call anywhere to the best."""
+    return pd.DataFrame({"system": policy, "rtr": best.rtr_curve, "accuracy": 100 * best.accuracy_curve})

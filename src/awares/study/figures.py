@@ -22,8 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from awares.method.crops import crop_box, cut, low_resolution
+from awares.method.evaluation import AVERAGE
 from awares.study.diagnostics import OUTCOMES, outcome
-from awares.study.tables import AVERAGE
 
 if TYPE_CHECKING:
     from awares.method.rollout import Trajectory

@@ -24,10 +24,10 @@ import pandas as pd
 from awares.config import Params
 from awares.data.rows import load_rows
 from awares.errors import AwaresFileError, AwaresValueError
-from awares.method.evaluation import load_trajectories, scored
+from awares.method.evaluation import decision_parts, load_trajectories, scored
 from awares.method.judges import label
 from awares.method.metrics import resampled_means
-from awares.study.diagnostics import decision_parts, outcome
+from awares.study.diagnostics import outcome
 
 EVALUATION, VALIDATION, CURATION = "evaluation", "validation", "curation"
 SHARES = ("call_rate", "precision", "recall", "f1", "fpr", "exact", "relaxed")  # of Table 7
@@ -197,7 +197,7 @@ class Runs:
                 raise MissingRows(f"{rows.place} has no rows of {', '.join(lacking)}")
             kept = np.isin(rows.groups, benchmarks)
             values, groups = values[kept], tuple(name for name in rows.groups if name in benchmarks)
-        mean, draws = resampled_means(values, self.settings.seed, self.settings.bootstrap, groups, wholes=wholes)
+        mean, draws = resampled_means(values, self.settings.seed, self.settings.bootstrap, groups, wholes)
         if measure != "area" and (beta := _jeffreys(values, wholes)) is not None:
             drawn = self._stream(rows.place, measure).beta(*beta, self.settings.bootstrap)
             draws = np.where(np.isfinite(draws), drawn, draws)

@@ -15,13 +15,13 @@ from IPython.display import HTML
 from awares.config import Params, read_yaml
 from awares.errors import AwaresFileError, Failure
 from awares.method.crops import coverage, union_area
-from awares.method.judges import Judge, right_at
-from awares.study.diagnostics import NO_CALL, known, outcome
+from awares.method.judges import Judge
+from awares.study.curation_tables import correct_threshold
+from awares.study.diagnostics import NO_CALL, outcome, table_outcomes
 
 if TYPE_CHECKING:
     from awares.method.rollout import Trajectory
 
-AVERAGE = "average"
 ALL_SOURCES = "all sources"
 
 
@@ -94,7 +94,7 @@ def crop_table(rows: datasets.Dataset) -> pd.DataFrame:
     records = [
         (source, name, 100 * (part.crop == name).mean() if len(part) else 0.0, len(part))
         for source, part in _by_source(requests)
-        for name in known(requests.crop)[1:]
+        for name in table_outcomes(requests.crop)[1:]
     ]
     return pd.DataFrame(records, columns=["source", "crop", "share", "n"])
 
@@ -110,6 +110,7 @@ def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
     the smallest annotated box, else the oracle's smallest, on its shorter side; without boxes height is nan.
     """
     judge = params.curation.judge
+    threshold = correct_threshold(judge, params)
     sides = {} if params.curation.released else {"half": "low", "full": "high"}
     scores = {view: rows[f"{side}_score_{judge}"][:] for view, side in sides.items()}
     records = []
@@ -119,7 +120,7 @@ def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
         width, height = row["image"].size
         spans = [min((box[2] - box[0]) * width, (box[3] - box[1]) * height) / 1000 for box in boxes]
         record = {"source": row["source"], "label": row["label"], "image width": width, "image height": height}
-        right = {view: values[index] >= right_at(judge, params) for view, values in scores.items()}
+        right = {view: values[index] >= threshold for view, values in scores.items()}
         records.append({**record, "height": min(spans, default=math.nan), **right})
     return pd.DataFrame(records)
 
@@ -151,7 +152,7 @@ def repair_table(rows: datasets.Dataset, repaired: Sequence["Trajectory | Failur
     right = {"label": rows["label"][:]}
     for view, given in answers.items():
         scores = np.array(judge.scores(rows["question"][:], given, rows["answers"][:]))
-        right[view] = np.where(np.isnan(scores), math.nan, 100.0 * (scores >= judge.right_at))
+        right[view] = np.where(np.isnan(scores), math.nan, 100.0 * (scores >= judge.correct_threshold))
     table = pd.DataFrame(right).dropna()
     parts = {"HR": table[table.label == "HR"], "LR": table[table.label == "LR"], "all": table}
     means = [{"label": name, "n": len(part), **part[list(answers)].mean()} for name, part in parts.items()]
