@@ -235,7 +235,7 @@ def test_both_trainings_run_and_the_policy_answers(base, rows, tmp_path):
         SimpleNamespace(base=base, rows=rows), tmp_path / "sft" / "main-s1", **{"protocol.max_new_tokens": 48}
     )
     done = test_grpo.run(SimpleNamespace(policy=cold.merged, rows=rows), tmp_path / "grpo" / "main-s1")
-    assert done.steps == 3 and load_file(done.adapter / "adapter_model.safetensors")
+    assert done.step == 3 and load_file(done.adapter / "adapter_model.safetensors")
     engine = Engine(load_model(done.merged), load_processor(done.merged), max_new_tokens=4)
     assert engine.run(rows["image"][:2], rows["question"][:2], forced=CALLS[:2])[0].crops == CALLS[0]
 
