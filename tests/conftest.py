@@ -10,6 +10,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from awares.data.rows import make_dataset
 from awares.engine import chat_format
 from awares.engine.model import ImageOnlyProcessor, make_processor
 from awares.method.crops import CROPS
@@ -86,12 +87,24 @@ def noise(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(np.kron(blocks, np.ones((8, 8, 1), dtype=np.uint8))[:height, :width])
 
 
+def curated_rows(sizes, crops, answers=()):
+    """Curated rows with images of ``sizes`` in turn, one for each of ``crops``: HR where it names regions, else LR."""
+    plain = {"source": "chartqa", "question_boxes": [], "answer_boxes": [], "split": "train"}
+    rows = make_dataset(
+        {"id": f"r{i}", "image": noise(*sizes[i % len(sizes)], seed=i), "question": f"what is the {'big ' * i}word?"}
+        | {"answers": [f"word {i}", *answers], **plain}
+        for i in range(len(crops))
+    )
+    labelled = rows.add_column("label", ["HR" if names else "LR" for names in crops])
+    return labelled.add_column("target_crops", list(crops))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
-    """``model``, ``processor`` and ``noise(width, height, seed)`` -> image."""
+    """``model``, ``processor``, ``noise(width, height, seed)`` -> image, and `curated_rows` as ``rows``."""
     torch.set_num_threads(1)
     processor = make_processor(tiny_tokenizer())
-    return SimpleNamespace(model=tiny_model(processor), processor=processor, noise=noise)
+    return SimpleNamespace(model=tiny_model(processor), processor=processor, noise=noise, rows=curated_rows)
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,9 @@ Writes the gradients of the update, and each completion's reward, to FOLDER.
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from test_grpo import ANSWERS, CALL, settings
+from test_grpo import ANSWERS, CALL, disturb, settings
 from transformers import TrainerCallback
 
 from awares.engine.model import load_model, load_processor
@@ -49,11 +47,7 @@ if __name__ == "__main__":
     policy, rows, folder = map(Path, sys.argv[1:])
     params = settings(**{"grpo.max_steps": 1, "grpo.max_grad_norm": 1000.0})
     trainer = grpo.build_trainer(params, load_rows(rows), load_model(policy), load_processor(policy), folder / "work")
-    torch.manual_seed(5)
-    model: Any = trainer.model
-    for name, weight in sorted(model.named_parameters()):
-        if "lora_B" in name:
-            weight.data.normal_(0.0, 0.3)
+    disturb(trainer)
     write(trainer, params.grpo.generations)
     trainer.add_callback(Gradients(folder))
     trainer.args.save_strategy = "no"

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from trl import GRPOTrainer
 
 from awares.config import load_params
-from awares.data.rows import make_dataset
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.jsonl import read_records
 from awares.engine.model import load_model, load_processor, save_model, visual_tokens
@@ -43,30 +42,16 @@ def settings(**overrides):
 
 @pytest.fixture(scope="module")
 def world(tiny, tmp_path_factory) -> SimpleNamespace:
-    """A cold-started policy on disk and six curated rows, every second one HR."""
+    """An SFT policy on disk and six curated rows, every second one HR."""
     policy = tmp_path_factory.mktemp("policy") / "merged"
     save_model(tiny.model, tiny.processor, policy)
-    rows = make_dataset(
-        {
-            "id": f"r{i}",
-            "image": tiny.noise(*[(224, 168), (168, 280)][i % 2], seed=i),
-            "question": f"what is the {'big ' * i}word?",
-            "answers": [f"word {i}"],
-            "source": "chartqa",
-            "question_boxes": [],
-            "answer_boxes": [],
-            "split": "train",
-        }
-        for i in range(6)
-    )
-    rows = rows.add_column("label", ["LR", "HR"] * 3).add_column("target_crops", [[], ["top"]] * 3)
+    rows = tiny.rows([(224, 168), (168, 280)], [[], ["top"]] * 3)
     return SimpleNamespace(policy=policy, rows=rows, processor=load_processor(policy))
 
 
-def trainer_for(world, folder, params, reward=None):
-    trainer = grpo.build_trainer(
-        params, world.rows, load_model(world.policy), load_processor(world.policy), folder, reward
-    )
+def trainer_for(world, folder, params=None, reward=None):
+    model, processor = load_model(world.policy), load_processor(world.policy)
+    trainer = grpo.build_trainer(params or settings(), world.rows, model, processor, folder, reward)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer
@@ -75,23 +60,23 @@ def trainer_for(world, folder, params, reward=None):
 def disturb(trainer) -> None:
     """Move the policy away from the reference: LoRA's second half starts at zero."""
     torch.manual_seed(5)
-    for name, weight in trainer.model.named_parameters():
+    for name, weight in sorted(trainer.model.named_parameters()):
         if "lora_B" in name:
             weight.data.normal_(0.0, 0.3)
 
 
-def write(trainer, monkeypatch, answers=ANSWERS, call=CALL, callers=(1, 4)):
+def write(trainer, call=CALL, callers=(1, 4)):
     """Fix what the policy writes: the ``callers`` call in turn 1 and answer in turn 2, the others answer at once."""
     encode = lambda text: trainer.processing_class.tokenizer(text + END_OF_TURN)["input_ids"]  # noqa: E731
     called = call if isinstance(call, str) else protocol.OURS.render_call(call)
 
     def turn(prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if num_generations == 1:
-            return [encode(answers[caller]) for caller in callers], None
-        texts = [called if i in callers else answers[i] for i in range(len(prompt_ids))]
+            return [encode(ANSWERS[caller]) for caller in callers], None
+        texts = [called if i in callers else ANSWERS[i] for i in range(len(prompt_ids))]
         return [encode(text) for text in texts], None
 
-    monkeypatch.setattr(trainer, "_generate_single_turn", turn)
+    trainer._generate_single_turn = turn
 
 
 def rollouts(trainer):
@@ -99,17 +84,26 @@ def rollouts(trainer):
     return trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (2, 2, 2, 2, 3, 3, 3, 3)])
 
 
+@pytest.fixture
+def play(world, tmp_path):
+    """``play(params, reward, call)``: a disturbed trainer, and the batch of its eight rollouts."""
+
+    def run(params=None, reward=None, call=CALL):
+        trainer = trainer_for(world, tmp_path, params, reward)
+        disturb(trainer)
+        write(trainer, call)
+        return trainer, rollouts(trainer)
+
+    return run
+
+
 def conversations(world):
     """The same eight rollouts as whole conversations, written by `protocol`."""
-    found = []
     for index, answer in enumerate(ANSWERS):
         row = world.rows[2 if index < 4 else 3]
-        names = CALL if index in (1, 4) else None
-        pictures = [crops.cut(row["image"], name) for name in names or ()]
-        found.append(
-            protocol.messages(row["question"], crops.low_resolution(row["image"]), names, pictures or None, answer)
-        )
-    return found
+        names = CALL if index in (1, 4) else ()
+        pictures = [crops.cut(row["image"], name) for name in names]
+        yield protocol.messages(row["question"], crops.low_resolution(row["image"]), names, pictures, answer)
 
 
 def plain_log_probs(world, batch):
@@ -131,10 +125,8 @@ def plain_log_probs(world, batch):
 # What is trained on
 
 
-def test_a_rollout_reads_like_the_conversation_and_only_the_assistant_is_trained(world, tmp_path, monkeypatch):
-    trainer = trainer_for(world, tmp_path, settings())
-    write(trainer, monkeypatch)
-    batch, tokenizer = rollouts(trainer), world.processor.tokenizer
+def test_a_rollout_reads_like_the_conversation_and_only_the_assistant_is_trained(world, play):
+    (_, batch), tokenizer = play(), world.processor.tokenizer
     for index, conversation in enumerate(conversations(world)):
         expected = world.processor.apply_chat_template(
             conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
@@ -148,44 +140,31 @@ def test_a_rollout_reads_like_the_conversation_and_only_the_assistant_is_trained
         assert not trained[real[1] == world.processor.image_token_id].any()
 
 
-def test_crops_of_the_second_turn_stand_in_the_order_of_the_call(world, tmp_path, monkeypatch):
-    trainer = trainer_for(world, tmp_path, settings())
-    write(trainer, monkeypatch)
-    batch = rollouts(trainer)
+def test_crops_of_the_second_turn_stand_in_the_order_of_the_call(world, play):
+    _, batch = play()
     assert batch["num_images"] == [1, 3, 1, 1, 3, 1, 1, 1]
-    images = [
-        part["image"] for talk in conversations(world) for turn in talk for part in turn["content"] if "image" in part
-    ]
+    parts = [part for talk in conversations(world) for turn in talk for part in turn["content"]]
+    images = [part["image"] for part in parts if "image" in part]
     expected = world.processor.image_processor(images=images, return_tensors="pt")
     assert torch.equal(batch["image_grid_thw"], expected["image_grid_thw"])
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
 
 
-def test_a_batch_whose_only_calls_are_malformed_is_answered_in_words(world, tmp_path, monkeypatch):
-    trainer = trainer_for(world, tmp_path, settings())
-    write(trainer, monkeypatch, call=protocol.OURS.render_call(["all"]).replace('"all"', '"nowhere"'))
-    batch = rollouts(trainer)
+def test_a_batch_whose_only_calls_are_malformed_is_answered_in_words(world, play):
+    _, batch = play(call=protocol.OURS.render_call(["all"]).replace('"all"', '"nowhere"'))
     assert batch["num_images"] == [1] * 8
     replies = [world.processor.tokenizer.decode(ids) for ids in batch["completion_ids"]]
     assert ["error: no such region" in reply for reply in replies] == [i in (1, 4) for i in range(8)]
 
 
-def test_the_reference_is_the_cold_started_policy(world, tmp_path, monkeypatch):
-    trainer = trainer_for(world, tmp_path, settings())
-    disturb(trainer)
-    write(trainer, monkeypatch)
-    batch = rollouts(trainer)
-    torch.testing.assert_close(batch["ref_per_token_logps"], plain_log_probs(world, batch), atol=2e-4, rtol=1e-3)
-
-
 @pytest.mark.parametrize("share", [True, False])
-def test_the_loss_is_grpo_with_kl_over_assistant_tokens(world, tmp_path, monkeypatch, share):
+def test_the_loss_is_grpo_with_kl_over_assistant_tokens(world, play, share):
     params = settings(**{"grpo.beta": 0.7, "grpo.share_prompts": share})
-    trainer = trainer_for(world, tmp_path, params)
-    disturb(trainer)
-    write(trainer, monkeypatch)
-    batch = rollouts(trainer)
-    policy = policy_log_probs(trainer, batch)
+    trainer, batch = play(params)
+    reference = plain_log_probs(world, batch)
+    torch.testing.assert_close(batch["ref_per_token_logps"], reference, atol=2e-4, rtol=1e-3)
+    with torch.no_grad():
+        policy = log_probs(trainer, batch, False)[0]
     # Eq. 5-8 by hand: ANLS of the answer, and the cost of the two calls
     marks = torch.tensor([anls(answer, ["word 2" if i < 4 else "word 3"]) for i, answer in enumerate(ANSWERS)])
     area = params.grpo.alpha_use + params.grpo.lambda_area * 0.5
@@ -194,40 +173,27 @@ def test_the_loss_is_grpo_with_kl_over_assistant_tokens(world, tmp_path, monkeyp
     advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
     torch.testing.assert_close(batch["advantages"], advantages, atol=1e-4, rtol=1e-4)
     mask = batch["completion_mask"] * batch["tool_mask"]
-    ratio = plain_log_probs(world, batch) - policy
+    ratio = reference - policy
     token_loss = -advantages[:, None] + 0.7 * (ratio.exp() - ratio - 1)
     by_hand = ((token_loss * mask).sum(1) / mask.sum(1)).mean()
     assert (0.7 * (ratio.exp() - ratio - 1) * mask).sum() > 0.01
+    trainer.share_prompts = share
     assert trainer._compute_loss(trainer.model, batch).item() == pytest.approx(by_hand.item(), rel=2e-3, abs=2e-4)
 
 
 def log_probs(trainer, batch, share):
     trainer.share_prompts = share
-    keys = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    ids, mask = (torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"]], 1) for kind in ("ids", "mask"))
     width = batch["completion_ids"].size(1)
-    images = {key: batch[key] for key in keys}
+    images = {key: batch[key] for key in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")}
     return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width, compute_entropy=True, **images)
-
-
-def policy_log_probs(trainer, batch):
-    share = trainer.share_prompts
-    with torch.no_grad():
-        found = log_probs(trainer, batch, False)[0]
-    trainer.share_prompts = share
-    return found
 
 
 # Sharing of prompts
 
 
-def test_shared_prompts_give_the_log_probabilities_and_gradients_of_trl(world, tmp_path, monkeypatch):
-    trainer = trainer_for(world, tmp_path, settings())
-    disturb(trainer)
-    write(trainer, monkeypatch)
-    batch = rollouts(trainer)
-    found = {}
+def test_shared_prompts_give_the_log_probabilities_and_gradients_of_trl(world, play):
+    (trainer, batch), found = play(), {}
     for share in (True, False):
         trainer.model.zero_grad()
         logps, entropies, _ = log_probs(trainer, batch, share)
@@ -243,9 +209,8 @@ def test_completions_of_one_question_on_two_pictures_are_not_mixed_up(world):
     ids = torch.tensor([[7, 8, 9, 1], [7, 8, 9, 2], [7, 8, 9, 3]])
     picture, other = torch.ones(4, 6), torch.zeros(4, 6)
     grids = [torch.tensor([[1, 2, 2]])] * 3
-    batch = sharing.PackedBatch(
-        ids, torch.ones_like(ids), ids[None], 3, [[picture], [other], [picture]], grids, [1, 1, 1]
-    )
+    pictures = [[picture], [other], [picture]]
+    batch = sharing.PackedBatch(ids, torch.ones_like(ids), ids[None], 3, pictures, grids, [1, 1, 1])
     assert sharing._groups(batch) == [[0, 2], [1]]
 
 
@@ -265,7 +230,7 @@ def test_shared_prefill_samples_the_tokens_of_trl(world, tmp_path):
 
 
 def test_a_picture_passes_through_the_vision_tower_once_an_update(world, tmp_path):
-    trainer = trainer_for(world, tmp_path, settings())
+    trainer = trainer_for(world, tmp_path)
     base, images = trainer.model.get_base_model(), [world.rows[i]["image"] for i in (0, 1, 0, 2)]
     pixels = dict(world.processor.image_processor(images=images, return_tensors="pt"))
     plain = base.model.get_image_features(**pixels).pooler_output
@@ -347,21 +312,19 @@ def test_call_metrics_average_over_the_right_completions():
     assert "call_rate_hr" not in grpo.call_metrics(rollouts[1:2])
 
 
-def test_an_overflowing_call_still_costs_and_is_counted(world, tmp_path, monkeypatch):
-    trainer = trainer_for(world, tmp_path, settings(**{"grpo.crop_token_budget": 90}))
-    write(trainer, monkeypatch, call=("all", "top", "bottom", "left", "right"))
-    assert rollouts(trainer)["num_images"] == [1] * 8
+def test_an_overflowing_call_still_costs_and_is_counted(world, play):
+    names = ("all", "top", "bottom", "left", "right")
+    trainer, batch = play(settings(**{"grpo.crop_token_budget": 90}), call=names)
+    assert batch["num_images"] == [1] * 8
     metrics = trainer._metrics["train"]
     assert metrics["overflow"] == [0.25] and metrics["call_rate"] == [0.25] and metrics["area"] == [1.0]
     assert metrics["terms/tool_cost"] == [pytest.approx((2 * 0.26 + 3 * 2.0) / 8)]
 
 
-def test_the_reward_and_advantage_of_trl_are_ours_to_the_bit(world, tmp_path, monkeypatch):
+def test_the_reward_and_advantage_of_trl_are_ours_to_the_bit(world, play):
     """One function and float32 sums give what two weighted reward functions of TRL gave."""
     params, kept = settings(), []
-    trainer = trainer_for(world, tmp_path, params, lambda played, context: kept.extend(played) or [0.0] * len(played))
-    write(trainer, monkeypatch)
-    rollouts(trainer)
+    trainer, _ = play(params, lambda played, context: kept.extend(played) or [0.0] * len(played))
     trainer.reward = rewards.awares_reward
     batch, scored = rollouts(trainer), grpo.score_rollouts(params, kept)
     columns = torch.tensor([[one["answer"], one["tool_cost"]] for one in scored])
@@ -402,14 +365,12 @@ def test_a_reward_from_outside_trains_another_policy(world, tmp_path):
 
 
 @pytest.mark.parametrize("values", [[1.0], [0.0] * 7 + [float("nan")], None])
-def test_a_reward_must_be_one_finite_number_for_each_rollout(world, tmp_path, monkeypatch, values):
+def test_a_reward_must_be_one_finite_number_for_each_rollout(world, play, values):
     def broken(played, context):
         return values
 
-    trainer = trainer_for(world, tmp_path, settings(), broken)
-    write(trainer, monkeypatch)
     with pytest.raises(AwaresError, match="broken.* 8 rollouts"):
-        rollouts(trainer)
+        play(reward=broken)
 
 
 def test_a_reward_of_this_process_cannot_be_launched(world, tmp_path):
@@ -504,10 +465,8 @@ def test_ergo_asks_the_base_model_about_a_region_however_small(world):
 @pytest.mark.parametrize(
     "changes, call, offered", [(WHOLE, "all", '["all"]'), (FREE, "0,0,500,1000", '["left,top,right,bottom"]')]
 )
-def test_a_policy_with_other_regions_is_trained_on_them_alone(world, tmp_path, monkeypatch, changes, call, offered):
-    trainer = trainer_for(world, tmp_path, settings(**changes, **{"base.model": str(world.policy)}))
-    write(trainer, monkeypatch, call=(call,))
-    batch = rollouts(trainer)
+def test_a_policy_with_other_regions_is_trained_on_them_alone(world, play, changes, call, offered):
+    _, batch = play(settings(**changes, **{"base.model": str(world.policy)}), call=(call,))
     prompt = world.processor.tokenizer.decode(batch["prompt_ids"][0])
     assert f'"regions": {offered}' in prompt and "top-left" not in prompt
     assert batch["num_images"] == [2 if i in (1, 4) else 1 for i in range(8)]
@@ -529,11 +488,10 @@ def test_crops_that_cannot_fit_are_an_error_before_training(world):
 
 
 def test_rows_without_labels_and_models_with_adapters_are_refused(world, tmp_path):
+    unlabelled = world.rows.remove_columns("label")
     with pytest.raises(AwaresError, match="no column label"):
-        grpo.build_trainer(
-            settings(), world.rows.remove_columns("label"), load_model(world.policy), world.processor, tmp_path
-        )
-    trainer = trainer_for(world, tmp_path, settings())
+        grpo.build_trainer(settings(), unlabelled, load_model(world.policy), world.processor, tmp_path)
+    trainer = trainer_for(world, tmp_path)
     with pytest.raises(AwaresError, match="already carries an adapter"):
         grpo.build_trainer(settings(), world.rows, trainer.model, world.processor, tmp_path)
 
@@ -565,9 +523,7 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(world, tmp_path, monk
     assert [training.step_of(path) for path in training.checkpoints(folder)] == [1, 2]
     generated = []
     generate = GRPOTrainer._generate
-    monkeypatch.setattr(
-        GRPOTrainer, "_generate", lambda self, prompts: (generated.append(1), generate(self, prompts))[1]
-    )
+    monkeypatch.setattr(GRPOTrainer, "_generate", lambda *given: (generated.append(1), generate(*given))[1])
     resumed = run(world, tmp_path / "parts" / "main-s1")
     assert len(generated) == 1  # only the third update is made again
     assert whole.log.read_text() == resumed.log.read_text()
@@ -577,11 +533,11 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(world, tmp_path, monk
 
 
 def test_a_resumed_run_goes_on_in_the_order_of_its_own_epoch(world, tmp_path):
-    plain = GRPOTrainer._get_train_sampler(trainer_for(world, tmp_path / "plain", settings()))
+    plain = GRPOTrainer._get_train_sampler(trainer_for(world, tmp_path / "plain"))
     orders = [list(plain) for _ in range(3)]
     assert orders[0] != orders[1] != orders[2]
     for epoch, order in ((0.0, 0), (None, 0), (1.0, 1), (1.37, 1), (2.0 - 1e-9, 2)):
-        trainer = trainer_for(world, tmp_path / str(epoch), settings())  # another process
+        trainer = trainer_for(world, tmp_path / str(epoch))  # another process
         trainer.state.epoch = epoch
         sampler = trainer._get_train_sampler()
         assert list(sampler) == orders[order] and len(sampler) == len(plain)
@@ -612,10 +568,8 @@ def test_rollouts_by_vllm_have_the_same_limits(world, tmp_path):
     found = grpo._config(params, tmp_path, world.processor)
     assert found.use_vllm and found.vllm_mode == "colocate"
     assert found.generation_kwargs["max_tokens"] == 48
-    assert set(found.generation_kwargs["logit_bias"]) == {
-        world.processor.image_token_id,
-        world.processor.video_token_id,
-    }
+    placeholders = {world.processor.image_token_id, world.processor.video_token_id}
+    assert set(found.generation_kwargs["logit_bias"]) == placeholders
     view = visual_tokens((1000, 1000), world.processor)  # the largest at half resolution
     assert found.vllm_max_model_length == found.max_completion_length + view + grpo.PROMPT
     assert grpo._config(settings(), tmp_path, world.processor).vllm_max_model_length is None

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from awares.config import load_params
-from awares.data.rows import make_dataset
 from awares.engine.jsonl import exclusive_lock, read_records
 from awares.engine.model import load_model, load_processor, save_model
 from awares.engine.rows import FEATURES
@@ -46,21 +45,8 @@ def world(tiny, tmp_path_factory) -> SimpleNamespace:
     """A base model on disk and twelve curated rows, three of them HR."""
     base = tmp_path_factory.mktemp("base") / "base"
     save_model(tiny.model, tiny.processor, base)
-    rows = make_dataset(
-        {
-            "id": f"r{i}",
-            "image": tiny.noise(*[(224, 168), (168, 224), (280, 224)][i % 3], seed=i),
-            "question": f"what is the {'big ' * i}word?",
-            "answers": [f"word {i}", "other"],
-            "source": "chartqa",
-            "question_boxes": [],
-            "answer_boxes": [],
-            "split": "train",
-        }
-        for i in range(12)
-    )
-    rows = rows.add_column("label", ["HR" if i in CROPS_OF else "LR" for i in range(12)])
-    rows = rows.add_column("target_crops", [CROPS_OF.get(i, []) for i in range(12)])
+    crops_of = [CROPS_OF.get(i, []) for i in range(12)]
+    rows = tiny.rows([(224, 168), (168, 224), (280, 224)], crops_of, ["other"])
     return SimpleNamespace(base=base, rows=rows, processor=load_processor(base))
 
 
@@ -302,10 +288,8 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(world, finished, tmp_
         interrupt(patch, at=3)
         run(world, tmp_path / "parts" / "main-s1")
     assert not (tmp_path / "parts" / "main-s1" / "merged").exists()
-    steps, original = [], sft.WeightedSFTTrainer.training_step
-    monkeypatch.setattr(
-        sft.WeightedSFTTrainer, "training_step", lambda self, *given: (steps.append(1), original(self, *given))[1]
-    )
+    steps, step = [], sft.WeightedSFTTrainer.training_step
+    monkeypatch.setattr(sft.WeightedSFTTrainer, "training_step", lambda *given: (steps.append(1), step(*given))[1])
     resumed = run(world, tmp_path / "parts" / "main-s1")
     assert len(steps) == 2  # the micro-batches of the third update
     assert finished.log.read_text() == resumed.log.read_text()
