@@ -165,6 +165,8 @@ def test_a_shared_prefix_gives_the_loss_and_the_gradients_of_whole_samples(world
             if "lora_B" in name:  # it starts at zero, where half of the gradients would be zero
                 weight.data.normal_(0.0, 0.3)
         batch = collate(trainer, len(MIXED))
+        rest = without_prefix(trainer.model.get_base_model(), batch)
+        assert batch["input_ids"].shape[1] - rest["input_ids"].shape[1] == rest["past_key_values"].get_seq_length() > 50
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         found[share] = loss.item(), {n: w.grad for n, w in trainer.model.named_parameters() if w.requires_grad}
@@ -175,31 +177,25 @@ def test_a_shared_prefix_gives_the_loss_and_the_gradients_of_whole_samples(world
 
 
 def test_a_picture_passes_through_the_vision_tower_once_in_all_epochs(world, tmp_path, monkeypatch):
-    passed = []
-    made = sft.build_trainer
+    passed, build = [], sft.build_trainer
 
-    def watched(*args):
-        trainer = made(*args)
+    def watched(*given):
+        trainer = build(*given)
         eye = trainer.model.get_base_model().model.visual.patch_embed
-        eye.register_forward_hook(lambda _module, inputs, _output: passed.append(len(inputs[0])))
+        eye.register_forward_hook(lambda _module, inputs, _output: passed[-1].append(len(inputs[0])))
         return trainer
 
     monkeypatch.setattr(sft, "build_trainer", watched)
-    counts = []
     for epochs in (1.0, 2.0):
-        passed.clear()
-        run(world, tmp_path / str(epochs), **{"sft.epochs": epochs, "sft.share_computation": True})
-        counts.append(sum(passed))
-    assert counts[0] == counts[1] > 0
+        passed.append([])
+        params = settings(**{"sft.epochs": epochs, "sft.share_computation": True})
+        folder, samples = tmp_path / str(epochs), sft.plan(world.rows, world.processor, params)
+        folder.mkdir()
+        sft.fit(params, world.rows, world.base, folder, folder / "log.jsonl", samples)
+    assert sum(passed[0]) == sum(passed[1]) > 0
 
 
-def test_a_shared_prefix_leaves_less_to_compute_and_does_not_go_with_checkpointing(world, tmp_path):
-    trainer = trainer_for(world, settings(), tmp_path, [sft.Sample(i, kind, 0) for i, kind in MIXED])
-    batch = collate(trainer, len(MIXED))
-    rest = without_prefix(trainer.model.get_base_model(), batch)
-    system = world.processor.apply_chat_template(protocol.messages("what?", None)[:1], tokenize=False)
-    shared = batch["input_ids"].shape[1] - rest["input_ids"].shape[1]
-    assert shared == rest["past_key_values"].get_seq_length() >= len(world.processor.tokenizer(system)["input_ids"])
+def test_a_shared_prefix_does_not_go_with_checkpointing(world, tmp_path):
     with pytest.raises(AwaresError, match=r"sft\.share_computation"):
         trainer_for(world, settings(**{"sft.gradient_checkpointing": True}), tmp_path)
 

@@ -286,7 +286,6 @@ class Log(TrainerCallback):
         self.bar = tqdm(disable=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the bar at the step where the training starts."""
         hidden = not state.is_world_process_zero
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update", disable=hidden)
 
@@ -304,5 +303,4 @@ class Log(TrainerCallback):
         return entries
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
         self.bar.close()
