@@ -7,62 +7,30 @@ requested; their licences are on the card.
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from huggingface_hub import DatasetCardData, EvalResult, HfApi, ModelCardData, RepoCard
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, HfApi, ModelCard, ModelCardData
 
 from awares.config import Params
 from awares.data import sources
 from awares.engine.rows import load_rows
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 
+CARDS = Path(__file__).with_name("cards")
 PAPER = "https://arxiv.org/abs/2603.16932"
 SPLITS = ("train", "validation")
 EMBEDDED = "data/base"
 APACHE = (EMBEDDED, "Qwen/Qwen2.5-VL-7B-Instruct")  # base models under Apache-2.0
 
-MODEL_CARD = """
-# AwaRes policy, profile `{profile}`
-
-{base}, trained to see an image at half resolution and to call for the crops that it needs ([AwaRes]({paper}): SFT, then multi-turn
-GRPO), by the pipeline of the awares repository, training seed {seed}. The weights here are merged; `adapters/` has the LoRA adapters:
-`sft` for the base model, and `grpo` for the model after SFT.
-
-Accuracy in percent with its {level:.0%} interval, retained visual tokens (RTR), on {rows}:
-
-{table}
-
-```python
-from awares import AwaRes
-
-done = AwaRes.from_pretrained("this folder").ask("page.png", "what is the total?")
-```
-"""
-DATASET_CARD = """
-# AwaRes, curated rows, profile `{profile}`
-
-Questions about images, each labelled without annotators ([AwaRes]({paper}) §3.2): LR where the half-resolution view is enough, HR
-where it is not, and the crops that an HR row needs. Judge: `{judge}`; oracle: `{oracle}`. `raw/` has both base answers, every judge's
-verdict and the oracle's boxes, one line per row.
-{images}
-
-{counts}
-
-The rows come from these sources, under their licences:
-
-{sources}
-"""
-
 
 def policy_folder(params: Params) -> Path:
-    """The policy ready to upload: the merged model, its adapters in ``adapters/``, a model card with the accuracies of Table 1.
+    """The policy ready to upload: the merged model, its adapters in ``adapters/``, a card with the accuracies of Table 1.
 
     AwaresError where a training or the evaluation has not run.
     """
-    bases = {"sft": params.base.model, "grpo": "../sft"}  # nothing that stays behind
+    bases = {"sft": params.base.model, "grpo": "../sft"}  # of the adapters: nothing that stays behind
     table = params.run_dir("evaluation") / "tables" / "table1_main.csv"
     needed = {params.run_dir(stage) / "adapter" / "adapter_config.json": stage for stage in bases}
     needed |= {params.run_dir("grpo") / "merged" / "config.json": "grpo", table: "evaluation"}
@@ -77,50 +45,33 @@ def policy_folder(params: Params) -> Path:
         config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
         (into / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     scores = pd.read_csv(table)
-    _save_card(folder, *_model_card(params, scores[scores.system == "awares"]))
+    _model_card(params, list(scores[scores.system == "awares"].itertuples())).save(folder / "README.md")
     return folder
 
 
-def _model_card(params: Params, scores: pd.DataFrame) -> tuple[ModelCardData, str]:
-    task: dict[str, Any] = {
-        "task_type": "image-text-to-text",
-        "dataset_type": f"awares-{params.profile}",
-        "metric_type": "accuracy",
-    }
-    results = [
-        EvalResult(**task, dataset_name=f"{row.benchmark} ({params.profile})", metric_value=round(row.accuracy, 2))
-        for row in scores.itertuples()
+def _model_card(params: Params, scores: list[Any]) -> ModelCard:
+    base, profile = params.base.model, params.profile
+    task: dict[str, Any] = {"task_type": "image-text-to-text", "dataset_type": f"awares-{profile}"}
+    task["metric_type"] = "accuracy"
+    names = [f"{row.benchmark} ({profile})" for row in scores]
+    values = [round(row.accuracy, 2) for row in scores]
+    about = ModelCardData(model_name=f"awares-{profile}", license="apache-2.0" if base in APACHE else "other")
+    about.library_name, about.pipeline_tag, about.tags = "transformers", task["task_type"], ["awares", "efficient-vlm"]
+    about.base_model = base if isinstance(params.model_path(), str) else None
+    about.eval_results = [
+        EvalResult(**task, dataset_name=name, metric_value=value) for name, value in zip(names, values, strict=True)
     ]
-    card = ModelCardData(
-        license="apache-2.0" if params.base.model in APACHE else "other",
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["awares", "efficient-vlm"],
-        base_model=params.base.model if isinstance(params.model_path(), str) else None,
-        model_name=f"awares-{params.profile}",
-        eval_results=results,
-    )
-    lines = [
-        (one.benchmark, f"{one.accuracy:.2f} ({one.accuracy_low:.2f}-{one.accuracy_high:.2f})", f"{one.rtr:.2f}", one.n)
-        for one in scores.itertuples()
-    ]
-    text = MODEL_CARD.format(
-        profile=params.profile,
-        paper=PAPER,
-        base="The embedded base model of awares" if params.base.model == EMBEDDED else params.base.model,
-        seed=params.seed,
-        level=params.evaluation.level,
-        rows="generated rows" if params.data.origin != "hub" else "the published benchmarks",
-        table=_table(("benchmark", "accuracy", "RTR", "rows"), lines),
-    )
-    return card, text
+    shown: dict[str, Any] = {"profile": profile, "paper": PAPER, "seed": params.seed, "scores": scores}
+    shown["base"] = "The embedded base model of awares" if base == EMBEDDED else base
+    shown["kind"] = "the published benchmarks" if params.data.origin == "hub" else "generated rows"
+    return ModelCard.from_template(about, str(CARDS / "model.md"), level=f"{params.evaluation.level:.0%}", **shown)
 
 
 def dataset_folder(params: Params, images: bool = False) -> Path:
     """The curated rows ready to upload: a Parquet file per split, raw labels, a card with the sources' licences.
 
-    ``images``: with the pictures; without them a row is found by its id. AwaresError where curation has not run, and for released
-    rows, which are others' work.
+    ``images``: with the pictures; without them a row is found by its id. AwaresError where curation has not run, and for
+    released rows, which are others' work.
     """
     if params.curation.released:
         raise AwaresValueError("curation.released: these rows are published already, and were not curated here")
@@ -135,35 +86,26 @@ def dataset_folder(params: Params, images: bool = False) -> Path:
         (rows if images else rows.remove_columns("image")).to_parquet(folder / "data" / f"{split}.parquet")
         for file in sorted((curated / split).glob("*.jsonl")):
             _link(file, folder / "raw" / split / file.name)
-    real = params.data.origin == "hub"
-    declared = sources.read_sources(params, "training") if real else {}
-    origins = [
-        (name, declared[name].hub, declared[name].licence)
-        if name in declared
-        else (Path(name).stem, "rows of the uploader's own", "not stated")
-        if name.endswith(".jsonl")
-        else (name, "generated", "Apache-2.0")
-        for name in params.data.sources
-    ]
-    files = [{"split": split, "path": f"data/{split}.parquet"} for split in SPLITS]
-    card = DatasetCardData(
-        license="apache-2.0" if all(licence == "Apache-2.0" for _, _, licence in origins) and not real else "other",
-        task_categories=["visual-question-answering"],
-        tags=["awares"],
-        pretty_name="AwaRes, curated",
-        configs=[{"config_name": "default", "data_files": files}],
-    )
-    text = DATASET_CARD.format(
-        profile=params.profile,
-        paper=PAPER,
-        judge=params.curation.judge,
-        oracle=params.curation.oracle,
-        images="" if images else "The images are not part of it: an id names the row of its source.",
-        counts=_table(("split", "rows", "HR"), counts),
-        sources=_table(("source", "dataset", "licence"), origins),
-    )
-    _save_card(folder, card, text)
+    _dataset_card(params, counts, images).save(folder / "README.md")
     return folder
+
+
+def _dataset_card(params: Params, counts: list[tuple[str, int, int]], images: bool) -> DatasetCard:
+    declared = sources.read_sources(params, "training") if params.data.origin == "hub" else {}
+    origins = [(name, "generated", "Apache-2.0") for name in params.data.sources]
+    for place, name in enumerate(params.data.sources):
+        if name in declared:
+            origins[place] = (name, declared[name].hub, declared[name].licence)
+        elif name.endswith(".jsonl"):
+            origins[place] = (Path(name).stem, "rows of the uploader's own", "not stated")
+    generated = all(origin == "generated" for _, origin, _ in origins)
+    about = DatasetCardData(pretty_name="AwaRes, curated", license="apache-2.0" if generated else "other")
+    about.task_categories, about.tags = ["visual-question-answering"], ["awares"]
+    files = [{"split": split, "path": f"data/{split}.parquet"} for split in SPLITS]
+    about["configs"] = [{"config_name": "default", "data_files": files}]
+    shown: dict[str, Any] = {"profile": params.profile, "paper": PAPER, "images": images, "counts": counts}
+    shown |= {"sources": origins, "judge": params.curation.judge, "oracle": params.curation.oracle}
+    return DatasetCard.from_template(about, str(CARDS / "dataset.md"), **shown)
 
 
 def push(folder: Path, repo: str, kind: str, private: bool = True) -> str:
@@ -174,8 +116,7 @@ def push(folder: Path, repo: str, kind: str, private: bool = True) -> str:
     api = HfApi(token=os.environ.get("HF_TOKEN"))
     try:
         api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
-        message = "Upload from awares"
-        return str(api.upload_folder(folder_path=folder, repo_id=repo, repo_type=kind, commit_message=message))
+        return str(api.upload_folder(folder_path=folder, repo_id=repo, repo_type=kind, commit_message="From awares"))
     except Exception as error:  # whatever the hub or the network does
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         message = f"push to {repo} failed: {reason}. A write token goes into HF_TOKEN; {folder} is ready as it is"
@@ -191,15 +132,6 @@ def contents(folder: Path) -> list[tuple[str, int]]:
 def _require(path: Path, stage: str) -> None:
     if not path.exists():
         raise AwaresFileError(f"{path}: not there yet; run `dvc repro {stage}`")
-
-
-def _table(columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> str:
-    lines = [columns, ["---"] * len(list(columns)), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def _save_card(folder: Path, card: ModelCardData | DatasetCardData, text: str) -> None:
-    RepoCard(f"---\n{card.to_yaml()}\n---\n{text}").save(folder / "README.md")
 
 
 def _fresh(params: Params, name: str) -> Path:
