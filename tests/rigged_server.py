@@ -8,7 +8,7 @@ from conftest import tiny_model, tiny_tokenizer
 from faulty_server import serve
 from test_rollout import Rigged
 
-from awares.cli.limits import Limits
+from awares.cli.options import Limits
 from awares.cli.serve import make_app
 from awares.engine import decode
 from awares.engine.model import make_processor

@@ -26,8 +26,8 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
-from awares.cli.limits import Limits
 from awares.cli.openai_api import ApiError, read_image
+from awares.cli.options import Limits
 from awares.cli.serve import bind, make_app
 from awares.engine.decode import Decoder
 from awares.engine.model import save_model
@@ -423,7 +423,7 @@ def test_many_clients_at_once_get_what_they_get_alone_from_a_front_of_a_server(
         serving(tmp_path / "tiny", "--max-new-tokens", 12, "--server", backend, "--server-model", "tiny") as (url, _),
     ):
         with ThreadPoolExecutor(10) as pool:
-            asks = [pool.submit(client(url).chat.completions.create, **question(image)) for image in images]  # type: ignore[arg-type]
+            asks = [pool.submit(create, **question(image)) for image in images]
             replies: list[Any] = [ask.result() for ask in asks]
         for image, reply in zip(images, replies, strict=True):
             own = engine.run([image], ["what?"])[0]

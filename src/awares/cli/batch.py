@@ -6,6 +6,7 @@ the same call resumes.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -75,11 +76,11 @@ def read_items(source: Path, question: str | None = None) -> list[Item]:
         items = [_item(source, number, line, question) for number, line in lines if line.strip()]
     else:
         raise AwaresFileError(f"{source}: no such file")
-    ids = [item.row_id for item in items]
     if not items:
         raise AwaresValueError(f"{source}: no {'image' if source.is_dir() else 'row'} in it")
-    if repeated := [row_id for row_id in ids if ids.count(row_id) > 1]:
-        raise AwaresValueError(f"{source}: id {repeated[0]} appears twice; every row needs its own")
+    row_id, count = Counter(item.row_id for item in items).most_common(1)[0]
+    if count > 1:
+        raise AwaresValueError(f"{source}: id {row_id} appears {count} times; every row needs its own")
     return items
 
 
@@ -169,28 +170,22 @@ def _answers(engine: Any, chunk: Sequence[Item], settings: dict[str, Any]) -> li
     found: dict[str, dict[str, Any]] = {}
     for item in chunk:
         try:
-            ready[item.row_id] = _open(item, engine.max_side)
+            if item.error:
+                raise AwaresValueError(item.error)
+            check_question(item.question)
+            image = open_image(item.load(), f"row {item.row_id}")
+            ready[item.row_id] = cap(image, engine.max_side)  # at once, so that a chunk of large ones fits in memory
         except AwaresError as error:
             found[item.row_id] = {"error": str(error)}
-    ids, images = list(ready), list(ready.values())
-    questions = [item.question for item in chunk if item.row_id in ready]
+    opened = [item for item in chunk if item.row_id in ready]
+    ids = [item.row_id for item in opened]
 
     def answer(places: list[int]) -> list[Trajectory]:
-        rows = [[column[place] for place in places] for column in (images, questions, ids)]
-        return engine.run(rows[0], rows[1], call_bias=settings["call_bias"], row_ids=rows[2])
+        rows = [opened[place] for place in places]
+        images, names = [ready[item.row_id] for item in rows], [item.row_id for item in rows]
+        return engine.run(images, [item.question for item in rows], call_bias=settings["call_bias"], row_ids=names)
 
     for row_id, done in zip(ids, with_failures(ids, answer), strict=True):
         found[row_id] = {"error": done.reason} if isinstance(done, Failure) else done.to_dict()
-    return [
-        {"row_id": item.row_id, "image": item.image, "question": item.question, "settings": settings}
-        | found[item.row_id]
-        for item in chunk
-    ]
-
-
-def _open(item: Item, side: int) -> Image:
-    """The image, capped at once so that a chunk of large ones fits in memory; AwaresError for a row that cannot run."""
-    if item.error:
-        raise AwaresValueError(item.error)
-    check_question(item.question)
-    return cap(open_image(item.load(), f"row {item.row_id}"), side)
+    heads = [{"row_id": item.row_id, "image": item.image, "question": item.question} for item in chunk]
+    return [{**head, "settings": settings, **found[head["row_id"]]} for head in heads]

@@ -100,7 +100,7 @@ def _dataset_card(params: Params, counts: list[tuple[str, int, int]], images: bo
             origins[place] = (Path(name).stem, "rows of the uploader's own", "not stated")
     generated = all(origin == "generated" for _, origin, _ in origins)
     about = DatasetCardData(pretty_name="AwaRes, curated", license="apache-2.0" if generated else "other")
-    about.task_categories, about.tags = ["visual-question-answering"], ["awares"]
+    about["task_categories"], about["tags"] = ["visual-question-answering"], ["awares"]
     files = [{"split": split, "path": f"data/{split}.parquet"} for split in SPLITS]
     about["configs"] = [{"config_name": "default", "data_files": files}]
     shown: dict[str, Any] = {"profile": params.profile, "paper": PAPER, "images": images, "counts": counts}

@@ -29,14 +29,8 @@ from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 from awares.method import protocol, rollout
 from awares.training import checkpoints
 
-TASKS = {
-    "chartqa": "chartqa",
-    "docvqa": "docvqa_val",
-    "ocrbench": "ocrbench",
-    "pope": "pope",
-    "realworldqa": "realworldqa",
-    "vstar": "vstar_bench",
-}
+TASKS = {name: name for name in ("chartqa", "docvqa", "ocrbench", "pope", "realworldqa", "vstar")}
+TASKS |= {"docvqa": "docvqa_val", "vstar": "vstar_bench"}
 COLUMNS = ["system", "benchmark", "task", "metric", "value", "rtr", "seconds", "n"]
 CHUNK = 64  # samples between two writes of the log, at least; so many images are held at a time
 
@@ -70,17 +64,10 @@ def through_lmms_eval(
     inputs |= {"tasks": list(tasks.values()), "options": list(options)}
     folder = checkpoints.checkpoint_folder(out_dir, inputs)
     samples = folder / "samples.jsonl"
-    arguments = {
-        "pretrained": model_path.resolve(),
-        "dtype": params.base.dtype,
-        "device": params.base.device,
-        "protocol": params.protocol.name,
-        "call_bias": params.evaluation.call_bias,
-        "max_new_tokens": params.protocol.max_new_tokens,
-        "token_budget": params.protocol.token_budget,
-        "max_side": params.crops.max_side,
-        "log": samples.resolve(),
-    }
+    arguments: dict[str, Any] = {"pretrained": model_path.resolve(), "log": samples.resolve()}
+    arguments |= {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
+    arguments |= {"max_side": params.crops.max_side, "call_bias": params.evaluation.call_bias}
+    arguments |= {"dtype": params.base.dtype, "device": params.base.device, "protocol": params.protocol.name}
     command = [str(python), "-m", "lmms_eval", "--model", "awares", "--tasks", ",".join(tasks.values())]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())]
     command += ["--batch_size", str(CHUNK), "--output_path", str(folder / "results"), *options]
@@ -210,13 +197,11 @@ class AwaresChat(Model):
         )
         return [_result(record, stops) for record, stops in done]
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Not for a policy that decides what to see while it answers."""
-        raise NotImplementedError("awares answers by generation: take a generate_until task")
+    def loglikelihood(self, requests: list[Any]) -> Any:
+        """Not for a policy that decides what to see while it answers, in a single round of lmms-eval's."""
+        raise NotImplementedError("awares answers by generation in one round: take a generate_until task")
 
-    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Not for an interaction with rounds of its own."""
-        raise NotImplementedError("awares answers in one round: take a generate_until task")
+    generate_until_multi_round = loglikelihood
 
     def _sample(self, _context: str, to_messages: Any, settings: Any, doc_id: int, task: str, split: str) -> Sample:
         from lmms_eval.protocol import ChatMessages

@@ -4,15 +4,10 @@ Exit codes: 0 done, 1 something in the data or the files is wrong, 2 wrong usage
 else to stderr. Torch and transformers are imported inside the commands, so that the help is fast.
 """
 
-import functools
-import hashlib
-import inspect
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,12 +15,12 @@ import typer
 from typer import Argument, Option
 
 from awares import __version__
-from awares.cli.limits import Limits
+from awares.cli.options import Bias, Json, Limits, Out, Policy, Profile, with_options
 from awares.errors import AwaresError
 
 if TYPE_CHECKING:
     from awares.method.rollout import Trajectory
-    from awares.policy import AwaRes, Checkpoint
+    from awares.policy import AwaRes
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -52,116 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(text: str) -> None:
     print(f"awares: {text}", file=sys.stderr)
-
-
-# Types of options
-
-
-def _number(text: str) -> float:
-    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
-        raise typer.BadParameter(f"{text!r}: give a number")
-    return float(text)
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
-        raise typer.BadParameter(f"{text!r}: give cpu, cuda or cuda:N")
-    return text
-
-
-def _png(text: str) -> Path:
-    if Path(text).suffix.lower() != ".png":
-        raise typer.BadParameter(f"{text!r}: the picture is a PNG, give it a name that ends in .png")
-    return Path(text)
-
-
-Bias = Annotated[
-    float | None, Option(parser=_number, metavar="X", help="> 0 calls for crops more readily, < 0 less (default 0)")
-]
-Out = Annotated[Path | None, Option(metavar="FILE.jsonl", help="file of the results; the same command resumes it")]
-Profile = Annotated[str, Option(help="of params.yaml (default: its own `profile`)", show_default=False)]
-Json = Annotated[bool, Option("--json", help="print one JSON object")]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The options that name a policy; `policy_options` adds them to a command."""
-
-    model: Annotated[str, Option(metavar="PATH", help="a model or an adapter: a folder or a hub name")] = ""
-    run: Annotated[str, Option(metavar="NAME", help="a run's policy: mini, mini/sft, mini/grpo/main-s2")] = ""
-    adapter: Annotated[list[Path] | None, Option(metavar="PATH", help="merged into --model; may be repeated")] = None
-    device: Annotated[str, Option(parser=_device, metavar="DEVICE", help="cpu, cuda, cuda:1")] = "cpu"
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="of the weights")] = "float32"
-    max_new_tokens: Annotated[int | None, Option(min=1, help="of one turn (default 64; eval: params.yaml's)")] = None
-    token_budget: Annotated[int | None, Option(min=1, help="tokens of a padded batch: bounds the memory")] = None
-    server: Annotated[str, Option(metavar="URL", help="an OpenAI-compatible server of --model, ends in /v1")] = ""
-    server_model: Annotated[str, Option(metavar="NAME", help="its name there (default: the folder's)")] = ""
-
-    def __post_init__(self) -> None:
-        if self.model and self.run:
-            raise typer.BadParameter("--model is not allowed with --run")
-        if self.adapter and not self.model:
-            raise typer.BadParameter("--adapter needs --model, the base model that it belongs to")
-
-    def checkpoint(self) -> "Checkpoint":
-        from awares.policy import Checkpoint, of_run, shipped
-
-        if self.run:
-            return of_run(self.run)
-        if not self.model:
-            return shipped()
-        adapters = tuple(self.adapter or ())
-        return Checkpoint(" + ".join([self.model, *map(str, adapters)]), self.model, adapters)
-
-    def load(self, out: Path | None = None, **options: Any) -> "tuple[AwaRes, str]":
-        """The policy and its name; ``options`` go to the engine. ``out``: a server's replies are kept next to it."""
-        from awares.policy import AwaRes
-
-        found = self.checkpoint()
-        given = {"max_new_tokens": self.max_new_tokens, "token_budget": self.token_budget, "protocol": found.form}
-        options |= {name: value for name, value in given.items() if value is not None}
-        if not self.server:
-            model = AwaRes.from_pretrained(found.path, found.adapters or None, self.dtype, self.device, **options)
-            return model, found.name
-        from awares.clients.chat import ChatClient, Server
-        from awares.clients.engine import RemoteEngine
-        from awares.engine.model import load_processor
-
-        options.pop("token_budget", None)
-        name = self.server_model or Path(found.path).resolve().name
-        server = Server(url=self.server, model=name, attempts=12 if out else 3)  # somebody waits for a single answer
-        replies = out.with_name(f"{out.name}.replies") if out else None
-        client = ChatClient(server, replies, progress=sys.stderr.isatty() and out is not None)
-        engine: Any = RemoteEngine(client, load_processor(found.path), **options)
-        return AwaRes(engine), f"{name} behind a server"
-
-    def settings(self, policy: "AwaRes", name: str, call_bias: float) -> dict[str, Any]:
-        """What decides the answers of a batch; a file of results is never continued with other settings."""
-        from awares.training.checkpoints import folder_digest
-
-        engine: Any = policy.engine
-        weights, found = "", self.checkpoint()
-        if not self.server:  # a policy that was trained again has the same name
-            parts = [folder_digest(part) for part in (found.path, *found.adapters)]
-            weights = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-        prompt = hashlib.sha256(repr(engine.protocol).encode()).hexdigest()[:8]
-        tokens = engine.max_new_tokens if self.server else engine.decoder.max_new_tokens
-        about = {"policy": name, "weights": weights, "dtype": self.dtype, "prompt": prompt, "max_side": engine.max_side}
-        return {**about, "call_bias": call_bias, "max_new_tokens": tokens}
-
-
-def policy_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Gives ``command`` the options of `Policy`, which it gets as its first argument."""
-    own, shared = inspect.signature(command).parameters, inspect.signature(Policy).parameters
-
-    @functools.wraps(command)
-    def with_policy(**options: Any) -> int:
-        return command(Policy(**{name: options.pop(name) for name in shared}), **options)
-
-    parameters = [*list(own.values())[1:], *shared.values()]
-    with_policy.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_policy.__annotations__ = {}
-    return with_policy
 
 
 # Commands
@@ -192,14 +77,14 @@ def awares(
 
 
 @app.command()
-@policy_options
+@with_options(Policy)
 def ask(
     policy: Policy,
     image: Annotated[Path, Argument(help="an image; for a batch a folder or a .jsonl file")],
     question: Annotated[str | None, Argument(show_default=False)] = None,
     common: Annotated[str | None, Option("--question", help="the same; in a batch for rows without their own")] = None,
     as_json: Json = False,
-    show: Annotated[Path | None, Option(parser=_png, metavar="FILE.png", help="draw the view and the crops")] = None,
+    show: Annotated[Path | None, Option(metavar="FILE.png", help="draw the view and the crops")] = None,
     out: Out = None,
     retry_errors: Annotated[bool, Option("--retry-errors", help="run rows again that ended in an error")] = False,
     chunk: Annotated[int | None, Option(min=1, help="write results every so many rows (default 64)")] = None,
@@ -231,6 +116,8 @@ def ask(
         raise typer.BadParameter("no question: write it after the image")
     if out or retry_errors or chunk:
         raise typer.BadParameter("--out, --retry-errors and --chunk belong to a batch: a folder or a .jsonl file")
+    if show and show.suffix.lower() != ".png":
+        raise typer.BadParameter(f"--show {show}: the picture is a PNG, give it a name that ends in .png")
     return _ask_one(policy, image, wanted, bias, show, as_json)
 
 
@@ -273,7 +160,7 @@ def _ask_batch(
 
 
 @app.command("eval")
-@policy_options
+@with_options(Policy)
 def evaluate(
     policy: Policy,
     rows_file: Annotated[
@@ -334,27 +221,15 @@ def _trajectories(
     return batch.trajectories(out, rows["id"])
 
 
-def _limit(help: str) -> Any:
-    return Option(min=1, help=help)
-
-
 @app.command()
-@policy_options
+@with_options(Policy, Limits)
 def serve(
     policy: Policy,
+    limits: Limits,
     host: Annotated[str, Option(help="address to listen at; the default is this machine only")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     mode: Annotated[Literal["policy", "chat"], Option(help="chat serves the bare model")] = "policy",
     name: Annotated[str, Option(help="the model's name for clients (default: that of --model's folder)")] = "",
-    image_bytes: Annotated[int, _limit("bytes of one image")] = Limits.image_bytes,
-    image_pixels: Annotated[int, _limit("pixels of all images of one request")] = Limits.image_pixels,
-    images: Annotated[int, _limit("images of one request")] = Limits.images,
-    body_bytes: Annotated[int, _limit("bytes of one request")] = Limits.body_bytes,
-    prompt_tokens: Annotated[int, _limit("tokens of one prompt, visual ones included")] = Limits.prompt_tokens,
-    max_tokens: Annotated[int, _limit("tokens of one answer")] = Limits.max_tokens,
-    queue: Annotated[int, _limit("requests held at a time; more are refused with 429")] = Limits.queue,
-    timeout: Annotated[float, Option(min=0.001, help="seconds for one request")] = Limits.timeout,
-    shutdown: Annotated[float, Option(min=0.001, help="seconds for requests at SIGTERM")] = Limits.shutdown,
 ) -> int:
     """Serve a policy behind an OpenAI-compatible API.
 
@@ -372,9 +247,8 @@ def serve(
     policy.checkpoint()
     from awares.cli import serve as front
 
-    sizes = (image_bytes, image_pixels, images, body_bytes, prompt_tokens, max_tokens, queue)
     shown = name or (Path(policy.model).resolve().name if policy.model else "awares")
-    front.serve(lambda: policy.load()[0].engine, host, port, shown, Limits(*sizes, timeout, shutdown), mode)
+    front.serve(lambda: policy.load()[0].engine, host, port, shown, limits, mode)
     return 0
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 
-from awares.cli.limits import Limits
+from awares.cli.options import Limits
 from awares.engine.images import MIN_SIDE, check_image
 from awares.errors import AwaresError
 

@@ -25,7 +25,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import LogitsProcessorList, MaxTimeCriteria, SequenceBiasLogitsProcessor, StoppingCriteriaList
 
-from awares.cli.limits import Limits
 from awares.cli.openai_api import (
     ApiError,
     ChatRequest,
@@ -35,6 +34,7 @@ from awares.cli.openai_api import (
     completion,
     read_request,
 )
+from awares.cli.options import Limits
 from awares.clients.chat import ChatClient
 from awares.engine.decode import Decoder
 from awares.engine.images import cap

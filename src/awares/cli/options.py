@@ -1,0 +1,139 @@
+"""Types of the command line's options, and the options that name a policy, which `ask`, `eval` and `serve` share."""
+
+import functools
+import hashlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer import Option
+
+if TYPE_CHECKING:
+    from awares.policy import AwaRes, Checkpoint
+
+
+def _number(text: str) -> float:
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
+        raise typer.BadParameter(f"{text!r}: give a number")
+    return float(text)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise typer.BadParameter(f"{text!r}: give cpu, cuda or cuda:N")
+    return text
+
+
+Bias = Annotated[
+    float | None, Option(parser=_number, metavar="X", help="> 0 calls for crops more readily, < 0 less (default 0)")
+]
+Out = Annotated[Path | None, Option(metavar="FILE.jsonl", help="file of the results; the same command resumes it")]
+Profile = Annotated[str, Option(help="of params.yaml (default: its own `profile`)", show_default=False)]
+Json = Annotated[bool, Option("--json", help="print one JSON object")]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The options that name a policy."""
+
+    model: Annotated[str, Option(metavar="PATH", help="a model or an adapter: a folder or a hub name")] = ""
+    run: Annotated[str, Option(metavar="NAME", help="a run's policy: mini, mini/sft, mini/grpo/main-s2")] = ""
+    adapter: Annotated[list[Path] | None, Option(metavar="PATH", help="merged into --model; may be repeated")] = None
+    device: Annotated[str, Option(parser=_device, metavar="DEVICE", help="cpu, cuda, cuda:1")] = "cpu"
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="of the weights")] = "float32"
+    max_new_tokens: Annotated[int | None, Option(min=1, help="of one turn (default 64; eval: params.yaml's)")] = None
+    token_budget: Annotated[int | None, Option(min=1, help="tokens of a padded batch: bounds the memory")] = None
+    server: Annotated[str, Option(metavar="URL", help="an OpenAI-compatible server of --model, ends in /v1")] = ""
+    server_model: Annotated[str, Option(metavar="NAME", help="its name there (default: the folder's)")] = ""
+
+    def __post_init__(self) -> None:
+        if self.model and self.run:
+            raise typer.BadParameter("--model is not allowed with --run")
+        if self.adapter and not self.model:
+            raise typer.BadParameter("--adapter needs --model, the base model that it belongs to")
+
+    def checkpoint(self) -> "Checkpoint":
+        from awares.policy import Checkpoint, of_run, shipped
+
+        if self.run:
+            return of_run(self.run)
+        if not self.model:
+            return shipped()
+        adapters = tuple(self.adapter or ())
+        return Checkpoint(" + ".join([self.model, *map(str, adapters)]), self.model, adapters)
+
+    def load(self, out: Path | None = None, **options: Any) -> "tuple[AwaRes, str]":
+        """The policy and its name; ``options`` go to the engine. ``out``: a server's replies are kept next to it."""
+        from awares.policy import AwaRes
+
+        found = self.checkpoint()
+        given = {"max_new_tokens": self.max_new_tokens, "token_budget": self.token_budget, "protocol": found.form}
+        options |= {name: value for name, value in given.items() if value is not None}
+        if not self.server:
+            model = AwaRes.from_pretrained(found.path, found.adapters or None, self.dtype, self.device, **options)
+            return model, found.name
+        from awares.clients.chat import ChatClient, Server
+        from awares.clients.engine import RemoteEngine
+        from awares.engine.model import load_processor
+
+        options.pop("token_budget", None)
+        name = self.server_model or Path(found.path).resolve().name
+        server = Server(url=self.server, model=name, attempts=12 if out else 3)  # somebody waits for a single answer
+        replies = out.with_name(f"{out.name}.replies") if out else None
+        client = ChatClient(server, replies, progress=sys.stderr.isatty() and out is not None)
+        engine: Any = RemoteEngine(client, load_processor(found.path), **options)
+        return AwaRes(engine), f"{name} behind a server"
+
+    def settings(self, policy: "AwaRes", name: str, call_bias: float) -> dict[str, Any]:
+        """What decides the answers of a batch; a file of results is never continued with other settings."""
+        from awares.training.checkpoints import folder_digest
+
+        engine: Any = policy.engine
+        weights, found = "", self.checkpoint()
+        if not self.server:  # a policy that was trained again has the same name
+            parts = [folder_digest(part) for part in (found.path, *found.adapters)]
+            weights = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+        prompt = hashlib.sha256(repr(engine.protocol).encode()).hexdigest()[:8]
+        tokens = engine.max_new_tokens if self.server else engine.decoder.max_new_tokens
+        about = {"policy": name, "weights": weights, "dtype": self.dtype, "prompt": prompt, "max_side": engine.max_side}
+        return {**about, "call_bias": call_bias, "max_new_tokens": tokens}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes and counts that the server accepts; times in seconds."""
+
+    image_bytes: Annotated[int, Option(min=1, help="bytes of one image")] = 20 * 2**20
+    image_pixels: Annotated[int, Option(min=1, help="pixels of all images of one request")] = 50_000_000
+    images: Annotated[int, Option(min=1, help="images of one request")] = 16
+    body_bytes: Annotated[int, Option(min=1, help="bytes of one request")] = 32 * 2**20
+    prompt_tokens: Annotated[int, Option(min=1, help="tokens of one prompt, visual ones included")] = 16384
+    max_tokens: Annotated[int, Option(min=1, help="tokens of one answer")] = 1024
+    queue: Annotated[int, Option(min=1, help="requests held at a time; more are refused with 429")] = 128
+    timeout: Annotated[float, Option(min=0.001, help="seconds from a request's head to its answer")] = 120.0
+    shutdown: Annotated[float, Option(min=0.001, help="seconds for the requests under way at SIGTERM")] = 30.0
+
+
+def with_options(*groups: type) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Adds the fields of the dataclasses ``groups`` to a command's options; it gets one object of each, first."""
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        own = list(inspect.signature(command).parameters.values())[len(groups) :]
+        fields = {group: inspect.signature(group).parameters for group in groups}
+
+        @functools.wraps(command)
+        def run(**options: Any) -> int:
+            made = [group(**{name: options.pop(name) for name in names}) for group, names in fields.items()]
+            return command(*made, **options)
+
+        shared = [parameter for names in fields.values() for parameter in names.values()]
+        run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        run.__annotations__ = {}
+        return run
+
+    return decorate
