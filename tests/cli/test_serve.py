@@ -422,6 +422,7 @@ def test_many_clients_at_once_get_what_they_get_alone_from_a_front_of_a_server(
         serving(tmp_path / "tiny", "--mode", "chat", "--max-new-tokens", 12) as (backend, process),
         serving(tmp_path / "tiny", "--max-new-tokens", 12, "--server", backend, "--server-model", "tiny") as (url, _),
     ):
+        create: Any = client(url).chat.completions.create
         with ThreadPoolExecutor(10) as pool:
             asks = [pool.submit(create, **question(image)) for image in images]
             replies: list[Any] = [ask.result() for ask in asks]
