@@ -358,7 +358,7 @@ def test_torn_pictures_are_listed_at_once_and_can_be_skipped(own_hub, tmp_path, 
         sampling.collect(params, opened(params, "training", "textvqa"))
     monkeypatch.setattr(sampling, "_read", None)  # nothing is read again
     again = sampling.collect(params, opened(params, "training", "textvqa", skip=[4, 7]))
-    places = [record["row"] for record in again.records]
+    places = [record["row"] for record in again]
     assert not {4, 7} & set(places) and len(places) == COUNT - 2
 
 
@@ -381,7 +381,7 @@ def test_any_row_can_be_skipped_whatever_is_wrong_with_it(own_hub, tmp_path, mon
     with pytest.raises(AwaresError, match=r"2 rows.*row 2: the reader .*row 5.*skip: \[2, 5\]"):
         sampling.collect(params, opened(params, "training", "textvqa", skip=[0]))
     found = sampling.collect(params, opened(params, "training", "textvqa", skip=[0, 2, 5]))
-    assert not {0, 2, 5} & {record["row"] for record in found.records}
+    assert not {0, 2, 5} & {record["row"] for record in found}
 
 
 def test_a_row_without_answer_is_passed_over_in_training_and_refused_in_a_benchmark(own_hub, tmp_path):

@@ -10,8 +10,8 @@ import datasets
 
 from awares.config import Params
 from awares.data.rows import validate_rows
-from awares.data.sampling import Collected, all_hashes, benchmark_hashes, build, collect, far_from, ranked
-from awares.data.sources import open_source
+from awares.data.sampling import all_hashes, benchmark_hashes, build, collect, far_from, ranked
+from awares.data.sources import OpenSource, open_source
 from awares.engine.jsonl import Record
 from awares.engine.rows import load_rows, save_rows
 from awares.errors import AwaresValueError
@@ -29,40 +29,36 @@ def curate_released(params: Params, out_dir: str | Path) -> dict[str, datasets.D
     Raises AwaresError as `sampling.collect` does, for too few rows, and for an unreadable call.
     """
     data, limit = params.data, params.data.duplicate_distance
-    one = collect(params, open_source(params, "curated", params.curation.released))
-    clean = far_from(one.usable, benchmark_hashes(params), limit)
+    opened = open_source(params, "curated", params.curation.released)
+    clean = far_from(collect(params, opened), benchmark_hashes(params), limit)
     held = ranked(clean, data.validation_seed)[: data.validation_rows * len(data.sources)]
     train = ranked(far_from(clean, all_hashes(held), limit), data.train_seed)
     if not train:
         raise AwaresValueError(
-            f"{one.source.place}: {len(clean)} usable rows in {one.source.hub}, and data.validation_rows takes "
+            f"{opened.source.place}: {len(clean)} usable rows in {opened.source.hub}, and data.validation_rows takes "
             f"{len(held)}: none is left to train on, lower it"
         )
     splits = {}
     for split, records in {"train": train, "validation": held}.items():
         folder = Path(out_dir) / split / curation.ROWS_FOLDER
-        rows = _curated(one, records, split, params)
-        save_rows(validate_rows(rows, f"{one.source.place}, {split}", pixels=False), folder)
+        rows = _curated(opened, records, split, params)
+        save_rows(validate_rows(rows, f"{opened.source.place}, {split}", pixels=False), folder)
         splits[split] = load_rows(folder)
     return splits
 
 
-def _curated(one: Collected, records: Sequence[Record], split: str, params: Params) -> datasets.Dataset:
-    targets = [_target(record, one.source.place) for record in records]
-    blank: Record = {"answer": ""}
-    answers = [{"id": record["id"], "low": blank, "high": blank} for record in records]
+def _curated(opened: OpenSource, records: Sequence[Record], split: str, params: Params) -> datasets.Dataset:
+    targets = [_target(record, opened.source.place) for record in records]
+    ids = [record["id"] for record in records]
+    answers = [{"id": row_id, "low": {"answer": ""}, "high": {"answer": ""}} for row_id in ids]
+    blank: Record = {"low": None, "high": None, "both_wrong": False}
     verdicts = [
-        {"id": record["id"], RELEASED_JUDGE: _verdict(crops)} for record, crops in zip(records, targets, strict=True)
+        {"id": row_id, RELEASED_JUDGE: {"value": 2 if crops else 0, **blank}}
+        for row_id, crops in zip(ids, targets, strict=True)
     ]
-    base = build(one, records, split)
-    rows = curation.assemble(base, answers, verdicts, [], params, RELEASED_JUDGE)
-    feature = rows.select_columns("target_crops").features
-    column = datasets.Dataset.from_dict({"target_crops": targets}, features=feature)
-    return datasets.concatenate_datasets([rows.remove_columns("target_crops"), column], axis=1)
-
-
-def _verdict(crops: list[str]) -> Record:
-    return {"value": 2 if crops else 0, "low": None, "high": None, "both_wrong": False}
+    rows = curation.assemble(build(params, opened, records, split), answers, verdicts, [], params, RELEASED_JUDGE)
+    feature = rows.features["target_crops"]
+    return rows.remove_columns("target_crops").add_column("target_crops", targets, feature=feature)
 
 
 def _target(record: Record, place: str) -> list[str]:

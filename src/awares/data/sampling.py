@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -63,48 +62,43 @@ def hash_distances(hashes: Sequence[str], others: Sequence[str]) -> np.ndarray:
 # Collect
 
 
-@dataclass(frozen=True)
-class Collected:
-    """The drawn rows of a source, by ascending position in the published split.
+def collect(params: Params, opened: OpenSource) -> list[Record]:
+    """The usable rows that this run needs of a source, all of a benchmark, by ascending position.
 
-    A record has id, row (position) and state (row, empty or fault); a usable one also question, answers, call, image
-    (sha256 of its file in ``folder``/images) and phashes, of the image and of all parts of a strip.
+    A record has id, row (position), question, answers, call, image (sha256 of its file in the image folder) and phashes
+    (of the image and of all parts of a strip). Continues where a killed run stopped. Raises AwaresError before reading
+    if the source has too few rows; after reading, one error for all unusable rows.
     """
-
-    source: Source
-    commit: str
-    published: int
-    records: list[Record]
-    folder: Path
-
-    @property
-    def usable(self) -> list[Record]:
-        return [record for record in self.records if record["state"] == "row"]
-
-
-def collect(params: Params, opened: OpenSource) -> Collected:
-    """Read the rows of one source that this run needs: all of a benchmark. Continues where a killed run stopped.
-
-    Raises AwaresError before reading if the source has too few rows; after reading, one error for all unusable rows.
-    """
-    source, published = opened.source, opened.count()
-    wanted = drawn_positions(params, source, published)
-    folder = checkpoint_folder(params.run_dir("data"), _inputs(params, source, opened.commit))
-    (folder / "images").mkdir(exist_ok=True)
-    read = {record["id"]: record for file in folder.glob("rows-*.jsonl") for record in read_records(file)}
-    positions = {source.row_id(index): index for index in wanted}
+    folder = _image_folder(params, opened)
+    wanted = drawn_positions(params, opened)
+    read = {record["id"]: record for file in folder.parent.glob("rows-*.jsonl") for record in read_records(file)}
+    positions = {opened.source.row_id(index): index for index in wanted}
 
     def work(chunk: list[str]) -> list[Record]:
         return [read.get(row_id) or _read(opened, positions[row_id], folder, params.crops.max_side) for row_id in chunk]
 
-    file = folder / f"rows-{_sha256(json.dumps(wanted))[:16]}.jsonl"
+    file = folder.with_name(f"rows-{_sha256(json.dumps(wanted))[:16]}.jsonl")
     records = in_chunks(file, list(positions), READ_CHUNK, work)
-    _refuse_faults(source, records)
-    return Collected(source, opened.commit, published, records, folder)
+    _refuse_faults(opened.source, records)
+    return [record for record in records if record["state"] == "row"]
 
 
-def drawn_positions(params: Params, source: Source, published: int) -> list[int]:
+def _image_folder(params: Params, opened: OpenSource) -> Path:
+    """Where images of a source are kept, next to its records, by all that decides how a row is read.
+
+    Neither ``skip`` nor the number of rows is in this key, so that a second run reuses rows.
+    """
+    source, code = opened.source, code_of(__file__, *(str(module.__file__) for module in (sources, images, protocol)))
+    declared = source.model_dump(exclude={"skip", "place"})
+    key = {"source": declared, "commit": opened.commit, "code": code, "max_side": params.crops.max_side}
+    work = checkpoint_folder(params.run_dir("data"), {"stage": f"data {source.kind}.{source.name}", **key})
+    (work / "images").mkdir(exist_ok=True)
+    return work / "images"
+
+
+def drawn_positions(params: Params, opened: OpenSource) -> list[int]:
     """Positions to read, ascending: all of a benchmark, else the first ones in the order of :func:`rank`."""
+    source, published = opened.source, opened.count()
     present = [index for index in range(published) if index not in source.skip]
     if source.kind != "training":
         return present
@@ -127,13 +121,6 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _inputs(params: Params, source: Source, commit: str) -> Record:
-    """All that decides how a row is read; without ``skip`` and the number of rows, so that a second run reuses rows."""
-    code = code_of(__file__, *(str(module.__file__) for module in (sources, images, protocol)))
-    key = {"source": source.model_dump(exclude={"skip", "place"}), "commit": commit, "code": code}
-    return {"stage": f"data {source.kind}.{source.name}", **key, "max_side": params.crops.max_side}
-
-
 def _read(opened: OpenSource, index: int, folder: Path, max_side: int) -> Record:
     """The record of one row, its image stored in ``folder``. A fault is recorded, not raised."""
     record: Record = {"id": opened.source.row_id(index), "row": index}
@@ -145,7 +132,7 @@ def _read(opened: OpenSource, index: int, folder: Path, max_side: int) -> Record
     except AwaresValueError as error:
         return {**record, "state": "fault", "fault": str(error)}
     digest = hashlib.sha256(encoded).hexdigest()
-    file = folder / "images" / digest
+    file = folder / digest
     if not file.is_file():
         partial = file.with_name(f".{file.name}.partial")
         partial.write_bytes(encoded)
@@ -172,7 +159,7 @@ def _refuse_faults(source: Source, records: Sequence[Record]) -> None:
 # Select
 
 
-Drawn = dict[tuple[str, str], tuple[Collected, list[Record]]]  # (split, source) -> its rows in the order of the draw
+Drawn = dict[tuple[str, str], tuple[OpenSource, list[Record]]]  # (split, source) -> its rows in the order of the draw
 
 
 def select_rows(params: Params) -> tuple[Drawn, pd.DataFrame]:
@@ -192,30 +179,30 @@ def _select(params: Params, declared: str) -> tuple[Drawn, pd.DataFrame]:
     data, limit = params.data, params.data.duplicate_distance
     opened = open_all(params)
     tested = benchmark_hashes(params)
-    collected = {name: collect(params, source) for (kind, name), source in opened.items() if kind == "training"}
-    clean = {name: far_from(one.usable, tested, limit) for name, one in collected.items()}
-    held = {name: ranked(clean[name], data.validation_seed)[: data.validation_rows] for name in collected}
+    names = [name for kind, name in opened if kind == "training"]
+    usable = {name: collect(params, opened["training", name]) for name in names}
+    clean = {name: far_from(usable[name], tested, limit) for name in names}
+    held = {name: ranked(clean[name], data.validation_seed)[: data.validation_rows] for name in names}
     held_hashes = [one for records in held.values() for one in all_hashes(records)]
-    free = {name: far_from(clean[name], held_hashes, limit) for name in collected}
-    train = {name: ranked(free[name], data.train_seed)[: data.train_rows] for name in collected}
+    free = {name: far_from(clean[name], held_hashes, limit) for name in names}
+    train = {name: ranked(free[name], data.train_seed)[: data.train_rows] for name in names}
     counts = []
-    for name, one in collected.items():
-        count = {"source": name, "published": one.published, "drawn": len(one.records)}
-        count["empty"] = len(one.records) - len(one.usable)
-        count["of benchmarks"] = len(one.usable) - len(clean[name])
+    for name in names:
+        one = opened["training", name]
+        drawn = len(drawn_positions(params, one))
+        count = {"source": name, "published": one.count(), "drawn": drawn, "empty": drawn - len(usable[name])}
+        count["of benchmarks"] = len(usable[name]) - len(clean[name])
         count["of validation"] = len(clean[name]) - len(free[name]) - len(held[name])
         count |= {"validation": len(held[name]), "train": len(train[name])}
         for key, taken in (("validation_rows", held[name]), ("train_rows", train[name])):
             if len(taken) < getattr(data, key):
-                whole = len(one.records) == one.published - len(one.source.skip)
-                raise AwaresValueError(
-                    f"{one.source.place}: {len(taken)} of {getattr(data, key)} rows for data.{key} ({count}): "
-                    + (f"lower data.{key}" if whole else "raise data.reserve")
-                )
+                fix = f"lower data.{key}" if drawn == one.count() - len(one.source.skip) else "raise data.reserve"
+                found = f"{len(taken)} of {getattr(data, key)} rows for data.{key} ({count})"
+                raise AwaresValueError(f"{one.source.place}: {found}: {fix}")
         counts.append({**count, "hub": one.source.hub, "licence": one.source.licence})
-    drawn = {("validation", name): (collected[name], records) for name, records in held.items()}
-    drawn |= {("train", name): (collected[name], records) for name, records in train.items()}
-    return drawn, pd.DataFrame(counts)
+    parts = (("validation", held), ("train", train))
+    rows = {(split, name): (opened["training", name], part[name]) for split, part in parts for name in names}
+    return rows, pd.DataFrame(counts)
 
 
 def open_all(params: Params, check: bool = True) -> dict[tuple[str, str], OpenSource]:
@@ -227,14 +214,14 @@ def open_all(params: Params, check: bool = True) -> dict[tuple[str, str], OpenSo
     names += [("training", name) for name in params.data.sources if not name.endswith(".jsonl")]
     found = {(kind, name): sources.open_source(params, kind, name, check) for kind, name in names}
     for opened in found.values() if check else ():
-        drawn_positions(params, opened.source, opened.count())
+        drawn_positions(params, opened)
     return found
 
 
 def benchmark_hashes(params: Params) -> list[str]:
     """Perceptual hashes of all images of all benchmarks in the sources file, evaluated or not."""
     opened = [sources.open_source(params, "evaluation", name) for name in sources.read_sources(params, "evaluation")]
-    return [one for source in opened for one in all_hashes(collect(params, source).usable)]
+    return [one for source in opened for one in all_hashes(collect(params, source))]
 
 
 def all_hashes(records: Sequence[Record]) -> list[str]:
@@ -260,27 +247,28 @@ def ranked(records: Sequence[Record], seed: int) -> list[Record]:
 def load_split(params: Params, name: str, split: str) -> datasets.Dataset:
     """The rows of source (train, validation) or benchmark (evaluation) ``name``."""
     if split == "evaluation":
-        one = collect(params, sources.open_source(params, "evaluation", name))
-        drawn = ranked(one.usable, params.evaluation.seed)[: params.evaluation.rows]
-        return build(one, sorted(drawn, key=lambda record: int(record["row"])), split)
-    return build(*select_rows(params)[0][split, name], split)
+        opened = sources.open_source(params, "evaluation", name)
+        drawn = ranked(collect(params, opened), params.evaluation.seed)[: params.evaluation.rows]
+        return build(params, opened, sorted(drawn, key=lambda record: int(record["row"])), split)
+    return build(params, *select_rows(params)[0][split, name], split)
 
 
-def build(one: Collected, records: Sequence[Record], split: str) -> datasets.Dataset:
+def build(params: Params, opened: OpenSource, records: Sequence[Record], split: str) -> datasets.Dataset:
     """A memory-mapped dataset with columns FEATURES from the files that :func:`collect` kept."""
 
-    constant = {"source": one.source.name, "question_boxes": [], "answer_boxes": [], "split": split}
+    folder, source = _image_folder(params, opened), opened.source.name
+    constant = {"source": source, "question_boxes": [], "answer_boxes": [], "split": split}
 
     def rows() -> Iterator[Record]:
         for record in records:
-            content = (one.folder / "images" / record["image"]).read_bytes()
+            content = (folder / record["image"]).read_bytes()
             text = {key: record[key] for key in ("id", "question", "answers")}
             yield {**text, "image": {"bytes": content, "path": None}, **constant}
 
     keys = ("id", "question", "answers", "image")
     digests = [_sha256(json.dumps([record[key] for key in keys])) for record in records]
-    fingerprint = _sha256(json.dumps([one.source.name, one.commit, split, *digests]))[:16]
-    cache = str(one.folder / "built")
+    fingerprint = _sha256(json.dumps([source, opened.commit, split, *digests]))[:16]
+    cache = str(folder.with_name("built"))
     return datasets.Dataset.from_generator(rows, features=FEATURES, cache_dir=cache, fingerprint=fingerprint)
 
 
