@@ -136,12 +136,8 @@ def test_source_notebooks_are_stripped(path: Path) -> None:
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_guide_names_only_paths_that_exist(guide: Path) -> None:
+def test_a_guide_names_only_paths_and_commands_that_exist(guide: Path) -> None:
     assert not missing_paths(guide.read_text(), folder=guide.parent.relative_to(ROOT).as_posix())
-
-
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_guide_gives_only_commands_that_exist(guide: Path) -> None:
     parameters = parameter_keys(yaml.safe_load((ROOT / "params.yaml").read_text()))
     assert not unknown_commands(guide.read_text(), make_targets(), dvc_stages(), parameters)
 
@@ -151,36 +147,19 @@ def test_readme_gives_the_two_commands() -> None:
     assert {"make repro", "make test"} <= {span.partition("#")[0].strip() for span in spans}
 
 
-# The checks themselves must bite.
-
-
-@pytest.mark.parametrize("folder", ["work", "root", "farm", "tmp", "var/tmp", "home/someone", "Users/someone"])
-def test_machine_paths_are_seen(folder: str) -> None:
-    assert leaks(f"see '/{folder}/main/x.py'")
-    assert not leaks(f"see runs/{folder}/main/x.py")
-
-
-def test_registries_are_seen_and_pictures_are_not() -> None:
-    assert leaks("pip install --extra-index" + "-url x")
-    assert leaks("https://pypi" + ".org/simple")
-    assert leaks("https://some" + "-mirror.example/simple")
+def test_the_checks_bite(tmp_path: Path) -> None:
+    for folder in ("work", "root", "farm", "tmp", "var/tmp", "home/someone", "Users/someone"):
+        assert leaks(f"see '/{folder}/main/x.py'") and not leaks(f"see runs/{folder}/main/x.py")
+    for text in ("--extra-index" + "-url x", "https://pypi" + ".org/simple", "https://some" + "-mirror.example/simple"):
+        assert leaks(text)
     assert not leaks("src=data:image/png;base64," + "A" * 300 + "/tmp" + "/a" + "A" * 300)
     assert not leaks("https://example.org/abs/paper, a://b")
-
-
-def test_notebook_faults_are_seen() -> None:
-    clean: dict[str, Any] = {
-        "cells": [{"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}],
-        "metadata": {"kernelspec": {"name": "python3"}},
-    }
+    cell: dict[str, Any] = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    clean: dict[str, Any] = {"cells": [cell], "metadata": {"kernelspec": {"name": "python3"}}}
     assert not notebook_faults(clean)
-    changes: list[dict[str, Any]] = [{"outputs": [{}]}, {"execution_count": 1}, {"metadata": {"papermill": {}}}]
-    for change in changes:
-        assert notebook_faults({**clean, "cells": [{**clean["cells"][0], **change}]})
+    for change in ({"outputs": [{}]}, {"execution_count": 1}, {"metadata": {"papermill": {}}}):
+        assert notebook_faults({**clean, "cells": [{**cell, **change}]})
     assert notebook_faults({**clean, "metadata": {"kernelspec": {"name": "conda-env-x-py"}}})
-
-
-def test_readme_faults_are_seen(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     assert missing_paths("`data/*`", tmp_path) == ["data/*"]
     assert not missing_paths("`data/` and `runs/x`, [site](https://example.org)", tmp_path)
