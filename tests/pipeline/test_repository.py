@@ -157,7 +157,8 @@ def test_the_checks_bite(tmp_path: Path) -> None:
     cell: dict[str, Any] = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
     clean: dict[str, Any] = {"cells": [cell], "metadata": {"kernelspec": {"name": "python3"}}}
     assert not notebook_faults(clean)
-    for change in ({"outputs": [{}]}, {"execution_count": 1}, {"metadata": {"papermill": {}}}):
+    changes: list[dict[str, Any]] = [{"outputs": [{}]}, {"execution_count": 1}, {"metadata": {"papermill": {}}}]
+    for change in changes:
         assert notebook_faults({**clean, "cells": [{**cell, **change}]})
     assert notebook_faults({**clean, "metadata": {"kernelspec": {"name": "conda-env-x-py"}}})
     (tmp_path / "data").mkdir()
