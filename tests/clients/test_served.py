@@ -75,9 +75,9 @@ def settings(folder, attempts=3, timeout=1.0, **changes):
 
 
 def curate(params, out, rows=ROWS, engine=None):
-    panel, oracle = served.make_judges(params), served.make_oracle(params)
+    judges, oracle = params.curation.panel, served.make_oracle(params)
     ready = partial(served.require_servers, params)
-    return curation.curate(make_rows(rows), engine or FakeEngine(), panel, oracle, params, out, ready=ready)
+    return curation.curate(make_rows(rows), engine or FakeEngine(), judges, oracle, params, out, ready=ready)
 
 
 # Reading
@@ -153,7 +153,7 @@ def test_unusable_boxes_are_refused(boxes):
 
 def test_braces_in_an_answer_stay_as_they_are():
     prompt = served.Prompt(version="1", system="s", user="{question}: {answer}")
-    assert prompt.messages(question="{answer}?", answer="{x}")[1]["content"] == "{answer}?: {x}"
+    assert prompt.messages({"question": "{answer}?", "answer": "{x}"})[1]["content"] == "{answer}?: {x}"
 
 
 # Judging
@@ -174,7 +174,9 @@ def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(s
     biased = found[3]
     assert (biased.forward, biased.swapped, len(biased.replies), biased.version) == (1, 2, 2, "judge-1")
     assert judge.scores(questions[:3], lows[:3], answers[:3]) == [1, 0, 0]
-    table = served.order_effects([{"id": str(i), "llama": dataclasses.asdict(one)} for i, one in enumerate(found)])
+    table = curation_tables.order_effects(
+        [{"id": str(i), "llama": dataclasses.asdict(one)} for i, one in enumerate(found)]
+    )
     assert table.values.tolist() == [["llama", 4, 75.0, 25.0, 0.0, 0]]
 
 
@@ -183,7 +185,7 @@ def test_of_two_wrong_answers_none_is_better(server, tmp_path):
 
     def verdict(right, forward, swapped):
         said = [served.Comparison(first=right, second=right, better=better) for better in (forward, swapped)]
-        return judge.verdict_of((said[0], "low first"), (said[1], "high first"))
+        return judge.combine((said[0], "low first"), (said[1], "high first"))
 
     found = verdict(0, 2, 1)
     assert (found.value, found.forward, found.swapped, found.both_wrong) == (0, 2, 2, True)
@@ -266,8 +268,8 @@ def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):
 
     rows = make_rows(24).select([3, 5, 23]).map(lambda row: {"answers": ["1"]})
     params = settings(tmp_path, judge="semantic", judges=("semantic",))
-    panel, oracle = served.make_judges(params), served.make_oracle(params)
-    found = curation.curate(rows, Right(), panel, oracle, params, tmp_path / "out")
+    judges, oracle = params.curation.panel, served.make_oracle(params)
+    found = curation.curate(rows, Right(), judges, oracle, params, tmp_path / "out")
     assert found["id"] == ["row-5"]
     lost = read_records(tmp_path / "out" / curation.LOST_FILE)
     assert [(one["id"], one["step"]) for one in lost] == [("row-3", "oracle"), ("row-23", "oracle")]

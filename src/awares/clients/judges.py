@@ -7,7 +7,7 @@ gets a usable one is listed as lost. A row without any reply of the server is lo
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Self, TypeVar
 
@@ -25,7 +25,7 @@ from awares.engine.jsonl import Record
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
 from awares.method import protocol
-from awares.method.judges import HIGH_BETTER, LOW_BETTER, TIE, AnnotationOracle, Judge, Oracle, Verdict, build_judge
+from awares.method.judges import HIGH_BETTER, LOW_BETTER, TIE, AnnotationOracle, Judge, Oracle, Texts, Verdict
 from awares.training.checkpoints import code_of
 
 Boxes = list[list[int]]
@@ -42,7 +42,7 @@ class Prompt(BaseModel, extra="forbid"):
     system: str
     user: str
 
-    def messages(self, image: Image.Image | None = None, **values: str) -> list[Record]:
+    def messages(self, values: dict[str, str], image: Image.Image | None = None) -> list[Record]:
         """The chat, the image before the question; braces in a value stay as they are."""
         text = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), self.user).strip()
         if image:
@@ -204,10 +204,10 @@ class Asker(Generic[R]):
         limits = f"{self.model.max_tokens}:{self.model.retries}"
         self.key = f"{name}:{self.model.model}:{limits}:{self.prompt}:{code_of(__file__)}"  # all that decides a reply
 
-    def ask(self, send: Send, row_id: str, picture: Image.Image | None = None, **values: str) -> tuple[R, str]:
+    def ask(self, send: Send, row_id: str, values: dict[str, str], image: Image.Image | None = None) -> tuple[R, str]:
         """The first usable reply and its raw text; RowFailed after ``retries`` further attempts without one."""
         schema = {"name": "reply", "strict": True, "schema": self.reply.model_json_schema()}
-        messages, reasons = self.prompt.messages(picture, **values), []
+        messages, reasons = self.prompt.messages(values, image), []
         for attempt in range(self.model.retries + 1):
             settings = {
                 "temperature": 0.7 if attempt else 0.0,
@@ -250,73 +250,66 @@ class ServedVerdict(Verdict):
 class ServedJudge(Judge):
     """A language model that compares two answers in both orders (PAPER §2): if these disagree, the verdict is a tie.
 
-    A score is the share of the two orders that called the answer right.
+    A score of a verdict is the share of the two orders that called the answer right.
     """
 
     def __init__(self, name: str, params: Params) -> None:
-        self.name = name
-        self.pair = Asker(name, params, "judge", Comparison)
-        self.single = Asker(name, params, "grade", Grade)
+        self.pair, self.single = Asker(name, params, "judge", Comparison), Asker(name, params, "grade", Grade)
+        super().__init__(name, self.grades, source=self.pair.key)
 
-    def key(self) -> str:
-        return self.pair.key
-
-    def scores(
-        self, questions: Sequence[str], predictions: Sequence[str], answers: Sequence[Sequence[str]]
-    ) -> list[float]:
+    def grades(self, questions: Texts, predictions: Texts, answers: Sequence[Texts]) -> list[float]:
         """1 for an answer that the model calls right, 0 for another, nan without a usable reply."""
 
         def talk(index: int, send: Send) -> float:
-            values: Any = {"question": questions[index], "answers": _joined(answers[index])}
-            values["answer"] = predictions[index]
-            return float(self.single.ask(send, str(index), **values)[0].right)
+            values = {"question": questions[index], "answers": _joined(answers[index]), "answer": predictions[index]}
+            return float(self.single.ask(send, str(index), values)[0].right)
 
-        return self.single.client.converse(
-            [str(index) for index in range(len(questions))], talk, lambda failure: math.nan
-        )
+        names = [str(index) for index in range(len(questions))]
+        return self.single.client.converse(names, talk, lambda failure: math.nan)
 
     def judge(
-        self,
-        questions: Sequence[str],
-        lows: Sequence[str],
-        highs: Sequence[str],
-        answers: Sequence[Sequence[str]],
-        row_ids: Sequence[str] | None = None,
+        self, questions: Texts, lows: Texts, highs: Texts, answers: Sequence[Texts], row_ids: Texts | None = None
     ) -> list[Verdict]:
-        names = [str(index) for index in range(len(questions))] if row_ids is None else list(row_ids)
+        """One `ServedVerdict` per row; its values are None without two usable replies."""
+        names = [str(index) for index in range(len(questions))] if row_ids is None else row_ids
 
-        def talk(index: int, send: Send) -> ServedVerdict:
-            low, high = lows[index], highs[index]
-            rest: Any = {"question": questions[index], "answers": _joined(answers[index])}
-            forward = self.pair.ask(send, names[index], first=low, second=high, **rest)
-            return self.verdict_of(forward, self.pair.ask(send, names[index], first=high, second=low, **rest))
+        def talk(index: int, send: Send) -> Verdict:
+            shared = {"question": questions[index], "answers": _joined(answers[index])}
+            low_first = shared | {"first": lows[index], "second": highs[index]}
+            low_second = shared | {"first": highs[index], "second": lows[index]}
+            return self.combine(*(self.pair.ask(send, names[index], values) for values in (low_first, low_second)))
 
-        def lost(failure: Failure) -> ServedVerdict:
-            source, nothing = self.pair.source, (None, None, None, None, None, None)
-            return ServedVerdict(*nothing, **source, replies=(), reason=failure.reason, silent=failure.silent)
+        def lost(failure: Failure) -> Verdict:
+            source, reason, silent = self.pair.source, failure.reason, failure.silent
+            return ServedVerdict(None, None, None, None, None, None, **source, replies=(), reason=reason, silent=silent)
 
-        return [*self.pair.client.converse(names, talk, lost)]
+        return self.pair.client.converse(names, talk, lost)
 
-    def verdict_of(self, forward: tuple[Comparison, str], swapped: tuple[Comparison, str]) -> ServedVerdict:
-        """The verdict from two replies: with the low answer first, and with it second."""
-        one, other, replies = forward[0], swapped[0], (forward[1], swapped[1])
-        turned = {TIE: TIE, LOW_BETTER: HIGH_BETTER, HIGH_BETTER: LOW_BETTER}[other.better]
-        low, high = (one.first + other.second) / 2, (one.second + other.first) / 2
-        value = one.better if one.better == turned and max(low, high) > 0 else TIE  # two wrong answers are equally bad
-        both_wrong = max(low, high) < self.correct_threshold
-        return ServedVerdict(value, low, high, both_wrong, one.better, turned, **self.pair.source, replies=replies)
+    def combine(self, low_first: tuple[Comparison, str], low_second: tuple[Comparison, str]) -> ServedVerdict:
+        """The verdict from the two replies and their raw texts."""
+        (one, text), (two, other_text) = low_first, low_second
+        swapped = {TIE: TIE, LOW_BETTER: HIGH_BETTER, HIGH_BETTER: LOW_BETTER}[two.better]
+        low, high = (one.first + two.second) / 2, (one.second + two.first) / 2
+        decided = one.better == swapped and max(low, high) > 0  # two wrong answers are equally bad
+        value, both_wrong = one.better if decided else TIE, max(low, high) < self.correct_threshold
+        replies = text, other_text
+        return ServedVerdict(value, low, high, both_wrong, one.better, swapped, **self.pair.source, replies=replies)
 
 
 def _joined(answers: Iterable[str]) -> str:
     return " | ".join(dict.fromkeys(answers))
 
 
-def _factory(name: str) -> Callable[[Params], Judge]:
-    return lambda params: ServedJudge(name, params)
+@registry.judge("llama")
+def llama(params: Params) -> Judge:
+    """The paper's judge."""
+    return ServedJudge("llama", params)
 
 
-for _name in ("llama", "deepseek"):
-    registry.judge(_name)(_factory(_name))
+@registry.judge("deepseek")
+def deepseek(params: Params) -> Judge:
+    """The judge of Table 2 that it is compared with."""
+    return ServedJudge("deepseek", params)
 
 
 # Oracle and base model
@@ -341,7 +334,7 @@ class ServedOracle(Oracle):
         def talk(index: int, send: Send) -> Record:
             row = rows[index]
             values = {"question": row["question"], "answers": _joined(row["answers"])}
-            found, text = self.asker.ask(send, row["id"], to_rgb(row["image"], f"row {row['id']}"), **values)
+            found, text = self.asker.ask(send, row["id"], values, to_rgb(row["image"], f"row {row['id']}"))
             how = "strict" if found.is_all_of(text) else "tolerant"
             return {**found.model_dump(), **self.asker.source, "reply": text, "read": how, "reason": ""}
 
@@ -350,11 +343,6 @@ class ServedOracle(Oracle):
             return {**none, "reason": failure.reason, "silent": failure.silent}
 
         return self.asker.client.converse([row["id"] for row in rows], talk, lost)
-
-
-def make_judges(params: Params) -> list[Judge]:
-    """The judges of ``curation.panel`` in that order, here or behind a server."""
-    return [build_judge(name, params) for name in params.curation.panel]
 
 
 def make_oracle(params: Params) -> Oracle:
@@ -378,26 +366,6 @@ def make_engine(name: str, processor: ImageOnlyProcessor, params: Params) -> Rem
         max_side=params.crops.max_side,
         protocol=protocol.from_params(params),
     )
-
-
-def order_effects(verdicts: Sequence[Record]) -> pd.DataFrame:
-    """How far the order of the answers decides, in percent of the rows with a verdict, for each served judge of verdicts.jsonl.
-
-    Columns judge, n, same (one verdict in both orders), first (the answer shown first preferred in one order at least, and not
-    in the other), second (likewise), lost (rows without a usable verdict).
-    """
-    records = []
-    for name in [key for key in (verdicts[0] if verdicts else {}) if key != "id"]:
-        found = [record[name] for record in verdicts if "forward" in record[name]]
-        pairs = [(one["forward"], one["swapped"]) for one in found if one["value"] is not None]
-        if not found:
-            continue
-        leaning = [(f == LOW_BETTER) + (s == HIGH_BETTER) - (f == HIGH_BETTER) - (s == LOW_BETTER) for f, s in pairs]
-        marks = pd.DataFrame(
-            {"same": [f == s for f, s in pairs], "first": [x > 0 for x in leaning], "second": [x < 0 for x in leaning]}
-        )
-        records.append((name, len(pairs), *(100 * marks.mean()), len(found) - len(pairs)))
-    return pd.DataFrame(records, columns=["judge", "n", "same", "first", "second", "lost"])
 
 
 # Before money is spent

@@ -14,7 +14,7 @@ from awares import registry
 from awares.config import Params
 from awares.engine.jsonl import Record
 from awares.method.curation import answer_margin
-from awares.method.judges import HR, LR, Judge, build_judge, label
+from awares.method.judges import HIGH_BETTER, HR, LOW_BETTER, LR, Judge, build_judge, label
 from awares.method.metrics import score
 
 LEGIBLE_AT_HALF = 24.0  # px of the full image: the suite's large evidence is higher, its small evidence lower
@@ -48,6 +48,26 @@ def judge_agreement(curated: datasets.Dataset) -> pd.DataFrame:
         records.append((a, b, 100 * (cells[0] + cells[3]), *(100 * cell for cell in cells), kappa, len(left)))
     columns = ["judge_a", "judge_b", "agreement", "lr_lr", "lr_hr", "hr_lr", "hr_hr", "kappa", "n"]
     return pd.DataFrame(records, columns=columns)
+
+
+def order_effects(verdicts: Sequence[Record]) -> pd.DataFrame:
+    """Effect of the order of the answers on each served judge of verdicts.jsonl, in percent of the rows with a verdict.
+
+    Columns judge, n, same (one verdict in both orders), first (the answer shown first is preferred, in one order at
+    least), second (likewise), lost (number of rows without a verdict).
+    """
+    records = []
+    for name in [key for key in (verdicts[0] if verdicts else {}) if key != "id"]:
+        found = [record[name] for record in verdicts if "forward" in record[name]]
+        pairs = [(one["forward"], one["swapped"]) for one in found if one["value"] is not None]
+        if not found:
+            continue
+        leaning = [(f == LOW_BETTER) + (s == HIGH_BETTER) - (f == HIGH_BETTER) - (s == LOW_BETTER) for f, s in pairs]
+        marks = pd.DataFrame(
+            {"same": [f == s for f, s in pairs], "first": [x > 0 for x in leaning], "second": [x < 0 for x in leaning]}
+        )
+        records.append((name, len(pairs), *(100 * marks.mean()), len(found) - len(pairs)))
+    return pd.DataFrame(records, columns=["judge", "n", "same", "first", "second", "lost"])
 
 
 def label_shares(curated: datasets.Dataset) -> pd.DataFrame:
