@@ -84,7 +84,7 @@ def test_variant_then_overrides(edited):
     assert params.base.stages["words"].steps == 5
     assert params.run_dir("grpo").name == "no_area-s1" and params.run_dir("sft").name == "main-s1"
     assert params.run_dir("curation").name == "main" and params.run_dir("ablations").name == "ablations"
-    assert replace(params, variant="turn").run_dir("evaluation").name == "turn-s2"
+    assert replace(params, variant="turn").run_dir("evaluation").name == "turn-s1"
 
 
 def test_a_whole_number_becomes_a_float_where_one_is_declared():
