@@ -511,9 +511,9 @@ def test_published_adapters_name_their_base(model: Path, scans: Path, tmp_path: 
     shutil.copytree(model, tmp_path / "data" / "base")
     for seed, stage in enumerate(("sft", "grpo")):
         with pytest.raises(AwaresError, match=f"dvc repro {stage}"):
-            publish.publish_policy(params)
+            publish.publish(params, "policy")
         save_adapter(model, params.run_dir(stage) / "adapter", seed)
-    publish.publish_policy(params)
+    publish.publish(params, "policy")
     policy = tmp_path / "data" / "policy"
 
     def gap(*given: Any) -> float | None:

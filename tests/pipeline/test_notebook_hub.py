@@ -292,7 +292,7 @@ def test_systems_are_compared_and_claims_decided(line, ablations):
     )  # the profile hears others
     assert pd.read_csv(tables / "claims.csv").effect.notna().sum() > 20
     assert (
-        len(publish.publish_comparison(line.with_values(**asked))) == 4
+        len(publish.publish(line.with_values(**asked), "comparison")) == 4
     )  # the page, and a notebook for it and each system
 
 

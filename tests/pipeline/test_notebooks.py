@@ -338,7 +338,7 @@ def test_latency(line):
     by_task = pd.read_csv(folder / "table5_benchmarks.csv").set_index(["system", "benchmark"])
     assert by_task.n["awares"].to_dict() == {**dict.fromkeys(TASKS, 1), "average": 6} and (by_task.ms > 0).all()
     assert set(pd.read_csv(folder / "ratios.csv").over) == {"full", "awares"}
-    assert (folder / "accuracy_time.png").is_file() and publish.publish_latency(line.params)[0].is_file()
+    assert (folder / "accuracy_time.png").is_file() and publish.publish(line.params, "latency")[0].is_file()
 
 
 def raised(table, shift):
@@ -377,7 +377,7 @@ def test_means_over_seeds(line):
         AVERAGE, level="benchmark"
     )  # of the unseen rows, each seed's trajectories being the same
     assert paired.difference["awares", "full"] == pytest.approx(average["awares"] - average["full"], abs=1e-3)
-    assert publish.publish_seeds(line.params)[0].is_file()
+    assert publish.publish(line.params, "seeds")[0].is_file()
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +421,7 @@ def test_ablations_stand_together_beside_the_paper(line, ablations):
     asked = pd.read_parquet(folder / "first_turns.parquet")
     assert set(asked.system) == set(effects.variant) and asked.groupby("system").row_id.nunique().nunique() == 1
     assert {"notebooks/06_beta_0.ipynb", "html/06_ablations_summary.html"} <= {
-        str(file.relative_to(folder)) for file in publish.publish_ablations(line.params)
+        str(file.relative_to(folder)) for file in publish.publish(line.params, "ablations")
     }
 
 
@@ -451,7 +451,7 @@ def test_systems_are_compared_and_claims_decided(line, ablations):
     tabled = systems[systems.benchmark != AVERAGE].set_index(["system", "benchmark"]).accuracy
     assert (100 * means).to_dict() == pytest.approx(tabled.to_dict(), abs=1e-3)
     assert set(pd.read_parquet(folder / "comparison" / "first_turns.parquet").system) == {"sft", "awares"}
-    files = publish.publish_comparison(line.with_values(**asked))
+    files = publish.publish(line.with_values(**asked), "comparison")
     assert folder / "comparison" / "notebooks" / "10_oracle_crop.ipynb" in files
 
 
