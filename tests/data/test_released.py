@@ -85,12 +85,11 @@ def test_the_table_of_accepted_and_rejected_strings(line: str) -> None:
     assert f"| `{printed}` | {ours} | {released_form} | {crops} | {note} |" in readme
 
 
-@pytest.mark.parametrize("form", [protocol.OURS, protocol.RELEASED], ids=["ours", "released"])
 @pytest.mark.parametrize("crops", [(name,) for name in CROPS] + [("top-left", "center", "right"), ("all", "top")])
-def test_what_a_protocol_renders_it_reads_as_valid(form: protocol.Protocol, crops: tuple[str, ...]) -> None:
-    text = form.render_call(crops)
-    assert protocol.parse_call(text, form) == protocol.Call(crops, "valid", text)
-    assert text.startswith(form.opening)
+def test_what_the_released_protocol_renders_it_reads_as_valid(crops: tuple[str, ...]) -> None:
+    text = protocol.RELEASED.render_call(crops)
+    assert protocol.parse_call(text, protocol.RELEASED) == protocol.Call(crops, "valid", text)
+    assert text.startswith(protocol.RELEASED.opening)
 
 
 def test_the_released_format_is_the_papers() -> None:
@@ -135,12 +134,7 @@ def test_a_forced_call_shows_the_model_what_training_shows_it(tiny: SimpleNamesp
     conversation = protocol.messages("How many?", None, ["top", "center"], protocol=form)
     expected = tiny.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     assert text.startswith(expected)
-    assert [turn.role for turn in done.turns] == [
-        "user",
-        "assistant",
-        "tool" if name == "ours" else "user",
-        "assistant",
-    ]
+    assert [turn.role for turn in done.turns][2:] == ["tool" if name == "ours" else "user", "assistant"]
     assert done.crops == ("top", "center") and len(done.turns[2].images) == 2 and done.turns[2].text == ""
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("lmms_eval", reason="lives in its own environment: make lmms
 from awares.cli import lmms as benchmarks
 from awares.config import load_params
 from awares.data.rows import make_split
-from awares.data.sources import side_by_side
+from awares.data.sources import join_strip
 from awares.engine.model import load_model, load_processor
 from awares.errors import AwaresError
 from awares.method import metrics
@@ -69,7 +69,7 @@ def test_lmms_eval_runs_the_policy_on_an_offline_task(rows):
     assert all(0 < one["rtr"] <= 1.1 and one["seconds"] > 0 for one in logged)
     model = load_model(ROOT / "data" / "base")
     engine = Engine(model, load_processor(ROOT / "data" / "base"), max_new_tokens=32, token_budget=8192)
-    pictures = [one["images"][0] if len(one["images"]) == 1 else side_by_side(one["images"]) for one in records]
+    pictures = [one["images"][0] if len(one["images"]) == 1 else join_strip(one["images"]) for one in records]
     own = engine.run(pictures, [one["question"] for one in records])
     assert [one["answer"] for one in logged] == [one.answer for one in own]
     log = folder / "samples.jsonl"

@@ -132,7 +132,7 @@ class Sample:
     def image(self) -> Image.Image:
         """The picture; several are set side by side, as in the training rows."""
         pictures = [one if isinstance(one, Image.Image) else Image.open(one) for one in self.pictures]
-        return pictures[0] if len(pictures) == 1 else sources.side_by_side(pictures)
+        return pictures[0] if len(pictures) == 1 else sources.join_strip(pictures)
 
 
 class AwaresChat(Model):

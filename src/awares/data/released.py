@@ -10,7 +10,7 @@ import datasets
 
 from awares.config import Params
 from awares.data.rows import validate_rows
-from awares.data.sampling import all_hashes, benchmark_hashes, build, collect, far_from, ranked
+from awares.data.sampling import all_hashes, benchmark_hashes, build_rows, collect, far_from, ranked
 from awares.data.sources import OpenSource, open_source
 from awares.engine.jsonl import Record
 from awares.engine.rows import load_rows, save_rows
@@ -56,7 +56,7 @@ def _curated(opened: OpenSource, records: Sequence[Record], split: str, params: 
         {"id": row_id, RELEASED_JUDGE: {"value": 2 if crops else 0, **blank}}
         for row_id, crops in zip(ids, targets, strict=True)
     ]
-    rows = curation.assemble(build(params, opened, records, split), answers, verdicts, [], params, RELEASED_JUDGE)
+    rows = curation.assemble(build_rows(params, opened, records, split), answers, verdicts, [], params, RELEASED_JUDGE)
     feature = rows.features["target_crops"]
     return rows.remove_columns("target_crops").add_column("target_crops", targets, feature=feature)
 

@@ -37,17 +37,17 @@ def _check_content(image: dict[str, Any]) -> dict[str, Any]:
     return image
 
 
-Text = Annotated[str, StringConstraints(pattern=r"\S")]
+NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 BoxList = list[Annotated[list[int], AfterValidator(_check_box)]]
 
 
 class Row(BaseModel, extra="forbid", strict=True):
     """One row. ``image`` is encoded: {"bytes": content of the file or None, "path": the file or None}."""
 
-    id: Text
+    id: NonBlank
     image: Annotated[dict[str, Any], AfterValidator(_check_content)]
-    question: Text
-    answers: Annotated[list[Text], Field(min_length=1)]
+    question: NonBlank
+    answers: Annotated[list[NonBlank], Field(min_length=1)]
     source: str
     question_boxes: BoxList = []
     answer_boxes: BoxList = []

@@ -249,11 +249,11 @@ def load_split(params: Params, name: str, split: str) -> datasets.Dataset:
     if split == "evaluation":
         opened = sources.open_source(params, "evaluation", name)
         drawn = ranked(collect(params, opened), params.evaluation.seed)[: params.evaluation.rows]
-        return build(params, opened, sorted(drawn, key=lambda record: int(record["row"])), split)
-    return build(params, *select_rows(params)[0][split, name], split)
+        return build_rows(params, opened, sorted(drawn, key=lambda record: int(record["row"])), split)
+    return build_rows(params, *select_rows(params)[0][split, name], split)
 
 
-def build(params: Params, opened: OpenSource, records: Sequence[Record], split: str) -> datasets.Dataset:
+def build_rows(params: Params, opened: OpenSource, records: Sequence[Record], split: str) -> datasets.Dataset:
     """A memory-mapped dataset with columns FEATURES from the files that :func:`collect` kept."""
 
     folder, source = _image_folder(params, opened), opened.source.name
@@ -275,7 +275,7 @@ def build(params: Params, opened: OpenSource, records: Sequence[Record], split: 
 # Provenance
 
 
-def manifest(params: Params, splits: Mapping[str, datasets.Dataset]) -> list[Record]:
+def row_manifest(params: Params, splits: Mapping[str, datasets.Dataset]) -> list[Record]:
     """One record per row of ``splits``, which identifies it permanently.
 
     Keys: id, split, source; hub id, config, published split and commit (empty for rows that are not from the hub);

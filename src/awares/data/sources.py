@@ -12,13 +12,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import datasets
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from awares.config import Params, read_yaml
 from awares.engine.images import MAX_ASPECT, MIN_SIDE, cap, check_image, to_rgb
@@ -42,7 +42,7 @@ class Source(BaseModel, extra="forbid", strict=True, frozen=True):
     config: str
     split: str
     streaming: bool
-    reader: str
+    reader: Literal["plain", "votes", "options", "conversation", "trajectory"]
     columns: dict[str, str]
     suffix: str
     licence: str
@@ -50,14 +50,6 @@ class Source(BaseModel, extra="forbid", strict=True, frozen=True):
     rows: int
     archive: str = ""
     skip: list[int] = []
-
-    @model_validator(mode="after")
-    def _check_reader(self) -> "Source":
-        if self.reader not in READERS:
-            raise ValueError(f"reader must be one of {', '.join(READERS)}")
-        if set(self.columns) != set(READERS[self.reader][0]):
-            raise ValueError(f"columns of reader {self.reader} must be {', '.join(READERS[self.reader][0])}")
-        return self
 
     def row_id(self, index: int) -> str:
         """Id of the published row ``index``, which does not depend on the draw."""
@@ -103,23 +95,19 @@ def open_source(params: Params, kind: str, name: str, check: bool = True) -> "Op
 
 
 class Draft(NamedTuple):
-    """A published row in our terms. ``pictures``: files as a reader finds them, then decoded images.
-
-    ``call``: the first turn of a released trajectory. ``encoded``: the file of a single picture; several become a strip.
-    """
+    """A published row in our terms. ``pictures``: files as a reader finds them, then decoded images."""
 
     pictures: list[Any]
     question: str
     answers: list[Any]
-    call: str = ""
-    encoded: bytes | None = None
+    call: str = ""  # first turn of a released trajectory
+    encoded: bytes | None = None  # the file of a single picture; several become a strip
 
 
 class OpenSource:
-    """A source that can be read: rows by position, and members of its image archive.
+    """A source that can be read by position, in ascending order if it streams. AwaresError if it is not available.
 
-    ``commit``: the commit of the revision, or a digest of the files of a local copy. Read rows in ascending order: a
-    streaming source is then read once. Raises AwaresError with the fix if the source is not available.
+    ``commit``: the commit of the revision, or a digest of the files of a local copy.
     """
 
     def __init__(self, source: Source, hub_root: Path | None) -> None:
@@ -155,10 +143,10 @@ class OpenSource:
                 "Correct the mapping or pin an older revision"
             )
         try:
-            read = READERS[source.reader][1]
-            draft = read({ours: row[theirs] for ours, theirs in source.columns.items()}, source.row_id(index))
+            columns = {ours: row[theirs] for ours, theirs in source.columns.items()}
+            draft = READERS[source.reader](columns, source.row_id(index))
         except (TypeError, KeyError, AttributeError) as error:
-            raise AwaresValueError(f"the reader {source.reader} cannot read it ({error!r})") from error
+            raise AwaresValueError(f"the reader {source.reader} cannot read it, check columns ({error!r})") from error
         question = str(draft.question or "").replace("<image>", "").strip()
         answers = [str(answer).strip() for answer in draft.answers if answer is not None and str(answer).strip()]
         if not question or not answers or not draft.pictures or None in draft.pictures:
@@ -222,9 +210,7 @@ class OpenSource:
         try:
             row = next(itertools.islice(self._stream, index - self._position, None), None)
         except Exception as error:  # the network or a corrupt file; rows read before are kept
-            raise AwaresFileError(
-                f"{place}: cannot read row {index} ({error}): run again, it continues there"
-            ) from error
+            raise AwaresFileError(f"{place}: cannot read row {index} ({error}): run again to continue") from error
         if row is None:
             raise AwaresFileError(f"{place} has no row {index}, which its dataset card promises")
         self._position = index + 1
@@ -325,13 +311,12 @@ def _trajectory(row: Record, row_id: str) -> Draft:
 
 
 NOTHING = Draft([], "", [])  # a row that asks nothing of an image
-# name -> (our column names that the mapping must give, reader)
-READERS: dict[str, tuple[tuple[str, ...], Callable[[Record, str], Draft]]] = {
-    "plain": (("image", "question", "answers"), _plain),
-    "votes": (("image", "question", "answers"), _votes),
-    "options": (("image", "question", "answers"), _options),
-    "conversation": (("images", "conversation"), _conversation),
-    "trajectory": (("images", "messages"), _trajectory),
+READERS: dict[str, Callable[[Record, str], Draft]] = {
+    "plain": _plain,
+    "votes": _votes,
+    "options": _options,
+    "conversation": _conversation,
+    "trajectory": _trajectory,
 }
 
 
@@ -350,7 +335,7 @@ def _decode(encoded: bytes) -> Image.Image:
         raise AwaresValueError(f"the image is corrupt ({error})") from error
 
 
-def side_by_side(images: list[Image.Image]) -> Image.Image:
+def join_strip(images: list[Image.Image]) -> Image.Image:
     """The pictures in one strip from left to right, aligned at the top, STRIP_GAP px apart, not resized."""
     width = sum(image.width for image in images) + STRIP_GAP * (len(images) - 1)
     strip = Image.new("RGB", (width, max(image.height for image in images)), "white")
@@ -367,7 +352,7 @@ def fit_image(draft: Draft, max_side: int) -> tuple[bytes, Image.Image]:
     A published file that fits is kept byte for byte. Otherwise the picture is encoded again: JPEG (quality 95) stays
     JPEG, the rest becomes PNG. Small pictures (OCRBench has 25 x 16 px) are enlarged, as by the image processor.
     """
-    image = draft.pictures[0] if draft.encoded else side_by_side(draft.pictures)
+    image = draft.pictures[0] if draft.encoded else join_strip(draft.pictures)
     if min(image.size) < MIN_SIDE and max(image.size) <= MAX_ASPECT * min(image.size):
         factor = MIN_SIDE / min(image.size)
         size = (max(MIN_SIDE, round(image.width * factor)), max(MIN_SIDE, round(image.height * factor)))
