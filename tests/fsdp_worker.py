@@ -1,4 +1,4 @@
-"""``python fsdp_worker.py BASE FOLDER`` under accelerate launch with an FSDP configuration: one process of SFT, on a CPU.
+"""``python fsdp_worker.py BASE FOLDER`` under accelerate launch with an FSDP configuration: SFT in one CPU process.
 
 accelerate shards on GPUs only: on a CPU it reads the configuration and leaves it aside. Here its plugin is put where
 accelerate keeps it on a GPU; sharding, training, saving and loading are then the libraries' own. Prints what each

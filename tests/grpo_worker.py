@@ -1,6 +1,6 @@
-"""``python grpo_worker.py POLICY ROWS FOLDER``, plain or under accelerate launch: one GRPO update on completions that are fixed by their prompts.
+"""``python grpo_worker.py POLICY ROWS FOLDER``, plain or under accelerate launch: one GRPO update.
 
-Writes the gradients of the update, and each completion's reward, to FOLDER.
+Its completions are fixed by their prompts. Writes the gradients of the update and its log to FOLDER.
 """
 
 import json

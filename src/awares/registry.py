@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Registry:
-    """The functions of one extension point. ``kind``: its noun, for messages; ``builtin``: name -> module that defines it."""
+    """The functions of one extension point. ``kind``: its noun; ``builtin``: name -> module that defines it."""
 
     def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
         self.kind = kind
@@ -57,7 +57,7 @@ class Registry:
         return name
 
     def source(self, wanted: str | Callable[..., Any]) -> str:
-        """The name and the source code, part of a checkpoint's key: of its module, or of itself if a notebook defines it."""
+        """Name and source code, of the module or of a notebook's function alone: part of a checkpoint's key."""
         function = self.find(wanted)
         name = wanted if isinstance(wanted, str) else function.__name__
         module = inspect.getmodule(function)

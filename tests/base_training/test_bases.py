@@ -214,11 +214,11 @@ def test_the_cold_start_shares_computation_without_changing_the_update(base, row
     assert_same(found)
 
 
-def test_grpo_shares_computation_without_changing_the_update(base, rows, tmp_path, monkeypatch):
+def test_grpo_shares_computation_without_changing_the_update(base, rows, tmp_path):
     world = SimpleNamespace(policy=base, rows=rows)
     trainer, found = test_grpo.trainer_for(world, tmp_path, test_grpo.settings()), {}
     test_grpo.disturb(trainer)
-    test_grpo.write(trainer, monkeypatch)
+    test_grpo.write(trainer)
     batch = test_grpo.rollouts(trainer)
     for share in (True, False):
         trainer.model.zero_grad()

@@ -107,7 +107,7 @@ def conversations(world):
 
 
 def plain_log_probs(world, batch):
-    """log pi_ref of every completion token, (B, C): a fresh load of the policy, an ordinary forward pass, plain softmax."""
+    """log pi_ref of every completion token, (B, C): a fresh load of the policy, an ordinary pass, plain softmax."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     width = batch["completion_ids"].size(1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""SFT: the loss is Eq. 4, the samples are the curated trajectories, a training resumes only from its own checkpoints."""
+"""SFT: the loss is Eq. 4, samples are the curated trajectories, a training resumes from its own checkpoints alone."""
 
 import json
 import shutil

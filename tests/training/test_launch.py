@@ -159,7 +159,7 @@ def test_two_machines_want_to_know_of_each_other(world, tmp_path, monkeypatch): 
 
 
 def test_two_machines_of_one_process_train_as_one_does(world, alone, tmp_path, monkeypatch):  # noqa: F811
-    """Two launchers, each as it would run on a machine of its own; the second joins by the file that the first has written."""
+    """Two launchers, each as on a machine of its own; the second joins by the file that the first has written."""
     found = yaml.safe_load((ROOT / TWO).read_text())
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({**found, "num_machines": 2}))
     with socket.socket() as free:
