@@ -17,6 +17,7 @@ from conftest import tiny_tokenizer
 from faulty_server import ServerProcess
 from test_curation import FakeEngine, content, make_rows
 
+from awares.bench.estimate import SERVED_VISUAL_TOKENS, labelling
 from awares.clients import judges as served
 from awares.clients.engine import RemoteEngine
 from awares.config import load_params
@@ -330,19 +331,19 @@ def test_the_estimate_counts_requests_tokens_money_and_hours(tmp_path):
     declared = yaml.safe_load(file.read_text())
     declared["models"]["llama"].update(dollars=[1.0, 2.0], rows_per_hour=1000)
     file.write_text(yaml.safe_dump(declared))
-    table = served.estimate(10_000, params).set_index("role")
+    table = labelling(10_000, params).set_index("role")
     assert table.requests.to_dict() == {"judge": 20_000, "oracle": 1_920, "base": 20_000}
     judge = table.loc["judge"]
     assert judge.hours == 10 and judge.dollars == pytest.approx(
         (judge.prompt_tokens + 2 * judge.completion_tokens) / 1e6
     )
-    assert table.loc["oracle"].prompt_tokens > 1_920 * served.VISUAL_TOKENS
-    both = 1.25 * served.VISUAL_TOKENS  # of the full image and of half resolution
+    assert table.loc["oracle"].prompt_tokens > 1_920 * SERVED_VISUAL_TOKENS
+    both = 1.25 * SERVED_VISUAL_TOKENS  # of the full image and of half resolution
     assert 10_000 * both < table.loc["base"].prompt_tokens < 10_000 * (both + 2 * 100)
     local = dataclasses.replace(
         params.curation, judge="semantic", judges=("semantic",), oracle="annotation", engine="local"
     )
-    assert served.estimate(10, dataclasses.replace(params, curation=local)).empty
+    assert labelling(10, dataclasses.replace(params, curation=local)).empty
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ from torch import Tensor
 from awares.baselines import pruning
 from awares.baselines.pruned_decode import LayerPruned, Plan, Pruned, Seen, VisionPruned
 from awares.baselines.pruning import Selection
-from awares.bench.costs import grid_of
 from awares.config import SHUFFLED
 from awares.engine.images import cap
+from awares.engine.model import patch_grid
 from awares.errors import AwaresValueError
 from awares.method.crops import CROPS, area
 from awares.method.rollout import Engine, Trajectory
@@ -292,7 +292,7 @@ def _evidence(job: Job) -> Iterator[np.ndarray]:
     processor = job.engine.processor
     merge = processor.image_processor.merge_size
     for image, *boxes in zip(job.rows["image"], job.rows["question_boxes"], job.rows["answer_boxes"], strict=True):
-        height, width = (side // merge for side in grid_of(cap(image, job.engine.max_side).size, processor))
+        height, width = (side // merge for side in patch_grid(cap(image, job.engine.max_side).size, processor))
         flags = np.zeros((height, width), dtype=bool)
         for x1, y1, x2, y2 in [*boxes[0], *boxes[1]]:
             flags[y1 * height // 1000 : -(-y2 * height // 1000), x1 * width // 1000 : -(-x2 * width // 1000)] = True

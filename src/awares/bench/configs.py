@@ -1,7 +1,7 @@
-"""The paper's model and benchmarks as shapes: published architectures with random weights, typical images and answers.
+"""The paper's model and benchmarks as sizes: published architectures with random weights, typical images and answers.
 
-Speed depends on shapes alone, so it can be measured without a download: the weights are random, the images are blank,
-and the outputs are ordered token by token (`scripted.Script`). Accuracies cannot be had this way.
+Speed depends on sizes alone, so it is measured without a download: the weights are random, the images are blank, and the
+outputs are scripted token by token (`scripted.Script`). Accuracy cannot be measured this way.
 """
 
 import math
@@ -13,18 +13,17 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-from awares.bench.latency import POLICIES, SYSTEMS, Workload
+from awares.bench.latency import POLICIES, Workload
 from awares.bench.scripted import Script
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.model import ImageOnlyProcessor, make_processor
-from awares.errors import AwaresValueError
-from awares.method import protocol
+from awares.method.protocol import OURS
 from awares.mini import base
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen2.5-VL, as its published config.json has them."""
+    """Sizes of a Qwen2.5-VL, from its published config.json."""
 
     width: int
     mlp: int
@@ -39,20 +38,20 @@ class Shape:
     vision_heads: int = 16
 
 
-HEAD = 128  # width of a head of the language model, at every scale: the positions' sections are cut to it
+HEAD = 128  # width of a language model head, at every scale: the sections of the positions add up to it
 SHAPES = {
     "qwen2.5-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),
     "qwen2.5-vl-3b": Shape(2048, 11008, 36, 16, 2, 151936, True),
     "qwen2.5-vl-72b": Shape(8192, 29568, 80, 64, 8, 152064, False, vision_mlp=3456),
 }
 MINI = "mini"  # the embedded base model's architecture
-SMALLEST_SIDE = 112  # px of an image, so that half of it and its crops still make a few tokens
-MINI_IMAGES = 0.4  # of the benchmarks' sides: about the size of the embedded suite's pages
+SMALLEST_SIDE = 112  # px of an image, so that half of it and its crops still have a few tokens
+MINI_IMAGES = 0.4  # of the benchmarks' sides: about the size of the embedded pages
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """``size``: width and height in px that its images commonly have (assumed). Characters of an answer: PAPER §5."""
+    """``size``: typical width and height of its images in px (assumed). Characters of an answer per system: PAPER §5."""
 
     size: tuple[int, int]
     awares: float
@@ -68,16 +67,16 @@ BENCHMARKS = {
     "vstar": Benchmark((2250, 1500), 5.29, 118.54),
 }
 CHARACTERS_PER_TOKEN = 4  # assumed: of English under Qwen's tokenizer
-# How often a policy calls: AwaRes after GRPO (Fig. 5: 72.2 % no call); VisionThink from its RTR, 0.61 = 0.25 + rate
+# Call rates: AwaRes after GRPO (Fig. 5: 72.2 % no call); VisionThink from its RTR, 0.61 = 0.25 + rate
 CALL_RATES = {"awares": 0.278, "awares_naive": 0.278, "escalate_full": 0.36}
-CALLS = (("top-left",), ("center",), ("right",), ("bottom-right",), ("top",))  # what calling rows ask for, in turn
+CALLS = (("top-left",), ("center",), ("right",), ("bottom-right",), ("top",))  # of the rows with a call, in turn
 QUESTION = "What is written on the sign beside the door, and which colour has it?"
 
 
 def build(shape: str, scale: float, dtype: str, device: str, seed: int = 0) -> tuple[Any, ImageOnlyProcessor]:
     """A model of ``shape`` with random weights, and a processor around the embedded tokenizer.
 
-    ``scale`` below 1 shrinks depth, width and vocabulary, so that about ``scale`` times the parameters are left.
+    ``scale`` below 1 shrinks depth, width and vocabulary to about ``scale`` times the parameters.
     """
     tokenizer = base.build_tokenizer()
     processor = make_processor(tokenizer)
@@ -89,11 +88,7 @@ def build(shape: str, scale: float, dtype: str, device: str, seed: int = 0) -> t
 
 
 def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
-    """The published sizes times the cube root of ``scale``, and ids of ``tokenizer``; AwaresError for another shape."""
-    if shape not in SHAPES:
-        raise AwaresValueError(f"shape {shape!r}: use one of {', '.join([*SHAPES, MINI])}")
-    if not 0 < scale <= 1:
-        raise AwaresValueError(f"scale {scale} must lie above 0 and not above 1")
+    """The published sizes times the cube root of ``scale``, with the ids of ``tokenizer``."""
     full, factor = SHAPES[shape], math.cbrt(scale)
     key_heads = max(1, round(full.key_heads * factor))
     heads = key_heads * max(1, round(full.heads * factor / key_heads))
@@ -131,28 +126,24 @@ _TOKENS = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_s
 
 
 def image_size(benchmark: str, shape: str, scale: float) -> tuple[int, int]:
-    """(width, height) px of the images that stand for ``benchmark``, shrunk with the model; no side below SMALLEST_SIDE."""
-    if benchmark not in BENCHMARKS:
-        raise AwaresValueError(f"benchmark {benchmark!r}: use one of {', '.join(BENCHMARKS)}")
+    """(width, height) px of the images of ``benchmark``, shrunk with the model; no side below SMALLEST_SIDE."""
     factor = MINI_IMAGES if shape == MINI else math.cbrt(scale)
     width, height = (max(SMALLEST_SIDE, round(side * factor)) for side in BENCHMARKS[benchmark].size)
     return width, height
 
 
 def answer_tokens(characters: float) -> int:
-    """Tokens of an answer of so many characters, with the end of the turn."""
+    """Tokens of an answer of ``characters``, with the end of the turn."""
     return math.ceil(characters / CHARACTERS_PER_TOKEN) + 1
 
 
 def workload(benchmark: str, rows: int, size: tuple[int, int]) -> Workload:
-    """``rows`` rows of ``benchmark`` and what every system does on them.
+    """``rows`` blank rows of ``benchmark`` with every system's scripts.
 
     One-turn systems write AwaRes's answers (assumed: the base model is as terse). Calls are spread evenly over the rows.
     """
     terse, wordy = (answer_tokens(value) for value in (BENCHMARKS[benchmark].awares, BENCHMARKS[benchmark].visionthink))
-    scripts: dict[str, Sequence[Script]] = {
-        system: [Script((), terse)] * rows for system in SYSTEMS if system not in POLICIES
-    }
+    scripts: dict[str, Sequence[Script]] = dict.fromkeys(("full", "half"), [Script((), terse)] * rows)
     for system in POLICIES:
         length = wordy if system == "escalate_full" else terse
         scripts[system] = [Script(crops, length) for crops in _calls(system, rows)]
@@ -161,7 +152,7 @@ def workload(benchmark: str, rows: int, size: tuple[int, int]) -> Workload:
 
 
 def _calls(system: str, rows: int) -> list[tuple[str, ...]]:
-    """The first-turn call of every row, () for none: the first of ``1 / rate`` rows, and so on."""
+    """The first-turn call of every row, () for none: the first of every ``1 / rate`` rows calls."""
     rate, made = CALL_RATES[system], 0
     calls: list[tuple[str, ...]] = []
     for row in range(rows):
@@ -172,9 +163,8 @@ def _calls(system: str, rows: int) -> list[tuple[str, ...]]:
 
 
 def longest_turn(work: Sequence[Workload], processor: ImageOnlyProcessor) -> int:
-    """Tokens that an engine must be let to write for these workloads."""
-    calls = [crops for one in work for scripts in one.scripts.values() for crops in {s.crops for s in scripts} if crops]
-    texts = [protocol.OURS.render_call(crops) + END_OF_TURN for crops in calls]
+    """Tokens of the longest scripted turn: the least ``max_new_tokens`` of an engine."""
+    scripts = {script for one in work for rows in one.scripts.values() for script in rows}
+    texts = [OURS.render_call(script.crops) + END_OF_TURN for script in scripts if script.crops]
     written = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
-    answers = [s.answer_tokens or 0 for one in work for scripts in one.scripts.values() for s in scripts]
-    return max([*written, *answers])
+    return max([*written, *(script.answer_tokens or 0 for script in scripts)])

@@ -1,8 +1,7 @@
-"""Counted costs of a Qwen2.5-VL or Qwen3-VL: FLOPs of every part of a forward pass, bytes of its cache, time on a roofline.
+"""Counted costs of a Qwen2.5-VL or Qwen3-VL: FLOPs of every part of a forward pass, cache bytes, time on a roofline.
 
-A multiply-add counts 2 FLOPs. Only matrix products count (what `torch.utils.flop_counter` counts too); norms, rotations
-and activations are of lower order. Attention counts the whole rectangle queries x keys, as kernels without a causal
-short cut do it and as the counter of torch does.
+A multiply-add is 2 FLOPs. Only matrix products count, as in `torch.utils.flop_counter`; norms, rotations and activations
+are of lower order. Attention counts all queries x keys, as kernels without a causal shortcut and torch's counter do.
 
 Vision tower, for an image of P patches of 14 px, width D, MLP width I, merge groups of m = 4 patches, output width H:
 
@@ -11,31 +10,27 @@ Vision tower, for an image of P patches of 14 px, width D, MLP width I, merge gr
                       s: patches of each attention window; blocks with full attention have one window, s = P
     merger            2 (P / m) (mD) (mD) + 2 (P / m) (mD) H
 
-Qwen3-VL: patches of 16 px, an MLP of 2 matrices instead of 3, full attention in all blocks, one more merger for each block whose
-features go to the language model's first layers.
+Qwen3-VL: patches of 16 px, an MLP of 2 matrices instead of 3, full attention in all blocks, one more merger for each
+block whose features go to the language model's first layers.
 
-Language model, n new tokens of a row whose cache holds c, width H, query width Q (H in Qwen2.5-VL), key-value width K, MLP width J, L layers:
+Language model, n new tokens of a row with c tokens in its cache, width H, query width Q (H in Qwen2.5-VL), key-value
+width K, MLP width J, L layers:
 
     L (2 n H (2Q + 2K) + 3 * 2 n H J + 4 Q n (c + n))
-    language-model head, for each position whose logits are taken (one a step): 2 H V
+    language-model head, for each position whose logits are computed (one per step): 2 H V
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-from awares.engine.model import ImageOnlyProcessor
-from awares.errors import AwaresValueError
+from awares.engine.model import Grid, ImageOnlyProcessor, patch_grid
 from awares.method.rollout import Trajectory
-
-Grid = tuple[int, int]  # patches in height and width
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak of dense bf16 matrix products (FLOP/s) and of memory (bytes/s), from the maker's data sheet."""
+    """Peak of dense bf16 matrix products (FLOP/s) and of memory (bytes/s), from the manufacturer's data sheet."""
 
     flops: float
     bandwidth: float
@@ -51,7 +46,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of one interaction by turn and part. ``vision``, ``prefill`` and ``decode``: (first turn, second turn)."""
+    """FLOPs of one interaction, each as (first turn, second turn)."""
 
     vision: tuple[float, float]
     prefill: tuple[float, float]
@@ -62,18 +57,8 @@ class Costs:
         return sum(self.vision) + sum(self.prefill) + sum(self.decode)
 
 
-def grid_of(size: tuple[int, int], processor: ImageOnlyProcessor) -> Grid:
-    """Patches (height, width) of an image of ``size`` (width, height) px after the processor's resizing."""
-    pictures = processor.image_processor
-    patch, limits = pictures.patch_size, pictures.size
-    height, width = smart_resize(
-        size[1], size[0], patch * pictures.merge_size, limits["shortest_edge"], limits["longest_edge"]
-    )
-    return height // patch, width // patch
-
-
 def window_sizes(grid: Grid, config: Any) -> list[int]:
-    """Patches of every attention window of an image; those at its right and lower edge may be smaller."""
+    """Patches of every attention window of an image; windows at the right and lower edge may be smaller."""
     vision = config.vision_config
     merge = vision.spatial_merge_size
     side = vision.window_size // vision.patch_size // merge  # in merge groups
@@ -97,7 +82,7 @@ def vision_flops(grid: Grid, config: Any) -> float:
 
 
 def _tower(vision: Any) -> tuple[int, int, int]:
-    """What sets the families' vision towers apart: matrices of a block's MLP, mergers, blocks with full attention."""
+    """Differences of the families' vision towers: matrices of a block's MLP, mergers, blocks with full attention."""
     if hasattr(vision, "deepstack_visual_indexes"):
         return 2, 1 + len(vision.deepstack_visual_indexes), vision.depth
     return 3, 1, sum(index in vision.fullatt_block_indexes for index in range(vision.depth))
@@ -110,7 +95,7 @@ def _heads(text: Any) -> tuple[int, int]:
 
 
 def prefill_flops(new: int, cached: int, config: Any, logits: int = 1) -> float:
-    """The language model on ``new`` tokens of one row behind ``cached`` ones; logits of the last ``logits`` positions."""
+    """The language model on ``new`` tokens of one row after ``cached`` ones; logits of the last ``logits`` positions."""
     text = config.text_config
     width, (queries, keys) = text.hidden_size, _heads(text)
     linear = 2 * new * width * (2 * queries + 2 * keys + 3 * text.intermediate_size)
@@ -119,23 +104,22 @@ def prefill_flops(new: int, cached: int, config: Any, logits: int = 1) -> float:
 
 
 def decode_flops(steps: int, cached: int, config: Any) -> float:
-    """``steps`` single tokens, the first of them behind ``cached`` ones."""
+    """``steps`` single tokens, the first of them after ``cached`` ones."""
     return sum(prefill_flops(1, cached + step, config) for step in range(steps))
 
 
 def trajectory_flops(trajectory: Trajectory, config: Any, processor: ImageOnlyProcessor, reuse: bool = True) -> Costs:
     """FLOPs of one interaction of the engine, run alone; ``reuse=False``: its second turn prefills everything again.
 
-    A batch that shares the system prompt does less, one that pads does more. The last token of a turn is not fed in
-    it: with reuse the second turn's prefill begins with it.
+    A batch that shares the system prompt needs less, padding needs more. The last token of a turn is not fed in that
+    turn: with reuse, the second turn's prefill begins with it.
     """
-    views = [sum(vision_flops(grid_of(size, processor), config) for size in turn.images) for turn in trajectory.turns]
+    views = [
+        sum(vision_flops(patch_grid(size, processor), config) for size in turn.images) for turn in trajectory.turns
+    ]
     user, first, *rest = ((turn.visual_tokens + turn.text_tokens) for turn in trajectory.turns)
-    vision, prefill, decode = (
-        [views[0], 0.0],
-        [prefill_flops(user, 0, config), 0.0],
-        [decode_flops(first - 1, user, config), 0.0],
-    )
+    vision, prefill = [views[0], 0.0], [prefill_flops(user, 0, config), 0.0]
+    decode = [decode_flops(first - 1, user, config), 0.0]
     if rest:
         tool, answer = rest
         known = user + first - 1 if reuse else 0
@@ -151,7 +135,7 @@ def cache_bytes(tokens: int, config: Any, bytes_per_value: int = 2) -> int:
 
 
 def parameters(config: Any) -> tuple[int, int]:
-    """Weights of the matrices of the vision tower, and of language model and head (embeddings are only looked up)."""
+    """Weights in matrices of the vision tower, and of language model and head (without the embedding lookup)."""
     vision, text = config.vision_config, config.text_config
     width, group = vision.hidden_size, vision.spatial_merge_size**2
     matrices, mergers, _ = _tower(vision)
@@ -172,13 +156,12 @@ def roofline_seconds(
     reuse: bool = True,
     bytes_per_value: int = 2,
 ) -> dict[str, float]:
-    """Least seconds that ``gpu`` needs for these interactions *as one batch*, by part: vision, prefill, decode.
+    """Least seconds of ``gpu`` for these interactions *as one batch*, by part: vision, prefill, decode.
 
-    A part takes the longer of its FLOPs at peak and its bytes at peak; the bytes are the weights, once a pass, and the
+    A part takes the longer of its FLOPs at peak and its bytes at peak. Bytes are the weights, once per pass, and the
     caches that the pass reads. A batch decodes as many steps as its longest row.
     """
-    if not trajectories:
-        raise AwaresValueError("roofline: give at least one trajectory")
+    assert trajectories
     found = [trajectory_flops(one, config, processor, reuse) for one in trajectories]
     tower, language = (bytes_per_value * count for count in parameters(config))
     seconds = dict.fromkeys(("vision", "prefill", "decode"), 0.0)

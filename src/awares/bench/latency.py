@@ -1,7 +1,7 @@
-"""Timing the systems side by side: one interleaved run, phases, ratios with spread, counted work (PAPER §5, latency).
+"""Timing systems in one interleaved run: phases, ratios with spread, counted work (PAPER §5, latency).
 
-Every repetition runs all jobs in a new random order, so that a machine that slows down slows all of them alike; what is
-compared are ratios within a repetition. `awares.bench` and notebooks/07_latency use it.
+Every repetition runs all jobs in a new random order, so that a slowdown of the machine affects all of them; results are
+ratios within a repetition. `awares bench` and notebooks/07_latency use this module.
 """
 
 import contextlib
@@ -25,21 +25,20 @@ from awares.baselines import registry as baselines
 from awares.bench import costs
 from awares.bench.scripted import PHASES, PhaseEnd, Script, ScriptedEngine
 from awares.engine.model import ImageOnlyProcessor
-from awares.errors import AwaresValueError
 from awares.method.evaluation import AVERAGE
 from awares.method.rollout import Engine, Trajectory
 
-# full, half: the base model's one turn; awares: cache reuse; awares_naive: the second turn prefills everything again;
+# full, half: one turn of the base model; awares: cache reuse; awares_naive: turn 2 prefills everything again;
 # escalate_full: a row that calls gets the whole image (VisionThink's interaction)
-SYSTEMS = ("full", "half", "awares", "awares_naive", "escalate_full")
 POLICIES = ("awares", "awares_naive", "escalate_full")
+SYSTEMS = ("full", "half", *POLICIES)
 LOOP = 1  # token budget under which every row runs alone
 Work = Callable[[PhaseEnd | None], list[Trajectory]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is timed: a system's way through all rows, in batches of ``token_budget`` tokens."""
+    """One timed job: a system on all rows, in batches of ``token_budget`` tokens."""
 
     system: str
     token_budget: int
@@ -48,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Workload:
-    """Rows for all systems. ``scripts``: system -> what each row must do; a system without any does as it likes."""
+    """Rows for all systems. ``scripts``: system -> one script per row; a system without scripts decodes freely."""
 
     images: Sequence[Image]
     questions: Sequence[str]
@@ -58,17 +57,15 @@ class Workload:
 
 
 class Measured(NamedTuple):
-    """What `measure` found: one line per job and repetition, each system's trajectories at its first budget, and of the systems whose
-    rows ran alone the seconds of every row, (repetitions, rows).
-    """
+    """Result of `measure`."""
 
-    times: pd.DataFrame
-    played: dict[str, list[Trajectory]]
-    alone: dict[str, np.ndarray]
+    times: pd.DataFrame  # one line per job and repetition
+    played: dict[str, list[Trajectory]]  # per system, at its first budget
+    alone: dict[str, np.ndarray]  # per system whose rows ran alone: seconds, (repetitions, rows)
 
 
 class Stopwatch:
-    """Seconds by (phase, turn), for the engine's ``lap``; on a GPU every lap waits for the work that was queued."""
+    """Seconds by (phase, turn), for `ScriptedEngine`; on a GPU every reading waits for the queued work."""
 
     def __init__(self, device: str) -> None:
         self.gpu = device.startswith("cuda")
@@ -81,49 +78,50 @@ class Stopwatch:
         self.last = now
 
     def now(self) -> float:
-        """Seconds of a clock that starts anywhere, when all queued work is done."""
+        """Seconds on a clock with an arbitrary start, once all queued work is done."""
         if self.gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
 class PeakMemory:
-    """High water of memory since the start, in bytes: of tensors on a GPU, else of the process (Linux; nan elsewhere)."""
+    """Peak memory since the start, in bytes: tensors on a GPU, else the process (Linux; nan elsewhere)."""
 
     def __init__(self, device: str) -> None:
         self.gpu = device.startswith("cuda")
         gc.collect()
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
-        elif self._supported():
-            with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed; others have no such call
+        elif _CLEAR_REFS.exists():
+            with contextlib.suppress(
+                OSError, AttributeError
+            ):  # glibc keeps freed memory; other libraries lack the call
                 ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # resets the process's high-water mark
+            _CLEAR_REFS.write_text("5")  # resets the process's peak
 
     def read(self) -> float:
         """Bytes."""
         if self.gpu:
             return float(torch.cuda.max_memory_allocated())
-        if not self._supported():
+        if not _CLEAR_REFS.exists():
             return float("nan")
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return 1024.0 * int(status["VmHWM"].split()[0])
 
-    @staticmethod
-    def _supported() -> bool:
-        return Path("/proc/self/clear_refs").exists()
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 # Rows and jobs
 
 
 def spread(benchmarks: Sequence[str], count: int) -> list[int]:
-    """Which ``count`` rows to time: as many of each benchmark (the first ones get what is over), at even steps; fewer where it has fewer."""
+    """Indices of ``count`` rows to time: equally many per benchmark (the first get the remainder), at even steps."""
     places: dict[str, list[int]] = {}
     for index, name in enumerate(benchmarks):
         places.setdefault(name, []).append(index)
-    share, over = divmod(count, len(places))
-    wanted = [min(len(where), share + (n < over)) for n, where in enumerate(places.values())]
+    each, over = divmod(count, len(places))
+    wanted = [min(len(where), each + (n < over)) for n, where in enumerate(places.values())]
     found = [where[len(where) * k // n] for n, where in zip(wanted, places.values(), strict=True) for k in range(n)]
     return sorted(found)
 
@@ -135,16 +133,13 @@ def jobs(
     budgets: Sequence[int],
     **limits: Any,
 ) -> list[Job]:
-    """One job for each system of ``models`` (system -> model) and token budget. ``limits`` go to the engine."""
-    unknown = [system for system in models if system not in SYSTEMS]
-    if unknown:
-        raise AwaresValueError(f"system {unknown[0]!r}: use one of {', '.join(SYSTEMS)}")
+    """One job per system of ``models`` (system -> model) and token budget; ``limits`` go to the engine."""
+    assert set(models) <= set(SYSTEMS), f"systems are {SYSTEMS}"
 
     def job(system: str, budget: int) -> Job:
         def work(on_phase_end: PhaseEnd | None) -> list[Trajectory]:
-            reuse, reported = system != "awares_naive", {"on_phase_end": on_phase_end}
-            engine = ScriptedEngine(models[system], processor, token_budget=budget, reuse=reuse, **reported, **limits)
-            return play(engine, system, workload)
+            options = {"reuse": system != "awares_naive", "on_phase_end": on_phase_end, **limits}
+            return play(ScriptedEngine(models[system], processor, token_budget=budget, **options), system, workload)
 
         return Job(system, budget, work)
 
@@ -154,7 +149,7 @@ def jobs(
 def system_jobs(
     names: Sequence[str], model: Any, processor: ImageOnlyProcessor, rows: Any, budget: int, **limits: Any
 ) -> list[Job]:
-    """One job for each system of `baselines` on ``rows``, all with the weights ``model``, in batches of ``budget`` tokens."""
+    """One job per system of `baselines` on ``rows``, with the weights ``model``; no phases are reported."""
 
     def job(name: str) -> Job:
         def work(on_phase_end: PhaseEnd | None) -> list[Trajectory]:
@@ -167,7 +162,7 @@ def system_jobs(
 
 
 def play(engine: ScriptedEngine, system: str, workload: Workload) -> list[Trajectory]:
-    """All rows of ``workload`` as ``system`` answers them."""
+    """The answers of ``system`` to all rows of ``workload``."""
     images, questions, ids = workload.images, workload.questions, workload.row_ids
     scripts = workload.scripts.get(system)
     if system in POLICIES:
@@ -180,16 +175,16 @@ def play(engine: ScriptedEngine, system: str, workload: Workload) -> list[Trajec
 
 
 def escalations(trajectories: Sequence[Trajectory]) -> list[Script]:
-    """Where a policy called for crops the whole image instead; what is then written is up to the model."""
+    """Scripts that call for the whole image in rows where a policy called; the answers are free."""
     return [Script(("all",) if one.call_status != "none" else ()) for one in trajectories]
 
 
 def escalated(engine: ScriptedEngine, rows: Any, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """``trajectories`` of a policy on ``rows``, those that called played again with the whole image as the crop."""
+    """``trajectories`` of a policy on ``rows``; rows that called run again with the whole image as the crop."""
     scripts = escalations(trajectories)
     callers = [index for index, script in enumerate(scripts) if script.crops]
     some = rows.select(callers)
-    again = engine.run_scripts(some["image"], some["question"], some["id"], [scripts[i] for i in callers])
+    again = engine.run_scripts(some["image"], some["question"], some["id"], [scripts[index] for index in callers])
     found = dict(zip(callers, again, strict=True))
     return [found.get(index, one) for index, one in enumerate(trajectories)]
 
@@ -198,10 +193,10 @@ def escalated(engine: ScriptedEngine, rows: Any, trajectories: Sequence[Trajecto
 
 
 def measure(work: Sequence[Job], repetitions: int, seed: int, device: str) -> Measured:
-    """Run every job once to warm up (there the peak memory is read), then ``repetitions`` times in shuffled order.
+    """Run every job once to warm up (which gives its peak memory), then ``repetitions`` times in shuffled order.
 
-    A line of ``times`` has system, token_budget, repetition, rows, seconds, peak_memory in bytes, and the seconds of every phase,
-    e.g. prefill_2 of the second turn.
+    Columns of ``times``: system, token_budget, repetition, rows, seconds, peak_memory in bytes, and the seconds of every
+    phase and turn, e.g. prefill_2.
     """
     records, peaks = [], []
     done: dict[str, list[Trajectory]] = {}
@@ -226,7 +221,7 @@ def measure(work: Sequence[Job], repetitions: int, seed: int, device: str) -> Me
 
 
 def matmul_rate(device: str, dtype: str, size: int = 1024, repetitions: int = 20) -> float:
-    """GFLOP/s of a square matrix product on ``device``, the best of ``repetitions``: no batching makes more of its arithmetic."""
+    """GFLOP/s of a square matrix product on ``device``, the best of ``repetitions``: an upper bound for any batching."""
     square = torch.rand(size, size, device=device, dtype=getattr(torch, dtype))
     watch, ends = Stopwatch(device), []
     for _ in range(repetitions + 1):
@@ -236,7 +231,7 @@ def matmul_rate(device: str, dtype: str, size: int = 1024, repetitions: int = 20
 
 
 def best_budgets(times: pd.DataFrame) -> dict[str, int]:
-    """The token budget at which each system is fastest, rows running alone left out."""
+    """The token budget at which each system is fastest, except rows alone."""
     batched = times[times.token_budget != LOOP]
     middle = batched.groupby(["system", "token_budget"], sort=False).seconds.median().reset_index()
     fastest = middle.loc[middle.groupby("system").seconds.idxmin()].set_index("system").token_budget
@@ -244,10 +239,10 @@ def best_budgets(times: pd.DataFrame) -> dict[str, int]:
 
 
 def time_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
-    """Milliseconds a row at batch 1 and at each system's best batch, and the ratio to ``reference`` at the same.
+    """Milliseconds per row at batch 1 and at each system's best budget, and the ratio to ``reference`` at the same.
 
-    Median over repetitions with quartiles (``_low``, ``_high``); ``ratio`` is taken within each repetition. ``speedup``:
-    how many times the rows per second of batch 1. Phases are medians of both turns, ``prefill_2`` of the second alone.
+    Medians over repetitions with quartiles (``_low``, ``_high``); ``ratio`` is taken within each repetition; ``speedup``:
+    rows per second relative to batch 1. Phases are medians over both turns, ``prefill_2`` of the second turn.
     """
     best, records = best_budgets(times), []
     alone = _by_repetition(times, dict.fromkeys(best, LOOP))
@@ -268,7 +263,7 @@ def time_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
 
 
 def ratio_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
-    """Milliseconds a row of jobs at one token budget each, and their ratio to ``reference`` within each repetition."""
+    """Milliseconds per row of jobs at one token budget each, and their ratio to ``reference`` within each repetition."""
     seconds = times.pivot(index="repetition", columns="system", values="seconds")
     records = []
     for system, part in times.groupby("system", sort=False):
@@ -278,10 +273,10 @@ def ratio_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
 
 
 def pair_table(times: pd.DataFrame, overs: Sequence[str], level: float) -> pd.DataFrame:
-    """How many times as long each system takes as each of ``overs``, at batch 1 and at each one's best batch.
+    """The time of each system relative to each of ``overs``, at batch 1 and at each one's best budget.
 
-    Columns system, over, batch, ratio, ratio_low, ratio_high: the geometric mean over repetitions of the ratio within one, with the
-    ``level`` interval of Student's distribution for its logarithm. It is one of repetitions: of these rows on this machine.
+    Columns system, over, batch, ratio, ratio_low, ratio_high: the geometric mean over repetitions of the ratio within
+    one, with the ``level`` interval of Student's t for its logarithm. It covers repetitions on this machine and rows.
     """
     best, records = best_budgets(times), []
     for batch, budgets in (("1", dict.fromkeys(best, LOOP)), ("best", best)):
@@ -296,9 +291,9 @@ def pair_table(times: pd.DataFrame, overs: Sequence[str], level: float) -> pd.Da
 
 
 def benchmark_table(alone: Mapping[str, np.ndarray], benchmarks: Sequence[str]) -> pd.DataFrame:
-    """Milliseconds a row of rows that run alone (`Measured.alone`), by system and benchmark, and the mean of the benchmarks (average).
+    """Milliseconds per row of rows that run alone (`Measured.alone`), by system and benchmark, and their mean (average).
 
-    Columns system, benchmark, ms (the median over repetitions of the mean over rows) with quartiles, n rows.
+    Columns system, benchmark, ms (median over repetitions of the mean over rows) with quartiles, n rows.
     """
     names, records = np.array(benchmarks), []
     for system, seconds in alone.items():
@@ -311,10 +306,10 @@ def benchmark_table(alone: Mapping[str, np.ndarray], benchmarks: Sequence[str]) 
 
 
 def flops_table(work: Sequence[Job], reference: str = "full") -> pd.DataFrame:
-    """GFLOPs a row of each job as torch's counter sees them pass, padding and the work of choosing tokens included; ``gflops_ratio``."""
+    """GFLOPs per row of each job by torch's counter, with padding and the choice of tokens; ``gflops_ratio`` to ``reference``."""
     records = []
     for job in work:
-        # a CPU's fused attention kernel is not counted
+        # torch does not count a CPU's fused attention kernel
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             rows = len(job.work(None))
         records.append({"system": job.system, "gflops": counter.get_total_flops() / rows / 1e9})
@@ -330,9 +325,7 @@ def quartiles(name: str, values: Any) -> dict[str, float]:
 
 def _by_repetition(times: pd.DataFrame, budgets: Mapping[str, int]) -> pd.DataFrame:
     """Seconds of each system at its budget: one line per repetition, one column per system."""
-    chosen = times[
-        [budgets.get(system) == budget for system, budget in zip(times.system, times.token_budget, strict=True)]
-    ]
+    chosen = times[times.token_budget == times.system.map(budgets)]
     return chosen.pivot(index="repetition", columns="system", values="seconds")
 
 
@@ -342,9 +335,9 @@ def _by_repetition(times: pd.DataFrame, budgets: Mapping[str, int]) -> pd.DataFr
 def count_table(
     done: Mapping[str, Sequence[Trajectory]], config: Any, processor: ImageOnlyProcessor, bytes_per_value: int
 ) -> pd.DataFrame:
-    """Per system, means over rows: visual tokens, RTR, GFLOPs by part, their ratio to full's, cache in MB.
+    """Per system, means over rows: visual tokens, RTR, calls, GFLOPs by part and in all, their ratio to full's, cache in MB.
 
-    ``prefill_2_gflops`` is a mean over the rows that have a second turn; nan without any.
+    ``prefill_2_gflops`` is a mean over the rows with a second turn, nan without any.
     """
     records = []
     for system, trajectories in done.items():
@@ -369,17 +362,16 @@ def count_table(
 
 def response_table(done: Mapping[str, Sequence[Trajectory]], benchmarks: Sequence[str]) -> pd.DataFrame:
     """Response length per system and benchmark: characters of the answer (mean, sd), tokens written in all turns."""
-    records = []
-    for system, trajectories in done.items():
-        lengths = pd.DataFrame(
-            {
-                "benchmark": list(benchmarks),
-                "characters": [len(one.answer) for one in trajectories],
-                "tokens": [sum(turn.text_tokens for turn in one.turns[1::2]) for one in trajectories],
-            }
-        )
-        for benchmark, part in lengths.groupby("benchmark", sort=False):
-            spread = part.characters.std()
-            record = {"system": system, "benchmark": benchmark, "characters": part.characters.mean()}
-            records.append({**record, "characters_sd": spread, "tokens": part.tokens.mean(), "n": len(part)})
-    return pd.DataFrame(records)
+    records = [
+        (system, benchmark, len(one.answer), sum(turn.text_tokens for turn in one.turns[1::2]))
+        for system, trajectories in done.items()
+        for one, benchmark in zip(trajectories, benchmarks, strict=True)
+    ]
+    lengths = pd.DataFrame(records, columns=["system", "benchmark", "characters", "tokens"])
+    parts = lengths.groupby(["system", "benchmark"], sort=False)
+    columns = {
+        "characters": ("characters", "mean"),
+        "characters_sd": ("characters", "std"),
+        "tokens": ("tokens", "mean"),
+    }
+    return parts.agg(**columns, n=("tokens", "size")).reset_index()

@@ -1,6 +1,7 @@
 """An engine for timing: rows write the tokens of a script, and the end of every phase is reported."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,53 +36,46 @@ class Script:
 class ForcedTokens(LogitsProcessor):
     """Makes B rows write ``tokens`` at the cost of writing them; also works for models with random weights.
 
-    A number means that many tokens, the last of them the end of the turn. AwaresError for more than ``limit`` tokens.
+    A number means that many tokens, the last of them the end of the turn. ``first_step`` is called at the first step.
     """
 
-    def __init__(self, tokens: Sequence[Tokens], end: int, limit: int, device: Any) -> None:
-        longest = max((row if isinstance(row, int) else len(row or ()) for row in tokens), default=0)
-        if longest > limit:
-            raise AwaresValueError(f"{longest} tokens scripted, max_new_tokens is {limit}: raise it")
-        must, open_ended = torch.full((len(tokens), limit), -1), torch.zeros(len(tokens), limit, dtype=torch.bool)
+    def __init__(self, tokens: Sequence[Tokens], decoder: Decoder, first_step: Callable[[], None]) -> None:
+        limit, shape = decoder.max_new_tokens, (len(tokens), decoder.max_new_tokens)
+        must, open_ended = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)
         for index, row in enumerate(tokens):
+            count = row if isinstance(row, int) else len(row or ())
+            if count > limit:
+                raise AwaresValueError(f"{count} tokens scripted, max_new_tokens is {limit}: raise it")
             if isinstance(row, int):
                 open_ended[index, : row - 1] = True
-                must[index, row - 1] = end
+                must[index, row - 1] = decoder.end
             elif row:
                 must[index, : len(row)] = torch.tensor(row)
-        self.must, self.open_ended, self.end, self.step = must.to(device), open_ended.to(device), end, 0
+        self.must, self.open_ended = must.to(decoder.model.device), open_ended.to(decoder.model.device)
+        self.free = all(row is None for row in tokens)
+        self.end, self.first_step, self.step = decoder.end, first_step, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.step == 0:
+            self.first_step()
         must, open_ended = self.must[:, self.step, None], self.open_ended[:, self.step, None]  # (B, 1)
         self.step += 1
+        if self.free:
+            return scores
         token = torch.arange(scores.shape[1], device=scores.device)
         barred = ((must >= 0) & (token != must)) | (open_ended & (token == self.end))
         # a forced token gets 0, because the model may not be allowed to write it
         return scores.masked_fill(barred, float("-inf")).masked_fill(token == must, 0.0)
 
 
-class PrefillEnd(LogitsProcessor):
-    """Calls ``report`` at the first step, which ends the prefill."""
-
-    def __init__(self, report: Callable[[], None]) -> None:
-        self.report, self.reported = report, False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self.reported:
-            self.report()
-        self.reported = True
-        return scores
-
-
 class ScriptedDecoder(Decoder):
-    """A decoder that forces the tokens of ``first_turn`` and ``second_turn`` (row id -> tokens) and reports phases."""
+    """A decoder that forces tokens by row id, in the first and in the second turn, and reports the end of phases."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.first_turn: Mapping[str, Tokens] = {}
-        self.second_turn: Mapping[str, Tokens] = {}
-        self.on_phase_end: PhaseEnd | None = None
-        self.turn, self.names = 1, list[str]()
+    first_turn: Mapping[str, Tokens] = {}
+    second_turn: Mapping[str, Tokens] = {}
+    on_phase_end: PhaseEnd | None = None
+    turn = 1
+    names: Sequence[str] = ()  # of the rows of the last `start`
 
     def start(
         self,
@@ -90,7 +84,7 @@ class ScriptedDecoder(Decoder):
         call_bias: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
     ) -> Output:
-        self.turn, self.names = 1, list(names or map(str, range(len(rows))))
+        self.turn, self.names = 1, names or [str(index) for index in range(len(rows))]
         self._force([self.first_turn.get(name) for name in self.names])
         return super().start(rows, images, call_bias, names)
 
@@ -100,9 +94,7 @@ class ScriptedDecoder(Decoder):
         return super().extend(state, picked, *arguments)
 
     def _force(self, tokens: Sequence[Tokens]) -> None:
-        self.processors = LogitsProcessorList([PrefillEnd(lambda: self._report("prefill"))])
-        if any(row is not None for row in tokens):
-            self.processors.append(ForcedTokens(tokens, self.end, self.max_new_tokens, self.model.device))
+        self.processors = LogitsProcessorList([ForcedTokens(tokens, self, lambda: self._report("prefill"))])
 
     def _pixels(self, images: list[Image]) -> Any:
         pixels = super()._pixels(images)
@@ -125,7 +117,7 @@ class ScriptedDecoder(Decoder):
 
 
 class ScriptedEngine(Engine):
-    """An engine whose rows may follow scripts; ``on_phase_end`` is called at the end of every phase of a batch."""
+    """An engine whose rows can follow scripts; ``on_phase_end`` is called at the end of every phase of a batch."""
 
     decoder_type = ScriptedDecoder
     decoder: ScriptedDecoder
@@ -138,41 +130,35 @@ class ScriptedEngine(Engine):
     def run_scripts(
         self, images: Sequence[ImageSource], questions: Sequence[str], row_ids: Sequence[str], scripts: Sequence[Script]
     ) -> list[Trajectory]:
-        """The two-turn interaction, each row by its script; ``call_status`` of a row with a call is forced."""
-        self._set(row_ids, scripts)
-        try:
-            forced = [None if script.crops else () for script in scripts]
+        """`run` with one script per row; ``call_status`` of a row with a call is forced."""
+        forced = [None if script.crops else () for script in scripts]
+        with self._following(row_ids, scripts):
             played = self.run(images, questions, forced, call_bias=float("-inf"), row_ids=row_ids)
-        finally:
-            self._set((), ())
         return [replace(trajectory, call_logprob=None, call_gap=None) for trajectory in played]
 
     def answer_scripts(
-        self,
-        images: Sequence[ImageSource],
-        questions: Sequence[str],
-        view: str,
-        row_ids: Sequence[str],
+        self, images: Sequence[ImageSource], questions: Sequence[str], view: str, row_ids: Sequence[str],
         scripts: Sequence[Script],
-    ) -> list[Trajectory]:
-        """One turn of the base model, each answer as long as its script says."""
-        self._set(row_ids, scripts)
-        try:
+    ) -> list[Trajectory]:  # fmt: skip
+        """`answer` with one script per row, which says how long the answer is."""
+        with self._following(row_ids, scripts):
             return self.answer(images, questions, view, row_ids=row_ids)
-        finally:
-            self._set((), ())
 
-    def _set(self, row_ids: Sequence[str], scripts: Sequence[Script]) -> None:
+    @contextmanager
+    def _following(self, row_ids: Sequence[str], scripts: Sequence[Script]) -> Iterator[None]:
         by_id = dict(zip(row_ids, scripts, strict=True))
         assert len(by_id) == len(row_ids), "a row id occurs twice"
         self.calls = {row_id: script.crops for row_id, script in by_id.items() if script.crops}
-        written = {row_id: self._call_tokens(crops) for row_id, crops in self.calls.items()}
         answers = {row_id: script.answer_tokens for row_id, script in by_id.items()}
-        self.decoder.first_turn = {**answers, **written}
-        self.decoder.second_turn = answers
-
-    def _call_tokens(self, crops: tuple[str, ...]) -> list[int]:
-        return self.decoder.tokenize(self.protocol.render_call(crops) + END_OF_TURN)
+        written = {
+            row_id: self.decoder.tokenize(self.protocol.render_call(crops) + END_OF_TURN)
+            for row_id, crops in self.calls.items()
+        }
+        self.decoder.first_turn, self.decoder.second_turn = {**answers, **written}, answers
+        try:
+            yield
+        finally:
+            self.calls, self.decoder.first_turn, self.decoder.second_turn = {}, {}, {}
 
     def _read_call(self, row: Conversation) -> Call:
         if row.row_id in self.calls:

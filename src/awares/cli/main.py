@@ -277,18 +277,19 @@ def plan(
       awares plan --profile paper
       awares plan --profile paper --check
     """
-    from awares.bench import plan as planning
+    from awares.bench.estimate import forecast, wall_hours
+    from awares.bench.preflight import preflight
     from awares.config import load_params
 
     params = load_params(profile, overrides=overrides)
-    table = planning.forecast(params)
-    findings = planning.preflight(params) if check else []
+    table = forecast(params)
+    findings = preflight(params) if check else []
     if as_json:
         checks = [vars(one) for one in findings]
         print(json.dumps({"profile": params.profile, "stages": table.to_dict("records"), "checks": checks}))
     else:
         print(table.to_string(index=False, float_format="{:,.1f}".format))
-        hours = planning.hours(table, params)
+        hours = wall_hours(table, params)
         print(f"\n{hours:.1f} h on {params.plan.gpus} x {params.plan.gpu}, servers not counted")
         for one in findings:
             fix = "" if one.there else f": {one.mend}"

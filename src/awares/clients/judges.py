@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Self, TypeVar
 
-import pandas as pd
 from PIL import Image
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 from pydantic_core import from_json
@@ -408,36 +407,6 @@ def _answers(name: str, model: ServedModel) -> Finding:
         return Finding(what, False, f"no answer: {type(error).__name__}", mend)
     mend = f"start it with --served-model-name {model.model}, or name what it serves in data/served.yaml"
     return Finding(what, model.model in served_there, f"serves {', '.join(served_there)}", mend)
-
-
-CHARACTERS = 4  # of English text, to a token
-VISUAL_TOKENS = 1500  # of a full image, on average over the paper's sources: assumed
-HR_SHARE = 0.192  # of rows that reach the oracle (Fig. 5: 80.8 % LR)
-
-
-def estimate(rows: int, params: Params) -> pd.DataFrame:
-    """What labelling ``rows`` rows asks of the servers of ``params``, by the prompts and data/served.yaml alone.
-
-    Columns role, model, requests, prompt_tokens, completion_tokens, dollars, hours; no line for what runs in this process. Retries are
-    not counted, nor the check of the repaired answers (some 6 % more), nor are recorded replies taken off.
-    """
-    records = []
-    asked = [("judge", name, rows, 2, "judge", 0) for name in params.curation.panel if is_served(name, params)]
-    if is_served(params.curation.oracle, params):
-        asked.append(("oracle", params.curation.oracle, math.ceil(HR_SHARE * rows), 1, "oracle", VISUAL_TOKENS))
-    if params.curation.engine != "local":
-        asked.append(("base", params.curation.engine, rows, 2, "", VISUAL_TOKENS * 5 // 8))  # full and half resolution
-    for role, name, count, each, prompt, visual in asked:
-        model = get_model(name, params)
-        words = getattr(read_served(params).prompts, prompt) if prompt else Prompt(version="", system="", user="")
-        request = visual + (len(words.system) + len(words.user) + 120) // CHARACTERS
-        reply = {"judge": 20, "oracle": 60}.get(role, 20)
-        requests = count * each
-        tokens = requests * request, requests * reply
-        dollars = sum(amount * price / 1e6 for amount, price in zip(tokens, model.dollars, strict=True))
-        records.append((role, model.model, requests, *tokens, dollars, count / model.rows_per_hour))
-    columns = ["role", "model", "requests", "prompt_tokens", "completion_tokens", "dollars", "hours"]
-    return pd.DataFrame(records, columns=columns)
 
 
 def is_served(name: str, params: Params) -> bool:

@@ -22,7 +22,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import logging as transformers_logging
 
 from awares.engine import chat_format
@@ -38,6 +38,7 @@ STOCK = {  # by model_type: the stock processor and its video half
 }
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NO_WEIGHTS = f"no {ADAPTER_WEIGHTS} there, and only safetensors are read"
+Grid = tuple[int, int]  # patches in height and width
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -158,11 +159,18 @@ def save_model(model: Any, processor: ImageOnlyProcessor, path: str | Path) -> N
     os.replace(partial, path)
 
 
+def patch_grid(size: tuple[int, int], processor: ImageOnlyProcessor) -> Grid:
+    """Patches of an image of ``size`` (width, height) in px, after the processor's resizing."""
+    images = processor.image_processor
+    side, limits = images.patch_size * images.merge_size, images.size
+    height, width = smart_resize(size[1], size[0], side, limits["shortest_edge"], limits["longest_edge"])
+    return height // images.patch_size, width // images.patch_size
+
+
 def visual_tokens(size: tuple[int, int], processor: ImageOnlyProcessor) -> int:
     """Visual tokens of an image of ``size`` (width, height) in px, after the processor's resizing (28 px a token)."""
-    width, height = size
-    patches = processor.image_processor.get_number_of_image_patches(height, width, {})
-    return patches // processor.image_processor.merge_size**2
+    height, width = patch_grid(size, processor)
+    return height * width // processor.image_processor.merge_size**2
 
 
 def set_threads(threads: int) -> None:

@@ -1,0 +1,126 @@
+"""Whether this machine has what a profile needs: GPUs, disk, servers, keys, model, data sets. Changes nothing."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+from awares.bench.estimate import GB, forecast
+from awares.clients.judges import Finding, servers
+from awares.config import Params, read_yaml
+from awares.data import sources
+from awares.errors import AwaresValueError
+
+
+def preflight(params: Params) -> list[Finding]:
+    """One finding for each requirement of the profile; takes minutes at most."""
+    section = params.curation
+    served = [] if section.released else [*section.panel, section.oracle, section.engine]
+    return [
+        *_gpus(params),
+        *_disk(params),
+        *servers(params, served),
+        *_own_rows(params),
+        *_hub(params),
+        *_programs(params),
+    ]
+
+
+def _gpus(params: Params) -> Iterator[Finding]:
+    if params.base.device != "cuda":
+        return
+    count = torch.cuda.device_count()
+    for name in dict.fromkeys(map(params.launch, ("sft", "grpo"))):
+        processes, machines = _launched(params, name)
+        here, by = processes // machines, name or "a training in one process"
+        key = "base.launch" if name == params.base.launch else "sft.launch"
+        yield Finding(f"{here} GPUs here, for {by}", count >= here, str(count), f"name another file in {key}")
+    planned, (total, _) = params.plan.gpus, _launched(params, params.base.launch)
+    yield Finding(f"{total} GPUs planned", planned == total, f"plan.gpus {planned}", f"set plan.gpus to {total}")
+    need = float(forecast(params).gpu_memory_gb.max())
+    for index in range(count):
+        seen = torch.cuda.get_device_properties(index)
+        room = seen.total_memory / GB
+        fix = "lower sft.per_device_batch_size, grpo.per_device_batch_size or protocol.token_budget"
+        yield Finding(f"{need:.0f} GB on GPU {index}", room >= need, f"{room:.0f} GB, {seen.name}", fix)
+
+
+def _launched(params: Params, name: str) -> tuple[int, int]:
+    """Processes (of one GPU each) and machines of an accelerate configuration; one process without a configuration."""
+    if not name:
+        return 1, 1
+    path = params.path(name)
+    settings = read_yaml(path, "base.launch or sft.launch")
+    try:
+        return int(settings["num_processes"]), int(settings["num_machines"])
+    except KeyError as error:
+        raise AwaresValueError(f"{path}: {error} missing: use an accelerate configuration as in data/launch") from error
+
+
+def _disk(params: Params) -> Iterator[Finding]:
+    need = float(forecast(params).disk_gb.sum())
+    folder = params.path(params.paths.runs)
+    free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free / GB
+    fix = "set paths.runs to a larger disk, or DVC's cache"
+    yield Finding(f"{need:.0f} GB of disk", free >= need, f"{free:.0f} GB", fix)
+
+
+def _own_rows(params: Params) -> Iterator[Finding]:
+    for name in params.data.sources:
+        if name.endswith(".jsonl"):
+            yield _present(f"rows {name}", params.path(name).is_file(), "correct its path in data.sources")
+
+
+def _programs(params: Params) -> Iterator[Finding]:
+    if params.evaluation.lmms_eval:
+        python = params.path(params.evaluation.lmms_eval)
+        fix = 'make that environment (data/launch/README.md), or set evaluation.lmms_eval to ""'
+        yield _present(f"lmms-eval at {python}", python.is_file(), fix)
+    if params.grpo.rollouts == "vllm":
+        fix = 'pip install "trl[vllm]" here, or set grpo.rollouts to local'
+        yield _present("vLLM for GRPO's rollouts", importlib.util.find_spec("vllm") is not None, fix)
+
+
+def _present(what: str, there: bool, fix: str) -> Finding:
+    return Finding(what, there, "found" if there else "missing", fix)
+
+
+def _hub(params: Params) -> Iterator[Finding]:
+    """Access to the model and the data sets on the hub, or in the folder ``data.hub_root``."""
+    wanted: list[tuple[str, str]] = []
+    if params.data.origin == "hub":
+        named = [name for name in params.data.sources if not name.endswith(".jsonl")]
+        used = [sources.get_source(params, "training", name) for name in named]
+        used += list(sources.read_sources(params, "evaluation").values())
+        if params.curation.released:
+            used.append(sources.get_source(params, "curated", params.curation.released))
+        wanted += [(one.hub, "dataset") for one in used]
+    if isinstance(params.model_path(), str):
+        wanted.append((params.base.model, "model"))
+    for name, kind in dict.fromkeys(wanted):
+        if params.data.hub_root and kind == "dataset":
+            folder = params.path(params.data.hub_root) / name
+            fix = "copy it there, or leave data.hub_root empty"
+            yield Finding(f"{kind} {name}", folder.is_dir(), str(folder), fix)
+        else:
+            yield _access(name, kind)
+
+
+def _access(name: str, kind: str) -> Finding:
+    what, token = f"{kind} {name}", "it is set" if os.environ.get("HF_TOKEN") else "it is not"
+    try:
+        HfApi().auth_check(name, repo_type=kind)  # anybody may read the description of a gated repository
+    except GatedRepoError:
+        return Finding(what, False, "gated", f"accept its licence on its page and set HF_TOKEN ({token})")
+    except RepositoryNotFoundError:
+        return Finding(what, False, "not found, or private", f"check the id, set HF_TOKEN ({token})")
+    except Exception as error:  # any failure of the network
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+            return Finding(what, False, "refuses the token", "set HF_TOKEN to a valid one, or unset it")
+        fix = "check the network, or set data.hub_root to a folder of copies (base.model to a folder)"
+        return Finding(what, False, f"unreachable: {type(error).__name__}", fix)
+    return Finding(what, True, "readable")
