@@ -1,17 +1,15 @@
-"""A judge, an oracle and a base model as a chat server: a process for the tests of `clients.judges`.
+"""A judge and an oracle as a chat server: a process for the tests of `clients.judges`.
 
 ``python judging_server.py LOG PORT [rigged | mute]``. It answers the prompts of data/served.yaml about the rows of
 `test_curation.make_rows`, whose questions carry a number n, and fails by it: garbage for n % 20 == 3, silence at first
-for n % 20 == 7, status 429 at first for n % 5 == 1. Every third reply has words around its JSON. As the base model it
-answers like `test_curation.FakeEngine`. Of two answers to a ``biased`` question it prefers the first.
+for n % 20 == 7, status 429 at first for n % 5 == 1. Every third reply has words around its JSON. Of two
+answers to a ``biased`` question it prefers the first.
 ``mute``: also, it never answers the judge's requests about n = 10 and the oracle's about n = 9.
 ``rigged``: it does not fail and judges any rows: of two answers the later one in the alphabet is right.
 """
 
 import asyncio
-import base64
 import hashlib
-import io
 import json
 import re
 import sys
@@ -22,7 +20,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from faulty_server import completion, last_text, serve
-from PIL import Image
 
 SILENCE = 3.0  # seconds: longer than the tests' time-out
 BOXES = [[10, 10, 200, 200], [700, 20, 900, 100], [50, 600, 300, 900], [0, 0, 1000, 1000], [400, 400, 600, 600]]
@@ -57,13 +54,6 @@ def rigged(said: dict[str, str]) -> dict[str, Any]:
     return {"question_boxes": [place], "answer_boxes": [place]}
 
 
-def base_answer(body: dict[str, Any], number: int) -> str:
-    """Right for n % 4 < 3 from the full image, which is 84 px wide, and for n % 4 < 1 from a smaller one."""
-    url = body["messages"][-1]["content"][0]["image_url"]["url"]
-    full = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).width == 84
-    return f"{number} KG" if number % 4 < (3 if full else 1) else "illegible"
-
-
 def constrained(body: dict[str, Any]) -> bool:
     """Whether a judge's request binds the reply to a verdict of 0, 1 or 2."""
     wanted = body["response_format"]["json_schema"]
@@ -92,8 +82,6 @@ def make_app(log: Path) -> FastAPI:
             await asyncio.sleep(SILENCE)
         if arrived[name] == 1 and number % 5 == 1:
             return JSONResponse({"error": {"message": "busy"}}, 429, {"retry-after-ms": "20"})
-        if "Question: " not in text:
-            return JSONResponse({**completion(base_answer(body, number)), "id": name})
         lines = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
         said = json.dumps(rigged(lines) if RIGGED else reply(lines))
         return JSONResponse({**completion(f"```json\n{said}\n```" if number % 3 == 0 else said), "id": name})

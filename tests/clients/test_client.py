@@ -147,16 +147,6 @@ def test_the_same_request_is_sent_once_and_any_difference_makes_another(client, 
     assert faulty.counts()[text] == 6
 
 
-def test_a_check_that_raises_keeps_the_reply_out_of_the_file(client, faulty: ServerProcess) -> None:
-    def refuse(reply: Reply) -> None:
-        raise AwaresRequestError("not this server")
-
-    with pytest.raises(AwaresRequestError, match="not this server"):
-        ask(client(), [replace(request("checked"), check=refuse)])
-    ask(client(), [request("checked")])
-    assert faulty.counts()["checked"] == 2
-
-
 def test_it_works_inside_a_running_event_loop(client) -> None:
     async def cell() -> list[Any]:
         return ask(client(), ["loop"])
@@ -164,14 +154,11 @@ def test_it_works_inside_a_running_event_loop(client) -> None:
     assert texts(asyncio.run(cell())) == ["reply to loop"]
 
 
-def test_a_server_that_is_gone_for_good_ends_the_call(client) -> None:
+def test_a_server_that_is_gone_or_refuses_row_after_row_ends_the_call(client, faulty: ServerProcess) -> None:
+    """After one reply a refusal concerns its row; before it, to continue would lose every row."""
     with pytest.raises(AwaresRequestError, match="3 rows in a row"):
         gone = client(url="http://127.0.0.1:9/v1", attempts=2, stop_after=3)
         ask(gone, [f"gone {i}" for i in range(500)], on_failure=lambda failure: failure)
-
-
-def test_a_server_that_refuses_row_after_row_is_set_up_wrongly(client, faulty: ServerProcess) -> None:
-    """After one reply a refusal concerns its row; before it, to continue would lose every row."""
     asked = [f"set up wrongly {i}|400" for i in range(30)]
     with pytest.raises(AwaresRequestError, match="3 rows in a row.*status 400"):
         ask(client(stop_after=3, concurrency=1), asked, on_failure=lambda failure: failure)
