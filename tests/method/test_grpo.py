@@ -334,6 +334,7 @@ def test_the_reward_and_advantage_of_trl_are_ours_to_the_bit(world, play):
     assert [one["crops"] for one in scored] == [CALL if i in (1, 4) else () for i in range(8)]
     for one in scored:
         assert one["miss"] + one["use"] + one["area"] == pytest.approx(one["tool_cost"])
+    assert [one["prediction"] for one in scored] == ANSWERS
     assert scored[1]["text"] == protocol.OURS.render_call(CALL) + "\n" + ANSWERS[1]
 
 

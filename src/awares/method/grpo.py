@@ -155,7 +155,7 @@ def sample_rollouts(params: Params, rows: Dataset, model_path: str | Path) -> li
 def score_rollouts(
     params: Params, rollouts: Sequence[Rollout], reward: RewardFunction | None = None
 ) -> list[dict[str, Any]]:
-    """For every rollout: row, label, text, crops, answer, each term of the reward, the reward, the advantage (Eq. 7).
+    """Of every rollout: row, label, text, crops, prediction, the terms of the reward, the reward, the advantage (Eq. 7).
 
     ``rollouts``: ``grpo.generations`` of each row, one row after the other (`sample_rollouts`).
     """
@@ -165,7 +165,7 @@ def score_rollouts(
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     columns = {**context.shown, **context.logged, "reward": values, "advantage": advantages.flatten().tolist()}
     return [
-        {name: getattr(one, name) for name in ("row_id", "label", "text", "crops", "answer")}
+        {"row_id": one.row_id, "label": one.label, "text": one.text, "crops": one.crops, "prediction": one.answer}
         | {name: column[index] for name, column in columns.items()}
         for index, one in enumerate(rollouts)
     ]
