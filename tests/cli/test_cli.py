@@ -523,7 +523,7 @@ def test_published_adapters_name_their_base(model: Path, scans: Path, tmp_path: 
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A hub whose repositories are the folders OWNER/NAME of ``root``, all of one commit; ``files``: what was requested."""
+    """A hub whose repositories are the folders OWNER/NAME of ``root``, of one commit; ``files``: what was requested."""
 
     root: Path
     files: list[str]

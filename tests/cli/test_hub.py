@@ -1,4 +1,4 @@
-"""What would be uploaded is whole, and its cards say what the run's tables say; nothing leaves the machine in a dry run."""
+"""Folders for the hub are whole, their cards have the numbers of the run's tables, and a dry run uploads nothing."""
 
 import functools
 import json
@@ -18,6 +18,7 @@ from awares.errors import AwaresError
 
 ROOT = Path(__file__).parents[2]
 KEY = "hf_planted_3c1e"
+FILES = ("config.json", "model.safetensors")
 
 
 @pytest.fixture
@@ -48,11 +49,9 @@ def params(tmp_path):
 
 def test_a_policy_goes_up_whole_with_the_numbers_of_its_own_table(params):
     folder = hub.policy_folder(params)
-    assert [name for name, _ in hub.contents(folder)] == [
-        "README.md",
-        *(f"adapters/{stage}/{name}" for stage in ("grpo", "sft") for name in ("adapter_config.json", "adapter_model.safetensors")),
-        "config.json", "model.safetensors",
-    ]  # fmt: skip
+    adapters = [f"adapters/{stage}/adapter_{name}" for stage in ("grpo", "sft") for name in FILES]
+    names = [name for name, _ in hub.contents(folder)]
+    assert names == ["README.md", *adapters, "config.json", "model.safetensors"]
     assert (folder / "model.safetensors").read_text() == "merged"
     for stage, base in (("sft", "data/base"), ("grpo", "../sft")):
         assert (folder / "adapters" / stage / "adapter_model.safetensors").read_text() == stage

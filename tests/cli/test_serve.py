@@ -1,4 +1,4 @@
-"""The server, spoken to by the stock openai client: in this process, and as real processes where time and sockets matter."""
+"""The server, spoken to by the stock openai client: in this process, or as real processes for time and sockets."""
 
 import base64
 import copy
@@ -145,7 +145,8 @@ def test_max_tokens_cuts_the_answer_and_not_the_call(tiny: SimpleNamespace, poli
     create = client(policy).chat.completions.create
     whole, cut = create(**request), create(**request, max_tokens=3)
     content, full = cut.choices[0].message.content or "", whole.choices[0].message.content or ""
-    assert cut.choices[0].finish_reason == "length" and cut.usage.awares == whole.usage.awares  # type: ignore[union-attr]
+    assert cut.choices[0].finish_reason == "length"
+    assert cut.usage.awares == whole.usage.awares  # type: ignore[union-attr]
     assert 0 < len(content) < len(full) and full.startswith(content.rstrip("\ufffd"))
     error = refused(policy, **request, max_tokens=13)
     assert (error.status_code, error.param) == (400, "max_tokens") and "12" in error.message

@@ -1,8 +1,8 @@
 """Many questions to one policy: a folder of images or a JSONL file in, one JSON line per row out, resumable.
 
-A line of the results is a `Trajectory` with ``image``, ``question`` and the ``settings`` of the run; a row that cannot be run has
-``error`` instead. Lines are written a chunk at a time, and the file alone says which rows are done: after a kill at any moment
-the same call resumes.
+A line of the results is a `Trajectory` with ``image``, ``question`` and the ``settings`` of the run; a row that
+cannot be run has ``error`` instead. The file alone says which rows are done: after a kill at any moment the same call
+resumes.
 """
 
 import json
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from awares.engine import jsonl
 from awares.engine.images import cap, open_image
 from awares.engine.jsonl import Record
-from awares.errors import AwaresError, AwaresFileError, AwaresValueError, Failure, with_failures
+from awares.errors import AwaresError, AwaresFileError, AwaresValueError, Failure, first_fault, with_failures
 from awares.method.protocol import check_question
 from awares.method.rollout import ImageSource, Trajectory
 
@@ -39,7 +39,7 @@ class Line(BaseModel):
 
 @dataclass(frozen=True)
 class Item:
-    """One row. ``image``: its name in the results; ``load`` gives the image or its path; ``error``: the row itself is bad."""
+    """One row. ``image``: its name in the results; ``load`` gives it or its path; ``error``: why the row cannot run."""
 
     row_id: str
     image: str
@@ -99,7 +99,7 @@ def _item(file: Path, number: int, line: bytes, question: str | None) -> Item:
         row |= json.loads(line)
         Line.model_validate(row)
     except ValidationError as error:
-        fault = "; ".join(f"{one['loc'][0]} {one.get('input')!r}: {one['msg']}" for one in error.errors())
+        fault = first_fault(error)
     except (ValueError, TypeError, RecursionError) as error:
         fault = f"not a JSON object ({error}); write image and question"
     row_id, image, text = (str(row.get(key) or "") for key in ("id", "image", "question"))
@@ -111,9 +111,9 @@ def run(
 ) -> Summary:
     """Run every item that ``out`` does not hold yet, ``size`` rows at a time, and append the results to it.
 
-    ``settings``: plain values that decide the answers, ``call_bias`` among them. Every line has them, and a file with others is
-    refused. ``retry``: rows that ended in an error are run again. AwaresError for a file that holds something else, or that
-    another process is writing.
+    ``settings``: plain values that decide the answers, ``call_bias`` among them; a file with others is refused.
+    ``retry``: rows that ended in an error are run again. AwaresError for a file of something else, or that another
+    process writes.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with jsonl.exclusive_lock(out):

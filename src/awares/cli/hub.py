@@ -1,7 +1,7 @@
 """Publishing on a model hub: the trained policy and the curated rows, each with a card from this run's tables.
 
-A folder is prepared in ``runs/<profile>/.push`` and then uploaded whole. Images of other people's datasets are left out unless
-requested; their licences are on the card.
+A folder is prepared in ``runs/<profile>/.push`` and then uploaded whole. Images of other people's datasets are left out
+unless requested; their licences are on the card.
 """
 
 import json
@@ -26,7 +26,7 @@ APACHE = (EMBEDDED, "Qwen/Qwen2.5-VL-7B-Instruct")  # base models under Apache-2
 
 
 def policy_folder(params: Params) -> Path:
-    """The policy ready to upload: the merged model, its adapters in ``adapters/``, a card with the accuracies of Table 1.
+    """The policy ready to upload: the merged model, its adapters in ``adapters/``, a card with Table 1's accuracies.
 
     AwaresError where a training or the evaluation has not run.
     """
@@ -70,8 +70,8 @@ def _model_card(params: Params, scores: list[Any]) -> ModelCard:
 def dataset_folder(params: Params, images: bool = False) -> Path:
     """The curated rows ready to upload: a Parquet file per split, raw labels, a card with the sources' licences.
 
-    ``images``: with the pictures; without them a row is found by its id. AwaresError where curation has not run, and for
-    released rows, which are others' work.
+    ``images``: with the pictures; without them a row is found by its id. AwaresError where curation has not run, and
+    for released rows, which are others' work.
     """
     if params.curation.released:
         raise AwaresValueError("curation.released: these rows are published already, and were not curated here")

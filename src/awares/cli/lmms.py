@@ -1,7 +1,7 @@
-"""The six benchmarks through lmms-eval itself: the program that runs it, and the chat model ``awares`` that it finds.
+"""The six benchmarks through lmms-eval: the program that runs it, and the chat model ``awares`` that it finds.
 
-lmms-eval wants another build of torch, so it runs in an environment of its own, whose Python ``evaluation.lmms_eval`` names; rows,
-prompts and metrics are lmms-eval's, the interaction and its token counts are ours. There the model is found through a package entry
+lmms-eval wants another build of torch, so it runs in its own environment, whose Python ``evaluation.lmms_eval``
+names. Rows, prompts and metrics are lmms-eval's; the interaction is ours. It finds the model through a package entry
 point:
 
     lmms-eval --model awares --model_args pretrained=FOLDER,log=samples.jsonl --tasks chartqa,docvqa_val --batch_size 64
@@ -23,10 +23,11 @@ from PIL import Image
 from awares import policy
 from awares.config import Params
 from awares.data import sources
-from awares.engine import decode, jsonl, model
+from awares.engine import jsonl
 from awares.engine.jsonl import Record
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
-from awares.method import protocol, rollout
+from awares.method import protocol
+from awares.method.rollout import Trajectory
 from awares.training import checkpoints
 
 TASKS = {name: name for name in ("chartqa", "docvqa", "ocrbench", "pope", "realworldqa", "vstar")}
@@ -45,21 +46,19 @@ def through_lmms_eval(
 ) -> pd.DataFrame:
     """Scores of the policy at ``model_path`` by lmms-eval: a line per benchmark and metric, on lmms-eval's own scale.
 
-    Columns as in ``COLUMNS``; rtr and seconds are means over samples, n counts them. ``tasks``: benchmark -> task of lmms-eval;
-    ``options``: more of its command line. The samples are kept in ``.checkpoints`` next to ``out_dir``: the same call resumes after
-    a kill. AwaresFileError for a missing environment, AwaresError with lmms-eval's last words where it fails.
+    Columns: ``COLUMNS``; rtr and seconds are means over the n samples. ``tasks``: benchmark -> task of lmms-eval;
+    ``options``: more of its command line. The samples are kept in ``.checkpoints`` next to ``out_dir``, where the
+    same call resumes. AwaresFileError for a missing environment, AwaresError with lmms-eval's last words where it
+    fails.
     """
     python = params.path(params.evaluation.lmms_eval)
     if not python.is_file():
-        raise AwaresFileError(
-            f'evaluation.lmms_eval: no Python at {python}; make that environment as data/launch/README.md says, or set it to ""'
-        )
+        fix = 'make that environment as data/launch/README.md says, or set it to ""'
+        raise AwaresFileError(f"evaluation.lmms_eval: no Python at {python}; {fix}")
     if protocol.from_params(params) != protocol.get_protocol(params.protocol.name):
-        raise AwaresValueError(
-            'evaluation.lmms_eval: it runs the interaction of protocol.name alone: set it to "", or leave protocol.system_file, '
-            "crops.offered and crops.region_budget as they are"
-        )
-    code = [__file__, *(str(part.__file__) for part in (decode, model, policy, rollout, sources))]
+        fix = 'set it to "", or leave protocol.system_file, crops.offered and crops.region_budget as they are'
+        raise AwaresValueError(f"evaluation.lmms_eval runs the interaction of protocol.name alone: {fix}")
+    code = [__file__, str(policy.__file__), str(sources.__file__)]
     inputs = checkpoints.describe_inputs("evaluation", params, [], model_path, code)
     inputs |= {"tasks": list(tasks.values()), "options": list(options)}
     folder = checkpoints.checkpoint_folder(out_dir, inputs)
@@ -75,10 +74,8 @@ def through_lmms_eval(
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # its progress goes to stderr
     fresh = _results(folder) - before
     if done.returncode or not fresh:  # it ends with 0 after most errors, too
-        raise AwaresError(
-            f"lmms-eval ended with {done.returncode} on {system}, {'with' if fresh else 'without'} results; its last words:\n"
-            f"{done.stdout[-2000:]}"
-        )
+        ended = f"ended with {done.returncode}, {'with' if fresh else 'without'} results"
+        raise AwaresError(f"lmms-eval {ended} on {system}; its last words:\n{done.stdout[-2000:]}")
     results = json.loads(max(fresh)[1].read_text())["results"]
     return table(system, results, pd.DataFrame(jsonl.read_records(samples)), tasks)
 
@@ -122,7 +119,7 @@ def manifest() -> Any:
 
 @dataclass(frozen=True)
 class Sample:
-    """A request: its name in the log, its pictures (PIL, or what PIL opens), the question, the texts that end the answer."""
+    """A request: name in the log, pictures (PIL, or what PIL opens), question, texts that end the answer."""
 
     name: str
     pictures: list[Any]
@@ -138,9 +135,10 @@ class Sample:
 class AwaresChat(Model):
     """The policy as lmms-eval wants a model: chat messages in, texts out.
 
-    ``pretrained``: a merged model, or a base with ``adapter``. ``log``: a JSONL file with answer, crops, token counts and seconds of
-    every sample. Samples that it holds of the same policy and settings are not run again: lmms-eval writes its own cache only at the
-    end. A task's limit on new tokens is for the answer and would cut calls off: ours holds.
+    ``pretrained``: a merged model, or a base with ``adapter``. ``log``: a JSONL file with answer, crops, token counts
+    and seconds of every sample; samples that it holds of the same policy and settings are not run again (lmms-eval
+    writes its own cache only at the end). A task's limit on new tokens is for the answer and would cut calls off:
+    ours holds.
     """
 
     is_simple = False
@@ -219,15 +217,14 @@ class AwaresChat(Model):
 
     def _answer(self, rows: list[Sample]) -> list[Record]:
         """Runs the policy; its records, which are then in the log."""
-        images, questions, names = ([getattr(row, key) for row in rows] for key in ("image", "question", "name"))
-        pictures = [image() for image in images]
-        done = self.engine.run(pictures, questions, call_bias=self.call_bias, row_ids=names) if rows else []
+        images, questions = [row.image() for row in rows], [row.question for row in rows]
+        done = self.engine.run(images, questions, call_bias=self.call_bias, row_ids=[row.name for row in rows])
         found = [self._record(row, one) for row, one in zip(rows, done, strict=True)]
         if self.log and found:
             jsonl.append_records(self.log, found)
         return found
 
-    def _record(self, row: Sample, done: rollout.Trajectory) -> Record:
+    def _record(self, row: Sample, done: Trajectory) -> Record:
         read, written = (sum(turn.text_tokens + turn.visual_tokens for turn in done.turns[i::2]) for i in (0, 1))
         about: Record = {"sample": row.name, "policy": self.identity, "question": row.question, "answer": done.answer}
         about |= {"crops": list(done.crops), "call": done.call_status, "input_tokens": read, "output_tokens": written}

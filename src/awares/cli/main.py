@@ -1,7 +1,7 @@
 """The command ``awares``: ask a policy, score it, time it, serve it, plan its pipeline, publish it.
 
-Exit codes: 0 done, 1 something in the data or the files is wrong, 2 wrong usage, 130 interrupted. Results go to stdout, everything
-else to stderr. Torch and transformers are imported inside the commands, so that the help is fast.
+Exit codes: 0 done, 1 something in the data or the files is wrong, 2 wrong usage, 130 interrupted. Results go to stdout,
+everything else to stderr. Torch and transformers are imported inside the commands, so that the help is fast.
 """
 
 import json
@@ -92,9 +92,9 @@ def ask(
 ) -> int:
     """Ask a policy about an image, or about many.
 
-    In a batch, IMAGE is a folder (every image in it, one question) or a .jsonl file with one row a line: image (a path
-    relative to the file), question and optionally id. --out gets one line a row. Rows that it holds are not run again; a
-    row that cannot be run has its reason in "error", and the exit code is then 1.
+    In a batch, IMAGE is a folder (every image in it, one question) or a .jsonl file with one row a line: image (a
+    path relative to the file), question and optionally id. --out gets one line a row. Rows that it holds are not run
+    again; a row that cannot be run has its reason in "error", and the exit code is then 1.
 
     \b
     examples:
@@ -175,8 +175,8 @@ def evaluate(
 ) -> int:
     """Score a policy on the evaluation rows or on your own: Table 1's numbers.
 
-    Accuracy (percent, by each benchmark's own metric, with its interval) and retain token ratio (RTR), per benchmark and on
-    average.
+    Accuracy (percent, by each benchmark's own metric, with its interval) and retain token ratio (RTR), per benchmark
+    and on average.
 
     \b
     examples:
@@ -233,9 +233,9 @@ def serve(
 ) -> int:
     """Serve a policy behind an OpenAI-compatible API.
 
-    POST /v1/chat/completions with one image (a data URL) and one question. The model runs here, one request at a time, or behind
-    --server (vLLM), which batches. Clients must send the key in the environment variable AWARES_API_KEY, if it is set. SIGTERM
-    ends the server after the requests under way.
+    POST /v1/chat/completions with one image (a data URL) and one question. The model runs here, one request at a
+    time, or behind --server (vLLM), which batches. Clients must send the key in the environment variable
+    AWARES_API_KEY, if it is set. SIGTERM ends the server after the requests under way.
 
     \b
     examples:
@@ -269,8 +269,8 @@ def plan(
 ) -> int:
     """Forecast the pipeline's requests, tokens, GPU hours, memory and disk, stage by stage.
 
-    Counted from params.yaml (section `plan`) and data/served.yaml. --check looks for GPUs, disk, servers, keys, model and
-    datasets, says how to fix what is missing, and the exit code is then 1.
+    Counted from params.yaml (section `plan`) and data/served.yaml. --check looks for GPUs, disk, servers, keys, model
+    and datasets, says how to fix what is missing, and the exit code is then 1.
 
     \b
     examples:
@@ -308,8 +308,8 @@ def push(
 ) -> int:
     """Publish the trained policy or the curated rows on a model hub.
 
-    A policy is the merged model with its adapters and a card with this run's Table 1. The token comes from the environment
-    variable HF_TOKEN.
+    A policy is the merged model with its adapters and a card with this run's Table 1. The token comes from the
+    environment variable HF_TOKEN.
 
     \b
     examples:

@@ -1,8 +1,8 @@
 """``awares serve``: the two-turn interaction, or in mode chat the bare model, behind an OpenAI-compatible API.
 
-POST /v1/chat/completions, GET /v1/models, GET /health. The engine is a `rollout.Engine`, which gets one request at a time, or
-a `RemoteEngine`, whose server (vLLM) does the batching. A stream gets its answer in one piece: a turn may be a call until it
-ends. Clients send the key in the environment variable AWARES_API_KEY, if it is set.
+POST /v1/chat/completions, GET /v1/models, GET /health. The engine is a `rollout.Engine`, which gets one request at a
+time, or a `RemoteEngine`, whose server (vLLM) does the batching. A stream gets its answer in one piece: a turn may be
+a call until it ends. Clients send the key in the environment variable AWARES_API_KEY, if it is set.
 """
 
 import asyncio
