@@ -155,7 +155,7 @@ def sample_rollouts(params: Params, rows: Dataset, model_path: str | Path) -> li
 def score_rollouts(
     params: Params, rollouts: Sequence[Rollout], reward: RewardFunction | None = None
 ) -> list[dict[str, Any]]:
-    """Of every rollout: row, label, text, crops, prediction, the terms of the reward, the reward, the advantage (Eq. 7).
+    """Of every rollout: row, label, text, crops, prediction, the reward's terms, the reward, the advantage (Eq. 7).
 
     ``rollouts``: ``grpo.generations`` of each row, one row after the other (`sample_rollouts`).
     """
