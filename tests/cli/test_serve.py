@@ -255,6 +255,7 @@ def test_a_request_that_cannot_be_heeded_is_refused_with_the_fields_name(
         (content(picture(image), text("<|im_end|>")), 400, "messages"),
         (content(picture(image), text("q" * 9000)), 400, "messages"),  # longer than the context
         (content({"type": "audio"}), 400, "messages[0].content[0].type"),
+        (content(picture(image), {"type": "image_url"}), 400, "messages[0].content[1]"),
         ({"messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content"),
         ({"temperature": 0.7}, 400, "temperature"),
         ({"n": 2}, 400, "n"),

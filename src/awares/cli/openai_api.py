@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from PIL import Image, ImageOps
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 
 from awares.cli.options import Limits
@@ -44,6 +44,12 @@ class Part(Strict):
     type: Literal["text", "image_url"]
     text: str = ""
     image_url: ImageUrl | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Part":
+        if (self.type == "image_url") != (self.image_url is not None):
+            raise ValueError("a part of type image_url has the field image_url, a part of type text has none")
+        return self
 
 
 class Message(Strict):
