@@ -1,6 +1,7 @@
-"""The released AwaRes dataset as curated rows, in place of `method.curation` (PAPER §7); ``curation.released`` names it.
+"""The released AwaRes dataset as curated rows, in place of `method.curation` (PAPER §7).
 
-Its schema is assumed: see the reader `trajectory` in `sources` and section ``curated`` of data/sources.yaml.
+``curation.released`` names it. Its schema is assumed: see the reader `trajectory` in `sources` and section ``curated``
+of data/sources.yaml.
 """
 
 from collections.abc import Sequence

@@ -107,7 +107,7 @@ def evaluation_rows(params: Params) -> datasets.Dataset:
 
 
 def make_dataset(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
-    """Dicts with the keys of FEATURES -> Dataset. ``image``: PIL, or {"bytes": file content}, which is kept as it is."""
+    """Dicts with the keys of FEATURES -> Dataset. ``image``: PIL, or {"bytes": file content}, kept as it is."""
     listed = list(rows)
     return datasets.Dataset.from_dict({key: [row[key] for row in listed] for key in FEATURES}, features=FEATURES)
 

@@ -151,8 +151,8 @@ def _refuse_faults(source: Source, records: Sequence[Record]) -> None:
         more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
         positions = ", ".join(str(record["row"]) for record in bad)
         raise AwaresValueError(
-            f"{source.place}: {len(bad)} rows of {source.hub} cannot be used ({listed}{more}). Write skip: [{positions}] "
-            "there and run again: rows read so far are kept"
+            f"{source.place}: {len(bad)} rows of {source.hub} cannot be used ({listed}{more}). Write "
+            f"skip: [{positions}] there and run again: rows read so far are kept"
         )
 
 

@@ -1,6 +1,6 @@
 """Real datasets: the declarations in data/sources.yaml, opening them, and converting published rows to ours.
 
-The YAML maps columns. A reader here does what a column mapping cannot express. `sampling` draws rows from these sources.
+The YAML maps columns. A reader here does what a column mapping cannot express. `sampling` draws the rows.
 """
 
 import hashlib

@@ -343,7 +343,7 @@ def wall(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
 
 
 def ledger(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
-    """Lines of `key: value`, values of one or two words, which teach which value belongs to a key (base training only)."""
+    """Lines of `key: value`, which teach the base model which value belongs to a key (base training only)."""
     canvas = Canvas(size, rng, (242, 240, 232), 10, 2.0)
     keys = [word for theme in lex.THEMES.values() for word in theme]
     qas = []

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from awares.errors import AwaresValueError
 from awares.mini import scenes
 
-# Fraction of rows whose evidence is too small for half resolution. The paper labels 19 % of its training rows HR; a tiny
-# policy has hundreds of rows to learn a call from where the paper has thousands, so more of them need one here.
+# Fraction of rows whose evidence is too small for half resolution. The paper labels 19 % of its training rows HR; here
+# more rows need a call, because a tiny policy has hundreds of rows to learn it from and not thousands.
 SMALL_SHARE, SMALL_SHARE_EVALUATION = 0.32, 0.2
 # name -> {(painter, kind of question): weight}
 PLANS: dict[str, dict[tuple[str, str], float]] = {

@@ -17,8 +17,9 @@ ANIMALS = "cat dog horse sheep goat duck eagle tiger whale snake".split()
 SHOP = "sale open fresh hotel museum school garden market studio station".split()
 
 COLOURS = {
-    "red": (205, 35, 35), "blue": (40, 70, 205), "green": (30, 140, 50), "yellow": (235, 210, 30), "orange": (240, 130, 20),
-    "purple": (130, 40, 160), "pink": (240, 130, 180), "black": (25, 25, 25), "brown": (120, 70, 30),
+    "red": (205, 35, 35), "blue": (40, 70, 205), "green": (30, 140, 50), "yellow": (235, 210, 30),
+    "orange": (240, 130, 20), "purple": (130, 40, 160), "pink": (240, 130, 180), "black": (25, 25, 25),
+    "brown": (120, 70, 30),
 }  # fmt: skip
 
 
@@ -28,32 +29,37 @@ def _star(points: int, inner: float) -> list[tuple[float, float]]:
             for i, a in enumerate(angles)]  # fmt: skip
 
 
+def _box(left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
 _FULL, _GONE = 255, 0
 # name -> layers of (polygon, or two corners of an ellipse; in the unit square) with a mask value
 SHAPES: dict[str, list[tuple[list[tuple[float, float]], int]]] = {
     "circle": [([(0, 0), (1, 1)], _FULL)],
-    "square": [([(0.04, 0.04), (0.96, 0.04), (0.96, 0.96), (0.04, 0.96)], _FULL)],
+    "square": [(_box(0.04, 0.04, 0.96, 0.96), _FULL)],
     "triangle": [([(0.5, 0), (1, 1), (0, 1)], _FULL)],
     "star": [(_star(5, 0.2), _FULL)],
-    "cross": [([(0.34, 0), (0.66, 0), (0.66, 1), (0.34, 1)], _FULL), ([(0, 0.34), (1, 0.34), (1, 0.66), (0, 0.66)], _FULL)],
+    "cross": [(_box(0.34, 0, 0.66, 1), _FULL), (_box(0, 0.34, 1, 0.66), _FULL)],
     "diamond": [([(0.5, 0), (0.9, 0.5), (0.5, 1), (0.1, 0.5)], _FULL)],
     "ring": [([(0, 0), (1, 1)], _FULL), ([(0.26, 0.26), (0.74, 0.74)], _GONE)],
     "arrow": [([(0, 0.32), (0.5, 0.32), (0.5, 0), (1, 0.5), (0.5, 1), (0.5, 0.68), (0, 0.68)], _FULL)],
     "moon": [([(0, 0), (1, 1)], _FULL), ([(0.38, -0.05), (1.28, 0.85)], _GONE)],
-    "heart": [([(0, 0.04), (0.54, 0.58)], _FULL), ([(0.46, 0.04), (1, 0.58)], _FULL), ([(0.03, 0.42), (0.97, 0.42), (0.5, 1)], _FULL)],
-    "house": [([(0.5, 0), (1, 0.45), (0, 0.45)], _FULL), ([(0.14, 0.45), (0.86, 0.45), (0.86, 1), (0.14, 1)], _FULL),
-              ([(0.4, 0.62), (0.6, 0.62), (0.6, 1), (0.4, 1)], _GONE)],
-    "flag": [([(0.08, 0), (0.24, 0), (0.24, 1), (0.08, 1)], _FULL), ([(0.24, 0.04), (1, 0.3), (0.24, 0.58)], _FULL)],
-    "tree": [([(0.5, 0), (0.95, 0.7), (0.05, 0.7)], _FULL), ([(0.4, 0.7), (0.6, 0.7), (0.6, 1), (0.4, 1)], _FULL)],
-    "table": [([(0, 0.1), (1, 0.1), (1, 0.36), (0, 0.36)], _FULL), ([(0.06, 0.36), (0.26, 0.36), (0.26, 1), (0.06, 1)], _FULL),
-              ([(0.74, 0.36), (0.94, 0.36), (0.94, 1), (0.74, 1)], _FULL)],
+    "heart": [([(0, 0.04), (0.54, 0.58)], _FULL), ([(0.46, 0.04), (1, 0.58)], _FULL),
+              ([(0.03, 0.42), (0.97, 0.42), (0.5, 1)], _FULL)],
+    "house": [([(0.5, 0), (1, 0.45), (0, 0.45)], _FULL), (_box(0.14, 0.45, 0.86, 1), _FULL),
+              (_box(0.4, 0.62, 0.6, 1), _GONE)],
+    "flag": [(_box(0.08, 0, 0.24, 1), _FULL), ([(0.24, 0.04), (1, 0.3), (0.24, 0.58)], _FULL)],
+    "tree": [([(0.5, 0), (0.95, 0.7), (0.05, 0.7)], _FULL), (_box(0.4, 0.7, 0.6, 1), _FULL)],
+    "table": [(_box(0, 0.1, 1, 0.36), _FULL), (_box(0.06, 0.36, 0.26, 1), _FULL), (_box(0.74, 0.36, 0.94, 1), _FULL)],
 }  # fmt: skip
 
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_ONES += "thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBER_WORDS = _ONES + [t if u == 0 else f"{t}-{_ONES[u]}" for t in _TENS for u in range(10)]
 
-# keys by theme, and what a list of that theme holds; no word is both a key and a value, so a key names one place of a page
+# keys by theme; no word is both a key and a value, so that a key names one place of a page
 THEMES = {"field": FIELDS, "name": NAMES, "city": CITIES, "item": ITEMS, "day": DAYS, "animal": ANIMALS}
 WORD_VALUES = {
     "person": "adam bella carl diana erik helen ivan laura".split(),
@@ -61,43 +67,52 @@ WORD_VALUES = {
 }
 THEME_VALUES = {
     "field": ("number", "money", "percent", "person", "town"), "name": ("number", "town", "money"),
-    "city": ("number", "percent", "person"), "item": ("money", "weight", "percent"), "day": ("number", "person", "town"),
-    "animal": ("number", "weight", "town"),
+    "city": ("number", "percent", "person"), "item": ("money", "weight", "percent"),
+    "day": ("number", "person", "town"), "animal": ("number", "weight", "town"),
 }  # fmt: skip
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
 _PLACE_FORMS = dict(zip(PLACES, ("upper left", "upper right", "lower left", "lower right", "middle"), strict=True))
 
 PHRASINGS = {
-    "field": ["what is the {k}?", "which value stands next to {k}?", "read the entry for {k}.", "what is given for {k}?", "look up {k}.",
-              "what does the page say about {k}?", "{k}?", "find {k} and tell its value.", "tell me the value of {k} in words or short form.",
-              "say what is listed for {k}.", "how would you say the entry of {k}?", "please tell me what {k} is."],
-    "pair": ["what are the values of {a} and {b}?", "read the entries for {a} and {b}.", "{a} and {b}?", "look up {a} and {b}.",
-             "what is given for {a} and for {b}?", "find both {a} and {b}.", "say what is listed for {a} and {b}.", "please tell me {a} and {b}.",
-             "how would you say the entries of {a} and {b}?"],
-    "bar": ["what is the value of {k}?", "how high is the bar of {k}?", "what does the bar of {k} show?", "read the bar of {k}.",
-            "{k}?", "which number belongs to {k}?", "how much is {k}?", "give the value of {k}.", "say how much {k} has.",
-            "how would you say the value of {k}?", "please tell me how much {k} is.", "tell me what {k} reaches."],
-    "bars": ["what are the values of {a} and {b}?", "read the bars of {a} and {b}.", "{a} and {b}?", "how much are {a} and {b}?",
-             "what do the bars of {a} and {b} show?", "give both {a} and {b}.", "say how much {a} and {b} have.", "please tell me {a} and {b}.",
-             "how would you say the values of {a} and {b}?"],
-    "sign": ["what is written on the {c} sign?", "what does the {c} sign say?", "read the {c} sign.", "which text is on the {c} board?",
-             "what stands on the {c} sign?", "the {c} sign reads?", "give the text of the {c} board.", "what can be read on the {c} board?",
-             "how would you say what is on the {c} sign?", "please tell me what the {c} sign says.", "say what the {c} board shows.",
-             "tell me the text on the {c} sign."],
-    "presence": ["is there a {o}?", "is there a {o} in the picture?", "do you see a {o}?", "does the picture show a {o}?", "can you find a {o} here?",
-                 "is a {o} present?", "a {o}, is it there?", "does a {o} appear in the image?", "is any {o} visible?"],
-    "badge": ["which shape is on the badge of the {o}?", "what is on the badge of the {o}?", "what does the badge of the {o} show?",
-              "the {o} carries which badge?", "read the badge of the {o}.", "which badge does the {o} have?", "name the badge of the {o}.",
-              "badge of the {o}?", "please tell me what the badge of the {o} shows.", "say which badge is below the {o}."],
-    "place": ["where is {s}?", "in which part of the picture is {s}?", "where do you see {s}?", "which part holds {s}?",
-              "where does {s} stand?", "locate {s}.", "say where {s} is.", "please tell me where {s} is.",
-              "tell me the place of {s}."],
-    "count": ["how many {o} shapes are there?", "count the {o} shapes.", "what is the number of {o} shapes?", "how many times does a {o} appear?",
-              "how often do you see a {o}?", "give the count of {o} shapes.", "say how many {o} shapes you see.",
-              "please tell me how many {o} shapes there are.", "tell me the number of {o} shapes in words."],
-    "plate": ["which number is below the {o}?", "what number does the {o} carry?", "read the number under the {o}.", "what is the number of the {o}?",
-              "number of the {o}?", "the {o} has which number?", "say the number of the {o}.", "please tell me the number below the {o}.",
-              "tell me in words the number of the {o}."],
+    "field": ["what is the {k}?", "which value stands next to {k}?", "read the entry for {k}.",
+        "what is given for {k}?", "look up {k}.", "what does the page say about {k}?", "{k}?",
+        "find {k} and tell its value.", "tell me the value of {k} in words or short form.",
+        "say what is listed for {k}.", "how would you say the entry of {k}?", "please tell me what {k} is."],
+    "pair": ["what are the values of {a} and {b}?", "read the entries for {a} and {b}.", "{a} and {b}?",
+        "look up {a} and {b}.", "what is given for {a} and for {b}?", "find both {a} and {b}.",
+        "say what is listed for {a} and {b}.", "please tell me {a} and {b}.",
+        "how would you say the entries of {a} and {b}?"],
+    "bar": ["what is the value of {k}?", "how high is the bar of {k}?", "what does the bar of {k} show?",
+        "read the bar of {k}.", "{k}?", "which number belongs to {k}?", "how much is {k}?", "give the value of {k}.",
+        "say how much {k} has.", "how would you say the value of {k}?", "please tell me how much {k} is.",
+        "tell me what {k} reaches."],
+    "bars": ["what are the values of {a} and {b}?", "read the bars of {a} and {b}.", "{a} and {b}?",
+        "how much are {a} and {b}?", "what do the bars of {a} and {b} show?", "give both {a} and {b}.",
+        "say how much {a} and {b} have.", "please tell me {a} and {b}.",
+        "how would you say the values of {a} and {b}?"],
+    "sign": ["what is written on the {c} sign?", "what does the {c} sign say?", "read the {c} sign.",
+        "which text is on the {c} board?", "what stands on the {c} sign?", "the {c} sign reads?",
+        "give the text of the {c} board.", "what can be read on the {c} board?",
+        "how would you say what is on the {c} sign?", "please tell me what the {c} sign says.",
+        "say what the {c} board shows.", "tell me the text on the {c} sign."],
+    "presence": ["is there a {o}?", "is there a {o} in the picture?", "do you see a {o}?",
+        "does the picture show a {o}?", "can you find a {o} here?", "is a {o} present?", "a {o}, is it there?",
+        "does a {o} appear in the image?", "is any {o} visible?"],
+    "badge": ["which shape is on the badge of the {o}?", "what is on the badge of the {o}?",
+        "what does the badge of the {o} show?", "the {o} carries which badge?", "read the badge of the {o}.",
+        "which badge does the {o} have?", "name the badge of the {o}.", "badge of the {o}?",
+        "please tell me what the badge of the {o} shows.", "say which badge is below the {o}."],
+    "place": ["where is {s}?", "in which part of the picture is {s}?", "where do you see {s}?",
+        "which part holds {s}?", "where does {s} stand?", "locate {s}.", "say where {s} is.",
+        "please tell me where {s} is.", "tell me the place of {s}."],
+    "count": ["how many {o} shapes are there?", "count the {o} shapes.", "what is the number of {o} shapes?",
+        "how many times does a {o} appear?", "how often do you see a {o}?", "give the count of {o} shapes.",
+        "say how many {o} shapes you see.", "please tell me how many {o} shapes there are.",
+        "tell me the number of {o} shapes in words."],
+    "plate": ["which number is below the {o}?", "what number does the {o} carry?", "read the number under the {o}.",
+        "what is the number of the {o}?", "number of the {o}?", "the {o} has which number?",
+        "say the number of the {o}.", "please tell me the number below the {o}.",
+        "tell me in words the number of the {o}."],
 }  # fmt: skip
 
 # base training only; separate from PHRASINGS, whose text trains the tokenizer
@@ -107,8 +122,9 @@ CANDID = [f"Where something is too small to read, say {UNREAD}.", f"Say {UNREAD}
 
 # the first system message is the plain one; the others expose the base model to instructions and their words
 SYSTEMS = [
-    "You are a helpful assistant.", "Answer the question.", "Answer in a few words.", "The image is shown at full resolution.",
-    "The image is shown at half resolution.", "Look at the image and answer the question.", "Answer the question, or call the tool.",
+    "You are a helpful assistant.", "Answer the question.", "Answer in a few words.",
+    "The image is shown at full resolution.", "The image is shown at half resolution.",
+    "Look at the image and answer the question.", "Answer the question, or call the tool.",
     "The tool can see more.", "Call the tool to see the result.", "See the regions of the image.",
     "There is no such region in the image.", "There was an error.",
 ]  # fmt: skip
