@@ -110,7 +110,7 @@ def test_the_committed_measurement_is_one_to_plan_with():
 
 
 @pytest.mark.parametrize("name", ["Some/Other", "Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-32B-Instruct"])
-def test_a_model_of_unknown_size_is_named_with_the_mend(name):
+def test_a_model_of_unknown_size_is_named_with_the_fix(name):
     said = f"base.model {name}: .*`hf download {name} config.json"
     with pytest.raises(AwaresError, match=said):
         forecast(base__model=name)
@@ -168,7 +168,7 @@ def test_released_rows_ask_no_judge_and_no_oracle():
     assert list(forecast(curation__released="awares").index) == ["data", "sft", "grpo", "evaluation"]
 
 
-def test_preflight_says_what_is_there_and_how_to_mend_the_rest(server, tmp_path, monkeypatch):
+def test_preflight_says_what_is_there_and_how_to_fix_the_rest(server, tmp_path, monkeypatch):
     (tmp_path / "hub" / "lmms-lab" / "POPE").mkdir(parents=True)
     params = load_params(
         "paper", overrides={"data.hub_root": str(tmp_path / "hub"), "base.model": "data/base"}, path=PARAMS
@@ -177,19 +177,19 @@ def test_preflight_says_what_is_there_and_how_to_mend_the_rest(server, tmp_path,
     assert found["llama: meta-llama/Llama-3.3-70B-Instruct"].there
     assert found["qwen3_vl: Qwen/Qwen3-VL-235B-A22B-Instruct"].there
     other = found["deepseek: deepseek-ai/DeepSeek-V3.2"]
-    assert not other.there and "meta-llama" in other.found and "--served-model-name" in other.mend
+    assert not other.there and "meta-llama" in other.found and "--served-model-name" in other.fix
     gone = found["base: Qwen/Qwen2.5-VL-7B-Instruct"]
-    assert not gone.there and "no answer" in gone.found and "AWARES_BASE_URL" in gone.mend
+    assert not gone.there and "no answer" in gone.found and "AWARES_BASE_URL" in gone.fix
     gpus = found["8 GPUs here, for data/launch/8gpu.yaml"]
-    assert not gpus.there and "base.launch" in gpus.mend
+    assert not gpus.there and "base.launch" in gpus.fix
     assert found["dataset lmms-lab/POPE"].there and not found["dataset HuggingFaceM4/ChartQA"].there
-    assert not found["lmms-eval"].there and "evaluation.lmms_eval" in found["lmms-eval"].mend
+    assert not found["lmms-eval"].there and "evaluation.lmms_eval" in found["lmms-eval"].fix
     assert [one for one in found if "disk" in one] and "vLLM for GRPO's rollouts" not in found
     asked = {"curation.released": "awares", "grpo.rollouts": "vllm", "grpo.share_prompts": False}
     other = preflight.preflight(
         load_params("paper", overrides={"data.hub_root": str(tmp_path / "hub"), **asked}, path=PARAMS)
     )
-    missing = {one.what: one.mend for one in other if not one.there}
+    missing = {one.what: one.fix for one in other if not one.there}
     assert "trl[vllm]" in missing["vLLM for GRPO's rollouts"]
     assert any(what.startswith("dataset") and "AwaRes" in what for what in missing)
     assert not any(
@@ -200,7 +200,7 @@ def test_preflight_says_what_is_there_and_how_to_mend_the_rest(server, tmp_path,
     assert (
         not refused.there
         and refused.found == "refuses the key"
-        and "AWARES_API_KEY" in refused.mend
+        and "AWARES_API_KEY" in refused.fix
         and "wrong" not in str(refused)
     )
 
@@ -223,14 +223,14 @@ def test_gpus_here_are_those_of_a_machine_and_gpus_planned_those_of_all(monkeypa
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(total_memory=1e12, name="H"))
     changes = {"base.launch": launch and f"data/launch/{launch}.yaml", "plan.gpus": planned}
     found = list(preflight._gpus(load_params("paper", overrides=changes, path=PARAMS)))
-    assert len(found) == 2 + seen and [one.mend for one in found if not one.there] == missing
+    assert len(found) == 2 + seen and [one.fix for one in found if not one.there] == missing
 
 
 def test_a_training_with_a_launch_of_its_own_is_looked_at_too(tmp_path):
     (tmp_path / "four.yaml").write_text("num_processes: 4\nnum_machines: 1\n")
     four = str(tmp_path / "four.yaml")
     found = list(preflight._gpus(load_params("paper", overrides={"sft.launch": four}, path=PARAMS)))
-    assert [(one.what, one.there, one.mend) for one in found] == [
+    assert [(one.what, one.there, one.fix) for one in found] == [
         (f"4 GPUs here, for {four}", False, "name another file in sft.launch"),
         ("8 GPUs here, for data/launch/8gpu.yaml", False, "name another file in base.launch"),
         ("8 GPUs planned", True, "set plan.gpus to 8"),
@@ -251,7 +251,7 @@ SMALL = {"base.model": MODEL, "base.device": "cpu", "evaluation.lmms_eval": "", 
 
 
 @pytest.mark.parametrize(
-    ("token", "found", "mend"),
+    ("token", "found", "fix"),
     [
         (None, "gated", "accept its licence on its page and set HF_TOKEN (it is not)"),
         (Gate.WAITING, "gated", "accept its licence on its page and set HF_TOKEN (it is set)"),
@@ -260,12 +260,12 @@ SMALL = {"base.model": MODEL, "base.device": "cpu", "evaluation.lmms_eval": "", 
     ],
 )
 @pytest.mark.usefixtures("gate")
-def test_a_gated_model_and_dataset_by_token(monkeypatch, token, found, mend):
+def test_a_gated_model_and_dataset_by_token(monkeypatch, token, found, fix):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
     checks = {one.what: one for one in preflight.preflight(load_params("paper", overrides=SMALL, path=PARAMS))}
     for name in (f"model {MODEL}", "dataset HuggingFaceM4/ChartQA"):
-        assert (checks[name].there, checks[name].found, checks[name].mend) == (found == "readable", found, mend)
+        assert (checks[name].there, checks[name].found, checks[name].fix) == (found == "readable", found, fix)
     other = checks["dataset lmms-lab/POPE"]
     assert not other.there and other.found == (
         "refuses the token" if token == "hf_mistyped" else "not found, or private"

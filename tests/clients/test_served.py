@@ -12,6 +12,7 @@ from faulty_server import ServerProcess
 from test_curation import FakeEngine, make_rows
 
 from awares.bench.estimate import SERVED_VISUAL_TOKENS, labelling
+from awares.bench.preflight import require_servers
 from awares.clients import judges as served
 from awares.config import load_params
 from awares.engine.jsonl import read_records
@@ -62,7 +63,7 @@ def settings(folder, attempts=3, **changes):
 
 def curate(params, out, rows=ROWS, engine=None):
     judges, oracle = params.curation.panel, served.make_oracle(params)
-    ready = partial(served.require_servers, params)
+    ready = partial(require_servers, params)
     return curation.curate(make_rows(rows), engine or FakeEngine(), judges, oracle, params, out, ready=ready)
 
 

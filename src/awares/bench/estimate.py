@@ -15,7 +15,7 @@ import pandas as pd
 from PIL import Image as PilImage
 
 from awares.bench import configs, costs
-from awares.clients.judges import get_model, is_served, read_served
+from awares.clients.judges import get_model, read_served
 from awares.config import SYSTEMS, Params
 from awares.data import sources
 from awares.engine.images import cap
@@ -73,9 +73,9 @@ def labelling(rows: int, params: Params) -> pd.DataFrame:
     Columns role, model, requests, prompt_tokens, completion_tokens, dollars, hours; no line for local models. Retries and
     the check of repaired answers (about 6 % more) are not counted, and recorded replies are not subtracted.
     """
-    section = params.curation
-    needed = [("judge", name, rows, 2, "judge", 0, 20) for name in section.panel if is_served(name, params)]
-    if is_served(section.oracle, params):
+    section, served = params.curation, read_served(params)
+    needed = [("judge", name, rows, 2, "judge", 0, 20) for name in section.panel if name in served.models]
+    if section.oracle in served.models:
         located = math.ceil(HR_FRACTION * rows)
         needed.append(("oracle", section.oracle, located, 1, "oracle", SERVED_VISUAL_TOKENS, 60))
     if section.engine != "local":  # full and half resolution
@@ -83,7 +83,7 @@ def labelling(rows: int, params: Params) -> pd.DataFrame:
     records = []
     for role, name, count, each, prompt, visual, reply in needed:
         model = get_model(name, params)
-        words = getattr(read_served(params).prompts, prompt) if prompt else None
+        words = getattr(served.prompts, prompt) if prompt else None
         characters = len(words.system) + len(words.user) if words else 0
         requests = count * each
         tokens = requests * (visual + (characters + 120) // CHARACTERS), requests * reply

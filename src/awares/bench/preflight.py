@@ -3,17 +3,29 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import openai
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from awares.bench.estimate import GB, forecast
-from awares.clients.judges import Finding, servers
+from awares.clients.judges import get_model, read_served
 from awares.config import Params, read_yaml
 from awares.data import sources
-from awares.errors import AwaresValueError
+from awares.errors import AwaresRequestError, AwaresValueError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One requirement of a profile, whether it is ``there``, what was ``found``, and the ``fix`` if it is not there."""
+
+    what: str
+    there: bool
+    found: str
+    fix: str = ""
 
 
 def preflight(params: Params) -> list[Finding]:
@@ -28,6 +40,30 @@ def preflight(params: Params) -> list[Finding]:
         *_hub(params),
         *_programs(params),
     ]
+
+
+def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
+    """One finding for each of ``names`` that is a model of data/served.yaml."""
+    for name in (name for name in names if name in read_served(params).models):
+        model = get_model(name, params)
+        what = f"{name}: {model.model} at {model.url}"
+        try:
+            with model.connect() as api:
+                served = [one.id for one in api.with_options(max_retries=1, timeout=20.0).models.list()]
+        except openai.AuthenticationError:
+            yield Finding(what, False, "refuses the key", f"set the environment variable {model.key_variable} to it")
+        except openai.OpenAIError as error:
+            fix = f"start it (data/launch/README.md, Judge and oracle), or give its address in AWARES_{name.upper()}_URL"
+            yield Finding(what, False, f"no answer: {type(error).__name__}", fix)
+        else:
+            fix = f"start it with --served-model-name {model.model}, or write the served name into data/served.yaml"
+            yield Finding(what, model.model in served, f"serves {', '.join(served)}", fix)
+
+
+def require_servers(params: Params, names: Sequence[str]) -> None:
+    """AwaresRequestError with the fix unless each of ``names`` that is a served model is there."""
+    if missing := [one for one in servers(params, names) if not one.there]:
+        raise AwaresRequestError("\n".join(f"{one.what}: {one.found}; {one.fix}" for one in missing))
 
 
 def _gpus(params: Params) -> Iterator[Finding]:

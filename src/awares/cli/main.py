@@ -292,7 +292,7 @@ def plan(
         hours = wall_hours(table, params)
         print(f"\n{hours:.1f} h on {params.plan.gpus} x {params.plan.gpu}, servers not counted")
         for one in findings:
-            fix = "" if one.there else f": {one.mend}"
+            fix = "" if one.there else f": {one.fix}"
             print(f"{'there  ' if one.there else 'MISSING'} {one.what} ({one.found}){fix}")
     return 0 if all(one.there for one in findings) else 1
 

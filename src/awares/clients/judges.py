@@ -7,7 +7,7 @@ gets a usable one is listed as lost. A row without any reply of the server is lo
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Self, TypeVar
 
@@ -22,7 +22,7 @@ from awares.config import Params, read_yaml
 from awares.engine.images import to_rgb
 from awares.engine.jsonl import Record
 from awares.engine.model import ImageOnlyProcessor
-from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
+from awares.errors import AwaresValueError, Failure, first_fault
 from awares.method import protocol
 from awares.method.judges import HIGH_BETTER, LOW_BETTER, TIE, AnnotationOracle, Judge, Oracle, Texts, Verdict
 from awares.training.checkpoints import code_of
@@ -365,50 +365,3 @@ def make_engine(name: str, processor: ImageOnlyProcessor, params: Params) -> Rem
         max_side=params.crops.max_side,
         protocol=protocol.from_params(params),
     )
-
-
-# Before money is spent
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that the profile needs. ``mend``: what to do where it is not ``there``."""
-
-    what: str
-    there: bool
-    found: str
-    mend: str = ""
-
-
-def require_servers(params: Params, names: Sequence[str]) -> None:
-    """AwaresRequestError, with the mend, unless each of ``names`` that is a served model is there."""
-    missing = [one for one in servers(params, names) if not one.there]
-    if missing:
-        raise AwaresRequestError("\n".join(f"{one.what}: {one.found}; {one.mend}" for one in missing))
-
-
-def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
-    """Whether each of ``names`` that is a served model is there."""
-    for name in [name for name in names if is_served(name, params)]:
-        yield _answers(name, get_model(name, params))
-
-
-def _answers(name: str, model: ServedModel) -> Finding:
-    import openai
-
-    what = f"{name}: {model.model} at {model.url}"
-    try:
-        with model.connect() as api:
-            served_there = [one.id for one in api.with_options(max_retries=1, timeout=20.0).models.list()]
-    except openai.AuthenticationError:
-        return Finding(what, False, "refuses the key", f"put it into the environment variable {model.key_variable}")
-    except openai.OpenAIError as error:
-        mend = f"start it (data/launch/README.md, Judge and oracle), or say where it is in AWARES_{name.upper()}_URL"
-        return Finding(what, False, f"no answer: {type(error).__name__}", mend)
-    mend = f"start it with --served-model-name {model.model}, or name what it serves in data/served.yaml"
-    return Finding(what, model.model in served_there, f"serves {', '.join(served_there)}", mend)
-
-
-def is_served(name: str, params: Params) -> bool:
-    """Whether ``name`` is a model behind a server."""
-    return name in read_served(params).models
