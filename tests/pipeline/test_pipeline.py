@@ -25,7 +25,16 @@ PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 MAIN_LINE = ("data", "curation", "crop_distribution", "sft", "grpo", "evaluation", "report")
 NOTEBOOKS = [name for name, stage in STAGES.items() if "papermill" in stage["cmd"]]
 # Modules that pass parameters and rows on, start processes, or show results. Stages that only show results depend on study/.
-SHOWN = {"config", "settings", "errors", "registry", "data/rows", "training/distributed"}
+SHOWN = {
+    "config",
+    "settings",
+    "errors",
+    "registry",
+    "data/rows",
+    "training/distributed",
+    "bench/estimate",
+    "bench/preflight",
+}
 SUMMARIES = ("crop_distribution", "report", "seeds", "ablations", "comparison")
 
 
