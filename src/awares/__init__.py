@@ -4,10 +4,15 @@ from awares import AwaRes
 trajectory = AwaRes.from_pretrained().ask("page.png", "what is the total?")
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from awares.policy import AwaRes
+
+# OpenMP threads spin while they wait, and slow down every other process. libgomp reads this when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 __all__ = ["AwaRes", "__version__"]
