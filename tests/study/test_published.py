@@ -1,10 +1,16 @@
 """What the repository ships as results: the tables of reports/mini, the README's copy of them, the trained policy."""
 
+import hashlib
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from awares import AwaRes
 from awares.config import load_params
@@ -90,3 +96,47 @@ def _span(text: str) -> list[int]:
     """``1, 2, 3`` and ``9 to 14`` as numbers."""
     first, *rest = (int(n) for n in re.findall(r"\d+", text))
     return [*range(first, rest[-1] + 1)] if " to " in text else [first, *rest]
+
+
+def md5(path: Path) -> str:
+    """The hash of a file or folder as dvc.lock has it: that of a folder is the hash of the list of its files."""
+    if path.is_file():
+        return hashlib.md5(path.read_bytes()).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listed = [{"md5": md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
+    listed.sort(key=lambda one: one["relpath"])
+    return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def altered(root: Path, folder: str) -> list[str]:
+    """What differs between dvc.lock and the files below ``folder``: outputs with another hash, and files of no output."""
+    stages = yaml.safe_load((root / "dvc.lock").read_text())["stages"].values()
+    outs = {out["path"]: out["md5"] for stage in stages for out in stage["outs"] if out["path"].startswith(folder)}
+    wrong = [path for path, expected in outs.items() if not (root / path).exists() or md5(root / path) != expected]
+    files = (file.relative_to(root) for file in (root / folder).rglob("*") if file.is_file())
+    return wrong + [str(file) for file in files if not {*map(str, file.parents), str(file)} & {*outs}]
+
+
+@pytest.mark.skipif(not (ROOT / "dvc.lock").is_file(), reason="dvc.lock comes with the next publication")
+@pytest.mark.parametrize("folder", ["reports/mini", "data/policy"])
+def test_published_files_are_those_that_the_pipeline_wrote(folder: str) -> None:
+    assert altered(ROOT, folder) == []
+
+
+def test_an_edited_file_is_found(tmp_path: Path) -> None:
+    kept = {"cache": False, "persist": True}
+    command = "mkdir -p reports/mini/figures/x && echo 1 | tee reports/mini/a.csv reports/mini/figures/x/b.csv reports/mini/figures/y.csv"
+    outs = [{"reports/mini/a.csv": kept}, {"reports/mini/figures": kept}]
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"report": {"cmd": command, "outs": outs}}}))
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(tmp_path / "site")}
+    for arguments in (["init", "--no-scm", "-q"], ["repro", "-q"]):
+        subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=tmp_path, env=environment, check=True)
+    assert altered(tmp_path, "reports/mini") == []
+    for name, named in (("a.csv", "a.csv"), ("figures/x/b.csv", "figures"), ("added.csv", "added.csv")):
+        file = tmp_path / "reports/mini" / name
+        before = file.read_text() if file.is_file() else None
+        file.write_text("2")
+        assert altered(tmp_path, "reports/mini") == [f"reports/mini/{named}"]
+        file.unlink()
+        if before is not None:
+            file.write_text(before)
