@@ -1,0 +1,96 @@
+"""The order of the packages and the size of everything. Small is a feature, so tests hold it."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "awares"
+TREES = {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
+# A module imports its own package and those of lower levels, inside functions, too. `data` may import `mini`.
+LEVELS = {"errors": 0, "registry": 1, "settings": 2, "config": 3, "engine": 4, "training": 5, "method": 6, "policy": 7,
+          "clients": 7, "mini": 7, "baselines": 7, "data": 8, "study": 9, "bench": 9, "cli": 10, "__main__": 11}  # fmt: skip
+
+
+def imported_packages(tree: ast.AST) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "awares":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            found |= {name.split(".")[1] for name in names if name.startswith("awares.")}
+    return found & {*LEVELS}
+
+
+def test_packages_import_downwards_only() -> None:
+    wrong = []
+    for module, tree in TREES.items():
+        own = module.partition("/")[0].removesuffix(".py")
+        if own != "__init__":  # the front imports AwaRes when it is first used
+            wrong += [(module, name) for name in imported_packages(tree) if LEVELS[own] <= LEVELS[name] and name != own]
+    assert wrong == []
+
+
+@pytest.mark.xfail(strict=False, reason="41 names are defined in several modules")
+def test_no_public_name_is_defined_twice() -> None:
+    places = defaultdict(set)
+    for module, tree in TREES.items():
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [one.id for one in targets if isinstance(one, ast.Name)] + [getattr(node, "name", "_")]
+            for name in names:
+                places[name].add(module)
+    twice = {
+        name: modules for name, modules in places.items() if len(modules) > 1 and name[0] != "_" and name != "main"
+    }
+    assert twice == {}
+
+
+def lines(*patterns: str) -> int:
+    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    return sum(path.read_text().count("\n") for path in files)
+
+
+def longest_function() -> int:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, kinds)]
+    return max((node.end_lineno or 0) - node.lineno + 1 for node in nodes)
+
+
+def longest_line() -> int:
+    return max(len(line) for module in TREES for line in (SOURCE / module).read_text().splitlines())
+
+
+BUDGETS = {
+    "lines of src/awares": (lambda: lines("src/awares/**/*.py"), 11_500),
+    "lines of method/": (lambda: lines("src/awares/method/*.py"), 2_600),
+    "files of method/": (lambda: len(list(SOURCE.glob("method/*.py"))), 10),
+    "lines of the largest file": (lambda: max(lines(f"src/awares/{module}") for module in TREES), 400),
+    "lines of the longest function": (longest_function, 60),
+    "columns of the longest line": (longest_line, 120),
+    "lines of dvc.yaml": (lambda: lines("dvc.yaml"), 300),
+    "lines of tests": (lambda: lines("tests/**/*.py"), 9_000),
+    "lines of data/base/training": (lambda: lines("data/base/training/*.py"), 1_300),
+    "lines of README.md": (lambda: lines("README.md"), 120),
+}
+
+
+OPEN = {  # not met yet, with the number when this was written: delete each line as it is met
+    "lines of src/awares": 15_749,
+    "lines of the largest file": 799,
+    "lines of the longest function": 68,
+    "columns of the longest line": 150,
+    "lines of tests": 12_988,
+    "lines of README.md": 218,
+}
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(name, marks=[pytest.mark.xfail(strict=False)] if name in OPEN else []) for name in BUDGETS]
+)
+def test_budget(what: str) -> None:
+    count, most = BUDGETS[what]
+    assert count() <= most
