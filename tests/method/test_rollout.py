@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,7 +61,7 @@ def end_early(decoder: Decoder, tokens: list[list[int]]) -> None:
     decoder.config.eos_token_id = decoder.end
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_reuse_equals_recomputation_in_mixed_batches_and_alone(tiny: SimpleNamespace, seed: int) -> None:
     rng = np.random.default_rng(seed)
     decoder = Decoder(tiny.model, tiny.processor, max_new_tokens=6)
@@ -88,47 +87,6 @@ def test_reuse_equals_recomputation_in_mixed_batches_and_alone(tiny: SimpleNames
         second = decoder.extend(alone.state, [0], [suffixes[row]], [new[row]])
         assert difference(second.first_logits[0], reused.first_logits[row]) < 1e-4
         assert same(second.tokens[0], reused.tokens[row], reused.margins[row])
-
-
-def test_hundreds_of_trajectories_are_the_same_in_batches_of_1_8_and_64(tiny: SimpleNamespace) -> None:
-    """Most rows ask for one to three crops: turn 2 from the cache against a recomputation, and its tokens at each batch size."""
-    rng = np.random.default_rng(0)
-    decoder = Decoder(tiny.model, tiny.processor, max_new_tokens=6)
-    images = [[image] for image in random_images(tiny, rng, 240)]
-    rows = [prompt_ids(tiny, decoder, "q" * int(rng.integers(1, 40)), row[0]) for row in images]
-    end_early(decoder, decoder.start(rows[:5], images[:5]).tokens)
-    calls = rng.random(len(rows)) < 0.85
-    new = [random_images(tiny, rng, int(rng.integers(1, 4))) for _ in rows]
-    suffixes = [suffix_ids(tiny, decoder, crop_images) for crop_images in new]
-    found: dict[int, list[list[tuple[list[int], float]]]] = {}
-    for size in (1, 8, 64):
-        found[size] = [[] for _ in rows]
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            first = decoder.start(rows[part], images[part])
-            for place, turn in enumerate(zip(first.tokens, first.margins, strict=True)):
-                found[size][start + place].append(turn)
-            places = [place for place in rng.permutation(len(rows[part])).tolist() if calls[start + place]]
-            if not places:
-                continue
-            given = [suffixes[start + place] for place in places], [new[start + place] for place in places]
-            reused = decoder.extend(first.state, places, *given)
-            fresh = decoder.extend(first.state, places, *given, reuse=False)
-            assert difference(reused.first_logits, fresh.first_logits) < 1e-4
-            for second in (reused, fresh):
-                for place, tokens, margin in zip(places, second.tokens, second.margins, strict=True):
-                    found[size][start + place].append((tokens, margin))
-    assert [len(turns) for turns in found[64]] == [3 if call else 1 for call in calls] and sum(calls) > 192
-    ties = 0
-    for others in (found[8], found[64]):
-        for row, other in zip(found[1], others, strict=True):
-            differ = next((turn for turn in range(len(row)) if row[turn][0] != other[turn][0]), None)
-            if differ is not None:  # what follows another first turn may differ
-                assert min(row[differ][1], other[differ][1]) < TIE
-                ties += 1
-    told = f"{ties} of {2 * len(rows)} comparisons of batch sizes end where two logits tie"
-    warnings.warn(told, stacklevel=1)  # so that every run of the tests prints the count
-    assert ties < 0.02 * 2 * len(rows)
 
 
 def test_margins_are_the_gaps_of_the_tokens_that_were_written(tiny: SimpleNamespace) -> None:
@@ -301,24 +259,6 @@ def test_answers_equal_the_libraries_plain_path_row_by_row(rigged: SimpleNamespa
         if order != "do malformed":
             names = order[3:].split(",") if order.startswith("do") else []
             assert trajectory.answer == reference(rigged, image, order, names)
-
-
-def test_the_order_of_the_crops_matters_to_the_reference(rigged: SimpleNamespace) -> None:
-    """Without this the comparison above could not see a wrong image order."""
-    image = rows_of(rigged, ["x"])[0]
-    right = reference(rigged, image, "do center,bottom", ["center", "bottom"])
-    pictures = {name: crops.cut(image, name) for name in ("top-left", "bottom-right")}
-    swapped = [
-        protocol.messages("q", crops.low_resolution(image), ["top-left", "bottom-right"], [pictures[n] for n in names])
-        for names in (["top-left", "bottom-right"], ["bottom-right", "top-left"])
-    ]
-    logits = []
-    for messages in swapped:
-        batch = rigged.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-        with torch.no_grad():
-            logits.append(rigged.model(**batch).logits[0, -1])
-    assert (logits[0] - logits[1]).abs().max() > 1e-2
-    assert right != reference(rigged, image, "do center,bottom", ["bottom", "center"])
 
 
 @pytest.mark.parametrize("reuse", [True, False])

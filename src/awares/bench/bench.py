@@ -1,18 +1,11 @@
 """`awares bench`: speed at the paper's sizes, with random weights (no download).
 
-Measurements:
-
-- *Interactions.* For each benchmark, rows of its typical image size and of the paper's response lengths go through the
-  engine of the evaluation, with scripted outputs, at batch 1 and at the best of the given token budgets, all jobs
-  interleaved. Time runs from the PIL image to the text.
-- *Pruners* (``--pruners``). The training-free pruners at 100 %, 70 % and 50 % of the visual tokens, each against the
-  plain full image, at batch 1 and at the first token budget, with answers as long as AwaRes's. At 100 % the first
-  token's logits must equal the plain model's (in float32; bfloat16 rounds).
-- *SFT step* (``--train``). The second of two optimiser steps of our SFT trainer at ``sft.batch_size``, with data
-  preparation, forward and backward passes of all micro-batches, and update.
-- *GRPO step* (``--train``). The same of our GRPO trainer at ``grpo.batch_size`` completions: rollouts, reference and policy
-  passes, update. A random model never calls or ends a turn, so each completion is ``--completion-tokens`` long; the
-  reward is ANLS, so that no second model runs.
+- *Interactions.* Blank rows of each benchmark's image size and response length go through the evaluation's engine, with
+  scripted outputs, at batch 1 and at the best token budget, all jobs interleaved, from the PIL image to the text.
+- *Pruners* (``--pruners``). The training-free pruners at 100 %, 70 % and 50 % of the visual tokens against the plain
+  full image. At 100 % the first token's logits must equal the plain model's (in float32; bfloat16 rounds).
+- *Training steps* (``--train``). The second optimiser step of our SFT trainer and of our GRPO trainer. A random model
+  never ends a turn, so a GRPO completion has ``--completion-tokens`` tokens; ANLS as reward needs no second model.
 """
 
 import gc
@@ -116,7 +109,7 @@ class Settings:
         return self.image or configs.image_size(benchmark, self.shape, self.scale)
 
     def training_params(self) -> Params:
-        """Profile ``paper`` with two steps of each training, then ``overrides``; AwaresError for a wrong key or value."""
+        """Profile ``paper`` with two steps of each training, then ``overrides``; AwaresError for a wrong value."""
         fixed = {"base.device": self.device, "base.dtype": self.precision, "sft.epochs": 2, "sft.checkpoints": 1}
         fixed |= {
             "grpo.max_steps": 2,
@@ -189,8 +182,8 @@ def interactions(settings: Settings) -> Iterator[tuple[pd.DataFrame, pd.DataFram
 def pruners(settings: Settings) -> Iterator[pd.DataFrame]:
     """Per benchmark and budget: ms per row of every pruner, ratio to ``full`` within a repetition, peak memory.
 
-    Further columns, equal for all rows: RTR as the mean over layers, counted FLOPs, and the largest difference of a first
-    logit from ``full``'s.
+    Further columns, equal for all rows: RTR as the mean over layers, counted FLOPs, and the largest difference of a
+    first logit from ``full``'s.
     """
     model, processor = settings.build()
     names = ["full", *(f"{name}_{percent}" for name in PRUNERS for percent in PERCENTS)]

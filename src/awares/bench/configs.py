@@ -1,7 +1,7 @@
 """The paper's model and benchmarks as sizes: published architectures with random weights, typical images and answers.
 
-Speed depends on sizes alone, so it is measured without a download: the weights are random, the images are blank, and the
-outputs are scripted token by token (`scripted.Script`). Accuracy cannot be measured this way.
+Speed depends on sizes alone, so it is measured without a download: weights are random, images are blank, and outputs
+are scripted token by token (`scripted.Script`). Accuracy cannot be measured this way.
 """
 
 import math
@@ -51,7 +51,7 @@ MINI_IMAGES = 0.4  # of the benchmarks' sides: about the size of the embedded pa
 
 @dataclass(frozen=True)
 class Benchmark:
-    """``size``: typical width and height of its images in px (assumed). Characters of an answer per system: PAPER §5."""
+    """``size``: typical width and height of images in px (assumed). Characters of an answer per system: PAPER §5."""
 
     size: tuple[int, int]
     awares: float
@@ -93,7 +93,6 @@ def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
     key_heads = max(1, round(full.key_heads * factor))
     heads = key_heads * max(1, round(full.heads * factor / key_heads))
     vision_heads, depth = max(1, round(full.vision_heads * factor)), max(2, round(full.vision_depth * factor))
-    token_id = tokenizer.convert_tokens_to_ids
     text = {
         "vocab_size": max(len(tokenizer), round(full.vocabulary * factor)),
         "hidden_size": HEAD * heads,
@@ -118,11 +117,9 @@ def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
         "fullatt_block_indexes": sorted({max(0, (part + 1) * depth // 4 - 1) for part in range(4)}),
         "window_size": 112,
     }
-    ids = {f"{name}_token_id": token_id(f"<|{word}|>") for name, word in _TOKENS.items()}
+    tokens = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{word}|>") for name, word in tokens.items()}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=full.tied, **ids)
-
-
-_TOKENS = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
 
 
 def image_size(benchmark: str, shape: str, scale: float) -> tuple[int, int]:
@@ -140,7 +137,7 @@ def answer_tokens(characters: float) -> int:
 def workload(benchmark: str, rows: int, size: tuple[int, int]) -> Workload:
     """``rows`` blank rows of ``benchmark`` with every system's scripts.
 
-    One-turn systems write AwaRes's answers (assumed: the base model is as terse). Calls are spread evenly over the rows.
+    One-turn systems write AwaRes's answers (assumed: the base model is as terse). Calls are spread over the rows.
     """
     terse, wordy = (answer_tokens(value) for value in (BENCHMARKS[benchmark].awares, BENCHMARKS[benchmark].visionthink))
     scripts: dict[str, Sequence[Script]] = dict.fromkeys(("full", "half"), [Script((), terse)] * rows)

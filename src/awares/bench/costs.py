@@ -1,7 +1,7 @@
 """Counted costs of a Qwen2.5-VL or Qwen3-VL: FLOPs of every part of a forward pass, cache bytes, time on a roofline.
 
-A multiply-add is 2 FLOPs. Only matrix products count, as in `torch.utils.flop_counter`; norms, rotations and activations
-are of lower order. Attention counts all queries x keys, as kernels without a causal shortcut and torch's counter do.
+A multiply-add is 2 FLOPs. Only matrix products count, as in `torch.utils.flop_counter`; norms, rotations and
+activations are of lower order. Attention counts all queries x keys, as kernels without a causal shortcut and torch do.
 
 Vision tower, for an image of P patches of 14 px, width D, MLP width I, merge groups of m = 4 patches, output width H:
 
@@ -95,7 +95,7 @@ def _heads(text: Any) -> tuple[int, int]:
 
 
 def prefill_flops(new: int, cached: int, config: Any, logits: int = 1) -> float:
-    """The language model on ``new`` tokens of one row after ``cached`` ones; logits of the last ``logits`` positions."""
+    """The language model on ``new`` tokens of a row after ``cached`` ones; logits of the last ``logits`` positions."""
     text = config.text_config
     width, (queries, keys) = text.hidden_size, _heads(text)
     linear = 2 * new * width * (2 * queries + 2 * keys + 3 * text.intermediate_size)

@@ -1,8 +1,8 @@
 """Cost estimate of the pipeline from params.yaml, stage by stage, before hours or money are spent.
 
-FLOPs are counted by `costs` and divided by an assumed fraction of the GPU's peak; decoding runs at its memory bandwidth. If
-`awares bench --train` measured the two training steps on the GPU, its tokens per second and peak memory are used. The
-hours are good to a factor of two.
+FLOPs are counted by `costs` and divided by an assumed fraction of the GPU's peak; decoding runs at its memory
+bandwidth. Tokens per second and peak memory of the training steps come from `awares bench --train` if it measured them.
+The hours are good to a factor of two.
 """
 
 import math
@@ -70,8 +70,8 @@ def wall_hours(table: pd.DataFrame, params: Params) -> float:
 def labelling(rows: int, params: Params) -> pd.DataFrame:
     """Requests to servers for labelling ``rows`` rows, from the prompts and data/served.yaml.
 
-    Columns role, model, requests, prompt_tokens, completion_tokens, dollars, hours; no line for local models. Retries and
-    the check of repaired answers (about 6 % more) are not counted, and recorded replies are not subtracted.
+    Columns role, model, requests, prompt_tokens, completion_tokens, dollars, hours; no line for local models. Not
+    counted: retries, the check of repaired answers (about 6 % more), savings by recorded replies.
     """
     section, served = params.curation, read_served(params)
     needed = [("judge", name, rows, 2, "judge", 0, 20) for name in section.panel if name in served.models]
@@ -94,7 +94,7 @@ def labelling(rows: int, params: Params) -> pd.DataFrame:
 
 
 def model_config(params: Params) -> Any:
-    """The configuration of ``base.model``, from its folder or from the published sizes; AwaresError for an unknown model."""
+    """The configuration of ``base.model``, of its folder or as published; AwaresError for an unknown model."""
     path = params.model_path()
     if isinstance(path, Path):
         return load_config(path)
@@ -153,7 +153,7 @@ class _Forecast:
             yield {**line, "requests": one.requests, "disk_gb": rows * 1e3 / GB}
 
     def _training(self, stage: str, rows: int, more_flops: float, written: float) -> dict[str, Any]:
-        """A training on ``rows`` trajectories; ``more_flops`` and ``written`` tokens per row for rollouts and reference."""
+        """A training on ``rows`` trajectories, with ``more_flops`` and ``written`` tokens per row for rollouts."""
         section: Any = getattr(self.params, stage)
         tokens, flops = self._trained(section.gradient_checkpointing)
         memory = self._training_gb(section.per_device_batch_size * tokens, section.gradient_checkpointing)
@@ -200,7 +200,7 @@ class _Forecast:
         return first + rate * more, text + low.flops + rate * crop.flops
 
     def _trained(self, checkpointing: bool) -> tuple[float, float]:
-        """(tokens, FLOPs) of a trained trajectory: backward through frozen weights costs a forward, checkpointing one more."""
+        """(tokens, FLOPs) of a trajectory: backward through frozen weights costs a forward, checkpointing one more."""
         tokens, once = self._policy()
         seen = self.image.scaled(0.25).flops + configs.CALL_RATES["awares"] * self.image.scaled(CROP_AREA).flops
         return tokens, seen + (3 if checkpointing else 2) * (once - seen)
@@ -219,7 +219,7 @@ class _Forecast:
         return pd.read_csv(path).set_index("step").loc[stage]
 
     def _training_gb(self, tokens: float, checkpointing: bool) -> float:
-        """Weights, activations of a micro-batch (with checkpointing one value per layer and one complete layer), logits."""
+        """Weights, activations of a micro-batch (checkpointed: one value per layer, one complete layer), logits."""
         text = self.config.text_config
         layer = tokens * (10 * text.hidden_size + 3 * text.intermediate_size) * self.itemsize
         layers = text.num_hidden_layers * (tokens * text.hidden_size * self.itemsize if checkpointing else layer)

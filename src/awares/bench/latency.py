@@ -134,7 +134,6 @@ def jobs(
     **limits: Any,
 ) -> list[Job]:
     """One job per system of ``models`` (system -> model) and token budget; ``limits`` go to the engine."""
-    assert set(models) <= set(SYSTEMS), f"systems are {SYSTEMS}"
 
     def job(system: str, budget: int) -> Job:
         def work(on_phase_end: PhaseEnd | None) -> list[Trajectory]:
@@ -152,11 +151,8 @@ def system_jobs(
     """One job per system of `baselines` on ``rows``, with the weights ``model``; no phases are reported."""
 
     def job(name: str) -> Job:
-        def work(on_phase_end: PhaseEnd | None) -> list[Trajectory]:
-            engine = Engine(model, processor, token_budget=budget, **limits)
-            return baselines.answer(name, baselines.Job(engine, rows))
-
-        return Job(name, budget, work)
+        engine = Engine(model, processor, token_budget=budget, **limits)
+        return Job(name, budget, lambda on_phase_end: baselines.answer(name, baselines.Job(engine, rows)))
 
     return [job(name) for name in names]
 
@@ -195,8 +191,8 @@ def escalated(engine: ScriptedEngine, rows: Any, trajectories: Sequence[Trajecto
 def measure(work: Sequence[Job], repetitions: int, seed: int, device: str) -> Measured:
     """Run every job once to warm up (which gives its peak memory), then ``repetitions`` times in shuffled order.
 
-    Columns of ``times``: system, token_budget, repetition, rows, seconds, peak_memory in bytes, and the seconds of every
-    phase and turn, e.g. prefill_2.
+    Columns of ``times``: system, token_budget, repetition, rows, seconds, peak_memory in bytes, and the seconds of
+    every phase and turn, e.g. prefill_2.
     """
     records, peaks = [], []
     done: dict[str, list[Trajectory]] = {}
@@ -221,7 +217,7 @@ def measure(work: Sequence[Job], repetitions: int, seed: int, device: str) -> Me
 
 
 def matmul_rate(device: str, dtype: str, size: int = 1024, repetitions: int = 20) -> float:
-    """GFLOP/s of a square matrix product on ``device``, the best of ``repetitions``: an upper bound for any batching."""
+    """GFLOP/s of a square matrix product on ``device``, the best of ``repetitions``: a bound for any batching."""
     square = torch.rand(size, size, device=device, dtype=getattr(torch, dtype))
     watch, ends = Stopwatch(device), []
     for _ in range(repetitions + 1):
@@ -241,7 +237,7 @@ def best_budgets(times: pd.DataFrame) -> dict[str, int]:
 def time_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
     """Milliseconds per row at batch 1 and at each system's best budget, and the ratio to ``reference`` at the same.
 
-    Medians over repetitions with quartiles (``_low``, ``_high``); ``ratio`` is taken within each repetition; ``speedup``:
+    Medians over repetitions with quartiles (``_low``, ``_high``); ``ratio`` is taken within a repetition; ``speedup``:
     rows per second relative to batch 1. Phases are medians over both turns, ``prefill_2`` of the second turn.
     """
     best, records = best_budgets(times), []
@@ -263,7 +259,7 @@ def time_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
 
 
 def ratio_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
-    """Milliseconds per row of jobs at one token budget each, and their ratio to ``reference`` within each repetition."""
+    """Milliseconds per row of jobs at one token budget each, and their ratio to ``reference`` within a repetition."""
     seconds = times.pivot(index="repetition", columns="system", values="seconds")
     records = []
     for system, part in times.groupby("system", sort=False):
@@ -291,7 +287,7 @@ def pair_table(times: pd.DataFrame, overs: Sequence[str], level: float) -> pd.Da
 
 
 def benchmark_table(alone: Mapping[str, np.ndarray], benchmarks: Sequence[str]) -> pd.DataFrame:
-    """Milliseconds per row of rows that run alone (`Measured.alone`), by system and benchmark, and their mean (average).
+    """Milliseconds per row of rows that run alone (`Measured.alone`), by system and benchmark, and the average.
 
     Columns system, benchmark, ms (median over repetitions of the mean over rows) with quartiles, n rows.
     """
@@ -306,7 +302,7 @@ def benchmark_table(alone: Mapping[str, np.ndarray], benchmarks: Sequence[str]) 
 
 
 def flops_table(work: Sequence[Job], reference: str = "full") -> pd.DataFrame:
-    """GFLOPs per row of each job by torch's counter, with padding and the choice of tokens; ``gflops_ratio`` to ``reference``."""
+    """GFLOPs per row of each job by torch's counter, padding included; ``gflops_ratio`` to ``reference``."""
     records = []
     for job in work:
         # torch does not count a CPU's fused attention kernel
@@ -335,7 +331,7 @@ def _by_repetition(times: pd.DataFrame, budgets: Mapping[str, int]) -> pd.DataFr
 def count_table(
     done: Mapping[str, Sequence[Trajectory]], config: Any, processor: ImageOnlyProcessor, bytes_per_value: int
 ) -> pd.DataFrame:
-    """Per system, means over rows: visual tokens, RTR, calls, GFLOPs by part and in all, their ratio to full's, cache in MB.
+    """Per system, means over rows: visual tokens, RTR, calls, GFLOPs by part and total, ratio to full's, cache in MB.
 
     ``prefill_2_gflops`` is a mean over the rows with a second turn, nan without any.
     """
@@ -344,12 +340,13 @@ def count_table(
         found = [costs.trajectory_flops(one, config, processor, system != "awares_naive") for one in trajectories]
         tokens = [sum(turn.visual_tokens + turn.text_tokens for turn in one.turns) - 1 for one in trajectories]
         second = [one.prefill[1] for one in found if one.prefill[1]]
+        parts = {f"{part}_gflops": np.mean([sum(getattr(one, part)) for one in found]) / 1e9 for part in PHASES[1:]}
         record = {
             "system": system,
             "visual_tokens": np.mean([one.visual_tokens for one in trajectories]),
             "rtr": np.mean([one.rtr for one in trajectories]),
             "calls": np.mean([one.call_status != "none" for one in trajectories]),
-            **{f"{part}_gflops": np.mean([sum(getattr(one, part)) for one in found]) / 1e9 for part in PHASES[1:]},
+            **parts,
             "prefill_2_gflops": np.mean(second) / 1e9 if second else float("nan"),
             "gflops": np.mean([one.total for one in found]) / 1e9,
             "cache_mb": costs.cache_bytes(1, config, bytes_per_value) * np.mean(tokens) / 1e6,

@@ -22,7 +22,7 @@ def windows(rows: Iterable[Row], pixels: Callable[[Row], int]) -> Iterator[list[
 
 
 def token_groups(lengths: Sequence[int], room: int, budget: int) -> Iterator[list[int]]:
-    """Consecutive indices of ``lengths`` whose padded size, with ``room`` for the answers, stays within ``budget`` tokens."""
+    """Consecutive indices of ``lengths`` whose padded size, with ``room`` for answers, is within ``budget`` tokens."""
     group: list[int] = []
     for index, length in enumerate(lengths):
         longest = max([length, *(lengths[other] for other in group)]) + room

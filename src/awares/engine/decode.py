@@ -173,7 +173,7 @@ class Decoder(Codec):
         images: Sequence[list[Image]],
         reuse: bool = True,
     ) -> Output:
-        """Append ``suffixes`` (ids) and new ``images`` to the rows ``picked`` of ``state`` and generate; no further calls.
+        """Append ``suffixes`` (ids) and ``images`` to the rows ``picked`` of ``state`` and generate; they cannot call.
 
         ``reuse=False`` prefills the same ids from scratch and encodes all images again: the reference for reuse.
         """
@@ -295,7 +295,7 @@ def prefix_cache(model: Any, prefix: Tensor, rows: int) -> DynamicCache:
 
 
 def vision_output(pooled: Any, deep: Sequence[Any]) -> BaseModelOutputWithPooling:
-    """A vision tower's output: ``pooled`` for the language model's input, ``deep`` for its first layers (Qwen3-VL only)."""
+    """A vision tower's output: ``pooled`` for the language model's input, ``deep`` for its first layers (Qwen3-VL)."""
     if deep:
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 

@@ -25,7 +25,7 @@ def in_chunks(
     """Run ``work`` on chunks of ``size`` of ``ids``, keep its records in the file ``path``, return all in that order.
 
     ``work`` gets the ids of a chunk and returns one record with that ``id`` for each. Complete chunks of the file are
-    not run again, unless ``again`` is true for one of their records. A chunk that a kill tore is run as a whole, because
+    not run again, unless ``again`` is true for one of their records. A chunk that a kill tore is run again completely:
     a row's batch must not depend on the kill. AwaresError if the file has other rows or another process writes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def in_chunks(
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records of a JSONL file, [] if it does not exist. A last line without line break, torn by a kill, is left out.
+    """The records of a JSONL file, [] if it does not exist, without a last line that a kill tore (no line break).
 
     AwaresError names file and line of another broken line.
     """
@@ -81,7 +81,7 @@ def drop_torn_line(path: str | Path) -> None:
 
 
 def refuse_foreign(path: str | Path, head: bytes, kind: str) -> None:
-    """AwaresFileError if a line of the file does not begin with ``head``: the file is not ours and must not be changed."""
+    """AwaresFileError if a line of the file does not begin with ``head``: it is not ours and must not be changed."""
     lines = Path(path).read_bytes().split(b"\n") if Path(path).is_file() else [b""]
     if any(not line.startswith(head) for line in lines[:-1]) or not lines[-1].startswith(head[: len(lines[-1])]):
         raise AwaresFileError(f"{path}: contains something other than {kind}: give another file to write to")

@@ -55,7 +55,7 @@ class ImageOnlyProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or chat_format.CHAT_TEMPLATE)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """As in `ProcessorMixin`, but images are always tensors, even if ``return_tensors`` is not set: TRL needs that."""
+        """As in `ProcessorMixin`, but images are tensors even if ``return_tensors`` is not set: TRL needs that."""
         if images is not None and kwargs.get("return_tensors") is None:
             kwargs["images_kwargs"] = {"return_tensors": "pt", **kwargs.get("images_kwargs", {})}
         return super().__call__(images=images, text=text, **kwargs)
@@ -229,7 +229,7 @@ def _is_hub_name(text: str) -> bool:
 
 @contextmanager
 def _reading(path: str | Path, fault: str = "") -> Iterator[None]:
-    """Turn any error of the libraries, which raise plain Exception for damaged files, into an AwaresError with ``fault``."""
+    """Turn any error of the libraries (plain Exception for damaged files) into an AwaresError with ``fault``."""
     try:
         with _quiet():
             yield

@@ -1,10 +1,10 @@
 """Prompts, tool schema and messages of the interaction; the one place that renders and parses calls.
 
 A conversation is ``[system, user(I_low, q), assistant(a)]`` or ``[system, user(I_low, q), assistant(call C),
-tool(crops), assistant(a)]`` (PAPER §1), in Qwen2.5-VL's own chat format with its ``<tool_call>`` JSON. The system prompt
-contains the tool schema, because TRL's vision collator does not pass ``tools=`` to the template. The released checkpoint
-uses another form (PAPER §7): it writes ``GET_CROPS: ['0', '5']`` and gets the crops in a user turn. A `Protocol` is one
-of the two forms; rendering needs one, and the parser reads calls of both.
+tool(crops), assistant(a)]`` (PAPER §1), in Qwen2.5-VL's chat format with its ``<tool_call>`` JSON. The system prompt
+has the tool schema, because TRL's vision collator does not pass ``tools=`` to the template. The released checkpoint has
+another form (PAPER §7): it writes ``GET_CROPS: ['0', '5']`` and gets the crops in a user turn. A `Protocol` is one of
+the two forms; rendering needs one, and the parser reads calls of both.
 """
 
 import json
@@ -41,8 +41,8 @@ RELEASED_CALL = "GET_CROPS"
 _IDS = {str(number): name for number, name in enumerate(CROPS) if name != "all"}  # the released policy's '0' .. '8'
 RELEASED_SYSTEM = (
     "You answer questions about an image, which is shown at low resolution. If it is too coarse to answer from, write "
-    "GET_CROPS: and a list of region ids, for example GET_CROPS: ['3'] or GET_CROPS: ['0', '5'], to see those regions at "
-    f"high resolution; the ids are {_IDS}, and 'all' is the whole image. Otherwise write the answer."
+    "GET_CROPS: and a list of region ids, for example GET_CROPS: ['3'] or GET_CROPS: ['0', '5'], to see those regions "
+    f"at high resolution; the ids are {_IDS}, and 'all' is the whole image. Otherwise write the answer."
 )
 
 
@@ -50,7 +50,7 @@ RELEASED_SYSTEM = (
 class Call:
     """The request of an assistant turn.
 
-    ``status``: none (an answer), valid, recovered (readable, but not in the exact format), malformed (no readable region).
+    ``status``: none (an answer), valid, recovered (readable, but not the exact format), malformed (no readable region).
     """
 
     crops: tuple[str, ...]
@@ -87,7 +87,7 @@ class Protocol:
         return f"{RELEASED_CALL}: {[ids.get(name, name) for name in function['arguments']['regions']]}"
 
     def reply(self, images: Sequence[Image | None], error: str | None = None) -> dict[str, Any]:
-        """The second turn's message: the crops in the order requested (``None`` is a placeholder), or an error in words."""
+        """The second turn's message: the crops in the order requested (None: a placeholder), or an error in words."""
         content = [_text(error)] if error else [_image(image) for image in images]
         sender = {"role": "tool", "name": TOOL_NAME} if self.name == "ours" else {"role": "user"}
         return {**sender, "content": content}
@@ -109,7 +109,7 @@ def get_protocol(name: str, system: str | None = None) -> Protocol:
 
 
 def from_params(params: Params) -> Protocol:
-    """The protocol ``protocol.name`` for the regions ``crops.offered``, with the prompt of ``protocol.system_file`` if set."""
+    """The protocol ``protocol.name`` for ``crops.offered``, with the prompt of ``protocol.system_file`` if set."""
     offered, system = params.crops.offered, None
     if params.protocol.system_file:
         file = params.path(params.protocol.system_file)
@@ -126,7 +126,7 @@ def from_params(params: Params) -> Protocol:
 
 
 def tool_as_user(message: dict[str, Any]) -> dict[str, Any]:
-    """The tool's message as a user message that renders to the same text, for servers that refuse images in tool turns."""
+    """The tool's message as a user message with the same text, for servers that refuse images in tool turns."""
     content = [_text("<tool_response>\n"), *message["content"], _text("\n</tool_response>")]
     return {"role": "user", "content": content}
 
@@ -148,7 +148,7 @@ def messages(
 ) -> list[dict[str, Any]]:
     """A two-turn conversation of the policy (PAPER §2.3) in the form of ``protocol``.
 
-    ``crops``: the call, none for a direct answer; ``crop_images``: their images in the same order (default: placeholders).
+    ``crops``: the call, none for a direct answer; ``crop_images``: their images in this order (default: placeholders).
     Without ``answer`` the conversation ends where the model continues.
     """
     conversation = user_messages(question, [low_image], protocol.system)
@@ -215,8 +215,8 @@ _NAME = re.compile(r"[\"']name[\"']\s*:\s*[\"']([^\"']*)[\"']")
 def parse_call(text: str, protocol: Protocol = OURS) -> Call:
     """Read an assistant turn: strictly first, then tolerantly (PAPER §5, formatting; §7, the released format).
 
-    Calls of both protocols are read, but only the exact format of ``protocol`` is valid. A region that the tool does not
-    offer counts as unknown.
+    Calls of both protocols are read, but only the exact format of ``protocol`` is valid. A region that the tool does
+    not offer counts as unknown.
     """
     text = answer_text(text)
     if not _CALL_LIKE.search(text):

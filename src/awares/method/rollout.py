@@ -1,8 +1,8 @@
 """The two-turn interaction of curation, evaluation, `AwaRes.ask`, the baselines and the benchmarks (PAPER §1).
 
-Turn 1 sees the question and I_low and either answers or calls for crops. Turn 2 adds the crops, or an error in words if
-the call was not readable, and answers; it cannot call again, since there is no third turn. Rows that answer directly and
-rows that call share batches; a token budget bounds each batch.
+Turn 1 sees the question and I_low and answers or calls for crops. Turn 2 adds the crops, or an error in words if the
+call was not readable, and answers; it cannot call again. Rows that answer directly and rows that call share batches,
+whose size a token budget bounds.
 """
 
 import time
@@ -102,7 +102,7 @@ class Conversation:
 
 
 class Interaction(ABC):
-    """The two-turn interaction; subclasses implement ``_all`` for a local model (`Engine`) or a server (`RemoteEngine`)."""
+    """The two-turn interaction; ``_all`` runs it with a local model (`Engine`) or a server (`RemoteEngine`)."""
 
     def __init__(self, codec: Codec, max_side: int, protocol: Protocol = OURS) -> None:
         self.codec = codec
@@ -124,9 +124,8 @@ class Interaction(ABC):
         None = the model decides. ``call_bias``, one for all or one per row, is added to the logit of the call token at
         the first generated position.
         """
-        names = _names(row_ids, len(questions))
         biases = [call_bias] * len(questions) if isinstance(call_bias, float | int) else call_bias
-        _check_lengths(questions, images=images, forced=forced, call_bias=biases, row_ids=row_ids)
+        names = _names(questions, row_ids, images=images, forced=forced, call_bias=biases)
 
         def prepare(index: int) -> Conversation:
             decision = forced[index] if forced is not None else None
@@ -152,19 +151,17 @@ class Interaction(ABC):
     ) -> list[Trajectory]:
         """One turn of the base model with its plain system prompt, from one ``view`` (of `VIEWS`) of the image.
 
-        ``crops``, one tuple per row, belongs to the view half+crops: the low-resolution image, then the crops, in one
-        user turn.
+        ``crops``, one tuple per row, is for the view half+crops: I_low, then the crops, in one user turn.
         """
         if view not in VIEWS:
             raise AwaresValueError(f"view {view!r}: use one of {', '.join(VIEWS)}")
         if (view == "half+crops") != (crops is not None):
             raise AwaresValueError("give crops for the view half+crops, and for no other")
-        names = _names(row_ids, len(questions))
-        _check_lengths(questions, images=images, crops=crops, row_ids=row_ids)
+        names = _names(questions, row_ids, images=images, crops=crops)
 
         def prepare(index: int) -> Conversation:
-            chosen = crops[index] if crops is not None else ()
-            return self._open(images[index], questions[index], names[index], view, chosen, protocol.PLAIN_SYSTEM)
+            seen = view, crops[index] if crops is not None else ()
+            return self._open(images[index], questions[index], names[index], *seen, protocol.PLAIN_SYSTEM)
 
         return self._all(names, prepare)
 
@@ -236,20 +233,10 @@ class Interaction(ABC):
         """Complete the rows ``prepare(0)``, ``prepare(1)``, ...; one trajectory for each of ``names``."""
 
     def _trajectory(self, row: Conversation) -> Trajectory:
-        return Trajectory(
-            row_id=row.row_id,
-            answer=row.turns[-1].text,
-            crops=row.call.crops,
-            call_status=row.call.status,
-            turns=tuple(row.turns),
-            visual_tokens=sum(turn.visual_tokens for turn in row.turns),
-            full_visual_tokens=visual_tokens(row.full.size, self.processor),
-            seconds=row.seconds,
-            margin=row.margin,
-            call_logprob=row.call_logprob,
-            call_gap=row.call_gap,
-            layer_visual_tokens=row.layer_visual_tokens,
-        )
+        retained, full = sum(turn.visual_tokens for turn in row.turns), visual_tokens(row.full.size, self.processor)
+        values: tuple[Any, ...] = row.row_id, row.turns[-1].text, row.call.crops, row.call.status, tuple(row.turns)
+        values += retained, full, row.seconds, row.margin, row.call_logprob, row.call_gap, row.layer_visual_tokens
+        return Trajectory(*values)
 
 
 class Engine(Interaction):
@@ -282,13 +269,9 @@ class Engine(Interaction):
     @classmethod
     def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> Self:
         """An engine with the limits of params.yaml that shows its progress; ``options`` override them."""
-        limits: dict[str, Any] = dict(
-            progress=True,
-            max_new_tokens=params.protocol.max_new_tokens,
-            token_budget=params.protocol.token_budget,
-            max_side=params.crops.max_side,
-            protocol=protocol.from_params(params),
-        )
+        section, spoken = params.protocol, protocol.from_params(params)
+        limits: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "token_budget": section.token_budget}
+        limits |= {"max_side": params.crops.max_side, "protocol": spoken, "progress": True}
         return cls(model, processor, **{**limits, **options})
 
     # Batches
@@ -310,7 +293,7 @@ class Engine(Interaction):
         return results
 
     def _batches(self, rows: Sequence[Conversation]) -> Iterator[list[Conversation]]:
-        """Rows of similar size together, the largest first, so that a batch that does not fit in memory fails at once."""
+        """Rows of similar size together, the largest first, so that a lack of memory shows at once."""
         by_size = sorted(rows, key=lambda row: (sum(turn.visual_tokens for turn in row.turns), len(row.ids)))[::-1]
         return ([by_size[index] for index in group] for group in self._groups([len(row.ids) for row in by_size]))
 
@@ -348,11 +331,9 @@ class Engine(Interaction):
                 self._write(rows[index], tokens, margin)
 
 
-def _names(row_ids: Sequence[str] | None, count: int) -> list[str]:
-    return [str(name) for name in (range(count) if row_ids is None else row_ids)]
-
-
-def _check_lengths(questions: Sequence[str], **others: Sequence[Any] | None) -> None:
-    for name, values in others.items():
+def _names(questions: Sequence[str], row_ids: Sequence[str] | None, **others: Sequence[Any] | None) -> list[str]:
+    """The rows' ids, by default their indices; AwaresValueError unless all ``others`` are as many as ``questions``."""
+    for name, values in {**others, "row_ids": row_ids}.items():
         if values is not None and len(values) != len(questions):
             raise AwaresValueError(f"{len(questions)} questions but {len(values)} {name}: give one for each question")
+    return [str(name) for name in (range(len(questions)) if row_ids is None else row_ids)]
