@@ -201,23 +201,11 @@ class Latency(Section):  # timing of the systems (PAPER §5)
     batch_tokens: Listed[Annotated[StrictInt, Field(ge=2)]]
 
 
-class BaseStage(Section):  # one stage of training the embedded base model; work: cost of a step, in patches and tokens
-    steps: Count
-    learning_rate: Amount
-    work: Count
-
-
-class Base(Section):  # the base VLM: a folder of this repository or a model id, and how the embedded one was trained
-    seed: Whole
-    begin: Literal["glyphs", "joint", "review"]
-    warmup_steps: Count
-    decay_fraction: Fraction
-    weight_decay: Amount
+class Base(Section):  # the base VLM: a folder of this repository or a model id
     model: str
     dtype: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"]
     launch: str
-    stages: dict[str, BaseStage] = field(hash=False)  # in order
 
 
 class Plan(Section):  # the hardware that costs are estimated for; bench: a folder of `awares bench --train` or nothing

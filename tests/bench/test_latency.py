@@ -22,10 +22,9 @@ from awares.bench.scripted import PHASES, Script, ScriptedEngine
 from awares.config import TASKS
 from awares.data.rows import make_dataset
 from awares.engine.chat_format import END_OF_TURN
-from awares.engine.model import make_processor, visual_tokens
+from awares.engine.model import load_processor, make_processor, visual_tokens
 from awares.errors import AwaresError
 from awares.method.protocol import OURS
-from awares.mini import base
 from awares.mini import synthetic_rows as suite
 
 ROOT = Path(__file__).parents[2]
@@ -235,7 +234,7 @@ def test_escalation_plays_only_the_callers_again(embedded: SimpleNamespace) -> N
 
 def test_published_sizes() -> None:
     """All parameters, as many as the published checkpoints' pages list, of models without memory."""
-    tokenizer = base.build_tokenizer()
+    tokenizer = load_processor(shapes.EMBEDDED).tokenizer
     published = {"7b": 8_292_166_656, "3b": 3_754_622_976, "72b": 73_410_777_344}
     assert {f"qwen2.5-vl-{size}" for size in published} == set(shapes.SHAPES)
     for size, count in published.items():
@@ -259,7 +258,7 @@ def test_workloads_follow_the_paper(name: str) -> None:
     assert calls["awares"] == pytest.approx(0.278 * rows, abs=1) and calls["escalate_full"] == 18 and not calls["full"]
     assert work.scripts["awares"] == work.scripts["awares_naive"]
     assert len(work.images) == rows and bool(work.scripts["awares"][0].crops)  # a single row is one that calls
-    processor = make_processor(base.build_tokenizer())
+    processor = make_processor(load_processor(shapes.EMBEDDED).tokenizer)
     size = shapes.image_size(name, "qwen2.5-vl-7b", 1.0)
     assert visual_tokens(size, processor) > 350
 

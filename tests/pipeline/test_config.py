@@ -79,9 +79,9 @@ def test_file_is_found_from_a_folder_below(monkeypatch):
 def test_variant_then_overrides(edited):
     values = {"grpo.lambda_area": 0.0, "grpo.beta": 0.1, "profiles.paper.grpo.epochs": 7, "profiles.mini.threads": 3}
     path = edited(lambda raw: raw["variants"].update(no_area=values))
-    params = load_params(variant="no_area", overrides={"grpo.beta": 0.2, "base.stages.words.steps": 5}, path=path)
+    params = load_params(variant="no_area", overrides={"grpo.beta": 0.2, "comparison.own": ["mine"]}, path=path)
     assert (params.grpo.lambda_area, params.grpo.beta, params.grpo.epochs, params.threads) == (0.0, 0.2, 1, 3)
-    assert params.base.stages["words"].steps == 5
+    assert params.comparison.own == ("mine",)
     assert params.run_dir("grpo").name == "no_area-s1" and params.run_dir("sft").name == "main-s1"
     assert params.run_dir("curation").name == "main" and params.run_dir("ablations").name == "ablations"
     assert replace(params, variant="turn").run_dir("evaluation").name == "turn-s1"
@@ -116,7 +116,7 @@ def test_a_whole_number_becomes_a_float_where_one_is_declared():
         ("{evaluation.seed: 101}", "evaluation.seed.* must differ"),
         ("{sft.per_device_batch_size: 7}", "sft.batch_size .*multiple of .* 7"),
         ("{grpo.generations: 5}", "grpo.batch_size .*multiple of grpo.generations 5"),
-        ("{base.stages.words.steps: 0}", "base.stages.words.steps"),
+        ("{base.dtype: int8}", "base.dtype"),
         ("{models.x: 1}", "unknown key models"),
         ("{seed: a}", "seed.*'a'"),
         ("{seed.x: 1}", "unknown key seed.x"),

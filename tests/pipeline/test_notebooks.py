@@ -20,10 +20,9 @@ from conftest import under_other_names
 
 from awares.bench.latency import SYSTEMS as SYSTEMS_TIMED
 from awares.config import SYSTEMS, TASKS, load_params
-from awares.engine.model import load_model, save_model
+from awares.engine.model import save_model
 from awares.engine.rows import load_rows
 from awares.method.evaluation import AVERAGE
-from awares.mini import pretrain
 from awares.study import publish
 
 ROOT = Path(__file__).parents[2]
@@ -466,12 +465,9 @@ def test_the_report_writes_the_tables_that_the_pipeline_declares(line):
     assert {file.name for file in (line.params.report_dir() / "tables").glob("*.csv")} - beside == declared
 
 
-def test_base_model_is_trained_exported_and_described(line):
-    small = {f"base.{stage}_{key}": n for stage in pretrain.STAGES for key, n in (("steps", 2), ("work", 400))}
-    folder = line.run("00_base_model", "base_model", **small, **{"data.validation_rows": 2}).parent
-    assert sum(weight.numel() for weight in load_model(folder / "model").parameters()) > 5e6
-    assert (folder / "model" / "model.safetensors").stat().st_size < 20e6
+def test_base_model_is_described_and_measured(line):
+    """The shipped weights, whatever base.model is."""
+    folder = line.run("00_base_model", "base_model", **{"data.validation_rows": 2}).parent
     reading = pd.read_csv(folder / "reading.csv")
     assert set(reading.view) == {"full", "half"} and set(reading.evidence) == {"small", "large", "all"}
-    assert "2 of 2 joint (0.0 h), 2 of 2 review" in (folder / "model" / "README.md").read_text()
-    assert json.loads((folder / "metrics.json").read_text())["step"] == 2
+    assert json.loads((folder / "metrics.json").read_text())["full_all"] >= 80

@@ -77,7 +77,7 @@ def imported(code):
     return found
 
 
-@pytest.mark.parametrize("stage", [name for name in NOTEBOOKS if name not in ("base_model", "report")])
+@pytest.mark.parametrize("stage", [name for name in NOTEBOOKS if name != "report"])
 def test_stage_depends_on_all_code_that_makes_its_results(stage):
     """The imports of the notebook, and theirs in turn."""
     source = ROOT / re.search(r"notebooks/\w+\.ipynb", STAGES[stage]["cmd"])[0]
@@ -332,15 +332,6 @@ def test_an_experiment_changes_one_value_and_keeps_the_comments(repository):
     text = (repository / "params.yaml").read_text()
     assert "  beta: 0.1" in text and "# Table 11" in text and text.startswith("profile: mini")
     call(repository, "git", "checkout", "-q", "params.yaml")
-
-
-def test_the_base_model_is_frozen_and_can_be_trained_again(repository):
-    again = ("dvc", "repro", "--dry", "--single-item", "--force", "base_model")
-    assert "papermill" not in call(repository, *again)
-    call(repository, "dvc", "unfreeze", "base_model")
-    assert "papermill" in call(repository, *again)
-    call(repository, "dvc", "freeze", "base_model")  # DVC lays the file out anew; its stages are the same
-    assert reproduce(repository) == []
 
 
 # Last: it looks at everything that the others wrote

@@ -7,6 +7,7 @@ are scripted token by token (`scripted.Script`). Accuracy cannot be measured thi
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,8 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from awares.bench.latency import POLICIES, Workload
 from awares.bench.scripted import Script
 from awares.engine.chat_format import END_OF_TURN
-from awares.engine.model import ImageOnlyProcessor, make_processor
+from awares.engine.model import ImageOnlyProcessor, load_config, load_processor, make_processor
 from awares.method.protocol import OURS
-from awares.mini import base
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ SHAPES = {
     "qwen2.5-vl-3b": Shape(2048, 11008, 36, 16, 2, 151936, True),
     "qwen2.5-vl-72b": Shape(8192, 29568, 80, 64, 8, 152064, False, vision_mlp=3456),
 }
+EMBEDDED = Path(__file__).parents[3] / "data" / "base"  # the embedded base model; every size uses its tokenizer
 MINI = "mini"  # the embedded base model's architecture
 SMALLEST_SIDE = 112  # px of an image, so that half of it and its crops still have a few tokens
 MINI_IMAGES = 0.4  # of the benchmarks' sides: about the size of the embedded pages
@@ -78,9 +79,9 @@ def build(shape: str, scale: float, dtype: str, device: str, seed: int = 0) -> t
 
     ``scale`` below 1 shrinks depth, width and vocabulary to about ``scale`` times the parameters.
     """
-    tokenizer = base.build_tokenizer()
+    tokenizer = load_processor(EMBEDDED).tokenizer
     processor = make_processor(tokenizer)
-    config = base.tiny_config(tokenizer) if shape == MINI else config_of(shape, scale, tokenizer)
+    config = load_config(EMBEDDED) if shape == MINI else config_of(shape, scale, tokenizer)
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))

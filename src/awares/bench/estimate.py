@@ -19,9 +19,8 @@ from awares.clients.judges import get_model, read_served
 from awares.config import SYSTEMS, Params
 from awares.data import sources
 from awares.engine.images import cap
-from awares.engine.model import load_config
+from awares.engine.model import load_config, load_processor
 from awares.errors import AwaresFileError, AwaresValueError
-from awares.mini.base import build_tokenizer
 
 COLUMNS = ("stage", "rows", "requests", "tokens", "pflop", "gpu_hours", "gpu_memory_gb", "disk_gb", "basis")
 TEXT = 300  # tokens of system prompt, tool schema and question: assumed
@@ -104,7 +103,7 @@ def model_config(params: Params) -> Any:
             f"base.model {path}: sizes are known for {', '.join(configs.SHAPES)}, and for folders, Qwen3-VL's too: "
             f"run `hf download {path} config.json --local-dir FOLDER` and plan with base.model FOLDER"
         )
-    return configs.config_of(shape, 1.0, build_tokenizer())
+    return configs.config_of(shape, 1.0, load_processor(configs.EMBEDDED).tokenizer)
 
 
 class _Forecast:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from awares.mini.base import SUBJECTS, TRAITS, WORDS
+from architecture import SUBJECTS, TRAITS, WORDS
 
 SUBJECT_LAYER, VALUE_LAYER = 1, 3
 ROWS = 2  # of patches in a visual token

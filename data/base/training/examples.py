@@ -1,198 +1,32 @@
-"""The embedded base VLM: a small Qwen2.5-VL, trained from scratch on pages it can read.
+"""Training examples of the embedded base model: an image with dense targets, up to ten questions, and the trail of each answer.
 
-Here are its architecture, its tokenizer and its examples; `lookup` and `pretrain` train it. A picture comes with dense targets (what stands on each
-14 px patch, and whose value it is), up to ten questions in one conversation, and the trail of each answer (where a reader would look).
-
-The base learns as a real one does, from *legible* evidence: at half resolution it is asked only about what has survived halving, so that
-illegible text lies outside what it knows. It sees single images, image groups, and calls of other functions, some of which take what stands
-in the picture or where it stands; it never sees the crop tool.
+The base learns as a real model does, from *legible* evidence: at half resolution it is asked only about what remains legible, so that
+illegible text is outside its training distribution. It sees single images, groups of images and calls of other functions, but never the crop tool.
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
-from awares.config import CROP_NAMES, Crops
+from architecture import CHAR_ID, IGNORE, LINKS, PATCH, SUBJECT_ID, TRAIT_ID, WORD_ID, WORDS
 from awares.method import crops
 from awares.method.crops import CROPS
 from awares.mini import scenes
 from awares.mini import vocabulary as lex
+from recipe import Stage
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-            "<|video_pad|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]  # fmt: skip
 LEGIBLE_TEXT, LEGIBLE_OBJECT, LEGIBLE_COLOUR = 12.5, 12.5, 6.0  # px
-PAPER_CROPS = Crops(
-    offered=CROP_NAMES,  # type: ignore[arg-type]
-    region_budget=1.0,
-    rule="coverage",
-    iou_threshold=0.5,
-    coverage_threshold=0.95,
-    max_side=2000,
+VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that other words lead to
+TEXT_ONLY = 0.06  # fraction of the conversations without a picture
+ASKED = 0.5  # of the questions of a conversation with calls: fraction whose answer is the argument of a call
+LOCATED = 0.85  # of those conversations: fraction where the argument is the part of the picture that holds the evidence
+TIGHT = 0.5  # of the questions behind a call: fraction whose part is a smallest one that holds the evidence
+SMALL_WANTED = (
+    0.6  # of the questions behind a call: fraction about print too small for half resolution, if there is any
 )
-PATCH, TOKEN = 14, 28  # px
-CHARS = "abcdefghijklmnopqrstuvwxyz0123456789$%:"
-WORDS = sorted({w for words in [*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, list(lex.SHAPES)] for w in words}
-               | {str(n) for n in range(100)} | {"kg", "sign"})  # fmt: skip
-WORD_ID = {w: i + 1 for i, w in enumerate(WORDS)}  # 0 = nothing here
-SUBJECTS = [*WORDS, *lex.COLOURS]
-SUBJECT_ID = {w: i + 1 for i, w in enumerate(SUBJECTS)}
-CHAR_ID = {c: i + 1 for i, c in enumerate(CHARS)}
-TRAITS = [*lex.COLOURS, "%", "$"]  # the colour of an object, or the unit of a printed number
-TRAIT_ID = {t: i + 1 for i, t in enumerate(TRAITS)}
-IGNORE = -100
-SYMBOLIC = ("lookup", "calls")  # stages of the language tower alone, on symbolic pages
-PICTURED = ("joint", "review")  # stages of both towers, on pictures
-ASKING = (*SYMBOLIC, *PICTURED)  # stages with questions
-CALLING = ("calls", *PICTURED)  # stages with calls of functions about pictures
-CALLED = {
-    "calls": 0.85,
-    "joint": 0.6,
-    "review": 0.9,
-}  # in those, the share of pictures with parts whose parts are the result of a call
-# and of the other pictures, the share with questions that ask for a call whose argument is to be looked up
-GROUNDED = {"calls": 0.3, "joint": 0.3, "review": 0.85}
-ASKED = 0.5  # of their questions, the share that asks for it
-LOCATED = 0.85  # of which the share where the argument is the part of the picture that holds an answer's evidence, not the answer
-TIGHT = 0.5  # of the questions behind a call, the share whose part is a smallest one that holds the evidence
-SMALL_WANTED = 0.6  # of the questions behind a call, the share about what half resolution does not show, where there is such a thing
-# share of the full and half views whose system message asks to say so where something is too small to read; there the base also learns
-# how likely it is to misread the rest (`pretrain.doubted`)
-CANDID = {"review": 0.6}
-TWICE = {"review": ("count", "pair", "bars")}  # kinds of questions that come up twice as often: those read worst
-LINKS = 2  # words that lead to what stands on a patch
-VALUES = ("field", "bar", "sign", "plate", "badge")  # kinds of questions about one value that something else leads to
-# shares of painters and of views by stage; the vision tower learns most from full pages
-PAINTER_SHARES = {
-    "glyphs": {"wall": 1.0},
-    "words": {"page": 0.1, "chart": 0.1, "signs": 0.1, "objects": 0.15, "wall": 0.55},
-    "vision": {"page": 0.2, "chart": 0.24, "signs": 0.09, "objects": 0.12, "collage": 0.05, "ledger": 0.3},
-    "lookup": {"page": 0.24, "chart": 0.18, "signs": 0.2, "objects": 0.3, "collage": 0.08},
-    "calls": {"page": 0.24, "chart": 0.22, "signs": 0.2, "objects": 0.26, "collage": 0.08},
-    "joint": {"page": 0.24, "chart": 0.26, "signs": 0.2, "objects": 0.22, "collage": 0.08},
-    "review": {"page": 0.16, "chart": 0.16, "signs": 0.28, "objects": 0.32, "collage": 0.08},  # what is read worst
-}
-_SEES = {"full": 0.65, "half": 0.2, "part": 0.15}
-VIEW_SHARES = {
-    "glyphs": _SEES,
-    "words": _SEES,
-    "vision": {"full": 0.45, "half": 0.4, "part": 0.15},  # a half view has a quarter of the patches
-    "lookup": {"full": 0.4, "half": 0.2, "part": 0.1, "group": 0.3},
-    "calls": {"full": 0.1, "half": 0.1, "part": 0.05, "group": 0.75},
-    "joint": {"full": 0.35, "half": 0.25, "part": 0.05, "group": 0.35},
-    "review": {"full": 0.17, "half": 0.33, "part": 0.03, "group": 0.47},
-}
-
-
-# --- the architecture ------------------------------------------------------------------------------------------------
-
-
-def build_tokenizer(seed: int = 0, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen's special tokens, numbers in pairs of digits, trained on what the suite says.
-
-    Not a `Qwen2Tokenizer`: when that is loaded, it puts Qwen's own pattern, digits one by one, in place of the saved one.
-    """
-    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(_corpus(np.random.default_rng(seed)), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
-        additional_special_tokens=SPECIALS,
-    )  # fmt: skip
-
-
-def _corpus(rng: np.random.Generator) -> Iterator[str]:
-    vocabulary = [*WORDS, *lex.NUMBER_WORDS, *lex.COLOURS, *lex.PLACES]
-    vocabulary += "violet rose dark upper lower left right middle top bottom all".split()
-    vocabulary += [
-        "yes",
-        "no",
-        "percent",
-        "dollars",
-        "kilos",
-        "user",
-        "system",
-        "assistant",
-        "tool",
-        "error",
-        "such",
-        "region",
-        *lex.SYSTEMS,
-    ]
-    for word in vocabulary * 40:
-        yield f"{word}"
-        yield f" {word}"
-    for phrasings in lex.PHRASINGS.values():
-        for text in phrasings * 40:
-            yield text.format(k="", c="", o="", s="", a="", b="")
-    for _ in range(2000):
-        one = text_example(rng)
-        yield "\n".join([one.system, *(part for turn in one.turns for part in turn)])
-
-
-def tiny_config(
-    tokenizer: PreTrainedTokenizerFast, vision_width: int = 160, width: int = 192, depth: int = 6
-) -> Qwen2_5_VLConfig:
-    ids: dict[str, Any] = {
-        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-        for name in ("image_pad", "video_pad", "vision_start", "vision_end")
-    }
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 512, "num_hidden_layers": depth,
-            "num_attention_heads": width // 32, "num_key_value_heads": width // 32, "max_position_embeddings": 4096, "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [1, 2, 13]}, "initializer_range": 0.03,
-            "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={
-            "depth": depth, "hidden_size": vision_width, "intermediate_size": 448, "num_heads": vision_width // 32, "out_hidden_size": width,
-            "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
-            "fullatt_block_indexes": [2, 4, 5],
-        },
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"], tie_word_embeddings=False,
-    )  # fmt: skip
-
-
-class DenseHeads(torch.nn.Module):
-    """What stands on each 14 px patch (word, trait, whose value it is), and in each 7 px cell (glyph); used in base training only.
-
-    Glyphs are read half-way up the vision tower, words before its last block, so that this block can carry them to the values they lead to.
-    """
-
-    def __init__(self, config: Qwen2_5_VLConfig) -> None:
-        super().__init__()
-        parts: Any = config  # its halves are declared as dicts too
-        width = parts.vision_config.hidden_size
-        self.glyphs = torch.nn.Linear(width, 4 * (len(CHARS) + 1))
-        self.early = torch.nn.Linear(width, len(WORDS) + 1)
-        self.words = torch.nn.Linear(width, len(WORDS) + 1)
-        self.traits = torch.nn.Linear(width, len(TRAITS) + 1)
-        self.links = torch.nn.Linear(width, LINKS * (len(SUBJECTS) + 1))
-
-
-# --- examples --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -395,81 +229,117 @@ def trail(qa: scenes.QA, scene: scenes.Scene, views: list[View]) -> Trail:
     return Trail(subjects, tuple(tuple(places(marks) for marks in words) for words in parts), by_word)
 
 
-def example(rng: np.random.Generator, stage: str, questions: int = 10) -> Example:
+def example(rng: np.random.Generator, stage: Stage, questions: int = 10) -> Example:
     """One conversation about one picture: whole, halved, a part of it, or a halved view with parts of it."""
-    silent = stage not in ASKING
-    if not silent and rng.random() < 0.06:
+    if stage.asks and rng.random() < TEXT_ONLY:
         return text_example(rng)
-    painter = _drawn(rng, PAINTER_SHARES[stage])
-    draw = scenes.draw if stage in SYMBOLIC else scenes.paint  # symbolic pages need no camera
+    painter = _drawn(rng, stage.painters)
+    draw = scenes.draw if stage.trains == "language" else scenes.paint  # symbolic pages need no camera
     scene = draw(painter, rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
-    kind = _drawn(rng, VIEW_SHARES[stage])
+    kind = _drawn(rng, stage.views)
     if painter == "ledger" and kind == "half":  # its keys may be small
         kind = "full"
-    regions: list[scenes.PixelBox] = []
-    if kind in ("part", "group"):
-        names = [c for c in CROPS if c != "all"]
-        count = 2 if kind == "group" and rng.random() < 0.2 else 1
-        regions = [CROPS[str(c)] for c in rng.choice(names, count, replace=False)]
-    wanted = _wanted(rng, scene, stage) if kind == "group" and stage in CALLING else None
-    # the first part shows what is asked behind a call: drawn blindly, hardly one holds both values of a pair
-    if wanted:
-        parts = [str(part) for part in rng.permutation(list(CROPS))]
-        fitting = [part for part in parts if _inside(scene, CROPS[part], wanted)]
-        regions[0] = CROPS[min(fitting, key=crops.area) if rng.random() < TIGHT else fitting[0]]
+    regions, wanted = _regions(rng, scene, stage, kind)
     views = [view(scene, halve=kind != "full")] if kind in ("full", "half", "group") else []
     views += [view(scene, region) for region in regions]
-    if silent:
+    if not stage.asks:
         return Example(views)
-    order = _balanced(rng, [qa for qa in scene.qas if _answerable(qa, kind, views)], TWICE.get(stage, ()))[:questions]
-    candid = stage in CANDID and kind in ("full", "half") and rng.random() < CANDID[stage]
-    if candid and kind == "half":
-        unread = [_unread(qa) for qa in _balanced(rng, [qa for qa in scene.qas if qa.small])[: questions // 2]]
-        order = order[: questions - len(unread)] + unread
-        order = [order[i] for i in rng.permutation(len(order))]
-    late = 0
-    if (
-        kind == "group" and rng.random() < 0.5
-    ):  # the parts come in a later turn; what was asked before needs the first view alone
-        early = [qa for qa in order if not qa.small]
-        order = early[:2] + [qa for qa in order if qa not in early[:2]]
-        late = min(len(early), 2)
-    dice = rng.random()
-    system = text_example(rng).system if dice < 0.12 else str(rng.choice(lex.SYSTEMS)) if dice < 0.3 else lex.SYSTEMS[0]
-    if candid:
-        name, argument, offered, _ = _function(rng)
-        system = str(rng.choice(lex.CANDID)) + (f"\n{_offer(name, argument, offered)}" if rng.random() < 0.5 else "")
-    call = ""
-    if wanted and rng.random() < CALLED[stage]:
-        early = [qa for qa in order if not qa.small and qa is not wanted][: int(rng.integers(3))]
-        order = [*early, wanted, *(qa for qa in order if qa not in early and qa is not wanted)]
-        order, late = order[: len(early) + 4], len(early)
-        name, argument, offered, words = _function(rng, bool(rng.random() < 0.5))
-        call = _call(name, argument, words)
-        if rng.random() < 0.7:
-            system += f"\n{_offer(name, argument, offered)}"
-    asking: list[bool] = [False] * len(order)
-    if stage in CALLING and not call and not candid and rng.random() < GROUNDED[stage]:
-        name, argument, offered, _ = _function(rng)
-        asking = [bool(rng.random() < ASKED) for _ in order]
-        if kind != "part" and rng.random() < LOCATED:
-            offered = [str(place) for place in rng.permutation(list(CROPS))]
-            places = _located(rng, scene, views[0])
-            asking = [ask and index < len(places) for index, ask in enumerate(asking)]
-            order = [place if ask else qa for qa, place, ask in zip(order, places + order, asking, strict=False)]
-        system = f"{lex.SYSTEMS[0]}\n{_offer(name, argument, offered)}"
+    order, candid = _questions(rng, scene, stage, kind, views, questions)
+    order, late = _early_questions(rng, order) if kind == "group" else (order, 0)
+    system, call = _system(rng, candid), ""
+    if wanted and rng.random() < stage.called:
+        order, late, call, offer = _behind_call(rng, order, wanted)
+        system += offer
     turns = [(qa.question, qa.answers[qa.form]) for qa in order]
-    turns = [_as_call(*turn, name, argument) if ask else turn for ask, turn in zip(asking, turns, strict=True)]
-    whole = views[:1] if stage in CALLING else views  # a part does not tell a place in the whole
+    if stage.called and not call and not candid and rng.random() < stage.argument:
+        order, turns, system = _as_arguments(rng, scene, order, views[0] if kind != "part" else None)
+    whole = views[:1] if stage.called else views  # a part does not show a place in the whole
     trails = [trail(qa, scene, whole if qa.kind in ("place", "unread") else views) for qa in order]
     return Example(views, turns, system, late if late < len(order) else 0, trails, call, candid)
 
 
-def _wanted(rng: np.random.Generator, scene: scenes.Scene, stage: str) -> scenes.QA | None:
+def _regions(
+    rng: np.random.Generator, scene: scenes.Scene, stage: Stage, kind: str
+) -> tuple[list[scenes.PixelBox], scenes.QA | None]:
+    """The parts to show, and the question behind a call that the first part answers."""
+    if kind not in ("part", "group"):
+        return [], None
+    names = [c for c in CROPS if c != "all"]
+    count = 2 if kind == "group" and rng.random() < 0.2 else 1
+    regions = [CROPS[str(c)] for c in rng.choice(names, count, replace=False)]
+    wanted = _wanted(rng, scene, stage) if kind == "group" and stage.called else None
+    if wanted:  # a random part hardly ever holds both values of a pair
+        parts = [str(part) for part in rng.permutation(list(CROPS))]
+        fitting = [part for part in parts if _inside(scene, CROPS[part], wanted)]
+        regions[0] = CROPS[min(fitting, key=crops.area) if rng.random() < TIGHT else fitting[0]]
+    return regions, wanted
+
+
+def _questions(
+    rng: np.random.Generator, scene: scenes.Scene, stage: Stage, kind: str, views: list[View], most: int
+) -> tuple[list[scenes.QA], bool]:
+    """At most ``most`` questions that the views answer, and whether the system message asks to admit what cannot be read."""
+    order = _balanced(rng, [qa for qa in scene.qas if _answerable(qa, kind, views)], stage.twice)[:most]
+    candid = bool(stage.candid) and kind in ("full", "half") and rng.random() < stage.candid
+    if candid and kind == "half":
+        unread = [_unread(qa) for qa in _balanced(rng, [qa for qa in scene.qas if qa.small])[: most // 2]]
+        order = order[: most - len(unread)] + unread
+        order = [order[i] for i in rng.permutation(len(order))]
+    return order, candid
+
+
+def _early_questions(rng: np.random.Generator, order: list[scenes.QA]) -> tuple[list[scenes.QA], int]:
+    """Half of the time the parts come in a later turn: questions that the first view answers come before; their number."""
+    if rng.random() >= 0.5:
+        return order, 0
+    early = [qa for qa in order if not qa.small]
+    return early[:2] + [qa for qa in order if qa not in early[:2]], min(len(early), 2)
+
+
+def _system(rng: np.random.Generator, candid: bool) -> str:
+    dice = rng.random()
+    system = text_example(rng).system if dice < 0.12 else str(rng.choice(lex.SYSTEMS)) if dice < 0.3 else lex.SYSTEMS[0]
+    if not candid:
+        return system
+    function = Function.drawn(rng)
+    return str(rng.choice(lex.CANDID)) + (function.offer() if rng.random() < 0.5 else "")
+
+
+def _behind_call(
+    rng: np.random.Generator, order: list[scenes.QA], wanted: scenes.QA
+) -> tuple[list[scenes.QA], int, str, str]:
+    """Questions with the ``wanted`` one behind a call, its turn, the call, and what the system message offers."""
+    early = [qa for qa in order if not qa.small and qa is not wanted][: int(rng.integers(3))]
+    order = [*early, wanted, *(qa for qa in order if qa not in early and qa is not wanted)]
+    function = Function.drawn(rng, bool(rng.random() < 0.5))
+    offer = function.offer() if rng.random() < 0.7 else ""
+    return order[: len(early) + 4], len(early), function.call(function.words), offer
+
+
+def _as_arguments(
+    rng: np.random.Generator, scene: scenes.Scene, order: list[scenes.QA], whole: View | None
+) -> tuple[list[scenes.QA], list[tuple[str, str]], str]:
+    """Questions, turns and system message of a conversation where some answers are the argument of a call."""
+    function = Function.drawn(rng)
+    asking = [bool(rng.random() < ASKED) for _ in order]
+    if whole and rng.random() < LOCATED:
+        function = function._replace(offered=[str(place) for place in rng.permutation(list(CROPS))])
+        places = _located(rng, scene, whole)
+        asking = [ask and index < len(places) for index, ask in enumerate(asking)]
+        order = [place if ask else qa for qa, place, ask in zip(order, places + order, asking, strict=False)]
+    turns = [(qa.question, qa.answers[qa.form]) for qa in order]
+    turns = [
+        (f"{function.verb} {question}", function.call([answer])) if ask else (question, answer)
+        for ask, (question, answer) in zip(asking, turns, strict=True)
+    ]
+    return order, turns, lex.SYSTEMS[0] + function.offer()
+
+
+def _wanted(rng: np.random.Generator, scene: scenes.Scene, stage: Stage) -> scenes.QA | None:
     """A question to ask behind a call, of a kind drawn first and mostly about something small; None where nothing can be asked."""
     pool = [qa for qa in scene.qas if qa.kind != "place" and _inside(scene, CROPS["all"], qa)]
     small = [qa for qa in pool if qa.small]
-    asked = _balanced(rng, small if small and rng.random() < SMALL_WANTED else pool, TWICE.get(stage, ()))
+    asked = _balanced(rng, small if small and rng.random() < SMALL_WANTED else pool, stage.twice)
     return asked[0] if asked else None
 
 
@@ -507,7 +377,7 @@ def _part(scene: scenes.Scene, boxes: tuple[scenes.PixelBox, ...]) -> str:
     x0, y0, x1, y1 = crops.box_union(boxes)  # it may stand out of the picture by a pixel
     edges = (x0 / width, y0 / height, x1 / width, y1 / height)
     box = tuple(min(1000, max(0, round(1000 * edge))) for edge in edges)
-    names = crops.boxes_to_crops([box], PAPER_CROPS)
+    names = crops.boxes_to_crops(box)
     return names[0] if len(names) == 1 else "all"
 
 
@@ -543,50 +413,57 @@ _VERBS = "open search move play paint order find send book light crop mark save 
 _ARGUMENTS = "regions places items names target colour city day count arguments".split()
 
 
-def _function(rng: np.random.Generator, of_places: bool = False) -> tuple[str, str, list[str], list[str]]:
-    """A random function, never the crop tool: its name, its argument, what may be asked for (things, or places alone) and what is."""
-    pool = [*lex.PLACES, "top", "bottom", "left", "right", "all"]
-    pool += [] if of_places else [*lex.SHAPES, *lex.ITEMS, *lex.CITIES]
-    offered = [str(w) for w in rng.choice(pool, int(rng.integers(3, 8)), replace=False)]
-    words = offered[: int(rng.integers(1, 4))]
-    verb, argument = str(rng.choice(_VERBS)), str(rng.choice(_ARGUMENTS))
-    return f"{verb}_{rng.choice(lex.ANIMALS)}", argument, offered, words
+class Function(NamedTuple):
+    """A function that a system message offers, never the crop tool."""
 
+    name: str
+    argument: str
+    offered: list[str]  # what the argument may hold
+    words: list[str]  # what it holds
 
-def _offer(name: str, argument: str, words: list[str]) -> str:
-    return f"<tools>\n{json.dumps({'name': name, 'arguments': {argument: words}})}\n</tools>"
+    @classmethod
+    def drawn(cls, rng: np.random.Generator, of_places: bool = False) -> "Function":
+        """A random function whose argument holds things, or places alone."""
+        pool = [*lex.PLACES, "top", "bottom", "left", "right", "all"]
+        pool += [] if of_places else [*lex.SHAPES, *lex.ITEMS, *lex.CITIES]
+        offered = [str(w) for w in rng.choice(pool, int(rng.integers(3, 8)), replace=False)]
+        words = offered[: int(rng.integers(1, 4))]
+        verb, argument = str(rng.choice(_VERBS)), str(rng.choice(_ARGUMENTS))
+        return cls(f"{verb}_{rng.choice(lex.ANIMALS)}", argument, offered, words)
 
+    @property
+    def verb(self) -> str:
+        return self.name.split("_")[0]
 
-def _call(name: str, argument: str, words: list[str]) -> str:
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': {argument: words}})}\n</tool_call>"
+    def _json(self, words: list[str]) -> str:
+        return json.dumps({"name": self.name, "arguments": {self.argument: words}})
 
+    def offer(self) -> str:
+        return f"\n<tools>\n{self._json(self.offered)}\n</tools>"
 
-def _as_call(question: str, answer: str, name: str, argument: str) -> tuple[str, str]:
-    """The request to call a function with the answer to a question, and that call."""
-    return f"{name.split('_')[0]} {question}", _call(name, argument, [answer])
+    def call(self, words: list[str]) -> str:
+        return f"<tool_call>\n{self._json(words)}\n</tool_call>"
 
 
 def text_example(rng: np.random.Generator) -> Example:
     """Text alone: call a function that the system message offers and report its result, or repeat words.
 
-    The functions are random and never the crop tool; between them every token of a tool call and of its answer is used.
+    Between them every token of a tool call and of its answer is used.
     """
-    name, argument, offered, words = _function(rng)
-    verb = name.split("_")[0]
-    system = " ".join(
-        [lex.SYSTEMS[0], *(str(s) for s in rng.choice(lex.SYSTEMS[1:], int(rng.integers(0, 3)), replace=False))]
-    )
+    function = Function.drawn(rng)
+    verb, words = function.verb, function.words
+    others = rng.choice(lex.SYSTEMS[1:], int(rng.integers(0, 3)), replace=False)
+    system = " ".join([lex.SYSTEMS[0], *(str(text) for text in others)])
     draw = rng.random()
     if draw < 0.7:
-        offer = _offer(name, argument, rng.permutation(offered).tolist())
+        function = function._replace(offered=rng.permutation(function.offered).tolist())
         result = " ".join(str(w) for w in rng.choice(WORDS, int(rng.integers(1, 3))))
         if rng.random() < 0.15:
             result = f"error: no such {result}"
-        turns = [(f"{verb} {' and '.join(words)}.", _call(name, argument, words))]
+        turns = [(f"{verb} {' and '.join(words)}.", function.call(words))]
         turns += [(f"<tool_response>\n{result}\n</tool_response>", result)]
-        return Example(turns=turns, system=f"{system}\n{offer}")
+        return Example(turns=turns, system=system + function.offer())
     if draw < 0.85:
         return Example(turns=[(f"repeat as a list: {' and '.join(words)}", json.dumps(words))], system=system)
-    return Example(
-        turns=[(f"repeat: {argument} {verb} {' '.join(words)}", f"{argument} {verb} {' '.join(words)}")], system=system
-    )
+    text = f"{function.argument} {verb} {' '.join(words)}"
+    return Example(turns=[(f"repeat: {text}", text)], system=system)

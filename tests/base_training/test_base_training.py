@@ -1,0 +1,384 @@
+"""Base training: its conversations and dense targets, the look-up code, the losses on attention, stages that continue."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+import architecture as arch
+import batches
+import examples
+import look_up
+import network as networks
+import train
+from architecture import BASE, IGNORE, SUBJECT_ID, SUBJECTS, WORD_ID, WORDS
+from awares.engine import chat_format
+from awares.engine.model import load_model, load_processor, make_processor, save_model
+from awares.errors import AwaresError
+from awares.method import crops, protocol
+from awares.mini import scenes
+from awares.mini import vocabulary as lexicon
+from recipe import load_recipe
+from tokenizer import build_tokenizer
+
+RECIPE = load_recipe()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(0)
+
+
+@pytest.fixture(scope="module")
+def code(tokenizer):
+    return look_up.Code(tokenizer, 192)
+
+
+def drawn(stage, seed):
+    """Endless examples of a stage."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield examples.example(rng, RECIPE.stages[stage])
+
+
+# Conversations
+
+
+def test_every_protocol_token_is_trained_and_the_crop_tool_is_never_seen(tokenizer):
+    rng = np.random.default_rng(0)
+    texts = [examples.text_example(rng) for _ in range(1500)]
+    assert not [one for one in texts if f'"name": "{protocol.TOOL_NAME}"' in one.system + str(one.turns)]
+    seen = {i for one in texts for i in batches.encode(one, tokenizer)[0]}
+    seen |= {i for text in lexicon.CANDID for i in tokenizer(text)["input_ids"]}  # system messages of pictures
+    words = [
+        protocol.SYSTEM,
+        protocol.OURS.render_call(lexicon.PLACES),
+        protocol.TOOL_ERROR,
+        "<tool_response>\n\n</tool_response>",
+    ]
+    assert not [tokenizer.decode([i]) for text in words for i in tokenizer(text)["input_ids"] if i not in seen]
+
+
+def test_the_shipped_tokenizer_and_configuration_are_those_of_the_training(tokenizer):
+    """A `Qwen2Tokenizer` would replace the pattern of the saved file and read 15 as 1 and 5."""
+    shipped = load_processor(BASE).tokenizer
+    assert shipped.get_vocab() == tokenizer.get_vocab() and arch.load_config(tokenizer).text_config.hidden_size == 192
+    for text in ("$15", "12 and 36%", protocol.SYSTEM):
+        assert shipped(text)["input_ids"] == tokenizer(text)["input_ids"]
+        assert shipped.decode(shipped(text)["input_ids"]) == text
+
+
+def test_training_format_is_the_chat_template(tokenizer):
+    processor = make_processor(tokenizer, min_pixels=28 * 28)
+    one = next(e for e in drawn("joint", 3) if len(e.views) == 1 and e.turns)
+    messages = protocol.user_messages(one.turns[0][0], [one.views[0].image], one.system)
+    for index, (question, answer) in enumerate(one.turns):
+        messages += [{"role": "user", "content": [{"type": "text", "text": question}]}] if index else []
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    found = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids, labels = batches.encode(one, tokenizer)
+    assert list(found["input_ids"][0]) == ids
+    assert [bool(m) for m in found["assistant_masks"][0]] == [label != IGNORE for label in labels]
+    pixels = processor.image_processor(images=[one.views[0].image], return_tensors="np")["pixel_values"]
+    assert np.allclose(pixels, batches.patchify(np.asarray(one.views[0].image)), atol=1e-6)
+
+
+def test_parts_arrive_as_the_result_of_a_call_that_is_not_learned(tokenizer):
+    chat_format.install(tokenizer)
+    source = drawn("joint", 3)
+    called = [one for one in (next(source) for _ in range(150)) if one.call]
+    assert {one.late for one in called} >= {0, 1}
+    picture = "<|vision_start|><|vision_end|>"
+    for one in called:
+        ids, labels = batches.encode(one, tokenizer)
+        text = tokenizer.decode(ids).replace("<|image_pad|>", "")
+        question, answer = one.turns[one.late]
+        result = protocol.tool_suffix(tokenizer, protocol.OURS.reply([None] * (len(one.views) - 1)))
+        asked = f"{picture if one.late == 0 else ''}{question}<|im_end|>\n<|im_start|>assistant\n{one.call}<|im_end|>"
+        assert f"{asked}{result.replace('<|image_pad|>', '')}{answer}<|im_end|>" in text
+        assert text.count(picture) == len(one.views)
+        learned = tokenizer.decode([i for i in labels if i != IGNORE])
+        assert learned == "".join(f"{said}<|im_end|>" for _, said in one.turns)
+
+
+def test_answers_behind_a_call_and_answers_that_may_be_doubted_are_marked(tokenizer):
+    source = drawn("review", 4)
+    found = [one for one in (next(source) for _ in range(90)) if one.turns and one.views]
+    assert {bool(one.call) for one in found} == {one.candid for one in found} == {True, False}
+    batch = batches.collate(found, tokenizer)
+    for one, ids, labels, called, numbers in zip(
+        found, *(batch[k] for k in ("input_ids", "labels", "called", "candid")), strict=True
+    ):
+        assert tokenizer.decode(ids[called]) == (f"{one.turns[one.late][1]}<|im_end|>" if one.call else "")
+        told = [f"{answer}<|im_end|>" for _, answer in one.turns if one.candid and answer != lexicon.UNREAD]
+        names = numbers[numbers > 0].unique_consecutive()
+        assert [tokenizer.decode(labels[numbers == name]) for name in names] == told
+
+
+def test_the_argument_of_a_call_is_the_part_that_holds_the_evidence_even_if_too_small_to_read():
+    parts, small = set(), 0
+    for one in drawn("calls", 4):
+        asked = [t for t, (_, said) in enumerate(one.turns) if one.views and said.startswith(chat_format.TOOL_CALL)]
+        told = [json.loads(one.turns[t][1].split("\n")[1])["arguments"] for t in asked]
+        if told and {word for arguments in told for (word,) in arguments.values()} <= {*crops.CROPS}:
+            for t, arguments in zip(asked, told, strict=True):
+                ((part,),) = arguments.values()
+                view, shown = one.views[0], one.trails[t].places[0][0]
+                assert {index for index, _, _ in shown} == {0}  # the whole picture shows where, a part does not
+                rows, columns = (size // 2 for size in view.words.shape)
+                left, top, right, bottom = crops.CROPS[part]
+                slack = 1 / min(rows, columns)
+                for _, token, line in shown:
+                    x, y = (token % columns + 0.5) / columns, (token // columns + 0.25 + 0.5 * line) / rows
+                    assert left - slack <= x <= right + slack and top - slack <= y <= bottom + slack
+                parts.add(part)
+                small += all(view.words[2 * (t // columns) + line, 2 * (t % columns)] == 0 for _, t, line in shown)
+        if parts == {*crops.CROPS} and small:
+            break
+
+
+def test_the_parts_that_a_call_returns_answer_its_question_and_only_candid_half_views_are_unread():
+    pairs = calls = unread = read = 0
+    for one in drawn("review", 5):
+        said = sum(answer == lexicon.UNREAD for _, answer in one.turns)
+        assert not said or (one.candid and [view.scale for view in one.views] == [0.5])
+        unread, read = unread + said, read + one.candid * (len(one.turns) - said)
+        if one.call:
+            calls += 1
+            pairs += " and " in one.turns[one.late][1]
+            for places in (word for part in one.trails[one.late].places for word in part if word):
+                assert any(view > 0 for view, _, _ in places)  # not in the half-resolution view alone
+        if min(unread, read) >= 60 and calls >= 100:
+            break
+    assert pairs > 0.08 * calls
+
+
+@pytest.mark.parametrize(
+    ("boxes", "part"),
+    [
+        ([(95, 95, 115, 105)], "center"),
+        ([(10, 10, 40, 20), (150, 12, 190, 22)], "top"),
+        ([(10, 10, 40, 20), (160, 180, 170, 190)], "all"),
+        ([(-1, 30, 8, 40)], "top-left"),
+    ],
+)
+def test_a_part_is_the_smallest_that_holds_the_boxes(boxes, part):
+    assert examples._part(scenes.Scene(Image.new("RGB", (200, 200))), tuple(boxes)) == part
+
+
+# Dense targets
+
+
+def test_dense_targets_are_where_the_word_is():
+    mark = scenes.Mark("anna", (30, 30, 60, 41), 14, chars=(("a", 33.0),))
+    scene = scenes.Scene(Image.new("RGB", (112, 112)), [mark])
+    grid = examples.view(scene).words
+    assert grid[2].tolist() == [0, 0, WORD_ID["anna"], WORD_ID["anna"], 0, 0, 0, 0]
+    assert (np.delete(grid, 2, axis=0) == 0).all()
+    assert (examples.view(scene, halve=True).words == 0).all()  # too small to read
+    cut = examples.view(scene, (0.375, 0.0, 1.0, 1.0)).words
+    assert IGNORE in cut and not (cut > 0).any()  # part of a word: neither this word nor nothing
+
+
+def test_leads_go_from_a_value_to_the_words_that_lead_to_it():
+    rng = np.random.default_rng(2)
+    for name in ("ledger", "page"):
+        one = examples.view(scenes.paint(name, rng, (224, 336)))
+        shown, links = one.words.flatten(), one.links.reshape(-1, arch.LINKS)
+        right = [SUBJECTS[links[value, slot] - 1] == WORDS[shown[source] - 1] for slot, value, source in one.leads]
+        assert len(right) > 20 and np.mean(right) > 0.95
+
+
+def test_attention_is_sent_to_the_token_that_shows_the_next_word(tokenizer):
+    source = drawn("lookup", 5)
+    items = [next(source) for _ in range(30)]
+    batch = batches.collate(items, tokenizer)
+    checked = 0
+    for row, position, target in zip(*(batch[f"watch_{k}"] for k in ("rows", "positions", "evidence")), strict=True):
+        assert batch["labels"][row, position + 1] != IGNORE and not target[:, position + 1 :].any()
+        word = tokenizer.decode([batch["input_ids"][row, position + 1]]).strip()
+        grid = np.concatenate([batches._merge_order(v.words, 1).reshape(-1, 2, 2) for v in items[row].views])
+        pads = (batch["input_ids"][row] == tokenizer.convert_tokens_to_ids("<|image_pad|>")).nonzero()[:, 0]
+        seen = {int(w) for line in range(2) for i, p in enumerate(pads) if target[line, p] for w in grid[i, line]}
+        if (
+            seen and word in WORD_ID and word not in lexicon.SHAPES and word not in "0123456789"
+        ):  # counts are not printed
+            assert WORD_ID[word] in seen, word
+            checked += 1
+    assert checked > 60
+
+
+# The code and the two look-up layers
+
+
+def token(code, top, bottom):
+    """The code of one visual token from (word, subject) of its upper and of its lower patches."""
+    ids = [WORD_ID[w] if w else 0 for w, _ in (top, top, bottom, bottom)]
+    links = [[SUBJECT_ID[s] if s else 0, 0] for _, s in (top, top, bottom, bottom)]
+    return code(torch.tensor([ids]), torch.zeros(1, 4, dtype=torch.long), torch.tensor([links]))[0]
+
+
+def test_a_token_holds_word_and_subject_of_either_row_apart(code):
+    def nearest(table, vector):
+        return int((torch.nn.functional.normalize(table[1:], dim=-1) @ vector).argmax())
+
+    both = token(code, ("42", "anna"), ("quito", "total"))
+    for row, (word, subject) in enumerate([("42", "anna"), ("quito", "total")]):
+        assert WORDS[nearest(code.words, both @ code.own_turns[row].T)] == word
+        assert SUBJECTS[nearest(code.subjects, both @ code.subject_turns[row].T)] == subject
+    assert token(code, (None, None), (None, None)).abs().max() == 0 == code.distance(both[None], both[None]).item()
+    upper = token(code, ("42", None), (None, None))
+    for others in (*code.subject_turns, code.own_turns[1]):
+        assert (upper @ others.T).abs().max() < 1e-3
+
+
+def test_the_value_layer_starts_by_matching_the_subject_and_copying_the_value(tokenizer, code):
+    model = Qwen2_5_VLForConditionalGeneration(arch.load_config(tokenizer))
+    look_up.prepare(model, code)
+    layer = model.model.language_model.layers[look_up.VALUE_LAYER].self_attn
+    unit = lambda x: x / x.square().mean(-1, keepdim=True).sqrt()  # noqa: E731 (the norm before the layer)
+    looked, named, rng = [], [], np.random.default_rng(0)
+    for _ in range(20):
+        words = rng.choice([w for w in WORDS if w.isalpha()], 4, replace=False).tolist()
+        subjects = rng.choice(SUBJECTS, 4, replace=False).tolist()
+        page = torch.stack([token(code, (words[i], subjects[i]), (words[i - 1], subjects[i - 1])) for i in range(4)])
+        keys, values = (project(unit(page)).unflatten(1, (2, 3, -1)) for project in (layer.k_proj, layer.v_proj))
+        for index, subject in enumerate(subjects):
+            queries = layer.q_proj(unit(code.subjects[SUBJECT_ID[subject]])).unflatten(0, (2, 3, -1))  # (row, head, d)
+            for row, expected in enumerate([index, (index + 1) % 4]):  # the lower row of the next token holds it too
+                match = torch.einsum("hd,nhd->hn", queries[row], keys[:, row]).argmax(-1) == expected
+                looked.append(match.float().mean().item())
+                heads = torch.zeros(2, 3, 32)
+                heads[row] = values[expected, row]
+                answer = model.lm_head(layer.o_proj(heads.flatten()))[tokenizer.convert_tokens_to_ids(words)]
+                named.append(int(answer.argmax()) == index)
+    assert np.mean(looked) > 0.85 and np.mean(named) > 0.9  # chance: 0.25
+
+
+def test_watch_reads_the_attention_of_the_model(tokenizer):
+    torch.manual_seed(0)
+    network = networks.Network(RECIPE, tokenizer, RECIPE.stages["lookup"])
+    language, length = network.model.eval().model.language_model, 12
+    ids, spots = torch.randint(20, 900, (2, length)), torch.arange(length)
+    targets = {"rows": torch.tensor([0, 1]), "positions": torch.tensor([7, 9])}
+    targets |= {"subject": spots.expand(2, -1) % 3 == 0, "evidence": spots.expand(2, 2, -1) % 4 == 0}
+    network.watch.expect(targets)
+    language(input_ids=ids)
+    loss, found = network.watch.found()
+    language.config._attn_implementation = "eager"
+    maps = language(input_ids=ids, output_attentions=True).attentions
+    shares = []
+    layers = {look_up.SUBJECT_LAYER: targets["subject"][:, None], look_up.VALUE_LAYER: targets["evidence"]}
+    for layer, target in layers.items():
+        rows = maps[layer][targets["rows"], :, targets["positions"]]  # (N, H, T)
+        shares.append((rows * target.repeat_interleave(6 // target.shape[1], 1)).sum(-1))
+    expected = -sum(share.unflatten(1, (2, 3)).mean(-1).log().mean() for share in shares)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert found["evidence_found"].item() == pytest.approx(shares[1].mean().item(), rel=1e-4)
+
+
+def test_glance_reads_the_attention_of_the_vision_tower(tokenizer):
+    torch.manual_seed(0)
+    network = networks.Network(RECIPE, tokenizer, RECIPE.stages["vision"])
+    visual, view = (
+        network.model.model.visual,
+        examples.view(scenes.paint("ledger", np.random.default_rng(2), (224, 336))),
+    )
+    batch = batches.collate([examples.Example([view])], tokenizer)
+    network.dense.expect(batch)
+    attention, seen = visual.blocks[-1].attn, {}
+
+    def hook(_module, arguments, named):
+        seen.update(named, hidden=arguments[0] if arguments else named["hidden_states"])
+
+    attention.register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+        loss, share = network.dense.glance.found()
+        query, key, _ = attention.qkv(seen["hidden"]).unflatten(1, (3, 5, -1)).unbind(1)  # (P, H, d)
+    query, key = apply_rotary_pos_emb_vision(query, key, *seen["position_embeddings"])
+    maps = torch.einsum("nhd,phd->hnp", query, key).mul(32**-0.5).softmax(-1)
+    order = networks._window_order(visual, batch["image_grid_thw"]).tolist()
+    where = {4 * token + i: 4 * place + i for place, token in enumerate(order) for i in range(4)}  # patch in the tower
+    targets = {}
+    for _, slot, value, source in batch["leads"].tolist():
+        targets.setdefault((slot, where[value]), set()).add(where[source])
+    heads = {0: slice(0, 3), 1: slice(3, 5)}
+    shares = np.array([maps[heads[slot], v][:, list(s)].sum(-1).mean().item() for (slot, v), s in targets.items()])
+    assert share.item() == pytest.approx(shares.mean(), rel=1e-4)
+    assert loss.item() == pytest.approx(-np.log(shares).mean(), rel=1e-4)
+
+
+# Losses and stages
+
+
+def answers_loss(sure, tokens, unread=7, vocabulary=9):
+    """`doubted` of two answers, tokens 1 2 and 3 4; logit ``sure`` for the right token except where ``tokens`` says otherwise."""
+    target, answers = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 0, 5, 5])
+    logits = torch.zeros(4, vocabulary).scatter_(1, target[:, None], sure)
+    for place, index, height in tokens:
+        logits[place, index] = height
+    logits.requires_grad_()
+    loss = networks.doubted(logits, target, answers, unread)
+    loss.sum().backward()
+    return loss.detach(), torch.nn.functional.cross_entropy(logits, target, reduction="none").detach(), logits.grad
+
+
+def test_an_answer_that_the_model_would_misread_becomes_unclear():
+    loss, plain, _ = answers_loss(30.0, [])
+    assert torch.allclose(loss, plain, atol=1e-5)  # sure of all: nothing changes
+    loss, plain, slope = answers_loss(30.0, [(3, 6, 60.0)])  # wrong at the last token: the first one should admit it
+    assert torch.equal(loss[:2], plain[:2]) and loss[3] < 1e-5 < plain[3] and loss[2] > 25
+    assert slope[2, 7] < -0.9 and slope[3].abs().max() < 1e-5
+    loss, plain, _ = answers_loss(30.0, [(1, 6, 60.0)])  # an answer that may not be doubted
+    assert torch.equal(loss[:2], plain[:2]) and torch.allclose(loss[2:], plain[2:], atol=1e-5)
+    _, _, slope = answers_loss(0.0, [(2, 3, 4.0), (2, 7, 4.0), (3, 4, 30.0)])
+    doubt = 7 / (7 + np.exp(4.0))  # if it commits itself: token 3, or one of seven others
+    said = torch.softmax(torch.tensor([0.0, 0, 0, 4, 0, 0, 0, 4, 0]), 0)
+    assert slope[2, 7].item() == pytest.approx(said[7].item() - doubt, abs=1e-5)
+    assert slope[2, 3].item() == pytest.approx(said[3].item() - (1 - doubt), abs=1e-5)
+
+
+def small(tmp_path, begin, steps=2):
+    """A recipe file with few and small steps."""
+    stages = {name: stage.model_dump() | {"steps": steps, "work": 400} for name, stage in RECIPE.stages.items()}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(RECIPE.model_dump() | {"stages": stages, "begin": begin}))
+    return path
+
+
+def test_all_stages_are_trained_and_a_stopped_one_continues(tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "build_tokenizer", lambda seed: tokenizer)
+    path = small(tmp_path, "glyphs")
+    train.main(["--recipe", str(path), "--out", str(tmp_path)])
+    assert sum(weight.numel() for weight in load_model(tmp_path / "model").parameters()) > 5e6
+    assert (tmp_path / "model/model.safetensors").stat().st_size < 20e6 and "cp " in capsys.readouterr().out
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in log] == list(RECIPE.stages)
+    recipe, again = load_recipe(path), tmp_path / "again"
+    again.mkdir()
+    for until in (1, None):
+        train.train(recipe, again, recipe.stages["glyphs"], until)
+    once, stopped = (train.load_file(folder / "glyphs.safetensors") for folder in (tmp_path, again))
+    assert all(torch.allclose(once[key], stopped[key], atol=1e-6) for key in once)
+
+
+def test_finished_weights_are_trained_further_under_new_heads(tiny, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HEAD_STEPS", 2)
+    recipe = load_recipe(small(tmp_path, "review"))
+    train.restart(recipe, BASE, tmp_path)
+    assert [stage.name for stage in recipe.to_run()] == ["review"]
+    torch.manual_seed(recipe.seed)
+    network = networks.Network(recipe, tokenizer, recipe.stages["review"])
+    fresh = network.heads.words.weight.clone()
+    network.begin(tmp_path)
+    assert all(torch.equal(network.model.state_dict()[k], v) for k, v in load_model(BASE).state_dict().items())
+    assert not torch.equal(network.heads.words.weight, fresh)
+    save_model(tiny.model, tiny.processor, tmp_path / "other")
+    (tmp_path / "again").mkdir()
+    with pytest.raises(AwaresError, match="other: .*review"):
+        train.restart(recipe, tmp_path / "other", tmp_path / "again")
