@@ -16,6 +16,7 @@ from awares.method import crops
 from awares.method.crops import CROPS
 from awares.mini import scenes
 from awares.mini import vocabulary as lex
+from awares.settings import Crops
 from recipe import Stage
 
 LEGIBLE_TEXT, LEGIBLE_OBJECT, LEGIBLE_COLOUR = 12.5, 12.5, 6.0  # px
@@ -26,6 +27,10 @@ LOCATED = 0.85  # of those conversations: fraction where the argument is the par
 TIGHT = 0.5  # of the questions behind a call: fraction whose part is a smallest one that holds the evidence
 SMALL_WANTED = (
     0.6  # of the questions behind a call: fraction about print too small for half resolution, if there is any
+)
+
+CROP_SETTINGS = Crops(
+    [*CROPS], region_budget=1.0, rule="coverage", iou_threshold=0.5, coverage_threshold=0.95, max_side=2000
 )
 
 
@@ -377,8 +382,7 @@ def _part(scene: scenes.Scene, boxes: tuple[scenes.PixelBox, ...]) -> str:
     x0, y0, x1, y1 = crops.box_union(boxes)  # it may stand out of the picture by a pixel
     edges = (x0 / width, y0 / height, x1 / width, y1 / height)
     box = tuple(min(1000, max(0, round(1000 * edge))) for edge in edges)
-    names = crops.boxes_to_crops(box)
-    return names[0] if len(names) == 1 else "all"
+    return crops.coverage_rule([box], CROP_SETTINGS)[0]
 
 
 def _answerable(qa: scenes.QA, kind: str, views: list[View]) -> bool:
