@@ -23,10 +23,7 @@ REQUESTS = ("top-left", "center,bottom", "oops", "all")
 
 
 class Spelling(decode.FirstToken):
-    """A row that begins with the call token goes on with a call of its own; what comes first is left to the model,
-
-    whose call token is lifted by ``lift``, so that it calls on half of the rows.
-    """
+    """A row that begins with the call token writes a call of its own. The call token is lifted by ``lift``."""
 
     tokenizer: Any = None
     lift = 0.0
@@ -52,16 +49,14 @@ class Spelling(decode.FirstToken):
 def rows() -> datasets.Dataset:
     from conftest import noise
 
+    boxes: dict[str, Any] = {"question_boxes": [], "answer_boxes": [], "answers": ["12"], "split": "evaluation"}
     return make_dataset(
         {
             "id": f"row-{number}",
             "image": noise(112 + 56 * (number % 2), 112, number),
             "question": f"question {number}",
-            "answers": ["12"],
             "source": ("chartqa", "pope")[number % 2],
-            "question_boxes": [],
-            "answer_boxes": [],
-            "split": "evaluation",
+            **boxes,
         }
         for number in range(8)
     )
@@ -69,30 +64,30 @@ def rows() -> datasets.Dataset:
 
 @pytest.fixture
 def engine(tiny: SimpleNamespace, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine that calls on four of the eight rows."""
     monkeypatch.setattr(Spelling, "tokenizer", tiny.processor.tokenizer)
     monkeypatch.setattr(decode, "FirstToken", Spelling)
-    made = Engine(tiny.model, tiny.processor, max_new_tokens=16)
     gaps = sorted(gaps_of(Engine(tiny.model, tiny.processor, max_new_tokens=1), rows))
     monkeypatch.setattr(Spelling, "lift", -(gaps[3] + gaps[4]) / 2)
-    return made
+    return Engine(tiny.model, tiny.processor, max_new_tokens=16)
 
 
-def gaps_of(engine: Engine, rows: datasets.Dataset) -> list[float]:
-    return [one.call_gap for one in run(engine, rows, 0.0) if one.call_gap is not None]
-
-
-def run(engine: Engine, rows: datasets.Dataset, bias: float) -> list[Trajectory]:
+def run(engine: Engine, rows: datasets.Dataset, bias: float = 0.0) -> list[Trajectory]:
     return engine.run(rows["image"], rows["question"], call_bias=bias, row_ids=rows["id"])
 
 
+def gaps_of(engine: Engine, rows: datasets.Dataset) -> list[float]:
+    return [one.call_gap for one in run(engine, rows) if one.call_gap is not None]
+
+
 def between(gaps: list[float]) -> list[float]:
-    """Biases that part the rows in every possible way, none nearer to a row's own turning point than half a gap."""
+    """Biases that split the rows in every possible way, none close to the bias at which a row changes."""
     turns = sorted(-gap for gap in gaps)
     middles = [(low + high) / 2 for low, high in zip(turns, turns[1:], strict=False) if high - low > 1e-3]
     return [turns[0] - 1, *middles, turns[-1] + 1]
 
 
-def said(one: Trajectory) -> tuple[Any, ...]:
+def content(one: Trajectory) -> tuple[Any, ...]:
     return one.row_id, one.answer, one.crops, one.call_status, one.turns
 
 
@@ -101,85 +96,63 @@ def test_derived_is_what_the_engine_does_at_every_bias(engine: Engine, rows: dat
     assert sum(gap > 0 for gap in gaps) == 4
     biases = between(gaps)
     assert len(biases) > 5
-    ran = {bias: [said(one) for one in run(engine, rows, bias)] for bias in biases}
-    for start in (biases[0], biases[3], biases[-1]):  # from whatever run one has
+    ran = {bias: [content(one) for one in run(engine, rows, bias)] for bias in biases}
+    for start in (biases[0], biases[3], biases[-1]):  # whatever the policy's own bias is
         derived = evaluation.sweep_call_bias(engine, rows, run(engine, rows, start), start, biases)
-        assert {bias: [said(one) for one in done] for bias, done in derived.items()} == ran
+        assert {bias: [content(one) for one in done] for bias, done in derived.items()} == ran
     begun = [sum(one.turns[1].text.startswith(chat_format.TOOL_CALL) for one in derived[bias]) for bias in biases]
     assert begun == sorted(set(begun)) and (begun[0], begun[-1]) == (0, len(rows))
     assert {one.call_status for one in derived[biases[-1]]} == {"valid", "malformed"}
 
 
-def test_the_dial_bars_no_later_call(engine: Engine, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bias decides the first token alone, however large it is: -inf would bar the call token at every position."""
-    asked: list[float] = []
-    engine_run = Engine.run
+def test_every_row_runs_once_more_with_a_finite_bias(engine: Engine, rows: datasets.Dataset, monkeypatch) -> None:
+    """A bias decides the first token only, however large it is: -inf would ban the call token at every position."""
+    own, biases, ran, engine_run = run(engine, rows), between(gaps_of(engine, rows)), [], Engine.run
 
     def watched(self: Engine, images: Any, questions: Any, **options: Any) -> Any:
-        asked.append(options["call_bias"])
-        return engine_run(self, images, questions, **options)
-
-    free = run(engine, rows, 0.0)
-    monkeypatch.setattr(Engine, "run", watched)
-    evaluation.sweep_call_bias(engine, rows, free, 0.0, [-50.0, 50.0])
-    assert len(asked) == 2 and all(math.isfinite(bias) for bias in asked)
-
-
-def test_no_answer_is_computed_twice(engine: Engine, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = run(engine, rows, 0.0)
-    biases = between(gaps_of(engine, rows))
-    ran: list[str] = []
-    engine_run = Engine.run
-
-    def watched(self: Engine, images: Any, questions: Any, **options: Any) -> Any:
+        assert math.isfinite(options["call_bias"])
         ran.extend(options["row_ids"])
         return engine_run(self, images, questions, **options)
 
     monkeypatch.setattr(Engine, "run", watched)
-    dial = evaluation.sweep_call_bias(engine, rows, free, 0.0, [0.0, *biases])
-    assert sorted(ran) == sorted(rows["id"]) and dial[0.0] == free
+    swept = evaluation.sweep_call_bias(engine, rows, own, 0.0, [0.0, *biases])
+    assert sorted(ran) == sorted(rows["id"]) and swept[0.0] == own
     ran.clear()
-    assert evaluation.sweep_call_bias(engine, rows, free, 0.0, [0.0]) == {0.0: free} and not ran
+    assert evaluation.sweep_call_bias(engine, rows, own, 0.0, [0.0]) == {0.0: own} and not ran
 
 
 def test_gap_and_logprob_are_of_the_unbiased_first_token(engine: Engine, rows: datasets.Dataset) -> None:
-    free, pushed = run(engine, rows, 0.0), run(engine, rows, 3.0)
-    for one, other in zip(free, pushed, strict=True):
+    for one, other in zip(run(engine, rows), run(engine, rows, 3.0), strict=True):
         assert one.call_gap is not None and one.call_logprob is not None
         assert other.call_gap == pytest.approx(one.call_gap, abs=1e-4)
         assert one.call_logprob < 0 and (one.call_gap > 0) == one.turns[1].text.startswith(chat_format.TOOL_CALL)
-        log_odds = -math.log(math.expm1(-one.call_logprob))  # against all others together, the gap against the best
+        log_odds = -math.log(math.expm1(-one.call_logprob))  # against all others; the gap is against the best
         assert log_odds <= one.call_gap + 1e-4 <= log_odds + math.log(len(engine.processor.tokenizer))
         assert Trajectory.from_dict(json.loads(json.dumps(one.to_dict()))) == one
-
-
-def test_trajectories_without_a_choice_are_refused(engine: Engine, rows: datasets.Dataset) -> None:
     forced = engine.run(rows["image"], rows["question"], forced=[()] * len(rows), row_ids=rows["id"])
-    with pytest.raises(AwaresError, match="row row-0: no call_gap"):
+    with pytest.raises(AwaresError, match="row row-0"):  # it had no choice
         evaluation.sweep_call_bias(engine, rows, forced, 0.0, [0.0])
 
 
-def test_table_holds_table_1_and_rtr_grows_with_the_bias(engine: Engine, rows: datasets.Dataset) -> None:
-    free = run(engine, rows, 0.0)
-    biases = [*between(gaps_of(engine, rows)), 0.0]
-    table = evaluation.operating_curve(
-        "sft", rows, evaluation.sweep_call_bias(engine, rows, free, 0.0, biases), EVALUATION
-    )
+def test_curve_holds_table_1_and_rtr_grows_with_the_bias(engine: Engine, rows: datasets.Dataset) -> None:
+    own = run(engine, rows)
+    runs = evaluation.sweep_call_bias(engine, rows, own, 0.0, [*between(gaps_of(engine, rows)), 0.0])
+    table = evaluation.operating_curve("sft", rows, runs, EVALUATION)
     assert table.call_bias.is_monotonic_increasing and table.rtr.is_monotonic_increasing
     assert table.rtr.iloc[0] == 0.25 < table.rtr.iloc[-1] and table.call_rate.iloc[0] == 0
-    assert table.call_rate.iloc[-1] == 75  # two of eight rows write a call that cannot be read, and get no crop
-    main = evaluation.main_table(evaluation.scored("sft", rows, free), EVALUATION)
+    assert table.call_rate.iloc[-1] == 75  # two of eight rows write an unreadable call and get no crop
+    main = evaluation.main_table(evaluation.scored("sft", rows, own), EVALUATION)
     columns = ["accuracy", "accuracy_low", "accuracy_high", "rtr", "n"]
-    own, average = table[table.call_bias == 0], main[main.benchmark == evaluation.AVERAGE]
-    assert own[columns].to_numpy().tolist() == average[columns].to_numpy().tolist()
+    at_zero, average = table[table.call_bias == 0], main[main.benchmark == evaluation.AVERAGE]
+    assert at_zero[columns].to_numpy().tolist() == average[columns].to_numpy().tolist()
 
 
-def test_frontier_curve_ends_where_its_row_says(engine: Engine, rows: datasets.Dataset) -> None:
+def test_frontier_curve_ends_at_the_frontier(engine: Engine, rows: datasets.Dataset) -> None:
     some = rows.select(range(3))
-    free = run(engine, some, 0.0)
-    easy = some.map(lambda row: {"answers": [free[some["id"].index(row["id"])].answer]})  # as if it read every row
+    own = run(engine, some)
+    easy = some.map(lambda row: {"answers": [own[some["id"].index(row["id"])].answer]})  # every own answer is correct
     best = diagnostics.run_frontier("sft", engine, easy)
-    found = diagnostics.frontier_row("sft", best, evaluation.scored("sft", easy, free))
+    found = diagnostics.frontier_row("sft", best, evaluation.scored("sft", easy, own))
     curve = diagnostics.frontier_curve("sft", best)
     assert (curve.accuracy.iloc[-1], curve.rtr.iloc[-1]) == (found["frontier_accuracy"], found["frontier_rtr"])
     assert found["accuracy"] == found["frontier_accuracy"] == 100 and found["frontier_rtr"] <= found["rtr"]
@@ -194,18 +167,8 @@ def test_figure_draws_both_sets_of_rows() -> None:
         for b in (-2.0, 0.0, 2.0)
     )
     frontier = pd.DataFrame({"system": "sft", "rtr": [0.25, 0.3], "accuracy": [50.0, 80.0]})
-    main = pd.DataFrame(
-        {"system": ["full", "half"], "benchmark": evaluation.AVERAGE, "accuracy": 60.0, "rtr": [1.0, 0.25]}
-    )
-    figure = figures.dial_figure(dial, frontier, main.assign(accuracy_low=50.0, accuracy_high=70.0))
-    left, right = figure.axes
-    names = [axes.get_legend_handles_labels()[1] for axes in (left, right)]
-    assert names[0] == ["SFT only", "AwaRes", "full", "half"] and names[1][-1] == "SFT only: oracle frontier"
-    assert all(axes.get_legend() for axes in (left, right))
-    assert "9 rows" in left.get_title() and "retain token ratio" in right.get_xlabel()
+    main = pd.DataFrame({"system": ["full", "half"], "benchmark": evaluation.AVERAGE, "rtr": [1.0, 0.25], **line})
+    figure = figures.dial_figure(dial, frontier, main.assign(accuracy=60.0))
+    left, right = (axes.get_legend_handles_labels()[1] for axes in figure.axes)
+    assert left == ["SFT only", "AwaRes", "full", "half"] and right[-1] == "SFT only: oracle frontier"
     assert figures.show(figure).data[:4] == b"\x89PNG"
-
-
-def test_dial_needs_the_frontiers_rows() -> None:
-    with pytest.raises(AwaresError, match=r"evaluation\.dial_rows 5 must be at least evaluation\.frontier_rows 72"):
-        load_params("mini", overrides={"evaluation.dial_rows": 5})

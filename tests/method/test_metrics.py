@@ -10,57 +10,32 @@ from awares.errors import AwaresError
 from awares.method import evaluation, metrics
 from awares.study import diagnostics
 
-
-@pytest.mark.parametrize(
-    ("prediction", "answer", "expected"),
-    [
-        ("105", "100", 1),  # 5 % is still right
-        ("105.1", "100", 0),
-        ("-95", "-100", 1),
-        ("95", "-100", 0),
-        ("41%", "0.42", 1),  # a percentage is a fraction
-        ("41%", "41", 0),
-        ("41%", "43%", 1),
-        ("0.0", "0", 0),  # around zero only the same text is right
-        ("0", "0", 1),
-        ("Red", "red", 1),
-        ("reddish", "red", 0),
-        ("100 apples", "100", 0),
-    ],
-)
-def test_chartqa_relaxed_accuracy(prediction, answer, expected):
-    assert metrics.score("chartqa", prediction, [answer]) == expected
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answers", "expected"),
-    [
-        ("Hello World", ["hello  world"], 1 - 0 / 12),
-        ("kitten", ["sitting"], 1 - 3 / 7),
-        ("kitten", ["sitting", "kittens"], 1 - 1 / 7),
-        ("abcd", ["abxy"], 0.5),  # the threshold itself counts
-        ("abcd", ["axyz"], 0.0),
-        ("", ["a"], 0.0),
-        (" abc ", ["abd"], 1 - 1 / 5),  # the raw length, outer spaces included, as in lmms-eval
-    ],
-)
-def test_docvqa_anls(prediction, answers, expected):
-    assert metrics.score("docvqa", prediction, answers) == pytest.approx(expected)
-
-
-def test_edit_distance_is_a_metric():
-    texts = ["", "a", "ab", "ba", "abc", "bca", "kitten", "sitting"]
-    for a, b, c in itertools.product(texts, repeat=3):
-        d = metrics.edit_distance
-        assert d(a, b) == d(b, a) and (d(a, b) == 0) == (a == b) and d(a, c) <= d(a, b) + d(b, c)
+LATEX = "the formula, using LaTeX"
 
 
 @pytest.mark.parametrize(
     ("benchmark", "prediction", "answers", "expected"),
     [
+        ("chartqa", "105", ["100"], 1),  # 5 % is still right
+        ("chartqa", "105.1", ["100"], 0),
+        ("chartqa", "95", ["-100"], 0),
+        ("chartqa", "41%", ["0.42"], 1),  # a percentage is a fraction
+        ("chartqa", "41%", ["41"], 0),
+        ("chartqa", "0.0", ["0"], 0),  # around zero only the same text is right
+        ("chartqa", "0", ["0"], 1),
+        ("chartqa", "Red", ["red"], 1),
+        ("chartqa", "100 apples", ["100"], 0),
+        ("docvqa", "Hello World", ["hello  world"], 1 - 0 / 12),
+        ("docvqa", "kitten", ["sitting", "kittens"], 1 - 1 / 7),
+        ("docvqa", "abcd", ["abxy"], 0.5),  # the threshold itself counts
+        ("docvqa", "abcd", ["axyz"], 0.0),
+        ("docvqa", "", ["a"], 0.0),
+        ("docvqa", " abc ", ["abd"], 1 - 1 / 5),  # the raw length, outer spaces included, as in lmms-eval
         ("ocrbench", "It reads OPEN\n24 hours.", ["open 24"], 1),
         ("ocrbench", "opne", ["open"], 0),
         ("ocrbench", "open", ["closed", "Open"], 1),
+        ("ocrbench", "open", ["O pen"], 0),
+        ("ocrbench", "\uff21\uff22 1", ["ab\u3000\uff11"], 1),  # full-width forms
         ("pope", " Yes ", ["yes"], 1),
         ("pope", "Yes.", ["yes"], 0),  # lmms-eval compares whole answers
         ("realworldqa", "Left.", ["left"], 1),
@@ -71,51 +46,48 @@ def test_edit_distance_is_a_metric():
         ("vstar", "A. left", ["B"], 0),
         ("vstar", "it looks purple to me", ["D"], 0),
         ("vstar", "Red.", ["red", "crimson"], 1),  # no options: an answer in words
-        ("vstar", "blue", ["red"], 0),
         ("my_rows", "b", ["b"], 1),  # only the two benchmarks have options
         ("my_rows", "Bread", ["B"], 0),
         ("textvqa", "Main Street.", ["oak lane", "main street"], 1),
         ("my_rows", "main", ["main street"], 0),
     ],
 )
-def test_other_benchmarks(benchmark, prediction, answers, expected):
-    assert metrics.score(benchmark, prediction, answers) == expected
+def test_benchmark_scores(benchmark, prediction, answers, expected):
+    assert metrics.score(benchmark, prediction, answers) == pytest.approx(expected)
+
+
+def test_ocrbench_counts_the_case_of_formulas_and_no_white_space():
+    assert metrics.score("ocrbench", "x ^ { 2 }\n+ Y", ["x^{2} + Y"], LATEX) == 1
+    assert metrics.score("ocrbench", "x^{2}+y", ["x^{2} + Y"], LATEX) == 0
+
+
+def test_score_refuses_a_row_without_answers():
+    with pytest.raises(AwaresError, match="pope"):
+        metrics.score("pope", "yes", [])
+
+
+def test_edit_distance_is_a_metric():
+    texts = ["", "a", "ab", "ba", "abc", "bca", "kitten", "sitting"]
+    for a, b, c in itertools.product(texts, repeat=3):
+        d = metrics.edit_distance
+        assert d(a, b) == d(b, a) and (d(a, b) == 0) == (a == b) and d(a, c) <= d(a, b) + d(b, c)
 
 
 @pytest.mark.parametrize(
     ("prediction", "letter"),
     [
-        ("B", "B"),
         ("B.", "B"),
         ("(C) the red one", "C"),
         ("The answer is B", "B"),
         ("First I thought the answer is A, no: the correct answer is C or so", "C"),
         ("A, I am sure it is not D", "A"),  # at the beginning counts more than at the end
-        ("Bicycle", "B"),  # no letter stands alone: any
+        ("Bicycle", "B"),  # no letter on its own: any
         ("left", ""),
     ],
 )
 def test_realworldqa_reads_the_letter_of_an_option(prediction, letter):
     assert metrics.option_letter(prediction) == letter
     assert [metrics.score("realworldqa", prediction, [answer]) for answer in "ABC"] == [letter == one for one in "ABC"]
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answer", "question", "expected"),
-    [
-        ("x ^ { 2 }\n+ Y", "x^{2} + Y", "the formula, using LaTeX", 1),
-        ("x^{2}+y", "x^{2} + Y", "the formula, using LaTeX", 0),  # formulas: case counts, white space does not
-        ("open", "O pen", "what is written?", 0),
-        ("\uff21\uff22 1", "ab\u3000\uff11", "what is written?", 1),  # full-width forms
-    ],
-)
-def test_ocrbench_formulas_and_full_width_text(prediction, answer, question, expected):
-    assert metrics.score("ocrbench", prediction, [answer], question) == expected
-
-
-def test_score_refuses_a_row_without_answers():
-    with pytest.raises(AwaresError, match="pope"):
-        metrics.score("pope", "yes", [])
 
 
 # Intervals
@@ -126,8 +98,9 @@ def test_bootstrap_interval_is_the_normal_one_for_many_rows():
     found = metrics.bootstrap_interval(values, seed=1)
     error = np.sqrt(values.mean() * (1 - values.mean()) / 1000)
     assert found.mean == pytest.approx(values.mean()) and found.n == 1000
-    assert found.low == pytest.approx(found.mean - 1.96 * error, abs=0.2 * error)
-    assert found.high == pytest.approx(found.mean + 1.96 * error, abs=0.2 * error)
+    assert [found.low, found.high] == pytest.approx([found.mean - 1.96 * error, found.mean + 1.96 * error], abs=0.003)
+    with pytest.raises(AwaresError, match="no rows"):
+        metrics.bootstrap_interval([], 0)
 
 
 def test_bootstrap_is_seeded_and_independent_of_the_memory_bound(monkeypatch):
@@ -146,34 +119,23 @@ def test_bootstrap_over_groups_is_the_mean_of_their_means():
 
 
 def test_paired_bootstrap_sees_what_unpaired_intervals_hide():
-    rng = np.random.default_rng(0)
-    hard = rng.random(400)
+    hard = np.random.default_rng(0).random(400)
     a, b = hard < 0.80, hard < 0.77
     assert metrics.bootstrap_interval(a, 0).low < metrics.bootstrap_interval(b, 0).high  # the intervals overlap
     found = metrics.paired_bootstrap(a, b, 0)
-    assert found.p < 0.05 and found.low > 0
-    assert found.mean == pytest.approx(a.mean() - b.mean())
-
-
-def test_paired_bootstrap_of_equals():
+    assert found.p < 0.05 and found.low > 0 and found.mean == pytest.approx(a.mean() - b.mean())
     same = metrics.paired_bootstrap([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], 0)
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
-    with pytest.raises(AwaresError, match="no rows"):
-        metrics.bootstrap_interval([], 0)
 
 
-def test_a_resampled_share_is_that_of_the_rows_that_count():
+def test_a_resampled_ratio_is_that_of_the_rows_that_count():
     values, wholes = [1, 0, 0, 1, 0], [1, 0, 1, 1, 0]
     share, draws = metrics.resampled_means(values, 0, 500, denominators=wholes)
-    assert share == pytest.approx(2 / 3) and np.isnan(draws).any()  # now and then no drawn row counts
-    rng = np.random.default_rng(0).integers(0, 5, (500, 5))
+    assert share == pytest.approx(2 / 3) and np.isnan(draws).any()  # sometimes no drawn row counts
+    drawn = np.random.default_rng(0).integers(0, 5, (500, 5))
     with np.errstate(invalid="ignore"):
-        expected = np.array(values)[rng].sum(1) / np.array(wholes)[rng].sum(1)
+        expected = np.array(values)[drawn].sum(1) / np.array(wholes)[drawn].sum(1)
     assert np.array_equal(draws, expected, equal_nan=True)
-    scores = np.random.default_rng(1).random(200)
-    mean, plain = metrics.resampled_means(scores, 3, 100)
-    same, counted = metrics.resampled_means(scores, 3, 100, denominators=np.ones(200))
-    assert mean == pytest.approx(same) and plain == pytest.approx(counted)
 
 
 # Diagnostics
@@ -186,9 +148,7 @@ def test_cdp_diagnostics_by_hand():
         ("HR", ("bottom-right",), ("top-left",)),  # elsewhere
         ("HR", (), ("top",)),  # missed
         ("LR", ("all",), ()),  # needless
-        ("LR", (), ()),
-        ("LR", (), ()),
-        ("LR", (), ()),
+        *[("LR", (), ())] * 3,
     ]
     found = evaluation.cdp_diagnostics(*zip(*rows, strict=True))
     ratios = {"call_rate": 0.5, "precision": 0.75, "recall": 0.75, "f1": 0.75, "fpr": 0.25, "exact": 1 / 3}
@@ -204,7 +164,7 @@ def test_cdp_diagnostics_without_calls_says_nan_not_zero():
 
 
 @pytest.mark.parametrize(
-    ("asked", "wanted", "expected"),
+    ("asked", "target", "expected"),
     [
         (["top-left"], ["top-left"], 1),
         (["left"], ["top-left"], 0.5),  # the paper's example: the adjacent halves are accepted for a quadrant ...
@@ -215,21 +175,15 @@ def test_cdp_diagnostics_without_calls_says_nan_not_zero():
         (["top-left", "bottom-left"], ["top-left", "bottom-left"], 1),
     ],
 )
-def test_region_iou(asked, wanted, expected):
-    assert evaluation.region_iou(asked, wanted) == pytest.approx(expected)
+def test_region_iou(asked, target, expected):
+    assert evaluation.region_iou(asked, target) == pytest.approx(expected)
 
 
 def test_format_table_counts_attempted_calls_only():
     statuses = ["valid"] * 6 + ["recovered"] * 1 + ["malformed"] * 3 + ["none"] * 10
-    policies = {"sft": statuses, "silent": ["none"]}
-    table = evaluation.format_table(
-        {name: [SimpleNamespace(call_status=s) for s in found] for name, found in policies.items()}
-    )
-    row = table.to_dict("records")[0]
-    assert {k: row[k] for k in ("valid", "corrupt", "recoverable", "incorrect")} == pytest.approx(
-        {"valid": 60, "corrupt": 40, "recoverable": 10, "incorrect": 30}
-    )
-    assert (row["calls"], row["n"]) == (10, 20) and np.isnan(table.valid[1])
+    trajectories = [SimpleNamespace(call_status=status) for status in statuses]
+    table = evaluation.format_table({"sft": trajectories, "silent": trajectories[-1:]})
+    assert table.iloc[0, 1:].tolist() == pytest.approx([60, 40, 10, 30, 10, 20]) and np.isnan(table.valid[1])
 
 
 def test_policy_flow_shares():
@@ -243,24 +197,20 @@ def test_policy_flow_shares():
         diagnostics.policy_flow({"a": [()], "b": [(), ()]})
 
 
-@pytest.mark.parametrize(
-    ("correct", "label", "crops", "expected"),
-    [
-        (True, "HR", (), "correct"),
-        (False, "HR", (), "when"),
-        (False, "HR", ("bottom",), "where"),
-        (False, "HR", ("top-left",), "where"),  # shows one of the two boxes
-        (False, "HR", ("top",), "reading"),
-        (False, "LR", (), "reading"),
-        (False, "LR", ("bottom",), "reading"),
-    ],
-)
-def test_error_kind(correct, label, crops, expected):
+def test_error_kind():
     evidence = [[100, 100, 200, 200], [700, 100, 800, 200]]
-    assert diagnostics.error_kind(correct, label, crops, evidence) == expected
+    rows = [
+        (True, "HR", ()),
+        (False, "HR", ()),
+        (False, "HR", ("top-left",)),
+        (False, "HR", ("top",)),
+        (False, "LR", ()),
+    ]
+    kinds = [diagnostics.error_kind(*row, evidence) for row in rows]
+    assert kinds == ["correct", "when", "where", "reading", "reading"]  # top-left shows one of the two boxes
 
 
-def test_frontier_is_the_cheapest_right_option_of_each_row():
+def test_frontier_is_the_cheapest_best_option_of_each_row():
     rng = np.random.default_rng(0)
     scores = (rng.random((60, 11)) < 0.3).astype(float)
     rtrs = 0.25 + np.array([0, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5, 1.0]) + rng.random((60, 1)) * 0.1
@@ -270,14 +220,10 @@ def test_frontier_is_the_cheapest_right_option_of_each_row():
         right = [p for s, p in zip(row, price, strict=True) if s == 1]
         total, cost = total + bool(right), cost + (min(right) if right else price[0])
     assert (found.accuracy, found.rtr) == pytest.approx((total / 60, cost / 60))
-    assert found.accuracy_curve[0] == pytest.approx(scores[:, 0].mean()) and found.rtr_curve[0] == pytest.approx(
-        rtrs[:, 0].mean()
-    )
+    start = found.accuracy_curve[0], found.rtr_curve[0]
+    assert start == pytest.approx((scores[:, 0].mean(), rtrs[:, 0].mean()))
     assert (np.diff(found.rtr_curve) >= 0).all() and (np.diff(found.accuracy_curve) >= 0).all()
     slopes = np.diff(found.accuracy_curve) / np.maximum(np.diff(found.rtr_curve), 1e-12)
-    assert (np.diff(slopes) <= 1e-6).all()  # concave: no point of it is beaten by a mixture
-
-
-def test_frontier_prefers_the_better_answer_where_scores_are_graded():
-    found = diagnostics.oracle_frontier([[0.6, 1.0, 1.0]], [[0.25, 0.75, 0.5]])
-    assert (found.accuracy, found.rtr, found.choice.tolist()) == (1.0, 0.5, [2])
+    assert (np.diff(slopes) <= 1e-6).all()  # concave: no mixture beats a point of it
+    graded = diagnostics.oracle_frontier([[0.6, 1.0, 1.0]], [[0.25, 0.75, 0.5]])
+    assert (graded.accuracy, graded.rtr, graded.choice.tolist()) == (1.0, 0.5, [2])

@@ -1,0 +1,29 @@
+import pytest
+from PIL import Image
+
+from awares.engine import images
+from awares.errors import AwaresError
+
+
+def test_images_that_cannot_be_used(tmp_path) -> None:
+    for size in ((27, 100), (28, 5601)):
+        with pytest.raises(AwaresError, match=f"row 7.*{size[0]}x{size[1]}"):
+            images.check_image(Image.new("RGB", size), "row 7")
+    (tmp_path / "text.png").write_text("no image")
+    Image.effect_noise((200, 200), 50).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
+    for name in ("missing.png", "text.png", "cut.png"):
+        with pytest.raises(AwaresError, match=name):
+            images.open_image(tmp_path / name)
+    with pytest.raises(AwaresError, match="int"):
+        images.open_image(3)  # type: ignore[arg-type]
+
+
+def test_open_image_turns_upright_in_rgb_on_white(tmp_path) -> None:
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert images.open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    Image.new("L", (40, 80)).save(tmp_path / "side.jpg", exif=exif)
+    upright = images.open_image(tmp_path / "side.jpg")
+    assert (upright.size, upright.mode) == ((80, 40), "RGB")
