@@ -111,7 +111,7 @@ class Curation(Section):  # judges, oracle and trajectories (PAPER §2)
     chunk_rows: Count
 
     @property
-    def panel(self) -> tuple[str, ...]:
+    def all_judges(self) -> tuple[str, ...]:
         """Every judge that gives a verdict."""
         return tuple(dict.fromkeys((*self.judges, self.judge)))
 

@@ -62,7 +62,7 @@ def settings(folder, attempts=3, **changes):
 
 
 def curate(params, out, rows=ROWS, engine=None):
-    judges, oracle = params.curation.panel, served.make_oracle(params)
+    judges, oracle = params.curation.all_judges, served.make_oracle(params)
     ready = partial(require_servers, params)
     return curation.curate(make_rows(rows), engine or FakeEngine(), judges, oracle, params, out, ready=ready)
 
@@ -236,7 +236,7 @@ def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):
 
     rows = make_rows(24).select([3, 5, 23]).map(lambda row: {"answers": ["1"]})
     params = settings(tmp_path, judge="semantic", judges=["semantic"])
-    judges, oracle = params.curation.panel, served.make_oracle(params)
+    judges, oracle = params.curation.all_judges, served.make_oracle(params)
     found = curation.curate(rows, Right(), judges, oracle, params, tmp_path / "out")
     assert found["id"] == ["row-5"]
     lost = read_records(tmp_path / "out" / curation.LOST_FILE)

@@ -186,8 +186,8 @@ def test_as_dict_names_every_value_and_no_folder():
 
 def test_the_judge_that_decides_gives_a_verdict_too():
     params = load_params("mini", path=PARAMS, overrides={"curation.judge": "always"})
-    assert params.curation.panel == ("semantic", "embedding", "anls", "always")
-    assert load_params("mini", path=PARAMS).curation.panel == ("semantic", "embedding", "anls")
+    assert params.curation.all_judges == ("semantic", "embedding", "anls", "always")
+    assert load_params("mini", path=PARAMS).curation.all_judges == ("semantic", "embedding", "anls")
 
 
 def test_a_registered_function_is_a_name_and_its_source_enters_the_key(monkeypatch):

@@ -73,7 +73,7 @@ def labelling(rows: int, params: Params) -> pd.DataFrame:
     counted: retries, the check of repaired answers (about 6 % more), savings by recorded replies.
     """
     section, served = params.curation, read_served(params)
-    needed = [("judge", name, rows, 2, "judge", 0, 20) for name in section.panel if name in served.models]
+    needed = [("judge", name, rows, 2, "judge", 0, 20) for name in section.all_judges if name in served.models]
     if section.oracle in served.models:
         located = math.ceil(HR_FRACTION * rows)
         needed.append(("oracle", section.oracle, located, 1, "oracle", SERVED_VISUAL_TOKENS, 60))

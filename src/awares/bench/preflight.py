@@ -31,7 +31,7 @@ class Finding:
 def preflight(params: Params) -> list[Finding]:
     """One finding for each requirement of the profile; takes minutes at most."""
     section = params.curation
-    served = [] if section.released else [*section.panel, section.oracle, section.engine]
+    served = [] if section.released else [*section.all_judges, section.oracle, section.engine]
     return [
         *_gpus(params),
         *_disk(params),

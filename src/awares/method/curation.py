@@ -134,17 +134,17 @@ def _answer(steps: _Steps, engine: Any) -> list[Record]:
     return steps.step(RAW_FILES[0], list(steps.place), key, work)
 
 
-def _judge(steps: _Steps, answers: list[Record], panel: Sequence[Judge]) -> list[Record]:
+def _judge(steps: _Steps, answers: list[Record], built: Sequence[Judge]) -> list[Record]:
     """Step 2: every judge on every answered row, with raw scores."""
     answered = {record["id"]: record for record in answers if "reason" not in record}
 
     def work(chunk: datasets.Dataset) -> list[Record]:
         lows, highs = ([answered[row_id][side]["answer"] for row_id in chunk["id"]] for side in ("low", "high"))
         rows = list(chunk["question"]), lows, highs, list(chunk["answers"]), list(chunk["id"])
-        verdicts = {judge.name: judge.judge(*rows) for judge in panel}
+        verdicts = {judge.name: judge.judge(*rows) for judge in built}
         return [{name: asdict(found[place]) for name, found in verdicts.items()} for place in range(len(chunk))]
 
-    key: Record = {"judges": [judge.key() for judge in panel], "judge_code": _code(judges, metrics, answer_match)}
+    key: Record = {"judges": [judge.key() for judge in built], "judge_code": _code(judges, metrics, answer_match)}
     return steps.step(RAW_FILES[1], list(answered), key | {"answered": _digest(answered)}, work, images=False)
 
 
