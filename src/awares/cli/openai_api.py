@@ -105,9 +105,10 @@ def read_request(body: bytearray, kind: type[ChatRequest], model: str) -> Any:
         request = kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        keys = [f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"] if key != "list[Part]"]
-        param = "".join(keys).removeprefix(".") or None
-        reason = "not supported by this server" if first["type"] == "extra_forbidden" else first["msg"]
+        place = [key for key in first["loc"] if not str(key).startswith("list[")]  # pydantic's name of a union's branch
+        param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).removeprefix(".") or None
+        reason = first["msg"].removeprefix("Value error, ")
+        reason = "not supported by this server" if first["type"] == "extra_forbidden" else reason
         raise ApiError(400, f"{param or 'body'}: {reason}", param=param) from error
     if request.model != model:
         raise ApiError(404, f"no model {request.model!r}: this is {model!r}", "model_not_found", "model")
