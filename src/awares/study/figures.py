@@ -4,8 +4,10 @@ Functions take plain data frames and rows, so that a figure can be redrawn from 
 colour-blind palette; every axis has its quantity and unit; intervals are drawn where a table has them.
 """
 
+import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from textwrap import fill, shorten
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import HTML
 from IPython.display import Image as Picture
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -307,6 +310,17 @@ def scatter_figure(table: pd.DataFrame, x: str, y: str, hue: str, labels: tuple[
         grid = sns.relplot(places, x=x, y=y, col=hue, col_wrap=min(3, places[hue].nunique()), height=2.7, **look)
     grid.set_titles("{col_name}").set_axis_labels(*labels)
     return grid.figure
+
+
+def weighted_tokens(tokens: Sequence[str], weights: Sequence[float]) -> HTML:
+    """The text of ``tokens``, coloured by weight: none for 0, darkest for the largest. Repeated tokens are counted."""
+    most, parts = max(*weights, 1e-9), []
+    for (token, weight), run in groupby(zip(tokens, weights, strict=True)):
+        count = len(list(run))
+        text = html.escape(token if count == 1 else f"{token} x {count} ").replace("\n", "↵<br>")
+        look = f"background: rgba(222, 143, 5, {0.15 + 0.65 * weight / most:.2f})" if weight else "color: #666"
+        parts.append(f'<span style="{look}" title="weight {weight:g}">{text}</span>')
+    return HTML(f'<div style="font-family: monospace; line-height: 1.6; max-width: 100ch">{"".join(parts)}</div>')
 
 
 # Rows
