@@ -118,17 +118,6 @@ def test_a_row_that_may_not_call_does_not_write_the_call_token(rigged: SimpleNam
 # What is sent
 
 
-@pytest.mark.parametrize("names", [["top"], ["center", "bottom-left"], ["left", "top", "all"], []])
-def test_the_user_turn_with_crops_renders_to_the_text_of_the_tool_turn(tiny: SimpleNamespace, names: list[str]) -> None:
-    message = protocol.OURS.reply([None] * len(names), None if names else protocol.TOOL_ERROR)
-    conversation = [*protocol.user_messages("q", [None]), {"role": "assistant", "content": "a"}]
-    rendered = [
-        tiny.processor.apply_chat_template([*conversation, last], tokenize=False, add_generation_prompt=True)
-        for last in (message, protocol.tool_as_user(message))
-    ]
-    assert rendered[0] == rendered[1] and rendered[0].count("<|image_pad|>") == 1 + len(names)
-
-
 def say(text: str) -> str:
     """The step that makes the faulty server answer ``text``."""
     return "say=" + base64.b64encode(text.encode()).decode()

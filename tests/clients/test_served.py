@@ -126,6 +126,13 @@ def test_unusable_boxes_are_refused(boxes):
     assert served.Evidence.read(boxes) is served.Evidence.read("nowhere") is None
 
 
+def test_the_schema_that_the_server_gets_is_strict_and_without_prose():
+    for reply in (served.Comparison, served.Grade, served.Evidence):
+        schema = reply.model_json_schema()
+        assert schema["required"] == list(reply.model_fields) and schema["additionalProperties"] is False
+        assert "description" not in schema
+
+
 def test_braces_in_an_answer_stay_as_they_are():
     prompt = served.Prompt(version="1", system="s", user="{question}: {answer}")
     assert prompt.messages({"question": "{answer}?", "answer": "{x}"})[1]["content"] == "{answer}?: {x}"
@@ -212,15 +219,15 @@ def test_a_server_that_goes_away_ends_the_run(server, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_vl", "base"])
-def test_a_server_that_is_not_there_ends_the_run_before_the_first_row(server, tmp_path, monkeypatch, name):
+def test_a_needed_server_that_is_not_there_ends_the_run_before_the_first_row(server, tmp_path, monkeypatch, name):
     monkeypatch.setenv(f"AWARES_{name.upper()}_URL", "http://127.0.0.1:9/v1")
-    engine = FakeEngine()
+    params, engine = settings(tmp_path, engine="base" if name == "base" else "local"), FakeEngine()
     with pytest.raises(AwaresRequestError, match=rf"^{name}: .*127.0.0.1:9/v1: no answer.*AWARES_{name.upper()}_URL$"):
-        curate(settings(tmp_path, engine="base" if name == "base" else "local"), tmp_path / "out", engine=engine)
+        curate(params, tmp_path / "out", engine=engine)
     assert engine.calls == 0 and not server.arrivals()
 
 
-def test_only_the_servers_that_are_still_needed_must_be_there(server, tmp_path, monkeypatch):
+def test_a_server_that_is_no_longer_needed_need_not_be_there(server, tmp_path, monkeypatch):
     monkeypatch.setenv("AWARES_BASE_URL", "http://127.0.0.1:9/v1")
     found = curate(settings(tmp_path), tmp_path / "out", rows=12)
     more = settings(tmp_path, engine="base", judges=["llama", "anls"])
@@ -236,8 +243,7 @@ def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):
 
     rows = make_rows(24).select([3, 5, 23]).map(lambda row: {"answers": ["1"]})
     params = settings(tmp_path, judge="semantic", judges=["semantic"])
-    judges, oracle = params.curation.all_judges, served.make_oracle(params)
-    found = curation.curate(rows, Right(), judges, oracle, params, tmp_path / "out")
+    found = curation.curate(rows, Right(), ["semantic"], served.make_oracle(params), params, tmp_path / "out")
     assert found["id"] == ["row-5"]
     lost = read_records(tmp_path / "out" / curation.LOST_FILE)
     assert [(one["id"], one["step"]) for one in lost] == [("row-3", "oracle"), ("row-23", "oracle")]
@@ -247,25 +253,25 @@ def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):
 # What is declared
 
 
+def declare(folder, change):
+    """Apply ``change`` to the contents of the file that `settings` has written."""
+    raw = yaml.safe_load((folder / "served.yaml").read_text())
+    change(raw)
+    (folder / "served.yaml").write_text(yaml.safe_dump(raw))
+
+
 def test_the_estimate_counts_requests_tokens_money_and_hours(tmp_path):
     params = settings(tmp_path, engine="base")
-    file = tmp_path / "served.yaml"
-    declared = yaml.safe_load(file.read_text())
-    declared["models"]["llama"].update(dollars=[1.0, 2.0], rows_per_hour=1000)
-    file.write_text(yaml.safe_dump(declared))
+    declare(tmp_path, lambda raw: raw["models"]["llama"].update(dollars=[1.0, 2.0], rows_per_hour=1000))
     table = labelling(10_000, params).set_index("role")
     assert table.requests.to_dict() == {"judge": 20_000, "oracle": 1_920, "base": 20_000}
     judge = table.loc["judge"]
-    assert judge.hours == 10 and judge.dollars == pytest.approx(
-        (judge.prompt_tokens + 2 * judge.completion_tokens) / 1e6
-    )
+    assert judge.hours == 10
+    assert judge.dollars == pytest.approx((judge.prompt_tokens + 2 * judge.completion_tokens) / 1e6)
     assert table.loc["oracle"].prompt_tokens > 1_920 * SERVED_VISUAL_TOKENS
     both = 1.25 * SERVED_VISUAL_TOKENS  # of the full image and of half resolution
     assert 10_000 * both < table.loc["base"].prompt_tokens < 10_000 * (both + 2 * 100)
-    local = dataclasses.replace(
-        params.curation, judge="semantic", judges=("semantic",), oracle="annotation", engine="local"
-    )
-    assert labelling(10, dataclasses.replace(params, curation=local)).empty
+    assert labelling(10, settings(tmp_path, judge="semantic", judges=["semantic"], oracle="annotation")).empty
 
 
 @pytest.mark.parametrize(
@@ -282,10 +288,7 @@ def test_the_estimate_counts_requests_tokens_money_and_hours(tmp_path):
 )
 def test_what_is_wrong_in_the_file_is_named(tmp_path, change, message):
     params = settings(tmp_path)
-    file = tmp_path / "served.yaml"
-    raw = yaml.safe_load(file.read_text())
-    change(raw)
-    file.write_text(yaml.safe_dump(raw))
+    declare(tmp_path, change)
     with pytest.raises(AwaresError, match=message):
         served.ServedJudge("llama", params)
 

@@ -132,7 +132,7 @@ class ChatClient:
         model and a server that stopped replying raise AwaresRequestError at once.
         """
         results: list[Any] = [None] * len(row_ids)
-        self._silent = 0
+        self._silent, self._sending = 0, defaultdict(Lock)  # threads of an aborted call may hold the former locks
         bar = tqdm(total=len(row_ids), desc=self.server.model, unit="row", disable=not self.progress)
         with self.opened(), self.server.connect() as api, bar:
 
@@ -150,13 +150,9 @@ class ChatClient:
         failures = [result for result in results if isinstance(result, Failure)]
         if failures and on_failure is None:
             shown = "".join(f"\n  row {failure.row_id}: {failure.reason}" for failure in failures[:20])
-            count = f"{len(failures)} of {len(results)} rows have no reply, {self._kept()}"
+            count = f"{len(failures)} of {len(results)} rows have no reply; run again for them"
             raise AwaresRequestError(f"{self.server.url}: {count}. The first:{shown}", failures)
         return [on_failure(result) if on_failure and isinstance(result, Failure) else result for result in results]
-
-    def holds(self, request: Request) -> bool:
-        """Whether the reply to ``request`` is known."""
-        return request.key(self.server.model) in self.replies
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -227,8 +223,5 @@ class ChatClient:
             silent = self._silent
         if silent >= self.server.stop_after:
             reason = f"no reply for {silent} rows in a row, the last for row {row_id}: {error}"
-            raise AwaresRequestError(f"{self.server.url}: {reason}. When it is back, {self._kept()}") from error
+            raise AwaresRequestError(f"{self.server.url}: {reason}. When it is back, run again") from error
         return Failure(row_id, str(error), error.silent)
-
-    def _kept(self) -> str:
-        return "run again: the other replies are kept" if self.path else "no reply is kept, as no file was named"

@@ -86,7 +86,7 @@ class RemoteEngine(Interaction):
         urls = [*urls, *map(data_url, row.images[len(urls) :])]
         request = self._request(row, urls)
         with self._probing:
-            if self.unchecked and not self.client.holds(request):
+            if self.unchecked and request.key(self.client.server.model) not in self.client.replies:
                 self._probe(send)
                 self.unchecked = False
         reply = send(request)

@@ -44,13 +44,10 @@ class Prompt(BaseModel, extra="forbid"):
     def messages(self, values: dict[str, str], image: Image.Image | None = None) -> list[Record]:
         """The chat, the image before the question; braces in a value stay as they are."""
         text = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), self.user).strip()
+        content: Any = text
         if image:
-            content: Any = [
-                {"type": "image_url", "image_url": {"url": data_url(image)}},
-                {"type": "text", "text": text},
-            ]
-        else:
-            content = text
+            picture = {"type": "image_url", "image_url": {"url": data_url(image)}}
+            content = [picture, {"type": "text", "text": text}]
         return [{"role": "system", "content": self.system.strip()}, {"role": "user", "content": content}]
 
 
@@ -106,8 +103,8 @@ def make_client(name: str, params: Params) -> ChatClient:
 # Replies
 
 
-class ModelReply(BaseModel, extra="forbid", strict=True):
-    """A JSON object that a model must reply with."""
+class ModelReply(BaseModel, extra="forbid", strict=True, json_schema_extra=lambda schema: schema.pop("description")):
+    """A JSON object that a model must reply with. Its schema goes to the server, without these docstrings."""
 
     @classmethod
     def read(cls, text: str) -> Self | None:
@@ -263,14 +260,13 @@ class ServedJudge(Judge):
             values = {"question": questions[index], "answers": _joined(answers[index]), "answer": predictions[index]}
             return float(self.single.ask(send, str(index), values)[0].right)
 
-        names = [str(index) for index in range(len(questions))]
-        return self.single.client.converse(names, talk, lambda failure: math.nan)
+        return self.single.client.converse([*map(str, range(len(questions)))], talk, lambda failure: math.nan)
 
     def judge(
         self, questions: Texts, lows: Texts, highs: Texts, answers: Sequence[Texts], row_ids: Texts | None = None
     ) -> list[Verdict]:
         """One `ServedVerdict` per row; its values are None without two usable replies."""
-        names = [str(index) for index in range(len(questions))] if row_ids is None else row_ids
+        names = [*map(str, range(len(questions)))] if row_ids is None else row_ids
 
         def talk(index: int, send: Send) -> Verdict:
             shared = {"question": questions[index], "answers": _joined(answers[index])}
@@ -290,9 +286,9 @@ class ServedJudge(Judge):
         swapped = {TIE: TIE, LOW_BETTER: HIGH_BETTER, HIGH_BETTER: LOW_BETTER}[two.better]
         low, high = (one.first + two.second) / 2, (one.second + two.first) / 2
         decided = one.better == swapped and max(low, high) > 0  # two wrong answers are equally bad
-        value, both_wrong = one.better if decided else TIE, max(low, high) < self.correct_threshold
-        replies = text, other_text
-        return ServedVerdict(value, low, high, both_wrong, one.better, swapped, **self.pair.source, replies=replies)
+        scores = low, high, max(low, high) < self.correct_threshold
+        source: Any = {**self.pair.source, "replies": (text, other_text)}
+        return ServedVerdict(one.better if decided else TIE, *scores, one.better, swapped, **source)
 
 
 def _joined(answers: Iterable[str]) -> str:
