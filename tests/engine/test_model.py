@@ -9,7 +9,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from awares.engine import chat_format
-from awares.engine.model import load_model, load_processor, save_model, set_threads, visual_tokens
+from awares.engine.model import load_model, load_processor, save_model, visual_tokens
 from awares.errors import AwaresError
 from awares.method import protocol
 
@@ -66,14 +66,10 @@ def test_an_interrupted_save_leaves_the_old_folder(tiny: SimpleNamespace, tmp_pa
     load_model(tmp_path / "m")
 
 
-@pytest.mark.parametrize("size", [(28, 28), (56, 56), (224, 448), (333, 777), (29, 5000), (3000, 2500)])
+@pytest.mark.parametrize("size", [(28, 28), (224, 448), (333, 777), (29, 5000), (3000, 2500)])
 def test_visual_tokens_are_the_processors(tiny: SimpleNamespace, size: tuple[int, int]) -> None:
     grid = tiny.processor.image_processor([tiny.noise(*size, 0)], return_tensors="pt")["image_grid_thw"]
     assert visual_tokens(size, tiny.processor) == grid.prod().item() // 4
-
-
-def test_half_the_sides_are_a_quarter_of_the_tokens(tiny: SimpleNamespace) -> None:
-    assert visual_tokens((336, 224), tiny.processor) == 96 == 4 * visual_tokens((168, 112), tiny.processor)
 
 
 def adapter(tiny: SimpleNamespace, saved: Path, folder: Path, seed: int) -> Path:
@@ -118,10 +114,9 @@ def test_a_checkpoint_without_some_weights_is_named(tiny: SimpleNamespace, tmp_p
 
 
 def test_bad_requests_are_named(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nothing: no such model folder"):
-        load_model(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="nothing: no such model folder"):
-        load_processor(tmp_path / "nothing")
+    for load in (load_model, load_processor):
+        with pytest.raises(FileNotFoundError, match="nothing"):
+            load(tmp_path / "nothing")
     with pytest.raises(AwaresError, match="base.dtype is 'int8'"):
         load_model(saved, dtype="int8")
     with pytest.raises(AwaresError, match="no adapter_config.json"):
@@ -143,10 +138,3 @@ def test_a_tokenizer_without_the_tool_tokens_is_refused(saved: Path, tmp_path: P
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(AwaresError, match="lacks <tool_call>"):
         load_processor(tmp_path)
-
-
-def test_set_threads() -> None:
-    before = torch.get_num_threads()
-    set_threads(1)
-    assert torch.get_num_threads() == 1
-    set_threads(before)

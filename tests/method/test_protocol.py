@@ -14,74 +14,36 @@ from awares.method.protocol import OURS, parse_call
 CALL = '<tool_call>\n{"name": "crop", "arguments": {"regions": %s}}\n</tool_call>'
 
 
+# Spellings that the table of both formats in data/test_released.py does not have
 @pytest.mark.parametrize(
-    "text, crops",
+    ("text", "status", "crops"),
     [
-        (CALL % '["top-left"]', ("top-left",)),
-        (CALL % '["bottom", "center"]', ("bottom", "center")),  # the order of the request is kept
-        (CALL % '["all"]' + "<|im_end|>", ("all",)),
-        ('  <tool_call>{"name":"crop","arguments":{"regions":["left"]}}</tool_call>\n', ("left",)),
-        (CALL % json.dumps(list(CROPS)), tuple(CROPS)),
+        (CALL % '["all"]' + "<|im_end|>", "valid", ("all",)),
+        ('  <tool_call>{"name":"crop","arguments":{"regions":["left"]}}</tool_call>\n', "valid", ("left",)),
+        (CALL % json.dumps(list(CROPS)), "valid", tuple(CROPS)),
+        (CALL.replace('"', "'") % "['right']", "recovered", ("right",)),
+        ((CALL % '["right", "top').split("}")[0], "recovered", ("right", "top")),
+        (CALL % '["Upper left", "centre", "bottom_right"]', "recovered", ("top-left", "center", "bottom-right")),
+        (CALL % '["left half", "full image"]', "recovered", ("left", "all")),
+        (CALL % '["left"], "zoom": 2', "recovered", ("left",)),
+        ("top " + CALL % '["left"]', "recovered", ("left",)),
+        (CALL % '["left"]' + CALL % '["top", "left"]', "recovered", ("left", "top")),
+        ('{"name": "crop", "arguments": {"regions": ["left"]}}', "recovered", ("left",)),
+        ("<tool_call>top-left and right</tool_call>", "recovered", ("top-left", "right")),
+        ("<tool_call>\n</tool_call>", "malformed", ()),
+        (CALL % "null", "malformed", ()),
+        (CALL % '["9"]', "malformed", ()),
+        (CALL % "[[0, 0, 500, 500]]", "malformed", ()),
+        (CALL % "[0.5]", "malformed", ()),
+        ((CALL % '["top"]').replace('"crop"', '"zoom"'), "malformed", ()),
+        ("GET_CROPS: []", "malformed", ()),
+        ("<tool_call>" + "[" * 5000, "malformed", ()),
+        *((text, "none", ()) for text in ("42", "", "the left one", "crop: wheat", "regions: north", "{5, 6}", "all")),
     ],
 )
-def test_valid_calls(text: str, crops: tuple[str, ...]) -> None:
+def test_calls_are_read(text: str, status: str, crops: tuple[str, ...]) -> None:
     call = parse_call(text)
-    assert (call.status, call.crops) == ("valid", crops)
-
-
-@pytest.mark.parametrize(
-    "text, crops",
-    [
-        ("GET_CROPS: ['0', '5']", ("top-left", "top")),  # the released policy's own format
-        ("GET_CROPS: ['all']", ("all",)),
-        ("GET_CROPS: [4]", ("center",)),
-        (CALL.replace('"', "'") % "['right']", ("right",)),
-        ((CALL % '["right"]').removesuffix("\n</tool_call>"), ("right",)),
-        ((CALL % '["right", "top').split("\n</tool_call>")[0].split("}")[0], ("right", "top")),
-        (CALL % '["top", "top"]', ("top",)),
-        (CALL % '"top"', ("top",)),
-        (CALL % '["Upper left", "centre", "bottom_right"]', ("top-left", "center", "bottom-right")),
-        (CALL % '["left half", "full image"]', ("left", "all")),
-        (CALL % '["left", "nowhere"]', ("left",)),
-        (CALL % '["left"], "zoom": 2', ("left",)),
-        ("I must look closer.\n" + CALL % '["left"]', ("left",)),
-        ("top " + CALL % '["left"]', ("left",)),
-        (CALL % '["left"]' + CALL % '["top", "left"]', ("left", "top")),
-        ('{"name": "crop", "arguments": {"regions": ["left"]}}', ("left",)),
-        ("<tool_call>top-left and right</tool_call>", ("top-left", "right")),
-    ],
-)
-def test_recovered_calls(text: str, crops: tuple[str, ...]) -> None:
-    call = parse_call(text)
-    assert (call.status, call.crops) == ("recovered", crops)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<tool_call>",
-        "<tool_call>\n</tool_call>",
-        CALL % "[]",
-        CALL % "null",
-        CALL % '["nowhere"]',
-        CALL % '["9"]',
-        CALL % "[[0, 0, 500, 500]]",
-        CALL % "[0.5]",
-        (CALL % '["top"]').replace('"crop"', '"zoom"'),
-        "GET_CROPS: []",
-        "<tool_call>" + "[" * 5000,
-    ],
-)
-def test_malformed_calls(text: str) -> None:
-    call = parse_call(text)
-    assert (call.status, call.crops) == ("malformed", ())
-
-
-@pytest.mark.parametrize(
-    "text", ["42", "", "top left", "the left one", "crop: wheat", "regions: north, south", "GET up", "{5, 6}", "all"]
-)
-def test_answers_are_no_calls(text: str) -> None:
-    assert parse_call(text).status == "none"
+    assert (call.status, call.crops) == (status, crops)
 
 
 @pytest.mark.parametrize("crops", [(name,) for name in CROPS] + [("top-left", "center", "right")])
@@ -188,7 +150,7 @@ def test_trl_reads_calls_and_answers_back(tiny: SimpleNamespace) -> None:
         return trl_templates.parse_response(tokenizer, tokenizer(text)["input_ids"], prefix=prefix)
 
     call = read(OURS.render_call(["top", "left"]) + "<|im_end|>")
-    assert call["tool_calls"] == protocol.OURS.call_message(["top", "left"])["tool_calls"]
+    assert call["tool_calls"] == OURS.call_message(["top", "left"])["tool_calls"]
     assert read("blue<|im_end|>") == {"role": "assistant", "content": "blue"}
     assert "tool_calls" not in read("<tool_call>{oops</tool_call><|im_end|>")
     rendered = tiny.processor.apply_chat_template([{"role": "user", "content": "q"}, call], tokenize=False)
@@ -223,11 +185,6 @@ def test_free_boxes_are_read_where_they_are_offered(text, status, crops):
         assert protocol.parse_call(text).crops == ()  # ten names are offered, and no boxes
 
 
-def test_free_boxes_stand_alone():
-    with pytest.raises(AwaresError, match="crops.offered"):
-        load_params("mini", overrides={"crops.offered": ["box", "all"]})
-
-
 def test_a_tool_may_offer_fewer_regions():
     form = protocol.from_params(load_params("mini", overrides={"crops.offered": ["top", "all"]}))
     assert '"regions": ["top", "all"]' in form.system and "bottom" not in form.system
@@ -237,7 +194,8 @@ def test_a_tool_may_offer_fewer_regions():
     )
     both = OURS.render_call(["top", "left"])
     assert protocol.parse_call(both, form) == protocol.Call(("top",), "recovered", both)
-    with pytest.raises(AwaresError, match="crops.offered"):
-        load_params("mini", overrides={"crops.offered": ["top"]})
+    for wrong in (["top"], ["box", "all"]):
+        with pytest.raises(AwaresError, match="crops.offered"):
+            load_params("mini", overrides={"crops.offered": wrong})
     with pytest.raises(AwaresError, match="crops.offered|protocol.name"):
         load_params("mini", overrides={"crops.offered": ["all"], "protocol.name": "released"})
