@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from awares import registry
-from awares.errors import AwaresFileError, AwaresValueError
+from awares.errors import AwaresFileError, AwaresValueError, first_fault
 from awares.settings import (  # noqa: F401  (callers import the sections from here)
     CROP_NAMES,
     DECIDES,
@@ -105,14 +105,14 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     """The dotted key of the first error, and a sentence. An unknown key goes first: a misspelt key is missing, too."""
     first = min(error.errors(), key=lambda one: one["type"] != "unexpected_keyword_argument")
     path = [part for part in first["loc"] if isinstance(part, str)]
-    key, message = ".".join(path), first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        return key, f"{key} is missing: add it to params.yaml (a size: under every profile)"
     if first["type"] == "unexpected_keyword_argument":
         known = fields(get_type_hints(Params)[path[0]] if path[1:] else Params)
-        return key, f"unknown key {key}: known are {', '.join(one.name for one in known)}"
-    hint = ": YAML reads an exponent without decimal point or sign as text, write 1.0e-5 or 1.0e+5"
-    return key, f"{key}: {message}, not {first['input']!r}{hint if first['type'] == 'float_type' else ''}"
+        return ".".join(path), f"unknown key {'.'.join(path)}: known are {', '.join(one.name for one in known)}"
+    hints = {
+        "missing": ": add it to params.yaml (a size: under every profile)",
+        "float_type": ": YAML reads an exponent without decimal point or sign as text, write 1.0e-5 or 1.0e+5",
+    }
+    return ".".join(path), first_fault(error) + hints.get(first["type"], "")
 
 
 def _conflicts(params: Params) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The exceptions of user mistakes and of lost rows."""
+"""The exceptions for user mistakes and for rows without a reply."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class AwaresError(Exception):
-    """A mistake that the user can mend: the message names the file, row or parameter and what to write instead."""
+    """Base class of user errors: the message names the file, row or parameter and how to fix it."""
 
 
 class AwaresValueError(AwaresError, ValueError):
@@ -26,7 +26,7 @@ class AwaresFileError(AwaresError, FileNotFoundError):
 
 @dataclass(frozen=True)
 class Failure:
-    """A row without a reply, and why. ``silent``: the server may have been gone or set up wrongly, and may answer another time."""
+    """A row without a reply, and why. ``silent``: the server did not answer at all and may answer another time."""
 
     row_id: str
     reason: str
@@ -34,7 +34,7 @@ class Failure:
 
 
 class AwaresRequestError(AwaresError, RuntimeError):
-    """A server has not answered; ``failures`` names the rows lost, unless the whole call was given up."""
+    """A server did not answer. ``failures``: the rows without a reply; none if the whole call was given up."""
 
     def __init__(self, message: str, failures: Sequence[Failure] = ()) -> None:
         super().__init__(message)

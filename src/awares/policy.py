@@ -17,9 +17,9 @@ Adapters = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a policy lies: a model folder (or hub name) and the adapters merged into it, in order; ``name``: to show.
+    """A policy on disk: a model folder or hub name, and the adapters to merge into it, in order.
 
-    ``form``: the interaction that it was trained on, where that is known.
+    ``name``: to show. ``form``: the interaction that it was trained on, if known.
     """
 
     name: str
@@ -29,9 +29,9 @@ class Checkpoint:
 
 
 def shipped(root: Path | None = None) -> Checkpoint:
-    """The policy that comes with the repository: data/base with data/policy/sft and data/policy/grpo, in this order.
+    """The policy of the repository: data/base with the adapters data/policy/sft and data/policy/grpo.
 
-    ``root``: the repository, by default the one that this file stands in. AwaresFileError when it is not all there.
+    ``root``: the repository, by default the one of this file. AwaresFileError when a part is missing.
     """
     data = (root or Path(__file__).resolve().parents[2]) / "data"
     adapters = tuple(data / "policy" / stage for stage in ("sft", "grpo"))
@@ -39,17 +39,17 @@ def shipped(root: Path | None = None) -> Checkpoint:
     missing = [str(file.parent.relative_to(data.parent)) for file in files if not file.is_file()]
     if missing:
         raise AwaresFileError(
-            f"no policy ships here ({', '.join(missing)} missing): name one with --model PATH, or train one with "
-            "`make repro` and ask it with --run mini"
+            f"no shipped policy here ({', '.join(missing)} missing): give one with --model PATH, or train one with "
+            "`make repro` and give --run mini"
         )
     return Checkpoint("shipped", data / "base", adapters)
 
 
 def of_run(name: str) -> Checkpoint:
-    """The policy that a run of the pipeline has left: ``profile``, ``profile/stage`` or ``profile/stage/variant-sN``.
+    """The policy of a pipeline run: ``profile``, ``profile/stage`` or ``profile/stage/variant-sN``.
 
-    The stage is sft or grpo (default), the third part that of params.yaml's own variant and seed. AwaresError when there
-    is no such run.
+    The stage is sft or grpo (default); the default of the third part is main with the seed of params.yaml. AwaresError
+    for a run that does not exist.
     """
     profile, stage, which, *more = [*name.strip("/").split("/"), "", ""]
     if any(more):
@@ -59,7 +59,7 @@ def of_run(name: str) -> Checkpoint:
     folder = params.run_dir(stage) if not which else params.run_dir(stage).with_name(which)
     if stage not in ("sft", "grpo") or not (folder / "merged" / "config.json").is_file():
         raise AwaresFileError(
-            f"{folder / 'merged'}: no policy of run {name!r} there: run `make repro`, or name another, such as mini/sft"
+            f"{folder / 'merged'}: no policy of run {name!r}: run `make repro`, or give another, such as mini/sft"
         )
     variant = folder.name.rpartition("-s")[0]
     form = from_params(load_params(profile, variant))
@@ -81,12 +81,12 @@ class AwaRes:
         device: str = "cpu",
         **options: Any,
     ) -> "AwaRes":
-        """Load the policy that ships here (no ``path``), a merged model folder, or a base model with adapters (merged in order).
+        """Load the shipped policy (no ``path``), a merged model folder, or a base model with adapters (merged in order).
 
-        ``path`` may also be an adapter, a folder or a hub name: its adapter_config.json then names what it was made for, a model or
-        another adapter, as a path relative to that folder or to the working folder, or as a hub name. ``options`` go to the
-        engine (``max_new_tokens``, ``token_budget``, ...); ``protocol="released"`` for the paper's checkpoint, which calls in plain text (PAPER §7).
-        AwaresError for a missing, foreign or truncated checkpoint.
+        ``path`` may also be an adapter (folder or hub name). Its adapter_config.json names the model or adapter that it was
+        trained on: a path relative to that folder or to the working folder, or a hub name. ``options`` go to the engine
+        (``max_new_tokens``, ``token_budget``, ...); ``protocol="released"`` is for the paper's checkpoint, which calls in
+        plain text (PAPER §7). AwaresError for a missing, foreign or truncated checkpoint.
         """
         if path is None:
             found = shipped()
@@ -94,7 +94,7 @@ class AwaRes:
         chain: list[str | Path] = []
         while adapter is None and (folder := adapter_folder(path)):
             if folder in chain:
-                raise AwaresFileError(f"{folder}: adapter_config.json names an adapter that was made for this one")
+                raise AwaresFileError(f"{folder}: adapter_config.json names an adapter that was trained on this one")
             chain.insert(0, folder)
             path = _base_of(folder)
         adapter = chain or adapter
@@ -106,7 +106,7 @@ class AwaRes:
         """Answer ``question`` about ``image`` (a path or a PIL image).
 
         The trajectory has ``.answer``, ``.crops``, ``.visual_tokens``, ``.full_visual_tokens``, ``.rtr``, ``.turns``. A
-        positive ``call_bias`` makes the policy ask for crops more readily, a negative one less.
+        positive ``call_bias`` makes the policy call for crops more often, a negative one less often.
         """
         return self.engine.run([image], [question], call_bias=call_bias)[0]
 
@@ -115,10 +115,10 @@ def _base_of(adapter: Path) -> Path | str:
     try:
         name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
-        raise AwaresFileError(f"{adapter}: adapter_config.json is torn or none ({error}): fetch it again") from error
+        raise AwaresFileError(f"{adapter}: adapter_config.json is broken ({error}): fetch it again") from error
     if not isinstance(name, str) or not name:
         raise AwaresFileError(
             f"{adapter}: adapter_config.json names no base model: give the base model and adapter={adapter}"
         )
-    beside = adapter / name
-    return beside.resolve() if beside.is_dir() else name
+    folder = adapter / name
+    return folder.resolve() if folder.is_dir() else name
