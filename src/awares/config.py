@@ -20,7 +20,6 @@ from awares.settings import (  # noqa: F401  (callers import the sections from h
     CROP_NAMES,
     DECIDES,
     FREE_BOX,
-    SHUFFLED,
     SYSTEMS,
     TASKS,
     Base,

@@ -78,3 +78,10 @@ judge = Registry(
     | {"always": _TRAINED, "llama": SERVED, "deepseek": SERVED},
 )
 reward = Registry("reward", {"awares": "awares.method.rewards", "visionthink": _TRAINED, "ergo": _TRAINED})
+system = Registry(
+    "system",
+    dict.fromkeys(
+        "full half no_image sft awares visionzip holov random_token fastv sparsevlm random_crop oracle_crop".split(),
+        "awares.baselines.registry",
+    ),
+)

@@ -21,7 +21,6 @@ Task = Literal["chartqa", "docvqa", "ocrbench", "pope", "realworldqa", "vstar"]
 TASKS: tuple[str, ...] = get_args(Task)
 LoraModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SYSTEMS = ("full", "half", "no_image", "sft", "awares")  # the rows of Table 1 that the main line fills
-SHUFFLED = "_shuffled"
 # The sections that decide what a stage writes: a variant that changes none of them shares the main line's run.
 DECIDES = {"data": {"data"}, "curation": {"data", "crops", "protocol", "curation", "base"}}
 DECIDES["sft"] = DECIDES["curation"] | {"sft"}

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
-from awares.baselines import pruned_decode, pruning, systems
+from awares import registry
+from awares.baselines import pruning, systems
 from awares.baselines import registry as baselines
-from awares.baselines.pruned_decode import LayerPruned, Plan, VisionPruned
 from awares.baselines.pruning import Selection
-from awares.baselines.registry import SYSTEMS, Job
+from awares.baselines.registry import Job
 from awares.engine.decode import Decoder, Output
 from awares.errors import AwaresError
 from awares.method import crops, protocol
@@ -56,12 +56,8 @@ def pruned_decoder(of: Job, name: str, monkeypatch: pytest.MonkeyPatch) -> Decod
     """The decoder that the system ``name`` answers with."""
     made: list[Decoder] = []
 
-    def catch(one: Job, engine: Engine, view: str) -> list[Trajectory]:
-        made.append(engine.decoder)
-        return []
-
     with monkeypatch.context() as patch:
-        patch.setattr(baselines, "_one_turn", catch)
+        patch.setattr(Engine, "answer", lambda engine, *_, **__: made.append(engine.decoder))
         baselines.answer(name, of)
     return made[0]
 
@@ -513,43 +509,6 @@ def test_the_evidence_that_is_left_is_counted_in_tokens_that_touch_its_boxes(tin
     assert found.evidence[0] == pytest.approx(2 / 3) and math.isnan(found.evidence[1])
 
 
-def test_a_shuffled_choice_keeps_as_much_of_the_evidence(deep: SimpleNamespace) -> None:
-    plain = job(deep)
-    boxes = {"question_boxes": [[[0, 0, 500, 500]]] * 5, "answer_boxes": [[[600, 200, 900, 700]]] * 4 + [[]]}
-    for name in ("visionzip", "holov"):
-        own, drawn = Job(plain.engine, {**plain.rows, **boxes}), Job(plain.engine, {**plain.rows, **boxes})
-        baselines.answer(f"{name}_50", own)
-        done = baselines.answer(f"{name}_50_shuffled", drawn)
-        assert baselines.shares_left(own).equals(baselines.shares_left(drawn)) and own.left != drawn.left
-        assert [one.visual_tokens for one in done] == [len(drawn.left[one.row_id]) for one in done]
-
-
-def test_shuffled_between_layers_keeps_the_schedule_and_the_evidence_of_the_first_one(deep: SimpleNamespace) -> None:
-    plain = job(deep)
-    boxes = {"question_boxes": [[[0, 0, 500, 500]]] * 5, "answer_boxes": [[]] * 5}
-    jobs = [Job(plain.engine, {**plain.rows, **boxes}) for _ in range(3)]
-    own, drawn, again = (
-        baselines.answer(f"sparsevlm_50{end}", of) for end, of in zip(("", "_shuffled", "_shuffled"), jobs, strict=True)
-    )
-    assert [one.layer_visual_tokens for one in own] == [one.layer_visual_tokens for one in drawn]
-    assert jobs[0].left != jobs[1].left == jobs[2].left and [one.answer for one in drawn] == [
-        one.answer for one in again
-    ]
-    assert all(len(jobs[0].left[name]) == len(jobs[1].left[name]) for name in plain.rows["id"])
-    asked: list[tuple[str, list[int]]] = []
-
-    def first(kept: Tensor, numbers: Tensor, name: str) -> Tensor:
-        asked.append((name, numbers.tolist()))
-        return torch.arange(len(kept))
-
-    found = Job(plain.engine, plain.rows)
-    baselines._with_decoder(found, LayerPruned, lambda depth: Plan({1: 0.5, 2: 0.25}, pruning.fastv, "last", first))
-    for name, left in found.left.items():
-        early, late = (numbers for row, numbers in asked if row == name)
-        assert early == list(range(len(early))) and late == early[: pruning.budget(len(early), 0.5)]
-        assert left == early[: pruning.budget(len(early), 0.25)]
-
-
 # Controls of the policy
 
 
@@ -572,7 +531,7 @@ def test_random_crops_call_where_the_policy_did_at_the_same_price(tiny: SimpleNa
         baselines.answer("random_crop", Job(of.engine, of.rows, policy=made[::-1]))
     with pytest.raises(AwaresError, match=r"Job\.policy"):
         baselines.answer("random_crop", of)
-    with pytest.raises(AwaresError, match="row x: no named crop is as large as '100,200,300,410'"):
+    with pytest.raises(AwaresError, match="row x: .*'100,200,300,410'"):
         baselines._random_crops(["100,200,300,410"], "x", 0)
 
 
@@ -589,32 +548,31 @@ def test_oracle_crops_are_the_target_crops_of_the_rows_labelled_hr(tiny: SimpleN
 # The registry
 
 
-def test_names_hold_a_ratio_where_the_system_takes_one() -> None:
-    assert baselines.parse("visionzip_50") == (SYSTEMS["visionzip"], 0.5)
-    assert baselines.parse("random_token_36.4")[1] == pytest.approx(0.364)
-    assert baselines.parse("random_crop") == (SYSTEMS["random_crop"], None)
-    assert baselines.parse("fastv_100")[1] == 1.0
-
-
-@pytest.mark.parametrize("name, told", [("vision_zip_50", "visionzip_50, holov_50"), ("nosuch", "full, half")])
-def test_an_unknown_name_lists_the_names(name: str, told: str) -> None:
-    with pytest.raises(AwaresError, match=told):
-        baselines.parse(name)
+@pytest.mark.parametrize(
+    "name, stem, ratio, model",
+    [
+        ("visionzip_50", "visionzip", 0.5, "base"),
+        ("random_token_36.4", "random_token", 0.364, "base"),
+        ("fastv_100", "fastv", 1.0, "base"),
+        ("random_crop", "random_crop", None, "awares"),
+        ("sft", "sft", None, "sft"),
+    ],
+)
+def test_a_name_holds_a_ratio_if_the_system_takes_one(name: str, stem: str, ratio: Any, model: str) -> None:
+    found, share = baselines.parse(name)
+    assert (found.name, found.model) == (stem, model) and share == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize(
-    "name, told", [("fastv", "fastv_50"), ("fastv_0", "fastv_50"), ("holov_101", "holov_50"), ("full_50", "write full")]
-)
-def test_a_ratio_that_is_missing_wrong_or_not_wanted_is_named(name: str, told: str) -> None:
+    "name, told",
+    [
+        ("vision_zip_50", "visionzip, holov"), ("nosuch", "full, half"), ("fastv", "fastv_50"), ("fastv_0", "fastv_50"),
+        ("holov_101", "holov_50"), ("full_50", "write full"),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_and_a_bad_ratio_are_named(name: str, told: str) -> None:
     with pytest.raises(AwaresError, match=told):
         baselines.parse(name)
-
-
-def test_the_issues_names_are_there() -> None:
-    for name in ("full", "half", "no_image", "sft", "awares", "random_crop", "oracle_crop"):
-        assert baselines.parse(name)[1] is None
-    assert {SYSTEMS[name].model for name in PRUNERS} == {"base"}
-    assert SYSTEMS["oracle_crop"].model == SYSTEMS["random_crop"].model == SYSTEMS["awares"].model == "awares"
 
 
 def test_base_and_policy_systems_are_the_engines_own(tiny: SimpleNamespace) -> None:
@@ -627,41 +585,28 @@ def test_base_and_policy_systems_are_the_engines_own(tiny: SimpleNamespace) -> N
     assert [one.turns for one in baselines.answer("awares", of)] == [one.turns for one in expected]
 
 
-def test_a_new_system_is_one_small_function(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "SYSTEMS", dict(SYSTEMS))
+def test_a_system_of_your_own_is_a_function_or_a_file(tiny: SimpleNamespace, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(registry.system, "_functions", dict(registry.system._functions))
+    monkeypatch.setattr(systems, "__path__", [str(tmp_path)])
 
     @baselines.system("pale", takes_ratio=True)
-    def pale(of: Job, ratio: float) -> list[Trajectory]:
+    def pale(of: Job, ratio: float = 0.5) -> list[Trajectory]:
         dim = [ImageEnhance.Contrast(image).enhance(ratio) for image in of.rows["image"]]
         return of.engine.answer(dim, of.rows["question"], row_ids=of.rows["id"])
 
-    of = job(tiny, count=2)
-    done = baselines.answer("pale_25", of)
-    assert [one.row_id for one in done] == of.rows["id"] and all(one.rtr == 1 for one in done)
-    with pytest.raises(AwaresError, match="pale_50"):
-        baselines.parse("nosuch")
-    with pytest.raises(AwaresError, match="already"):
-        baselines.system("pale")(pale)
-
-
-def test_a_file_of_its_name_is_a_system(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(baselines, "SYSTEMS", dict(SYSTEMS))
-    monkeypatch.setattr(systems, "__path__", [str(tmp_path)])
     (tmp_path / "dull.py").write_text(
-        "from awares.baselines import system\n\n\n@system('dull')\ndef dull(job):\n"
+        "from awares.baselines.registry import system\n\n\n@system('dull')\ndef dull(job):\n"
         "    return job.engine.answer(job.rows['image'], job.rows['question'], 'half', row_ids=job.rows['id'])\n"
     )
-    (tmp_path / "misnamed.py").write_text("x = 1\n")
     of = job(tiny, count=2)
-    assert [one.row_id for one in baselines.answer("dull", of)] == of.rows["id"]
-    with pytest.raises(AwaresError, match=r"misnamed\.py registers no system of its name"):
+    for wanted in ("pale_25", pale, "dull"):
+        assert [one.row_id for one in baselines.answer(wanted, of)] == of.rows["id"]
+    (tmp_path / "misnamed.py").write_text("x = 1\n")
+    with pytest.raises(AwaresError, match="misnamed"):
         baselines.parse("misnamed")
-    with pytest.raises(AwaresError, match="use one of"):
-        baselines.parse("absent")
 
 
-def test_a_decoder_of_its_own_does_not_stay_on_the_engine(deep: SimpleNamespace) -> None:
+def test_the_engine_keeps_its_own_decoder(deep: SimpleNamespace) -> None:
     of = job(deep, count=1)
     baselines.answer("holov_50", of)
     assert type(of.engine.decoder) is Decoder
-    assert issubclass(VisionPruned, pruned_decode.Pruned) and issubclass(LayerPruned, pruned_decode.Pruned)

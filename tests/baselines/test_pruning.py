@@ -189,19 +189,6 @@ def test_random_tokens_depend_on_name_and_seed_alone() -> None:
     assert (drawn / 2000 - 0.5).abs().max() < 0.05  # every place alike
 
 
-def test_shuffling_keeps_the_counts_and_draws_the_rest() -> None:
-    evidence = torch.arange(40) < 10
-    kept = torch.cat([torch.arange(0, 4), torch.arange(10, 26)])
-    found = pruning.shuffled(kept, evidence, "row/0")
-    assert len(set(found.tolist())) == 20 and found.tolist() == sorted(found.tolist())
-    assert evidence[found].sum() == 4 and found.tolist() != kept.tolist()
-    assert torch.equal(found, pruning.shuffled(kept.flip(0), evidence, "row/0"))  # counts, name and seed decide
-    assert not torch.equal(found, pruning.shuffled(kept, evidence, "row/1"))
-    assert not torch.equal(found, pruning.shuffled(kept, evidence, "row/0", seed=1))
-    drawn = torch.stack([torch.bincount(pruning.shuffled(kept, evidence, f"{n}/0"), minlength=40) for n in range(2000)])
-    assert drawn.float().mean(dim=0).tolist() == pytest.approx([0.4] * 10 + [16 / 30] * 30, abs=0.05)
-
-
 # Inside the language model
 
 

@@ -1,13 +1,11 @@
-"""Decoding with fewer visual tokens: sequences that are really shorter, at transformers' Qwen2.5-VL as it is.
+"""Decoding with fewer visual tokens: really shorter sequences, with transformers' Qwen2.5-VL as it is.
 
-`VisionPruned` leaves tokens out before the language model, `LayerPruned` between its layers. Positions are computed on
-the full sequence and then gathered, so that a kept token sits where it sat and what is written goes on as in the
-unpruned model; rows that keep different numbers of tokens are padded left again.
+`VisionPruned` removes tokens before the language model, `LayerPruned` between its layers. Positions are computed on the
+full sequence and then gathered, so a kept token stays where it was and the answer continues as in the unpruned model. Rows
+that keep different numbers of tokens are padded on the left again.
 
-The seams are torch's module hooks on the model's own submodules, whose names are those of the checkpoint: nothing is
-patched, and every attention implementation works. For the vision side the inputs of ``visual.blocks[-1].attn`` and the
-output of its ``qkv``; for the language side the inputs of every decoder layer and the output of ``q_proj`` (the keys
-stand in the cache).
+Nothing is patched, and every attention implementation works: torch's module hooks read the inputs of
+``visual.blocks[-1].attn``, the output of its ``qkv``, the inputs of every decoder layer and the output of ``q_proj``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,13 +31,13 @@ from awares.errors import AwaresValueError
 
 
 class Pruned(Decoder):
-    """A decoder that answers in one turn: what it left out is not there for a second one.
+    """A decoder for one turn: the dropped tokens are not there for a second one.
 
-    ``left`` tells of every row, by its id, which of its visual tokens (in raster order) are there at the end.
+    ``left``: row id -> visual tokens (in raster order) that are left at the end.
     """
 
-    vision_patches = float("inf")  # the last block is noted for all images at once
-    shares_prefix = False  # what is dropped is counted over whole sequences
+    vision_patches = float("inf")  # all images at once: the hooks keep one call of the last block
+    shares_prefix = False  # dropped tokens are counted over whole sequences
 
     def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int) -> None:
         super().__init__(model, processor, max_new_tokens)
@@ -58,19 +56,19 @@ class Pruned(Decoder):
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One image after the vision tower, N visual tokens in raster order; the last block's part is empty if not asked."""
+class VisionFeatures:
+    """One image after the vision tower, N visual tokens in raster order; without ``attention`` scores and keys are empty."""
 
-    features: Tensor  # (N, width), what the language model would get
+    features: Tensor  # (N, width), the language model's input
     scores: Tensor  # (N,), attention received in the last block, pooled over each merge group
     keys: Tensor  # (N, head_dim), the last block's keys before rotary embedding, pooled over heads and merge group
     name: str  # the row's id and the image's number in the row
 
 
 class VisionPruned(Pruned):
-    """Leaves out what ``select`` does not keep of each image, before the language model sees it.
+    """Keeps the tokens that ``select`` chooses of each image, before the language model.
 
-    ``attention=False``: ``select`` does not need the last block, which then costs nothing.
+    ``attention=False``: ``select`` does not read scores and keys, which then cost nothing.
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class VisionPruned(Pruned):
         model: Any,
         processor: ImageOnlyProcessor,
         max_new_tokens: int,
-        select: Callable[[Seen], Selection],
+        select: Callable[[VisionFeatures], Selection],
         attention: bool = True,
     ) -> None:
         super().__init__(model, processor, max_new_tokens)
@@ -92,7 +90,7 @@ class VisionPruned(Pruned):
         call_bias: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
     ) -> Output:
-        """Generate as `Decoder.start` does, from the visual tokens that are kept."""
+        """`Decoder.start` on the kept visual tokens."""
         titles = [f"{names[b] if names else b}/{n}" for b, row in enumerate(images) for n in range(len(row))]
         views, grids = self._see(images, titles)
         chosen = [self.select(view) for view in views]
@@ -107,8 +105,8 @@ class VisionPruned(Pruned):
         output.kept = [Kept(count, float(count)) for count in state.types.sum(dim=1).tolist()]
         return output
 
-    def _see(self, images: Sequence[list[Image]], titles: Sequence[str]) -> tuple[list[Seen], list[Tensor]]:
-        """A view of every image, in order; and every row's grids."""
+    def _see(self, images: Sequence[list[Image]], titles: Sequence[str]) -> tuple[list[VisionFeatures], list[Tensor]]:
+        """`VisionFeatures` of every image, in order; and every row's grids."""
         visual = self.model.model.visual
         with last_block(visual) as tapped:
             features, grids = self._encode(images)
@@ -116,7 +114,7 @@ class VisionPruned(Pruned):
             scores, keys = look(visual, tapped, torch.cat(grids), [len(one) for one in features])
         else:
             scores = keys = [torch.empty(0)] * len(features)
-        return [Seen(*one) for one in zip(features, scores, keys, titles, strict=True)], grids
+        return [VisionFeatures(*one) for one in zip(features, scores, keys, titles, strict=True)], grids
 
     def _shorten(self, state: State, keep: Tensor) -> State:
         """The tokens ``keep`` (B, T) of ``state``, each at its position in the full sequence."""
@@ -132,7 +130,7 @@ class VisionPruned(Pruned):
 
 @contextmanager
 def last_block(visual: Any) -> Iterator[dict[str, Any]]:
-    """Notes what the attention of the vision tower's last block gets (its keyword arguments) and its ``qkv`` (S, 3 w)."""
+    """Keyword arguments of the attention of the vision tower's last block, and its ``qkv`` (S, 3 w)."""
     tapped: dict[str, Any] = {}
     attention = visual.blocks[-1].attn
     hooks = [
@@ -149,7 +147,7 @@ def last_block(visual: Any) -> Iterator[dict[str, Any]]:
 def look(
     visual: Any, tapped: Mapping[str, Any], grids: Tensor, counts: Sequence[int]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Scores and keys of `Seen` for each image. ``tapped``: of `last_block`; ``grids`` (images, 3); ``counts``: N of each."""
+    """Scores and keys of `VisionFeatures` for each image. ``tapped``: of `last_block`; ``grids`` (images, 3); ``counts``: N of each."""
     attention, unit = visual.blocks[-1].attn, visual.spatial_merge_unit
     query, key, _ = tapped["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # (S, heads, head_dim)
     turned = apply_rotary_pos_emb_vision(query, key, *tapped["position_embeddings"])
@@ -162,7 +160,7 @@ def look(
     return scores, keys
 
 
-def _kept_flags(selection: Selection, view: Seen) -> Tensor:
+def _kept_flags(selection: Selection, view: VisionFeatures) -> Tensor:
     """One flag for each visual token of an image."""
     flags = torch.zeros(len(view.features), dtype=torch.bool, device=view.features.device)
     flags[selection.kept] = True
@@ -173,33 +171,31 @@ def _kept_flags(selection: Selection, view: Seen) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where tokens are dropped. ``shares``: layer -> share of all visual tokens that it and the following hold.
+class PruningPlan:
+    """Where and how tokens are dropped.
 
-    ``choose``: attention (Q, N) of the text tokens behind the image, in the layer before, hidden states (N, width) and
-    a count -> which to keep. ``nominal``: the ratio names the share that is left at the end (last), or its mean over
-    the layers (mean). ``redraw``, for a control: what was chosen (K,), which of its row's visual tokens each of the N is, and
-    the row's id -> what is kept in its place, as it is.
+    ``shares``: layer -> fraction of all visual tokens in it and the following layers. ``choose``: attention (Q, N) of the text
+    tokens after the image, in the previous layer, hidden states (N, width) and a count -> the tokens to keep. ``nominal``: the
+    ratio in a system's name counts the tokens at the end (last) or the mean over the layers (mean).
     """
 
     shares: Mapping[int, float]
     choose: Callable[[Tensor, Tensor, int], Selection]
     nominal: str
-    redraw: Callable[[Tensor, Tensor, str], Tensor] | None = None
 
 
 class LayerPruned(Pruned):
     """Drops visual tokens between the language model's layers; ``plan``: its depth -> where and how."""
 
     def __init__(
-        self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int, plan: Callable[[int], Plan]
+        self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int, plan: Callable[[int], PruningPlan]
     ) -> None:
         super().__init__(model, processor, max_new_tokens)
         self.language_model = self.model.model.language_model
         if self.language_model.has_sliding_layers:
             raise AwaresValueError("dropping tokens between layers needs full attention, not sliding windows")
         self.plan = plan(len(self.language_model.layers))
-        self.names: Sequence[str] = ()
+        self.names: Sequence[str] = ()  # of the rows of a batch
 
     def start(
         self,
@@ -213,7 +209,7 @@ class LayerPruned(Pruned):
         return super().start(rows, images, call_bias, names)
 
     def _generate(self, state: State, *arguments: Any, **options: Any) -> Output:
-        with Dropping(self.language_model, self.plan, state, self.names) as dropping:
+        with Dropping(self.language_model, self.plan, state) as dropping:
             output = super()._generate(state, *arguments, **options)
         output.kept = dropping.kept()
         self.left.update(zip(self.names, dropping.left(), strict=True))
@@ -227,8 +223,8 @@ class Dropping:
     of every layer then has its own length, for which `create_causal_mask` has ``layer_idx``.
     """
 
-    def __init__(self, language_model: Any, plan: Plan, state: State, names: Sequence[str]) -> None:
-        self.model, self.plan, self.names = language_model, plan, names
+    def __init__(self, language_model: Any, plan: PruningPlan, state: State) -> None:
+        self.model, self.plan = language_model, plan
         self.mask, self.visual = state.mask, state.types.bool()  # (B, T) of the tokens that are left
         self.number = self.visual.cumsum(dim=1) - 1  # (B, T): which of its row's visual tokens a visual token is
         self.total = self.visual.sum(dim=1)
@@ -312,9 +308,6 @@ class Dropping:
         weights = pruning.attention_of(query[:, text], key, allowed, attention.scaling)[:, places]
         count = pruning.budget(int(self.total[row]), share)
         chosen = self.plan.choose(weights, hidden[places], min(count, len(places)))
-        if self.plan.redraw:
-            kept = self.plan.redraw(chosen.kept.cpu(), self.number[row][places].cpu(), self.names[row])
-            chosen = Selection(kept.to(places.device), hidden[places][kept])
         keep[places] = False
         keep[places[chosen.kept]] = True
         hidden[places[chosen.kept]] = chosen.vectors

@@ -143,17 +143,9 @@ def quotas(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[i
 
 def random_tokens(count: int, ratio: float, name: str, seed: int = 0) -> Tensor:
     """The control: r N tokens drawn without replacement; ``name`` (the row's id) and ``seed`` alone decide which."""
-    return _drawn(count, name, seed)[: budget(count, ratio)].sort().values
-
-
-def shuffled(kept: Tensor, evidence: Tensor, name: str, seed: int = 0) -> Tensor:
-    """The control of a choice: as many tokens that show ``evidence``, bool (N,), and as many others, but drawn which.
-
-    ``kept``: the indices chosen. Returns as many, ascending; ``name`` and ``seed`` decide as in `random_tokens`.
-    """
-    order = _drawn(len(evidence), name, seed)
-    groups = [order[evidence[order] == shown][: int((evidence[kept] == shown).sum())] for shown in (True, False)]
-    return torch.cat(groups).sort().values
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.randperm(count, generator=generator)[: budget(count, ratio)].sort().values
 
 
 # Inside the language model
@@ -255,13 +247,6 @@ def geometric_schedule(ratio: float, layers: Sequence[int], depth: int) -> dict[
 
 
 # Helpers
-
-
-def _drawn(count: int, name: str, seed: int) -> Tensor:
-    """The numbers 0 ... count - 1 in an order that ``name`` and ``seed`` alone decide."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return torch.randperm(count, generator=generator)
 
 
 def _others(count: int, chosen: Tensor) -> Tensor:

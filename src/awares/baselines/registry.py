@@ -1,15 +1,15 @@
-"""The systems of the comparison by name: each takes a `Job` and answers its rows with trajectories (PAPER §6).
+"""The compared systems by name: each takes a `Job` and answers its rows with trajectories (PAPER §6).
 
-A name is that of a function registered with `system`, with the share of visual tokens kept in percent behind it
-where the function takes one: ``visionzip_50``, ``fastv_36.4``, ``holov_50_shuffled``. A new system is one such function, in
-a file of its name in ``src/awares/systems`` ::
+A name is that of a function decorated with `system`. A function with a retained ratio takes the percentage of visual tokens
+behind its name: ``visionzip_50``, ``fastv_36.4``. A new system is one function, in a notebook cell or in
+``src/awares/baselines/systems/low_contrast.py`` ::
 
     @system("low_contrast")
     def low_contrast(job: Job) -> list[Trajectory]:
         pale = [ImageEnhance.Contrast(image).enhance(0.5) for image in job.rows["image"]]
         return job.engine.answer(pale, job.rows["question"], row_ids=job.rows["id"])
 
-and is then scored as the others are: ``evaluation.scored(name, rows, answer(name, Job(engine, rows)))``.
+Score it as all others: ``evaluation.scored(name, rows, answer(name, Job(engine, rows)))``; `answer` also takes the function.
 """
 
 import copy
@@ -18,18 +18,16 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
+from awares import registry
 from awares.baselines import pruning
-from awares.baselines.pruned_decode import LayerPruned, Plan, Pruned, Seen, VisionPruned
+from awares.baselines.pruned_decode import LayerPruned, Pruned, PruningPlan, VisionFeatures, VisionPruned
 from awares.baselines.pruning import Selection
-from awares.config import SHUFFLED
 from awares.engine.images import cap
 from awares.engine.model import patch_grid
 from awares.errors import AwaresValueError
@@ -39,16 +37,16 @@ from awares.method.rollout import Engine, Trajectory
 DEPTH = 28  # decoder layers of Qwen2.5-VL-7B, which the layers below refer to
 FASTV_LAYER = 2
 SPARSEVLM_LAYERS = (2, 6, 15)
-OWN = "awares.baselines.systems"  # the package of systems of your own, a file each
+OWN = "awares.baselines.systems"  # the package of the user's systems, one file each
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a system is to answer, and with what.
+    """The rows that a system answers, and the engine for it.
 
-    ``engine``: holds the weights that the system asks for (`System.model`). ``rows``: columns id, image, question (and
-    label, target_crops for oracle_crop). ``policy``: the policy's trajectories of these rows, for random_crop. A pruner
-    writes into ``left``, by row id, which visual tokens (in raster order) are there at the end.
+    ``engine`` has the weights that the system needs (`System.model`). ``rows``: columns id, image, question (and label,
+    target_crops for oracle_crop). ``policy``: the policy's trajectories of these rows, for random_crop. A pruner writes
+    into ``left``, by row id, the visual tokens (in raster order) that are left at the end.
     """
 
     engine: Engine
@@ -61,75 +59,61 @@ class Job:
 
 @dataclass(frozen=True)
 class System:
-    """``answer(job)``, or ``answer(job, ratio)`` if ``takes_ratio``. ``model``: whose weights: base, sft or awares."""
+    """``answer(job)``, or ``answer(job, ratio)`` if ``takes_ratio``. ``model``: its weights: base, sft or awares."""
 
     name: str
     answer: Callable[..., list[Trajectory]]
-    model: str
-    takes_ratio: bool
+    model: str = "base"
+    takes_ratio: bool = False
 
-
-SYSTEMS: dict[str, System] = {}
+    def __call__(self, *arguments: Any) -> list[Trajectory]:
+        return self.answer(*arguments)
 
 
 def system(name: str, model: str = "base", takes_ratio: bool = False) -> Callable[[Any], Any]:
-    """Register the decorated function as the system ``name``; AwaresValueError if that name is taken."""
+    """Register the decorated function as the system ``name``."""
 
     def register(function: Callable[..., list[Trajectory]]) -> Callable[..., list[Trajectory]]:
-        if name in SYSTEMS:
-            raise AwaresValueError(f"system {name!r} is there already: choose another name")
-        SYSTEMS[name] = System(name, function, model, takes_ratio)
+        registry.system(name)(System(name, function, model, takes_ratio))
         return function
 
     return register
 
 
-def parse(name: str) -> tuple[System, float | None]:
-    """``visionzip_50`` -> (VisionZip, 0.5), ``full`` -> (full, None). AwaresValueError with all names for another."""
-    _load_own(name)
-    match = re.fullmatch(rf"(.+)_(\d+(?:\.\d+)?)({SHUFFLED})?", name)
-    if name in SYSTEMS:
-        found, ratio = SYSTEMS[name], None
-    elif match and match[1] + (match[3] or "") in SYSTEMS:
-        found, ratio = SYSTEMS[match[1] + (match[3] or "")], float(match[2]) / 100
-    else:
-        raise AwaresValueError(
-            f"system {name!r}: use one of {', '.join(map(_form, SYSTEMS.values()))} (50 = percent of tokens kept)"
-        )
+def parse(wanted: str | Callable[..., Any]) -> tuple[System, float | None]:
+    """``visionzip_50`` -> (VisionZip, 0.5), ``full`` -> (full, None), a function -> it as a system of the base model.
+
+    AwaresValueError for an unknown name, and for a percentage that is missing, wrong or too much.
+    """
+    name, ratio = wanted, None
+    if isinstance(wanted, str):
+        if wanted.isidentifier() and importlib.util.find_spec(f"{OWN}.{wanted}"):
+            importlib.import_module(f"{OWN}.{wanted}")
+        match = re.fullmatch(r"(.+)_(\d+(?:\.\d+)?)", wanted)
+        if match and wanted not in registry.system:
+            name, ratio = match[1], float(match[2]) / 100
+    found = registry.system.find(name)
+    if not isinstance(found, System):
+        found = System(found.__name__, found)
     if found.takes_ratio and not (ratio and ratio <= 1):
-        raise AwaresValueError(f"system {name!r} keeps a share of the tokens: write {_form(found)} for 50 percent")
+        raise AwaresValueError(f"system {wanted!r}: write {found.name}_50 for 50 percent of the visual tokens")
     if ratio is not None and not found.takes_ratio:
-        raise AwaresValueError(f"system {name!r}: {found.name} takes no percentage, write {found.name}")
+        raise AwaresValueError(f"system {wanted!r}: {found.name} takes no percentage, write {found.name}")
     return found, ratio
 
 
-def matched(name: str, main: Any) -> str:
-    """``visionzip_awares`` -> ``visionzip_36.4``, the pruner at AwaRes' own average RTR in the table ``main``; another name as it is."""
+def matched(name: str, main: pd.DataFrame) -> str:
+    """``visionzip_awares`` -> ``visionzip_36.4``: the pruner at AwaRes's average RTR in table ``main``. Other names as given."""
     if not name.endswith("_awares"):
         return name
     (rtr,) = main[(main.system == "awares") & (main.benchmark == "average")].rtr
     return f"{name.removesuffix('_awares')}_{100 * rtr:.1f}"
 
 
-def answer(name: str, job: Job) -> list[Trajectory]:
-    """The trajectories of the system ``name``, in the order of ``job.rows``."""
-    found, ratio = parse(name)
-    return found.answer(job) if ratio is None else found.answer(job, ratio)
-
-
-def _load_own(name: str) -> None:
-    """Let src/awares/systems/<name>.py register its system, if there is such a file."""
-    if name in SYSTEMS or not name.isidentifier() or importlib.util.find_spec(f"{OWN}.{name}") is None:
-        return
-    importlib.import_module(f"{OWN}.{name}")
-    if name not in SYSTEMS:
-        raise AwaresValueError(f'src/awares/systems/{name}.py registers no system of its name: write @system("{name}")')
-
-
-def _form(one: System) -> str:
-    """How the system is written, at 50 percent if it takes any."""
-    stem = one.name.removesuffix(SHUFFLED)
-    return f"{stem}_50{one.name.removeprefix(stem)}" if one.takes_ratio else one.name
+def answer(wanted: str | Callable[..., Any], job: Job) -> list[Trajectory]:
+    """The trajectories of a system, by name or as a function, in the order of ``job.rows``."""
+    found, ratio = parse(wanted)
+    return found(job) if ratio is None else found(job, ratio)
 
 
 # The base model and the policies
@@ -138,19 +122,19 @@ def _form(one: System) -> str:
 @system("full")
 def full(job: Job) -> list[Trajectory]:
     """The base model on the full image."""
-    return _one_turn(job, job.engine, "full")
+    return _one_turn(job, "full")
 
 
 @system("half")
 def half(job: Job) -> list[Trajectory]:
     """The base model on the half-resolution image."""
-    return _one_turn(job, job.engine, "half")
+    return _one_turn(job, "half")
 
 
 @system("no_image")
 def no_image(job: Job) -> list[Trajectory]:
     """The base model on the question alone."""
-    return _one_turn(job, job.engine, "none")
+    return _one_turn(job, "none")
 
 
 @system("sft", model="sft")
@@ -166,35 +150,23 @@ def policy(job: Job) -> list[Trajectory]:
 @system("visionzip", takes_ratio=True)
 def visionzip(job: Job, ratio: float) -> list[Trajectory]:
     """VisionZip: dominant tokens by the attention they receive, the others merged into a few contextual ones."""
-    return _before(job, lambda seen: pruning.visionzip(seen.scores, seen.keys, seen.features, ratio))
+    return _pruned(job, VisionPruned, lambda seen: pruning.visionzip(seen.scores, seen.keys, seen.features, ratio))
 
 
 @system("holov", takes_ratio=True)
 def holov(job: Job, ratio: float) -> list[Trajectory]:
-    """HoloV: quotas for contiguous chunks by attention and diversity, inside a chunk the top by attention."""
-    return _before(job, lambda seen: _kept(seen, pruning.holov(seen.scores, seen.features, ratio)))
+    """HoloV: quotas for contiguous chunks by attention and diversity; inside a chunk the top by attention."""
+    return _pruned(job, VisionPruned, lambda seen: _unchanged(seen, pruning.holov(seen.scores, seen.features, ratio)))
 
 
 @system("random_token", takes_ratio=True)
 def random_token(job: Job, ratio: float) -> list[Trajectory]:
-    """The pruners' control: tokens drawn at random, by the row's id."""
+    """The control of the pruners: random tokens, drawn by the row's id."""
 
-    def draw(seen: Seen) -> Selection:
-        return _kept(seen, pruning.random_tokens(len(seen.features), ratio, seen.name, job.seed))
+    def draw(seen: VisionFeatures) -> Selection:
+        return _unchanged(seen, pruning.random_tokens(len(seen.features), ratio, seen.name, job.seed))
 
-    return _before(job, draw, attention=False)
-
-
-@system("visionzip_shuffled", takes_ratio=True)
-def visionzip_shuffled(job: Job, ratio: float) -> list[Trajectory]:
-    """VisionZip's control: it keeps as much of the evidence and of the rest, but which tokens of either is drawn."""
-    return _shuffled(job, lambda seen: pruning.visionzip(seen.scores, seen.keys, seen.features, ratio).kept)
-
-
-@system("holov_shuffled", takes_ratio=True)
-def holov_shuffled(job: Job, ratio: float) -> list[Trajectory]:
-    """HoloV's control of the same kind."""
-    return _shuffled(job, lambda seen: pruning.holov(seen.scores, seen.features, ratio))
+    return _pruned(job, VisionPruned, draw, False)
 
 
 # Training-free pruning inside the language model
@@ -202,43 +174,32 @@ def holov_shuffled(job: Job, ratio: float) -> list[Trajectory]:
 
 @system("fastv", takes_ratio=True)
 def fastv(job: Job, ratio: float) -> list[Trajectory]:
-    """FastV: behind layer 2 of 28 (scaled to depth) the share r is left, by the last text token's attention there.
+    """FastV: from layer 2 of 28 (scaled to depth) on, a fraction r is left, by the last text token's attention there.
 
-    r is the share left at the end; `Trajectory.layer_rtr` is larger, since the first layers hold every token.
+    `Trajectory.layer_rtr` is larger than r, since the first layers have every token.
     """
-    return _inside(job, lambda depth: fastv_plan(ratio, depth))
+    return _pruned(job, LayerPruned, lambda depth: fastv_plan(ratio, depth))
 
 
 @system("sparsevlm", takes_ratio=True)
 def sparsevlm(job: Job, ratio: float) -> list[Trajectory]:
-    """SparseVLM: pruning behind layers 2, 6 and 15 of 28 (scaled to depth) by the raters' attention, with recycling.
+    """SparseVLM: pruning at layers 2, 6 and 15 of 28 (scaled to depth) by the raters' attention, with recycling.
 
-    r is the *mean over the layers*, as in its paper, which counts retained tokens so; each stage keeps the same share
-    of what the one before had left. Recycled tokens count. `Trajectory.rtr` and `.layer_rtr` differ by rounding only.
+    r is the *mean over the layers*, as its paper counts retained tokens. Each stage keeps the same fraction of what the
+    previous one left, recycled tokens included. `Trajectory.rtr` and `.layer_rtr` differ by rounding only.
     """
-    return _inside(job, lambda depth: sparsevlm_plan(ratio, depth))
+    return _pruned(job, LayerPruned, lambda depth: sparsevlm_plan(ratio, depth))
 
 
-@system("sparsevlm_shuffled", takes_ratio=True)
-def sparsevlm_shuffled(job: Job, ratio: float) -> list[Trajectory]:
-    """SparseVLM's control: behind each of its layers as much of the evidence and of the rest, but drawn which, and nothing is recycled."""
-    evidence = _evidence_flags(job)
-
-    def redraw(kept: Tensor, numbers: Tensor, name: str) -> Tensor:
-        return pruning.shuffled(kept, evidence[name][numbers], f"{name}/{len(numbers)}", job.seed)
-
-    return _inside(job, lambda depth: replace(sparsevlm_plan(ratio, depth), redraw=redraw))
-
-
-def fastv_plan(ratio: float, depth: int) -> Plan:
+def fastv_plan(ratio: float, depth: int) -> PruningPlan:
     """Where FastV drops tokens in a language model of ``depth`` layers; AwaresValueError for fewer than two."""
-    return Plan({_layers((FASTV_LAYER,), depth)[0]: ratio}, pruning.fastv, "last")
+    return PruningPlan({_layers((FASTV_LAYER,), depth)[0]: ratio}, pruning.fastv, "last")
 
 
-def sparsevlm_plan(ratio: float, depth: int) -> Plan:
-    """Where SparseVLM drops tokens; AwaresValueError where ``ratio`` is below the share of the first, full layers."""
+def sparsevlm_plan(ratio: float, depth: int) -> PruningPlan:
+    """Where SparseVLM drops tokens; AwaresValueError if ``ratio`` is below the share of the first, full layers."""
     shares = pruning.geometric_schedule(ratio, _layers(SPARSEVLM_LAYERS, depth), depth)
-    return Plan(shares, pruning.sparsevlm, "mean")
+    return PruningPlan(shares, pruning.sparsevlm, "mean")
 
 
 # Controls of the policy
@@ -246,36 +207,30 @@ def sparsevlm_plan(ratio: float, depth: int) -> Plan:
 
 @system("random_crop", model="awares")
 def random_crop(job: Job) -> list[Trajectory]:
-    """The policy calls where it did, but each of its crops is replaced by a random one of the same area.
+    """The policy's calls with every crop replaced by a random one of the same area.
 
-    The crops of a call stay different, so the tokens stay the same; ``job.seed`` and the row's id decide.
+    The crops of a call stay different, so the token count is the same; ``job.seed`` and the row's id decide.
     """
     if job.policy is None or [one.row_id for one in job.policy] != list(job.rows["id"]):
         raise AwaresValueError("random_crop needs the policy's trajectories of the same rows: give Job.policy")
     return _two_turns(job, [_random_crops(one.crops, one.row_id, job.seed) for one in job.policy])
 
 
-NO_BOXES = "no row has boxes of its evidence (public benchmarks have none): leave it out of comparison.systems"
-
-
 @system("oracle_crop", model="awares")
 def oracle_crop(job: Job) -> list[Trajectory]:
-    """The policy's answers with the decisions of `evaluation.label_rows`: the target crops of a row with label HR, no call for LR."""
+    """The policy's answers with the decisions of `evaluation.label_rows`: target crops if the label is HR, no call if LR."""
     try:
         labels, targets = job.rows["label"], job.rows["target_crops"]
     except KeyError as error:
-        raise AwaresValueError(f"oracle_crop: rows lack the column {error}: take evaluation.label_rows'") from error
+        raise AwaresValueError(f"oracle_crop: rows lack the column {error}: use evaluation.label_rows") from error
     wanted = [tuple(crops) if label == "HR" else () for label, crops in zip(labels, targets, strict=True)]
     if "HR" in labels[:] and not any(wanted):
-        raise AwaresValueError(f"oracle_crop: {NO_BOXES}")
+        raise AwaresValueError("oracle_crop: no row has evidence boxes: take it out of comparison.systems")
     return _two_turns(job, wanted)
 
 
-# What a pruner has left
-
-
 def shares_left(job: Job) -> pd.DataFrame:
-    """What is there at the end of each row of a ``job`` that a pruner has answered, as shares from 0 to 1.
+    """What a pruner left at the end of each row of ``job``, as fractions.
 
     Columns ``left``: of all visual tokens; ``evidence``: of those that touch a question or answer box, nan without boxes.
     """
@@ -288,7 +243,7 @@ def shares_left(job: Job) -> pd.DataFrame:
 
 
 def _evidence(job: Job) -> Iterator[np.ndarray]:
-    """One flag for each visual token of a row, in raster order: whether it touches a box."""
+    """For each row, one flag per visual token in raster order: whether it touches a box."""
     processor = job.engine.processor
     merge = processor.image_processor.merge_size
     for image, *boxes in zip(job.rows["image"], job.rows["question_boxes"], job.rows["answer_boxes"], strict=True):
@@ -299,11 +254,8 @@ def _evidence(job: Job) -> Iterator[np.ndarray]:
         yield flags.flatten()
 
 
-# Helpers
-
-
-def _one_turn(job: Job, engine: Engine, view: str) -> list[Trajectory]:
-    return engine.answer(job.rows["image"], job.rows["question"], view, row_ids=job.rows["id"])
+def _one_turn(job: Job, view: str) -> list[Trajectory]:
+    return job.engine.answer(job.rows["image"], job.rows["question"], view, row_ids=job.rows["id"])
 
 
 def _two_turns(job: Job, forced: list[tuple[str, ...]] | None) -> list[Trajectory]:
@@ -311,41 +263,15 @@ def _two_turns(job: Job, forced: list[tuple[str, ...]] | None) -> list[Trajector
     return job.engine.run(*columns, forced=forced, call_bias=job.call_bias, row_ids=job.rows["id"])
 
 
-def _before(job: Job, select: Callable[[Seen], Selection], attention: bool = True) -> list[Trajectory]:
-    return _with_decoder(job, VisionPruned, select, attention)
-
-
-def _evidence_flags(job: Job) -> dict[str, Tensor]:
-    """`_evidence` by row id, for a shuffled control; AwaresValueError where no row has boxes."""
-    flags = list(_evidence(job))
-    if not any(some.any() for some in flags):
-        raise AwaresValueError(f"a shuffled control: {NO_BOXES}")
-    return dict(zip(job.rows["id"], map(torch.from_numpy, flags), strict=True))
-
-
-def _shuffled(job: Job, choose: Callable[[Seen], Tensor]) -> list[Trajectory]:
-    evidence = _evidence_flags(job)
-
-    def draw(seen: Seen) -> Selection:
-        shows = evidence[seen.name.rpartition("/")[0]]
-        return _kept(seen, pruning.shuffled(choose(seen).cpu(), shows, seen.name, job.seed))
-
-    return _before(job, draw)
-
-
-def _inside(job: Job, plan: Callable[[int], Plan]) -> list[Trajectory]:
-    return _with_decoder(job, LayerPruned, plan)
-
-
-def _with_decoder(job: Job, kind: Callable[..., Pruned], *how: Any) -> list[Trajectory]:
-    """The full view through a decoder of its own; model, batches and limits are those of the job's engine."""
+def _pruned(job: Job, decoder: Callable[..., Pruned], *how: Any) -> list[Trajectory]:
+    """The full view through another ``decoder``, with the model, batches and limits of the job's engine."""
     engine, plain = copy.copy(job.engine), job.engine.decoder
-    engine.decoder = pruned = kind(plain.model, plain.processor, plain.max_new_tokens, *how)
+    engine.decoder = pruned = decoder(plain.model, plain.processor, plain.max_new_tokens, *how)
     pruned.left = job.left
-    return _one_turn(job, engine, "full")
+    return engine.answer(job.rows["image"], job.rows["question"], "full", row_ids=job.rows["id"])
 
 
-def _kept(seen: Seen, kept: Any) -> Selection:
+def _unchanged(seen: VisionFeatures, kept: Any) -> Selection:
     kept = kept.to(seen.features.device)
     return Selection(kept, seen.features[kept])
 
@@ -364,8 +290,6 @@ def _random_crops(crops: Sequence[str], row_id: str, seed: int) -> tuple[str, ..
     for crop in crops:
         alike = [other for other in CROPS if area(other) == area(crop) and other not in drawn]
         if not alike:
-            raise AwaresValueError(
-                f"random_crop, row {row_id}: no named crop is as large as {crop!r}: it wants a policy of named crops"
-            )
+            raise AwaresValueError(f"random_crop, row {row_id}: no named crop has the area of {crop!r}")
         drawn.append(alike[rng.integers(len(alike))])
     return tuple(drawn)
