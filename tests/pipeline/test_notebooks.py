@@ -84,8 +84,10 @@ def test_source_reads_like_an_article(path):
         assert cell.cell_type == "markdown" or before.cell_type == "markdown", f"no prose before:\n{cell.source}"
     for cell in code_cells(path):
         assert len(cell.source.splitlines()) <= 16, f"long cell:\n{cell.source}"
-        kinds = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef, ast.Lambda)
-        assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, kinds)], cell.source
+        nodes = list(ast.walk(ast.parse(cell.source)))
+        assert not [node for node in nodes if isinstance(node, (ast.ClassDef, ast.Lambda))], cell.source
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]  # the idea of a chapter, no plumbing
+        assert all(len(ast.unparse(node).splitlines()) <= 10 for node in functions) and len(functions) < 2, cell.source
         assert "dvc" not in cell.source.lower() and not cell.source.startswith(("!", "%"))
     assert str(ROOT) not in path.read_text() and "/home/" not in path.read_text()
 
@@ -115,12 +117,12 @@ class Line:
         return load_params(self.profile, variant, {**self.values, **more}, ROOT / "params.yaml")
 
     def run(self, name: str, stage: str, variant: str = "main", **more) -> Path:
-        """Execute notebook ``name`` as the pipeline does; the executed copy."""
+        """Execute notebook ``name`` (or the edited copy at that path) as the pipeline does; the executed copy."""
         executed = self.with_values(variant, **more).run_dir(stage) / "notebook.ipynb"
         executed.parent.mkdir(parents=True, exist_ok=True)
         overrides = yaml.safe_dump({**self.values, **more}, default_flow_style=True, width=10**6).strip()
         parameters = {"profile": self.profile, "variant": variant, "overrides": overrides}
-        source = ROOT / "notebooks" / f"{name}.ipynb"
+        source = Path(name) if name.endswith(".ipynb") else ROOT / "notebooks" / f"{name}.ipynb"
         options = {"kernel_name": "python3", "progress_bar": False, "cwd": ROOT / "notebooks"}
         with self.printed.open("a") as shown:
             papermill.execute_notebook(source, executed, parameters, **options, stdout_file=shown, stderr_file=shown)
@@ -196,6 +198,21 @@ def test_trainings_keep_policy_curves_and_answers(line, stage):
     assert len((folder / "validation.jsonl").read_text().splitlines()) == 20
     if stage == "grpo":
         assert {"reward", "answer", "tool_cost", "call_rate", "kl", "malformed"} <= set(curves) and len(curves) == 2
+
+
+def test_a_reward_written_in_a_cell_trains_another_policy(line, tmp_path):
+    notebook = nbformat.read(ROOT / "notebooks" / "04_grpo.ipynb", as_version=4)
+    cell = next(cell for cell in notebook.cells if cell.source == "reward = None")
+    cell.source = "def brief(rollouts, context):\n    return [-len(one.text) for one in rollouts]\n\n\nreward = brief"
+    nbformat.write(notebook, tmp_path / "mine.ipynb")
+    shutil.copytree(line.params.path(line.params.paths.runs), tmp_path / "runs")
+    executed = line.run(str(tmp_path / "mine.ipynb"), "grpo", **{"paths.runs": str(tmp_path / "runs")})
+    mine, published = (
+        folder / "adapter/adapter_model.safetensors" for folder in (executed.parent, line.params.run_dir("grpo"))
+    )
+    assert mine.read_bytes() != published.read_bytes()
+    log = pd.read_csv(executed.parent / "curves.csv")
+    assert (log.reward < 0).all() and "answer" not in log
 
 
 def test_main_table(line):
