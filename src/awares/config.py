@@ -1,8 +1,8 @@
 """Read params.yaml: the keys at the top, those of a profile, the changes of a variant, overrides.
 
-params.yaml has two layers. Keys of the *method* are at the top, section by section. Keys of the *size* of a run are under
-``profiles.<name>.<section>``. A section of `Params` holds both: ``params.sft.tool_turn_weight`` comes from the top,
-``params.sft.batch_size`` from the profile.
+params.yaml has two layers. Keys of the *method* are at the top, section by section. Keys of the *size* of a run are
+under ``profiles.<name>.<section>``. A section of `Params` holds both: ``params.sft.tool_turn_weight`` comes from the
+top, ``params.sft.batch_size`` from the profile.
 """
 
 import re
@@ -39,10 +39,10 @@ def load_params(
 ) -> Params:
     """Read params.yaml into `Params`.
 
-    ``profile`` None or "": the file's own ``profile:``. ``variant``: an entry of ``variants:``, a mapping of dotted keys
-    to values (with `profiles.<name>.` before a key: for that profile only). ``overrides``: such a mapping or its YAML
-    text, e.g. ``"{seed: 2, grpo.beta: 0.0}"``; it is applied last. A relative ``path`` is searched in the working folder
-    and the folders above. Raises AwaresError that names the dotted key and where its value comes from.
+    ``profile`` None or "": the file's own ``profile:``. ``variant``: an entry of ``variants:``, a mapping of dotted
+    keys to values (with `profiles.<name>.` before a key: for that profile only). ``overrides``: such a mapping or its
+    YAML text, e.g. ``"{seed: 2, grpo.beta: 0.0}"``; it is applied last. A relative ``path`` is searched in the working
+    folder and the folders above. Raises AwaresError that names the dotted key and where its value comes from.
     """
     file = find_file(Path(path))
     values = read_yaml(file)
@@ -127,13 +127,13 @@ def _conflicts(params: Params) -> Iterator[str]:
         yield f"protocol.name {params.protocol.name} has fixed regions: crops.offered must be all ten"
     for name, section in (("sft", sft), ("grpo", grpo)):
         if section.batch_size % section.per_device_batch_size:
-            yield f"{name}.batch_size must be a multiple of {name}.per_device_batch_size {section.per_device_batch_size}"
+            yield f"{name}.batch_size must be a multiple of per_device_batch_size {section.per_device_batch_size}"
     if grpo.batch_size % grpo.generations:
         yield f"grpo.batch_size counts completions: it must be a multiple of grpo.generations {grpo.generations}"
     if params.curation.lucky_margin and params.curation.engine != "local":
         yield "curation.lucky_margin needs logits, which only curation.engine local has: set it to 0"
     if registry.judge.builtin.get(evaluation.judge) == registry.SERVED:
-        yield f"evaluation.judge {evaluation.judge} needs a server: choose a local judge, evaluation runs without servers"
+        yield f"evaluation.judge {evaluation.judge} needs a server: choose a local judge"
     if evaluation.dial_rows < evaluation.frontier_rows:
         yield "evaluation.dial_rows must be at least evaluation.frontier_rows: both are drawn on the same rows"
 

@@ -81,12 +81,12 @@ class AwaRes:
         device: str = "cpu",
         **options: Any,
     ) -> "AwaRes":
-        """Load the shipped policy (no ``path``), a merged model folder, or a base model with adapters (merged in order).
+        """Load the shipped policy (no ``path``), a merged model folder, or a base model with adapters, merged in order.
 
-        ``path`` may also be an adapter (folder or hub name). Its adapter_config.json names the model or adapter that it was
-        trained on: a path relative to that folder or to the working folder, or a hub name. ``options`` go to the engine
-        (``max_new_tokens``, ``token_budget``, ...); ``protocol="released"`` is for the paper's checkpoint, which calls in
-        plain text (PAPER §7). AwaresError for a missing, foreign or truncated checkpoint.
+        ``path`` may also be an adapter (folder or hub name). Its adapter_config.json names the model or adapter that it
+        was trained on: a path relative to that folder or to the working folder, or a hub name. ``options`` go to the
+        engine (``max_new_tokens``, ``token_budget``, ...); ``protocol="released"`` is for the paper's checkpoint, which
+        calls in plain text (PAPER §7). AwaresError for a missing, foreign or truncated checkpoint.
         """
         if path is None:
             found = shipped()

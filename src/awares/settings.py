@@ -253,7 +253,7 @@ class Params(Section):
         return self.root / name
 
     def run_dir(self, stage: str) -> Path:
-        """runs/<profile>/<stage>; below it <variant> for data and curation, <variant>-s<seed> for stages that depend on the seed.
+        """runs/<profile>/<stage>; below it <variant> (data, curation) or <variant>-s<seed> (SEEDED_STAGES).
 
         A stage before the first one that the variant changes has the main line's folder. Evaluation on an unseen seed
         has runs/<profile>/unseen/<variant>-s<seed>-e<evaluation seed>.

@@ -24,7 +24,7 @@ STAGES = PIPELINE["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 MAIN_LINE = ("data", "curation", "crop_distribution", "sft", "grpo", "evaluation", "report")
 NOTEBOOKS = [name for name, stage in STAGES.items() if "papermill" in stage["cmd"]]
-# Modules that pass parameters and rows on, start processes, or show results. Stages that only show results depend on study/.
+# Modules that pass parameters and rows on or start processes. Stages that only show results depend on study/.
 SHOWN = {
     "config",
     "settings",

@@ -109,7 +109,7 @@ def md5(path: Path) -> str:
 
 
 def altered(root: Path, folder: str) -> list[str]:
-    """What differs between dvc.lock and the files below ``folder``: outputs with another hash, and files of no output."""
+    """What differs between dvc.lock and ``folder``: outputs with another hash, and files of no output."""
     stages = yaml.safe_load((root / "dvc.lock").read_text())["stages"].values()
     outs = {out["path"]: out["md5"] for stage in stages for out in stage["outs"] if out["path"].startswith(folder)}
     wrong = [path for path, expected in outs.items() if not (root / path).exists() or md5(root / path) != expected]
@@ -125,7 +125,8 @@ def test_published_files_are_those_that_the_pipeline_wrote(folder: str) -> None:
 
 def test_an_edited_file_is_found(tmp_path: Path) -> None:
     kept = {"cache": False, "persist": True}
-    command = "mkdir -p reports/mini/figures/x && echo 1 | tee reports/mini/a.csv reports/mini/figures/x/b.csv reports/mini/figures/y.csv"
+    command = "cd reports/mini && mkdir -p figures/x && echo 1 | tee a.csv figures/x/b.csv figures/y.csv"
+    (tmp_path / "reports/mini").mkdir(parents=True)
     outs = [{"reports/mini/a.csv": kept}, {"reports/mini/figures": kept}]
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"report": {"cmd": command, "outs": outs}}}))
     environment = {**os.environ, "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(tmp_path / "site")}

@@ -1,7 +1,7 @@
 """Executed notebooks -> reports/<profile>/: byte-stable copies and one-file HTML pages.
 
-An executed notebook differs on every run (ids, timings, progress bars). The published copy keeps the results and drops the
-rest, so that two runs with the same numbers give the same bytes. ``python -m awares.study.publish PROFILE [STAGE]``
+An executed notebook differs on every run (ids, timings, progress bars). The published copy keeps the results and drops
+the rest, so that two runs with the same numbers give the same bytes. ``python -m awares.study.publish PROFILE [STAGE]``
 """
 
 import json
@@ -26,9 +26,9 @@ PAGES = {"base_model": "00_base_model", "seeds": "09_seeds", "latency": "07_late
 def publish(params: Params, stage: str = "report") -> list[Path]:
     """Publish the executed notebooks of ``stage``; returns the files written.
 
-    report: the main line (STAGES). A stage of PAGES: its page in reports/<profile>/<stage>, and there the notebook of every
-    variant or system. policy: the trained adapters, in data/policy. Raises AwaresError that names the first missing file,
-    before anything is written.
+    report: the main line (STAGES). A stage of PAGES: its page in reports/<profile>/<stage>, with the notebook of every
+    variant or system. policy: the trained adapters, in data/policy. Raises AwaresError that names the first missing
+    file, before anything is written.
     """
     if stage == "policy":
         return _publish_policy(params)
@@ -56,7 +56,7 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
 
 
 def _publish_policy(params: Params) -> list[Path]:
-    """The adapters of the main run. Each names the model that it was trained on: the base model, or the adapter before it."""
+    """The adapters of the main run. Each names the base model or adapter that it was trained on."""
     adapters, files = {stage: params.run_dir(stage) / "adapter" for stage in ("sft", "grpo")}, []
     for stage, adapter in adapters.items():
         _require(adapter / "adapter_config.json", stage)
