@@ -27,10 +27,10 @@ DECIDES["sft"] = DECIDES["curation"] | {"sft"}
 DECIDES["grpo"] = DECIDES["sft"] | {"grpo"}
 SEEDED_STAGES = ("sft", "grpo", "evaluation", "latency")  # their run folders name the training seed
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+def _distinct(values: tuple[_T, ...]) -> tuple[_T, ...]:
     if len(set(values)) < len(values):
         raise ValueError("a value is listed twice")
     return values
@@ -41,11 +41,11 @@ Count = Annotated[StrictInt, Field(ge=1)]
 Amount = Annotated[StrictFloat, Field(ge=0)]
 Fraction = Annotated[StrictFloat, Field(ge=0, le=1)]
 Share = Annotated[StrictFloat, Field(ge=0.01, le=1)]
-Distinct = Annotated[tuple[T, ...], AfterValidator(_distinct)]
-Listed = Annotated[Distinct[T], Field(min_length=1)]
-Judge = Annotated[str, AfterValidator(registry.judge.check)]
-CropRule = Annotated[str, AfterValidator(registry.crop_rule.check)]
-Reward = Annotated[str, AfterValidator(registry.reward.check)]
+Distinct = Annotated[tuple[_T, ...], AfterValidator(_distinct)]
+Listed = Annotated[Distinct[_T], Field(min_length=1)]
+JudgeName = Annotated[str, AfterValidator(registry.judge.check)]
+CropRuleName = Annotated[str, AfterValidator(registry.crop_rule.check)]
+RewardName = Annotated[str, AfterValidator(registry.reward.check)]
 
 
 @dataclass_transform(frozen_default=True)
@@ -78,13 +78,13 @@ class Data(Section):  # rows; an entry of sources that ends in .jsonl is a file 
 class Crops(Section):  # candidate crops and the rule that maps a box to crops (PAPER §1, §2)
     offered: Listed[Literal[CropName, "box"]]
     region_budget: Share
-    rule: CropRule
+    rule: CropRuleName
     iou_threshold: Fraction
     coverage_threshold: Fraction
     max_side: Annotated[StrictInt, Field(ge=28)]
 
 
-class Protocol(Section):  # form and limits of the two-turn interaction
+class ProtocolSettings(Section):  # form and limits of the two-turn interaction
     name: Literal["ours", "released"]
     system_file: str
     max_new_tokens: Count
@@ -100,8 +100,8 @@ class Curation(Section):  # judges, oracle and trajectories (PAPER §2)
     served_file: str
     released: str
     engine: Literal["local", "base"]
-    judge: Judge
-    judges: Listed[Judge]
+    judge: JudgeName
+    judges: Listed[JudgeName]
     oracle: Literal["annotation", "qwen3_vl"]
     oracle_sigma: Amount
     oracle_margin: Whole
@@ -146,7 +146,7 @@ class Sft(Training):  # supervised fine-tuning (PAPER §3, Eq. 4, Tables 8 and 1
 
 class Grpo(Training):  # multi-turn GRPO (PAPER §4, Eq. 5-8, Tables 4 and 11)
     cold_start: StrictBool
-    reward: Reward
+    reward: RewardName
     answer_reward: Literal["similarity", "anls", "judge"]
     embedder: str
     alpha_ans: Amount
@@ -172,7 +172,7 @@ class Evaluation(Section):  # rows, intervals and thresholds (PAPER §5)
     unseen_seed: Whole
     bootstrap: Count
     level: Fraction
-    judge: Judge  # without a server, so that evaluation needs none
+    judge: JudgeName  # without a server, so that evaluation needs none
     relaxed_iou: Fraction
     call_bias: StrictFloat
     dial_biases: Listed[StrictFloat]
@@ -236,7 +236,7 @@ class Params(Section):
     paths: Paths
     data: Data
     crops: Crops
-    protocol: Protocol
+    protocol: ProtocolSettings
     curation: Curation
     sft: Sft
     grpo: Grpo

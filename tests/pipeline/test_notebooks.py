@@ -307,9 +307,9 @@ def test_released_rows_take_the_place_of_curation(tiny, tmp_path, monkeypatch):
 def test_executed_notebooks_are_byte_stable(line):
     """Running again with the same inputs publishes the same bytes, and none of them names this machine."""
     executed = line.params.run_dir("crop_distribution") / "notebook.ipynb"
-    once = nbformat.writes(publish.normalise(nbformat.read(executed, as_version=4), ROOT))
+    once = nbformat.writes(publish.stable_copy(nbformat.read(executed, as_version=4), ROOT))
     line.run("02_crop_distribution", "crop_distribution")
-    again = nbformat.writes(publish.normalise(nbformat.read(executed, as_version=4), ROOT))
+    again = nbformat.writes(publish.stable_copy(nbformat.read(executed, as_version=4), ROOT))
     assert once == again and str(ROOT) not in once
 
 

@@ -304,7 +304,7 @@ def executed(root, seconds):
 
 
 def test_normalised_notebooks_of_two_runs_are_the_same(tmp_path):
-    once, again = (publish.normalise(executed(tmp_path, seconds), tmp_path) for seconds in (1.5, 2.5))
+    once, again = (publish.stable_copy(executed(tmp_path, seconds), tmp_path) for seconds in (1.5, 2.5))
     assert nbformat.writes(once) == nbformat.writes(again)
     nbformat.validate(once)
     text = nbformat.writes(once)
@@ -313,7 +313,7 @@ def test_normalised_notebooks_of_two_runs_are_the_same(tmp_path):
 
 
 def test_page_stands_alone(tmp_path):
-    page = publish.to_html(publish.normalise(executed(tmp_path, 1), tmp_path), "title")
+    page = publish.to_html(publish.stable_copy(executed(tmp_path, 1), tmp_path), "title")
     assert "<script" not in page and "Title" in page and "wrote runs/x" in page
 
 

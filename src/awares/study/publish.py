@@ -46,7 +46,7 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
     folder, files = params.report_dir() / ("" if stage == "report" else stage), []
     notebooks, html = clear(folder / "notebooks"), clear(folder / "html")
     for name, run in runs.items():
-        notebook = normalise(nbformat.read(run / "notebook.ipynb", as_version=4), params.root)
+        notebook = stable_copy(nbformat.read(run / "notebook.ipynb", as_version=4), params.root)
         files.append(notebooks / f"{name}.ipynb")
         nbformat.write(notebook, files[-1])
         if name in pages:
@@ -74,7 +74,7 @@ def _require(path: Path, stage: str) -> None:
         raise AwaresFileError(f"{path}: not executed yet; run `dvc repro {stage}`")
 
 
-def normalise(notebook: nbformat.NotebookNode, root: Path) -> nbformat.NotebookNode:
+def stable_copy(notebook: nbformat.NotebookNode, root: Path) -> nbformat.NotebookNode:
     """A copy without ids, timings, stderr (progress bars, warnings) and paths of this machine."""
     clean = nbformat.from_dict(notebook)
     clean.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
