@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 import architecture as arch
@@ -157,19 +156,6 @@ def test_the_parts_that_a_call_returns_answer_its_question_and_only_candid_half_
     assert pairs > 0.08 * calls
 
 
-@pytest.mark.parametrize(
-    ("boxes", "part"),
-    [
-        ([(95, 95, 115, 105)], "center"),
-        ([(10, 10, 40, 20), (150, 12, 190, 22)], "top"),
-        ([(10, 10, 40, 20), (160, 180, 170, 190)], "all"),
-        ([(-1, 30, 8, 40)], "top-left"),
-    ],
-)
-def test_a_part_is_the_smallest_that_holds_the_boxes(boxes, part):
-    assert examples._part(scenes.Scene(Image.new("RGB", (200, 200))), tuple(boxes)) == part
-
-
 # Dense targets
 
 
@@ -182,15 +168,6 @@ def test_dense_targets_are_where_the_word_is():
     assert (examples.view(scene, halve=True).words == 0).all()  # too small to read
     cut = examples.view(scene, (0.375, 0.0, 1.0, 1.0)).words
     assert IGNORE in cut and not (cut > 0).any()  # part of a word: neither this word nor nothing
-
-
-def test_leads_go_from_a_value_to_the_words_that_lead_to_it():
-    rng = np.random.default_rng(2)
-    for name in ("ledger", "page"):
-        one = examples.view(scenes.paint(name, rng, (224, 336)))
-        shown, links = one.words.flatten(), one.links.reshape(-1, arch.LINKS)
-        right = [SUBJECTS[links[value, slot] - 1] == WORDS[shown[source] - 1] for slot, value, source in one.leads]
-        assert len(right) > 20 and np.mean(right) > 0.95
 
 
 def test_attention_is_sent_to_the_token_that_shows_the_next_word(tokenizer):
@@ -234,29 +211,6 @@ def test_a_token_holds_word_and_subject_of_either_row_apart(code):
     upper = token(code, ("42", None), (None, None))
     for others in (*code.subject_turns, code.own_turns[1]):
         assert (upper @ others.T).abs().max() < 1e-3
-
-
-def test_the_value_layer_starts_by_matching_the_subject_and_copying_the_value(tokenizer, code):
-    model = Qwen2_5_VLForConditionalGeneration(arch.load_config(tokenizer))
-    look_up.prepare(model, code)
-    layer = model.model.language_model.layers[look_up.VALUE_LAYER].self_attn
-    unit = lambda x: x / x.square().mean(-1, keepdim=True).sqrt()  # noqa: E731 (the norm before the layer)
-    looked, named, rng = [], [], np.random.default_rng(0)
-    for _ in range(20):
-        words = rng.choice([w for w in WORDS if w.isalpha()], 4, replace=False).tolist()
-        subjects = rng.choice(SUBJECTS, 4, replace=False).tolist()
-        page = torch.stack([token(code, (words[i], subjects[i]), (words[i - 1], subjects[i - 1])) for i in range(4)])
-        keys, values = (project(unit(page)).unflatten(1, (2, 3, -1)) for project in (layer.k_proj, layer.v_proj))
-        for index, subject in enumerate(subjects):
-            queries = layer.q_proj(unit(code.subjects[SUBJECT_ID[subject]])).unflatten(0, (2, 3, -1))  # (row, head, d)
-            for row, expected in enumerate([index, (index + 1) % 4]):  # the lower row of the next token holds it too
-                match = torch.einsum("hd,nhd->hn", queries[row], keys[:, row]).argmax(-1) == expected
-                looked.append(match.float().mean().item())
-                heads = torch.zeros(2, 3, 32)
-                heads[row] = values[expected, row]
-                answer = model.lm_head(layer.o_proj(heads.flatten()))[tokenizer.convert_tokens_to_ids(words)]
-                named.append(int(answer.argmax()) == index)
-    assert np.mean(looked) > 0.85 and np.mean(named) > 0.9  # chance: 0.25
 
 
 def test_watch_reads_the_attention_of_the_model(tokenizer):

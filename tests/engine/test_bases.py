@@ -157,19 +157,6 @@ def test_two_turns_with_a_reused_cache_equal_two_turns_from_nothing(engine, tiny
     assert reused[1].visual_tokens == round(128 / side) * round(96 / side)
 
 
-def test_batches_answer_as_single_rows_do(engine, tiny):
-    images = [tiny.noise(*size, seed) for seed, size in enumerate([(256, 192), (128, 320), (192, 192)])]
-    questions = ["what is it?", "how many words stand here?", "where?"]
-    together = engine.answer(images, questions, "full")
-    alone = [engine.answer([image], [question], "full")[0] for image, question in zip(images, questions, strict=True)]
-    assert [one.answer for one in together] == [one.answer for one in alone]
-
-
-def test_what_the_model_sees_decides_its_answer(engine, tiny):
-    margins = [engine.answer([tiny.noise(256, 192, n)], ["what is it?"], "full")[0].margin for n in range(4)]
-    assert len({round(margin, 4) for margin in margins}) == 4
-
-
 @pytest.fixture(scope="module")
 def rows(tiny):
     """Eight curated rows, every second one HR."""

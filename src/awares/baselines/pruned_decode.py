@@ -96,7 +96,9 @@ class VisionPruned(Pruned):
         chosen = [self.select(view) for view in views]
         ids, mask, types = self._pad(rows)
         keep = mask.bool()
-        keep[types.bool()] = torch.cat([torch.zeros(0).to(keep), *map(_kept_flags, chosen, views)])
+        sizes = [len(view.features) for view in views]
+        kept = [torch.isin(torch.arange(n), one.kept.cpu()) for n, one in zip(sizes, chosen, strict=True)]
+        keep[types.bool()] = torch.cat([torch.zeros(0), *kept]).to(keep)
         for b, flags in enumerate(keep):
             self.left[names[b] if names else str(b)] = flags[types[b].bool()].nonzero().flatten().tolist()
         cache = DynamicCache(config=self.model.config)
@@ -158,13 +160,6 @@ def look(
         for values in (received, key.float().mean(dim=1))
     )
     return scores, keys
-
-
-def _kept_flags(selection: Selection, view: VisionFeatures) -> Tensor:
-    """One flag for each visual token of an image."""
-    flags = torch.zeros(len(view.features), dtype=torch.bool, device=view.features.device)
-    flags[selection.kept] = True
-    return flags
 
 
 # Inside the language model

@@ -18,7 +18,8 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -119,22 +120,12 @@ def answer(wanted: str | Callable[..., Any], job: Job) -> list[Trajectory]:
 # The base model and the policies
 
 
-@system("full")
-def full(job: Job) -> list[Trajectory]:
-    """The base model on the full image."""
-    return _one_turn(job, "full")
+def _one_turn(job: Job, view: str) -> list[Trajectory]:
+    return job.engine.answer(job.rows["image"], job.rows["question"], view, row_ids=job.rows["id"])
 
 
-@system("half")
-def half(job: Job) -> list[Trajectory]:
-    """The base model on the half-resolution image."""
-    return _one_turn(job, "half")
-
-
-@system("no_image")
-def no_image(job: Job) -> list[Trajectory]:
-    """The base model on the question alone."""
-    return _one_turn(job, "none")
+for _name, _view in {"full": "full", "half": "half", "no_image": "none"}.items():
+    system(_name)(partial(_one_turn, view=_view))
 
 
 @system("sft", model="sft")
@@ -254,10 +245,6 @@ def _evidence(job: Job) -> Iterator[np.ndarray]:
         yield flags.flatten()
 
 
-def _one_turn(job: Job, view: str) -> list[Trajectory]:
-    return job.engine.answer(job.rows["image"], job.rows["question"], view, row_ids=job.rows["id"])
-
-
 def _two_turns(job: Job, forced: list[tuple[str, ...]] | None) -> list[Trajectory]:
     columns = job.rows["image"], job.rows["question"]
     return job.engine.run(*columns, forced=forced, call_bias=job.call_bias, row_ids=job.rows["id"])
@@ -268,7 +255,7 @@ def _pruned(job: Job, decoder: Callable[..., Pruned], *how: Any) -> list[Traject
     engine, plain = copy.copy(job.engine), job.engine.decoder
     engine.decoder = pruned = decoder(plain.model, plain.processor, plain.max_new_tokens, *how)
     pruned.left = job.left
-    return engine.answer(job.rows["image"], job.rows["question"], "full", row_ids=job.rows["id"])
+    return _one_turn(replace(job, engine=engine), "full")
 
 
 def _unchanged(seen: VisionFeatures, kept: Any) -> Selection:
