@@ -35,7 +35,7 @@ def test_packages_import_downwards_only() -> None:
     assert wrong == []
 
 
-@pytest.mark.xfail(strict=False, reason="41 names are defined in several modules")
+@pytest.mark.xfail(strict=False, reason="36 names are defined in several modules")
 def test_no_public_name_is_defined_twice() -> None:
     places = defaultdict(set)
     for module, tree in TREES.items():
@@ -80,11 +80,10 @@ BUDGETS = {
 
 
 OPEN = {  # not met yet, with the number when this was written: delete each line as it is met
-    "lines of src/awares": 15_749,
-    "lines of the largest file": 799,
-    "lines of the longest function": 68,
-    "columns of the longest line": 150,
-    "lines of tests": 12_988,
+    "lines of src/awares": 13_995,
+    "columns of the longest line": 148,
+    "lines of tests": 12_443,
+    "lines of data/base/training": 1_598,
     "lines of README.md": 218,
 }
 
