@@ -7,11 +7,11 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
-# Another build of the same version where the index offers several: make setup TORCH=torch==2.13.0+cpu
+# Another build of the same version, if the index has several: make setup TORCH=torch==2.13.0+cpu
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 STRIP := nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
-# dvc finds papermill on PATH, and papermill the kernel beside itself.
+# dvc finds papermill on PATH, and papermill finds the kernel next to itself.
 export PATH := $(BIN):$(PATH)
 
 help: ## list the targets
@@ -19,9 +19,9 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv from the pinned constraints (the other targets do it themselves)
 
-# The pins were frozen with 3.11, so it goes first; PYTHON=... names another. The check comes before anything is
-# downloaded: a pin that the interpreter cannot meet sends pip looking for another torch, gigabytes of it.
-# torch goes alone, then the rest against the very build that was installed. --no-build-isolation: setuptools, too, is pinned.
+# The pins were frozen with 3.11, so it is tried first; PYTHON=... names another. The check comes before any download: with
+# a pin that the interpreter cannot meet, pip downloads other builds of torch, gigabytes of them. torch is installed alone,
+# then the rest against the installed build. --no-build-isolation: setuptools is pinned, too.
 $(STAMP): pyproject.toml constraints.txt
 	@for python in $(or $(PYTHON),python3.11 python3 python3.12 python3.13); do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' 2>/dev/null; then break; fi; \
@@ -65,7 +65,7 @@ lint: $(STAMP) ## ruff (code and notebooks), mypy, notebooks stripped
 	mypy
 	$(if $(NOTEBOOKS),$(STRIP) --verify $(NOTEBOOKS))
 
-format: $(STAMP) ## let ruff and nbstripout mend what `make lint` complains of
+format: $(STAMP) ## let ruff and nbstripout fix what `make lint` reports
 	ruff check --fix
 	ruff format
 	$(if $(NOTEBOOKS),$(STRIP) $(NOTEBOOKS))

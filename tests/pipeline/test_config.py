@@ -54,12 +54,6 @@ def test_every_value_says_where_it_comes_from():
     assert bare + [line for line in leaves if "#" not in line] == []
 
 
-def test_both_profiles_have_the_same_keys():
-    profiles = yaml.safe_load(PARAMS.read_text())["profiles"]
-    shapes = [{key: sorted(v) if isinstance(v, dict) else None for key, v in p.items()} for p in profiles.values()]
-    assert len(shapes) == 2 and shapes[0] == shapes[1]
-
-
 def test_run_folders(edited):
     params = load_params("mini", overrides="{seed: 2}", path=PARAMS)
     assert params.run_dir("data") == params.path("runs/mini/data/main")
