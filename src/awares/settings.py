@@ -25,7 +25,7 @@ SYSTEMS = ("full", "half", "no_image", "sft", "awares")  # the rows of Table 1 t
 DECIDES = {"data": {"data"}, "curation": {"data", "crops", "protocol", "curation", "base"}}
 DECIDES["sft"] = DECIDES["curation"] | {"sft"}
 DECIDES["grpo"] = DECIDES["sft"] | {"grpo"}
-SEEDED_STAGES = ("sft", "grpo", "evaluation", "latency")  # their run folders name the training seed
+SEEDED_STAGES = ("sft", "grpo", "evaluation", "operating_curve", "latency")  # their run folders name the training seed
 
 _T = TypeVar("_T")
 
@@ -256,7 +256,7 @@ class Params(Section):
         """runs/<profile>/<stage>; below it <variant> (data, curation) or <variant>-s<seed> (SEEDED_STAGES).
 
         A stage before the first one that the variant changes has the main line's folder. Evaluation on an unseen seed
-        has runs/<profile>/unseen/<variant>-s<seed>-e<evaluation seed>.
+        has runs/<profile>/unseen/<variant>-s<seed>-e<evaluation seed>, its operating curve the same name in operating_curve.
         """
         folder = self.path(self.paths.runs) / self.profile / stage
         shared = stage in DECIDES and not self.changed & DECIDES[stage]
@@ -265,8 +265,9 @@ class Params(Section):
             name = f"{name}-s{self.seed}"
         elif stage not in DECIDES:
             return folder
-        if stage == "evaluation" and self.unseen:
-            return folder.with_name("unseen") / f"{name}-e{self.evaluation.seed}"
+        if stage in ("evaluation", "operating_curve") and self.unseen:
+            name = f"{name}-e{self.evaluation.seed}"
+            folder = folder.with_name("unseen") if stage == "evaluation" else folder
         return folder / name
 
     def model_path(self) -> Path | str:

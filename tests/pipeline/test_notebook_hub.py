@@ -157,7 +157,7 @@ def test_main_table_and_report(line):
     table = line.table("evaluation", "table1_main")
     assert set(table.benchmark) == {*TASKS, AVERAGE} and set(table.system) == set(SYSTEMS)
     tables = line.params.report_dir() / "tables"
-    for stage in ("crop_distribution", "curation", "evaluation"):
+    for stage in ("crop_distribution", "curation", "evaluation", "operating_curve"):
         for written in (line.params.run_dir(stage) / "tables").glob("*.csv"):
             assert (tables / written.name).read_bytes() == written.read_bytes()
     assert pd.read_csv(tables / "checks.csv").check.is_unique

@@ -241,7 +241,7 @@ def test_policy_tables(line):
 
 
 def test_dial_holds_table_1_and_moves_one_way(line):
-    dial = line.table("evaluation", "dial")
+    dial = line.table("operating_curve", "dial")
     assert set(zip(dial.system, dial.rows, dial.call_bias, dial.n, strict=True)) == {
         (system, rows, bias, n)
         for system in ("sft", "awares")
@@ -257,8 +257,8 @@ def test_dial_holds_table_1_and_moves_one_way(line):
     tasks["rtr"] = [one["visual_tokens"] / one["full_visual_tokens"] for one in free]
     assert turned.rtr == pytest.approx(tasks.groupby("task").rtr.mean().mean(), abs=1e-3)
     assert turned.call_rate == pytest.approx(100 * sum(bool(one["crops"]) for one in free) / 8)
-    curve = line.table("evaluation", "frontier_curve")
-    best = line.table("evaluation", "frontier").set_index("policy")
+    curve = line.table("operating_curve", "frontier_curve")
+    best = line.table("operating_curve", "frontier").set_index("policy")
     for system, part in curve.groupby("system"):
         assert part.rtr.is_monotonic_increasing and part.accuracy.is_monotonic_increasing
         assert part.accuracy.iloc[-1] == pytest.approx(best.frontier_accuracy[system], abs=1e-3)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = PIPELINE["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-MAIN_LINE = ("data", "curation", "crop_distribution", "sft", "grpo", "evaluation", "report")
+MAIN_LINE = ("data", "curation", "crop_distribution", "sft", "grpo", "evaluation", "operating_curve", "report")
 NOTEBOOKS = [name for name, stage in STAGES.items() if "papermill" in stage["cmd"]]
 # Modules that pass parameters and rows on or start processes. Stages that only show results depend on study/.
 SHOWN = {
@@ -99,11 +99,14 @@ def test_stage_depends_on_all_code_that_makes_its_results(stage):
 def test_what_a_variant_depends_on_is_named_key_by_key():
     """One more row under the operating curve must not run every variant again."""
     for name, stage in STAGES.items():
-        if name.startswith("evaluation_") and name != "evaluation_seeds" or name in ("systems", "latency"):
+        if name.startswith("evaluation") or name in ("systems", "latency", "unseen"):
             tracked = [key for key in stage["params"] if "evaluation" in key]
             assert not {"evaluation", "evaluation.dial_biases", "profiles.${profile}.evaluation"} & set(tracked)
-    tracked = {key for key in STAGES["evaluation"]["params"] if key.startswith("evaluation.")}
+    both = {*STAGES["evaluation"]["params"], *STAGES["operating_curve"]["params"]}
+    tracked = {key for key in both if key.startswith("evaluation.")}
     assert tracked == {f"evaluation.{key}" for key in PARAMS["evaluation"]} - {"evaluation.unseen_seed"}
+    profile = {key.rsplit(".", 1)[1] for key in both if ".evaluation." in key}
+    assert profile == set(PARAMS["profiles"]["mini"]["evaluation"])
 
 
 def test_runs_are_cached_and_published_files_are_in_git():
@@ -228,11 +231,19 @@ def test_main_line_runs_once(repository):
 
 def test_a_grpo_parameter_reruns_grpo_and_what_follows_and_is_restored_from_the_cache(repository):
     edit(repository, "  beta: 0.05", "  beta: 0.0")
-    assert reproduce(repository) == ["mini/grpo/main-s1", "mini/evaluation/main-s1", "mini/report"]
+    after = [f"mini/{stage}/main-s1" for stage in ("grpo", "evaluation", "operating_curve")]
+    assert reproduce(repository) == [*after, "mini/report"]
     diff = json.loads(call(repository, "dvc", "params", "diff", "--json"))
     assert diff["params.yaml"]["grpo.beta"].items() >= {"old": 0.05, "new": 0.0}.items()
     edit(repository, "  beta: 0.0", "  beta: 0.05")
     assert reproduce(repository) in ([], ["mini/report"])  # the report is published again, nothing expensive runs
+
+
+def test_a_bias_of_the_operating_curve_reruns_no_evaluation(repository):
+    edit(repository, "  dial_biases: [-16.0,", "  dial_biases: [-12.0,")
+    assert reproduce(repository) == ["mini/operating_curve/main-s1"]  # the stand-in writes the same: no report
+    edit(repository, "  dial_biases: [-12.0,", "  dial_biases: [-16.0,")
+    assert reproduce(repository) in ([], ["mini/report"])
 
 
 def test_code_of_grpo_reruns_nothing_before_it(repository):

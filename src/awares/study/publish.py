@@ -18,7 +18,8 @@ from awares.config import Params, load_params
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 
 STAGES = {"00_data": "data", "01_curation": "curation", "02_crop_distribution": "crop_distribution", "03_sft": "sft",
-          "04_grpo": "grpo", "05_evaluation": "evaluation", "report": "report"}  # fmt: skip
+          "04_grpo": "grpo", "05_evaluation": "evaluation", "05_operating_curve": "operating_curve",
+          "report": "report"}  # fmt: skip
 PAGES = {"base_model": "00_base_model", "seeds": "09_seeds", "latency": "07_latency",
          "ablations": "06_ablations_summary", "comparison": "11_comparison"}  # fmt: skip
 
