@@ -61,6 +61,7 @@ def test_run_folders(edited):
     assert params.report_dir() == params.path("reports/mini") and not params.unseen
     unseen = load_params("mini", overrides="{evaluation.seed: 999}", path=PARAMS)
     assert unseen.unseen and unseen.run_dir("evaluation") == unseen.path("runs/mini/unseen/main-s1-e999")
+    assert unseen.run_dir("operating_curve") == unseen.path("runs/mini/operating_curve/main-s1-e999")
     assert unseen.run_dir("grpo").name == "main-s1"
 
 
