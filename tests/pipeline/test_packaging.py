@@ -88,7 +88,8 @@ def imports(path: Path) -> set[str]:
 
 
 def test_every_import_is_declared() -> None:
-    files = [*ROOT.glob("src/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("notebooks/*.ipynb")]
+    patterns = ("src/**/*.py", "tests/**/*.py", "data/**/*.py", "notebooks/*.ipynb")
+    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
     local = {"awares", "lmms_eval", *(path.stem for path in files), *sys.stdlib_module_names}  # lmms_eval: `make lmms`
     owners = metadata.packages_distributions()
     declared = {canonicalize_name(requirement.name) for requirement in DIRECT}
