@@ -49,18 +49,21 @@ def style(dpi: int) -> None:
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.85, rc=rc)
 
 
-def show(figure: Figure) -> Picture:
-    """``figure`` as a PNG for the notebook, the same bytes for the same content; the figure is closed."""
+def show(figure: Figure, alt: str | None = None) -> Picture:
+    """``figure`` as a PNG for the notebook, the same bytes for the same content; the figure is closed.
+
+    ``alt``: the alternative text of the picture in HTML.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     plt.close(figure)
-    return Picture(data=buffer.getvalue())
+    return Picture(data=buffer.getvalue(), alt=alt)
 
 
-def save_figure(figure: Figure, path: Path) -> Picture:
-    """Write ``figure`` as PNG, and return it for the notebook."""
+def save_figure(figure: Figure, path: Path, alt: str | None = None) -> Picture:
+    """Write ``figure`` as PNG, and return it for the notebook, with ``alt`` as in `show`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = show(figure)
+    picture = show(figure, alt)
     path.write_bytes(picture.data)
     return picture
 

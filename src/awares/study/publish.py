@@ -4,6 +4,7 @@ An executed notebook differs on every run (ids, timings, progress bars). The pub
 the rest, so that two runs with the same numbers give the same bytes. ``python -m awares.study.publish PROFILE [STAGE]``
 """
 
+import html
 import json
 import re
 import shutil
@@ -23,6 +24,8 @@ STAGES = {"00_data": "data", "01_curation": "curation", "02_crop_distribution": 
 PAGES = {"base_model": "00_base_model", "seeds": "09_seeds", "latency": "07_latency",
          "ablations": "06_ablations_summary", "comparison": "11_comparison"}  # fmt: skip
 
+NO_ALT = "No description has been provided for this image"  # nbconvert writes this: its template drops alt texts
+
 
 def publish(params: Params, stage: str = "report") -> list[Path]:
     """Publish the executed notebooks of ``stage``; returns the files written.
@@ -35,7 +38,9 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
         return _publish_policy(params)
     if stage not in ("report", *PAGES):
         raise AwaresValueError(f"unknown stage {stage!r}: publish {', '.join(('report', *PAGES, 'policy'))}")
-    pages = {PAGES[stage]: stage} if stage in PAGES else STAGES
+    replaced = {"01_curation": "01_released"} if params.curation.released else {}
+    main_line = {replaced.get(name, name): one for name, one in STAGES.items()}
+    pages = {PAGES[stage]: stage} if stage in PAGES else main_line
     runs = {name: params.run_dir(one) for name, one in pages.items()}
     if stage == "ablations":
         variants = [name for listed in params.ablations.values() for name in listed]
@@ -45,13 +50,13 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
     for run in runs.values():
         _require(run / "notebook.ipynb", stage)
     folder, files = params.report_dir() / ("" if stage == "report" else stage), []
-    notebooks, html = clear(folder / "notebooks"), clear(folder / "html")
+    notebooks, web_pages = clear(folder / "notebooks"), clear(folder / "html")
     for name, run in runs.items():
         notebook = stable_copy(nbformat.read(run / "notebook.ipynb", as_version=4), params.root)
         files.append(notebooks / f"{name}.ipynb")
         nbformat.write(notebook, files[-1])
         if name in pages:
-            files.append(html / f"{name}.html")
+            files.append(web_pages / f"{name}.html")
             files[-1].write_text(to_html(notebook, name), encoding="utf-8")
     return files
 
@@ -90,22 +95,26 @@ def stable_copy(notebook: nbformat.NotebookNode, root: Path) -> nbformat.Noteboo
 
 
 def _clean(output: nbformat.NotebookNode, root: Path) -> nbformat.NotebookNode:
-    """``output`` without metadata, and without the repository's folder in its text."""
+    """``output`` without the repository's folder in its text, and of its metadata only the alt texts of pictures."""
     for texts in (output, output.get("data", {})):
         for kind, text in texts.items():
             if kind.startswith("text") and isinstance(text, str):
                 texts[kind] = text.replace(f"{root}/", "").replace(str(root), ".")
-    output.pop("metadata", None)
+    metadata = output.pop("metadata", {})
     if output.output_type in ("display_data", "execute_result"):
-        output.metadata = {}
+        output.metadata = {"image/png": {"alt": alt}} if (alt := metadata.get("image/png", {}).get("alt")) else {}
     return output
 
 
 def to_html(notebook: nbformat.NotebookNode, title: str) -> str:
-    """One HTML page with its pictures and styles inside, and no script: it opens anywhere and loads nothing."""
+    """One HTML page with its pictures, their alt texts and styles inside, and no script: it opens anywhere and loads nothing."""
     exporter = HTMLExporter(embed_images=True)
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = [output for output in outputs if "image/png" in output.get("data", {})]
+    alts = iter([output.metadata.get("image/png", {}).get("alt", NO_ALT) for output in shown])
+    body = re.sub(f'alt="{NO_ALT}"', lambda _: f'alt="{html.escape(next(alts, NO_ALT))}"', body)
     return re.sub(r"<script\b.*?</script>", "", body, flags=re.DOTALL)
 
 
