@@ -72,6 +72,13 @@ def test_command_line_passes_names_only(stage):
         assert Path(notebook).stem in command
 
 
+@pytest.mark.parametrize("released, notebook", [("", "01_curation"), ("awares", "01_released")])
+def test_released_rows_have_their_own_notebook(released, notebook):
+    choice = re.search(r"notebook=\$\(.*?\) &&", STAGES["curation"]["cmd"])[0]
+    command = choice.replace("${curation.released}", released) + " echo $notebook"
+    assert subprocess.run(["sh", "-c", command], capture_output=True, text=True).stdout.strip() == notebook
+
+
 def imported(code):
     """The modules of awares that ``code`` imports anywhere, as paths below src/awares without suffix."""
     found = set()

@@ -1,6 +1,7 @@
 """Tables say what the rows say, figures can be drawn from them, and published notebooks hold nothing of one run."""
 
 import math
+import re
 from dataclasses import replace
 
 import nbformat
@@ -313,8 +314,13 @@ def test_normalised_notebooks_of_two_runs_are_the_same(tmp_path):
 
 
 def test_page_stands_alone(tmp_path):
-    page = publish.to_html(publish.stable_copy(executed(tmp_path, 1), tmp_path), "title")
+    notebook = executed(tmp_path, 1)
+    for described in ({}, {"image/png": {"alt": 'a "sign" of the row'}}):
+        picture = v4.new_output("display_data", {"image/png": "AAAA"}, metadata=described)
+        notebook.cells[1].outputs.append(picture)
+    page = publish.to_html(publish.stable_copy(notebook, tmp_path), "title")
     assert "<script" not in page and "Title" in page and "wrote runs/x" in page
+    assert re.findall(r'\balt="(.*?)"', page) == [publish.NO_ALT, "a &quot;sign&quot; of the row"]
 
 
 def test_publish_refuses_an_unknown_name(capsys):
