@@ -19,7 +19,7 @@ from awares.method import evaluation
 
 ROOT = Path(__file__).parents[2]
 TABLES = ROOT / "reports" / "mini" / "tables"
-SYSTEMS = {"full resolution": "full", "half resolution": "half", "cold start (SFT)": "sft", "AwaRes": "awares"}
+SYSTEMS = {"full resolution": "full", "half resolution": "half", "SFT": "sft", "AwaRes (SFT, then GRPO)": "awares"}
 
 
 def readme_table() -> dict[str, list[str]]:

@@ -109,7 +109,7 @@ def holov(scores: Tensor, features: Tensor, ratio: float, chunks: int = CHUNKS, 
 
     The weight of chunk c is a_c / mean(a) + ``diversity`` * v_c / mean(v): its mean attention, and the mean over its
     tokens of the variance of their cosine similarities to the chunk's other tokens. Both are scaled over the whole
-    image (README, deviation 7).
+    image (src/awares/README.md, departure 7).
     Returns the kept indices, ascending.
     """
     count = len(scores)
