@@ -13,7 +13,7 @@ from IPython.display import HTML
 
 from awares.config import find_file
 from awares.errors import AwaresValueError
-from awares.study.tables import show_table
+from awares.study.display import show_table
 
 FOLDER = Path("data/paper")
 ARXIV, MODEL = "2603.16932", "7B"

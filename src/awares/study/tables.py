@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 import pandas as pd
-from IPython.display import HTML
 
 from awares.config import Params, read_yaml
 from awares.errors import AwaresFileError, Failure
@@ -51,11 +50,6 @@ def _plain(value: Any, digits: int, nothing: float | None) -> Any:
 def load_metrics(folder: Path) -> dict[str, Any]:
     """The numbers that :func:`save_metrics` wrote to ``folder``/metrics.json; nan comes back as None."""
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-
-
-def show_table(frame: pd.DataFrame, digits: int = 2) -> HTML:
-    """A data frame as a notebook shows it: no index, numbers rounded."""
-    return HTML(frame.to_html(index=False, border=0, float_format=lambda value: f"{value:.{digits}f}", na_rep="-"))
 
 
 def wide(long: pd.DataFrame, value: str) -> pd.DataFrame:

@@ -1,0 +1,59 @@
+"""Tables for people. The CSV files keep one short name per column and one number per cell; pages show words and intervals."""
+
+import pandas as pd
+from IPython.display import HTML
+
+SYSTEM_WORDS = {"full": "full resolution", "half": "half resolution", "no_image": "no image", "sft": "SFT", "awares": "AwaRes",
+                "grpo": "GRPO", "escalate_full": "whole image on a call", "awares_naive": "AwaRes, naive re-prefill"}  # fmt: skip
+HEADS = {"rtr": "RTR", "n": "rows", "lr": "LR", "hr": "HR", "f1": "F1", "fpr": "false positive rate", "p": "p value",
+         "a": "system", "b": "minus system", "ms": "time (ms)", "gflops": "GFLOPs", "anls": "ANLS", "kappa": "Cohen's κ",
+         "exact": "exact match", "relaxed": "relaxed match", "lr_lr": "both LR", "lr_hr": "LR, then HR", "hr_lr": "HR, then LR",
+         "hr_hr": "both HR", "fits": "fits", "low_better": "half better", "high_better": "full better", "both_wrong": "both wrong",
+         "peak_memory_mb": "peak memory (MB)", "cache_mb": "cache (MB)", "rtr_at_accuracy": "RTR at equal accuracy",
+         "prefill_2": "second prefill", "prefill_2_gflops": "second prefill (GFLOPs)", "seconds": "time (s)"}  # fmt: skip
+VERDICTS = {"holds": ("holds", "does not hold")}
+
+
+def show_table(frame: pd.DataFrame, digits: int = 2) -> HTML:
+    """``frame`` as HTML, for reading: words as column heads, names of systems, and no index.
+
+    Three columns ``x``, ``x_low``, ``x_high`` (or ``x``, ``low``, ``high``) become one, ``x [95 % interval]``. Numbers have ``digits``
+    decimals, those of RTR three.
+    """
+    shown: dict[str, list[str]] = {}
+    ends = _interval_columns(list(frame.columns))
+    for column in [name for name in frame.columns if name not in {end for pair in ends.values() for end in pair}]:
+        head = HEADS.get(column) or SYSTEM_WORDS.get(column) or str(column).replace("_", " ")
+        texts = _texts(frame[column], column, digits)
+        if column in ends:
+            head += " [95 % interval]"
+            low, high = (_texts(frame[name], column, digits) for name in ends[column])
+            texts = [
+                one if bottom == "-" else f"{one} [{bottom}, {top}]"
+                for one, bottom, top in zip(texts, low, high, strict=True)
+            ]
+        shown[head] = texts
+    return HTML(pd.DataFrame(shown).to_html(index=False, border=0))
+
+
+def _interval_columns(columns: list[str]) -> dict[str, tuple[str, str]]:
+    """Column -> the columns of its interval's ends: ``x_low``, ``x_high``, or ``low``, ``high`` right after it."""
+    found = {name: (f"{name}_low", f"{name}_high") for name in columns if {f"{name}_low", f"{name}_high"} <= {*columns}}
+    plain = [name for place, name in enumerate(columns) if columns[place + 1 : place + 3] == ["low", "high"]]
+    return found | {name: ("low", "high") for name in plain}
+
+
+def _texts(cells: pd.Series, column: str, digits: int) -> list[str]:
+    decimals = max(digits, 3) if "rtr" in column else digits
+    yes, no = VERDICTS.get(column, ("yes", "no"))
+
+    def text(cell: object) -> str:
+        if isinstance(cell, str | list | tuple | dict):
+            return SYSTEM_WORDS.get(cell, cell) if isinstance(cell, str) else str(cell)
+        if pd.isna(cell):
+            return "-"
+        if pd.api.types.is_bool(cell):
+            return yes if cell else no
+        return f"{cell:.{decimals}f}" if pd.api.types.is_float(cell) else str(cell)
+
+    return [text(cell) for cell in cells]
