@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+from jinja2 import DictLoader
 from nbconvert import HTMLExporter
 
 from awares.config import Params, load_params
@@ -24,6 +25,15 @@ STAGES = {"00_data": "data", "01_curation": "curation", "02_crop_distribution": 
 PAGES = {"base_model": "00_base_model", "seeds": "09_seeds", "latency": "07_latency",
          "ablations": "06_ablations_summary", "comparison": "11_comparison"}  # fmt: skip
 
+FOLDED = {  # nbconvert's page with the code cells folded
+    "folded.html.j2": """{%- extends 'lab/index.html.j2' -%}
+{%- block input -%}<details class="code"><summary>Code</summary>{{ super() }}</details>{%- endblock input -%}
+{%- block html_head_css -%}{{ super() }}<style>
+details.code summary {cursor: pointer; color: #555; font: 13px sans-serif}
+.jp-RenderedHTMLCommon {overflow-x: auto}
+.jp-OutputArea-output img {max-width: 100%; height: auto}
+</style>{%- endblock html_head_css -%}"""
+}
 NO_ALT = "No description has been provided for this image"  # nbconvert writes this: its template drops alt texts
 
 
@@ -108,7 +118,7 @@ def _clean(output: nbformat.NotebookNode, root: Path) -> nbformat.NotebookNode:
 
 def to_html(notebook: nbformat.NotebookNode, title: str) -> str:
     """One HTML page with its pictures, their alt texts and styles inside, and no script: it opens anywhere and loads nothing."""
-    exporter = HTMLExporter(embed_images=True)
+    exporter = HTMLExporter(embed_images=True, template_file="folded.html.j2", extra_loaders=[DictLoader(FOLDED)])
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
