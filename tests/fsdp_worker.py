@@ -43,5 +43,5 @@ if __name__ == "__main__":
     params, rows = settings(folder, **changes), load_rows(folder / "rows")
     train, training.train = training.train, shard_and_train
     (folder / "checkpoints").mkdir(exist_ok=True)
-    samples = sft.plan(rows, load_processor(base), params)
-    sft.fit(params, rows, base, folder / "checkpoints", folder / "log.jsonl", samples)
+    samples = sft.plan_samples(rows, load_processor(base), params)
+    sft.fit_sft(params, rows, base, folder / "checkpoints", folder / "log.jsonl", samples)

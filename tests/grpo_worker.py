@@ -46,7 +46,9 @@ def write(trainer, generations):
 if __name__ == "__main__":
     policy, rows, folder = map(Path, sys.argv[1:])
     params = settings(**{"grpo.max_steps": 1, "grpo.max_grad_norm": 1000.0})
-    trainer = grpo.build_trainer(params, load_rows(rows), load_model(policy), load_processor(policy), folder / "work")
+    trainer = grpo.build_grpo_trainer(
+        params, load_rows(rows), load_model(policy), load_processor(policy), folder / "work"
+    )
     disturb(trainer)
     write(trainer, params.grpo.generations)
     trainer.add_callback(Gradients(folder))

@@ -17,7 +17,7 @@ from awares.engine.rows import load_rows
 from awares.errors import AwaresError
 from awares.method import protocol, sft
 from awares.method.crops import CROPS
-from awares.method.grpo import build_trainer
+from awares.method.grpo import build_grpo_trainer
 from awares.method.rollout import Engine, Trajectory
 from awares.study import curation_tables
 
@@ -172,7 +172,7 @@ def test_sft_speaks_the_protocol_and_grpo_refuses_what_it_cannot(tiny: SimpleNam
     assert "assistant\nGET_CROPS: ['5']<|im_end|>" in text and "tool_call" not in text
     rows = datasets.Dataset.from_list([row])
     with pytest.raises(AwaresError, match="protocol.name released"):
-        build_trainer(params, rows, tiny.model, tiny.processor, tmp_path)
+        build_grpo_trainer(params, rows, tiny.model, tiny.processor, tmp_path)
 
 
 # The dataset
@@ -202,7 +202,7 @@ def test_the_released_dataset_gives_curated_rows(tiny: SimpleNamespace, tmp_path
     assert reference <= set(rows.column_names) and curation_tables.judge_names(rows) == ["released"]
     read = load_rows(tmp_path / "out/train/dataset")
     values = {"sft.max_length": 8192, "protocol.max_new_tokens": 64}
-    assert len(sft.plan(read, tiny.processor, settings(**values))) == 5 * settings(**values).sft.epochs
+    assert len(sft.plan_samples(read, tiny.processor, settings(**values))) == 5 * settings(**values).sft.epochs
     needed = sum(label == "HR" for label in read["label"])
     assert curation_tables.label_shares(read).set_index("judge").hr["released"] == 20 * needed > 0
     again = released.curate_released(params, tmp_path / "again")

@@ -51,7 +51,7 @@ def world(tiny, tmp_path_factory) -> SimpleNamespace:
 
 def trainer_for(world, folder, params=None, reward=None):
     model, processor = load_model(world.policy), load_processor(world.policy)
-    trainer = grpo.build_trainer(params or settings(), world.rows, model, processor, folder, reward)
+    trainer = grpo.build_grpo_trainer(params or settings(), world.rows, model, processor, folder, reward)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer
@@ -491,10 +491,10 @@ def test_crops_that_cannot_fit_are_an_error_before_training(world):
 def test_rows_without_labels_and_models_with_adapters_are_refused(world, tmp_path):
     unlabelled = world.rows.remove_columns("label")
     with pytest.raises(AwaresError, match="no column label"):
-        grpo.build_trainer(settings(), unlabelled, load_model(world.policy), world.processor, tmp_path)
+        grpo.build_grpo_trainer(settings(), unlabelled, load_model(world.policy), world.processor, tmp_path)
     trainer = trainer_for(world, tmp_path)
     with pytest.raises(AwaresError, match="already carries an adapter"):
-        grpo.build_trainer(settings(), world.rows, trainer.model, world.processor, tmp_path)
+        grpo.build_grpo_trainer(settings(), world.rows, trainer.model, world.processor, tmp_path)
 
 
 # The whole training

@@ -52,8 +52,8 @@ def world(tiny, tmp_path_factory) -> SimpleNamespace:
 
 def trainer_for(world, params, folder, samples=None):
     model = load_model(world.base)
-    samples = sft.plan(world.rows, world.processor, params) if samples is None else samples
-    return sft.build_trainer(params, world.rows, samples, model, world.processor, folder)
+    samples = sft.plan_samples(world.rows, world.processor, params) if samples is None else samples
+    return sft.build_sft_trainer(params, world.rows, samples, model, world.processor, folder)
 
 
 def collate(trainer, count):
@@ -139,14 +139,16 @@ def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):
 def test_a_second_process_may_not_train_in_the_same_folder(world, tmp_path):
     trainer = trainer_for(world, settings(), tmp_path, [sft.Sample(1, "trajectory", 0)])
     with exclusive_lock(tmp_path / "training"), pytest.raises(AwaresError, match="another process is writing it"):
-        training.train(trainer, tmp_path, training.Log(tmp_path / "log.jsonl", sft.log_entry, "loss"))
+        training.train(trainer, tmp_path, training.Log(tmp_path / "log.jsonl", sft._log_entry, "loss"))
 
 
 def test_micro_batches_do_not_change_the_update(world, tmp_path):
     adapters = []
     for size in (4, 1):
         params = settings(**{"sft.per_device_batch_size": size})
-        trainer = trainer_for(world, params, tmp_path / str(size), sft.plan(world.rows, world.processor, params)[:4])
+        trainer = trainer_for(
+            world, params, tmp_path / str(size), sft.plan_samples(world.rows, world.processor, params)[:4]
+        )
         trainer.train()
         adapters.append(
             {name: value.detach() for name, value in trainer.model.named_parameters() if value.requires_grad}
@@ -177,7 +179,7 @@ def test_a_shared_prefix_gives_the_loss_and_the_gradients_of_whole_samples(world
 
 
 def test_a_picture_passes_through_the_vision_tower_once_in_all_epochs(world, tmp_path, monkeypatch):
-    passed, build = [], sft.build_trainer
+    passed, build = [], sft.build_sft_trainer
 
     def watched(*given):
         trainer = build(*given)
@@ -185,13 +187,13 @@ def test_a_picture_passes_through_the_vision_tower_once_in_all_epochs(world, tmp
         eye.register_forward_hook(lambda _module, inputs, _output: passed[-1].append(len(inputs[0])))
         return trainer
 
-    monkeypatch.setattr(sft, "build_trainer", watched)
+    monkeypatch.setattr(sft, "build_sft_trainer", watched)
     for epochs in (1.0, 2.0):
         passed.append([])
         params = settings(**{"sft.epochs": epochs, "sft.share_computation": True})
-        folder, samples = tmp_path / str(epochs), sft.plan(world.rows, world.processor, params)
+        folder, samples = tmp_path / str(epochs), sft.plan_samples(world.rows, world.processor, params)
         folder.mkdir()
-        sft.fit(params, world.rows, world.base, folder, folder / "log.jsonl", samples)
+        sft.fit_sft(params, world.rows, world.base, folder, folder / "log.jsonl", samples)
     assert sum(passed[0]) == sum(passed[1]) > 0
 
 
@@ -202,7 +204,7 @@ def test_a_shared_prefix_does_not_go_with_checkpointing(world, tmp_path):
 
 def test_planned_length_is_the_length_of_the_collated_sample(world, tmp_path):
     params = settings(**{"sft.level": "turn"})
-    samples = sft.plan(world.rows, world.processor, params)
+    samples = sft.plan_samples(world.rows, world.processor, params)
     trainer = trainer_for(world, params, tmp_path, samples)
     lengths = [trainer.data_collator([trainer.train_dataset[i]])["input_ids"].shape[1] for i in range(len(samples))]
     assert lengths == [sample.length for sample in samples]
@@ -210,7 +212,7 @@ def test_planned_length_is_the_length_of_the_collated_sample(world, tmp_path):
 
 def test_plan_follows_the_knobs(world):
     def kinds(**overrides):
-        samples = sft.plan(world.rows, world.processor, settings(**overrides))
+        samples = sft.plan_samples(world.rows, world.processor, settings(**overrides))
         return samples, [sample.kind for sample in samples]
 
     samples, names = kinds(**{"sft.epochs": 2.0})
@@ -244,7 +246,7 @@ def test_rows_that_cannot_be_trained_on_are_named(world, change, overrides, mess
         values = [value if index == 1 else old for index, old in enumerate(rows[column])]
         rows = rows.remove_columns(column).add_column(column, values)
     with pytest.raises(AwaresError, match=message):
-        sft.plan(rows, world.processor, settings(**overrides))
+        sft.plan_samples(rows, world.processor, settings(**overrides))
 
 
 def run(world, out, **overrides):

@@ -282,9 +282,9 @@ def training_rows(count: int, image_size: Callable[[str], tuple[int, int]]) -> d
 def _time_sft(settings: Settings, params: Params) -> dict[str, Any]:
     (model, processor), section = settings.build(), params.sft
     rows = training_rows(section.batch_size, settings.image_size)
-    samples = sft.plan(rows, processor, params)
+    samples = sft.plan_samples(rows, processor, params)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = sft.build_trainer(params, rows, samples, model, processor, Path(folder))
+        trainer = sft.build_sft_trainer(params, rows, samples, model, processor, Path(folder))
         seconds, memory = _second_step(trainer, settings.device)
     tokens = sum(sample.length for sample in samples[section.batch_size :])
     return _step(
@@ -296,7 +296,7 @@ def _time_grpo(settings: Settings, params: Params) -> dict[str, Any]:
     (model, processor), section = settings.build(), params.grpo
     rows = training_rows(2 * section.batch_size // section.generations, settings.image_size)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = grpo.build_trainer(params, rows, model, processor, Path(folder))
+        trainer = grpo.build_grpo_trainer(params, rows, model, processor, Path(folder))
         seconds, memory = _second_step(trainer, settings.device)
     seen = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
     layout = f"{section.batch_size} completions, G {section.generations}, {section.per_device_batch_size} at a time"

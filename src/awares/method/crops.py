@@ -1,7 +1,7 @@
-"""The candidate crops: areas, evidence boxes -> crops, cutting (PAPER §1, §2).
+"""The candidate crops (PAPER §1), the rule from evidence boxes to target crops C* (§2.2, Eq. 3), cutting an image.
 
 A region is one of the paper's ten crops, by name, or a free box (the paper's future work) named ``"150,400,600,700"``.
-Boxes are ``(x1, y1, x2, y2)`` in 0-1000 of the image's width and height, origin top left.
+Boxes are ``(x1, y1, x2, y2)`` in 1/1000 of the image's width and height, origin top left.
 """
 
 import re
@@ -32,15 +32,15 @@ CROPS: dict[str, tuple[float, float, float, float]] = {
     "right": (0.5, 0.0, 1.0, 1.0),
     "all": (0.0, 0.0, 1.0, 1.0),
 }
-GRID = 50  # the edges of a drawn free box are multiples of this
+GRID = 50  # 1/1000 of a side: the edges of a free box made from evidence are multiples of this
 
 
 def crop_box(name: str) -> tuple[float, float, float, float]:
-    """The box of a crop in 0-1000; AwaresValueError for an unknown name."""
+    """The box of a region in 1/1000; AwaresValueError for an unknown name."""
     if name not in CROPS and not is_free(name):
         raise AwaresValueError(f"crop {name!r}: use one of {', '.join(CROPS)}, or a box such as 150,400,600,700")
-    edges = [1000 * edge for edge in CROPS[name]] if name in CROPS else list(map(float, name.split(",")))
-    return edges[0], edges[1], edges[2], edges[3]
+    left, top, right, bottom = [1000 * edge for edge in CROPS[name]] if name in CROPS else map(float, name.split(","))
+    return left, top, right, bottom
 
 
 def is_free(name: str) -> bool:
@@ -63,7 +63,7 @@ def allowed(name: str, offered: Sequence[str]) -> bool:
 
 
 def area(name: str) -> float:
-    """Fraction of the image that one crop covers: 0.25, 0.5 or 1, or that of a free box."""
+    """Fraction of the image that one region covers; 0.25, 0.5 or 1 for a named crop."""
     return _size(crop_box(name)) / 1e6
 
 
@@ -110,7 +110,7 @@ def boxes_to_crops(boxes: Sequence[Box], section: Crops, rule: CropRule | None =
     if FREE_BOX in section.offered:
         return (free_name(box_union(boxes)),)
     names = registry.crop_rule.find(rule or section.rule)(boxes, section)
-    return tuple(name for name in names if crop_box(name))  # crop_box raises for a name that a user's rule made up
+    return tuple(name for name in names if crop_box(name))  # raises for an unknown name from a user's rule
 
 
 @registry.crop_rule("coverage")
@@ -135,7 +135,7 @@ def coverage_rule(boxes: Sequence[Box], section: Crops) -> tuple[str, ...]:
 
 @registry.crop_rule("iou")
 def iou_rule(boxes: Sequence[Box], section: Crops) -> tuple[str, ...]:
-    """Eq. 3 literally: every crop whose IoU with the union box is at least ``iou_threshold``, else the best crop."""
+    """Eq. 3 as printed: every crop whose IoU with the union box is at least ``iou_threshold``, else the best crop."""
     box = box_union(boxes)
     scores = {name: iou(box, crop_box(name)) for name in section.offered}
     chosen = tuple(name for name, score in scores.items() if score >= section.iou_threshold)
@@ -161,7 +161,7 @@ def cut(image: Image.Image, name: str, budget: float = 1.0) -> Image.Image:
 
 
 def _distance(box: Box, names: Sequence[str]) -> float:
-    """Between the centre of the box and the mean centre of the crops, squared."""
+    """The squared distance between the centre of the box and the mean centre of the crops."""
     centres = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in map(crop_box, names)]
     x, y = (sum(values) / len(centres) for values in zip(*centres, strict=True))
     return (x - (box[0] + box[2]) / 2) ** 2 + (y - (box[1] + box[3]) / 2) ** 2
@@ -182,7 +182,7 @@ def _size(box: Box) -> float:
 
 
 def _union(boxes: Sequence[Box]) -> float:
-    """Exact area of a union: the sum of the grid cells, drawn at every edge, that some box holds."""
+    """Exact area of a union: all edges together make a grid, and the cells inside any box are summed."""
     solid = [box for box in boxes if _size(box) > 0]
     xs = sorted({edge for box in solid for edge in (box[0], box[2])})
     ys = sorted({edge for box in solid for edge in (box[1], box[3])})

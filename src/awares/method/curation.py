@@ -1,8 +1,8 @@
 """Curation without human labels (PAPER §2): base answers at both resolutions -> judge -> oracle -> target crops.
 
-Each step keeps its raw output, one JSON line per row: ``answers.jsonl``, ``verdicts.jsonl``, ``oracle.jsonl``. A step
-works in chunks of rows and writes each chunk at once; a chunk torn by a kill is redone as a whole, so that a resumed
-run ends with the same bytes as an undisturbed one. The result is the row schema plus verdicts, label and target crops.
+Each step writes its raw output, one JSON line per row: ``answers.jsonl``, ``verdicts.jsonl``, ``oracle.jsonl``. A step
+works in chunks of rows and writes each chunk at once. After a kill the unfinished chunk is repeated, so that a resumed
+run writes the same bytes as an undisturbed one. The result is the row schema plus verdicts, label and target crops.
 """
 
 import hashlib
@@ -33,7 +33,6 @@ LOST_FILE = "lost.jsonl"  # rows without a label: id, step, reason
 ROWS_FOLDER = "dataset"  # the curated rows, next to the raw files
 
 Records = Sequence[Record]
-Work = Callable[[datasets.Dataset], list[Record]]
 
 
 def curate(
@@ -54,10 +53,10 @@ def curate(
     recorded, and ``judge`` (default: ``curation.judge``) decides. ``rule``: the crop rule (default: ``crops.rule``).
     Columns added: ``low_answer``, ``high_answer``; ``verdict``, ``label`` (LR or HR) and ``both_wrong`` of the deciding
     judge; ``verdict_<judge>``, ``low_score_<judge>``, ``high_score_<judge>``; ``oracle_question_boxes``,
-    ``oracle_answer_boxes`` and ``target_crops``, empty on LR rows. Lost rows are left out, and so are rows with two
+    ``oracle_answer_boxes`` and ``target_crops``, empty on LR rows. Lost rows are dropped, and so are rows with two
     wrong answers if ``curation.drop_both_wrong``. Unfinished work is in ``work_dir`` (default: next to ``out_dir``),
     keyed by its inputs: the same call resumes after a kill and retries rows whose server did not answer.
-    ``ready`` gets the names of the models still needed before a step works, and may raise. Raises AwaresError before any
+    ``ready`` is called before a step with the names of the models still needed, and may raise. AwaresError before any
     work for unusable rows, judges or boxes.
     """
     if missing := set(FEATURES) - set(dataset.column_names) or not len(dataset):
@@ -101,8 +100,8 @@ class _Steps:
         self.place = {row_id: index for index, row_id in enumerate(dataset["id"])}
         self.inputs: Record = {"rows": checkpoints.rows_digest(dataset), "chunk_rows": params.curation.chunk_rows}
 
-    def step(self, name: str, ids: Sequence[str], key: Record, work: Work, images: bool = True) -> list[Record]:
-        """``work`` on chunks of the rows ``ids`` gives one record per row; ``images=False`` avoids decoding them."""
+    def step(self, name: str, ids: Sequence[str], key: Record, work: Any, images: bool = True) -> list[Record]:
+        """The records of ``work``, called on chunks of the rows ``ids``; ``images=False`` leaves out the images."""
         self.inputs |= key
         folder = checkpoints.checkpoint_folder(self.home / name, {"stage": f"curation {name}", **self.inputs})
         rows = self.dataset if images else self.dataset.remove_columns("image")
@@ -119,7 +118,7 @@ class _Steps:
 
 
 def _answer(steps: _Steps, engine: Any) -> list[Record]:
-    """Step 1: the base model on I_low and on I, or a ``reason``; without times, which differ between runs."""
+    """Step 1: the base model's answers on I_low and on I, or a ``reason``; no times, which differ between runs."""
 
     def record(*sides: Any) -> Record:
         if failures := [side for side in sides if isinstance(side, Failure)]:
@@ -205,7 +204,7 @@ def assemble(
 
 
 def _features(names: Iterable[str]) -> datasets.Features:
-    """Types by column name: an empty list or a whole score must not decide the type of a column."""
+    """Types by column name, because inference fails on empty lists and on scores that are whole numbers."""
     text, boxes = datasets.Value("string"), FEATURES["question_boxes"]
     types: Record = {"low_answer": text, "high_answer": text, "label": text, "both_wrong": datasets.Value("bool")}
     types |= {"oracle_question_boxes": boxes, "oracle_answer_boxes": boxes, "target_crops": datasets.List(text)}
@@ -235,7 +234,7 @@ def answer_margin(answers: Record, side: str) -> float:
 
 
 def engine_key(engine: Any) -> str:
-    """Everything that determines an engine's answers: its ``key()``, or a hash of weights, limits and libraries."""
+    """Everything that determines the engine's answers: its ``key()``, or a hash of weights, limits and libraries."""
     if hasattr(engine, "key"):
         return str(engine.key())
     weights, digest = engine.decoder.model, hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Evaluation (PAPER §5): trajectories to scores, Tables 1, 7 and 9, paired differences, the operating curve."""
+"""Evaluation (PAPER §5): from trajectories to scores, Tables 1, 7 and 9, paired differences, the operating curve."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +18,9 @@ from awares.method.rollout import Trajectory
 
 CropSets = Sequence[Collection[str]]  # one set of crop names per row
 AVERAGE = "average"  # the benchmark name of the mean over benchmarks
-PLAIN = ("n", "calls", "area")  # not in percent
+PLAIN = ("n", "calls", "area")  # columns of Table 7 that are not in percent
 CALL_STATUSES = ("valid", "recovered", "malformed")  # of attempted calls
-FORCING_BIAS = 1e9  # logits; finite, so that it decides the first token and bans the call token nowhere else
+FORCING_BIAS = 1e9  # logits; finite: -inf would ban the call token at every position, not only at the first
 
 
 def scored(system: str, rows: datasets.Dataset, trajectories: Sequence[Trajectory]) -> pd.DataFrame:
@@ -46,9 +46,8 @@ def main_table(scores: pd.DataFrame, evaluation: Evaluation) -> pd.DataFrame:
     """
     records = []
     for system, rows in scores.groupby("system", sort=False):
-        for benchmark, part in rows.groupby("benchmark", sort=False):
-            records.append(_main_row(system, benchmark, part, evaluation))
-        records.append(_main_row(system, AVERAGE, rows, evaluation))
+        parts = [*rows.groupby("benchmark", sort=False), (AVERAGE, rows)]
+        records += [_main_row(system, benchmark, part, evaluation) for benchmark, part in parts]
     return pd.DataFrame(records)
 
 
@@ -64,7 +63,7 @@ def _mean_rtr(scores: pd.DataFrame) -> float:
 
 
 def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], evaluation: Evaluation) -> pd.DataFrame:
-    """Paired differences a - b of average accuracy (points, with interval and p) and of RTR between systems."""
+    """Differences a - b between systems: average accuracy (points, paired bootstrap interval and p) and RTR."""
     records = []
     for a, b in pairs:
         left, right = (scores[scores.system == system] for system in (a, b))
@@ -84,8 +83,8 @@ def label_rows(
 ) -> datasets.Dataset:
     """Evaluation rows with ``label`` and ``target_crops`` by the paper's rule (§2.1), from the base model's answers.
 
-    The judge is ``evaluation.judge``, whichever judge labelled the training rows; crops come from the annotated boxes.
-    The margins ``curation.lucky_margin`` and ``oracle_margin`` are not applied. For diagnosis: no system sees these.
+    For diagnosis only: no system sees them. The judge is ``evaluation.judge``, also if another judge labelled the
+    training rows. Crops come from the annotated boxes, without ``curation.lucky_margin`` and ``oracle_margin``.
     """
     judge = build_judge(params.evaluation.judge, params)
     lows, highs = ([done.answer for done in answers] for answers in (half, full))
@@ -99,9 +98,9 @@ def label_rows(
 def decision_parts(
     labels: Sequence[str], crops: CropSets, oracle_crops: CropSets, relaxed_iou: float = 0.25
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Numerator and denominator of every ratio of `cdp_diagnostics`, (N,) each: one term per row, to be resampled.
+    """Numerator and denominator (N,) of every ratio of `cdp_diagnostics`: one term per row, for resampling.
 
-    Raises AwaresError for no rows and for a label other than LR or HR.
+    AwaresError for no rows and for a label other than LR or HR.
     """
     if not len(labels) or any(name not in (LR, HR) for name in labels):
         raise AwaresValueError("CDP diagnostics need at least one row, each labelled LR or HR")
@@ -127,11 +126,11 @@ def decision_parts(
 def cdp_diagnostics(
     labels: Sequence[str], crops: CropSets, oracle_crops: CropSets, relaxed_iou: float = 0.25
 ) -> dict[str, float]:
-    """Diagnostics of the first-turn action (Table 7), from one label, requested set and oracle set per row.
+    """Diagnostics of the first turn (Table 7), from the label, the requested crops and the oracle's crops of each row.
 
-    n, calls, and ratios from 0 to 1, nan where the denominator is 0. Call: call_rate, precision P(HR | call), recall
-    P(call | HR), f1, fpr P(call | LR). Region, over the calls on HR rows: exact = the requested set is the oracle's,
-    relaxed = the requested region has IoU >= ``relaxed_iou`` with an oracle crop. area: mean requested area over calls.
+    n, calls, and ratios from 0 to 1, nan if the denominator is 0. Call: call_rate, precision P(HR | call), recall
+    P(call | HR), f1, fpr P(call | LR). Region, over the calls on HR rows with oracle crops: exact = the same set,
+    relaxed = IoU >= ``relaxed_iou`` of the requested region with an oracle crop. area: mean requested area per call.
     """
     parts = decision_parts(labels, crops, oracle_crops, relaxed_iou)
     counts = {"n": len(labels), "calls": sum(bool(names) for names in crops)}
@@ -139,7 +138,7 @@ def cdp_diagnostics(
 
 
 def region_iou(asked: Collection[str], target: Collection[str]) -> float:
-    """The best IoU of the requested region (union of ``asked``) with one crop of ``target`` or with all of them."""
+    """The best IoU of the requested region (union of ``asked``) with one crop of ``target`` or with their union."""
 
     def iou(names: Collection[str]) -> float:
         union = union_area([*asked, *names])
@@ -153,7 +152,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def cdp_table(policies: Mapping[str, Sequence[Trajectory]], rows: datasets.Dataset, relaxed_iou: float) -> pd.DataFrame:
-    """Table 7: each policy's first turn against label and target crops of labelled ``rows``; percent, area 0 to 1."""
+    """Table 7: each policy's first turn against the labels and target crops of ``rows``; percent, area 0 to 1."""
     records = []
     for policy, trajectories in policies.items():
         requests = [done.crops for done in trajectories]
@@ -163,9 +162,9 @@ def cdp_table(policies: Mapping[str, Sequence[Trajectory]], rows: datasets.Datas
 
 
 def format_table(policies: Mapping[str, Sequence[Trajectory]]) -> pd.DataFrame:
-    """Table 9: how each policy's calls parse, in percent of its *attempted* calls (nan without any).
+    """Table 9: the format of each policy's calls, in percent of its *attempted* calls (nan without any).
 
-    ``valid``: parsed as written; ``corrupt`` = ``recoverable`` (read with tolerance) + ``incorrect`` (malformed).
+    ``valid``: exact format; ``corrupt`` = ``recoverable`` (read with tolerance) + ``incorrect`` (malformed).
     """
     records = []
     for policy, trajectories in policies.items():
@@ -176,17 +175,17 @@ def format_table(policies: Mapping[str, Sequence[Trajectory]]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=columns)
 
 
-# The operating curve: accuracy against tokens as the bias on the call token grows
+# The operating curve: accuracy and tokens as functions of the bias on the call token
 
 
 def sweep_call_bias(
     engine: Any, rows: datasets.Dataset, own: Sequence[Trajectory], call_bias: float, biases: Sequence[float]
 ) -> dict[float, list[Trajectory]]:
-    """The trajectories of a policy on ``rows`` at each of ``biases``, as :meth:`Engine.run` would give them.
+    """The trajectories of a policy on ``rows`` at each of ``biases``, equal to those of `Engine.run`.
 
     ``own``: the policy's run on these rows at ``call_bias``. A bias only decides whether the first token is the call
-    token, so a row has at most two trajectories: ``own`` has one, and the other is run if some bias needs it.
-    Raises AwaresError for trajectories whose first turn was forced (``call_gap`` is None).
+    token, so a row has at most two trajectories: ``own`` has one, and the engine runs the other if a bias needs it.
+    AwaresError for trajectories whose first turn was forced (``call_gap`` is None).
     """
     own_calls = [_calls(done, call_bias) for done in own]
     choices = {bias: [_calls(done, bias) for done in own] for bias in biases}
@@ -209,7 +208,7 @@ def _calls(done: Trajectory, bias: float) -> bool:
 def operating_curve(
     system: str, rows: datasets.Dataset, runs: Mapping[float, Sequence[Trajectory]], evaluation: Evaluation
 ) -> pd.DataFrame:
-    """Accuracy against tokens, one line per bias, ascending. ``runs``: of :func:`sweep_call_bias`.
+    """Accuracy and tokens of the ``runs`` of `sweep_call_bias`, one line per bias, ascending.
 
     Columns system, call_bias, accuracy, accuracy_low, accuracy_high (percent, averaged over benchmarks as in Table 1),
     rtr, call_rate (percent of rows with crops), n.

@@ -1,16 +1,17 @@
 """Multi-turn GRPO (PAPER §4): TRL's GRPOTrainer with the crop tool as an environment that returns images.
 
 The reward (Eq. 5, 6; `rewards`) is normalised within the G completions of a prompt (Eq. 7). Assistant tokens are the
-actions, tool and image tokens are masked; KL to the SFT policy (Eq. 8). Departures from textbook GRPO or the paper:
+actions; tool and image tokens are masked. The KL term (Eq. 8) is to the SFT policy. Departures from the paper or from
+textbook GRPO:
 
 1.  One update per batch of rollouts (``iterations: 1``): the probability ratio is 1, the PPO clip acts only from 2 on.
 2.  KL is the k3 estimate on sampled tokens, ``r - log r - 1`` with ``r = pi_ref/pi``, not a sum over the vocabulary.
 3.  Advantage: the sample's standard deviation (n - 1), and 1e-4 added to it, both TRL's.
 4.  The loss is the mean over a completion's tokens, then over completions, as published; TRL's default is DAPO's.
-5.  The trained policy is a *new* adapter over the merged SFT model, which with the adapter off is the reference.
-6.  At most one tool call: a second one ends the rollout with an empty answer. The engine does not let it be written.
-7.  A call that is not JSON ends the rollout, one with wrong arguments gets an error; the engine would recover both.
-8.  A call whose crops overflow the completion length loses them in TRL, but costs all the same; see `check_budget`.
+5.  The trained policy is a *new* adapter on the merged SFT model; with the adapter off, the model is the reference.
+6.  At most one tool call: a second one ends the rollout with an empty answer. The engine cannot write a second one.
+7.  A call that is not JSON ends the rollout; wrong arguments get an error as reply. The engine recovers both.
+8.  TRL drops crops that overflow the completion length, but the call costs the same; `check_budget` prevents it.
 9.  Temperature 1, top-p 1, but image and video placeholders cannot be sampled.
 10. ``answer_reward: judge`` (Table 4) is the local semantic judge in both profiles, not a served language model.
 11. With ``rollouts: vllm`` TRL weights a completion by how far vLLM's probabilities are from the trainer's.
@@ -39,6 +40,7 @@ from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, 
 from awares.engine.rows import share_of
 from awares.errors import AwaresValueError
 from awares.method import crops, protocol
+from awares.method.judges import HR, LR
 from awares.method.rewards import RewardContext, RewardFunction, Rollout, awares_reward
 from awares.training import checkpoints as training
 from awares.training import distributed
@@ -46,8 +48,8 @@ from awares.training.checkpoints import TrainedPolicy
 from awares.training.prompt_sharing import SharedPromptTrainer
 
 PROMPT = 1024  # tokens of text that a prompt may have under vLLM: system prompt, tool schema and question
-ROW = ("row_id", "question", "full_image", "answers", "label")  # what a reward knows of a row
-LOGGED = {  # TRL's name -> ours, after step, reward and the reward's terms
+ROW = ("row_id", "question", "full_image", "answers", "label")  # the columns of a row that a reward sees
+LOGGED_GRPO = {  # TRL's name -> ours, after step, reward and the reward's terms
     **{name: name for name in ("call_rate", "call_rate_hr", "call_rate_lr", "area", "malformed", "overflow")},
     **{"kl": "kl", "entropy": "entropy", "completions/mean_length": "completion_tokens"},
     **{"completions/clipped_ratio": "truncated", "frac_reward_zero_std": "flat_groups"},
@@ -70,23 +72,25 @@ def train_grpo(
     chosen = registry.reward.find(reward or params.grpo.reward)
     if params.launch("grpo") and (chosen.__module__ == "__main__" or "<locals>" in chosen.__qualname__):
         raise AwaresValueError(
-            f"grpo.reward: {chosen.__qualname__} exists in this process alone, and base.launch starts others: write it "
-            "to a module on the Python path and set grpo.reward: module:function"
+            f"grpo.reward: {chosen.__qualname__} exists in this process only, but base.launch starts others: write it to "
+            "a module on the Python path and set grpo.reward: module:function"
         )
     source = registry.reward.source(reward or params.grpo.reward)
     inputs = {"prompt": protocol.from_params(params).system, "reward": source}
-    folder = training.run("grpo", params, rows, model_path, out_dir, fit, inputs, chosen)
+    folder = training.run("grpo", params, rows, model_path, out_dir, fit_grpo, inputs, chosen)
     return training.save_policy(params, model_path, training.checkpoints(folder)[-1], out_dir)
 
 
-def fit(params: Params, rows: Dataset, model_path: str | Path, folder: Path, log: Path, reward: RewardFunction) -> None:
-    """One process of the training, to the last checkpoint in ``folder``."""
+def fit_grpo(
+    params: Params, rows: Dataset, model_path: str | Path, folder: Path, log: Path, reward: RewardFunction
+) -> None:
+    """Train to the last checkpoint in ``folder``; every process of the training runs this."""
     model = load_model(model_path, params.base.dtype, distributed.device(params))
-    trainer = build_trainer(params, rows, model, load_processor(model_path), folder, reward)
-    training.train(trainer, folder, training.Log(log, log_entry, "reward"))
+    trainer = build_grpo_trainer(params, rows, model, load_processor(model_path), folder, reward)
+    training.train(trainer, folder, training.Log(log, _log_entry, "reward"))
 
 
-def build_trainer(
+def build_grpo_trainer(
     params: Params,
     rows: Dataset,
     model: PreTrainedModel,
@@ -94,20 +98,20 @@ def build_trainer(
     folder: Path,
     reward: RewardFunction | None = None,
 ) -> "CropTrainer":
-    """The trainer over curated ``rows``; ``model`` is the merged SFT policy, and stays the reference."""
+    """The trainer on curated ``rows``. ``model``: the merged SFT policy, which stays the reference."""
     training.require_plain(model)
     if "label" not in rows.column_names:
         raise AwaresValueError("grpo: the rows have no column label: give the rows that curation wrote")
     if params.protocol.name != protocol.OURS.name:
         raise AwaresValueError(
-            f"protocol.name {params.protocol.name}: TRL's rollouts read tool calls only; use protocol.name ours"
+            f"protocol.name {params.protocol.name}: TRL reads JSON tool calls only; use protocol.name ours"
         )
-    processor.tokenizer.padding_side = "left"  # right padding would misalign mm_token_type_ids, silently
+    processor.tokenizer.padding_side = "left"  # right padding misaligns mm_token_type_ids without an error
     chosen: Any = registry.reward.find(reward or params.grpo.reward)
     completions = params.grpo.batch_size // distributed.processes()
     if chosen is not awares_reward and completions % params.grpo.generations:
         raise AwaresValueError(
-            f"grpo.reward {chosen.__name__} sees whole groups, and each process has {completions} completions, no "
+            f"grpo.reward {chosen.__name__} needs whole groups, but each process has {completions} completions, not a "
             f"multiple of grpo.generations {params.grpo.generations}: raise grpo.batch_size, or use fewer GPUs"
         )
     factory: Any = functools.partial(CropEnvironment, protocol.from_params(params))
@@ -126,7 +130,7 @@ def build_trainer(
     return trainer
 
 
-# One row under the microscope
+# Rollouts of single rows, for inspection
 
 
 def sample_rollouts(params: Params, rows: Dataset, model_path: str | Path) -> list[Rollout]:
@@ -144,7 +148,7 @@ def sample_rollouts(params: Params, rows: Dataset, model_path: str | Path) -> li
 
     model = load_model(model_path, params.base.dtype, distributed.device(params))
     with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = build_trainer(params, rows, model, load_processor(model_path), Path(folder), keep)
+        trainer: Any = build_grpo_trainer(params, rows, model, load_processor(model_path), Path(folder), keep)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # set by a training
     for row in trainer.train_dataset:
@@ -155,7 +159,7 @@ def sample_rollouts(params: Params, rows: Dataset, model_path: str | Path) -> li
 def score_rollouts(
     params: Params, rollouts: Sequence[Rollout], reward: RewardFunction | None = None
 ) -> list[dict[str, Any]]:
-    """Of every rollout: row, label, text, crops, prediction, the reward's terms, the reward, the advantage (Eq. 7).
+    """One record per rollout: row_id, label, text, crops, prediction, reward terms, reward, advantage (Eq. 7).
 
     ``rollouts``: ``grpo.generations`` of each row, one row after the other (`sample_rollouts`).
     """
@@ -199,21 +203,21 @@ class CropEnvironment:
 
 
 def check_budget(rows: Dataset, processor: ImageOnlyProcessor, params: Params) -> None:
-    """AwaresError when the whole of some image, as a crop, would overflow ``grpo.crop_token_budget`` (departure 8)."""
+    """AwaresError if the crop `all` of some row has more tokens than ``grpo.crop_token_budget`` (departure 8)."""
     frame = processor.tokenizer(protocol.tool_suffix(processor.tokenizer, protocol.OURS.reply([None])))["input_ids"]
     tokens = [len(frame) - 1 + visual_tokens(size, processor) for size in training.picture_sizes(rows, params)]
     worst = int(np.argmax(tokens))
     if tokens[worst] > params.grpo.crop_token_budget:
         raise AwaresValueError(
             f"grpo.crop_token_budget {params.grpo.crop_token_budget} is too small: the crop `all` of row "
-            f"{rows[worst]['id']} takes {tokens[worst]} tokens, and TRL drops what overflows"
+            f"{rows[worst]['id']} has {tokens[worst]} tokens, and TRL would drop it"
         )
 
 
 def rollout_dataset(rows: Dataset, params: Params) -> Dataset:
-    """Rows as TRL wants them: ``prompt`` (messages with I_low inside) and the columns `ROW`.
+    """Rows in TRL's format: ``prompt`` (messages that contain I_low) and the columns `ROW`.
 
-    A batch of rollouts reads every row G times; the last few are remembered.
+    A batch of rollouts reads every row G times, so recent rows are cached.
     """
     form = protocol.from_params(params)
 
@@ -235,7 +239,7 @@ def rollout_dataset(rows: Dataset, params: Params) -> Dataset:
 
 
 def read_rollout(completion: Sequence[dict[str, Any]], form: protocol.Protocol, **row: Any) -> Rollout:
-    """TRL's completion, ``[assistant]`` or ``[assistant(tool_calls), tool, assistant]``, on a ``row``, as a rollout."""
+    """The rollout of a ``row`` from TRL's completion: ``[assistant]`` or ``[assistant(tool_calls), tool, assistant]``."""
     first, last = completion[0], completion[-1]
     calls = [call["function"] for call in first.get("tool_calls") or []]
     call = read_calls(calls, form) if calls else protocol.parse_call(_text(first), form)
@@ -251,7 +255,7 @@ def read_rollout(completion: Sequence[dict[str, Any]], form: protocol.Protocol, 
 
 
 def read_calls(functions: Sequence[dict[str, Any]], form: protocol.Protocol) -> protocol.Call:
-    """Calls that TRL has parsed, read as the engine does; one that TRL cannot run requests nothing (departure 7)."""
+    """Calls that TRL has parsed, read as the engine reads them; a call with other arguments is malformed."""
     arguments = [(one, one.get("arguments")) for one in functions]
     served = [one for one, given in arguments if isinstance(given, dict) and set(given) == {"regions"}]
     return protocol.parse_call(_rendered(served) or TOOL_CALL, form)  # a bare opening is a malformed call
@@ -262,7 +266,7 @@ def _rendered(functions: Sequence[dict[str, Any]]) -> str:
 
 
 def _text(message: dict[str, Any]) -> str:
-    """The text of a message, whose content is a string or a list of parts, with its calls."""
+    """The text of a message with its calls; the content is a string or a list of parts."""
     content = message.get("content") or ""
     text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
     return text + _rendered([call["function"] for call in message.get("tool_calls") or []])
@@ -272,7 +276,7 @@ def _text(message: dict[str, Any]) -> str:
 
 
 class CropTrainer(SharedPromptTrainer):
-    """GRPOTrainer with a reward that sees rollouts instead of completions, and reports its terms."""
+    """GRPOTrainer with one reward on rollouts (TRL: on completions), whose terms are logged."""
 
     reward: RewardFunction
     context: RewardContext
@@ -295,12 +299,12 @@ class CropTrainer(SharedPromptTrainer):
 
 
 def call_metrics(rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
-    """Values to average: calls (all, by label), requested area of the calls, malformed and overflowing calls."""
+    """Values to average: calls (all, by label), requested area per call, malformed and overflowing calls."""
     called = [(bool(one.crops), one.label) for one in rollouts]
     values: dict[str, list[Any]] = {
         "call_rate": [call for call, _ in called],
-        "call_rate_hr": [call for call, label in called if label == "HR"],
-        "call_rate_lr": [call for call, label in called if label == "LR"],
+        "call_rate_hr": [call for call, label in called if label == HR],
+        "call_rate_lr": [call for call, label in called if label == LR],
         "area": [crops.union_area(one.crops) for one in rollouts if one.crops],
         "malformed": [one.malformed for one in rollouts],
         "overflow": [one.overflow for one in rollouts],
@@ -308,10 +312,10 @@ def call_metrics(rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
     return {name: [float(value) for value in some] for name, some in values.items() if some}
 
 
-def log_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    """One update of TRL's log in our words: reward, its terms, calls, KL, ...; empty for its closing summary."""
+def _log_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """One update of the trainer's log under our names; {} for the summary at the end."""
     terms = {name: name.removeprefix("terms/") for name in sorted(entry) if name.startswith("terms/")}
-    names = {"step": "step", "reward": "reward", "reward_std": "reward_std", **terms, **LOGGED}
+    names = {"step": "step", "reward": "reward", "reward_std": "reward_std", **terms, **LOGGED_GRPO}
     return {ours: entry[theirs] for theirs, ours in names.items() if theirs in entry} if "reward" in entry else {}
 
 
@@ -319,7 +323,7 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
     section, shared = params.grpo, training.trainer_arguments("grpo", params, folder)
     vllm = section.rollouts == "vllm"
     if vllm and section.share_prompts:
-        raise AwaresValueError("grpo.rollouts vllm shares prompts in its own way: set grpo.share_prompts: false")
+        raise AwaresValueError("grpo.rollouts vllm does not use our prompt sharing: set grpo.share_prompts: false")
     forbidden = [processor.image_token_id, processor.video_token_id]
     limits: dict[str, Any] = {"max_new_tokens": section.max_completion_length, "suppress_tokens": forbidden}
     if vllm:
@@ -335,8 +339,8 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
         max_completion_length=completion,
         generation_kwargs=limits,  # of each turn
         use_vllm=vllm,
-        vllm_mode="colocate",  # one per GPU: ranks with different numbers of tool turns would wait for a shared one
-        # Without it vLLM reserves memory for all that the model can read
+        vllm_mode="colocate",  # one server per GPU: ranks differ in their number of tool turns
+        # Without a length vLLM reserves memory for the model's whole context
         vllm_max_model_length=view + PROMPT + completion if vllm else None,
         max_tool_calling_iterations=1,
         temperature=section.temperature,
@@ -348,7 +352,7 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
         num_train_epochs=section.epochs,
         max_steps=section.max_steps,
         save_steps=section.save_steps,
-        save_total_limit=2,  # the last one counts; the one before is there should it be torn
-        log_multimodal=False,  # every process would send its images to every other
-        ddp_broadcast_buffers=False,  # constants, for which processes with fewer prompts would wait
+        save_total_limit=2,  # the last one, and one before it in case the last one is incomplete
+        log_multimodal=False,  # otherwise every process sends its images to every other one
+        ddp_broadcast_buffers=False,  # they are constant, and processes with fewer prompts would wait
     )

@@ -1,7 +1,7 @@
-"""Judges and oracles: does a row need a crop, and where is its evidence? (PAPER §2, steps 1 and 2)
+"""Judges (PAPER §2, step 1: does a row need a crop?) and oracles (step 2: where is its evidence?).
 
 A judge scores the answers at half and at full resolution and compares the scores: verdict 0 = equally good or equally
-bad, 1 = low resolution is better, 2 = full resolution is better. `clients.judges` has judges and oracles on servers.
+bad, 1 = low resolution is better, 2 = full resolution is better. Judges and oracles on servers: `clients.judges`.
 """
 
 import hashlib
@@ -36,8 +36,10 @@ def label(verdict: int) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``value`` 0, 1 or 2; ``low``, ``high``: raw scores, 0 to 1; ``both_wrong``: neither answer is correct. All None
-    if the judge gave no usable verdict: such a row is lost, not labelled."""
+    """``value`` 0, 1 or 2; ``low``, ``high``: raw scores, 0 to 1; ``both_wrong``: neither answer is correct.
+
+    All are None if the judge gave no usable verdict; such a row is lost.
+    """
 
     value: int | None
     low: float | None
@@ -47,9 +49,9 @@ class Verdict:
 
 @dataclass(eq=False)
 class Judge:
-    """Scores answers from 0 to 1: correct from ``correct_threshold``, equally good within ``margin`` of each other.
+    """Scores answers from 0 to 1: correct from ``correct_threshold`` on, equally good if within ``margin``.
 
-    ``score``: (questions, predictions, accepted answers) -> one score per row. ``source``: the code or model behind it.
+    ``score``: (questions, predictions, accepted answers) -> one score per row. ``source``: its code or model.
     """
 
     name: str
@@ -70,14 +72,14 @@ class Judge:
         return [self.compare(low, high) for low, high in zip(*scores, strict=True)]
 
     def compare(self, low: float, high: float) -> Verdict:
-        """The verdict from two scores. Two wrong answers are equally bad, however close one of them is."""
+        """The verdict on two scores; two wrong answers are equally bad."""
         both_wrong = max(low, high) < self.correct_threshold
         if both_wrong or abs(high - low) <= self.margin:
             return Verdict(TIE, low, high, both_wrong)
         return Verdict(HIGH_BETTER if high > low else LOW_BETTER, low, high, both_wrong)
 
     def key(self) -> str:
-        """Everything that determines a verdict: part of the key of stored verdicts."""
+        """Everything that determines a verdict, for the key of stored verdicts."""
         return f"{self.name}:{self.correct_threshold}:{self.margin}:{hashlib.sha256(self.source.encode()).hexdigest()}"
 
 
@@ -122,9 +124,12 @@ def embedding_judge(params: Params) -> Judge:
 
 
 class Oracle:
-    """Locates the evidence of rows. ``locate``: per row ``question_boxes`` and ``answer_boxes``, [x1, y1, x2, y2] in
-    0-1000, at least one in total; if localisation failed, no boxes and a ``reason``. ``looks``: whether it needs the
-    images. ``key``: everything that determines a box. ``check``: AwaresError for a row that it cannot locate."""
+    """Locates the evidence of rows.
+
+    ``locate``: per row ``question_boxes`` and ``answer_boxes``, [x1, y1, x2, y2] in 1/1000, at least one in total; if
+    localisation failed, no boxes and a ``reason``. ``looks``: whether it needs the images. ``key``: everything that
+    determines a box. ``check``: AwaresError for a row that it cannot locate.
+    """
 
     name: str
     looks = True
@@ -141,7 +146,7 @@ class Oracle:
 
 @dataclass(frozen=True)
 class AnnotationOracle(Oracle):
-    """The annotated boxes, moved as in `crops.move_box`; ``seed`` and the row's id determine the error."""
+    """The annotated boxes with the errors of `crops.move_box`; ``seed`` and the row's id determine an error."""
 
     seed: int
     sigma: float
@@ -160,6 +165,4 @@ class AnnotationOracle(Oracle):
     def check(self, rows: datasets.Dataset) -> None:
         for row_id, *boxes in zip(rows["id"], rows["question_boxes"], rows["answer_boxes"], strict=True):
             if not any(boxes):
-                raise AwaresValueError(
-                    f"row {row_id}: curation.oracle `annotation` needs question_boxes or answer_boxes"
-                )
+                raise AwaresValueError(f"row {row_id}: curation.oracle annotation needs question_boxes or answer_boxes")

@@ -61,9 +61,9 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def ocr_accuracy(prediction: str, answers: Sequence[str], question: str = "") -> float:
-    """OCRBench: the prediction contains an accepted answer; case is ignored, a line break is a space.
+    """OCRBench: the prediction contains an accepted answer, ignoring case; a line break counts as a space.
 
-    A formula (HME100k: its ``question`` asks for LaTeX) keeps its case and loses its white space.
+    For a formula (HME100k: the ``question`` asks for LaTeX) case counts and white space does not.
     """
     formula = "latex" in question.lower()
     return float(any(_ocr_text(answer, formula) in _ocr_text(prediction, formula) for answer in answers))
@@ -152,8 +152,8 @@ BENCHMARK_METRICS: dict[str, Callable[..., float]] = {
 def score(benchmark: str, prediction: str, answers: Sequence[str], question: str = "") -> float:
     """The score of one prediction, 0 to 1, by the metric of ``benchmark``.
 
-    Other sources (training sources, a user's own rows) have no published metric and use :func:`same_text`. Only
-    OCRBench reads ``question``. Raises AwaresError for a row without accepted answers.
+    Other sources (training sources, a user's rows) have no published metric and use `same_text`. Only OCRBench reads
+    ``question``. AwaresError for a row without accepted answers.
     """
     if not answers:
         raise AwaresValueError(f"{benchmark}: a row without accepted answers cannot be scored")
@@ -164,7 +164,7 @@ def score(benchmark: str, prediction: str, answers: Sequence[str], question: str
 # Intervals
 
 Names = Sequence[str] | None
-_INDICES = 4_000_000  # bound on the row indices that a bootstrap holds at once
+_INDICES = 4_000_000  # most row indices that a bootstrap holds in memory
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def bootstrap_interval(
     """Mean of ``values`` (one per row) with the ``level`` interval of ``n`` resamples.
 
     With ``groups`` (one name per row) the statistic is the mean of the group means, resampled inside each group: the
-    average over benchmarks. Raises AwaresError for no rows.
+    average over benchmarks. AwaresError for no rows.
     """
     mean, draws = resampled_means(values, seed, n, groups)
     return Interval(mean, *percentiles(draws, level), len(values))
@@ -199,7 +199,7 @@ def percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
 def paired_bootstrap(
     a: Sequence[float], b: Sequence[float], seed: int, n: int = 2000, level: float = 0.95, groups: Names = None
 ) -> Interval:
-    """Mean of a - b over the same rows in one order; ``groups`` as above. A seed draws the same rows for all pairs."""
+    """Mean of a - b over the same rows in the same order; ``groups`` as above. Equal seeds draw equal rows."""
     assert len(a) == len(b), f"not the same rows: {len(a)} and {len(b)}"
     mean, draws = resampled_means(np.asarray(a, float) - np.asarray(b, float), seed, n, groups)
     draws = draws.round(12) + 0.0  # rounding errors are not differences, and -0 is 0
@@ -213,8 +213,8 @@ def resampled_means(
 ) -> tuple[float, np.ndarray]:
     """The mean of ``values`` (one per row) and the means of its ``n`` resamples (n,); ``groups`` as above.
 
-    With ``denominators`` (one number per row, >= 0): sum(values) / sum(denominators), nan where that divides by 0. The
-    same seed draws the same rows, whatever the values.
+    With ``denominators`` (one number per row, >= 0): sum(values) / sum(denominators), nan for a sum of 0. Equal seeds
+    draw equal rows for all values.
     """
     array = np.asarray(values, dtype=float)
     if not len(array):

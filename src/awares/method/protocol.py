@@ -1,10 +1,10 @@
-"""Prompts, tool schema and messages of the interaction; the one place that renders and parses calls.
+"""The conversation of PAPER §1 and §2.3: system prompt, tool schema, messages, and the text form of a call.
 
 A conversation is ``[system, user(I_low, q), assistant(a)]`` or ``[system, user(I_low, q), assistant(call C),
-tool(crops), assistant(a)]`` (PAPER §1), in Qwen2.5-VL's chat format with its ``<tool_call>`` JSON. The system prompt
-has the tool schema, because TRL's vision collator does not pass ``tools=`` to the template. The released checkpoint has
-another form (PAPER §7): it writes ``GET_CROPS: ['0', '5']`` and gets the crops in a user turn. A `Protocol` is one of
-the two forms; rendering needs one, and the parser reads calls of both.
+tool(crops), assistant(a)]``, in Qwen2.5-VL's chat format with its ``<tool_call>`` JSON. The system prompt has the tool
+schema, because TRL's vision collator does not pass ``tools=`` to the template. The released checkpoint (PAPER §7)
+writes ``GET_CROPS: ['0', '5']`` instead and gets the crops in a user turn. A `Protocol` is one of these two forms.
+Calls are rendered in one form; the parser reads both. No other module renders or parses a call.
 """
 
 import json
@@ -60,9 +60,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Protocol:
-    """The form of one interaction.
+    """The text form of an interaction.
 
-    ``system``: its prompt; ``opening``: the text that every call begins with; ``offered``: the regions of the tool;
+    ``system``: the prompt; ``opening``: the text that every call begins with; ``offered``: the regions of the tool;
     ``region_budget``: a region that covers a larger fraction of the image is shown at lower density (`crops.cut`).
     """
 
@@ -87,7 +87,7 @@ class Protocol:
         return f"{RELEASED_CALL}: {[ids.get(name, name) for name in function['arguments']['regions']]}"
 
     def reply(self, images: Sequence[Image | None], error: str | None = None) -> dict[str, Any]:
-        """The second turn's message: the crops in the order requested (None: a placeholder), or an error in words."""
+        """The message that opens turn 2: the requested crops in order (None: a placeholder), or an error as text."""
         content = [_text(error)] if error else [_image(image) for image in images]
         sender = {"role": "tool", "name": TOOL_NAME} if self.name == "ours" else {"role": "user"}
         return {**sender, "content": content}
@@ -213,7 +213,7 @@ _NAME = re.compile(r"[\"']name[\"']\s*:\s*[\"']([^\"']*)[\"']")
 
 
 def parse_call(text: str, protocol: Protocol = OURS) -> Call:
-    """Read an assistant turn: strictly first, then tolerantly (PAPER §5, formatting; §7, the released format).
+    """Read an assistant turn: strictly first, then with tolerance (PAPER §5, formatting; §7, the released format).
 
     Calls of both protocols are read, but only the exact format of ``protocol`` is valid. A region that the tool does
     not offer counts as unknown.
@@ -226,26 +226,26 @@ def parse_call(text: str, protocol: Protocol = OURS) -> Call:
         return Call(strict, "valid", text)
     found: list[str] = []
     for block in text.split(TOOL_CALL)[1:] or [text]:
-        names = _recover_boxes(block) if FREE_BOX in protocol.offered else _recover(block)
+        tool = _NAME.search(block)
+        if tool and tool.group(1) != TOOL_NAME:
+            continue
+        names = _free_boxes(block) if FREE_BOX in protocol.offered else _crop_names(block)
         found += [name for name in names if name not in found and allowed(name, protocol.offered)]
     return Call(tuple(found), "recovered" if found else "malformed", text)
 
 
 def _parse_strict(text: str) -> tuple[str, ...]:
-    match = _STRICT.fullmatch(text)
+    """The regions of exactly one JSON call with the right keys and no region twice; () for anything else."""
+    found = _STRICT.fullmatch(text)
     try:
-        call = json.loads(match.group(1)) if match else None
+        call = json.loads(found.group(1)) if found else None
     except (ValueError, RecursionError):
         return ()
-    if not isinstance(call, dict) or set(call) != {"name", "arguments"} or call["name"] != TOOL_NAME:
-        return ()
-    arguments = call["arguments"]
-    regions = arguments.get("regions") if isinstance(arguments, dict) and set(arguments) == {"regions"} else None
-    if not isinstance(regions, list) or not all(
-        isinstance(name, str) and (name in CROPS or is_free(name)) for name in regions
-    ):
-        return ()
-    return tuple(regions) if len(set(regions)) == len(regions) else ()
+    match call:
+        case {"name": name, "arguments": {"regions": [*regions], **more}, **others}:
+            if name == TOOL_NAME and not more and not others and all(isinstance(one, str) for one in regions):
+                return tuple(regions) if len(set(regions)) == len(regions) else ()
+    return ()
 
 
 def _parse_released(text: str) -> tuple[str, ...]:
@@ -255,28 +255,22 @@ def _parse_released(text: str) -> tuple[str, ...]:
     return tuple(_IDS.get(number, number) for number in ids) if len(set(ids)) == len(ids) else ()
 
 
-def _recover(block: str) -> tuple[str, ...]:
-    """Crop names from one call-like piece of text; () if it names another tool or nothing readable."""
-    name = _NAME.search(block)
-    if name and name.group(1) != TOOL_NAME:
-        return ()
+def _crop_names(block: str) -> tuple[str, ...]:
+    """Crop names from one call-like piece of text; () if none is readable."""
     key = _KEY.search(block)
     tail = (key.group(1) if key else block.split("</tool_call>")[0]).strip()
     if tail.startswith("["):
         tail = tail[1:].split("]", 1)[0]
         if "[" in tail or any(is_free(one or other) for one, other in _QUOTED.findall(tail)):
-            return ()  # boxes are not crop names: [[0, 0, 500, 500]] and ["0,0,500,500"] must not be read as ids
+            return ()  # [[0, 0, 500, 500]] and ["0,0,500,500"] are boxes: their numbers are not crop ids
     elif key:
         tail = re.split(r"[}<\n]", tail, maxsplit=1)[0]
     names = map(_canonical, re.split(r",| and ", tail))
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def _recover_boxes(block: str) -> tuple[str, ...]:
+def _free_boxes(block: str) -> tuple[str, ...]:
     """Free boxes from one call-like piece of text: any four whole numbers in a row that form one."""
-    name = _NAME.search(block)
-    if name and name.group(1) != TOOL_NAME:
-        return ()
     boxes = (",".join(map(str, map(int, match))) for match in _BOX.findall(block))
     return tuple(dict.fromkeys(box for box in boxes if is_free(box)))
 

@@ -1,11 +1,11 @@
-"""The reward of multi-turn GRPO (PAPER §4, Eq. 5 and 6), and how to write another one.
+"""The reward of multi-turn GRPO (PAPER §4): Eq. 5 ``R = alpha_ans * R_ans - C_tool``, Eq. 6 C_tool; other rewards.
 
-A reward is a function of a batch of rollouts, in which the G rollouts of a row follow each other. It returns one number
-for each rollout::
+A reward is a function of a batch of rollouts, in which the G rollouts of a row are consecutive. It returns one number
+per rollout::
 
     @reward("frugal")
     def frugal(rollouts, context):
-        right = context.answer_reward(rollouts)     # R_ans, one number for each rollout
+        right = context.answer_reward(rollouts)     # R_ans, one number per rollout
         context.log(right=right)                    # a column of the training curve
         return [10 * mark - 2 * len(one.crops) for mark, one in zip(right, rollouts)]
 
@@ -35,10 +35,10 @@ from awares.training import distributed
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled interaction: the row, and what the policy did with it.
+    """One sampled interaction: the row, and the policy's actions.
 
     ``text``: all that the policy wrote. ``crops``: the requested regions, () without a readable call. ``malformed``: it
-    wrote a call that cannot be read. ``overflow``: its crops did not fit and were dropped (departure 8 of `grpo`).
+    wrote an unreadable call. ``overflow``: its crops did not fit and were dropped (departure 8 of `grpo`).
     """
 
     row_id: str
@@ -54,7 +54,7 @@ class Rollout:
 
 
 class RewardContext:
-    """What a reward may use besides the rollouts, ``params`` for instance, and where it reports its terms."""
+    """The second argument of a reward: it gives ``params``, R_ans and the base model, and takes the terms to log."""
 
     def __init__(self, params: Params) -> None:
         self.params = params
@@ -62,9 +62,9 @@ class RewardContext:
         self.shown: dict[str, list[float]] = {}
 
     def answer_reward(self, rollouts: Sequence[Rollout], predictions: Sequence[str] | None = None) -> list[float]:
-        """R_ans (``grpo.answer_reward``) of every rollout's answer, or of other ``predictions`` in its place.
+        """R_ans (``grpo.answer_reward``) of the rollouts' answers, or of ``predictions`` instead.
 
-        Where a row accepts several answers, the best counts; with one it is the paper's reward.
+        If a row accepts several answers, the best one counts; with one answer it is the paper's reward.
         """
         section, answers = self.params.grpo, [one.answers for one in rollouts]
         given = [one.answer for one in rollouts] if predictions is None else predictions
@@ -72,18 +72,18 @@ class RewardContext:
 
     @functools.cached_property
     def base(self) -> Engine:
-        """The frozen base model of ``base.model``, for instance to answer from a crop alone."""
+        """The frozen base model ``base.model``, for example to answer from a crop alone."""
         path, device = self.params.model_path(), distributed.device(self.params)
         with torch.random.fork_rng():  # loading must not change what the policy samples
             model = load_model(path, self.params.base.dtype, device)
         return Engine.from_params(model, load_processor(path), self.params, progress=False)
 
     def log(self, **terms: Sequence[float]) -> None:
-        """Terms of the reward, one number for each rollout; the training log has their means."""
+        """Terms of the reward, one number per rollout; the training log has their means."""
         self.logged |= {name: [float(value) for value in values] for name, values in terms.items()}
 
     def show(self, **terms: Sequence[float]) -> None:
-        """Terms for `grpo.score_rollouts` alone, which lists those of `log` as well."""
+        """Further terms for `grpo.score_rollouts`, which also lists those of `log`."""
         self.shown |= {name: [float(value) for value in values] for name, values in terms.items()}
 
     def score(self, function: "RewardFunction", rollouts: Sequence[Rollout]) -> list[float]:
@@ -94,10 +94,8 @@ class RewardContext:
         for name, values in {"the result": rewards, **self.logged, **self.shown}.items():
             found = np.asarray(values)
             if found.shape != (len(rollouts),) or not np.isfinite(found).all():
-                raise AwaresValueError(
-                    f"grpo.reward {function.__name__}: {name} must be one finite number for each of "
-                    f"{len(rollouts)} rollouts, not {values}"
-                )
+                wanted = f"one finite number for each of {len(rollouts)} rollouts"
+                raise AwaresValueError(f"grpo.reward {function.__name__}: {name} must be {wanted}, not {values}")
         return rewards.tolist()
 
 
@@ -144,7 +142,7 @@ def tool_cost(label: str, crops: Sequence[str], alpha_miss: float, alpha_use: fl
     return ToolCost(miss=alpha_miss if label == HR else 0.0)
 
 
-# R_ans of predictions, each with its accepted answers. ``grpo.answer_reward`` names one; Table 4 compares them.
+# R_ans of predictions, each with its accepted answers. `grpo.answer_reward` names one; Table 4 compares them.
 
 
 def answer_similarity(grpo: Grpo, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:

@@ -1,8 +1,8 @@
-"""The two-turn interaction of curation, evaluation, `AwaRes.ask`, the baselines and the benchmarks (PAPER §1).
+"""The two-turn interaction of PAPER §1, for curation, evaluation, `AwaRes.ask`, the baselines and the benchmarks.
 
-Turn 1 sees the question and I_low and answers or calls for crops. Turn 2 adds the crops, or an error in words if the
-call was not readable, and answers; it cannot call again. Rows that answer directly and rows that call share batches,
-whose size a token budget bounds.
+In turn 1 the policy sees the question and I_low, and answers or calls for crops. In turn 2 it sees the crops as well (an
+error message after an unreadable call) and answers; it cannot call again. RTR (§5) is counted here. Rows that answer
+directly and rows that call share batches; a token budget bounds the batch size.
 """
 
 import time
@@ -39,12 +39,12 @@ class Turn:
     text: str
     images: tuple[tuple[int, int], ...]
     visual_tokens: int
-    text_tokens: int  # of the user turn with the system prompt; of an assistant turn, what was generated
+    text_tokens: int  # the user turn includes the system prompt; an assistant turn counts the generated tokens
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One interaction."""
+    """One finished interaction."""
 
     row_id: str
     answer: str
@@ -53,20 +53,20 @@ class Trajectory:
     turns: tuple[Turn, ...]
     visual_tokens: int  # over all turns; for a pruner, the count that its own ratio uses
     full_visual_tokens: int  # of the full image alone
-    seconds: float  # the row's share of its batch's time
-    margin: float  # smallest gap between two best logits; near 0 the text may change with batch or thread count
-    call_logprob: float | None = None  # of the call token at the first position, before any bias; None: no choice
-    call_gap: float | None = None  # its logit there minus the best other one: a call if call_gap + call_bias > 0
+    seconds: float  # the time of its batch divided by the batch's rows
+    margin: float  # smallest gap between the two best logits; near 0 the text may change with batch or thread count
+    call_logprob: float | None = None  # of the call token at the first position, before any bias; None if forced
+    call_gap: float | None = None  # logit of the call token minus the best other one; a call if gap + call_bias > 0
     layer_visual_tokens: float | None = None  # mean over the LM's layers, for a pruner that drops tokens between them
 
     @property
     def rtr(self) -> float:
-        """Retain token ratio: visual tokens over all turns by those of the full image (PAPER §5)."""
+        """Retain token ratio (PAPER §5): visual tokens of all turns / visual tokens of the full image."""
         return self.visual_tokens / self.full_visual_tokens
 
     @property
     def layer_rtr(self) -> float:
-        """RTR as the mean over the language model's layers; ``rtr`` where no layer drops tokens."""
+        """The mean RTR over the language model's layers; equal to ``rtr`` if no layer drops tokens."""
         tokens = self.visual_tokens if self.layer_visual_tokens is None else self.layer_visual_tokens
         return tokens / self.full_visual_tokens
 
@@ -83,16 +83,16 @@ class Trajectory:
 
 @dataclass
 class Conversation:
-    """A conversation in progress: everything that the model has seen so far."""
+    """An interaction in progress: everything that the model has seen so far."""
 
     row_id: str
     full: Image
     images: list[Image]
     ids: list[int]
     turns: list[Turn]
-    messages: list[dict[str, Any]]  # the turns as chat messages, image placeholders without their images
+    messages: list[dict[str, Any]]  # the turns as chat messages, with image placeholders
     call: Call = Call((), "none", "")
-    free: bool = False  # the next assistant turn may be a call
+    free: bool = False  # whether the next assistant turn may be a call
     bias: float = 0.0
     call_logprob: float | None = None
     call_gap: float | None = None
@@ -102,13 +102,11 @@ class Conversation:
 
 
 class Interaction(ABC):
-    """The two-turn interaction; ``_all`` runs it with a local model (`Engine`) or a server (`RemoteEngine`)."""
+    """The two-turn interaction. ``_all`` runs it with a local model (`Engine`) or a server (`RemoteEngine`)."""
 
     def __init__(self, codec: Codec, max_side: int, protocol: Protocol = OURS) -> None:
-        self.codec = codec
-        self.protocol = protocol
-        self.processor = codec.processor
-        self.max_side = max_side
+        self.codec, self.processor = codec, codec.processor
+        self.max_side, self.protocol = max_side, protocol
 
     def run(
         self,
@@ -120,9 +118,9 @@ class Interaction(ABC):
     ) -> list[Trajectory]:
         """The two-turn policy on every row; AwaresError names a row with a bad image or question.
 
-        ``forced`` fixes a row's decision: a tuple of crops = the first turn is that call, () = the row may not call,
-        None = the model decides. ``call_bias``, one for all or one per row, is added to the logit of the call token at
-        the first generated position.
+        ``forced`` sets the decision of each row: a tuple of crops makes turn 1 that call, () forbids a call, None lets
+        the model decide. ``call_bias`` (one number, or one per row) is added to the logit of the call token at the
+        first generated position.
         """
         biases = [call_bias] * len(questions) if isinstance(call_bias, float | int) else call_bias
         names = _names(questions, row_ids, images=images, forced=forced, call_bias=biases)
@@ -138,7 +136,7 @@ class Interaction(ABC):
         return self._all(names, prepare)
 
     def prompt_length(self, image: ImageSource, question: str) -> int:
-        """Tokens of a row's first turn, visual ones included; AwaresError for a row that `run` would refuse."""
+        """Tokens of the first turn, visual ones included; AwaresError for a bad image or question."""
         return len(self._open(image, question, "0", "half", (), self.protocol.system).ids)
 
     def answer(
@@ -149,9 +147,9 @@ class Interaction(ABC):
         crops: Sequence[tuple[str, ...]] | None = None,
         row_ids: Sequence[str] | None = None,
     ) -> list[Trajectory]:
-        """One turn of the base model with its plain system prompt, from one ``view`` (of `VIEWS`) of the image.
+        """One turn with the plain system prompt and one ``view`` (see `VIEWS`) of the image, for the base model.
 
-        ``crops``, one tuple per row, is for the view half+crops: I_low, then the crops, in one user turn.
+        ``crops``: one tuple per row, for the view half+crops only: I_low and the crops in one user turn.
         """
         if view not in VIEWS:
             raise AwaresValueError(f"view {view!r}: use one of {', '.join(VIEWS)}")
@@ -170,7 +168,7 @@ class Interaction(ABC):
     def _open(
         self, source: ImageSource, question: str, row_id: str, view: str, crops: Sequence[str], system: str
     ) -> Conversation:
-        """The row up to the first assistant turn; AwaresError naming the row for a bad image or question."""
+        """A row up to its first assistant turn; AwaresError naming the row for a bad image or question."""
         full = cap(open_image(source, f"row {row_id}"), self.max_side)
         if view in ("full", "none"):
             pictures = [full] * (view == "full")
@@ -225,12 +223,12 @@ class Interaction(ABC):
         return row
 
     def _read_call(self, row: Conversation) -> Call:
-        """The call of the assistant turn that ``row`` ends with."""
+        """The call in the last turn of ``row``."""
         return protocol.parse_call(row.turns[-1].text, self.protocol)
 
     @abstractmethod
     def _all(self, names: Sequence[str], prepare: Callable[[int], Conversation]) -> list[Trajectory]:
-        """Complete the rows ``prepare(0)``, ``prepare(1)``, ...; one trajectory for each of ``names``."""
+        """Complete the rows ``prepare(0)``, ``prepare(1)``, ...: one trajectory for each of ``names``, in order."""
 
     def _trajectory(self, row: Conversation) -> Trajectory:
         retained, full = sum(turn.visual_tokens for turn in row.turns), visual_tokens(row.full.size, self.processor)
@@ -240,10 +238,9 @@ class Interaction(ABC):
 
 
 class Engine(Interaction):
-    """Runs rows through ``model``. ``token_budget`` bounds the tokens of a padded batch; a longer row runs alone.
+    """The interaction with a local ``model``. ``token_budget`` bounds a padded batch; a longer row runs alone.
 
-    ``reuse=False`` prefills everything again in turn 2, for comparison. ``protocol``: ours or released, by name or as a
-    `Protocol`. Results come in the order of the rows.
+    ``reuse=False`` prefills everything again in turn 2 (for comparison). ``protocol``: ours, released, or a `Protocol`.
     """
 
     decoder_type: type[Decoder] = Decoder
@@ -262,23 +259,20 @@ class Engine(Interaction):
         chosen = get_protocol(protocol) if isinstance(protocol, str) else protocol
         self.decoder = self.decoder_type(model, processor, max_new_tokens, chosen.opening)
         super().__init__(self.decoder, max_side, chosen)
-        self.token_budget = token_budget
-        self.reuse = reuse
-        self.progress = progress
+        self.token_budget, self.reuse, self.progress = token_budget, reuse, progress
 
     @classmethod
     def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> Self:
-        """An engine with the limits of params.yaml that shows its progress; ``options`` override them."""
-        section, spoken = params.protocol, protocol.from_params(params)
+        """An engine with the limits of params.yaml and a progress bar; ``options`` override them."""
+        section, form = params.protocol, protocol.from_params(params)
         limits: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "token_budget": section.token_budget}
-        limits |= {"max_side": params.crops.max_side, "protocol": spoken, "progress": True}
+        limits |= {"max_side": params.crops.max_side, "protocol": form, "progress": True}
         return cls(model, processor, **{**limits, **options})
 
     # Batches
 
     def _all(self, names: Sequence[str], prepare: Callable[[int], Conversation]) -> list[Trajectory]:
-        count = len(names)
-        results: list[Trajectory] = []
+        count, results = len(names), list[Trajectory]()
         training = self.decoder.model.training
         self.decoder.model.eval()
         try:
@@ -293,7 +287,7 @@ class Engine(Interaction):
         return results
 
     def _batches(self, rows: Sequence[Conversation]) -> Iterator[list[Conversation]]:
-        """Rows of similar size together, the largest first, so that a lack of memory shows at once."""
+        """Batches of rows of similar size, the largest first, so that a lack of memory shows at once."""
         by_size = sorted(rows, key=lambda row: (sum(turn.visual_tokens for turn in row.turns), len(row.ids)))[::-1]
         return ([by_size[index] for index in group] for group in self._groups([len(row.ids) for row in by_size]))
 
@@ -301,7 +295,7 @@ class Engine(Interaction):
         return token_groups(lengths, self.decoder.max_new_tokens, self.token_budget)
 
     def _play(self, rows: list[Conversation]) -> None:
-        """One batch: the first turn of all rows, then the second turn of those that called."""
+        """One batch: turn 1 of all rows, then turn 2 of those that called."""
         begun = time.perf_counter()
         bias, names = [row.bias for row in rows], [row.row_id for row in rows]
         output = self.decoder.start([row.ids for row in rows], [row.images for row in rows], bias, names)
@@ -332,7 +326,7 @@ class Engine(Interaction):
 
 
 def _names(questions: Sequence[str], row_ids: Sequence[str] | None, **others: Sequence[Any] | None) -> list[str]:
-    """The rows' ids, by default their indices; AwaresValueError unless all ``others`` are as many as ``questions``."""
+    """The rows' ids, by default their indices; AwaresValueError if one of ``others`` has another length."""
     for name, values in {**others, "row_ids": row_ids}.items():
         if values is not None and len(values) != len(questions):
             raise AwaresValueError(f"{len(questions)} questions but {len(values)} {name}: give one for each question")

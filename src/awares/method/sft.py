@@ -1,15 +1,15 @@
 """SFT (PAPER §3): supervised fine-tuning on the curated two-turn trajectories with TRL's SFTTrainer.
 
 The loss is Eq. 4, ``L = -sum_t w_t log pi(y_t | h_t)`` over assistant tokens, with ``w_t = sft.tool_turn_weight`` on
-the tool-call turn and 1 on other assistant tokens. Departures from the paper, and what it leaves open:
+the tool-call turn and 1 on other assistant tokens. Departures from the paper and decisions that it leaves open:
 
 1. The sum is divided by the *number* of assistant tokens in the optimiser batch, not by the sum of their weights.
 2. Turn-level samples (``level: turn``) keep the history before the turn; only the turn itself is trained on.
 3. Phased training (``phased: true``): one pass over the call turns of the HR rows, then the epochs, in one schedule.
-4. Samples of one optimiser batch are ordered by length, so that micro-batches pad less; the gradient is the same.
+4. Samples of one optimiser batch are sorted by length to reduce padding in micro-batches; the gradient is the same.
 5. ``checkpoints`` candidates answer validation rows; `choose` takes the latest one that is not worse than the best.
-6. With ``share_computation`` a micro-batch's system prompt and every picture are encoded once: the same numbers.
-7. In several processes the last batch, if it is a short one, is filled up with the first samples.
+6. ``share_computation`` encodes the system prompt of a micro-batch, and every image, once; the numbers are the same.
+7. In several processes a short last batch is filled up with the first samples.
 """
 
 import contextlib
@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -36,7 +35,7 @@ from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, 
 from awares.engine.rows import share_of
 from awares.errors import AwaresValueError
 from awares.method import crops, protocol
-from awares.method.judges import semantic
+from awares.method.judges import HR, LR, semantic
 from awares.method.protocol import Protocol
 from awares.method.rollout import Engine
 from awares.training import checkpoints as training
@@ -44,10 +43,15 @@ from awares.training import distributed
 from awares.training.checkpoints import TrainedPolicy
 from awares.training.prompt_sharing import vision_memo, without_prefix
 
+# TRL's name -> ours
+LOGGED_SFT = dict(
+    step="step", loss="loss", learning_rate="lr", grad_norm="grad_norm", mean_token_accuracy="token_accuracy"
+)
+
 
 @dataclass(frozen=True)
 class Sample:
-    """What is trained on: a row (index), its turns, its length in tokens.
+    """One training sequence: the index of its row, the turns that it has, its length in tokens.
 
     ``kind``: direct (LR: one turn), trajectory (HR: both turns), call (HR: first turn), answer (HR: last turn).
     """
@@ -69,9 +73,9 @@ def train_sft(
     """
     rows = share_of(dataset, params.sft.share)
     chosen = validation.select(range(min(params.sft.selection_rows, len(validation))))
-    samples = plan(rows, load_processor(model_path), params)
+    samples = plan_samples(rows, load_processor(model_path), params)
     inputs = {"prompt": protocol.from_params(params).system, "selection": training.rows_digest(chosen)}
-    folder = training.run("sft", params, rows, model_path, out_dir, fit, inputs, samples)
+    folder = training.run("sft", params, rows, model_path, out_dir, fit_sft, inputs, samples)
     scores = [candidate_score(path, params, chosen, model_path) for path in training.checkpoints(folder)]
     log = Path(out_dir) / "log.jsonl"
     write_records(log, [*read_records(log), *scores])
@@ -80,36 +84,34 @@ def train_sft(
     return training.save_policy(params, model_path, checkpoint, out_dir, accuracy=best["validation_accuracy"])
 
 
-def fit(params: Params, rows: Dataset, model_path: str | Path, folder: Path, log: Path, samples: list[Sample]) -> None:
-    """One process of the training, to the last checkpoint in ``folder``."""
+def fit_sft(
+    params: Params, rows: Dataset, model_path: str | Path, folder: Path, log: Path, samples: list[Sample]
+) -> None:
+    """Train to the last checkpoint in ``folder``; every process of the training runs this."""
     model = load_model(model_path, params.base.dtype, distributed.device(params))
-    trainer = build_trainer(params, rows, samples, model, load_processor(model_path), folder)
+    trainer = build_sft_trainer(params, rows, samples, model, load_processor(model_path), folder)
     with vision_memo(model) if params.sft.share_computation else contextlib.nullcontext():
-        training.train(trainer, folder, training.Log(log, log_entry, "loss"))
+        training.train(trainer, folder, training.Log(log, _log_entry, "loss"))
 
 
-def log_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    """One step of the trainer's log in our words; empty for its closing summary."""
-    names = {"step": "step", "loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
-    names["mean_token_accuracy"] = "token_accuracy"
-    return {ours: entry[theirs] for theirs, ours in names.items()} if "loss" in entry else {}
+def _log_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """One update of the trainer's log under our names; {} for the summary at the end."""
+    return {ours: entry[theirs] for theirs, ours in LOGGED_SFT.items()} if "loss" in entry else {}
 
 
 # Samples
 
 
-def plan(rows: Dataset, processor: ImageOnlyProcessor, params: Params) -> list[Sample]:
-    """Every sample of the whole training, in the order in which it is trained on.
+def plan_samples(rows: Dataset, processor: ImageOnlyProcessor, params: Params) -> list[Sample]:
+    """Every sample of the whole training, in the order of training.
 
     AwaresError naming the row for a wrong label, an HR row without crops, and a call or a sample that is too long.
     """
     section, rng, form = params.sft, np.random.default_rng(params.seed), protocol.from_params(params)
     pool: list[Sample] = []
-    table = rows.remove_columns("image")
-    for index, size in enumerate(training.picture_sizes(rows, params)):
-        row = table[index]
-        kinds = _kinds(row, section.level)
-        _check_call(row, processor, params.protocol.max_new_tokens, form)
+    sizes = training.picture_sizes(rows, params)
+    for index, (row, size) in enumerate(zip(rows.remove_columns("image"), sizes, strict=True)):
+        kinds = _kinds(row, processor, params, form)
         samples = [Sample(index, kind, _length(row, kind, size, processor, section.max_length, form)) for kind in kinds]
         pool += samples * (section.hr_upsample if row["label"] == "HR" else 1)
     calls = [replace(one, kind="call") for one in pool if one.kind in ("trajectory", "call")]
@@ -120,25 +122,22 @@ def plan(rows: Dataset, processor: ImageOnlyProcessor, params: Params) -> list[S
     return [sample for batch in batches for sample in sorted(batch, key=lambda one: one.length)]
 
 
-def _kinds(row: dict[str, Any], level: str) -> tuple[str, ...]:
-    """The samples that one row gives."""
-    if row["label"] not in ("LR", "HR"):
-        raise AwaresValueError(f"row {row['id']}: label {row['label']!r}: curation gives LR or HR")
-    if row["label"] == "LR":
+def _kinds(row: dict[str, Any], processor: ImageOnlyProcessor, params: Params, form: Protocol) -> tuple[str, ...]:
+    """The kinds of sample that one row gives; AwaresError for a call longer than the policy may write in a turn."""
+    if row["label"] == LR:
         return ("direct",)
-    if not row["target_crops"]:
-        raise AwaresValueError(f"row {row['id']}: labelled HR but target_crops is empty: curate it again")
-    return ("trajectory",) if level == "trajectory" else ("call", "answer")
-
-
-def _check_call(row: dict[str, Any], processor: ImageOnlyProcessor, limit: int, form: Protocol) -> None:
-    """AwaresError when the row's call is longer than the policy may write: it would learn to be cut off."""
-    call = form.render_call(row["target_crops"]) + END_OF_TURN if row["label"] == "HR" else ""
-    tokens = len(processor.tokenizer(call)["input_ids"])
-    if tokens > limit:
+    if row["label"] != HR or not row["target_crops"]:
         raise AwaresValueError(
-            f"row {row['id']}: the call takes {tokens} tokens, protocol.max_new_tokens is {limit}: raise it"
+            f"row {row['id']}: label {row['label']!r} with target_crops {row['target_crops']}: a row is LR, or HR with "
+            "crops: curate it again"
         )
+    tokens = len(processor.tokenizer(form.render_call(row["target_crops"]) + END_OF_TURN)["input_ids"])
+    if tokens > params.protocol.max_new_tokens:
+        raise AwaresValueError(
+            f"row {row['id']}: the call has {tokens} tokens, more than protocol.max_new_tokens "
+            f"{params.protocol.max_new_tokens}: raise it"
+        )
+    return ("trajectory",) if params.sft.level == "trajectory" else ("call", "answer")
 
 
 def _passes(pool: Sequence[Sample], epochs: float, rng: np.random.Generator) -> list[Sample]:
@@ -150,7 +149,7 @@ def _passes(pool: Sequence[Sample], epochs: float, rng: np.random.Generator) -> 
 def _length(
     row: dict[str, Any], kind: str, size: tuple[int, int], processor: ImageOnlyProcessor, limit: int, form: Protocol
 ) -> int:
-    """Tokens of a sample, visual ones included; AwaresError above ``limit``: cutting would cut an image in two."""
+    """Tokens of a sample, visual ones included; AwaresError above ``limit``, where TRL would split an image."""
     messages = conversation(row, kind, None, form)
     images = _view_sizes(size, () if kind in ("direct", "call") else tuple(row["target_crops"]), form.region_budget)
     text = processor.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
@@ -164,7 +163,7 @@ def _length(
 
 @functools.lru_cache(maxsize=4096)
 def _view_sizes(size: tuple[int, int], names: tuple[str, ...], budget: float) -> list[tuple[int, int]]:
-    """Pixel sizes of the low-resolution view and of the crops, worked out on a blank image."""
+    """Pixel sizes of I_low and of the crops, measured on a blank image."""
     blank = Image.new("1", size)
     return [crops.low_resolution(blank).size, *(crops.cut(blank, name, budget).size for name in names)]
 
@@ -172,7 +171,7 @@ def _view_sizes(size: tuple[int, int], names: tuple[str, ...], budget: float) ->
 def conversation(
     row: dict[str, Any], kind: str, image: Image.Image | None, form: Protocol = protocol.OURS
 ) -> list[dict[str, Any]]:
-    """The messages of a sample, with pictures cut from ``image`` (already capped), or placeholders for None."""
+    """The messages of a sample, with crops of ``image`` (already capped), or placeholders for None."""
     low = None if image is None else crops.low_resolution(image)
     if kind == "direct":
         return protocol.messages(row["question"], low, answer=row["answers"][0], protocol=form)
@@ -183,7 +182,7 @@ def conversation(
 
 
 def turn_weights(kind: str, tool_turn_weight: float) -> list[float]:
-    """w_t of each assistant turn of a sample, in order; 0 takes a turn out of the loss."""
+    """w_t of Eq. 4 for each assistant turn of a sample, in order; 0 removes a turn from the loss."""
     call = tool_turn_weight
     return {"direct": [1.0], "trajectory": [call, 1.0], "call": [call], "answer": [0.0, 1.0]}[kind]
 
@@ -202,10 +201,8 @@ class WeightedCollator(DataCollatorForVisionLanguageModeling):
         for row, example in enumerate(examples):
             spans = assistant_spans(batch["labels"][row])
             if len(spans) != len(example["turn_weights"]):
-                raise AwaresValueError(
-                    f"{len(spans)} assistant turns in the loss mask, {len(example['turn_weights'])} expected: the chat "
-                    "template must mark assistant turns with {% generation %}"
-                )
+                counts = f"{len(spans)} assistant turns in the loss mask, {len(example['turn_weights'])} expected"
+                raise AwaresValueError(f"{counts}: the chat template must mark them with {{% generation %}}")
             for (start, end), weight in zip(spans, example["turn_weights"], strict=True):
                 weights[row, start:end] = weight
         batch["labels"][weights == 0] = -100
@@ -223,14 +220,12 @@ def assistant_spans(labels: torch.Tensor) -> list[tuple[int, int]]:
 class WeightedSFTTrainer(SFTTrainer):
     """SFTTrainer with the weighted loss of Eq. 4."""
 
-    loss_is_scaled_for_ga: Any = (
-        True  # it is divided by the tokens of the whole optimiser batch, not of the micro-batch
-    )
-    share_prefix = False  # of a micro-batch
+    loss_is_scaled_for_ga: Any = True  # its divisor counts the optimiser batch, not the micro-batch
+    share_prefix = False  # encode the common prefix of a micro-batch once
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # Qwen2.5-VL says False, and the trainer would not count those tokens
+        self.model_accepts_loss_kwargs = True  # with Qwen2.5-VL's False the trainer would not count the tokens
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -248,27 +243,20 @@ class WeightedSFTTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def build_trainer(
-    params: Params,
-    rows: Dataset,
-    samples: Sequence[Sample],
-    model: PreTrainedModel,
-    processor: ImageOnlyProcessor,
-    folder: Path,
+def build_sft_trainer(
+    params: Params, rows: Dataset, samples: Sequence[Sample], model: Any, processor: ImageOnlyProcessor, folder: Path
 ) -> WeightedSFTTrainer:
-    """The trainer that takes ``samples`` in their order; checkpoints go to ``folder``."""
+    """The trainer on ``samples`` in their order; checkpoints go to ``folder``."""
     training.require_plain(model)
     if params.sft.share_computation and params.sft.gradient_checkpointing:
-        raise AwaresValueError(
-            "sft.share_computation keeps a cache, which checkpointing drops: set it or sft.gradient_checkpointing false"
-        )
+        raise AwaresValueError("sft.share_computation does not work with sft.gradient_checkpointing: set one to false")
     updates = math.ceil(len(samples) / params.sft.batch_size)
     config = SFTConfig(
         **training.trainer_arguments("sft", params, folder),
-        num_train_epochs=1,  # `plan` has laid out all epochs
+        num_train_epochs=1,  # `plan_samples` repeats the rows
         train_sampling_strategy="sequential",
         save_steps=math.ceil(updates / params.sft.checkpoints),
-        max_length=None,  # `plan` has checked it; cutting would split images
+        max_length=None,  # `plan_samples` has checked it
         assistant_only_loss=True,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
@@ -286,7 +274,7 @@ def build_trainer(
 
 
 def _views(params: Params, rows: Dataset, samples: Sequence[Sample]) -> Dataset:
-    """Samples as a dataset whose conversations, pictures included, are made when they are read."""
+    """The samples as a dataset that makes conversations, with their images, when they are read."""
     form = protocol.from_params(params)
 
     def view(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -302,29 +290,28 @@ def _views(params: Params, rows: Dataset, samples: Sequence[Sample]) -> Dataset:
 
 
 def choose(scores: list[dict[str, Any]], rows: int) -> dict[str, Any]:
-    """The latest checkpoint that ``rows`` validation rows cannot tell from the most accurate one (95 %).
+    """The latest checkpoint whose accuracy on ``rows`` validation rows does not differ from the best one's (95 %).
 
-    By the difference of two proportions: on 300 rows the most accurate of several candidates is mostly a lucky one.
+    The test is that of two proportions. Reason: on 300 rows the best of several candidates is mostly best by chance.
     """
     top = max(entry["validation_accuracy"] for entry in scores)
 
-    def level(entry: dict[str, Any]) -> bool:
+    def as_good(entry: dict[str, Any]) -> bool:
         mean = entry["validation_accuracy"]
         return top - mean <= 1.96 * math.sqrt((top * (1 - top) + mean * (1 - mean)) / rows)
 
-    return max(filter(level, scores), key=lambda entry: entry["step"])
+    return max(filter(as_good, scores), key=lambda entry: entry["step"])
 
 
 def candidate_score(checkpoint: Path, params: Params, rows: Dataset, model_path: str | Path) -> dict[str, Any]:
-    """``step``, ``validation_accuracy`` (0-1), ``call_rate`` of a checkpoint; stored in it, to evaluate it once."""
+    """``step``, ``validation_accuracy`` (0-1), ``call_rate`` of a checkpoint; stored in its folder and reused."""
     note = checkpoint / "validation.json"
     if not note.is_file():
         model = load_model(model_path, params.base.dtype, params.base.device, adapter=checkpoint)
         engine, questions = Engine.from_params(model, load_processor(model_path), params), list(rows["question"])
         trajectories = engine.run(list(rows["image"]), questions, row_ids=list(rows["id"]))
-        marks = list(map(semantic, questions, [one.answer for one in trajectories], rows["answers"]))
-        calls = [bool(trajectory.crops) for trajectory in trajectories]
-        accuracy, call_rate = float(np.mean(marks)), float(np.mean(calls))
-        values = {"step": training.step_of(checkpoint), "validation_accuracy": accuracy, "call_rate": call_rate}
+        correct = list(map(semantic, questions, [one.answer for one in trajectories], rows["answers"]))
+        accuracy, calls = float(np.mean(correct)), float(np.mean([bool(one.crops) for one in trajectories]))
+        values = {"step": training.step_of(checkpoint), "validation_accuracy": accuracy, "call_rate": calls}
         note.write_text(json.dumps(values))
     return json.loads(note.read_text())
