@@ -2,6 +2,7 @@
 
 import shutil
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from awares.data.rows import make_dataset
 from awares.engine import chat_format
 from awares.engine.model import ImageOnlyProcessor, make_processor
 from awares.method.crops import CROPS
+from awares.settings import Task
 from awares.study.comparison import judged_by
 
+TASKS = get_args(Task)  # the benchmarks
 TOOL_TOKENS = (
     *chat_format.TOOL_TOKENS,
     "<tool_response>",

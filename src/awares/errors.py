@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-T = TypeVar("T")
+_Reply = TypeVar("_Reply")
 
 
 class AwaresError(Exception):
@@ -19,9 +19,6 @@ class AwaresValueError(AwaresError, ValueError):
 
 class AwaresFileError(AwaresError, FileNotFoundError):
     """A file or folder that is missing or cannot be read."""
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
 
 
 @dataclass(frozen=True)
@@ -38,35 +35,36 @@ class AwaresRequestError(AwaresError, RuntimeError):
 
     def __init__(self, message: str, failures: Sequence[Failure] = ()) -> None:
         super().__init__(message)
-        self.failures = tuple(failures)
+        self.failures = failures
 
 
-def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[T]]) -> list[T | Failure]:
-    """``ask`` for the indices of all rows; a `Failure` for each row that its AwaresRequestError lists as lost.
+def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[_Reply]]) -> list[_Reply | Failure]:
+    """``ask`` for the indices of all rows; a `Failure` for each row that its AwaresRequestError lists.
 
-    ``ask`` then runs again for the remaining rows, which costs nothing if replies are recorded. An error that lists no
-    rows is raised.
+    ``ask`` then runs again for the other rows (recorded replies cost nothing). An error that lists no rows is raised.
     """
-    found: dict[int, T | Failure] = {}
+    found: dict[int, _Reply | Failure] = {}
     while left := [place for place in range(len(row_ids)) if place not in found]:
         try:
             found |= dict(zip(left, ask(left), strict=True))
         except AwaresRequestError as error:
             lost = {failure.row_id: failure for failure in error.failures}
-            fallen = {place: lost[row_ids[place]] for place in left if row_ids[place] in lost}
-            if not fallen:
+            if not lost.keys() & {row_ids[place] for place in left}:
                 raise
-            found |= fallen
+            found |= {place: lost[row_ids[place]] for place in left if row_ids[place] in lost}
     return [found[place] for place in range(len(row_ids))]
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first fault of a pydantic validation as ``key.path: message, not value``."""
-    fault = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
+    """The first fault of a pydantic validation: ``key.path: message, not value``.
+
+    An unknown key goes first: of a misspelt key, the right spelling is missing, too.
+    """
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    fault = min(error.errors(include_url=False), key=lambda one: one["type"] not in unknown)
+    key = ".".join(map(str, fault["loc"]))
+    if fault["type"] in unknown:
         return f"unknown key {key}"
     if fault["type"] == "missing":
         return f"{key} is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, not {str(fault['input'])[:100]!r}"
+    return f"{key}: {fault['msg'].removeprefix('Value error, ')}, not {str(fault['input'])[:100]!r}"

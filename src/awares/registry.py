@@ -6,33 +6,32 @@ cell), a built-in name, or ``module:function``, which is imported. Code that tak
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from awares.errors import AwaresValueError
 
-F = TypeVar("F", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Registry:
     """The functions of one extension point. ``kind``: its noun; ``builtin``: name -> module that defines it."""
 
-    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
-        self.kind = kind
-        self.builtin = dict(builtin)
+    def __init__(self, kind: str, builtin: dict[str, str]) -> None:
+        self.kind, self.builtin = kind, builtin
         self._functions: dict[str, Callable[..., Any]] = {}
 
-    def __call__(self, name: str) -> Callable[[F], F]:
+    def __call__(self, name: str) -> Callable[[_Function], _Function]:
         """The decorator: ``@reward("mine")``. A later definition of the same name replaces the earlier one."""
 
-        def register(function: F) -> F:
+        def register(function: _Function) -> _Function:
             self._functions[name] = function
             return function
 
         return register
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self.builtin, *self._functions)))
+        return iter({**self.builtin, **self._functions})
 
     def find(self, wanted: str | Callable[..., Any]) -> Callable[..., Any]:
         """The function for a name, or ``wanted`` itself if it is a function; AwaresValueError for an unknown name."""
@@ -42,13 +41,12 @@ class Registry:
             importlib.import_module(self.builtin[wanted])
         if wanted in self._functions:
             return self._functions[wanted]
-        module, colon, name = wanted.partition(":")
-        if not colon:
-            raise AwaresValueError(f"unknown {self.kind} {wanted!r}, choose from {', '.join(self)} or module:function")
+        module, _, name = wanted.partition(":")
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise AwaresValueError(f"{self.kind}: cannot import {wanted!r} ({error}): write module:function") from error
+            choices = f"choose from {', '.join(self)} or write module:function"
+            raise AwaresValueError(f"unknown {self.kind} {wanted!r} ({error}): {choices}") from error
 
     def check(self, name: str) -> str:
         """``name`` if `find` finds it, else AwaresValueError. A built-in function is not imported for that."""
@@ -64,24 +62,14 @@ class Registry:
         try:
             return f"{name}\n{inspect.getsource(module if module and hasattr(module, '__file__') else function)}"
         except (OSError, TypeError) as error:
-            raise AwaresValueError(
-                f"{self.kind}: {name!r} has no source code: define it in a file or a cell"
-            ) from error
+            raise AwaresValueError(f"{self.kind} {name!r} has no source code: define it in a file or a cell") from error
 
 
 _TRAINED, SERVED = "awares.baselines.trained", "awares.clients.judges"
+_LOCAL_JUDGES = dict.fromkeys(("semantic", "embedding", "anls"), "awares.method.judges")
+_SYSTEMS = "full half no_image sft awares visionzip holov random_token fastv sparsevlm random_crop oracle_crop".split()
 
 crop_rule = Registry("crop rule", dict.fromkeys(("coverage", "iou"), "awares.method.crops"))
-judge = Registry(
-    "judge",
-    dict.fromkeys(("semantic", "embedding", "anls"), "awares.method.judges")
-    | {"always": _TRAINED, "llama": SERVED, "deepseek": SERVED},
-)
+judge = Registry("judge", _LOCAL_JUDGES | {"always": _TRAINED, "llama": SERVED, "deepseek": SERVED})
 reward = Registry("reward", {"awares": "awares.method.rewards", "visionthink": _TRAINED, "ergo": _TRAINED})
-system = Registry(
-    "system",
-    dict.fromkeys(
-        "full half no_image sft awares visionzip holov random_token fastv sparsevlm random_crop oracle_crop".split(),
-        "awares.baselines.registry",
-    ),
-)
+system = Registry("system", dict.fromkeys(_SYSTEMS, "awares.baselines.registry"))

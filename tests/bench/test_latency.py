@@ -13,13 +13,13 @@ import pytest
 import scipy.stats
 import torch
 import typer
+from conftest import TASKS
 from transformers import AutoModelForImageTextToText
 
 from awares.bench import bench, costs, latency
 from awares.bench import configs as shapes
 from awares.bench.latency import Job, Workload
 from awares.bench.scripted import PHASES, Script, ScriptedEngine
-from awares.config import TASKS
 from awares.data.rows import make_dataset
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.model import load_processor, make_processor, visual_tokens

@@ -12,11 +12,11 @@ import numpy as np
 import published
 import pytest
 import yaml
-from conftest import noise
+from conftest import TASKS, noise
 from hub_server import Commits, Gate, commit_of, serving
 from PIL import Image
 
-from awares.config import TASKS, load_params
+from awares.config import load_params
 from awares.data import sampling, sources
 from awares.data.rows import image_digests, make_split, rows_of_source
 from awares.data.sources import OpenSource, open_source, read_sources

@@ -29,20 +29,16 @@ def edited(tmp_path):
 def test_paper_values():
     params = load_params("paper", path=PARAMS)
     assert (params.sft.tool_turn_weight, params.sft.lora_rank, params.sft.learning_rate) == (5.0, 8, 1e-4)
-    assert (params.sft.scheduler, params.sft.warmup_ratio, params.sft.weight_decay) == ("cosine", 0.05, 0.001)
     assert (params.sft.batch_size, params.sft.epochs, params.sft.max_length, params.sft.share) == (128, 2, 8192, 0.5)
     assert (params.grpo.alpha_ans, params.grpo.alpha_miss, params.grpo.alpha_use) == (10, 2, 0.25)
     assert (params.grpo.lambda_area, params.grpo.beta, params.grpo.generations) == (0.01, 0.05, 8)
-    assert (params.grpo.batch_size, params.grpo.temperature, params.grpo.top_p) == (64, 1.0, 1.0)
     assert params.base.model == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert params.data.train_rows * len(params.data.sources) == 50_000
-    assert params.data.validation_rows * len(params.data.sources) == 2_000
 
 
 def test_every_value_says_where_it_comes_from():
     """Each method key has a comment, or its section begins with one; so has each size key of the paper profile."""
     lines = PARAMS.read_text().splitlines()
-    assert lines[0] == "profile: mini"
     sizes, paper = lines.index("profiles:"), lines.index("  paper:")
     bare, covered = [], False
     for before, line in zip(lines, lines[1:sizes], strict=False):
@@ -54,7 +50,7 @@ def test_every_value_says_where_it_comes_from():
     assert bare + [line for line in leaves if "#" not in line] == []
 
 
-def test_run_folders(edited):
+def test_run_folders():
     params = load_params("mini", overrides="{seed: 2}", path=PARAMS)
     assert params.run_dir("data") == params.path("runs/mini/data/main")
     assert params.run_dir("grpo") == params.path("runs/mini/grpo/main-s2")
@@ -73,38 +69,39 @@ def test_file_is_found_from_a_folder_below(monkeypatch):
 
 def test_variant_then_overrides(edited):
     values = {"grpo.lambda_area": 0.0, "grpo.beta": 0.1, "profiles.paper.grpo.epochs": 7, "profiles.mini.threads": 3}
-    path = edited(lambda raw: raw["variants"].update(no_area=values))
+    path = edited(lambda raw: raw["variants"].update(no_area=values, bad={"grpo.x": 1}))  # which breaks no other
     params = load_params(variant="no_area", overrides={"grpo.beta": 0.2, "comparison.own": ["mine"]}, path=path)
     assert (params.grpo.lambda_area, params.grpo.beta, params.grpo.epochs, params.threads) == (0.0, 0.2, 1, 3)
     assert params.comparison.own == ("mine",)
     assert params.run_dir("grpo").name == "no_area-s1" and params.run_dir("sft").name == "main-s1"
     assert params.run_dir("curation").name == "main" and params.run_dir("ablations").name == "ablations"
     assert replace(params, variant="turn").run_dir("evaluation").name == "turn-s1"
+    assert hash(params) and params.as_dict()["grpo"]["beta"] == 0.2
 
 
-def test_a_whole_number_becomes_a_float_where_one_is_declared():
-    value = load_params(overrides="{sft.tool_turn_weight: 1}", path=PARAMS).sft.tool_turn_weight
-    assert value == 1.0 and isinstance(value, float)
+@pytest.mark.parametrize("text, value", [("1", 1.0), ("1e-5", 1e-5), ("1.0e+5", 1e5)])  # YAML takes 1e-5 for a text
+def test_a_number_becomes_a_float_where_one_is_declared(text, value):
+    rate = load_params(overrides=f"{{sft.learning_rate: {text}}}", path=PARAMS).sft.learning_rate
+    assert rate == value and isinstance(rate, float)
 
 
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ("{sft.learning_rate: 1e-5}", "sft.learning_rate.*'1e-5'.*write 1.0e-5"),
-        ("{sft.learning_rate: 1e5}", "sft.learning_rate.*write .*1.0e\\+5"),
         ("{sft.learning_rate: fast}", "sft.learning_rate.*'fast'"),
         ("{sft.learning_rate: .nan}", "sft.learning_rate"),
         ("{sft.phased: 1}", "sft.phased"),
         ("{grpo.generations: 8.0}", "grpo.generations"),
         ("{grpo.generations: true}", "grpo.generations"),
         ("{grpo.beta: -1.0}", "grpo.beta"),
-        ("{grpo.betta: 0.0}", "grpo.betta: known are .*beta"),
+        ("{grpo.betta: 0.0}", "unknown key grpo.betta"),
         ("{crops.rule: biggest}", "crops.rule.*'biggest'.*coverage, iou"),
+        ("{crops.offered: [top]}", "crops.offered.*all"),
+        ("{crops.offered: [box, all]}", "crops.offered.*box"),
         ("{curation.judge: oracle}", "curation.judge.*'oracle'.*semantic, embedding, anls"),
         ("{curation.judges: [semantic, gpt]}", "curation.judges.*'gpt'"),
         ("{evaluation.judge: llama}", "evaluation.judge llama"),
         ("{evaluation.dial_rows: 5}", "evaluation.dial_rows"),
-        ("{curation.oracle: llm}", "curation.oracle.*'llm'"),
         ("{grpo.reward: no_such_module:f}", "grpo.reward.*no_such_module"),
         ("{data.sources: []}", "data.sources"),
         ("{data.sources: chartqa}", "data.sources"),
@@ -113,12 +110,10 @@ def test_a_whole_number_becomes_a_float_where_one_is_declared():
         ("{evaluation.seed: 101}", "evaluation.seed.* must differ"),
         ("{sft.per_device_batch_size: 7}", "sft.batch_size .*multiple of .* 7"),
         ("{grpo.generations: 5}", "grpo.batch_size .*multiple of grpo.generations 5"),
-        ("{base.dtype: int8}", "base.dtype"),
         ("{models.x: 1}", "unknown key models"),
-        ("{seed: a}", "seed.*'a'"),
         ("{seed.x: 1}", "unknown key seed.x"),
         ("[1, 2]", "overrides must be a mapping"),
-        ("{a: ", "overrides are not YAML"),
+        ("{a: ", "overrides: not YAML"),
     ],
 )
 def test_bad_override(overrides, named):
@@ -134,7 +129,7 @@ def test_bad_override(overrides, named):
         ({"path": "/nowhere/params.yaml"}, "/nowhere/params.yaml"),
     ],
 )
-def test_bad_names(arguments, named):
+def test_bad_argument(arguments, named):
     with pytest.raises(AwaresError, match=named):
         load_params(**{"path": PARAMS, **arguments})
 
@@ -143,15 +138,15 @@ def test_bad_names(arguments, named):
     ("change", "named"),
     [
         (lambda raw: raw["sft"].pop("tool_turn_weight"), "sft.tool_turn_weight is missing"),
-        (lambda raw: raw["profiles"]["mini"]["sft"].pop("epochs"), "sft.epochs is missing.*profile"),
-        (lambda raw: raw["profiles"]["mini"].pop("sft"), "sft.*is missing"),
-        (lambda raw: raw.pop("sft"), "sft.*is missing"),
-        (lambda raw: raw.update(sft=3), "sft must be a mapping"),
+        (lambda raw: raw["profiles"]["mini"]["sft"].pop("epochs"), "profile mini.* sft.epochs is missing"),
+        (lambda raw: raw.pop("paths"), "paths is missing"),
+        (lambda raw: raw.update(sft=3), "sft is a value"),
         (lambda raw: raw["sft"].update(batch_size=4), "sft.batch_size .*profiles.mini"),
-        (lambda raw: raw["profiles"]["mini"]["sft"].update(phased=True), "sft.phased .*profiles.mini"),
         (lambda raw: raw.update(extra=1), "unknown key extra"),
+        (lambda raw: raw["variants"]["main"].update({"grpo.x": 1}), "variant main.* grpo.x"),
         (lambda raw: raw.update(seeds=2), "seeds"),
         (lambda raw: raw.update(seed=2), "seed 2"),
+        (lambda raw: raw.pop("seed"), "seed is missing"),
         (lambda raw: raw.update(profile=None), "unknown profile None"),
         (lambda raw: raw["profiles"]["mini"].pop("threads"), "threads"),
         (lambda raw: raw.pop("variants"), "variants must be a mapping"),
@@ -166,23 +161,9 @@ def test_bad_file(edited, change, named):
         load_params(path=edited(change))
 
 
-def test_a_broken_variant_does_not_break_the_others(edited):
-    path = edited(lambda raw: raw["variants"].update(bad={"grpo.x": 1}))
-    load_params(path=path)
-    with pytest.raises(AwaresError, match="variants.bad: .*grpo.x"):
-        load_params(variant="bad", path=path)
-
-
-def test_as_dict_names_every_value_and_no_folder():
-    values = load_params(path=PARAMS).as_dict()
-    assert values["grpo"]["beta"] == 0.05 and "root" not in values
-    assert hash(load_params(path=PARAMS)) == hash(load_params(path=PARAMS))  # as a key of caches
-
-
 def test_the_judge_that_decides_gives_a_verdict_too():
     params = load_params("mini", path=PARAMS, overrides={"curation.judge": "always"})
     assert params.curation.all_judges == ("semantic", "embedding", "anls", "always")
-    assert load_params("mini", path=PARAMS).curation.all_judges == ("semantic", "embedding", "anls")
 
 
 def test_a_registered_function_is_a_name_and_its_source_enters_the_key(monkeypatch):

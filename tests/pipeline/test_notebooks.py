@@ -16,10 +16,10 @@ import papermill
 import published
 import pytest
 import yaml
-from conftest import under_other_names
+from conftest import TASKS, under_other_names
 
 from awares.bench.latency import SYSTEMS as SYSTEMS_TIMED
-from awares.config import SYSTEMS, TASKS, load_params
+from awares.config import MAIN_SYSTEMS, load_params
 from awares.data.rows import make_split
 from awares.engine.model import save_model
 from awares.engine.rows import load_rows, save_rows
@@ -223,7 +223,7 @@ def test_main_table(line):
     main = line.table("evaluation", "table1_main")
     assert main.columns.tolist() == [*("system", "benchmark", "accuracy", "accuracy_low", "accuracy_high", "rtr", "n")]
     pairs = list(zip(main.system, main.benchmark, strict=True))
-    assert sorted(pairs) == sorted((system, task) for system in SYSTEMS for task in (*TASKS, AVERAGE))
+    assert sorted(pairs) == sorted((system, task) for system in MAIN_SYSTEMS for task in (*TASKS, AVERAGE))
     for system, rows in main.groupby("system"):
         average = rows[rows.benchmark == AVERAGE].squeeze()
         tasks = rows[rows.benchmark != AVERAGE]
@@ -492,7 +492,7 @@ def test_systems_are_compared_and_claims_decided(line, ablations):
     line.run("11_comparison", "comparison", **asked)
     folder = line.params.report_dir()
     systems = pd.read_csv(folder / "tables" / "table1_systems.csv")
-    assert set(systems.system) == {*SYSTEMS, *asked["comparison.systems"], *line.params.ablations["systems"]}
+    assert set(systems.system) == {*MAIN_SYSTEMS, *asked["comparison.systems"], *line.params.ablations["systems"]}
     assert (systems.groupby("system").benchmark.nunique() == 7).all()
     pruned = systems[(systems.system == "visionzip_50") & (systems.benchmark == AVERAGE)]
     assert pruned.rtr.item() == pytest.approx(0.5, abs=0.02) == pruned.layer_rtr.item()

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from conftest import TASKS
 from PIL import Image
 
-from awares.config import TASKS, load_params
+from awares.config import load_params
 from awares.data.rows import make_dataset
 from awares.engine import jsonl
 from awares.engine.rows import save_rows

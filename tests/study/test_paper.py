@@ -5,8 +5,9 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import TASKS
 
-from awares.config import TASKS, find_file
+from awares.config import find_file
 from awares.errors import AwaresError
 from awares.study.published import FOLDER, printed, published, side_by_side
 

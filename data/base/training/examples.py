@@ -6,7 +6,7 @@ illegible text is outside its training distribution. It sees single images, grou
 
 import json
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from awares.method import crops
 from awares.method.crops import CROPS
 from awares.mini import scenes
 from awares.mini import vocabulary as lex
-from awares.settings import CropName, Crops
+from awares.settings import CROP_NAMES, CropSettings
 from recipe import Stage
 
 LEGIBLE_TEXT, LEGIBLE_OBJECT, LEGIBLE_COLOUR = 12.5, 12.5, 6.0  # px
@@ -29,8 +29,8 @@ SMALL_WANTED = (
     0.6  # of the questions behind a call: fraction about print too small for half resolution, if there is any
 )
 
-CROP_SETTINGS = Crops(
-    offered=get_args(CropName), region_budget=1.0, rule="coverage", iou_threshold=0.5, coverage_threshold=0.95, max_side=2000
+CROP_SETTINGS = CropSettings(
+    offered=CROP_NAMES, region_budget=1.0, rule="coverage", iou_threshold=0.5, coverage_threshold=0.95, max_side=2000
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from PIL import Image as PilImage
 
 from awares.bench import configs, costs
 from awares.clients.judges import get_model, read_served
-from awares.config import SYSTEMS, Params
+from awares.config import MAIN_SYSTEMS, Params
 from awares.data import sources
 from awares.engine.images import cap
 from awares.engine.model import load_config, load_processor
@@ -175,7 +175,7 @@ class _Forecast:
             outside = sum(one.rows or 0 for one in sources.read_sources(self.params, "evaluation").values())
         policy = self._policy()
         views = {"full": self.image, "half": self.image.scaled(0.25), "no_image": self.image.scaled(0.0)}
-        done = [self._turns([(views[name], ANSWER)]) if name in views else policy for name in SYSTEMS]
+        done = [self._turns([(views[name], ANSWER)]) if name in views else policy for name in MAIN_SYSTEMS]
         # both policies again: the sweep's other trajectory, the frontier's eleven, lmms-eval's own run
         again = 2 * (min(section.dial_rows, rows) + 11 * min(section.frontier_rows, rows) + outside)
         tokens, flops = (rows * sum(part) + again * part[-1] for part in zip(*done, strict=True))

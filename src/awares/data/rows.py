@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError
 
-from awares.config import Crops, Params
+from awares.config import CropSettings, Params
 from awares.engine.images import MIN_SIDE, check_image
 from awares.engine.rows import FEATURES, load_rows
 from awares.errors import AwaresFileError, AwaresValueError, first_fault
@@ -202,7 +202,7 @@ def image_digests(dataset: datasets.Dataset) -> list[str]:
     return [hashlib.sha256(_content(image)).hexdigest() for image in stored]
 
 
-def evidence_crops(dataset: datasets.Dataset, section: Crops) -> list[str]:
+def evidence_crops(dataset: datasets.Dataset, section: CropSettings) -> list[str]:
     """Names of the crops that show each row's boxes by the rule of ``section``, joined by "+"; "" without boxes."""
     boxes = zip(dataset["question_boxes"], dataset["answer_boxes"], strict=True)
     return ["+".join(boxes_to_crops([*question, *answer], section)) for question, answer in boxes]

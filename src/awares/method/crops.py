@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 
 from awares import registry
-from awares.config import FREE_BOX, Crops
+from awares.config import FREE_BOX, CropSettings
 from awares.engine.images import resize
 from awares.errors import AwaresValueError
 
 Box = Sequence[float]
-CropRule = str | Callable[[Sequence[Box], Crops], Iterable[str]]
+CropRule = str | Callable[[Sequence[Box], CropSettings], Iterable[str]]
 
 # In fractions of the image; in the order of the released policy's ids 0-8, then `all`.
 CROPS: dict[str, tuple[float, float, float, float]] = {
@@ -99,7 +99,7 @@ def move_box(rng: np.random.Generator, sigma: float, margin: int, box: Sequence[
     return [*low.tolist(), *high.tolist()]
 
 
-def boxes_to_crops(boxes: Sequence[Box], section: Crops, rule: CropRule | None = None) -> tuple[str, ...]:
+def boxes_to_crops(boxes: Sequence[Box], section: CropSettings, rule: CropRule | None = None) -> tuple[str, ...]:
     """C* of PAPER §2.2: the crops for the question and answer boxes of one row; () without boxes.
 
     ``rule`` (default ``crops.rule``): a name of `registry.crop_rule`, or a function ``(boxes, params.crops) -> crops``.
@@ -114,7 +114,7 @@ def boxes_to_crops(boxes: Sequence[Box], section: Crops, rule: CropRule | None =
 
 
 @registry.crop_rule("coverage")
-def coverage_rule(boxes: Sequence[Box], section: Crops) -> tuple[str, ...]:
+def coverage_rule(boxes: Sequence[Box], section: CropSettings) -> tuple[str, ...]:
     """The cheapest single crop that covers ``coverage_threshold`` of the union box, else the cheapest pair, else `all`.
 
     The cost is paid in tokens: the sum of the areas, so that a pair as expensive as `all` is not used; ties go to the
@@ -134,7 +134,7 @@ def coverage_rule(boxes: Sequence[Box], section: Crops) -> tuple[str, ...]:
 
 
 @registry.crop_rule("iou")
-def iou_rule(boxes: Sequence[Box], section: Crops) -> tuple[str, ...]:
+def iou_rule(boxes: Sequence[Box], section: CropSettings) -> tuple[str, ...]:
     """Eq. 3 as printed: every crop whose IoU with the union box is at least ``iou_threshold``, else the best crop."""
     box = box_union(boxes)
     scores = {name: iou(box, crop_box(name)) for name in section.offered}

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from awares.config import DECIDES, SYSTEMS, Evaluation, Params, differences
+from awares.config import DECIDES, MAIN_SYSTEMS, Evaluation, Params, differences
 from awares.data.rows import evaluation_rows
 from awares.errors import AwaresFileError, AwaresValueError
 from awares.method import evaluation
@@ -87,8 +87,8 @@ def main_first_turns(params: Params) -> list[File]:
 
 
 def _main_files(params: Params) -> list[File]:
-    names = {system: f"trajectories/{system}.jsonl" for system in SYSTEMS}
-    return [file for system in SYSTEMS for file in _by_seed(params, system, "evaluation", names[system])]
+    names = {system: f"trajectories/{system}.jsonl" for system in MAIN_SYSTEMS}
+    return [file for system in MAIN_SYSTEMS for file in _by_seed(params, system, "evaluation", names[system])]
 
 
 def _by_seed(params: Params, system: str, stage: str, name: str) -> Iterator[File]:

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from awares.config import Crops
+from awares.config import CropSettings
 from awares.data.rows import evidence_crops, rows_of_source
 
 
@@ -51,7 +51,7 @@ def crossed_accuracy(questions: Sequence[str], labels: Sequence[str], folds: int
     return float(np.mean(guesses == np.array(labels))), majority
 
 
-def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: Crops) -> pd.DataFrame:
+def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: CropSettings) -> pd.DataFrame:
     """Accuracy of the probe per source, for the answer and for the crop that shows the evidence.
 
     Columns source, guessed, words (probe), majority (most frequent; both percent), gain (points), n.
