@@ -150,9 +150,12 @@ def load_params(
 
 
 def differences(before: Params, after: Params) -> list[tuple[str, Any, Any]]:
-    """The parameters in which two settings differ: (dotted key, before, after)."""
-    pairs = zip(_flat(before.as_dict()), _flat(after.as_dict()), strict=True)
-    return [(key, old, new) for (key, old), (_, new) in pairs if old != new and key != "variant"]
+    """The parameters in which two settings differ: (dotted key, before, after), a section in params.yaml's order."""
+    written = read_yaml(before.path("params.yaml"))
+    places = [key for part in (written, written["profiles"][before.profile]) for key, _ in _flat(part)]
+    sections, new = [*before.as_dict()], dict(_flat(after.as_dict()))
+    found = [(key, old, new[key]) for key, old in _flat(before.as_dict()) if old != new[key] and key != "variant"]
+    return sorted(found, key=lambda one: (sections.index(one[0].partition(".")[0]), [*places, one[0]].index(one[0])))
 
 
 def parse_overrides(overrides: str | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def test_figures_draw_and_repeat(tmp_path):
         figures.accuracy_time_figure(times),
         figures.curves_figure(curves, {"reward": "reward", "kl": "KL", "absent": "?"}),
         figures.scatter_figure(sizes, "width", "height", "source", ("px", "px")),
-        figures.stacked_figure(times[:2], "system", {"ms_low": "low", "ms_high": "high"}, "ms"),
+        figures.bars_figure(times[:2], "system", {"ms_low": "low", "ms_high": "high"}, "ms"),
     ):
         assert png(figures.show(figure))
     labels = [text.get_text() for text in figures.systems_figure(main).axes[0].get_legend().get_texts()]

@@ -1,12 +1,14 @@
 """The paper's claims, decided by our runs: one predicate per claim, on a quantity with an interval.
 
 A claim *holds* if the whole interval is on the claimed side of the margin, *does not hold* if it is wholly on the other
-side, and is *undecided* otherwise, also without its runs. data/paper/claims.csv has the wording under the same id:
-section and tables of the paper, the quantity with its unit, and the reason why a claim fails here (if known).
+side, and is *undecided* otherwise, also without its runs. data/paper/claims.csv has a line per claim: section and tables
+of the paper, wording, quantity with its unit, predicate, how we read its margin (0 where the paper claims no more than a
+direction), and the reason why the claim fails here (if known).
 """
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,16 +20,16 @@ import pandas as pd
 
 from awares.config import Params, find_file
 from awares.errors import AwaresValueError
-from awares.study.scores import MEASURES, MissingRows, Policy, Runs, Sample, trained
+from awares.study.scores import MEASURES, Estimate, MissingRows, PolicyFiles, Runs, trained
 from awares.study.tables import save_table
 
-FILE = Path("data/paper/claims.csv")
+CLAIMS_FILE = Path("data/paper/claims.csv")
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
-COLUMNS = ["claim", "section", "quantity", "effect", "low", "high", "seeds", "verdict"]
+CLAIM_COLUMNS = ["claim", "section", "quantity", "effect", "low", "high", "seeds", "verdict"]
 SFT_VARIANTS = "turn weight_1 upsampled phased labels_anls".split()
 GRPO_VARIANTS = "grpo_only no_tool_cost no_area_cost reward_anls reward_judge no_miss_cost visionthink".split()
 PRUNERS = tuple(f"{name}_{kept}" for name in ("visionzip", "holov", "sparsevlm") for kept in (50, 70))
-POLICIES: dict[str, Policy] = {
+CLAIMED_POLICIES: dict[str, PolicyFiles] = {
     **{name: {"evaluation": f"evaluation/main-s{{main}}/trajectories/{name}.jsonl"} for name in ("full", "half")},
     "sft": trained("main", "sft"),
     "awares": trained("main", "grpo"),
@@ -45,7 +47,7 @@ class Quantity:
 
     policies: tuple[str, ...]
     kind: str  # of rows
-    sample: Callable[[Runs, Sequence[int]], Sample]
+    estimate: Callable[[Runs, Sequence[int]], Estimate]
     least: float = -math.inf  # what it can be at all; Student's noise may go beyond
     most: float = math.inf
 
@@ -56,7 +58,7 @@ class Quantity:
         return self._with(other, operator.truediv, least=0.0)
 
     def __abs__(self) -> "Quantity":
-        return Quantity(self.policies, self.kind, lambda runs, seeds: abs(self.sample(runs, seeds)), least=0.0)
+        return Quantity(self.policies, self.kind, lambda runs, seeds: abs(self.estimate(runs, seeds)), least=0.0)
 
     def __gt__(self, margin: float) -> "Predicate":
         return Predicate((self,), "above", float(margin))
@@ -68,9 +70,9 @@ class Quantity:
         """Between -``margin`` and ``margin``."""
         return Predicate((self,), "within", float(margin))
 
-    def _with(self, other: "Quantity", join: Callable[[Any, Any], Sample], least: float = -math.inf) -> "Quantity":
-        def both(runs: Runs, seeds: Sequence[int]) -> Sample:
-            return join(self.sample(runs, seeds), other.sample(runs, seeds))
+    def _with(self, other: "Quantity", join: Callable[[Any, Any], Estimate], least: float = -math.inf) -> "Quantity":
+        def both(runs: Runs, seeds: Sequence[int]) -> Estimate:
+            return join(self.estimate(runs, seeds), other.estimate(runs, seeds))
 
         return Quantity(tuple(dict.fromkeys(self.policies + other.policies)), self.kind, both, least)
 
@@ -85,20 +87,16 @@ class Predicate:
 
     def verdict(self, low: float, high: float) -> str:
         """From an interval; nan is undecided."""
-        if self.side == "within":
-            right, wrong = -self.margin < low and high < self.margin, low > self.margin or high < -self.margin
-        elif self.side == "above":
-            right, wrong = low > self.margin, high < self.margin
-        else:
-            right, wrong = high < self.margin, low > self.margin
-        return HOLDS if right else FAILS if wrong else UNDECIDED
+        floor = {"above": self.margin, "within": -self.margin}.get(self.side, -math.inf)
+        ceiling = math.inf if self.side == "above" else self.margin
+        return HOLDS if floor < low and high < ceiling else FAILS if high < floor or low > ceiling else UNDECIDED
 
 
-def measure(name: str, policy: str, *benchmarks: str) -> Quantity:
+def measured(name: str, policy: str, *benchmarks: str) -> Quantity:
     """A measure of scores.MEASURES; ``benchmarks``: all by default."""
     kind, factor = MEASURES[name]
     most = 100.0 if factor == 100 else math.inf
-    return Quantity((policy,), kind, lambda runs, seeds: runs.sample(name, policy, seeds, benchmarks), 0.0, most)
+    return Quantity((policy,), kind, lambda runs, seeds: runs.estimate(name, policy, seeds, benchmarks), 0.0, most)
 
 
 def correlation(policy: str, x: str, y: str) -> Quantity:
@@ -109,17 +107,17 @@ def correlation(policy: str, x: str, y: str) -> Quantity:
 def time_ratio(system: str, over: str) -> Quantity:
     """Time of a system over that of another at batch 1, from latency/ratios.csv below reports/<profile>."""
 
-    def sample(runs: Runs, _: Sequence[int]) -> Sample:
+    def estimate(runs: Runs, _: Sequence[int]) -> Estimate:
         file = runs.params.report_dir() / "latency" / "ratios.csv"
         if not file.is_file():
             raise MissingRows("latency/ratios.csv is not there")
-        table = pd.read_csv(file, dtype=str).set_index(["system", "over", "batch"])
-        if (system, over, "1") not in table.index:
+        table = pd.read_csv(file, dtype={"batch": str}).query("system == @system and over == @over and batch == '1'")
+        if table.empty:
             raise MissingRows(f"latency/ratios.csv has no {system} over {over} at batch 1")
-        value, low, high = table.loc[(system, over, "1"), ["ratio", "ratio_low", "ratio_high"]].astype(float)
-        return Sample(value, np.repeat([low, high], 50))  # its percentile interval is [low, high]
+        value, low, high = table[["ratio", "ratio_low", "ratio_high"]].iloc[0]
+        return Estimate(value, np.repeat([low, high], 50))  # its percentile interval is [low, high]
 
-    return Quantity((), "", sample)
+    return Quantity((), "", estimate)
 
 
 def every(predicates: Iterable[Predicate]) -> Predicate:
@@ -128,84 +126,25 @@ def every(predicates: Iterable[Predicate]) -> Predicate:
     return Predicate(tuple(quantity for one in found for quantity in one.quantities), found[0].side, found[0].margin)
 
 
-accuracy, rtr, characters, call_rate, recall, f1, fpr, exact, relaxed, area, whole_image, valid, agreement = (
-    partial(measure, name)
-    for name in ("accuracy", "rtr", "characters", "call_rate", "recall", "f1", "fpr", "exact", "relaxed", "area")
-    + ("whole_image", "valid", "agreement")
-)
-DOCUMENTS = ("chartqa", "docvqa", "ocrbench")
+def read_predicate(text: str) -> Predicate:
+    """The predicate of a line of claims.csv, a Python expression: quantities of policies, joined by - / abs < > within.
 
-# The margin is 0 where the paper claims no more than a direction; where it claims a size, a comment says how we read it
-# fmt: off
-CLAIMS: dict[str, Predicate] = {
-    # Accuracy and tokens
-    "matches_full": accuracy("awares") - accuracy("full") > -0.5,  # 0.16 behind in Table 1; we allow half a point
-    "fraction_of_tokens": rtr("awares") < 0.5,  # 0.36 in Table 1; "a fraction" has to mean under half
-    "exceeds_full_on_documents": accuracy("awares", *DOCUMENTS) - accuracy("full", *DOCUMENTS) > 0,
-    "exceeds_full_on_charts": accuracy("awares", "chartqa") - accuracy("full", "chartqa") > 0,
-    "half_loses_detail": accuracy("full") - accuracy("half") > 0,
-    "exceeds_half": accuracy("awares") - accuracy("half") > 0,
-    # Token pruning
-    "beats_pruners": every(accuracy("awares") - accuracy(name) > 0 for name in PRUNERS),
-    "beats_pruners_at_half": every(accuracy("awares") - accuracy(name) > 0 for name in PRUNERS if name.endswith("50")),
-    "fewer_tokens_than_pruners": every(rtr("awares") - rtr(name) < 0 for name in PRUNERS),
-    "beats_visionzip_70": accuracy("awares") - accuracy("visionzip_70") > 0,
-    # Escalation to the whole image
-    "beats_visionthink": accuracy("awares") - accuracy("visionthink") > 0,
-    "fewer_tokens_than_visionthink": rtr("awares") - rtr("visionthink") < 0,
-    "visionthink_overspends_on_charts": rtr("visionthink", "chartqa") > 1,
-    "shorter_responses": characters("visionthink") / characters("awares") > 2,  # 6 to 29 in Table 6
-    "faster_than_escalation": time_ratio("escalate_full", "awares") > 1,
-    "reuse_saves_time": time_ratio("awares_naive", "awares") > 1,
-    # Labels
-    "detail_is_rarely_needed": measure("hr", "oracle") < 50,  # 19.2 in Fig. 5; "most" is more than half
-    "detail_is_local": measure("whole_of_calls", "oracle") < 50,  # 3.4 of 19.2 in Fig. 5; "seldom" is less than half
-    "judges_agree": agreement("judge_embedding") > 95,  # 96.88 between two language models
-    "anls_agrees_less": agreement("judge_anls") - agreement("judge_embedding") < 0,
-    "anls_labels_cost_accuracy": accuracy("labels_anls") - accuracy("sft") < 0,  # 3.8 in Table 10
-    "anls_labels_save_tokens": rtr("labels_anls") - rtr("sft") < 0,
-    # Policy flow
-    "sft_overcalls": call_rate("sft") - call_rate("oracle") > 0,
-    "sft_overasks": whole_image("sft") - whole_image("oracle") > 0,
-    "grpo_calls_less": call_rate("awares") - call_rate("sft") < 0,
-    "grpo_asks_less": whole_image("awares") - whole_image("sft") < 0,
-    "grpo_nears_the_oracle":
-        abs(call_rate("sft") - call_rate("oracle")) - abs(call_rate("awares") - call_rate("oracle")) > 0,
-    "calls_where_needed": correlation("awares", "call_rate", "hr") > 0,
-    # SFT. Turns, up-sampled rows and phases take more updates per epoch: a difference is one of the whole recipe
-    "trajectories_beat_turns": accuracy("weight_1") - accuracy("turn") > 0,
-    "trajectories_find_more": recall("weight_1") - recall("turn") > 0,
-    "trajectories_decide_better": f1("weight_1") - f1("turn") > 0,
-    "trajectories_point_better": relaxed("weight_1") - relaxed("turn") > 0,
-    "trajectories_ask_for_less": area("weight_1") - area("turn") < 0,
-    "trajectories_parse_better": valid("weight_1") - valid("turn") > 0,
-    "weight_raises_accuracy": accuracy("sft") - accuracy("weight_1") > 0,
-    "weight_costs_tokens": rtr("sft") - rtr("weight_1") > 0,
-    "weight_raises_calls": call_rate("sft") - call_rate("weight_1") > 0,
-    "weight_raises_f1": f1("sft") - f1("weight_1") > 0,
-    "weight_lowers_needless_calls": fpr("sft") - fpr("weight_1") < 0,  # Table 7 contradicts Table 8 there
-    "weight_raises_exact_match": exact("sft") - exact("weight_1") > 0,
-    "weight_points_better": relaxed("sft") - relaxed("weight_1") > 0,
-    "weight_makes_calls_parse": valid("sft") > 99,  # 100 in Table 9; 99 leaves room for one call in a hundred
-    "upsampling_saves_tokens": rtr("upsampled") - rtr("weight_1") < 0,
-    "upsampling_costs_accuracy": accuracy("upsampled") - accuracy("weight_1") < 0,
-    "phases_do_not_pay": accuracy("phased") - accuracy("weight_1") < 0,
-    # GRPO
-    "grpo_saves_tokens": rtr("awares") - rtr("sft") < 0,
-    "grpo_keeps_accuracy": accuracy("awares") - accuracy("sft") > -0.5,  # 0.6 ahead in Table 4; as in matches_full
-    "area_cost_saves_tokens": rtr("no_area_cost") - rtr("awares") > 0,
-    "tool_costs_save_tokens":
-        every([rtr("no_tool_cost") - rtr("no_area_cost") > 0, rtr("no_area_cost") - rtr("awares") > 0]),
-    "area_cost_shrinks_requests": area("awares") - area("no_area_cost") < 0,
-    "miss_cost_raises_recall": recall("awares") - recall("no_miss_cost") > 0,
-    "reference_holds_tokens":  # 0.02 against 0.13 in Table 4
-        abs(rtr("awares") - rtr("sft")) - abs(rtr("no_tool_cost") - rtr("sft")) > 0,
-    "anls_reward_is_as_good": (accuracy("reward_anls") - accuracy("awares")).within(0.5),  # 0.34 apart in Table 4
-    "judge_reward_is_as_good": (accuracy("reward_judge") - accuracy("awares")).within(0.5),  # 0.40 apart in Table 4
-    "grpo_only_hardly_calls": call_rate("grpo_only") / call_rate("awares") < 0.5,  # "hardly": less than half as often
-    "grpo_only_is_less_accurate": accuracy("grpo_only") - accuracy("awares") < 0,
-}
-# fmt: on
+    Policies and benchmarks are bare words. Raises AwaresValueError for another expression.
+    """
+    words: dict[str, Any] = {word: word for word in re.findall(r"[a-z]\w*", text)}
+    words |= {name: partial(measured, name) for name in MEASURES}
+    words |= {"pruners": PRUNERS, "pruners_at_half": [name for name in PRUNERS if name.endswith("50")]}
+    words |= {"abs": abs, "every": every, "correlation": correlation, "time_ratio": time_ratio}
+    try:
+        return eval(text, {"__builtins__": {}, **words})  # a file of this repository, without Python's own functions
+    except Exception as error:
+        raise AwaresValueError(f"{CLAIMS_FILE}: no predicate: {text} ({error})") from error
+
+
+def read_claims() -> pd.DataFrame:
+    """data/paper/claims.csv, the column predicate as `Predicate` objects."""
+    texts = pd.read_csv(find_file(CLAIMS_FILE), dtype=str, keep_default_na=False)
+    return texts.assign(predicate=[read_predicate(text) for text in texts.predicate])
 
 
 def decide(claim: Predicate, runs: Runs) -> dict[str, Any]:
@@ -215,47 +154,37 @@ def decide(claim: Predicate, runs: Runs) -> dict[str, Any]:
     Raises AwaresError for inputs that are there and are wrong.
     """
     parts, level = claim.quantities, runs.params.evaluation.level
-    found: dict[str, Any] = {
-        "effect": math.nan,
-        "low": math.nan,
-        "high": math.nan,
-        "seeds": 0,
-        "verdict": UNDECIDED,
-        "note": "",
-    }
+    nothing = dict.fromkeys(("effect", "low", "high"), math.nan) | {"seeds": 0, "verdict": UNDECIDED, "note": ""}
     try:
         seeds = runs.seeds(tuple(dict.fromkeys(name for one in parts for name in one.policies)), parts[0].kind)
-        samples = [one.sample(runs, seeds) for one in parts]
+        estimates = [one.estimate(runs, seeds) for one in parts]
     except MissingRows as missing:
-        return found | {"note": str(missing)}
-    hardest, stricter = (max if claim.side == "below" else min), 1 - (1 - level) / len(samples)
-    found |= {"effect": hardest(one.value for one in samples), "seeds": len(seeds)}
-    if not all(one.defined for one in samples):
+        return nothing | {"note": str(missing)}
+    hardest, stricter = (max if claim.side == "below" else min), 1 - (1 - level) / len(estimates)
+    effect = hardest(one.value for one in estimates)
+    found = nothing | {"effect": effect, "seeds": len(seeds)}
+    if not all(one.defined for one in estimates):
         return found | {"note": "too few rows decide it: some resamples hold none"}
-    near, far = ([one.interval(level) for one in samples], [one.interval(stricter) for one in samples])
+    near, far = ([one.interval(level) for one in estimates], [one.interval(stricter) for one in estimates])
     lows, highs = (far, near) if claim.side == "below" else (near, far)
-    low = max(min(found["effect"], hardest(low for low, _ in lows)), parts[0].least)
-    high = min(max(found["effect"], hardest(high for _, high in highs)), parts[0].most)
+    low = max(min(effect, hardest(low for low, _ in lows)), parts[0].least)
+    high = min(max(effect, hardest(high for _, high in highs)), parts[0].most)
     return found | {"low": low, "high": high, "verdict": claim.verdict(low, high)}
 
 
 def claims_table(params: Params) -> pd.DataFrame:
-    """One line per claim: COLUMNS, then id, tables (of the paper), holds (side), margin, note."""
-    texts = pd.read_csv(find_file(FILE), dtype=str, keep_default_na=False)
-    if wrong := set(texts.id) ^ set(CLAIMS):
-        raise AwaresValueError(
-            f"{FILE}: {', '.join(sorted(wrong))} must have a line here and a predicate in study/claims.py"
-        )
-    runs = Runs(params, POLICIES)
-    found = pd.DataFrame([decide(CLAIMS[name], runs) for name in texts.id])
-    found["note"] = found.note.where(found.verdict != FAILS, texts.reason)
-    sides = {"holds": [CLAIMS[name].side for name in texts.id], "margin": [CLAIMS[name].margin for name in texts.id]}
-    return texts.join(found).assign(**sides)[[*COLUMNS, "id", "tables", "holds", "margin", "note"]]
+    """One line per claim: CLAIM_COLUMNS, then id, tables (of the paper), holds (side), margin, note."""
+    claims, runs = read_claims(), Runs(params, CLAIMED_POLICIES)
+    table = claims.join(pd.DataFrame([decide(one, runs) for one in claims.predicate]))
+    table["note"] = table.note.where(table.verdict != FAILS, table.reason)
+    table["holds"] = [one.side for one in claims.predicate]
+    table["margin"] = [one.margin for one in claims.predicate]
+    return table[[*CLAIM_COLUMNS, "id", "tables", "holds", "margin", "note"]]
 
 
 def save_claims(params: Params, folder: Path) -> pd.DataFrame:
-    """Write claims.csv (COLUMNS) and claims_notes.csv (how each is decided and why it fails); return both."""
+    """Write claims.csv (CLAIM_COLUMNS) and claims_notes.csv (how each is decided and why it fails); return both."""
     table = claims_table(params)
     save_table(table[["id", "claim", "tables", "holds", "margin", "verdict", "note"]], folder / "claims_notes.csv")
-    save_table(table[COLUMNS], folder / "claims.csv")
+    save_table(table[CLAIM_COLUMNS], folder / "claims.csv")
     return table

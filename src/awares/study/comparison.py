@@ -3,10 +3,9 @@
 A variant changes a few parameters and repeats the stages that they decide. `06_ablations` tables one variant.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -34,11 +33,10 @@ File = tuple[str, int, Path]  # system or variant, training seed, its trajectori
 
 def all_scores(params: Params) -> pd.DataFrame:
     """`answered` of the systems of Table 1 (every seed that was run), ``comparison`` and ``ablations.systems``."""
-    folder = params.run_dir("systems")
-    files = [(system, params.seed, folder / system / "trajectories.jsonl") for system in params.comparison.all]
-    for variant in params.ablations.get("systems", ()):
-        files.append((variant, params.seed, _answers(replace(params, variant=variant), "awares")))
-    return answered(params, [*_main_files(params), *files])
+    compared = {name: params.run_dir("systems") / name / "trajectories.jsonl" for name in params.comparison.all}
+    variants = {name: replace(params, variant=name) for name in params.ablations.get("systems", ())}
+    compared |= {name: one.run_dir("evaluation") / "trajectories/awares.jsonl" for name, one in variants.items()}
+    return answered(params, [*_main_files(params), *((name, params.seed, path) for name, path in compared.items())])
 
 
 def seed_scores(params: Params) -> pd.DataFrame:
@@ -60,8 +58,6 @@ def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
     """
     rows, found = evaluation_rows(params), []
     for system, seed, path in files:
-        if not path.is_file():
-            raise AwaresFileError(f"{path}: system {system} has not answered yet; run `dvc repro comparison`")
         done = evaluation.load_trajectories(path)
         table = evaluation.scored(system, rows, done).assign(seed=seed)
         table["written"] = [[turn.text for turn in one.turns if turn.role == "assistant"] for one in done]
@@ -74,10 +70,8 @@ def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
 
 def first_turns(files: Iterable[File]) -> pd.DataFrame:
     """Requests on the curated validation rows: system, seed, row_id, crops, call_status."""
-    found = []
-    for system, seed, path in files:
-        for one in evaluation.load_trajectories(path):
-            found.append((system, seed, one.row_id, one.crops, one.call_status))
+    done = ((system, seed, one) for system, seed, path in files for one in evaluation.load_trajectories(path))
+    found = [(system, seed, one.row_id, one.crops, one.call_status) for system, seed, one in done]
     return pd.DataFrame(found, columns=["system", "seed", "row_id", "crops", "call_status"])
 
 
@@ -91,26 +85,20 @@ def _main_files(params: Params) -> list[File]:
     return [file for system in MAIN_SYSTEMS for file in _by_seed(params, system, "evaluation", names[system])]
 
 
-def _by_seed(params: Params, system: str, stage: str, name: str) -> Iterator[File]:
-    for seed in (params.seed, *(params.seeds if system in TRAINED else ())):
-        path = replace(params, seed=seed).run_dir(stage) / name
-        if seed == params.seed or path.is_file():
-            yield system, seed, path
+def _by_seed(params: Params, system: str, stage: str, name: str) -> list[File]:
+    seeds = (params.seed, *(params.seeds if system in TRAINED else ()))
+    files = [(system, seed, replace(params, seed=seed).run_dir(stage) / name) for seed in seeds]
+    return files[:1] + [file for file in files[1:] if file[2].is_file()]
 
 
-def variant_answers(runs: Mapping[str, Params]) -> list[File]:
-    """Trajectories of every variant on the evaluation rows."""
-    return [(name, params.seed, _answers(params, judged_by(params)[0])) for name, params in runs.items()]
-
-
-def variant_first_turns(runs: Mapping[str, Params]) -> list[File]:
-    """Trajectories of every variant on the curated validation rows."""
-    stages = {name: judged_by(params)[1] for name, params in runs.items()}
-    return [(name, one.seed, one.run_dir(stages[name]) / "validation.jsonl") for name, one in runs.items()]
-
-
-def _answers(params: Params, system: str) -> Path:
-    return params.run_dir("evaluation") / "trajectories" / f"{system}.jsonl"
+def variant_files(runs: Mapping[str, Params]) -> tuple[list[File], list[File]]:
+    """Trajectories of every variant: on the evaluation rows, and on the curated validation rows."""
+    answers, turns = [], []
+    for name, params in runs.items():
+        system, stage = judged_by(params)
+        answers.append((name, params.seed, params.run_dir("evaluation") / "trajectories" / f"{system}.jsonl"))
+        turns.append((name, params.seed, params.run_dir(stage) / "validation.jsonl"))
+    return answers, turns
 
 
 # Systems
@@ -127,8 +115,7 @@ def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
 def answer_lengths(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
     """Table 6, main training seed: system, benchmark, characters of the answer (mean), characters_sd, n."""
     main = scores[scores.seed == params.seed]
-    lengths = main.assign(characters=main.answer.str.len())
-    grouped = lengths.groupby(["system", "benchmark"], sort=False).characters
+    grouped = main.assign(characters=main.answer.str.len()).groupby(["system", "benchmark"], sort=False).characters
     return grouped.agg(characters="mean", characters_sd="std", n="count").reset_index()
 
 
@@ -205,14 +192,12 @@ def judged_by(params: Params) -> tuple[str, str]:
 
 def gather(folders: Mapping[str, Path], name: str) -> pd.DataFrame:
     """The tables ``name`` of all variants (variant -> folder of its tables) in one, with a first column variant."""
-    found = []
-    for variant, folder in folders.items():
-        file = folder / f"{name}.csv"
+    files = {variant: folder / f"{name}.csv" for variant, folder in folders.items()}
+    for variant, file in files.items():
         if not file.is_file():
             raise AwaresFileError(f"{file}: variant {variant} has not been run; run `dvc repro ablations`")
-        found.append(pd.read_csv(file))
-        found[-1].insert(0, "variant", variant)
-    return pd.concat(found, ignore_index=True)
+    tables = {variant: pd.read_csv(file) for variant, file in files.items()}
+    return pd.concat(tables, names=["variant"]).reset_index("variant").reset_index(drop=True)
 
 
 def select_variants(tables: pd.DataFrame, column: str, wanted: Sequence[str], main: str) -> pd.DataFrame:
@@ -274,23 +259,21 @@ def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
     policies |= {name: trained(name, TRAINED[like], like) for name, like in system.items()}
     steps = {name: change for name, change in changes.items() if name not in main.ablations.get("systems", ())}
     pairs = [(name, MAIN) for name in runs]
-    pairs += [
-        (name, start) for name in steps for start in _parts_of(steps[name], steps) if system[start] == system[name]
-    ]
+    pairs += [(name, part) for name in steps for part in _parts_of(steps[name], steps) if system[part] == system[name]]
     read, records = Runs(main, policies), []
     for name, start in pairs:
         pair = (name, system[name] if start == MAIN else start)
         seeds = read.seeds(pair, EVALUATION)
-        change = ", ".join(f"{key} {new}" for key, new in changes[name].items() if key not in changes.get(start, ()))
-        record: dict[str, Any] = {"variant": name, "system": system[name], "against": start, "change": change}
         gain, tokens = (
-            read.sample(measure, pair[0], seeds) - read.sample(measure, pair[1], seeds)
+            read.estimate(measure, pair[0], seeds) - read.estimate(measure, pair[1], seeds)
             for measure in ("accuracy", "rtr")
         )
         (low, high), (rtr_low, rtr_high) = (one.interval(main.evaluation.level) for one in (gain, tokens))
-        record |= {"difference": gain.value, "low": low, "high": high, "significant": not low <= 0 <= high}
-        records.append(record | {"rtr": tokens.value, "rtr_low": rtr_low, "rtr_high": rtr_high})
-    return pd.DataFrame(records)
+        change = ", ".join(f"{key} {new}" for key, new in changes[name].items() if key not in changes.get(start, ()))
+        points = gain.value, low, high, not low <= 0 <= high
+        records.append((name, system[name], start, change, *points, tokens.value, rtr_low, rtr_high))
+    columns = ["variant", "system", "against", "change", "difference", "low", "high", "significant"]
+    return pd.DataFrame(records, columns=[*columns, "rtr", "rtr_low", "rtr_high"])
 
 
 def _parts_of(whole: Mapping[str, str], changes: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -22,8 +22,7 @@ LEGIBLE_AT_HALF = 24.0  # px of the full image: the suite's large evidence is hi
 
 def correct_threshold(name: str, params: Params) -> float:
     """The score from which judge ``name`` calls an answer correct; 1 for served judges and for released labels."""
-    served = registry.judge.builtin.get(name) == registry.SERVED
-    local = name in registry.judge and not served
+    local = name in registry.judge and registry.judge.builtin.get(name) != registry.SERVED
     return build_judge(name, params).correct_threshold if local else Judge.correct_threshold
 
 
@@ -56,17 +55,15 @@ def order_effects(verdicts: Sequence[Record]) -> pd.DataFrame:
     Columns judge, n, same (one verdict in both orders), first (the answer shown first is preferred, in one order at
     least), second (likewise), lost (number of rows without a verdict).
     """
-    records = []
+    records, lean = [], {LOW_BETTER: 1, HIGH_BETTER: -1}
     for name in [key for key in (verdicts[0] if verdicts else {}) if key != "id"]:
         found = [record[name] for record in verdicts if "forward" in record[name]]
         pairs = [(one["forward"], one["swapped"]) for one in found if one["value"] is not None]
-        if not found:
-            continue
-        leaning = [(f == LOW_BETTER) + (s == HIGH_BETTER) - (f == HIGH_BETTER) - (s == LOW_BETTER) for f, s in pairs]
-        marks = pd.DataFrame(
-            {"same": [f == s for f, s in pairs], "first": [x > 0 for x in leaning], "second": [x < 0 for x in leaning]}
-        )
-        records.append((name, len(pairs), *(100 * marks.mean()), len(found) - len(pairs)))
+        if found:
+            leaning = np.array([lean.get(forward, 0) - lean.get(swapped, 0) for forward, swapped in pairs])
+            same = np.array([forward == swapped for forward, swapped in pairs])
+            shares = (100 * marks.mean() for marks in (same, leaning > 0, leaning < 0))
+            records.append((name, len(pairs), *shares, len(found) - len(pairs)))
     return pd.DataFrame(records, columns=["judge", "n", "same", "first", "second", "lost"])
 
 
@@ -88,25 +85,21 @@ def luck_table(
     ``answers``: the raw records of `curate`; ``edges``: lower ends of the ranges, in nats. Columns at_least, below,
     half and full (percent correct by the deciding judge), hr (percent labelled HR), n.
     """
-    columns = ["at_least", "below", "half", "full", "hr", "n"]
-    if not edges:
-        return pd.DataFrame(columns=columns)
-    judge = params.curation.judge
-    threshold = correct_threshold(judge, params)
-    margins = {record["id"]: answer_margin(record, "low") for record in answers if "reason" not in record}
-    table = pd.DataFrame(
-        {
-            "margin": [margins[row_id] for row_id in curated["id"]],
+    records, judge = [], params.curation.judge
+    if edges:
+        threshold = correct_threshold(judge, params)
+        margins = {record["id"]: answer_margin(record, "low") for record in answers if "reason" not in record}
+        margin = np.array([margins[row_id] for row_id in curated["id"]])
+        right = {
             "half": np.array(curated[f"low_score_{judge}"][:], float) >= threshold,
             "full": np.array(curated[f"high_score_{judge}"][:], float) >= threshold,
-            "hr": [name == HR for name in curated["label"]],
+            "hr": np.array(curated["label"][:]) == HR,
         }
-    )
-    records = []
-    for low, high in itertools.pairwise([*edges, math.inf]):
-        part = table[(table.margin >= low) & (table.margin < high)]
-        records.append((low, high, *(100 * float(part[name].mean()) for name in ("half", "full", "hr")), len(part)))
-    return pd.DataFrame(records, columns=columns)
+        table = pd.DataFrame(right)
+        for low, high in itertools.pairwise([*edges, math.inf]):
+            part = table[(margin >= low) & (margin < high)]
+            records.append((low, high, *(100 * part.mean()), len(part)))
+    return pd.DataFrame(records, columns=["at_least", "below", "half", "full", "hr", "n"])
 
 
 def majority_table(rows: datasets.Dataset) -> pd.DataFrame:
@@ -127,18 +120,14 @@ def reading_table(scores: pd.DataFrame, rows: datasets.Dataset) -> pd.DataFrame:
     ``scores``: of `evaluation.scored`, one system per view. Large: the lowest evidence box is higher than
     ``LEGIBLE_AT_HALF``; a row without boxes counts as large.
     """
-    sizes = {row["id"]: "large" if _lowest_box(row) > LEGIBLE_AT_HALF else "small" for row in rows}
-    sized = scores.assign(evidence=scores.row_id.map(sizes))
-    records = []
-    for view, part in sized.groupby("system", sort=False):
+    sizes, records = {}, []
+    for row in rows:
+        boxes, height = [*row["question_boxes"], *row["answer_boxes"]], row["image"].size[1]
+        lowest = min(((box[3] - box[1]) * height / 1000 for box in boxes), default=math.inf)
+        sizes[row["id"]] = "large" if lowest > LEGIBLE_AT_HALF else "small"
+    for view, part in scores.groupby("system", sort=False):
+        evidence = part.row_id.map(sizes)
         for name in ("small", "large", "all"):
-            group = part if name == "all" else part[part.evidence == name]
-            records.append((view, name, 100 * group.score.mean(), len(group)))
+            group = part.score if name == "all" else part.score[evidence == name]
+            records.append((view, name, 100 * group.mean(), len(group)))
     return pd.DataFrame(records, columns=["view", "evidence", "accuracy", "n"])
-
-
-def _lowest_box(row: Record) -> float:
-    """Height of the row's lowest evidence box, in px of the full image; infinite without boxes."""
-    height = row["image"].size[1]
-    heights = [(box[3] - box[1]) * height / 1000 for box in [*row["question_boxes"], *row["answer_boxes"]]]
-    return min(heights, default=math.inf)

@@ -16,7 +16,9 @@ from awares.method.judges import HR
 from awares.method.metrics import percentiles, resampled_means
 from awares.method.rollout import Trajectory
 
-Crops = Sequence[str]
+NO_CALL, SEVERAL = "no call", "several"
+OUTCOMES = (NO_CALL, *CROPS, SEVERAL, FREE_BOX)  # of a first turn: no region, one of the ten, several, one free box
+ERROR_KINDS = ("correct", "when", "where", "reading")
 
 
 def first_turn_intervals(
@@ -28,10 +30,8 @@ def first_turn_intervals(
     """
     records = []
     for policy, trajectories in policies.items():
-        requests, statuses = (
-            [done.crops for done in trajectories],
-            np.array([done.call_status for done in trajectories]),
-        )
+        statuses = np.array([done.call_status for done in trajectories])
+        requests = [done.crops for done in trajectories]
         parts = decision_parts(rows["label"][:], requests, rows["target_crops"][:], evaluation.relaxed_iou)
         called = (statuses != "none").astype(float)
         parts |= {status: ((statuses == status).astype(float), called) for status in CALL_STATUSES}
@@ -43,13 +43,7 @@ def first_turn_intervals(
     return pd.DataFrame(records, columns=["policy", "quantity", "value", "low", "high"])
 
 
-# Policy flow (Fig. 5)
-
-NO_CALL, SEVERAL = "no call", "several"
-OUTCOMES = (NO_CALL, *CROPS, SEVERAL, FREE_BOX)  # of a first turn: no region, one of the ten, several, one free box
-
-
-def outcome(crops: Crops) -> str:
+def outcome(crops: Sequence[str]) -> str:
     """The outcome (one of ``OUTCOMES``) of a first turn that requested ``crops``; a malformed call is no call."""
     if len(crops) > 1:
         return SEVERAL
@@ -58,11 +52,10 @@ def outcome(crops: Crops) -> str:
 
 def table_outcomes(found: Iterable[str]) -> list[str]:
     """The outcomes that get a line in a table of the outcomes ``found``: free boxes only if there are any."""
-    boxes = FREE_BOX in set(found)
-    return [name for name in OUTCOMES if name != FREE_BOX or boxes]
+    return [*OUTCOMES[:-1], *{FREE_BOX}.intersection(found)]
 
 
-def policy_flow(policies: Mapping[str, Sequence[Crops]]) -> pd.DataFrame:
+def policy_flow(policies: Mapping[str, Sequence[Sequence[str]]]) -> pd.DataFrame:
     """Fig. 5 as a table: from each policy's requested crops, row by row, the share (percent) of every outcome.
 
     Columns policy, outcome, share, n. AwaresError unless all policies answered equally many rows.
@@ -79,13 +72,8 @@ def policy_flow(policies: Mapping[str, Sequence[Crops]]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=["policy", "outcome", "share", "n"])
 
 
-# Kinds of error: when, where, reading
-
-ERRORS = ("correct", "when", "where", "reading")
-
-
 def error_kind(
-    correct: bool, label: str, crops: Crops, evidence: Sequence[Sequence[int]], threshold: float = 0.95
+    correct: bool, label: str, crops: Sequence[str], evidence: Sequence[Sequence[int]], threshold: float = 0.95
 ) -> str:
     """Why a row failed. ``when``: HR, but no crop was requested. ``where``: HR, and the requested crops show less than
     ``threshold`` of some evidence box. ``reading``: the evidence was in view.
@@ -94,12 +82,10 @@ def error_kind(
     """
     if correct:
         return "correct"
-    if label != HR:
-        return "reading"
-    if not crops:
+    if label == HR and not crops:
         return "when"
-    shown = all(coverage(tuple(box), tuple(crops)) >= threshold for box in evidence)
-    return "reading" if shown else "where"
+    missed = label == HR and any(coverage(tuple(box), tuple(crops)) < threshold for box in evidence)
+    return "where" if missed else "reading"
 
 
 def error_table(scores: pd.DataFrame, labelled: datasets.Dataset, threshold: float) -> pd.DataFrame:
@@ -112,11 +98,8 @@ def error_table(scores: pd.DataFrame, labelled: datasets.Dataset, threshold: flo
     for system, part in scores.groupby("system", sort=False):
         rows = zip(part.score, labelled["label"], part.crops, evidence, strict=True)
         kinds = [error_kind(points >= 0.5, label, crops, boxes, threshold) for points, label, crops, boxes in rows]
-        records += [(system, kind, 100 * kinds.count(kind) / len(kinds), kinds.count(kind)) for kind in ERRORS]
+        records += [(system, kind, 100 * kinds.count(kind) / len(kinds), kinds.count(kind)) for kind in ERROR_KINDS]
     return pd.DataFrame(records, columns=["system", "kind", "share", "rows"])
-
-
-# The oracle frontier
 
 
 @dataclass(frozen=True)
@@ -141,7 +124,6 @@ def oracle_frontier(scores: Any, rtrs: Any) -> Frontier:
     keeps its cheapest option.
     """
     scores, rtrs = np.asarray(scores, float), np.asarray(rtrs, float)
-    assert scores.ndim == 2 and scores.shape == rtrs.shape and len(scores), (scores.shape, rtrs.shape)
     rows = np.arange(len(scores))
     choice = np.where(scores >= scores.max(axis=1, keepdims=True), rtrs, np.inf).argmin(axis=1)
     cheapest = rtrs.argmin(axis=1)
@@ -157,13 +139,11 @@ def oracle_frontier(scores: Any, rtrs: Any) -> Frontier:
 
 def run_frontier(policy: str, engine: Any, rows: datasets.Dataset) -> Frontier:
     """The oracle frontier of ``policy``: it answers ``rows`` with no call and with each of the ten single crops."""
-    points, costs = [], []
+    found = []
     for option in [(), *((name,) for name in CROPS)]:
         done = engine.run(rows["image"], rows["question"], forced=[option] * len(rows), row_ids=rows["id"])
-        found = scored(policy, rows, done)
-        points.append(found.score)
-        costs.append(found.rtr)
-    return oracle_frontier(np.stack(points, axis=1), np.stack(costs, axis=1))
+        found.append(scored(policy, rows, done))
+    return oracle_frontier(*(np.stack([one[column] for one in found], axis=1) for column in ("score", "rtr")))
 
 
 def frontier_row(policy: str, best: Frontier, own: pd.DataFrame) -> dict[str, Any]:
@@ -172,11 +152,11 @@ def frontier_row(policy: str, best: Frontier, own: pd.DataFrame) -> dict[str, An
     ``own``: `evaluation.scored` of the policy's own choices on the rows of ``best``. ``rtr_at_accuracy``: the RTR at
     which the frontier reaches the policy's accuracy.
     """
-    accuracy, rtr = own.score.mean(), own.rtr.mean()
-    reached = {"accuracy": 100 * accuracy, "rtr": rtr}
+    accuracy = own.score.mean()
+    reached = {"policy": policy, "accuracy": 100 * accuracy, "rtr": own.rtr.mean()}
     possible = {"frontier_accuracy": 100 * best.accuracy, "frontier_rtr": best.rtr}
     cheaper = float(np.interp(accuracy, best.accuracy_curve, best.rtr_curve))
-    return {"policy": policy, **reached, **possible, "rtr_at_accuracy": cheaper, "n": len(own)}
+    return {**reached, **possible, "rtr_at_accuracy": cheaper, "n": len(own)}
 
 
 def frontier_curve(policy: str, best: Frontier) -> pd.DataFrame:

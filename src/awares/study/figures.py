@@ -1,7 +1,6 @@
-"""Figures: what notebooks show and reports/<profile>/figures keeps (the paper's Figs. 3, 5, 8-15 and ours).
+"""Figures of the notebooks and of reports/<profile>/figures (the paper's Figs. 3, 5, 8-15 and ours).
 
-Functions take plain data frames and rows, so that a figure can be redrawn from its table. Colours are of seaborn's
-colour-blind palette; every axis has its quantity and unit; intervals are drawn where a table has them.
+Functions take data frames and rows, so that a figure can be redrawn from its table.
 """
 
 import html
@@ -33,14 +32,15 @@ if TYPE_CHECKING:
 
 SYSTEM_NAMES = {"full": "full", "half": "half", "no_image": "no image", "sft": "SFT only", "awares": "AwaRes"}
 SYSTEM_NAMES |= {"escalate_full": "whole image on a call", "awares_naive": "AwaRes, naive re-prefill"}
-COLOURS = dict(zip(SYSTEM_NAMES, sns.color_palette("colorblind"), strict=False))
+PALETTE = sns.color_palette("colorblind")
+SYSTEM_COLOURS = dict(zip(SYSTEM_NAMES, PALETTE, strict=False))
 MARKERS = dict(zip(SYSTEM_NAMES, "svX^oDP", strict=True))
 RATIO_MARKERS = {"50": "o", "70": "s", "awares": "D"}  # by percent of tokens that a pruner keeps, or as many as AwaRes
 # By outcome; grey is darker than the palette's, which looks green to a deuteranope
-OUTCOME_COLOURS = [*sns.color_palette("colorblind", 7), (0.3, 0.3, 0.3), *sns.color_palette("colorblind", 10)[8:]]
-OUTCOME_COLOURS += sns.color_palette("dark", 3)
+OUTCOME_COLOURS = [*PALETTE[:7], (0.3, 0.3, 0.3), *PALETTE[8:], *sns.color_palette("dark", 3)]
 CURVE_POINTS = 24  # a longer training curve is smoothed
 RTR = "retain token ratio (visual tokens / tokens of the full image)"
+OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}  # a legend on the right
 
 
 def style(dpi: int) -> None:
@@ -61,7 +61,7 @@ def show(figure: Figure, alt: str | None = None) -> Picture:
 
 
 def save_figure(figure: Figure, path: Path, alt: str | None = None) -> Picture:
-    """Write ``figure`` as PNG, and return it for the notebook, with ``alt`` as in `show`."""
+    """Write ``figure`` as PNG to ``path`` and `show` it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = show(figure, alt)
     path.write_bytes(picture.data)
@@ -74,30 +74,31 @@ def save_figure(figure: Figure, path: Path, alt: str | None = None) -> Picture:
 def _points(axes: Axes, table: pd.DataFrame, x: str = "rtr", **look: Any) -> None:
     """Accuracy against ``x`` for every row (system) of a table, with the intervals that it has."""
     for row in table.to_dict("records"):
-        bars = {}
-        for axis, name in (("xerr", x), ("yerr", "accuracy")):
-            if f"{name}_low" in row:
-                bars[axis] = [[row[name] - row[f"{name}_low"]], [row[f"{name}_high"] - row[name]]]
-        system = {"fmt": MARKERS.get(row["system"], "o"), "color": COLOURS.get(row["system"]), "capsize": 3}
-        system["label"] = SYSTEM_NAMES.get(row["system"], row["system"])
-        axes.errorbar(row[x], row["accuracy"], **{**bars, **system, **look})
+        name, bars = row["system"], {}
+        for axis, column in (("xerr", x), ("yerr", "accuracy")):
+            if f"{column}_low" in row:
+                bars[axis] = [[row[column] - row[f"{column}_low"]], [row[f"{column}_high"] - row[column]]]
+        system = {
+            "fmt": MARKERS.get(name, "o"),
+            "color": SYSTEM_COLOURS.get(name),
+            "label": SYSTEM_NAMES.get(name, name),
+        }
+        axes.errorbar(row[x], row["accuracy"], **{"capsize": 3, **bars, **system, **look})
 
 
-def accuracy_rtr_figure(table: pd.DataFrame) -> Figure:
-    """Accuracy (percent, with intervals) against RTR: the average large, a small panel per benchmark.
+def accuracy_figure(table: pd.DataFrame, panel: str = "benchmark", x: str = "rtr", label: str = RTR) -> Figure:
+    """Accuracy (percent) of systems against ``x``, a panel for each value of the column ``panel``, the average first.
 
-    ``table``: columns of table1_main.csv.
+    ``table``: system, accuracy, ``x`` and ``panel``; intervals in columns with ``_low`` and ``_high``.
     """
-    benchmarks = [name for name in table.benchmark.unique() if name != AVERAGE]
-    half = -(-len(benchmarks) // 2)
-    upper, lower = benchmarks[:half], benchmarks[half:]
-    mosaic = [[AVERAGE, AVERAGE, *upper], [AVERAGE, AVERAGE, *lower, *["."] * (len(upper) - len(lower))]]
-    figure, panels = plt.subplot_mosaic(mosaic, figsize=(13, 5.5), sharex=True)
-    for benchmark, axes in panels.items():
-        _points(axes, table[table.benchmark == benchmark])
-        axes.set(title=benchmark, xlim=(-0.05, 1.2))
-    figure.legend(*panels[AVERAGE].get_legend_handles_labels(), loc="outside right upper")
-    figure.supxlabel(RTR)
+    names = sorted(table[panel].unique(), key=lambda name: name != AVERAGE)
+    figure, grid = _panels(len(names), 3.5, 2.8, columns=4, sharex=panel == "benchmark")
+    for axes, name in zip(grid, names, strict=False):
+        axes.set_axis_on()
+        _points(axes, table[table[panel] == name], x)
+        axes.set(title=f"{panel}: {name}", xlim=(-0.05 * table[x].max(), None))
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.supxlabel(label)
     figure.supylabel("accuracy (%)")
     return figure
 
@@ -109,33 +110,17 @@ def systems_figure(table: pd.DataFrame) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(9.5, 5.5))
     rows = table[(table.benchmark == AVERAGE) & (table.system != "no_image")]
-    names = [name.rpartition("_") for name in rows.system]
-    stems = list(dict.fromkeys(stem for stem, _, ratio in names if stem and ratio in RATIO_MARKERS))
-    colours = dict(zip(stems, sns.color_palette("colorblind", len(stems)), strict=True))
+    named = [(stem, ratio) for stem, _, ratio in rows.system.str.rpartition("_", expand=False)]
+    pruners = dict.fromkeys(stem for stem, ratio in named if stem and ratio in RATIO_MARKERS)
+    colours = dict(zip(pruners, sns.color_palette("colorblind", len(pruners)), strict=True))
     markers = iter("PXv*^<>dph8H1234|_x+" * 3)
-    for row in rows.to_dict("records"):
-        stem, _, ratio = row["system"].rpartition("_")
+    for place, (stem, ratio) in enumerate(named):
         look: dict[str, Any] = {"fmt": RATIO_MARKERS.get(ratio), "color": colours.get(stem)}
         if None in look.values():
             look = {"fmt": next(markers), "color": "black", "markersize": 9}
-        _points(axes, pd.DataFrame([row]), elinewidth=0.8, capsize=2, **look)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False, ncols=1 + (len(rows) > 18))
+        _points(axes, rows.iloc[[place]], elinewidth=0.8, capsize=2, **look)
+    axes.legend(fontsize="small", ncols=1 + (len(rows) > 18), **OUTSIDE)
     axes.set(xlabel=RTR, ylabel="accuracy (%), mean of the tasks")
-    return figure
-
-
-def accuracy_time_figure(table: pd.DataFrame) -> Figure:
-    """Accuracy (percent, with intervals) against milliseconds a row (with quartiles), a panel per ``batch``.
-
-    ``table``: system, batch, ms and accuracy, both with columns ``_low`` and ``_high``.
-    """
-    batches = list(table.batch.unique())
-    figure, grid = plt.subplots(1, len(batches), figsize=(4.5 * len(batches), 3.8), sharey=True, squeeze=False)
-    for axes, batch in zip(grid.flat, batches, strict=True):
-        _points(axes, table[table.batch == batch], "ms")
-        axes.set(title=f"batch: {batch}", xlabel="time a row (ms)", xlim=(0, None))
-    grid[0, 0].set_ylabel("accuracy (%), mean of the tasks")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
@@ -150,21 +135,19 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
     for axes, (part, title) in zip(panels, titles.items(), strict=True):
         shown = dial[dial.rows == part]
         for system, rows in shown.groupby("system", sort=False):
-            look, trained = {"color": COLOURS.get(system)}, rows[rows.call_bias == 0]
+            look, trained = {"color": SYSTEM_COLOURS.get(system)}, rows[rows.call_bias == 0]
             axes.plot(rows.rtr, rows.accuracy, marker="o", markersize=4, label=SYSTEM_NAMES.get(system, system), **look)
             axes.fill_between(rows.rtr, rows.accuracy_low, rows.accuracy_high, alpha=0.12, linewidth=0, **look)
             axes.plot(trained.rtr, trained.accuracy, "o", markersize=10, markerfacecolor="none", **look)
         axes.set(xlabel=RTR, title=title.format(shown.n.iloc[0]))
     _points(panels[0], main[(main.benchmark == AVERAGE) & main.system.isin(["full", "half"])])
-    for place, (system, rows) in enumerate(frontier.groupby("system", sort=False)):
-        look = {
-            "color": COLOURS.get(system),
-            "linestyle": (4 * place, (4, 4)),
-        }  # dashes fill the gaps of the other frontier
+    for line, width, (system, rows) in zip(("-", ":"), (4, 2), frontier.groupby("system", sort=False), strict=False):
+        # the frontiers almost coincide: dots on a wide pale line show both
+        look = {"color": SYSTEM_COLOURS.get(system), "linestyle": line, "linewidth": width, "alpha": 2 / width}
         panels[1].plot(rows.rtr, rows.accuracy, label=f"{SYSTEM_NAMES.get(system, system)}: oracle frontier", **look)
     panels[0].set_ylabel("accuracy (%), average over tasks")
     for axes in panels:
-        axes.legend(loc="best")
+        axes.legend(loc="best", handlelength=3)
     return figure
 
 
@@ -185,24 +168,23 @@ def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]], rows: str) -> F
         for kind, height in shares[name].items():
             axes.bar(column, height, 0.16, tops[name][kind], color=colours[kind], linewidth=0)
             if height >= 4:
-                look: Any = {"color": "black" if np.dot(colours[kind], (0.299, 0.587, 0.114)) > 0.5 else "white"}
-                look |= {"ha": "center", "va": "center", "weight": "bold"}
-                axes.text(column, tops[name][kind] + height / 2, f"{height:.0f}", **look)
+                ink = "black" if np.dot(colours[kind], (0.299, 0.587, 0.114)) > 0.5 else "white"
+                place = column, tops[name][kind] + height / 2
+                axes.text(*place, f"{height:.0f}", color=ink, ha="center", va="center", weight="bold")
     steps = np.linspace(0, 1, 50)
     for column, (left, right) in enumerate(zip(table, list(table)[1:], strict=False)):
         counts = 100 * pd.crosstab(table[left], table[right], normalize="all")
         starts, ends = tops[left].copy(), tops[right].copy()
         for (source, target), height in counts.reindex(index=shares.index, columns=shares.index).stack().items():
             low = starts[source] + (3 * steps**2 - 2 * steps**3) * (ends[target] - starts[source])
-            place = column + 0.08 + 0.84 * steps
-            axes.fill_between(place, low, low + height, color=colours[source], alpha=0.3, linewidth=0)
+            across = column + 0.08 + 0.84 * steps
+            axes.fill_between(across, low, low + height, color=colours[source], alpha=0.3, linewidth=0)
             starts[source] += height
             ends[target] += height
     axes.set(xlim=(-0.3, len(policies) - 0.7), ylim=(102, -2), ylabel="rows (%)", title=f"{len(table)} {rows} rows")
     axes.set_xticks(range(len(policies)), list(policies))
     axes.grid(False)
-    handles = [Patch(color=colours[name], label=name) for name in shares.index]
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.legend(handles=[Patch(color=colours[name], label=name) for name in shares.index], **OUTSIDE)
     return figure
 
 
@@ -219,7 +201,7 @@ def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step")
         mean = points[name].rolling(len(points) // 8 if long else 1, center=True, min_periods=1).mean()
         axes.set_axis_on()
         axes.plot(points[x], points[name], "o", markersize=3 if long else 4, alpha=0.3 if long else 1)
-        axes.plot(points[x], mean, color="C0", linewidth=2 if long else 1.5)
+        axes.plot(points[x], mean, color="C0")
         axes.set(xlabel=x, ylabel=labels[name])
     return figure
 
@@ -233,11 +215,11 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
     size = (2.0 * len(groups), 4.0)
     figure, grid = plt.subplots(2, len(groups), figsize=size, sharex="col", sharey="row", squeeze=False)
     for (above, below), (parameter, rows) in zip(grid.T, groups, strict=True):
-        places = range(len(rows))
-        above.vlines(places, rows.accuracy_low, rows.accuracy_high, color="black", linewidth=1)
-        above.plot(places, rows.accuracy, marker="o")
-        below.plot(places, rows.rtr, marker="o")
-        below.set_xticks(list(places), [f"{value:g}" for value in rows.value])
+        values = [f"{value:g}" for value in rows.value]
+        above.errorbar(
+            values, rows.accuracy, [rows.accuracy - rows.accuracy_low, rows.accuracy_high - rows.accuracy], fmt="o-"
+        )
+        below.plot(values, rows.rtr, marker="o")
         below.set_xlabel(str(parameter))
     grid[0][0].set_ylabel("accuracy (%)")
     grid[1][0].set_ylabel("RTR")
@@ -254,46 +236,40 @@ def effects_figure(table: pd.DataFrame) -> Figure:
     columns = [("difference", "low", "high"), ("rtr", "rtr_low", "rtr_high")]
     for axes, (value, low, high) in zip(panels, columns, strict=True):
         for name, part in rows.groupby("system"):
-            significant = (part[low] > 0) | (part[high] < 0)
-            axes.hlines(part.index, part[low], part[high], color=COLOURS[name], linewidth=1.4, label=SYSTEM_NAMES[name])
-            inside = [COLOURS[name] if sure else "white" for sure in significant]
-            axes.scatter(part[value], part.index, color=inside, edgecolor=COLOURS[name], zorder=3)
+            colour, significant = SYSTEM_COLOURS[name], (part[low] > 0) | (part[high] < 0)
+            axes.hlines(part.index, part[low], part[high], color=colour, linewidth=1.4, label=SYSTEM_NAMES[name])
+            inside = [colour if sure else "white" for sure in significant]
+            axes.scatter(part[value], part.index, color=inside, edgecolor=colour, zorder=3)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel({"difference": "accuracy difference (points)", "rtr": "RTR difference"}[value])
     panels[0].set_yticks(rows.index, rows.variant)
-    handles = panels[1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(handles[0]), frameon=False)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
 # Any table
 
 
-def stacked_figure(table: pd.DataFrame, x: str, parts: Mapping[str, str], ylabel: str) -> Figure:
-    """A column for each value of ``x``, stacked from the columns ``parts`` (column -> name in the legend)."""
-    figure, axes = plt.subplots(figsize=(8, 3.6))
-    shown = table.set_index(x)[list(parts)].rename(columns=parts)
-    shown.plot.bar(stacked=True, ax=axes, rot=12, width=0.8, linewidth=0, xlabel="", ylabel=ylabel)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return figure
+def bars_figure(
+    table: pd.DataFrame, x: str, y: str, hue: str | None, labels: tuple[str, str], stacked: bool = False
+) -> Figure:
+    """Bars of ``y`` over ``x``, grouped or stacked by ``hue``. ``labels``: x, y axis.
 
-
-def bars_figure(table: pd.DataFrame, x: str, y: str, hue: str | None, labels: tuple[str, str]) -> Figure:
-    """Grouped bars of ``y`` over ``x``, whiskers from columns ``<y>_low`` and ``<y>_high``. ``labels``: x, y axis."""
+    Grouped bars have whiskers from the columns ``<y>_low`` and ``<y>_high``.
+    """
     figure, axes = plt.subplots(figsize=(9, 3.6))
-    long = table if hue else table.assign(all=y)
-    wide = [
-        long.pivot(index=x, columns=hue or "all", values=column).reindex(long[x].unique())[long[hue or "all"].unique()]
-        for column in (y, f"{y}_low", f"{y}_high")
-        if column in long
-    ]
-    whiskers = np.abs([(end - wide[0]).to_numpy().T for end in wide[1:]]).swapaxes(0, 1) if wide[1:] else None
-    look = {"error_kw": {"linewidth": 1}, "width": 0.8, "linewidth": 0, "rot": 20 if len(wide[0]) > 4 else 0}
-    wide[0].plot.bar(ax=axes, yerr=whiskers, legend=bool(hue), xlabel=labels[0], ylabel=labels[1], **look)
+    long, series = (table, hue) if hue else (table.assign(all=y), "all")
+    ends = [] if stacked else [column for column in (f"{y}_low", f"{y}_high") if column in long]
+    wide = {
+        column: long.pivot(index=x, columns=series, values=column).loc[long[x].unique(), long[series].unique()]
+        for column in (y, *ends)
+    }
+    whiskers = np.abs([(wide[end] - wide[y]).to_numpy().T for end in ends]).swapaxes(0, 1) if ends else None
+    look = {"error_kw": {"linewidth": 1}, "width": 0.8, "linewidth": 0, "rot": 20 if len(wide[y]) > 4 else 0}
+    wide[y].plot.bar(ax=axes, yerr=whiskers, stacked=stacked, xlabel=labels[0], ylabel=labels[1], **look)
     axes.grid(False, axis="x")
-    if hue:
-        axes.legend(title=hue, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    axes.legend(title=hue, **OUTSIDE).set_visible(bool(hue))
     return figure
 
 
@@ -347,27 +323,31 @@ def gallery(
     """
     rows = list(rows)
     crops = [one.crops for one in done] or [row.get("target_crops") or () for row in rows]
-    most = max(map(len, crops), default=0)
-    width = 1 + most if most else 3
-    figure, grid = _panels(len(rows) * (width if most else 1), 3.4, 3.4, width)
+    width = 1 + max(map(len, crops), default=0)
+    figure, grid = _panels(len(rows) * width, 3.4, 3.4, width if width > 1 else 3)
     if not rows:
         grid[0].text(0.5, 0.5, "no such rows", ha="center", va="center")
     for number, (row, names) in enumerate(zip(rows, crops, strict=True)):
-        first = number * (width if most else 1)
+        view, *others = grid[number * width : (number + 1) * width]
         truth = f"truth: {row['answers'][0]}" if row.get("answers") else "truth unknown"
-        said = f"answer: {done[number].answer} ({truth})" if done else truth
-        note = [notes[number]] if notes and notes[number] else []
-        _low_view(grid[first], row, names, "\n".join([row["question"], said, *note]))
-        for axes, name in zip(grid[first + 1 :], names, strict=False):
+        lines = [row["question"], f"answer: {done[number].answer} ({truth})" if done else truth]
+        low = low_resolution(row["image"])
+        _picture(view, low, "\n".join(filter(None, [*lines, notes[number] if notes else ""])))
+        for name in names:
+            _outline(view, low, crop_box(name), edgecolor=PALETTE[2], facecolor=(*PALETTE[2], 0.15))
+        for boxes, colour, line in (("question_boxes", PALETTE[0], "--"), ("answer_boxes", PALETTE[3], "-")):
+            for box in row.get(boxes) or ():
+                _outline(view, low, box, edgecolor=colour, linestyle=line, fill=False)
+        for axes, name in zip(others, names, strict=False):
             _picture(axes, cut(row["image"], name), f"crop: {name}")
     return figure
 
 
-def _panels(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, width: float, height: float, columns: int = 3, **shared: bool) -> tuple[Figure, list[Axes]]:
     """A grid of ``count`` panels of that size (inches), at least one; their axes are off until something is drawn."""
     columns = min(columns, max(1, count))
     lines = max(1, -(-count // columns))
-    figure, grid = plt.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
+    figure, grid = plt.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False, **shared)
     for axes in grid.flat:
         axes.set_axis_off()
     return figure, list(grid.flat)
@@ -379,16 +359,6 @@ def _picture(axes: Axes, image: Image.Image, title: str) -> None:
     printable = "".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in title)
     lines = [fill(shorten(line, 120, placeholder=" ..."), 48) for line in printable.split("\n")]
     axes.set_title("\n".join(lines), fontsize=8, loc="left", parse_math=False)
-
-
-def _low_view(axes: Axes, row: Mapping[str, Any], crops: Iterable[str], title: str) -> None:
-    low, palette = low_resolution(row["image"]), sns.color_palette("colorblind")
-    _picture(axes, low, title)
-    for name in crops:
-        _outline(axes, low, crop_box(name), edgecolor=palette[2], facecolor=(*palette[2], 0.15))
-    for boxes, colour, line in (("question_boxes", palette[0], "--"), ("answer_boxes", palette[3], "-")):
-        for box in row.get(boxes) or ():
-            _outline(axes, low, box, edgecolor=colour, linestyle=line, fill=False)
 
 
 def _outline(axes: Axes, image: Image.Image, box: Sequence[float], **look: Any) -> None:

@@ -48,24 +48,24 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
         return _publish_policy(params)
     if stage not in ("report", *PAGES):
         raise AwaresValueError(f"unknown stage {stage!r}: publish {', '.join(('report', *PAGES, 'policy'))}")
-    replaced = {"01_curation": "01_released"} if params.curation.released else {}
-    main_line = {replaced.get(name, name): one for name, one in STAGES.items()}
-    pages = {PAGES[stage]: stage} if stage in PAGES else main_line
+    pages = {PAGES[stage]: stage} if stage in PAGES else STAGES
     runs = {name: params.run_dir(one) for name, one in pages.items()}
+    if params.curation.released and stage == "report":
+        runs = {name.replace("01_curation", "01_released"): run for name, run in runs.items()}
+    shown = list(runs)  # the others have a notebook and no page
     if stage == "ablations":
         variants = [name for listed in params.ablations.values() for name in listed]
         runs |= {f"06_{name}": replace(params, variant=name).run_dir("evaluation") for name in variants}
     elif stage == "comparison":
         runs |= {f"10_{name}": params.run_dir("systems") / name for name in params.comparison.all}
-    for run in runs.values():
-        _require(run / "notebook.ipynb", stage)
+    sources = {name: _require(run / "notebook.ipynb", stage) for name, run in runs.items()}
     folder, files = params.report_dir() / ("" if stage == "report" else stage), []
     notebooks, web_pages = clear(folder / "notebooks"), clear(folder / "html")
-    for name, run in runs.items():
-        notebook = stable_copy(nbformat.read(run / "notebook.ipynb", as_version=4), params.root)
+    for name, source in sources.items():
+        notebook = stable_copy(nbformat.read(source, as_version=4), params.root)
         files.append(notebooks / f"{name}.ipynb")
         nbformat.write(notebook, files[-1])
-        if name in pages:
+        if name in shown:
             files.append(web_pages / f"{name}.html")
             files[-1].write_text(to_html(notebook, name), encoding="utf-8")
     return files
@@ -73,26 +73,28 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
 
 def _publish_policy(params: Params) -> list[Path]:
     """The adapters of the main run. Each names the base model or adapter that it was trained on."""
-    adapters, files = {stage: params.run_dir(stage) / "adapter" for stage in ("sft", "grpo")}, []
-    for stage, adapter in adapters.items():
-        _require(adapter / "adapter_config.json", stage)
-    for (stage, adapter), model in zip(adapters.items(), ("../../base", "../sft"), strict=True):
+    files, trained_on = [], {"sft": "../../base", "grpo": "../sft"}
+    adapters = {stage: params.run_dir(stage) / "adapter" for stage in trained_on}
+    configs = {stage: _require(adapter / "adapter_config.json", stage) for stage, adapter in adapters.items()}
+    for stage, model in trained_on.items():
         folder = clear(params.path("data/policy") / stage)
-        config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": model}
+        config = json.loads(configs[stage].read_text()) | {"base_model_name_or_path": model}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        shutil.copy(adapter / "adapter_model.safetensors", folder)
+        shutil.copy(adapters[stage] / "adapter_model.safetensors", folder)
         files += sorted(folder.iterdir())
     return files
 
 
-def _require(path: Path, stage: str) -> None:
+def _require(path: Path, stage: str) -> Path:
     if not path.is_file():
         raise AwaresFileError(f"{path}: not executed yet; run `dvc repro {stage}`")
+    return path
 
 
 def stable_copy(notebook: nbformat.NotebookNode, root: Path) -> nbformat.NotebookNode:
     """A copy without ids, timings, stderr (progress bars, warnings) and paths of this machine."""
-    clean = nbformat.from_dict(notebook)
+    text = nbformat.writes(notebook).replace(f"{root}/", "").replace(str(root), ".")
+    clean = nbformat.reads(text, as_version=4)
     clean.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     clean.metadata["language_info"] = {"name": "python"}
     for number, cell in enumerate(clean.cells):
@@ -100,24 +102,16 @@ def stable_copy(notebook: nbformat.NotebookNode, root: Path) -> nbformat.Noteboo
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
         if cell.cell_type == "code":
             kept = [output for output in cell.outputs if "<progress" not in output.get("data", {}).get("text/html", "")]
-            cell.outputs = [_clean(output, root) for output in kept if output.get("name") != "stderr"]
+            cell.outputs = [output for output in kept if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "data" in output:  # alone the alternative texts of pictures remain
+                    alt = output.metadata.get("image/png", {}).get("alt")
+                    output.metadata = {"image/png": {"alt": alt}} if alt else {}
     return clean
 
 
-def _clean(output: nbformat.NotebookNode, root: Path) -> nbformat.NotebookNode:
-    """``output`` without the repository's folder in its text, and of its metadata only the alt texts of pictures."""
-    for texts in (output, output.get("data", {})):
-        for kind, text in texts.items():
-            if kind.startswith("text") and isinstance(text, str):
-                texts[kind] = text.replace(f"{root}/", "").replace(str(root), ".")
-    metadata = output.pop("metadata", {})
-    if output.output_type in ("display_data", "execute_result"):
-        output.metadata = {"image/png": {"alt": alt}} if (alt := metadata.get("image/png", {}).get("alt")) else {}
-    return output
-
-
 def to_html(notebook: nbformat.NotebookNode, title: str) -> str:
-    """One HTML page with its pictures, their alt texts and styles inside, and no script: it opens anywhere and loads nothing."""
+    """One HTML page that opens anywhere: pictures, their alternative texts and styles inside, no script."""
     exporter = HTMLExporter(embed_images=True, template_file="folded.html.j2", extra_loaders=[DictLoader(FOLDED)])
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})

@@ -21,8 +21,6 @@ from awares.study.diagnostics import NO_CALL, outcome, table_outcomes
 if TYPE_CHECKING:
     from awares.method.rollout import Trajectory
 
-ALL_SOURCES = "all sources"
-
 
 def save_table(table: pd.DataFrame, path: Path, digits: int = 4) -> pd.DataFrame:
     """Write ``table`` as CSV, numbers rounded to ``digits``, and return it as written."""
@@ -94,7 +92,7 @@ def crop_table(rows: datasets.Dataset) -> pd.DataFrame:
 
 
 def _by_source(table: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
-    return [*table.groupby("source", sort=False), (ALL_SOURCES, table)]
+    return [*table.groupby("source", sort=False), ("all sources", table)]
 
 
 def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
@@ -103,20 +101,18 @@ def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
     Columns half and full: whether the deciding judge accepts these answers (released rows have none). The evidence is
     the smallest annotated box, else the oracle's smallest, on its shorter side; without boxes height is nan.
     """
-    judge = params.curation.judge
-    threshold = correct_threshold(judge, params)
-    sides = {} if params.curation.released else {"half": "low", "full": "high"}
-    scores = {view: rows[f"{side}_score_{judge}"][:] for view, side in sides.items()}
     records = []
-    for index, row in enumerate(rows):
+    for row in rows:
         own = row["answer_boxes"] or row["question_boxes"]
         boxes = own or row.get("oracle_answer_boxes") or row.get("oracle_question_boxes") or []
         width, height = row["image"].size
         spans = [min((box[2] - box[0]) * width, (box[3] - box[1]) * height) / 1000 for box in boxes]
-        record = {"source": row["source"], "label": row["label"], "image width": width, "image height": height}
-        right = {view: values[index] >= threshold for view, values in scores.items()}
-        records.append({**record, "height": min(spans, default=math.nan), **right})
-    return pd.DataFrame(records)
+        records.append((row["source"], row["label"], width, height, min(spans, default=math.nan)))
+    table = pd.DataFrame(records, columns=["source", "label", "image width", "image height", "height"])
+    judge = params.curation.judge
+    for view, side in {} if params.curation.released else {"half": "low", "full": "high"}.items():
+        table[view] = np.array(rows[f"{side}_score_{judge}"][:], float) >= correct_threshold(judge, params)
+    return table
 
 
 def accuracy_by_size(evidence: pd.DataFrame, parts: int = 4) -> pd.DataFrame:
@@ -124,10 +120,9 @@ def accuracy_by_size(evidence: pd.DataFrame, parts: int = 4) -> pd.DataFrame:
 
     Empty without answers of a base model and where only HR rows have boxes: their label says which answers are right.
     """
-    columns = ["height min", "height max", "n", "half", "full"]
     evidence = evidence.dropna(subset="height")
     if not {"half", "full"} <= set(evidence) or not (evidence.label == "LR").any():
-        return pd.DataFrame(columns=columns)
+        return pd.DataFrame(columns=["height min", "height max", "n", "half", "full"])
     groups = evidence.groupby(pd.qcut(evidence.height.rank(method="first"), min(parts, len(evidence)), labels=False))
     sizes = {"height min": ("height", "min"), "height max": ("height", "max"), "n": ("height", "size")}
     table = groups.agg(**sizes, half=("half", "mean"), full=("full", "mean"))
@@ -148,11 +143,11 @@ def repair_table(rows: datasets.Dataset, repaired: Sequence["Trajectory | Failur
         scores = np.array(judge.scores(rows["question"][:], given, rows["answers"][:]))
         right[view] = np.where(np.isnan(scores), math.nan, 100.0 * (scores >= judge.correct_threshold))
     table = pd.DataFrame(right).dropna()
-    parts = {"HR": table[table.label == "HR"], "LR": table[table.label == "LR"], "all": table}
-    means = [{"label": name, "n": len(part), **part[list(answers)].mean()} for name, part in parts.items()]
-    found = pd.DataFrame(means)
-    found.insert(2, "lost", [labels.count("HR"), labels.count("LR"), len(labels)] - found.n)
-    return found
+    records = []
+    for name, part in (("HR", table[table.label == "HR"]), ("LR", table[table.label == "LR"]), ("all", table)):
+        all_rows = len(labels) if name == "all" else labels.count(name)
+        records.append((name, len(part), all_rows - len(part), *part[list(answers)].mean()))
+    return pd.DataFrame(records, columns=["label", "n", "lost", *answers])
 
 
 def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
@@ -186,9 +181,8 @@ def seed_table(params: Params, seed: int) -> pd.DataFrame:
 
 def seed_means(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean, smallest (``_low``) and largest (``_high``) accuracy and RTR over seeds, per system and benchmark."""
-    columns: dict[str, Any] = {}
-    for name in ("accuracy", "rtr"):
-        columns |= {name: (name, "mean"), f"{name}_low": (name, "min"), f"{name}_high": (name, "max")}
+    ends = {"": "mean", "_low": "min", "_high": "max"}
+    columns: Any = {f"{name}{end}": (name, how) for name in ("accuracy", "rtr") for end, how in ends.items()}
     groups = runs.groupby(["system", "benchmark"], sort=False)
     return groups.agg(**columns, seeds=("seed", "nunique")).reset_index()
 

@@ -19,13 +19,10 @@ from awares.config import CropSettings
 from awares.data.rows import evidence_crops, rows_of_source
 
 
-def question_auc(
-    train: Sequence[str], train_labels: Sequence[str], test: Sequence[str], labels: Sequence[str]
-) -> float:
-    """Area under the ROC curve (0.5 = chance) of the probe for HR against LR, fitted on ``train``."""
-    model = _probe().fit(train, train_labels)
-    score = model.predict_proba(test)[:, list(model.classes_).index("HR")]
-    return float(roc_auc_score(np.array(labels) == "HR", score))
+def text_probe() -> Pipeline:
+    """The probe, to be fitted on texts and labels."""
+    words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True)
+    return make_pipeline(words, LogisticRegression(max_iter=2000, C=1.0))
 
 
 def question_accuracy(
@@ -36,7 +33,7 @@ def question_accuracy(
     majority = float(np.mean([label == common for label in labels]))
     if len(set(train_labels)) == 1:
         return majority, majority
-    guesses = _probe().fit(train, train_labels).predict(test)
+    guesses = text_probe().fit(train, train_labels).predict(test)
     return float(np.mean(guesses == np.array(labels))), majority
 
 
@@ -44,10 +41,9 @@ def crossed_accuracy(questions: Sequence[str], labels: Sequence[str], folds: int
     """Cross-validated accuracy (0 to 1) of the probe over ``folds`` parts, and of the most frequent label."""
     majority = Counter(labels).most_common(1)[0][1] / len(labels)
     parts = KFold(min(folds, max(2, len(labels))), shuffle=True, random_state=0)
-    few = len(set(labels)) == 1 or any(len({labels[at] for at in fitted}) == 1 for fitted, _ in parts.split(labels))
-    if few:  # a part cannot be fitted
-        return majority, majority
-    guesses = cross_val_predict(_probe(), list(questions), list(labels), cv=parts)
+    if len(set(labels)) == 1 or any(len({labels[at] for at in fitted}) == 1 for fitted, _ in parts.split(labels)):
+        return majority, majority  # a part cannot be fitted
+    guesses = cross_val_predict(text_probe(), list(questions), list(labels), cv=parts)
     return float(np.mean(guesses == np.array(labels))), majority
 
 
@@ -65,9 +61,8 @@ def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: CropS
         known, tested = (list(rows["question"]) for rows in parts)
         for guessed, (given, wanted) in labels.items() if tested else ():
             words, majority = question_accuracy(known, given, tested, wanted)
-            shares = {"words": 100 * words, "majority": 100 * majority, "gain": 100 * (words - majority)}
-            records.append({"source": source, "guessed": guessed, **shares, "n": len(wanted)})
-    return pd.DataFrame(records)
+            records.append((source, guessed, 100 * words, 100 * majority, 100 * (words - majority), len(wanted)))
+    return pd.DataFrame(records, columns=["source", "guessed", "words", "majority", "gain", "n"])
 
 
 def label_leaks(train: datasets.Dataset, test: datasets.Dataset) -> pd.DataFrame:
@@ -78,15 +73,12 @@ def label_leaks(train: datasets.Dataset, test: datasets.Dataset) -> pd.DataFrame
     """
     records = []
     if set(train["label"]) == set(test["label"]) == {"LR", "HR"}:
-        auc = question_auc(*(list(rows[column]) for rows in (train, test) for column in ("question", "label")))
-        records.append({"check": "when", "value": auc, "bound": 0.70, "n": len(test)})
+        model = text_probe().fit(list(train["question"]), list(train["label"]))
+        of_hr = model.predict_proba(list(test["question"]))[:, 0]  # classes are sorted: HR, LR
+        auc = float(roc_auc_score(np.array(test["label"][:]) == "HR", of_hr))
+        records.append(("when", auc, 0.70, len(test)))
         needy = datasets.concatenate_datasets([train, test]).filter(lambda label: label == "HR", input_columns="label")
         crops = ["+".join(names) for names in needy["target_crops"]]
         words, majority = crossed_accuracy(list(needy["question"]), crops)
-        records.append({"check": "where", "value": 100 * words, "bound": 100 * majority + 10, "n": len(needy)})
+        records.append(("where", 100 * words, 100 * majority + 10, len(needy)))
     return pd.DataFrame(records, columns=["check", "value", "bound", "n"])
-
-
-def _probe() -> Pipeline:
-    words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True)
-    return make_pipeline(words, LogisticRegression(max_iter=2000, C=1.0))
