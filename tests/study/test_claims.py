@@ -18,8 +18,7 @@ from awares.errors import AwaresError
 from awares.method import evaluation
 from awares.method.rollout import Trajectory, Turn
 from awares.study import claims, comparison, scores
-from awares.study.claims import accuracy, area, call_rate, characters, correlation, every, measure, recall, rtr, valid
-from awares.study.scores import Sample, trained
+from awares.study.scores import Estimate, trained
 
 PER_TASK = 20
 POLICIES = {
@@ -85,8 +84,9 @@ class World:
         jsonl.write_records(self.runs / path / "validation.jsonl", made)
 
     def decide(self, predicate):
-        """The finding of one claim, its files read anew."""
-        return SimpleNamespace(**claims.decide(predicate, scores.Runs(self.params, POLICIES)))
+        """The finding of one claim, its files read anew. ``predicate``: as in claims.csv, or made."""
+        made = claims.read_predicate(predicate) if isinstance(predicate, str) else predicate
+        return SimpleNamespace(**claims.decide(made, scores.Runs(self.params, POLICIES)))
 
 
 @pytest.fixture
@@ -102,9 +102,6 @@ def calling(calls, of):
     return [["top"]] * calls + [[]] * (of - calls)
 
 
-# The verdict
-
-
 @pytest.mark.parametrize(
     ("low", "high", "side", "margin", "expected"),
     [
@@ -114,12 +111,10 @@ def calling(calls, of):
         (-0.4, 2.0, "above", -0.5, "holds"),
         (-2.0, -0.1, "below", 0, "holds"),
         (0.1, 2.0, "below", 0, "does not hold"),
-        (0.3, 0.3, "below", 0.3, "undecided"),
         (-0.9, 0.9, "within", 1, "holds"),
         (-1.1, 0.9, "within", 1, "undecided"),
         (1.1, 3.0, "within", 1, "does not hold"),
         (-3.0, -1.1, "within", 1, "does not hold"),
-        (np.nan, np.nan, "above", 0, "undecided"),
         (np.nan, np.nan, "within", 1, "undecided"),
     ],
 )
@@ -127,25 +122,18 @@ def test_verdict_from_interval_side_and_margin(low, high, side, margin, expected
     assert claims.Predicate((), side, margin).verdict(low, high) == expected
 
 
-def test_a_difference_holds_fails_or_stays_open_with_the_interval_of_the_differences_table(world):
+def test_a_difference_is_decided_by_the_interval_of_the_differences_table(world):
     done = {"full": world.main("full", marks(0.5)), "awares": world.main("awares", marks(0.9, 1))}
-    gain = accuracy("awares") - accuracy("full")
-    found = world.decide(gain > 0)
+    gain = "accuracy(awares) - accuracy(full)"
+    found = world.decide(f"{gain} > 0")
     assert (found.verdict, found.seeds, found.note) == ("holds", 1, "") and found.effect > found.low > 0
-    assert world.decide(gain < 0).verdict == "does not hold"
-    assert world.decide(gain > found.effect).verdict == "undecided"
-    assert world.decide(gain.within(99)).verdict == "holds"
-    assert world.decide(accuracy("awares", "pope") - accuracy("full", "pope") > 0).effect != found.effect
+    assert world.decide(f"{gain} < 0").verdict == "does not hold"
+    assert world.decide(f"{gain} > {found.effect}").verdict == "undecided"
+    assert world.decide(f"({gain}).within(99)").verdict == "holds"
+    assert world.decide("accuracy(awares, pope) - accuracy(full, pope) > 0").effect != found.effect
     table = pd.concat([evaluation.scored(name, world.rows, one) for name, one in done.items()])
     expected = evaluation.compare(table, [("awares", "full")], world.params.evaluation).squeeze()
     assert (found.effect, found.low, found.high) == pytest.approx((expected.difference, expected.low, expected.high))
-
-
-def test_a_claim_without_its_runs_is_undecided_and_names_the_file(world):
-    world.main("full", marks(0.5))
-    found = world.decide(accuracy("awares") - accuracy("full") > 0)
-    assert (found.verdict, found.seeds) == ("undecided", 0) and np.isnan([found.effect, found.low, found.high]).all()
-    assert "evaluation/main-s1/trajectories/awares.jsonl" in found.note
 
 
 # Training seeds
@@ -155,7 +143,7 @@ def test_seeds_in_common_are_pooled_and_widen_the_interval(world):
     world.main("full", marks(0.7))
     for seed, share in ((1, 0.7), (2, 0.95), (3, 0.45)):
         world.main("awares", marks(share), seed)
-    found = world.decide(accuracy("awares") - accuracy("full") > 0)
+    found = world.decide("accuracy(awares) - accuracy(full) > 0")
     one_by_one = [100 * (marks(share).mean() - marks(0.7).mean()) for share in (0.7, 0.95, 0.45)]
     assert found.seeds == 3 and found.effect == pytest.approx(np.mean(one_by_one))
     assert found.high - found.low > 15 and found.verdict == "undecided"  # rows alone would leave a few points
@@ -178,30 +166,30 @@ def test_only_seeds_that_both_have_count(world):
     for seed in (1, 2):
         world.turns(f"grpo/main-s{seed}", [["top"], []] * 10)
     world.turns("sft/main-s3", [["top"]] * 20)
-    assert "no training seed in common" in world.decide(call_rate("awares") - call_rate("sft") < 0).note
+    assert "no training seed in common" in world.decide("call_rate(awares) - call_rate(sft) < 0").note
     world.turns("sft/main-s2", [["top"]] * 20)
-    found = world.decide(call_rate("awares") - call_rate("sft") < 0)
+    found = world.decide("call_rate(awares) - call_rate(sft) < 0")
     assert (found.seeds, found.effect, found.verdict) == (1, -50, "holds")
-    assert world.decide(call_rate("awares") - call_rate("oracle") < 0).seeds == 2  # the oracle was not trained
+    assert world.decide("call_rate(awares) - call_rate(oracle) < 0").seeds == 2  # the oracle was not trained
 
 
 def test_one_training_is_as_uncertain_as_the_main_lines_are_apart(world):
-    """A variant at one seed against a main line whose seeds call on 10, 20 and 30 of 40 rows: a deviation of 25 points."""
+    """A variant at one seed, a main line whose seeds call on 10, 20 and 30 of 40 rows: a deviation of 25 points."""
     world.curated("validation", ["HR", "LR"] * 20, [["top"], []] * 20)
     for seed, calls in ((1, 20), (2, 10), (3, 30)):
         world.turns(f"grpo/main-s{seed}", calling(calls, 40))
     world.turns("grpo/variant-s1", [["top"]] * 40)
-    found = world.decide(call_rate("variant") - call_rate("awares") > 0)
+    found = world.decide("call_rate(variant) - call_rate(awares) > 0")
     assert (found.seeds, found.effect, found.verdict) == (1, 50, "undecided")
     # Two trainings, 25 points each, estimated from three; the rows (50 % of 40, 7.9 points) hardly add to that
     assert found.high - found.low == pytest.approx(2 * scipy.stats.t.ppf(0.975, 2) * 2**0.5 * 25, rel=0.15)
     for seed in (2, 3):
         world.turns(f"grpo/main-s{seed}", calling(20, 40))
-    assert world.decide(call_rate("variant") - call_rate("awares") > 0).verdict == "holds"
+    assert world.decide("call_rate(variant) - call_rate(awares) > 0").verdict == "holds"
     # Recall is 100 % at every seed, which is known to half a row
     for place in ("grpo/main-s1", "grpo/main-s2", "grpo/main-s3", "grpo/variant-s1"):
         world.turns(place, [["top"], []] * 20)
-    alike = world.decide(recall("awares") - recall("variant") > -1)
+    alike = world.decide("recall(awares) - recall(variant) > -1")
     assert alike.effect == 0 and alike.low < -1 < 1 < alike.high and alike.verdict == "undecided"
 
 
@@ -212,21 +200,19 @@ def test_the_hardest_of_several_decides_with_a_stricter_far_end(world):
     world.main("full", marks(1), tokens=64)
     world.main("awares", marks(1), tokens=32, text="call, then answer", answer="yes" * 4)
     world.pruner(tokens=48)
-    others = ("full", "pruner")
-    assert world.decide(every(rtr("awares") - rtr(name) < 0 for name in others)).effect == -0.25
-    assert world.decide(every(rtr("awares") - rtr(name) > 0 for name in others)).effect == -0.5
-    assert world.decide(rtr("awares") < 0.51).verdict == "holds"
-    assert world.decide(characters("awares") / characters("full") > 2).effect == 4  # a call is no answer (Table 6)
-    assert "scores.csv has no characters" in world.decide(characters("awares") / characters("pruner") > 2).note
+    assert world.decide("every(rtr(awares) - rtr(name) < 0 for name in [full, pruner])").effect == -0.25
+    assert world.decide("every(rtr(awares) - rtr(name) > 0 for name in [full, pruner])").effect == -0.5
+    assert world.decide("rtr(awares) < 0.51").verdict == "holds"
+    assert world.decide("characters(awares) / characters(full) > 2").effect == 4  # a call is no answer (Table 6)
+    assert "scores.csv has no characters" in world.decide("characters(awares) / characters(pruner) > 2").note
 
     rng = np.random.default_rng(0)
-    draws = [Sample(0.0, rng.standard_normal(40_000)) for _ in range(4)]
+    draws = [Estimate(0.0, rng.standard_normal(40_000)) for _ in range(4)]
     noise = [claims.Quantity((), "", lambda runs, seeds, one=one: one) for one in draws]
     strict = scipy.stats.norm.ppf(1 - 0.025 / 4)
-    above, below = (world.decide(every(made)) for made in ([one > 0 for one in noise], [one < 0 for one in noise]))
+    above, below = (world.decide(claims.every(made)) for made in ([n > 0 for n in noise], [n < 0 for n in noise]))
     assert (above.low, above.high) == pytest.approx((-1.96, strict), abs=0.15)
     assert (below.low, below.high) == pytest.approx((-strict, 1.96), abs=0.15)
-    assert (lambda one: (one.low, one.high))(world.decide(noise[0] > 0)) == draws[0].interval(0.95)
 
 
 def test_measures_are_the_diagnostics(world):
@@ -240,7 +226,7 @@ def test_measures_are_the_diagnostics(world):
     world.turns("grpo/main-s1", requests, statuses)
     expected = evaluation.cdp_diagnostics(labels, requests, target)
     for name in (*scores.SHARES, "area"):
-        found = world.decide(measure(name, "awares") > 0)
+        found = world.decide(f"{name}(awares) > 0")
         assert found.effect == pytest.approx(expected[name] * (1 if name == "area" else 100))
         assert found.low < found.effect < found.high
     calls = [names for names in requests if names]
@@ -248,36 +234,33 @@ def test_measures_are_the_diagnostics(world):
     shares = {"whole_of_calls": calls.count(["all"]) / len(calls), "whole_image": calls.count(["all"]) / 60}
     shares |= {"valid": evaluation.format_table({"awares": done}).valid.item() / 100}
     for name, share in shares.items():
-        assert world.decide(measure(name, "awares") > 0).effect == pytest.approx(100 * share) and share < 1
-    assert world.decide(measure("hr", "oracle") > 0).effect == pytest.approx(100 * labels.count("HR") / 60)
-    assert "has no valid" in world.decide(valid("oracle") > 0).note
+        assert world.decide(f"{name}(awares) > 0").effect == pytest.approx(100 * share) and share < 1
+    assert world.decide("hr(oracle) > 0").effect == pytest.approx(100 * labels.count("HR") / 60)
+    assert "has no valid" in world.decide("valid(oracle) > 0").note
 
     call, hr = np.array([bool(names) for names in requests]), np.array([name == "HR" for name in labels])
-    found = world.decide(correlation("awares", "call_rate", "hr") > 0)
+    found = world.decide('correlation(awares, "call_rate", "hr") > 0')
     assert found.effect == pytest.approx(np.corrcoef(call, hr)[0, 1]) and found.verdict == "undecided"
-    perfect = world.decide(correlation("oracle", "call_rate", "hr") > 0)
+    perfect = world.decide('correlation(oracle, "call_rate", "hr") > 0')
     assert (perfect.effect, perfect.verdict) == (pytest.approx(1), "holds") and perfect.high <= 1
 
 
-def test_order_and_distance(world):
+def test_distance(world):
     world.curated("validation", ["HR"] * 8 + ["LR"] * 32, calling(8, 40))
     world.turns("sft/main-s1", calling(30, 40))
     world.turns("grpo/main-s1", calling(12, 40))
-    sft, awares, oracle = call_rate("sft"), call_rate("awares"), call_rate("oracle")
-    found = world.decide(every([sft - awares > 0, awares - oracle > 0]))
-    assert (found.effect, found.verdict) == (10, "holds")
-    assert world.decide(every([oracle - awares > 0, awares - sft > 0])).verdict == "does not hold"
-    assert world.decide(abs(sft - oracle) - abs(awares - oracle) > 0).effect == pytest.approx(55 - 10)
-    assert world.decide(abs(awares - oracle) - abs(sft - oracle) > 0).verdict == "does not hold"
+    distances = [f"abs(call_rate({name}) - call_rate(oracle))" for name in ("sft", "awares")]
+    assert world.decide(f"{distances[0]} - {distances[1]} > 0").effect == pytest.approx(55 - 10)
+    assert world.decide(f"{distances[1]} - {distances[0]} > 0").verdict == "does not hold"
 
 
 def test_agreement_of_judges(world):
     labels = ["HR", "LR", "LR", "HR"] * 50
     verdicts = {"anls": [2, 0, 2, 0] * 50, "other": [2, 1, 0, 2] * 50}
     world.curated("train", labels, [["top"] if name == "HR" else [] for name in labels], verdicts)
-    anls, other = (claims.agreement(f"judge_{name}") for name in verdicts)
-    assert world.decide(anls > 95).effect == 50
-    perfect, apart = world.decide(other > 95), world.decide(anls - other < 0)  # both read the same rows
+    assert world.decide("agreement(judge_anls) > 95").effect == 50
+    perfect = world.decide("agreement(judge_other) > 95")
+    apart = world.decide("agreement(judge_anls) - agreement(judge_other) < 0")  # both read the same rows
     assert (perfect.effect, perfect.verdict, apart.effect, apart.verdict) == (100, "holds", -50, "holds")
 
 
@@ -285,10 +268,10 @@ def test_a_share_without_an_exception_is_not_certain_but_an_area_is(world):
     for count, said in ((40, "undecided"), (200, "holds")):  # 0.025 ** (1 / 40) is 0.912, 0.025 ** (1 / 200) is 0.982
         world.curated("validation", ["HR"] * count, [["all"]] * count)
         world.turns("sft/main-s1", [["all"]] * count)
-        found = world.decide(valid("sft") > 96)
+        found = world.decide("valid(sft) > 96")
         assert (found.effect, found.verdict) == (100, said) and found.low < found.high == 100
     assert 97.5 < found.low < 99.5
-    size, share = world.decide(area("sft") > 0), world.decide(measure("whole_of_calls", "sft") > 0)
+    size, share = world.decide("area(sft) > 0"), world.decide("whole_of_calls(sft) > 0")
     assert (size.low, size.high) == (1, 1) and 95 < share.low < share.high == 100
 
 
@@ -296,45 +279,40 @@ def test_a_policy_that_never_calls_decides_nothing_about_its_calls(world):
     world.curated("validation", ["HR", "LR"] * 10, [["top"], []] * 10)
     world.turns("grpo/main-s1", [[]] * 20)
     world.turns("sft/main-s1", calling(1, 20))
-    never, once = (world.decide(measure("precision", name) > 0) for name in ("awares", "sft"))
+    never, once = (world.decide(f"precision({name}) > 0") for name in ("awares", "sft"))
     assert never.verdict == "undecided" and np.isnan(never.effect) and "too few rows" in never.note
     assert once.verdict == "undecided" and once.effect == 100 and np.isnan(once.low)
 
 
 def test_time_ratios_come_from_the_latency_page(world):
     file = world.params.report_dir() / "latency" / "ratios.csv"
-    slower = claims.time_ratio("escalate_full", "awares") > 1
-    assert "ratios.csv is not there" in world.decide(slower).note
+    assert "ratios.csv is not there" in world.decide("time_ratio(escalate_full, awares) > 1").note
     file.parent.mkdir(parents=True)
     lines = [("escalate_full", "awares", 1, 2.0, 1.5, 2.5), ("escalate_full", "awares", "best", 0.1, 0.1, 0.1)]
     columns = ["system", "over", "batch", "ratio", "ratio_low", "ratio_high"]
     pd.DataFrame(lines, columns=columns).to_csv(file, index=False)
-    found = world.decide(slower)
+    found = world.decide("time_ratio(escalate_full, awares) > 1")
     assert (found.effect, found.low, found.high, found.seeds, found.verdict) == (2, 1.5, 2.5, 1, "holds")
-    assert "no half over awares" in world.decide(claims.time_ratio("half", "awares") > 1).note
-
-
-# Files that are there and are wrong
+    assert "no half over awares" in world.decide("time_ratio(half, awares) > 1").note
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    "change",
     [
-        (lambda t: t.drop(columns="rtr"), "scores.csv: .*rtr"),
-        (lambda t: t.assign(score=2.0), "scores.csv: row chartqa-0: score is 2.0"),
-        (lambda t: t.assign(rtr=np.nan), "scores.csv: row chartqa-0: rtr is nan"),
-        (lambda t: t.assign(rtr="much"), "scores.csv: row chartqa-0: rtr is much"),
-        (lambda t: pd.concat([t, t.head(1)]), "scores.csv: row chartqa-0"),
-        (lambda t: t.iloc[::-1], "scores.csv and .*full.jsonl hold different rows"),
-        (lambda t: t.head(3), "scores.csv and .*full.jsonl hold different rows"),
-        (lambda t: pd.DataFrame(), "scores.csv"),
+        lambda table: table.drop(columns="rtr"),
+        lambda table: table.assign(score=2.0),
+        lambda table: table.assign(rtr=np.nan),
+        lambda table: table.assign(rtr="much"),
+        lambda table: table.iloc[::-1],
+        lambda table: table.head(3),
+        lambda table: pd.DataFrame(),
     ],
 )
-def test_malformed_scores_are_errors(world, change, named):
+def test_malformed_scores_are_errors(world, change):
     world.main("full", marks(1))
     world.pruner(change)
-    with pytest.raises(AwaresError, match=named):
-        world.decide(rtr("full") - rtr("pruner") > 0)
+    with pytest.raises(AwaresError, match="pruner/scores.csv"):
+        world.decide("rtr(full) - rtr(pruner) > 0")
 
 
 def test_malformed_trajectories_are_errors(world):
@@ -342,21 +320,27 @@ def test_malformed_trajectories_are_errors(world):
     for line in ({"row_id": "chartqa-0"}, trajectory("other", True).to_dict()):
         jsonl.write_records(place, [line])
         with pytest.raises(AwaresError, match="main-s1/trajectories/full.jsonl"):
-            world.decide(rtr("full") > 0)
+            world.decide("rtr(full) > 0")
     world.curated("validation", ["HR"] * 3, [["top"]] * 3)
     world.turns("sft/main-s1", [["top"]] * 2)
     with pytest.raises(AwaresError, match="sft/main-s1/validation.jsonl"):
-        world.decide(call_rate("sft") > 0)
+        world.decide("call_rate(sft) > 0")
 
 
 # The claims of the paper
 
 
+@pytest.mark.parametrize("text", ["accuracy(awares", "nonsense(awares) > 0", "1 / 0 > 0", "open('x')"])
+def test_a_predicate_that_cannot_be_read_is_named(text):
+    with pytest.raises(AwaresError, match="claims.csv"):
+        claims.read_predicate(text)
+
+
 def test_every_policy_is_in_a_claim_and_every_claim_has_a_source():
-    used = {name for claim in claims.CLAIMS.values() for one in claim.quantities for name in one.policies}
-    assert used == set(claims.POLICIES)
-    texts = pd.read_csv(load_params().path(claims.FILE), dtype=str, keep_default_na=False)
-    assert texts.id.tolist() == list(claims.CLAIMS) and not texts[["claim", "quantity"]].duplicated().any()
+    texts = claims.read_claims()
+    used = {name for claim in texts.predicate for one in claim.quantities for name in one.policies}
+    assert used == set(claims.CLAIMED_POLICIES)
+    assert not texts[["claim", "quantity"]].duplicated().any() and not texts.id.duplicated().any()
     assert texts[["section", "claim", "quantity"]].ne("").all(axis=None)
     tables = pd.read_csv(load_params().path("data/paper/tables.csv")).table
     assert set(" ".join(texts.tables).split()) <= set(tables)
@@ -365,27 +349,17 @@ def test_every_policy_is_in_a_claim_and_every_claim_has_a_source():
 def test_without_any_run_every_claim_is_undecided_and_says_why(world):
     folder = world.folder / "tables"
     table = claims.save_claims(world.params, folder)
-    assert list(pd.read_csv(folder / "claims.csv").columns) == claims.COLUMNS == list(table.columns)[:8]
+    assert list(pd.read_csv(folder / "claims.csv").columns) == claims.CLAIM_COLUMNS == list(table.columns)[:8]
     assert set(table.verdict) == {"undecided"} and table.effect.isna().all() and (table.seeds == 0).all()
     notes = pd.read_csv(folder / "claims_notes.csv")
     assert len(notes) == len(table) and notes.note.str.endswith("is not there").all()
-
-
-def test_a_reason_is_shown_where_the_claim_fails(world, monkeypatch):
-    def found(predicate, runs):
-        verdict = claims.FAILS if predicate is claims.CLAIMS["shorter_responses"] else claims.HOLDS
-        return {"effect": 1.0, "low": 1.0, "high": 1.0, "seeds": 1, "verdict": verdict, "note": ""}
-
-    monkeypatch.setattr(claims, "decide", found)
-    table = claims.claims_table(world.params).set_index("id")
-    assert "VisionThink" in table.note["shorter_responses"] and (table.note.drop("shorter_responses") == "").all()
 
 
 # Effects of variants
 
 
 def test_effects_of_variants_on_the_main_line_and_on_the_variant_that_they_extend(world):
-    right = {"main": 0.8, "weight_1": 0.7, "turn": 0.3, "no_tool_cost": 0.8, "no_area_cost": 0.8, "beta_0": 0.8}
+    right = {"main": 0.8, "weight_1": 0.7, "turn": 0.3, "no_tool_cost": 0.8, "no_area_cost": 0.8, "grpo_only": 0.8}
     paths, names = world.params.paths, [name for name in right if name != "main"]
     runs = {name: dataclasses.replace(load_params("mini", name), paths=paths) for name in names}
     for name, share in right.items():
@@ -400,8 +374,9 @@ def test_effects_of_variants_on_the_main_line_and_on_the_variant_that_they_exten
     assert turn.difference == pytest.approx(100 * (marks(0.3).mean() - marks(0.8).mean()))
     assert turn.low < turn.difference < turn.high < 0 and turn.significant and turn.rtr == turn.rtr_high == 0
     assert step.change == "sft.level turn"
+    assert found.change[("grpo_only", "main")].startswith("grpo.cold_start False, grpo.epochs 3.0, grpo.max_steps 144")
     assert step.difference == pytest.approx(100 * (marks(0.3).mean() - marks(0.7).mean()))
-    assert found.loc[("no_tool_cost", "main")].rtr == 0.25 and not found.loc[("beta_0", "main")].significant
+    assert found.loc[("no_tool_cost", "main")].rtr == 0.25 and not found.loc[("grpo_only", "main")].significant
     for seed, share in ((2, 0.3), (3, 1.0)):  # trainings of the main line that are far apart
         world.main("sft", marks(share), seed)
     wider = comparison.effects(world.params, runs).set_index(["variant", "against"]).loc[("turn", "main")]

@@ -343,7 +343,7 @@ def gallery(
     return figure
 
 
-def _panels(count: int, width: float, height: float, columns: int = 3, **shared: bool) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, width: float, height: float, columns: int = 3, **shared: Any) -> tuple[Figure, list[Axes]]:
     """A grid of ``count`` panels of that size (inches), at least one; their axes are off until something is drawn."""
     columns = min(columns, max(1, count))
     lines = max(1, -(-count // columns))
