@@ -16,16 +16,15 @@ import typer
 from conftest import TASKS
 from transformers import AutoModelForImageTextToText
 
-from awares.bench import bench, costs, latency
-from awares.bench import configs as shapes
-from awares.bench.latency import Job, Workload
+from awares.bench import bench, configs, costs, latency
+from awares.bench.latency import TimedJob, Workload
 from awares.bench.scripted import PHASES, Script, ScriptedEngine
 from awares.data.rows import make_dataset
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.model import load_processor, make_processor, visual_tokens
 from awares.errors import AwaresError
 from awares.method.protocol import OURS
-from awares.mini import synthetic_rows as suite
+from awares.mini import synthetic_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,8 +47,8 @@ def test_every_repetition_runs_all_jobs_in_another_order() -> None:
     orders = []
     for _ in range(2):
         order: list[str] = []
-        jobs = [Job(f"job{i}", 1, sleeper(0.0, order, f"job{i}")) for i in range(5)]
-        latency.measure(jobs, 6, seed=0, device="cpu")
+        jobs = [TimedJob(f"job{i}", 1, sleeper(0.0, order, f"job{i}")) for i in range(5)]
+        latency.time_jobs(jobs, 6, seed=0, device="cpu")
         orders.append([order[at : at + 5] for at in range(0, len(order), 5)])
     rounds, again = orders
     assert len(rounds) == 7 and all(sorted(one) == sorted(rounds[0]) for one in rounds) and rounds == again
@@ -57,46 +56,43 @@ def test_every_repetition_runs_all_jobs_in_another_order() -> None:
 
 
 def test_times_ratios_and_the_best_batch() -> None:
-    order: list[str] = []
     speeds = {("full", 1): 0.04, ("full", 100): 0.02, ("full", 200): 0.03, ("half", 1): 0.02, ("half", 100): 0.01}
     speeds[("half", 200)] = 0.005
-    jobs = [Job(system, budget, sleeper(seconds, order, system)) for (system, budget), seconds in speeds.items()]
-    times, _, _ = latency.measure(jobs, 3, seed=1, device="cpu")
+    jobs = [TimedJob(system, budget, sleeper(seconds, [], system)) for (system, budget), seconds in speeds.items()]
+    times, _, _ = latency.time_jobs(jobs, 3, seed=1, device="cpu")
     assert latency.best_budgets(times) == {"full": 100, "half": 200}
     # what sleeping adds differs from run to run: the arithmetic is checked on the exact values
     exact = times.assign(seconds=[speeds[key] for key in zip(times.system, times.token_budget, strict=True)])
     assert (times.seconds >= exact.seconds).all() and (times.decode_1 >= exact.seconds).all()
     table = latency.time_table(exact).set_index(["system", "batch"])
-    assert table.ms.to_dict() == pytest.approx(
-        {("full", "1"): 20, ("half", "1"): 10, ("full", "best"): 10, ("half", "best"): 2.5}
-    )
-    assert table.ratio[("half", "best")] == pytest.approx(0.25) and table.speedup[("half", "best")] == pytest.approx(4)
-    assert table.token_budget[("half", "best")] == 200 and (table.ratio.loc["full"] == 1).all()
+    expected = {("full", "1"): 20, ("half", "1"): 10, ("full", "best"): 10, ("half", "best"): 2.5}
+    assert table.ms.to_dict() == pytest.approx(expected)
+    best = table.loc[("half", "best")]
+    assert (best.ratio, best.speedup, best.token_budget) == pytest.approx((0.25, 4, 200))
+    assert (table.ratio.loc["full"] == 1).all()
+    assert latency.ratio_table(exact[exact.token_budget == 1], ["full", "half"]).ratio.tolist() == [1, 0.5]
+
+
+def drifting(drifts: dict[float, float]) -> pd.DataFrame:
+    """Times of a machine that slows down: drift -> half's time in units of full's, one repetition each."""
+    records = []
+    for repetition, (drift, ratio) in enumerate(drifts.items()):
+        for system, seconds in (("full", 2 * drift), ("half", 2 * drift * ratio)):
+            record: dict[str, Any] = {"system": system, "repetition": repetition, "rows": 4, "seconds": seconds}
+            record |= {f"{phase}_{turn}": 0.0 for phase in PHASES for turn in (1, 2)}
+            records += [{**record, "peak_memory": 0.0, "token_budget": budget} for budget in (1, 64)]
+    return pd.DataFrame(records)
 
 
 def test_ratios_are_taken_within_a_repetition() -> None:
-    """A machine that slows down threefold half-way leaves the ratio as it is."""
-    records = []
-    for repetition, drift in enumerate((1.0, 1.1, 3.0)):
-        for system, seconds in (("full", 2.0), ("half", 1.0)):
-            for budget in (1, 64):
-                record: dict[str, Any] = {"system": system, "token_budget": budget, "repetition": repetition, "rows": 4}
-                phases = {f"{phase}_{turn}": 0.0 for phase in PHASES for turn in (1, 2)}
-                records.append({**record, "seconds": seconds * drift, "peak_memory": 0.0, **phases})
-    table = latency.time_table(pd.DataFrame(records)).set_index(["system", "batch"])
-    half = table.loc[("half", "1")]
+    half = latency.time_table(drifting({1.0: 0.5, 1.1: 0.5, 3.0: 0.5})).set_index(["system", "batch"]).loc["half", "1"]
     assert (half.ratio, half.ratio_low, half.ratio_high) == (0.5, 0.5, 0.5)
     assert half.ms_low < half.ms < half.ms_high
 
 
-def test_pairs_are_ratios_within_a_repetition_with_student(tmp_path: Path) -> None:
-    """Three repetitions in which half takes 0.4, 0.5 and 0.625 of full: the logarithms are as far from ln 0.5 on either side."""
-    records: list[dict[str, Any]] = []
-    for repetition, ratio in enumerate((0.4, 0.5, 0.625)):
-        for system, seconds in (("full", 3.0 + repetition), ("half", ratio * (3.0 + repetition))):
-            part = {"system": system, "repetition": repetition, "rows": 4, "seconds": seconds}
-            records += [{**part, "token_budget": budget} for budget in (1, 64)]
-    table = latency.pair_table(pd.DataFrame(records), ["full"], 0.95)
+def test_pairs_are_ratios_within_a_repetition_with_student() -> None:
+    """Of 0.4, 0.5 and 0.625 the logarithms of the outer two are equally far from that of the middle one."""
+    table = latency.pair_table(drifting({3.0: 0.4, 4.0: 0.5, 5.0: 0.625}), ["full"], 0.95)
     assert table[["system", "over", "batch"]].values.tolist() == [["half", "full", "1"], ["half", "full", "best"]]
     low, high = scipy.stats.t.interval(0.95, 2, loc=math.log(0.5), scale=math.log(1.25) / 3**0.5)
     for one in table.itertuples():
@@ -141,23 +137,21 @@ def test_peak_memory_sees_what_was_held_and_let_go() -> None:
 def test_scripts_make_rows_write_calls_and_lengths_at_the_price_of_writing_them(tiny: SimpleNamespace) -> None:
     image, ids = tiny.noise(224, 168, 0), ["a", "b", "c", "d"]
     scripts = [Script(("top-left", "right"), 5), Script((), 9), Script((), 1), Script(("all",))]
-    played = ScriptedEngine(tiny.model, tiny.processor, max_new_tokens=16)
-    done = played.run_scripts([image] * 4, ["q?"] * 4, ids, scripts)
+    engine = ScriptedEngine(tiny.model, tiny.processor, max_new_tokens=16)
+    done = engine.run_scripts([image] * 4, ["q?"] * 4, ids, scripts)
     called = OURS.render_call(["top-left", "right"])
     assert [one.crops for one in done] == [("top-left", "right"), (), (), ("all",)]
     assert [one.turns[-1].text_tokens for one in done[:3]] == [5, 9, 1]
     assert done[0].turns[1].text == called and len(done[0].turns) == 4 and done[0].call_status == "forced"
-    assert done[0].turns[1].text_tokens == len(played.decoder.tokenize(called + END_OF_TURN))
-    forced = played.run([image], ["q?"], forced=[("all",)])[0]  # the same call, given and not written
+    assert done[0].turns[1].text_tokens == len(engine.decoder.tokenize(called + END_OF_TURN))
+    forced = engine.run([image], ["q?"], forced=[("all",)])[0]  # the same call, given and not written
     assert (done[3].answer, done[3].turns[2:]) == (forced.answer, forced.turns[2:])
-    free = played.decoder.tokenize(played.answer([image], ["q?"])[0].answer)
-    played.decoder.end = played.decoder.config.eos_token_id = free[1]  # now the model ends its turn early
-    short, long = (
-        played.answer_scripts([image], ["q?"], "full", ["a"], [Script((), tokens)])[0] for tokens in (None, 12)
-    )
+    free = engine.decoder.tokenize(engine.answer([image], ["q?"])[0].answer)
+    engine.decoder.end = engine.decoder.config.eos_token_id = free[1]  # now the model ends its turn early
+    short, long = (engine.run_scripts([image], ["q?"], ["a"], [Script((), tokens)], "full")[0] for tokens in (None, 12))
     assert short.turns[-1].text_tokens < 6 and long.turns[-1].text_tokens == 12
     with pytest.raises(AwaresError, match="max_new_tokens is 16"):
-        played.answer_scripts([image], ["q?"], "full", ["a"], [Script((), 17)])
+        engine.run_scripts([image], ["q?"], ["a"], [Script((), 17)], "full")
 
 
 def test_every_phase_of_both_turns_is_reported_in_order(tiny: SimpleNamespace) -> None:
@@ -168,7 +162,7 @@ def test_every_phase_of_both_turns_is_reported_in_order(tiny: SimpleNamespace) -
     timed.run_scripts([image, image], ["q?", "q?"], ["a", "b"], [Script(("top",), 2), Script((), 2)])
     assert heard == [(phase, turn) for turn in (1, 2) for phase in PHASES]
     heard.clear()
-    timed.answer_scripts([image], ["q?"], "none", ["a"], [Script((), 2)])
+    timed.run_scripts([image], ["q?"], ["a"], [Script((), 2)], "none")
     assert heard == [("preprocess", 1), ("prefill", 1), ("decode", 1)]
 
 
@@ -179,12 +173,12 @@ def test_every_phase_of_both_turns_is_reported_in_order(tiny: SimpleNamespace) -
 def embedded() -> SimpleNamespace:
     """The embedded architecture with random weights, two rows of each task, and AwaRes at the paper's call rate."""
     torch.set_num_threads(1)
-    model, processor = shapes.build("mini", 1.0, "float32", "cpu")
-    rows = make_dataset([row for task in TASKS for row in suite.make_source(task, 2, 11, "evaluation")])
-    plan = shapes.workload("chartqa", len(rows), (112, 112)).scripts
+    model, processor = configs.build("mini", 1.0, "float32", "cpu")
+    rows = make_dataset([row for task in TASKS for row in synthetic_rows.make_source(task, 2, 11, "evaluation")])
+    plan = configs.workload("chartqa", len(rows), (112, 112)).scripts
     work = Workload(rows["image"], rows["question"], rows["id"], plan)
-    models = dict.fromkeys(latency.SYSTEMS, model)
-    jobs = latency.jobs(models, processor, work, (8192,), max_new_tokens=shapes.longest_turn([work], processor))
+    models = dict.fromkeys(latency.TIMED_SYSTEMS, model)
+    jobs = latency.jobs(models, processor, work, (8192,), max_new_tokens=configs.longest_turn([work], processor))
     done = {job.system: job.work(None) for job in jobs}
     return SimpleNamespace(model=model, processor=processor, work=work, done=done)
 
@@ -200,27 +194,21 @@ def test_systems_do_what_they_are_named_for(embedded: SimpleNamespace) -> None:
     assert all(one.rtr > 1 for one in done["escalate_full"] if one.crops)
 
 
-def test_must_show_counted_work_on_the_suite(embedded: SimpleNamespace) -> None:
+def test_counted_work_on_the_synthetic_rows(embedded: SimpleNamespace) -> None:
     """Issue 3: the second prefill with reuse <= 60 % of the naive way's FLOPs; FLOPs a row below full resolution's."""
     table = latency.count_table(embedded.done, embedded.model.config, embedded.processor, 4).set_index("system")
     assert table.prefill_2_gflops["awares"] <= 0.6 * table.prefill_2_gflops["awares_naive"]
-    assert table.gflops["awares"] < table.gflops["full"]
-    assert table.gflops["half"] < table.gflops["awares"] < table.gflops["awares_naive"]
-    for one in embedded.done["awares"]:
-        if one.crops:
-            reused, naive = (
-                costs.trajectory_flops(one, embedded.model.config, embedded.processor, reuse) for reuse in (True, False)
-            )
-            assert reused.prefill[1] <= 0.6 * naive.prefill[1] and reused.vision[1] < naive.vision[1]
+    assert table.vision_gflops["awares"] < table.vision_gflops["awares_naive"]
+    assert table.gflops["half"] < table.gflops["awares"] < table.gflops[["full", "awares_naive"]].min()
     assert table.visual_tokens["awares"] == np.mean([one.visual_tokens for one in embedded.done["awares"]])
     lengths = latency.response_table(embedded.done, [name.split("-")[0] for name in embedded.work.row_ids])
-    assert lengths.n.sum() == len(latency.SYSTEMS) * len(embedded.work.row_ids)
-    half = lengths[lengths.system == "half"]
-    assert (half.tokens == shapes.answer_tokens(shapes.BENCHMARKS["chartqa"].awares)).all()
+    assert lengths.n.sum() == len(latency.TIMED_SYSTEMS) * len(embedded.work.row_ids)
+    terse = configs.answer_tokens(configs.BENCHMARKS["chartqa"].awares)
+    assert (lengths.tokens[lengths.system == "half"] == terse).all()
 
 
 def test_escalation_plays_only_the_callers_again(embedded: SimpleNamespace) -> None:
-    rows = make_dataset([row for task in TASKS for row in suite.make_source(task, 1, 12, "evaluation")])
+    rows = make_dataset([row for task in TASKS for row in synthetic_rows.make_source(task, 1, 12, "evaluation")])
     engine = ScriptedEngine(embedded.model, embedded.processor, max_new_tokens=40)
     scripts = [Script(("top",), 2), Script((), 3)] * 3
     first = engine.run_scripts(rows["image"], rows["question"], rows["id"], scripts)
@@ -229,49 +217,47 @@ def test_escalation_plays_only_the_callers_again(embedded: SimpleNamespace) -> N
     assert again[1::2] == first[1::2] and [one.row_id for one in again] == rows["id"][:]
 
 
-# Shapes and the command
+# Sizes
 
 
-def test_published_sizes() -> None:
+@pytest.mark.parametrize(("size", "count"), [("7b", 8_292_166_656), ("3b", 3_754_622_976), ("72b", 73_410_777_344)])
+def test_published_sizes(size: str, count: int) -> None:
     """All parameters, as many as the published checkpoints' pages list, of models without memory."""
-    tokenizer = load_processor(shapes.EMBEDDED).tokenizer
-    published = {"7b": 8_292_166_656, "3b": 3_754_622_976, "72b": 73_410_777_344}
-    assert {f"qwen2.5-vl-{size}" for size in published} == set(shapes.SHAPES)
-    for size, count in published.items():
-        config: Any = shapes.config_of(f"qwen2.5-vl-{size}", 1.0, tokenizer)
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
-        assert sum(weight.numel() for weight in model.parameters()) == count
-        lookup = 0 if config.tie_word_embeddings else config.text_config.vocab_size * config.text_config.hidden_size
-        assert sum(costs.parameters(config)) + lookup == pytest.approx(count, rel=1e-3)  # norms and biases are the rest
-        assert config.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
-        assert config.text_config.hidden_size // config.text_config.num_attention_heads == shapes.HEAD
-    small = shapes.config_of("qwen2.5-vl-7b", 0.001, tokenizer)
-    assert sum(costs.parameters(small)) < 0.003 * 8.29e9
+    tokenizer = load_processor(configs.EMBEDDED_BASE).tokenizer
+    config: Any = configs.config_of(f"qwen2.5-vl-{size}", 1.0, tokenizer)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert sum(weight.numel() for weight in model.parameters()) == count
+    lookup = 0 if config.tie_word_embeddings else config.text_config.vocab_size * config.text_config.hidden_size
+    assert sum(costs.parameters(config)) + lookup == pytest.approx(count, rel=1e-3)  # norms and biases are the rest
+    assert config.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
+    assert sum(costs.parameters(configs.config_of(f"qwen2.5-vl-{size}", 0.001, tokenizer))) < 0.005 * count
 
 
-@pytest.mark.parametrize("name", shapes.BENCHMARKS)
+@pytest.mark.parametrize("name", configs.BENCHMARKS)
 def test_workloads_follow_the_paper(name: str) -> None:
     rows = 50
-    work = shapes.workload(name, rows, (112, 112))
+    work = configs.workload(name, rows, (112, 112))
     calls = {system: sum(bool(script.crops) for script in scripts) for system, scripts in work.scripts.items()}
     assert calls["awares"] == pytest.approx(0.278 * rows, abs=1) and calls["escalate_full"] == 18 and not calls["full"]
     assert work.scripts["awares"] == work.scripts["awares_naive"]
     assert len(work.images) == rows and bool(work.scripts["awares"][0].crops)  # a single row is one that calls
-    processor = make_processor(load_processor(shapes.EMBEDDED).tokenizer)
-    size = shapes.image_size(name, "qwen2.5-vl-7b", 1.0)
-    assert visual_tokens(size, processor) > 350
+    processor = make_processor(load_processor(configs.EMBEDDED_BASE).tokenizer)
+    assert visual_tokens(configs.image_size(name, "qwen2.5-vl-7b", 1.0), processor) > 350
 
 
-def options(folder: Path, *more: str) -> list[str]:
-    return [*"--device cpu --rows 2 --repetitions 2 --batch-tokens 4096 --out".split(), str(folder), *more]
+# The command
+
+
+def run(folder: Path, arguments: str) -> int:
+    few = f"--device cpu --rows 2 --repetitions 2 --batch-tokens 4096 --out {folder}"
+    return bench.main([*few.split(), *arguments.split()])
 
 
 def test_bench_measures_counts_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = "--shape qwen2.5-vl-7b --scale 0.0001 --benchmarks pope --image 140x112 --gpu h200".split()
-    assert bench.main(options(tmp_path, *arguments)) == 0
+    assert run(tmp_path, "--shape qwen2.5-vl-7b --scale 0.0001 --benchmarks pope --image 140x112 --gpu h200") == 0
     table = pd.read_csv(tmp_path / "latency.csv", dtype={"batch": str})
-    assert set(table.system) == set(latency.SYSTEMS) and set(table.batch) == {"1", "best"} and len(table) == 10
+    assert set(table.system) == set(latency.TIMED_SYSTEMS) and set(table.batch) == {"1", "best"} and len(table) == 10
     assert (table.image == "140x112").all() and (table[table.system == "full"].visual_tokens == 5 * 4).all()
     floor = table.pivot(index="system", columns="batch", values="roofline_ms")
     assert (floor > 0).all(axis=None) and (floor.best < floor["1"]).all()  # a batch reads the weights once
@@ -279,28 +265,25 @@ def test_bench_measures_counts_and_compares(tmp_path: Path, capsys: pytest.Captu
     assert named["torch"] == torch.__version__ and (table.torch == torch.__version__).all()
     assert {"device", "scale", "dtype", "transformers"} <= set(table) and str(ROOT) not in json.dumps(named)
     assert len(pd.read_csv(tmp_path / "times.csv")) == 2 * 2 * 5
-    printed = capsys.readouterr().out
-    assert "escalate_full" in printed and "torch" in printed
+    assert "escalate_full" in capsys.readouterr().out
 
 
 def test_bench_times_a_step_of_each_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    sizes = "{sft.batch_size: 4, sft.per_device_batch_size: 2, grpo.batch_size: 4, grpo.generations: 2, "
-    sizes += "grpo.per_device_batch_size: 2, protocol.max_new_tokens: 64}"
-    more = ["--train", "--completion-tokens", "6", "--overrides", sizes, "--benchmarks", "pope", "--shape", "mini"]
-    assert bench.main(options(tmp_path, *more)) == 0
+    sizes = "{sft.batch_size:_4,sft.per_device_batch_size:_2,grpo.batch_size:_4,grpo.generations:_2,"
+    sizes += "grpo.per_device_batch_size:_2,grpo.max_completion_length:_6,protocol.max_new_tokens:_64}"
+    fewer = ["--no-interactions", "--train", "--shape", "mini", "--overrides", sizes.replace(":_", ": ")]
+    assert bench.main(["--device", "cpu", "--out", str(tmp_path), *fewer]) == 0
     steps = pd.read_csv(tmp_path / "training.csv").set_index("step")
     assert list(steps.index) == ["sft", "grpo"] and (steps.seconds > 0).all()
-    assert steps.layout["sft"] == "4 samples, 2 at a time"
-    assert (steps.tokens > 4 * 100).all() and (steps.tokens / steps.seconds / steps.tokens_per_second).round(3).eq(
-        1
-    ).all()
+    assert steps.layout["sft"] == "4 samples, 2 at a time" and (steps.tokens > 4 * 100).all()
+    assert (steps.tokens / steps.seconds).tolist() == pytest.approx(steps.tokens_per_second.tolist(), rel=1e-3)
 
 
 def test_bench_times_the_pruners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "PRUNERS", ("visionzip", "fastv"))
-    more = "--shape qwen2.5-vl-7b --scale 0.001 --benchmarks realworldqa --pruners --rows 1 --repetitions 1".split()
-    assert bench.main(options(tmp_path, *more, "--no-interactions")) == 0
+    shape = "--shape qwen2.5-vl-7b --scale 0.001 --benchmarks realworldqa --rows 1 --repetitions 1"
+    assert run(tmp_path, f"{shape} --pruners --no-interactions") == 0
     assert not (tmp_path / "latency.csv").exists()
     table = pd.read_csv(tmp_path / "pruners.csv")
     assert set(table.token_budget) == {latency.LOOP, 4096} and len(table) == 2 * (1 + 2 * 3)
@@ -326,68 +309,44 @@ def test_training_rows_call_on_every_size_and_region() -> None:
 
 @pytest.mark.parametrize(
     ("name", "gpu"),
-    [
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA RTX A1000", None),
-        ("NVIDIA GH200 480GB", None),
-        ("NVIDIA H100 PCIe", None),
-    ],
-)
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA RTX A1000", None),
+     ("NVIDIA GH200 480GB", None), ("NVIDIA H100 PCIe", None)],
+)  # fmt: skip
 def test_only_a_gpu_of_the_data_sheets_has_a_roofline(monkeypatch: Any, name: str, gpu: str | None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert bench.find_gpu(bench.Settings(device="cuda")) == (costs.GPUS[gpu] if gpu else None)
 
 
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
-        (["--batch-tokens", "4096", "--batch-tokens", "4096"], "--batch-tokens"),
         (["--train", "--overrides", "{sft.batchsize: 16}"], "sft.batchsize"),
+        (["--benchmarks", "vqa"], "--benchmarks vqa"),
         (["--no-interactions"], "--no-interactions"),
         (["--shape", "qwen2.5-vl-7b"], "--scale"),
-        pytest.param(
-            ["--device", "cuda"], "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
-        ),
+        (["--batch-tokens", "1"], "--batch-tokens"),
+        (["--image", "640x90"], "--image"),
+        (["--scale", "-1"], "--scale"),
     ],
 )
 def test_bench_refuses_before_it_measures(tmp_path: Path, monkeypatch: Any, arguments: list[str], key: str) -> None:
     monkeypatch.chdir(ROOT)
-    with pytest.raises(AwaresError, match=key):
+    with pytest.raises((AwaresError, typer.TyperException)) as refused:
         bench.main(["--device", "cpu", "--shape", "mini", "--out", str(tmp_path / "out"), *arguments])
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--batch-tokens", "1"),
-        ("--rows", "0"),
-        ("--image", "640x"),
-        ("--image", "640x90"),
-        ("--seed", "-1"),
-        ("--scale", "-1"),
-    ],
-)
-def test_bench_with_a_size_out_of_range_is_wrong_usage(tmp_path: Path, option: str, value: str) -> None:
-    with pytest.raises(typer.TyperException) as refused:
-        bench.main([*options(tmp_path / "out"), option, value])
-    assert option in refused.value.format_message()  # type: ignore[attr-defined]
-    assert not (tmp_path / "out").exists()
+    message = getattr(refused.value, "format_message", lambda: str(refused.value))()
+    assert key in message and not (tmp_path / "out").exists()
 
 
 def test_a_benchmark_that_is_done_outlives_a_kill_in_the_next(tmp_path: Path, monkeypatch: Any) -> None:
-    measure = bench.latency.measure
+    measure = latency.time_jobs
 
     def killed(*given: Any) -> Any:
         if (tmp_path / "latency.csv").exists():
             raise KeyboardInterrupt
         return measure(*given)
 
-    monkeypatch.setattr(bench.latency, "measure", killed)
-    small: dict[str, Any] = {"device": "cpu", "shape": "mini", "rows": 1, "repetitions": 1, "batch_tokens": [4096]}
+    monkeypatch.setattr(latency, "time_jobs", killed)
     with pytest.raises(KeyboardInterrupt):
-        bench.run(bench.Settings(**small, benchmarks=["pope", "chartqa"], out=tmp_path))
+        run(tmp_path, "--shape mini --rows 1 --repetitions 1 --benchmarks pope --benchmarks chartqa")
     assert set(pd.read_csv(tmp_path / "latency.csv").benchmark) == {"pope"}
     assert (tmp_path / "machine.json").exists() and set(pd.read_csv(tmp_path / "times.csv").benchmark) == {"pope"}

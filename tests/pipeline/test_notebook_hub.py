@@ -23,7 +23,7 @@ import yaml
 from conftest import TASKS, under_other_names
 from faulty_server import ServerProcess
 
-from awares.bench.latency import SYSTEMS as SYSTEMS_TIMED
+from awares.bench.latency import TIMED_SYSTEMS
 from awares.config import MAIN_SYSTEMS
 from awares.engine.model import save_model
 from awares.engine.rows import load_rows
@@ -220,7 +220,7 @@ def test_latency(line):
     tables = line.params.report_dir() / "latency"
     table = pd.read_csv(tables / "table5_latency.csv", dtype={"batch": str})
     assert sorted(zip(table.system, table.batch, strict=True)) == sorted(
-        (system, batch) for system in SYSTEMS_TIMED for batch in ("1", "best")
+        (system, batch) for system in TIMED_SYSTEMS for batch in ("1", "best")
     )
     place = table.set_index(["system", "batch"])
     assert (place.ms > 0).all() and (place.loc["awares"].gflops < place.loc["awares_naive"].gflops).all()

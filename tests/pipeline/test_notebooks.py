@@ -18,7 +18,7 @@ import pytest
 import yaml
 from conftest import TASKS, under_other_names
 
-from awares.bench.latency import SYSTEMS as SYSTEMS_TIMED
+from awares.bench.latency import TIMED_SYSTEMS
 from awares.config import MAIN_SYSTEMS, load_params
 from awares.data.rows import make_split
 from awares.engine.model import save_model
@@ -365,7 +365,7 @@ def test_latency(line):
     folder = line.params.report_dir() / "latency"
     table = pd.read_csv(folder / "table5_latency.csv", dtype={"batch": str})
     assert sorted(zip(table.system, table.batch, strict=True)) == sorted(
-        itertools.product(SYSTEMS_TIMED, ("1", "best"))
+        itertools.product(TIMED_SYSTEMS, ("1", "best"))
     )
     place = table.set_index(["system", "batch"])
     assert (place.ratio.loc["full"] == 1).all() and (place.speedup.xs("1", level="batch") == 1).all()
@@ -379,7 +379,7 @@ def test_latency(line):
     lengths = pd.read_csv(folder / "table6_response_length.csv").query("system == 'half'")
     assert (lengths.characters * lengths.n).sum() == pytest.approx(sum(answers), abs=0.01)
     times = pd.read_csv(line.params.run_dir("latency") / "times.csv")
-    assert len(times) == 2 * 2 * len(SYSTEMS_TIMED) and (times.rows == 6).all()
+    assert len(times) == 2 * 2 * len(TIMED_SYSTEMS) and (times.rows == 6).all()
     pruners = pd.read_csv(folder / "pruners.csv").set_index("system")
     assert "full" in pruners.index and pruners.ratio["full"] == 1 and (pruners.ms_low > 0).all()
     assert list(pruners.index) == [

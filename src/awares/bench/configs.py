@@ -6,23 +6,22 @@ are scripted token by token (`scripted.Script`). Accuracy cannot be measured thi
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-from awares.bench.latency import POLICIES, Workload
+from awares.bench.latency import TWO_TURN_SYSTEMS, Workload
 from awares.bench.scripted import Script
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.model import ImageOnlyProcessor, load_config, load_processor, make_processor
 from awares.method.protocol import OURS
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Sizes of a Qwen2.5-VL, from its published config.json."""
 
     width: int
@@ -38,20 +37,19 @@ class Shape:
     vision_heads: int = 16
 
 
-HEAD = 128  # width of a language model head, at every scale: the sections of the positions add up to it
-SHAPES = {
+PUBLISHED = {
     "qwen2.5-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),
     "qwen2.5-vl-3b": Shape(2048, 11008, 36, 16, 2, 151936, True),
     "qwen2.5-vl-72b": Shape(8192, 29568, 80, 64, 8, 152064, False, vision_mlp=3456),
 }
-EMBEDDED = Path(__file__).parents[3] / "data" / "base"  # the embedded base model; every size uses its tokenizer
+HEAD_WIDTH = 128  # of the language model, at every scale: the sections of the positions add up to it
+EMBEDDED_BASE = Path(__file__).parents[3] / "data" / "base"  # every size uses its tokenizer
 MINI = "mini"  # the embedded base model's architecture
 SMALLEST_SIDE = 112  # px of an image, so that half of it and its crops still have a few tokens
 MINI_IMAGES = 0.4  # of the benchmarks' sides: about the size of the embedded pages
 
 
-@dataclass(frozen=True)
-class Benchmark:
+class Benchmark(NamedTuple):
     """``size``: typical width and height of images in px (assumed). Characters of an answer per system: PAPER §5."""
 
     size: tuple[int, int]
@@ -79,25 +77,25 @@ def build(shape: str, scale: float, dtype: str, device: str, seed: int = 0) -> t
 
     ``scale`` below 1 shrinks depth, width and vocabulary to about ``scale`` times the parameters.
     """
-    tokenizer = load_processor(EMBEDDED).tokenizer
-    processor = make_processor(tokenizer)
-    config = load_config(EMBEDDED) if shape == MINI else config_of(shape, scale, tokenizer)
+    tokenizer = load_processor(EMBEDDED_BASE).tokenizer
+    config = load_config(EMBEDDED_BASE) if shape == MINI else config_of(shape, scale, tokenizer)
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
-    return model.eval(), processor
+    return model.eval(), make_processor(tokenizer)
 
 
 def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
     """The published sizes times the cube root of ``scale``, with the ids of ``tokenizer``."""
-    full, factor = SHAPES[shape], math.cbrt(scale)
+    full, factor = PUBLISHED[shape], math.cbrt(scale)
     key_heads = max(1, round(full.key_heads * factor))
     heads = key_heads * max(1, round(full.heads * factor / key_heads))
     vision_heads, depth = max(1, round(full.vision_heads * factor)), max(2, round(full.vision_depth * factor))
+    hidden, width = HEAD_WIDTH * heads, full.vision_width // full.vision_heads * vision_heads
     text = {
         "vocab_size": max(len(tokenizer), round(full.vocabulary * factor)),
-        "hidden_size": HEAD * heads,
-        "intermediate_size": round(full.mlp / full.width * HEAD * heads),
+        "hidden_size": hidden,
+        "intermediate_size": round(full.mlp / full.width * hidden),
         "num_hidden_layers": max(2, round(full.layers * factor)),
         "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
@@ -108,13 +106,12 @@ def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    width = full.vision_width // full.vision_heads * vision_heads
     vision = {
         "depth": depth,
         "hidden_size": width,
         "intermediate_size": round(full.vision_mlp / full.vision_width * width),
         "num_heads": vision_heads,
-        "out_hidden_size": HEAD * heads,
+        "out_hidden_size": hidden,
         "fullatt_block_indexes": sorted({max(0, (part + 1) * depth // 4 - 1) for part in range(4)}),
         "window_size": 112,
     }
@@ -140,9 +137,9 @@ def workload(benchmark: str, rows: int, size: tuple[int, int]) -> Workload:
 
     One-turn systems write AwaRes's answers (assumed: the base model is as terse). Calls are spread over the rows.
     """
-    terse, wordy = (answer_tokens(value) for value in (BENCHMARKS[benchmark].awares, BENCHMARKS[benchmark].visionthink))
-    scripts: dict[str, Sequence[Script]] = dict.fromkeys(("full", "half"), [Script((), terse)] * rows)
-    for system in POLICIES:
+    terse, wordy = answer_tokens(BENCHMARKS[benchmark].awares), answer_tokens(BENCHMARKS[benchmark].visionthink)
+    scripts = dict.fromkeys(("full", "half"), [Script((), terse)] * rows)
+    for system in TWO_TURN_SYSTEMS:
         length = wordy if system == "escalate_full" else terse
         scripts[system] = [Script(crops, length) for crops in _calls(system, rows)]
     ids = [f"{benchmark}-{index}" for index in range(rows)]
@@ -151,18 +148,14 @@ def workload(benchmark: str, rows: int, size: tuple[int, int]) -> Workload:
 
 def _calls(system: str, rows: int) -> list[tuple[str, ...]]:
     """The first-turn call of every row, () for none: the first of every ``1 / rate`` rows calls."""
-    rate, made = CALL_RATES[system], 0
-    calls: list[tuple[str, ...]] = []
-    for row in range(rows):
-        due = math.ceil(rate * (row + 1) - 1e-9)
-        calls.append(() if due == made else ("all",) if system == "escalate_full" else CALLS[made % len(CALLS)])
-        made = due
-    return calls
+    made = [math.ceil(CALL_RATES[system] * row - 1e-9) for row in range(rows + 1)]  # calls before each row
+    calls = (("all",),) if system == "escalate_full" else CALLS
+    return [calls[before % len(calls)] if after > before else () for before, after in pairwise(made)]
 
 
 def longest_turn(work: Sequence[Workload], processor: ImageOnlyProcessor) -> int:
     """Tokens of the longest scripted turn: the least ``max_new_tokens`` of an engine."""
     scripts = {script for one in work for rows in one.scripts.values() for script in rows}
-    texts = [OURS.render_call(script.crops) + END_OF_TURN for script in scripts if script.crops]
-    written = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
+    calls = [OURS.render_call(script.crops) + END_OF_TURN for script in scripts if script.crops]
+    written = [len(processor.tokenizer(text)["input_ids"]) for text in calls]
     return max([*written, *(script.answer_tokens or 0 for script in scripts)])

@@ -21,40 +21,24 @@ width K, MLP width J, L layers:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from awares.engine.model import Grid, ImageOnlyProcessor, patch_grid
 from awares.method.rollout import Trajectory
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Peak of dense bf16 matrix products (FLOP/s) and of memory (bytes/s), from the manufacturer's data sheet."""
+class Gpu(NamedTuple):
+    """Peak of dense bf16 matrix products (FLOP/s) and of memory (bytes/s)."""
 
     flops: float
     bandwidth: float
-    source: str
 
 
-GPUS = {
-    "a100": Gpu(312e12, 2.039e12, "NVIDIA A100 80GB SXM data sheet"),
-    "h100": Gpu(989e12, 3.35e12, "NVIDIA H100 SXM data sheet"),
-    "h200": Gpu(989e12, 4.8e12, "NVIDIA H200 SXM data sheet"),
+GPUS = {  # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM
+    "a100": Gpu(312e12, 2.039e12),
+    "h100": Gpu(989e12, 3.35e12),
+    "h200": Gpu(989e12, 4.8e12),
 }
-
-
-@dataclass(frozen=True)
-class Costs:
-    """FLOPs of one interaction, each as (first turn, second turn)."""
-
-    vision: tuple[float, float]
-    prefill: tuple[float, float]
-    decode: tuple[float, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.vision) + sum(self.prefill) + sum(self.decode)
 
 
 def window_sizes(grid: Grid, config: Any) -> list[int]:
@@ -67,40 +51,25 @@ def window_sizes(grid: Grid, config: Any) -> list[int]:
 
 
 def vision_flops(grid: Grid, config: Any) -> float:
-    """The vision tower on one image of ``grid`` patches, patch embedding and merger included."""
-    vision = config.vision_config
-    patches, width, group = grid[0] * grid[1], vision.hidden_size, vision.spatial_merge_size**2
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    embedding = 2 * patches * pixels * width
-    matrices, mergers, full = _tower(vision)
-    linear = 2 * patches * width * (4 * width + matrices * vision.intermediate_size)
+    """The vision tower on one image of ``grid`` patches, patch embedding and mergers included."""
+    vision, patches = config.vision_config, grid[0] * grid[1]
+    embedding, block, mergers = _vision_weights(vision)
+    full = vision.depth
+    if not hasattr(vision, "deepstack_visual_indexes"):
+        full = sum(index in vision.fullatt_block_indexes for index in range(vision.depth))
     squares = full * patches**2
     if full < vision.depth:
-        squares += (vision.depth - full) * sum(s**2 for s in window_sizes(grid, config))
-    merger = 2 * patches // group * (group * width) * (group * width + vision.out_hidden_size)
-    return embedding + vision.depth * linear + 4 * width * squares + mergers * merger
-
-
-def _tower(vision: Any) -> tuple[int, int, int]:
-    """Differences of the families' vision towers: matrices of a block's MLP, mergers, blocks with full attention."""
-    if hasattr(vision, "deepstack_visual_indexes"):
-        return 2, 1 + len(vision.deepstack_visual_indexes), vision.depth
-    return 3, 1, sum(index in vision.fullatt_block_indexes for index in range(vision.depth))
-
-
-def _heads(text: Any) -> tuple[int, int]:
-    """Widths of all queries and of all keys of a token."""
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return head * text.num_attention_heads, head * text.num_key_value_heads
+        squares += (vision.depth - full) * sum(size**2 for size in window_sizes(grid, config))
+    groups = patches // vision.spatial_merge_size**2
+    return 2 * patches * (embedding + vision.depth * block) + 2 * groups * mergers + 4 * vision.hidden_size * squares
 
 
 def prefill_flops(new: int, cached: int, config: Any, logits: int = 1) -> float:
     """The language model on ``new`` tokens of a row after ``cached`` ones; logits of the last ``logits`` positions."""
     text = config.text_config
-    width, (queries, keys) = text.hidden_size, _heads(text)
-    linear = 2 * new * width * (2 * queries + 2 * keys + 3 * text.intermediate_size)
-    attention = 4 * queries * new * (cached + new)
-    return text.num_hidden_layers * (linear + attention) + 2 * logits * width * text.vocab_size
+    queries, _, layer = _layer_sizes(text)
+    each = 2 * new * layer + 4 * queries * new * (cached + new)
+    return text.num_hidden_layers * each + 2 * logits * text.hidden_size * text.vocab_size
 
 
 def decode_flops(steps: int, cached: int, config: Any) -> float:
@@ -108,44 +77,42 @@ def decode_flops(steps: int, cached: int, config: Any) -> float:
     return sum(prefill_flops(1, cached + step, config) for step in range(steps))
 
 
-def trajectory_flops(trajectory: Trajectory, config: Any, processor: ImageOnlyProcessor, reuse: bool = True) -> Costs:
-    """FLOPs of one interaction of the engine, run alone; ``reuse=False``: its second turn prefills everything again.
+def trajectory_flops(
+    trajectory: Trajectory, config: Any, processor: ImageOnlyProcessor, reuse: bool = True
+) -> dict[str, tuple[float, float]]:
+    """FLOPs in (first turn, second turn) of an interaction run alone, by part: vision, prefill, decode.
+
+    ``reuse=False``: the second turn prefills everything again.
 
     A batch that shares the system prompt needs less, padding needs more. The last token of a turn is not fed in that
     turn: with reuse, the second turn's prefill begins with it.
     """
-    views = [
-        sum(vision_flops(patch_grid(size, processor), config) for size in turn.images) for turn in trajectory.turns
-    ]
-    user, first, *rest = ((turn.visual_tokens + turn.text_tokens) for turn in trajectory.turns)
-    vision, prefill = [views[0], 0.0], [prefill_flops(user, 0, config), 0.0]
-    decode = [decode_flops(first - 1, user, config), 0.0]
+    turns = trajectory.turns
+    views = [sum(vision_flops(patch_grid(size, processor), config) for size in turn.images) for turn in turns]
+    user, first, *rest = (turn.visual_tokens + turn.text_tokens for turn in turns)
+    vision, prefill, decode = 0.0, 0.0, 0.0
     if rest:
         tool, answer = rest
         known = user + first - 1 if reuse else 0
-        vision[1] = views[2] if reuse else views[0] + views[2]
-        prefill[1] = prefill_flops(user + first + tool - known, known, config)
-        decode[1] = decode_flops(answer - 1, user + first + tool, config)
-    return Costs((vision[0], vision[1]), (prefill[0], prefill[1]), (decode[0], decode[1]))
+        vision = views[2] if reuse else views[0] + views[2]
+        prefill = prefill_flops(user + first + tool - known, known, config)
+        decode = decode_flops(answer - 1, user + first + tool, config)
+    first_decode = decode_flops(first - 1, user, config)
+    first_prefill = prefill_flops(user, 0, config)
+    return {"vision": (views[0], vision), "prefill": (first_prefill, prefill), "decode": (first_decode, decode)}
 
 
 def cache_bytes(tokens: int, config: Any, bytes_per_value: int = 2) -> int:
     """Keys and values of ``tokens`` tokens in all layers."""
-    return 2 * config.text_config.num_hidden_layers * _heads(config.text_config)[1] * tokens * bytes_per_value
+    return 2 * config.text_config.num_hidden_layers * _layer_sizes(config.text_config)[1] * tokens * bytes_per_value
 
 
 def parameters(config: Any) -> tuple[int, int]:
     """Weights in matrices of the vision tower, and of language model and head (without the embedding lookup)."""
-    vision, text = config.vision_config, config.text_config
-    width, group = vision.hidden_size, vision.spatial_merge_size**2
-    matrices, mergers, _ = _tower(vision)
-    block = width * (4 * width + matrices * vision.intermediate_size)
-    merger = group * width * (group * width + vision.out_hidden_size)
-    tower = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
-    tower += vision.depth * block + mergers * merger
-    queries, keys = _heads(text)
-    layer = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
-    return tower, text.num_hidden_layers * layer + text.hidden_size * text.vocab_size
+    embedding, block, mergers = _vision_weights(config.vision_config)
+    text = config.text_config
+    language = text.num_hidden_layers * _layer_sizes(text)[2] + text.hidden_size * text.vocab_size
+    return embedding + config.vision_config.depth * block + mergers, language
 
 
 def roofline_seconds(
@@ -161,28 +128,36 @@ def roofline_seconds(
     A part takes the longer of its FLOPs at peak and its bytes at peak. Bytes are the weights, once per pass, and the
     caches that the pass reads. A batch decodes as many steps as its longest row.
     """
-    assert trajectories
     found = [trajectory_flops(one, config, processor, reuse) for one in trajectories]
     tower, language = (bytes_per_value * count for count in parameters(config))
-    seconds = dict.fromkeys(("vision", "prefill", "decode"), 0.0)
+    seconds = dict.fromkeys(found[0], 0.0)
     for turn in (0, 1):
-        rows = [one for one in trajectories if len(one.turns) > 2 * turn]
-        if not rows:
-            continue
-        steps = [one.turns[2 * turn + 1].text_tokens - 1 for one in rows]
-        known = [_tokens_before(one, 2 * turn + 1) for one in rows]
-        read = sum(
-            cache_bytes(n * (length + n // 2), config, bytes_per_value) for n, length in zip(steps, known, strict=True)
-        )
-        work = {
-            "vision": (sum(one.vision[turn] for one in found), tower),
-            "prefill": (sum(one.prefill[turn] for one in found), language),
-            "decode": (sum(one.decode[turn] for one in found), max(steps) * language + read),
-        }
-        for part, (flops, moved) in work.items():
-            seconds[part] += max(flops / gpu.flops, moved / gpu.bandwidth) if flops else 0.0
+        longest = read = 0
+        for turns in (one.turns for one in trajectories if len(one.turns) > 2 * turn):
+            steps = turns[2 * turn + 1].text_tokens - 1
+            known = sum(one.visual_tokens + one.text_tokens for one in turns[: 2 * turn + 1])
+            read += cache_bytes(steps * (known + steps // 2), config, bytes_per_value)
+            longest = max(longest, steps)
+        moved = {"vision": tower, "prefill": language, "decode": longest * language + read}
+        for part in seconds:
+            flops = sum(one[part][turn] for one in found)
+            seconds[part] += max(flops / gpu.flops, moved[part] / gpu.bandwidth) if flops else 0.0
     return seconds
 
 
-def _tokens_before(trajectory: Trajectory, turn: int) -> int:
-    return sum(one.visual_tokens + one.text_tokens for one in trajectory.turns[:turn])
+def _vision_weights(vision: Any) -> tuple[int, int, int]:
+    """Weights in matrices of the patch embedding, of one block, and of all mergers."""
+    width, merged = vision.hidden_size, vision.spatial_merge_size**2 * vision.hidden_size
+    matrices, mergers = 3, 1
+    if hasattr(vision, "deepstack_visual_indexes"):  # Qwen3-VL
+        matrices, mergers = 2, 1 + len(vision.deepstack_visual_indexes)
+    embedding = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
+    block = width * (4 * width + matrices * vision.intermediate_size)
+    return embedding, block, mergers * merged * (merged + vision.out_hidden_size)
+
+
+def _layer_sizes(text: Any) -> tuple[int, int, int]:
+    """Widths of a token's queries and of its keys, and the weights in matrices of one language-model layer."""
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = head * text.num_attention_heads, head * text.num_key_value_heads
+    return queries, keys, text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)

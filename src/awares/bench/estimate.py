@@ -22,10 +22,9 @@ from awares.engine.images import cap
 from awares.engine.model import load_config, load_processor
 from awares.errors import AwaresFileError, AwaresValueError
 
-COLUMNS = ("stage", "rows", "requests", "tokens", "pflop", "gpu_hours", "gpu_memory_gb", "disk_gb", "basis")
 TEXT = 300  # tokens of system prompt, tool schema and question: assumed
 ANSWER, CALL = 4, 30  # tokens of an answer (§5) and of a call, with the end of the turn
-CROP_AREA = 0.35  # fraction of the image in an average request: assumed
+HALF, CROP_AREA = 0.25, 0.35  # fraction of the image's pixels in the low resolution, and in an average call: assumed
 DECODED_ROWS = 64  # rows decoded together: assumed
 BYTES_PER_PIXEL = 0.5  # of a stored image: assumed
 COPIES = 6  # of a training image: as fetched, as drawn, as rows, as curated rows, and DVC's of the last two
@@ -39,25 +38,23 @@ HR_FRACTION = 0.192  # of rows that reach the oracle (Fig. 5: 80.8 % LR)
 
 
 @dataclass(frozen=True)
-class TypicalImage:
-    """Mean image of the benchmarks: pixels, visual tokens and vision FLOPs in this model."""
+class Stage:
+    """One line of the forecast: requests to servers, tokens through the model, hours of one GPU and their ``basis``."""
 
-    pixels: float
-    tokens: float
-    flops: float
-
-    def scaled(self, area: float) -> "TypicalImage":
-        """A view or crop with this fraction of the pixels; attention is taken as linear, too."""
-        return TypicalImage(self.pixels * area, self.tokens * area, self.flops * area)
+    stage: str
+    rows: int
+    requests: int = 0
+    tokens: int = 0
+    pflop: float = 0.0
+    gpu_hours: float = 0.0
+    gpu_memory_gb: float = 0.0  # peak of a GPU
+    disk_gb: float = 0.0
+    basis: str = "counted"
 
 
 def forecast(params: Params) -> pd.DataFrame:
-    """One line per stage of the main line, with COLUMNS.
-
-    Requests to servers, tokens through the model, PFLOP, hours of one GPU, peak memory of a GPU and disk in GB, and the
-    basis of the hours.
-    """
-    return pd.DataFrame([{"requests": 0, **stage} for stage in _Forecast(params).stages()], columns=list(COLUMNS))
+    """One line per stage of the main line, with the columns of `Stage`."""
+    return pd.DataFrame(list(_Forecast(params).stages()))
 
 
 def wall_hours(table: pd.DataFrame, params: Params) -> float:
@@ -73,21 +70,18 @@ def labelling(rows: int, params: Params) -> pd.DataFrame:
     counted: retries, the check of repaired answers (about 6 % more), savings by recorded replies.
     """
     section, served = params.curation, read_served(params)
-    needed = [("judge", name, rows, 2, "judge", 0, 20) for name in section.all_judges if name in served.models]
-    if section.oracle in served.models:
-        located = math.ceil(HR_FRACTION * rows)
-        needed.append(("oracle", section.oracle, located, 1, "oracle", SERVED_VISUAL_TOKENS, 60))
-    if section.engine != "local":  # full and half resolution
-        needed.append(("base", section.engine, rows, 2, "", SERVED_VISUAL_TOKENS * 5 // 8, 20))
+    judge, oracle = (len(prompt.system) + len(prompt.user) for prompt in (served.prompts.judge, served.prompts.oracle))
+    # role, name, rows, requests per row, characters of the prompt, visual tokens, tokens of the reply
+    roles = [("judge", name, rows, 2, judge, 0, 20) for name in section.all_judges]
+    roles.append(("oracle", section.oracle, math.ceil(HR_FRACTION * rows), 1, oracle, SERVED_VISUAL_TOKENS, 60))
+    roles.append(("base", section.engine, rows, 2, 0, SERVED_VISUAL_TOKENS * 5 // 8, 20))  # full and half resolution
     records = []
-    for role, name, count, each, prompt, visual, reply in needed:
-        model = get_model(name, params)
-        words = getattr(served.prompts, prompt) if prompt else None
-        characters = len(words.system) + len(words.user) if words else 0
-        requests = count * each
-        tokens = requests * (visual + (characters + 120) // CHARACTERS), requests * reply
-        dollars = sum(amount * price / 1e6 for amount, price in zip(tokens, model.dollars, strict=True))
-        records.append((role, model.model, requests, *tokens, dollars, count / model.rows_per_hour))
+    for role, name, count, each, characters, visual, reply in roles:
+        if name in served.models:
+            model, requests = get_model(name, params), count * each
+            tokens = requests * (visual + (characters + 120) // CHARACTERS), requests * reply
+            dollars = sum(amount * price / 1e6 for amount, price in zip(tokens, model.dollars, strict=True))
+            records.append((role, model.model, requests, *tokens, dollars, count / model.rows_per_hour))
     columns = ["role", "model", "requests", "prompt_tokens", "completion_tokens", "dollars", "hours"]
     return pd.DataFrame(records, columns=columns)
 
@@ -97,145 +91,128 @@ def model_config(params: Params) -> Any:
     path = params.model_path()
     if isinstance(path, Path):
         return load_config(path)
-    shape = next((name for name in configs.SHAPES if name in path.lower()), None)
+    shape = next((name for name in configs.PUBLISHED if name in path.lower()), None)
     if shape is None:
         raise AwaresValueError(
-            f"base.model {path}: sizes are known for {', '.join(configs.SHAPES)}, and for folders, Qwen3-VL's too: "
+            f"base.model {path}: sizes are known for {', '.join(configs.PUBLISHED)}, and for folders, Qwen3-VL's too: "
             f"run `hf download {path} config.json --local-dir FOLDER` and plan with base.model FOLDER"
         )
-    return configs.config_of(shape, 1.0, load_processor(configs.EMBEDDED).tokenizer)
+    return configs.config_of(shape, 1.0, load_processor(configs.EMBEDDED_BASE).tokenizer)
 
 
 class _Forecast:
     def __init__(self, params: Params) -> None:
-        self.params, self.config = params, model_config(params)
-        self.gpu = costs.GPUS[params.plan.gpu]
-        self.itemsize = 4 if params.base.dtype == "float32" else 2
-        self.read = self.itemsize * sum(costs.parameters(self.config))  # bytes per pass
-        text = self.config.text_config
+        self.params, self.config, self.gpu = params, model_config(params), costs.GPUS[params.plan.gpu]
+        text, itemsize = self.config.text_config, 4 if params.base.dtype == "float32" else 2
         embeddings = 0 if self.config.tie_word_embeddings else text.vocab_size * text.hidden_size
-        self.weights = self.read + self.itemsize * embeddings  # bytes in memory and on disk
-        self.image = _typical_image(params, self.config)
-        self.stored = self.image.pixels * BYTES_PER_PIXEL / GB
-        self.train_rows = params.data.train_rows * len(params.data.sources)
-        self.curated_rows = self.train_rows + params.data.validation_rows * len(params.data.sources)
-        budget = costs.cache_bytes(params.protocol.token_budget, self.config, self.itemsize)
-        self.inference_gb = (self.weights + budget) / GB + RUNTIME_GB
+        self.itemsize = itemsize
+        self.read = itemsize * sum(costs.parameters(self.config))  # bytes per pass
+        self.weights_gb = (self.read + itemsize * embeddings) / GB  # in memory and on disk
+        cache = costs.cache_bytes(params.protocol.token_budget, self.config, itemsize)
+        self.inference_gb = self.weights_gb + cache / GB + RUNTIME_GB
+        pixels, self.visual_tokens, self.vision_flops = _typical_image(params, self.config)
+        self.stored_gb = pixels * BYTES_PER_PIXEL / GB
+        self.policy = self._policy()
         self.assumed = f"{params.plan.utilisation:.0%} of the peak of {params.plan.gpu}"
 
-    def stages(self) -> Iterator[dict[str, Any]]:
-        rows = self.curated_rows
-        yield {**_line("data", rows, 0, 0.0, 0.0, 0.0, "counted"), "disk_gb": COPIES * rows * self.stored}
+    def stages(self) -> Iterator[Stage]:
+        data, sft, grpo = self.params.data, self.params.sft, self.params.grpo
+        train_rows, validation_rows = (count * len(data.sources) for count in (data.train_rows, data.validation_rows))
+        rows = train_rows + validation_rows
+        yield Stage("data", rows, disk_gb=COPIES * rows * self.stored_gb)
         if not self.params.curation.released:
             yield from self._curation(rows)
-        section = self.params.sft
-        yield self._training("sft", round(section.share * self.train_rows * section.epochs), 0.0, 0.0)
-        prompts = (grpo := self.params.grpo).share * self.train_rows * grpo.epochs
+        yield self._training("sft", sft, round(sft.share * train_rows * sft.epochs))
+        prompts = grpo.share * train_rows * grpo.epochs
         if grpo.max_steps > 0:
             prompts = min(prompts, grpo.max_steps * grpo.batch_size / grpo.generations)
-        once = 2 * self._policy()[1]  # the rollout, and the reference
-        yield self._training(
-            "grpo", round(prompts * grpo.generations), once, ANSWER + configs.CALL_RATES["awares"] * CALL
-        )
-        yield self._evaluation()
+        _, vision, language = self.policy
+        written = ANSWER + configs.CALL_RATES["awares"] * CALL
+        # beside the update: the rollout, and the reference
+        yield self._training("grpo", grpo, round(prompts * grpo.generations), 2 * (vision + language), written)
+        yield from self._evaluation()
 
-    def _curation(self, rows: int) -> Iterator[dict[str, Any]]:
+    def _curation(self, rows: int) -> Iterator[Stage]:
         if self.params.curation.engine == "local":
-            tokens, flops = self._turns([(self.image, ANSWER), (self.image.scaled(0.25), ANSWER)])
-            hours = self._hours(rows * flops, rows * 2 * ANSWER)
-            yield _line("curation", rows, rows * tokens, rows * flops, hours, self.inference_gb, self.assumed)
+            views = self._answer(1.0), self._answer(HALF)
+            tokens, flops = (rows * sum(part) for part in zip(*views, strict=True))
+            yield self._inference("curation", rows, (tokens, flops), rows * len(views), models=1)
         for one in labelling(rows, self.params).itertuples():
+            name, hours = f"curation: {one.role} {one.model}", f"{one.hours:.1f} h of its server"
             tokens = one.prompt_tokens + one.completion_tokens
-            line = _line(
-                f"curation: {one.role} {one.model}", rows, tokens, 0.0, 0.0, 0.0, f"{one.hours:.1f} h of its server"
-            )
-            yield {**line, "requests": one.requests, "disk_gb": rows * 1e3 / GB}
+            yield Stage(name, rows, one.requests, tokens, disk_gb=rows * 1e3 / GB, basis=hours)
 
-    def _training(self, stage: str, rows: int, more_flops: float, written: float) -> dict[str, Any]:
+    def _training(self, stage: str, section: Any, rows: int, more_flops: float = 0.0, written: float = 0.0) -> Stage:
         """A training on ``rows`` trajectories, with ``more_flops`` and ``written`` tokens per row for rollouts."""
-        section: Any = getattr(self.params, stage)
-        tokens, flops = self._trained(section.gradient_checkpointing)
+        tokens, vision, language = self.policy
+        # backward through frozen weights costs a forward, checkpointing one more
+        flops = rows * (vision + (3 if section.gradient_checkpointing else 2) * language + more_flops)
         memory = self._training_gb(section.per_device_batch_size * tokens, section.gradient_checkpointing)
-        hours, basis = self._hours(rows * (flops + more_flops), rows * written), self.assumed
-        measured = self._measured(stage)
-        if measured is not None:
+        hours, basis = self._hours(flops, rows * written), self.assumed
+        if self.params.plan.bench:
+            path = self.params.path(self.params.plan.bench) / "training.csv"
+            if not path.is_file():
+                raise AwaresFileError(f"{path}: no such table; plan.bench is a folder of `awares bench --train`")
+            measured = pd.read_csv(path).set_index("step").loc[stage]
             hours, memory = rows * tokens / measured.tokens_per_second / 3600, measured.peak_memory_mb / 1e3
             basis = f"measured on {measured.device}"
-        line = _line(stage, rows, rows * tokens, rows * (flops + more_flops), hours, memory, basis)
-        return {**line, "disk_gb": 1.1 * KEPT * self.weights / GB}
+        disk = 1.1 * KEPT * self.weights_gb
+        return Stage(stage, rows, 0, round(rows * tokens), flops / 1e15, hours, memory, disk, basis)
 
-    def _evaluation(self) -> dict[str, Any]:
-        section, on_hub = self.params.evaluation, self.params.data.origin == "hub"
-        rows = section.rows * len(self.params.data.tasks)
-        if on_hub:
-            scored = [sources.get_source(self.params, "evaluation", name) for name in self.params.data.tasks]
-            rows = sum(min(section.rows, one.rows or 0) for one in scored)
-        outside = 0  # lmms-eval scores its six benchmarks completely, whatever the tasks are
-        if section.lmms_eval:
-            outside = sum(one.rows or 0 for one in sources.read_sources(self.params, "evaluation").values())
-        policy = self._policy()
-        views = {"full": self.image, "half": self.image.scaled(0.25), "no_image": self.image.scaled(0.0)}
-        done = [self._turns([(views[name], ANSWER)]) if name in views else policy for name in MAIN_SYSTEMS]
-        # both policies again: the sweep's other trajectory, the frontier's eleven, lmms-eval's own run
-        again = 2 * (min(section.dial_rows, rows) + 11 * min(section.frontier_rows, rows) + outside)
-        tokens, flops = (rows * sum(part) + again * part[-1] for part in zip(*done, strict=True))
-        hours = self._hours(flops, (rows * len(done) + again) * ANSWER)
-        memory = self.inference_gb + 2 * self.weights / GB  # the base model and both policies
-        line = _line("evaluation", rows, tokens, flops, hours, memory, self.assumed)
-        return {**line, "disk_gb": EVALUATION_COPIES * rows * self.stored if on_hub else 0.0}
+    def _evaluation(self) -> Iterator[Stage]:
+        """Evaluation, and the operating curve: the sweep's other trajectory and the frontier's eleven, both policies."""
+        section, data = self.params.evaluation, self.params.data
+        rows, outside, disk = section.rows * len(data.tasks), 0, 0.0
+        if data.origin == "hub":
+            scored = [sources.get_source(self.params, "evaluation", name) for name in data.tasks]
+            rows = sum(min(section.rows, one.rows) for one in scored)
+            disk = EVALUATION_COPIES * rows * self.stored_gb
+        if section.lmms_eval:  # scores its six benchmarks completely with both policies, whatever the tasks are
+            outside = 2 * sum(one.rows for one in sources.read_sources(self.params, "evaluation").values())
+        tokens, vision, language = self.policy
+        policy, areas = (tokens, vision + language), {"full": 1.0, "half": HALF, "no_image": 0.0}
+        done = [self._answer(areas[name]) if name in areas else policy for name in MAIN_SYSTEMS]
+        tokens, flops = (rows * sum(part) + outside * part[-1] for part in zip(*done, strict=True))
+        yield self._inference("evaluation", rows, (tokens, flops), rows * len(done) + outside, models=3, disk=disk)
+        again = 2 * (min(section.dial_rows, rows) + 11 * min(section.frontier_rows, rows))
+        curve = min(max(section.dial_rows, section.frontier_rows), rows)
+        yield self._inference("operating_curve", curve, (again * policy[0], again * policy[1]), again, models=2)
 
-    def _turns(self, views: list[tuple[TypicalImage, int]]) -> tuple[float, float]:
-        """(tokens, FLOPs) of single turns, given as (image, written tokens)."""
-        tokens = [view.tokens + TEXT + written for view, written in views]
-        read = sum(costs.prefill_flops(round(count), 0, self.config) for count in tokens)
-        return sum(tokens), read + sum(view.flops for view, _ in views)
+    def _inference(
+        self, stage: str, rows: int, cost: tuple[float, float], answers: int, models: int, disk: float = 0.0
+    ) -> Stage:
+        (tokens, flops), memory = cost, self.inference_gb + (models - 1) * self.weights_gb
+        hours = self._hours(flops, answers * ANSWER)
+        return Stage(stage, rows, 0, round(tokens), flops / 1e15, hours, memory, disk, self.assumed)
 
-    def _policy(self) -> tuple[float, float]:
-        """(tokens, FLOPs) of an average interaction of the policy, with cache reuse."""
-        low, crop, rate = self.image.scaled(0.25), self.image.scaled(CROP_AREA), configs.CALL_RATES["awares"]
-        first, more = low.tokens + TEXT + ANSWER, crop.tokens + CALL + ANSWER
-        text = costs.prefill_flops(round(first), 0, self.config)
-        text += rate * costs.prefill_flops(round(more), round(first), self.config)
-        return first + rate * more, text + low.flops + rate * crop.flops
+    def _answer(self, area: float) -> tuple[float, float]:
+        """(tokens, FLOPs) of one turn on a view with this fraction of the pixels; attention is taken as linear, too."""
+        tokens = self.visual_tokens * area + TEXT + ANSWER
+        return tokens, costs.prefill_flops(round(tokens), 0, self.config) + self.vision_flops * area
 
-    def _trained(self, checkpointing: bool) -> tuple[float, float]:
-        """(tokens, FLOPs) of a trajectory: backward through frozen weights costs a forward, checkpointing one more."""
-        tokens, once = self._policy()
-        seen = self.image.scaled(0.25).flops + configs.CALL_RATES["awares"] * self.image.scaled(CROP_AREA).flops
-        return tokens, seen + (3 if checkpointing else 2) * (once - seen)
+    def _policy(self) -> tuple[float, float, float]:
+        """Tokens, vision FLOPs and language FLOPs of an average interaction of the policy, with cache reuse."""
+        rate = configs.CALL_RATES["awares"]
+        first, more = self.visual_tokens * HALF + TEXT + ANSWER, self.visual_tokens * CROP_AREA + CALL + ANSWER
+        language = costs.prefill_flops(round(first), 0, self.config)
+        language += rate * costs.prefill_flops(round(more), round(first), self.config)
+        return first + rate * more, self.vision_flops * (HALF + rate * CROP_AREA), language
 
     def _hours(self, flops: float, written: float) -> float:
         seconds = flops / (self.gpu.flops * self.params.plan.utilisation)
         return (seconds + written / DECODED_ROWS * self.read / self.gpu.bandwidth) / 3600
-
-    def _measured(self, stage: str) -> Any:
-        """The stage's line in the table of `awares bench --train`; None if ``plan.bench`` is not set."""
-        if not self.params.plan.bench:
-            return None
-        path = self.params.path(self.params.plan.bench) / "training.csv"
-        if not path.is_file():
-            raise AwaresFileError(f"{path}: no such table; plan.bench is the folder that `awares bench --train` wrote")
-        return pd.read_csv(path).set_index("step").loc[stage]
 
     def _training_gb(self, tokens: float, checkpointing: bool) -> float:
         """Weights, activations of a micro-batch (checkpointed: one value per layer, one complete layer), logits."""
         text = self.config.text_config
         layer = tokens * (10 * text.hidden_size + 3 * text.intermediate_size) * self.itemsize
         layers = text.num_hidden_layers * (tokens * text.hidden_size * self.itemsize if checkpointing else layer)
-        return (self.weights + layers + layer + 2 * 4 * tokens * text.vocab_size) / GB + RUNTIME_GB
+        return self.weights_gb + (layers + layer + 2 * 4 * tokens * text.vocab_size) / GB + RUNTIME_GB
 
 
-def _line(
-    stage: str, rows: int, tokens: float, flops: float, hours: float, memory: float, basis: str
-) -> dict[str, Any]:
-    counted = {"stage": stage, "rows": rows, "tokens": round(tokens), "pflop": flops / 1e15, "disk_gb": 0.0}
-    return {**counted, "gpu_hours": hours, "gpu_memory_gb": memory, "basis": basis}
-
-
-def _typical_image(params: Params, config: Any) -> TypicalImage:
-    """The mean over the six benchmarks' common sizes, also assumed for the training sources."""
-    shape = configs.MINI if params.data.origin != "hub" else "paper"
-    merge = config.vision_config.spatial_merge_size
+def _typical_image(params: Params, config: Any) -> tuple[float, float, float]:
+    """Pixels, visual tokens, vision FLOPs: means over the benchmarks' common sizes, also assumed for the training."""
+    shape, merge = "paper" if params.data.origin == "hub" else configs.MINI, config.vision_config.spatial_merge_size
     side = merge * config.vision_config.patch_size
     found = []
     for name in configs.BENCHMARKS:
@@ -243,4 +220,5 @@ def _typical_image(params: Params, config: Any) -> TypicalImage:
         width, height = cap(blank, params.crops.max_side).size
         grid = merge * round(height / side), merge * round(width / side)
         found.append((width * height, grid[0] * grid[1] / merge**2, costs.vision_flops(grid, config)))
-    return TypicalImage(*(sum(part) / len(found) for part in zip(*found, strict=True)))
+    pixels, tokens, flops = (sum(part) / len(found) for part in zip(*found, strict=True))
+    return pixels, tokens, flops

@@ -8,8 +8,7 @@ import contextlib
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,23 +29,21 @@ from awares.method.rollout import Engine, Trajectory
 
 # full, half: one turn of the base model; awares: cache reuse; awares_naive: turn 2 prefills everything again;
 # escalate_full: a row that calls gets the whole image (VisionThink's interaction)
-POLICIES = ("awares", "awares_naive", "escalate_full")
-SYSTEMS = ("full", "half", *POLICIES)
+TWO_TURN_SYSTEMS = ("awares", "awares_naive", "escalate_full")
+TIMED_SYSTEMS = ("full", "half", *TWO_TURN_SYSTEMS)
 LOOP = 1  # token budget under which every row runs alone
-Work = Callable[[PhaseEnd | None], list[Trajectory]]
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One timed job: a system on all rows, in batches of ``token_budget`` tokens."""
+class TimedJob(NamedTuple):
+    """A system on all rows, in batches of ``token_budget`` tokens; ``work`` reports phases to its argument, if any."""
 
     system: str
     token_budget: int
-    work: Work
+    work: Callable[[PhaseEnd | None], list[Trajectory]]
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(NamedTuple):
     """Rows for all systems. ``scripts``: system -> one script per row; a system without scripts decodes freely."""
 
     images: Sequence[Image]
@@ -57,7 +54,7 @@ class Workload:
 
 
 class Measured(NamedTuple):
-    """Result of `measure`."""
+    """Result of `time_jobs`."""
 
     times: pd.DataFrame  # one line per job and repetition
     played: dict[str, list[Trajectory]]  # per system, at its first budget
@@ -103,13 +100,8 @@ class PeakMemory:
         """Bytes."""
         if self.gpu:
             return float(torch.cuda.max_memory_allocated())
-        if not _CLEAR_REFS.exists():
-            return float("nan")
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return 1024.0 * int(status["VmHWM"].split()[0])
-
-
-_CLEAR_REFS = Path("/proc/self/clear_refs")
+        status = Path("/proc/self/status").read_text() if _CLEAR_REFS.exists() else "VmHWM: nan"
+        return 1024 * float(status.partition("VmHWM:")[2].split()[0])
 
 
 # Rows and jobs
@@ -117,57 +109,38 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 def spread(benchmarks: Sequence[str], count: int) -> list[int]:
     """Indices of ``count`` rows to time: equally many per benchmark (the first get the remainder), at even steps."""
-    places: dict[str, list[int]] = {}
-    for index, name in enumerate(benchmarks):
-        places.setdefault(name, []).append(index)
+    names = np.array(benchmarks)
+    places = [np.flatnonzero(names == name) for name in dict.fromkeys(benchmarks)]
     each, over = divmod(count, len(places))
-    wanted = [min(len(where), each + (n < over)) for n, where in enumerate(places.values())]
-    found = [where[len(where) * k // n] for n, where in zip(wanted, places.values(), strict=True) for k in range(n)]
-    return sorted(found)
+    wanted = [min(len(where), each + (index < over)) for index, where in enumerate(places)]
+    return sorted(int(where[len(where) * k // n]) for n, where in zip(wanted, places, strict=True) for k in range(n))
 
 
 def jobs(
-    models: Mapping[str, Any],
-    processor: ImageOnlyProcessor,
-    workload: Workload,
-    budgets: Sequence[int],
-    **limits: Any,
-) -> list[Job]:
-    """One job per system of ``models`` (system -> model) and token budget; ``limits`` go to the engine."""
+    models: Mapping[str, Any], processor: ImageOnlyProcessor, workload: Workload, budgets: Sequence[int], **limits: Any
+) -> list[TimedJob]:
+    """One job per system of ``models`` (system -> model) and token budget; ``limits`` go to the engine.
 
-    def job(system: str, budget: int) -> Job:
+    Systems are TIMED_SYSTEMS, and those of `baselines`, which report no phases.
+    """
+    images, questions, ids, scripts, call_bias = workload
+
+    def job(system: str, budget: int) -> TimedJob:
         def work(on_phase_end: PhaseEnd | None) -> list[Trajectory]:
+            if system not in TIMED_SYSTEMS:
+                engine = Engine(models[system], processor, token_budget=budget, **limits)
+                rows = {"id": ids, "image": images, "question": questions}
+                return baselines.answer(system, baselines.Job(engine, rows))
             options = {"reuse": system != "awares_naive", "on_phase_end": on_phase_end, **limits}
-            return play(ScriptedEngine(models[system], processor, token_budget=budget, **options), system, workload)
+            scripted = ScriptedEngine(models[system], processor, token_budget=budget, **options)
+            if system in TWO_TURN_SYSTEMS and system not in scripts:
+                return scripted.run(images, questions, call_bias=call_bias, row_ids=ids)
+            view = "" if system in TWO_TURN_SYSTEMS else system
+            return scripted.run_scripts(images, questions, ids, scripts.get(system, [Script()] * len(ids)), view)
 
-        return Job(system, budget, work)
+        return TimedJob(system, budget, work)
 
     return [job(system, budget) for budget in budgets for system in models]
-
-
-def system_jobs(
-    names: Sequence[str], model: Any, processor: ImageOnlyProcessor, rows: Any, budget: int, **limits: Any
-) -> list[Job]:
-    """One job per system of `baselines` on ``rows``, with the weights ``model``; no phases are reported."""
-
-    def job(name: str) -> Job:
-        engine = Engine(model, processor, token_budget=budget, **limits)
-        return Job(name, budget, lambda on_phase_end: baselines.answer(name, baselines.Job(engine, rows)))
-
-    return [job(name) for name in names]
-
-
-def play(engine: ScriptedEngine, system: str, workload: Workload) -> list[Trajectory]:
-    """The answers of ``system`` to all rows of ``workload``."""
-    images, questions, ids = workload.images, workload.questions, workload.row_ids
-    scripts = workload.scripts.get(system)
-    if system in POLICIES:
-        if scripts:
-            return engine.run_scripts(images, questions, ids, scripts)
-        return engine.run(images, questions, call_bias=workload.call_bias, row_ids=ids)
-    if scripts:
-        return engine.answer_scripts(images, questions, system, ids, scripts)
-    return engine.answer(images, questions, system, row_ids=ids)
 
 
 def escalations(trajectories: Sequence[Trajectory]) -> list[Script]:
@@ -188,7 +161,7 @@ def escalated(engine: ScriptedEngine, rows: Any, trajectories: Sequence[Trajecto
 # Measuring
 
 
-def measure(work: Sequence[Job], repetitions: int, seed: int, device: str) -> Measured:
+def time_jobs(work: Sequence[TimedJob], repetitions: int, seed: int, device: str) -> Measured:
     """Run every job once to warm up (which gives its peak memory), then ``repetitions`` times in shuffled order.
 
     Columns of ``times``: system, token_budget, repetition, rows, seconds, peak_memory in bytes, and the seconds of
@@ -229,9 +202,8 @@ def matmul_rate(device: str, dtype: str, size: int = 1024, repetitions: int = 20
 def best_budgets(times: pd.DataFrame) -> dict[str, int]:
     """The token budget at which each system is fastest, except rows alone."""
     batched = times[times.token_budget != LOOP]
-    middle = batched.groupby(["system", "token_budget"], sort=False).seconds.median().reset_index()
-    fastest = middle.loc[middle.groupby("system").seconds.idxmin()].set_index("system").token_budget
-    return {system: int(fastest[system]) for system in SYSTEMS if system in fastest.index}
+    middle = batched.pivot_table("seconds", "token_budget", "system", aggfunc="median").idxmin()
+    return {system: int(middle[system]) for system in TIMED_SYSTEMS if system in middle}
 
 
 def time_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
@@ -240,32 +212,26 @@ def time_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
     Medians over repetitions with quartiles (``_low``, ``_high``); ``ratio`` is taken within a repetition; ``speedup``:
     rows per second relative to batch 1. Phases are medians over both turns, ``prefill_2`` of the second turn.
     """
-    best, records = best_budgets(times), []
-    alone = _by_repetition(times, dict.fromkeys(best, LOOP))
-    for batch, budgets in (("1", dict.fromkeys(best, LOOP)), ("best", best)):
-        seconds = _by_repetition(times, budgets)
-        for system, budget in budgets.items():
-            part = times[(times.system == system) & (times.token_budget == budget)]
-            rows = part.rows.iloc[0]
-            record = {"system": system, "batch": batch, "token_budget": budget, "rows": rows}
-            record |= quartiles("ms", 1000 * seconds[system] / rows)
-            record |= quartiles("ratio", seconds[system] / seconds[reference])
-            record |= quartiles("speedup", alone[system] / seconds[system])
-            for phase in PHASES:
-                record[phase] = 1000 * (part[f"{phase}_1"] + part[f"{phase}_2"]).median() / rows
-            record["prefill_2"] = 1000 * part.prefill_2.median() / rows
-            records.append({**record, "peak_memory_mb": part.peak_memory.iloc[0] / 1e6})
-    return pd.DataFrame(records)
+    tables = []
+    alone = next(_batches(times))[2]
+    times = times.assign(**{phase: times[f"{phase}_1"] + times[f"{phase}_2"] for phase in PHASES})
+    for batch, budgets, seconds in _batches(times):
+        systems = times[times.token_budget == times.system.map(budgets)].groupby("system")
+        rows = systems.rows.first()
+        table = pd.DataFrame({"batch": batch, "token_budget": budgets, "rows": rows})
+        table = table.join(quartiles("ms", 1000 * seconds / rows))
+        table = table.join(quartiles("ratio", seconds.div(seconds[reference], axis=0)))
+        table = table.join(quartiles("speedup", alone / seconds))
+        table = table.join(1000 * systems[[*PHASES, "prefill_2"]].median().div(rows, axis=0))
+        tables.append(table.assign(peak_memory_mb=systems.peak_memory.first() / 1e6).loc[list(budgets)])
+    return pd.concat(tables).rename_axis("system").reset_index()
 
 
-def ratio_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
-    """Milliseconds per row of jobs at one token budget each, and their ratio to ``reference`` within a repetition."""
-    seconds = times.pivot(index="repetition", columns="system", values="seconds")
-    records = []
-    for system, part in times.groupby("system", sort=False):
-        spread = quartiles("ms", 1000 * seconds[system] / part.rows.iloc[0])
-        records.append({"system": system, **spread, **quartiles("ratio", seconds[system] / seconds[reference])})
-    return pd.DataFrame(records)
+def ratio_table(times: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Milliseconds per row of the systems ``names``, at one token budget, and their ratio to the first of them."""
+    seconds = times.pivot(index="repetition", columns="system", values="seconds")[list(names)]
+    row_times = quartiles("ms", 1000 * seconds / times.groupby("system").rows.first())
+    return row_times.join(quartiles("ratio", seconds.div(seconds[names[0]], axis=0))).loc[list(names)].reset_index()
 
 
 def pair_table(times: pd.DataFrame, overs: Sequence[str], level: float) -> pd.DataFrame:
@@ -274,12 +240,11 @@ def pair_table(times: pd.DataFrame, overs: Sequence[str], level: float) -> pd.Da
     Columns system, over, batch, ratio, ratio_low, ratio_high: the geometric mean over repetitions of the ratio within
     one, with the ``level`` interval of Student's t for its logarithm. It covers repetitions on this machine and rows.
     """
-    best, records = best_budgets(times), []
-    for batch, budgets in (("1", dict.fromkeys(best, LOOP)), ("best", best)):
-        seconds = np.log(_by_repetition(times, budgets))
+    records = []
+    for batch, budgets, seconds in _batches(times):
         for over in overs:
-            for system in (name for name in best if name != over):
-                steps = (seconds[system] - seconds[over]).to_numpy()
+            for system in (name for name in budgets if name != over):
+                steps = (np.log(seconds[system]) - np.log(seconds[over])).to_numpy()
                 half = steps.std(ddof=1) / len(steps) ** 0.5 * scipy.stats.t.ppf((1 + level) / 2, len(steps) - 1)
                 ends = np.exp([steps.mean(), steps.mean() - half, steps.mean() + half])
                 records.append((system, over, batch, *ends))
@@ -291,17 +256,17 @@ def benchmark_table(alone: Mapping[str, np.ndarray], benchmarks: Sequence[str]) 
 
     Columns system, benchmark, ms (median over repetitions of the mean over rows) with quartiles, n rows.
     """
-    names, records = np.array(benchmarks), []
+    names, tables = np.array(benchmarks), []
+    counts = {name: int((names == name).sum()) for name in dict.fromkeys(benchmarks)}
     for system, seconds in alone.items():
-        parts = {name: 1000 * seconds[:, names == name].mean(axis=1) for name in dict.fromkeys(benchmarks)}
-        parts[AVERAGE] = np.mean(list(parts.values()), axis=0)
-        for name, values in parts.items():
-            count = len(names) if name == AVERAGE else int((names == name).sum())
-            records.append({"system": system, "benchmark": name, **quartiles("ms", values), "n": count})
-    return pd.DataFrame(records)
+        parts = pd.DataFrame({name: 1000 * seconds[:, names == name].mean(axis=1) for name in counts})
+        table = quartiles("ms", parts.assign(**{AVERAGE: parts.mean(axis=1)})).rename_axis("benchmark").reset_index()
+        table.insert(0, "system", system)
+        tables.append(table.assign(n=[*counts.values(), len(names)]))
+    return pd.concat(tables, ignore_index=True)
 
 
-def flops_table(work: Sequence[Job], reference: str = "full") -> pd.DataFrame:
+def flops_table(work: Sequence[TimedJob], reference: str = "full") -> pd.DataFrame:
     """GFLOPs per row of each job by torch's counter, padding included; ``gflops_ratio`` to ``reference``."""
     records = []
     for job in work:
@@ -309,20 +274,21 @@ def flops_table(work: Sequence[Job], reference: str = "full") -> pd.DataFrame:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             rows = len(job.work(None))
         records.append({"system": job.system, "gflops": counter.get_total_flops() / rows / 1e9})
-    table = pd.DataFrame(records)
-    return table.assign(gflops_ratio=table.gflops / table.gflops[table.system == reference].iloc[0])
+    return _with_ratio(pd.DataFrame(records), reference)
 
 
-def quartiles(name: str, values: Any) -> dict[str, float]:
-    """``name``: the median of ``values``; ``name``_low and ``name``_high: its quartiles."""
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {name: float(middle), f"{name}_low": float(low), f"{name}_high": float(high)}
+def quartiles(name: str, values: pd.DataFrame) -> pd.DataFrame:
+    """Per column of ``values`` (repetitions x systems): ``name``, its median, and its quartiles, _low and _high."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
+    return pd.DataFrame({name: middle, f"{name}_low": low, f"{name}_high": high}, index=values.columns)
 
 
-def _by_repetition(times: pd.DataFrame, budgets: Mapping[str, int]) -> pd.DataFrame:
-    """Seconds of each system at its budget: one line per repetition, one column per system."""
-    chosen = times[times.token_budget == times.system.map(budgets)]
-    return chosen.pivot(index="repetition", columns="system", values="seconds")
+def _batches(times: pd.DataFrame) -> Iterator[tuple[str, dict[str, int], pd.DataFrame]]:
+    """Batch 1, then the best: its name, each system's token budget, and seconds (repetitions x systems)."""
+    best = best_budgets(times)
+    for batch, budgets in (("1", dict.fromkeys(best, LOOP)), ("best", best)):
+        chosen = times[times.token_budget == times.system.map(budgets)]
+        yield batch, budgets, chosen.pivot(index="repetition", columns="system", values="seconds")
 
 
 # Counting
@@ -339,22 +305,23 @@ def count_table(
     for system, trajectories in done.items():
         found = [costs.trajectory_flops(one, config, processor, system != "awares_naive") for one in trajectories]
         tokens = [sum(turn.visual_tokens + turn.text_tokens for turn in one.turns) - 1 for one in trajectories]
-        second = [one.prefill[1] for one in found if one.prefill[1]]
-        parts = {f"{part}_gflops": np.mean([sum(getattr(one, part)) for one in found]) / 1e9 for part in PHASES[1:]}
+        second = [one["prefill"][1] for one in found if one["prefill"][1]]
         record = {
             "system": system,
             "visual_tokens": np.mean([one.visual_tokens for one in trajectories]),
             "rtr": np.mean([one.rtr for one in trajectories]),
             "calls": np.mean([one.call_status != "none" for one in trajectories]),
-            **parts,
+            **{f"{part}_gflops": np.mean([sum(one[part]) for one in found]) / 1e9 for part in PHASES[1:]},
             "prefill_2_gflops": np.mean(second) / 1e9 if second else float("nan"),
-            "gflops": np.mean([one.total for one in found]) / 1e9,
+            "gflops": np.mean([sum(map(sum, one.values())) for one in found]) / 1e9,
             "cache_mb": costs.cache_bytes(1, config, bytes_per_value) * np.mean(tokens) / 1e6,
         }
         records.append(record)
-    table = pd.DataFrame(records)
-    full = table.gflops[table.system == "full"]
-    return table.assign(gflops_ratio=table.gflops / (full.iloc[0] if len(full) else float("nan")))
+    return _with_ratio(pd.DataFrame(records), "full")
+
+
+def _with_ratio(table: pd.DataFrame, reference: str) -> pd.DataFrame:
+    return table.assign(gflops_ratio=table.gflops / table.gflops[table.system == reference].iloc[0])
 
 
 def response_table(done: Mapping[str, Sequence[Trajectory]], benchmarks: Sequence[str]) -> pd.DataFrame:
@@ -366,9 +333,5 @@ def response_table(done: Mapping[str, Sequence[Trajectory]], benchmarks: Sequenc
     ]
     lengths = pd.DataFrame(records, columns=["system", "benchmark", "characters", "tokens"])
     parts = lengths.groupby(["system", "benchmark"], sort=False)
-    columns = {
-        "characters": ("characters", "mean"),
-        "characters_sd": ("characters", "std"),
-        "tokens": ("tokens", "mean"),
-    }
-    return parts.agg(**columns, n=("tokens", "size")).reset_index()
+    table = parts.characters.agg(characters="mean", characters_sd="std")
+    return table.assign(tokens=parts.tokens.mean(), n=parts.size()).reset_index()

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import openai
 import torch
@@ -18,28 +18,22 @@ from awares.data import sources
 from awares.errors import AwaresRequestError, AwaresValueError
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One requirement of a profile, whether it is ``there``, what was ``found``, and the ``fix`` if it is not there."""
 
     what: str
     there: bool
     found: str
-    fix: str = ""
+    fix: str
 
 
 def preflight(params: Params) -> list[Finding]:
     """One finding for each requirement of the profile; takes minutes at most."""
-    section = params.curation
+    section, stages = params.curation, forecast(params)
     served = [] if section.released else [*section.all_judges, section.oracle, section.engine]
-    return [
-        *_gpus(params),
-        *_disk(params),
-        *servers(params, served),
-        *_own_rows(params),
-        *_hub(params),
-        *_programs(params),
-    ]
+    found = [*_gpus(params, float(stages.gpu_memory_gb.max()))] if params.base.device == "cuda" else []
+    found += [_disk(params, float(stages.disk_gb.sum())), *servers(params, served)]
+    return [*found, *_files(params), *_hub(params)]
 
 
 def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
@@ -53,9 +47,7 @@ def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
         except openai.AuthenticationError:
             yield Finding(what, False, "refuses the key", f"set the environment variable {model.key_variable} to it")
         except openai.OpenAIError as error:
-            fix = (
-                f"start it (data/launch/README.md, Judge and oracle), or give its address in AWARES_{name.upper()}_URL"
-            )
+            fix = f"start it (data/launch/README.md, Judge and oracle), or set AWARES_{name.upper()}_URL to its address"
             yield Finding(what, False, f"no answer: {type(error).__name__}", fix)
         else:
             fix = f"start it with --served-model-name {model.model}, or write the served name into data/served.yaml"
@@ -68,18 +60,16 @@ def require_servers(params: Params, names: Sequence[str]) -> None:
         raise AwaresRequestError("\n".join(f"{one.what}: {one.found}; {one.fix}" for one in missing))
 
 
-def _gpus(params: Params) -> Iterator[Finding]:
-    if params.base.device != "cuda":
-        return
+def _gpus(params: Params, need: float) -> Iterator[Finding]:
     count = torch.cuda.device_count()
     for name in dict.fromkeys(map(params.launch, ("sft", "grpo"))):
         processes, machines = _launched(params, name)
         here, by = processes // machines, name or "a training in one process"
         key = "base.launch" if name == params.base.launch else "sft.launch"
         yield Finding(f"{here} GPUs here, for {by}", count >= here, str(count), f"name another file in {key}")
-    planned, (total, _) = params.plan.gpus, _launched(params, params.base.launch)
+    total, _ = _launched(params, params.base.launch)
+    planned = params.plan.gpus
     yield Finding(f"{total} GPUs planned", planned == total, f"plan.gpus {planned}", f"set plan.gpus to {total}")
-    need = float(forecast(params).gpu_memory_gb.max())
     for index in range(count):
         seen = torch.cuda.get_device_properties(index)
         room = seen.total_memory / GB
@@ -99,53 +89,49 @@ def _launched(params: Params, name: str) -> tuple[int, int]:
         raise AwaresValueError(f"{path}: {error} missing: use an accelerate configuration as in data/launch") from error
 
 
-def _disk(params: Params) -> Iterator[Finding]:
-    need = float(forecast(params).disk_gb.sum())
+def _disk(params: Params, need: float) -> Finding:
     folder = params.path(params.paths.runs)
     free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free / GB
     fix = "set paths.runs to a larger disk, or DVC's cache"
-    yield Finding(f"{need:.0f} GB of disk", free >= need, f"{free:.0f} GB", fix)
+    return Finding(f"{need:.0f} GB of disk", free >= need, f"{free:.0f} GB", fix)
 
 
-def _own_rows(params: Params) -> Iterator[Finding]:
-    for name in params.data.sources:
-        if name.endswith(".jsonl"):
-            yield _present(f"rows {name}", params.path(name).is_file(), "correct its path in data.sources")
-
-
-def _programs(params: Params) -> Iterator[Finding]:
+def _files(params: Params) -> Iterator[Finding]:
+    """Rows of the user's own, and programs."""
+    found = [
+        (f"rows {name}", params.path(name).is_file(), "correct its path in data.sources")
+        for name in params.data.sources
+        if name.endswith(".jsonl")
+    ]
     if params.evaluation.lmms_eval:
         python = params.path(params.evaluation.lmms_eval)
         fix = 'make that environment (data/launch/README.md), or set evaluation.lmms_eval to ""'
-        yield _present(f"lmms-eval at {python}", python.is_file(), fix)
+        found.append((f"lmms-eval at {python}", python.is_file(), fix))
     if params.grpo.rollouts == "vllm":
         fix = 'pip install "trl[vllm]" here, or set grpo.rollouts to local'
-        yield _present("vLLM for GRPO's rollouts", importlib.util.find_spec("vllm") is not None, fix)
-
-
-def _present(what: str, there: bool, fix: str) -> Finding:
-    return Finding(what, there, "found" if there else "missing", fix)
+        found.append(("vLLM for GRPO's rollouts", importlib.util.find_spec("vllm") is not None, fix))
+    for what, there, fix in found:
+        yield Finding(what, there, "found" if there else "missing", fix)
 
 
 def _hub(params: Params) -> Iterator[Finding]:
     """Access to the model and the data sets on the hub, or in the folder ``data.hub_root``."""
-    wanted: list[tuple[str, str]] = []
+    used = []
     if params.data.origin == "hub":
         named = [name for name in params.data.sources if not name.endswith(".jsonl")]
         used = [sources.get_source(params, "training", name) for name in named]
-        used += list(sources.read_sources(params, "evaluation").values())
+        used += sources.read_sources(params, "evaluation").values()
         if params.curation.released:
             used.append(sources.get_source(params, "curated", params.curation.released))
-        wanted += [(one.hub, "dataset") for one in used]
-    if isinstance(params.model_path(), str):
-        wanted.append((params.base.model, "model"))
-    for name, kind in dict.fromkeys(wanted):
-        if params.data.hub_root and kind == "dataset":
+    for name in dict.fromkeys(one.hub for one in used):
+        if params.data.hub_root:
             folder = params.path(params.data.hub_root) / name
             fix = "copy it there, or leave data.hub_root empty"
-            yield Finding(f"{kind} {name}", folder.is_dir(), str(folder), fix)
+            yield Finding(f"dataset {name}", folder.is_dir(), str(folder), fix)
         else:
-            yield _access(name, kind)
+            yield _access(name, "dataset")
+    if isinstance(params.model_path(), str):
+        yield _access(params.base.model, "model")
 
 
 def _access(name: str, kind: str) -> Finding:
@@ -161,4 +147,4 @@ def _access(name: str, kind: str) -> Finding:
             return Finding(what, False, "refuses the token", "set HF_TOKEN to a valid one, or unset it")
         fix = "check the network, or set data.hub_root to a folder of copies (base.model to a folder)"
         return Finding(what, False, f"unreachable: {type(error).__name__}", fix)
-    return Finding(what, True, "readable")
+    return Finding(what, True, "readable", "")

@@ -285,7 +285,7 @@ def plan(
     table = forecast(params)
     findings = preflight(params) if check else []
     if as_json:
-        checks = [vars(one) for one in findings]
+        checks = [one._asdict() for one in findings]
         print(json.dumps({"profile": params.profile, "stages": table.to_dict("records"), "checks": checks}))
     else:
         print(table.to_string(index=False, float_format="{:,.1f}".format))
