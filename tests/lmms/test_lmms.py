@@ -92,7 +92,7 @@ def test_the_evaluation_notebook_scores_a_policy_through_lmms_eval(rows, monkeyp
     given = "awares", ROOT / "data" / "base", params, folder / "evaluation" / "main"
     options = ["--include_path", str(HERE / "tasks")]
     table = benchmarks.through_lmms_eval(*given, {"chartqa": "awares_offline"}, options)
-    assert list(table.columns) == benchmarks.COLUMNS
+    assert list(table.columns) == benchmarks.LMMS_COLUMNS
     row = table.set_index("metric").loc["relaxed_overall"]
     assert (row.benchmark, row.task, row.n) == ("chartqa", "awares_offline", len(records))
     assert 0 <= row.value <= 1 and 0 < row.rtr <= 1.1 and row.seconds > 0

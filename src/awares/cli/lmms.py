@@ -1,19 +1,17 @@
-"""The six benchmarks through lmms-eval: the program that runs it, and the chat model ``awares`` that it finds.
+"""The six benchmarks through lmms-eval: the call of its command, and the chat model ``awares`` that it loads.
 
-lmms-eval wants another build of torch, so it runs in its own environment, whose Python ``evaluation.lmms_eval``
-names. Rows, prompts and metrics are lmms-eval's; the interaction is ours. It finds the model through a package entry
-point:
+lmms-eval needs another build of torch, so it runs in an environment of its own, whose Python is
+``evaluation.lmms_eval``. Rows, prompts and metrics are lmms-eval's, the interaction is ours:
 
     lmms-eval --model awares --model_args pretrained=FOLDER,log=samples.jsonl --tasks chartqa,docvqa_val --batch_size 64
 """
 
-import hashlib
 import importlib.util
 import json
+import shutil
 import subprocess
-import time
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,12 @@ from awares.engine import jsonl
 from awares.engine.jsonl import Record
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 from awares.method import protocol
-from awares.method.rollout import Trajectory
 from awares.training import checkpoints
 
-TASKS = {name: name for name in ("chartqa", "docvqa", "ocrbench", "pope", "realworldqa", "vstar")}
-TASKS |= {"docvqa": "docvqa_val", "vstar": "vstar_bench"}
-COLUMNS = ["system", "benchmark", "task", "metric", "value", "rtr", "seconds", "n"]
-CHUNK = 64  # samples between two writes of the log, at least; so many images are held at a time
+LMMS_TASKS = {"chartqa": "chartqa", "docvqa": "docvqa_val", "ocrbench": "ocrbench", "pope": "pope",
+              "realworldqa": "realworldqa", "vstar": "vstar_bench"}  # fmt: skip
+LMMS_COLUMNS = ["system", "benchmark", "task", "metric", "value", "rtr", "seconds", "n"]
+LOG_EVERY = 64  # samples between two writes of the log; so many images are held at a time
 
 
 def through_lmms_eval(
@@ -41,14 +38,14 @@ def through_lmms_eval(
     model_path: Path,
     params: Params,
     out_dir: Path,
-    tasks: Mapping[str, str] = TASKS,
+    tasks: Mapping[str, str] = LMMS_TASKS,
     options: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Scores of the policy at ``model_path`` by lmms-eval: a line per benchmark and metric, on lmms-eval's own scale.
 
-    Columns: ``COLUMNS``; rtr and seconds are means over the n samples. ``tasks``: benchmark -> task of lmms-eval;
+    Columns: ``LMMS_COLUMNS``; rtr and seconds are means over the n samples. ``tasks``: benchmark -> task of lmms-eval;
     ``options``: more of its command line. The samples are kept in ``.checkpoints`` next to ``out_dir``, where the
-    same call resumes. AwaresFileError for a missing environment, AwaresError with lmms-eval's last words where it
+    same call resumes. AwaresFileError for a missing environment, AwaresError with the end of lmms-eval's output if it
     fails.
     """
     python = params.path(params.evaluation.lmms_eval)
@@ -60,37 +57,27 @@ def through_lmms_eval(
         raise AwaresValueError(f"evaluation.lmms_eval runs the interaction of protocol.name alone: {fix}")
     code = [__file__, str(policy.__file__), str(sources.__file__)]
     inputs = checkpoints.describe_inputs("evaluation", params, [], model_path, code)
-    inputs |= {"tasks": list(tasks.values()), "options": list(options)}
-    folder = checkpoints.checkpoint_folder(out_dir, inputs)
-    samples = folder / "samples.jsonl"
-    arguments: dict[str, Any] = {"pretrained": model_path.resolve(), "log": samples.resolve()}
+    folder = checkpoints.checkpoint_folder(out_dir, {**inputs, "tasks": [*tasks.values()], "options": [*options]})
+    shutil.rmtree(folder / "results", ignore_errors=True)  # of an earlier call
+    arguments: dict[str, Any] = {"pretrained": model_path.resolve(), "log": (folder / "samples.jsonl").resolve()}
     arguments |= {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
     arguments |= {"max_side": params.crops.max_side, "call_bias": params.evaluation.call_bias}
     arguments |= {"dtype": params.base.dtype, "device": params.base.device, "protocol": params.protocol.name}
     command = [str(python), "-m", "lmms_eval", "--model", "awares", "--tasks", ",".join(tasks.values())]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())]
-    command += ["--batch_size", str(CHUNK), "--output_path", str(folder / "results"), *options]
-    before = _results(folder)
+    command += ["--batch_size", str(LOG_EVERY), "--output_path", str(folder / "results"), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # its progress goes to stderr
-    fresh = _results(folder) - before
-    if done.returncode or not fresh:  # it ends with 0 after most errors, too
-        ended = f"ended with {done.returncode}, {'with' if fresh else 'without'} results"
-        raise AwaresError(f"lmms-eval {ended} on {system}; its last words:\n{done.stdout[-2000:]}")
-    results = json.loads(max(fresh)[1].read_text())["results"]
-    return table(system, results, pd.DataFrame(jsonl.read_records(samples)), tasks)
+    written = sorted(folder.glob("results/**/*results.json"))
+    if done.returncode or not written:  # it ends with 0 after most errors, too
+        ended = f"ended with {done.returncode}, {'with' if written else 'without'} results"
+        raise AwaresError(f"lmms-eval {ended} on {system}; the end of its output:\n{done.stdout[-2000:]}")
+    results = json.loads(written[-1].read_text())["results"]
+    return _table(system, results, pd.DataFrame(jsonl.read_records(folder / "samples.jsonl")), tasks)
 
 
-def _results(folder: Path) -> set[tuple[int, Path]]:
-    """(time, file) of every table of results that lmms-eval has written."""
-    return {(file.stat().st_mtime_ns, file) for file in folder.glob("results/**/*results.json")}
-
-
-def table(
-    system: str, results: Mapping[str, Mapping[str, object]], samples: pd.DataFrame, tasks: Mapping[str, str] = TASKS
-) -> pd.DataFrame:
+def _table(system: str, results: Mapping[str, Any], samples: pd.DataFrame, tasks: Mapping[str, str]) -> pd.DataFrame:
     """lmms-eval's ``results`` (task -> ``metric,filter`` -> value) and the logged ``samples`` as one table."""
-    latest = samples.drop_duplicates("sample", keep="last")
-    by_task = latest.assign(task=latest["sample"].str.split("/").str[0]).groupby("task")
+    by_task = samples.groupby(samples["id"].str.split("/").str[0])
     rows = []
     for benchmark, task in tasks.items():
         part = by_task.get_group(task)
@@ -99,7 +86,7 @@ def table(
             if isinstance(value, int | float) and "," in key and not metric.endswith("_stderr"):
                 means = part.rtr.mean(), part.seconds.mean(), len(part)
                 rows.append((system, benchmark, task, metric, float(value), *means))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=LMMS_COLUMNS)
 
 
 # Inside lmms-eval's environment
@@ -117,28 +104,12 @@ def manifest() -> Any:
     return ModelManifest(model_id="awares", chat_class_path="awares.cli.lmms.AwaresChat")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A request: name in the log, pictures (PIL, or what PIL opens), question, texts that end the answer."""
-
-    name: str
-    pictures: list[Any]
-    question: str
-    stops: list[str]
-
-    def image(self) -> Image.Image:
-        """The picture; several are set side by side, as in the training rows."""
-        pictures = [one if isinstance(one, Image.Image) else Image.open(one) for one in self.pictures]
-        return pictures[0] if len(pictures) == 1 else sources.join_strip(pictures)
-
-
 class AwaresChat(Model):
-    """The policy as lmms-eval wants a model: chat messages in, texts out.
+    """The policy as a chat model of lmms-eval: chat messages in, texts out.
 
-    ``pretrained``: a merged model, or a base with ``adapter``. ``log``: a JSONL file with answer, crops, token counts
-    and seconds of every sample; samples that it holds of the same policy and settings are not run again (lmms-eval
-    writes its own cache only at the end). A task's limit on new tokens is for the answer and would cut calls off:
-    ours holds.
+    ``pretrained``: a merged model or an adapter. ``log``: a JSONL file with the trajectory of every sample, from which
+    the same call resumes (lmms-eval writes its own cache only at the end). A task's limit on new tokens is for the
+    answer and would cut calls off, so ``max_new_tokens`` applies instead.
     """
 
     is_simple = False
@@ -146,7 +117,6 @@ class AwaresChat(Model):
     def __init__(
         self,
         pretrained: str,
-        adapter: str = "",
         dtype: str = "bfloat16",
         device: str = "cuda",
         protocol: str = "ours",
@@ -155,8 +125,7 @@ class AwaresChat(Model):
         token_budget: int = 65536,
         max_side: int = 2000,
         log: str = "",
-        batch_size: int | str = 1,
-        **_: Any,  # whatever else lmms-eval hands to every model
+        **_: Any,  # lmms-eval passes its own options to every model
     ) -> None:
         from accelerate import Accelerator
 
@@ -164,88 +133,54 @@ class AwaresChat(Model):
         self.accelerator = Accelerator(cpu=device == "cpu")
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         place = str(self.accelerator.device) if device == "cuda" else device
-        limits = {"max_new_tokens": int(max_new_tokens), "token_budget": int(token_budget), "max_side": int(max_side)}
-        loaded = policy.AwaRes.from_pretrained(pretrained, adapter or None, dtype, place, protocol=protocol, **limits)
+        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "token_budget": token_budget, "max_side": max_side}
+        loaded = policy.AwaRes.from_pretrained(pretrained, None, dtype, place, protocol=protocol, **limits)
         self.engine, self.call_bias = loaded.engine, float(call_bias)
-        about: dict[str, Any] = {"protocol": protocol, "dtype": dtype, "call_bias": self.call_bias, **limits}
-        about["weights"] = [checkpoints.folder_digest(folder) for folder in (pretrained, adapter) if folder]
-        self.identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        path = Path(log) if log else None
-        self.log = path.with_suffix(f".{self._rank}{path.suffix}") if path and self._world_size > 1 else path
-        self.chunk = max(CHUNK, int(batch_size) if str(batch_size).isdecimal() else CHUNK)
+        self.settings = {"protocol": protocol, "dtype": dtype, "call_bias": self.call_bias, **limits}
+        self.settings["weights"] = checkpoints.folder_digest(pretrained)[:16]
+        path = Path(log or Path(tempfile.mkdtemp()) / "samples.jsonl")
+        self.log = path.with_suffix(f".{self._rank}{path.suffix}") if self._world_size > 1 else path
 
-    def generate_until(self, requests: list[Any]) -> list[Any]:
-        """One answer per request, in order. AwaresValueError for a row without an image, or with a video or sound."""
-        from lmms_eval.models.model_utils.gen_metrics import log_metrics
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """One answer per request, in order. AwaresError for a row without an image, or a log of something else."""
+        names = ["{4}/{5}/{3}".format(*request.args) for request in requests]  # task, split, row; some come twice
+        rows = {name: request.args for name, request in zip(names, requests, strict=True)}
 
-        known, done = self._logged(), []
-        written, begun = 0, time.perf_counter()
-        for start in range(0, len(requests), self.chunk):
-            rows = [self._sample(*request.args) for request in requests[start : start + self.chunk]]
-            fresh = self._answer([row for row in rows if known.get(row.name, {}).get("question") != row.question])
-            written += sum(record["output_tokens"] for record in fresh)
-            known |= {record["sample"]: record for record in fresh}
-            done += [(known[row.name], row.stops) for row in rows]
-        seconds = time.perf_counter() - begun
-        log_metrics(
-            total_gen_tokens=written,
-            total_elapsed_time=seconds,
-            avg_speed=written / seconds if seconds else 0.0,
-            additional_metrics={"rank": self._rank, "rtr": sum(one["rtr"] for one, _ in done) / max(1, len(done))},
-        )
-        return [_result(record, stops) for record, stops in done]
+        def answer(ids: list[str]) -> list[Record]:
+            images, questions = zip(*[self._read(name, *rows[name]) for name in ids], strict=True)
+            done = self.engine.run(images, questions, call_bias=self.call_bias, row_ids=ids)
+            about = [{"id": name, "question": question} for name, question in zip(ids, questions, strict=True)]
+            counts = [{"settings": self.settings, "rtr": one.rtr, **one.to_dict()} for one in done]
+            return [{**head, **rest} for head, rest in zip(about, counts, strict=True)]
+
+        jsonl.refuse_foreign(self.log, b'{"id": ', "samples")
+        found = jsonl.in_chunks(self.log, [*rows], LOG_EVERY, answer, lambda one: one["settings"] != self.settings)
+        texts = {record["id"]: record["answer"] for record in found}
+        return [_until(texts[name], rows[name][2].get("until") or []) for name in names]
 
     def loglikelihood(self, requests: list[Any]) -> Any:
-        """Not for a policy that decides what to see while it answers, in a single round of lmms-eval's."""
+        """Not supported: the policy decides what to see while it writes, and in one round of lmms-eval."""
         raise NotImplementedError("awares answers by generation in one round: take a generate_until task")
 
     generate_until_multi_round = loglikelihood
 
-    def _sample(self, _context: str, to_messages: Any, settings: Any, doc_id: int, task: str, split: str) -> Sample:
+    def _read(
+        self, name: str, _context: str, to_messages: Any, _settings: Any, doc: int, task: str, split: str
+    ) -> tuple[Image.Image, str]:
+        """Image and question of a row. Several images are set side by side, as in the training rows."""
         from lmms_eval.protocol import ChatMessages
 
-        messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
-        images, videos, sounds = messages.extract_media()
-        name = f"{task}/{split}/{doc_id}"
-        if not images or videos or sounds:
-            media = f"{len(images)} images, {len(videos)} videos, {len(sounds)} sounds"
-            raise AwaresValueError(f"{name}: awares answers questions about images; this row has {media}")
-        said = [part for one in messages.messages if one.role == "user" for part in one.content if part.type == "text"]
-        until = settings.get("until") or []
-        question = "\n".join(part.text for part in said).strip()
-        return Sample(name, images, question, [until] if isinstance(until, str) else list(until))
-
-    def _answer(self, rows: list[Sample]) -> list[Record]:
-        """Runs the policy; its records, which are then in the log."""
-        images, questions = [row.image() for row in rows], [row.question for row in rows]
-        done = self.engine.run(images, questions, call_bias=self.call_bias, row_ids=[row.name for row in rows])
-        found = [self._record(row, one) for row, one in zip(rows, done, strict=True)]
-        if self.log and found:
-            jsonl.append_records(self.log, found)
-        return found
-
-    def _record(self, row: Sample, done: Trajectory) -> Record:
-        read, written = (sum(turn.text_tokens + turn.visual_tokens for turn in done.turns[i::2]) for i in (0, 1))
-        about: Record = {"sample": row.name, "policy": self.identity, "question": row.question, "answer": done.answer}
-        about |= {"crops": list(done.crops), "call": done.call_status, "input_tokens": read, "output_tokens": written}
-        counts = {"visual_tokens": done.visual_tokens, "full_visual_tokens": done.full_visual_tokens, "rtr": done.rtr}
-        return {**about, **counts, "seconds": done.seconds}
-
-    def _logged(self) -> dict[str, Record]:
-        """The records of this policy in these settings, by sample; AwaresFileError for a file that is no log."""
-        if self.log is None:
-            return {}
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        jsonl.refuse_foreign(self.log, b'{"sample": ', "samples")
-        jsonl.drop_torn_line(self.log)
-        return {one["sample"]: one for one in jsonl.read_records(self.log) if one.get("policy") == self.identity}
+        chat = ChatMessages(messages=to_messages(self.task_dict[task][split][doc]))
+        images, *others = chat.extract_media()
+        if not images or any(others):
+            raise AwaresValueError(f"{name}: awares needs an image, and reads no video and no sound: take another task")
+        pictures = [one if isinstance(one, Image.Image) else Image.open(one) for one in images]
+        parts = [part for one in chat.messages if one.role == "user" for part in one.content if part.type == "text"]
+        question = "\n".join(part.text for part in parts).strip()
+        return pictures[0] if len(pictures) == 1 else sources.join_strip(pictures), question
 
 
-def _result(record: Record, stops: list[str]) -> Any:
-    from lmms_eval.api.instance import GenerationResult, TokenCounts
-
-    text = record["answer"]
-    for stop in filter(None, stops):
+def _until(text: str, stops: str | Sequence[str]) -> str:
+    for stop in filter(None, [stops] if isinstance(stops, str) else stops):
         text = text.split(stop)[0]
-    counts = TokenCounts(input_tokens=record["input_tokens"], output_tokens=record["output_tokens"])
-    return GenerationResult(text, counts)
+    return text

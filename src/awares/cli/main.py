@@ -1,7 +1,7 @@
 """The command ``awares``: ask a policy, score it, time it, serve it, plan its pipeline, publish it.
 
-Exit codes: 0 done, 1 something in the data or the files is wrong, 2 wrong usage, 130 interrupted. Results go to stdout,
-everything else to stderr. Torch and transformers are imported inside the commands, so that the help is fast.
+Results go to stdout, everything else to stderr. Torch and transformers are imported inside the commands, so that the
+help is fast.
 """
 
 import json
@@ -9,18 +9,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
 from awares import __version__
-from awares.cli.options import Bias, Json, Limits, Out, Policy, Profile, with_options
+from awares.cli.options import Bias, Json, Limits, PolicyOptions, Profile, refuse_if, with_options
 from awares.errors import AwaresError
-
-if TYPE_CHECKING:
-    from awares.method.rollout import Trajectory
-    from awares.policy import AwaRes
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -49,9 +45,6 @@ def _say(text: str) -> None:
     print(f"awares: {text}", file=sys.stderr)
 
 
-# Commands
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"awares {__version__}")
@@ -77,17 +70,16 @@ def awares(
 
 
 @app.command()
-@with_options(Policy)
+@with_options(PolicyOptions)
 def ask(
-    policy: Policy,
+    policy: PolicyOptions,
     image: Annotated[Path, Argument(help="an image; for a batch a folder or a .jsonl file")],
     question: Annotated[str | None, Argument(show_default=False)] = None,
     common: Annotated[str | None, Option("--question", help="the same; in a batch for rows without their own")] = None,
     as_json: Json = False,
     show: Annotated[Path | None, Option(metavar="FILE.png", help="draw the view and the crops")] = None,
-    out: Out = None,
+    out: Annotated[Path | None, Option(metavar="FILE.jsonl", help="results of a batch")] = None,
     retry_errors: Annotated[bool, Option("--retry-errors", help="run rows again that ended in an error")] = False,
-    chunk: Annotated[int | None, Option(min=1, help="write results every so many rows (default 64)")] = None,
     call_bias: Bias = None,
 ) -> int:
     """Ask a policy about an image, or about many.
@@ -95,36 +87,36 @@ def ask(
     In a batch, IMAGE is a folder (every image in it, one question) or a .jsonl file with one row a line: image (a
     path relative to the file), question and optionally id. --out gets one line a row. Rows that it holds are not run
     again; a row that cannot be run has its reason in "error", and the exit code is then 1.
-
-    \b
-    examples:
-      awares ask page.png "what is the total?" --show seen.png --call-bias 2
-      awares ask scans/ "is it signed?" --out answers.jsonl
-      awares ask questions.jsonl --out answers.jsonl --run mini/sft
-      awares ask page.png "what is the total?" --server http://127.0.0.1:8000/v1 --model policy/
     """
-    if question is not None and common is not None:
-        raise typer.BadParameter("two questions: QUESTION and --question")
-    wanted, bias = common if question is None else question, call_bias or 0.0
+    refuse_if(question is not None and common is not None, "two questions: QUESTION and --question")
+    question, bias = common if question is None else question, call_bias or 0.0
     if image.is_dir() or image.suffix.lower() == ".jsonl":
+        refuse_if(show is not None, "--show draws one image, not a batch")
         if out is None:
             raise typer.BadParameter("a batch needs --out, the file for its results")
-        if show:
-            raise typer.BadParameter("--show draws one image, not a batch")
-        return _ask_batch(policy, image, wanted, bias, out, as_json, size=chunk or 64, retry=retry_errors)
-    if wanted is None:
+        from awares.cli import batch
+
+        batch.read_batch(image, question)  # before the model is loaded: a wrong path should not cost seconds
+        loaded, name = policy.load(out)
+        counts = batch.run_batch(image, question, out, loaded.engine, policy.settings(loaded, name, bias), retry_errors)
+        if as_json:
+            print(json.dumps({"out": str(out), **counts}))
+        _say(
+            "{rows} rows, {ran} run now, {done_before} done before, {errors} with an error: ".format(**counts)
+            + str(out)
+        )
+        return 1 if counts["errors"] else 0
+    refuse_if(bool(out or retry_errors), "--out and --retry-errors belong to a batch: a folder or a .jsonl file")
+    refuse_if(show is not None and show.suffix.lower() != ".png", "--show: give a name that ends in .png")
+    if question is None:
         raise typer.BadParameter("no question: write it after the image")
-    if out or retry_errors or chunk:
-        raise typer.BadParameter("--out, --retry-errors and --chunk belong to a batch: a folder or a .jsonl file")
-    if show and show.suffix.lower() != ".png":
-        raise typer.BadParameter(f"--show {show}: the picture is a PNG, give it a name that ends in .png")
-    return _ask_one(policy, image, wanted, bias, show, as_json)
+    return _ask_one(policy, image, question, bias, show, as_json)
 
 
-def _ask_one(policy: Policy, path: Path, question: str, bias: float, show: Path | None, as_json: bool) -> int:
+def _ask_one(policy: PolicyOptions, path: Path, question: str, bias: float, show: Path | None, as_json: bool) -> int:
     from awares.engine.images import open_image
 
-    image = open_image(path)  # before the model is loaded: a wrong path should not cost seconds
+    image = open_image(path)
     done = policy.load()[0].ask(image, question, call_bias=bias)
     if show:
         import matplotlib
@@ -135,8 +127,8 @@ def _ask_one(policy: Policy, path: Path, question: str, bias: float, show: Path 
         figures.style(110)
         figures.save_figure(figures.gallery([{"image": image, "question": question}], [done]), show)
     if as_json:
-        about = {"image": str(path), "question": question}
-        print(json.dumps({**about, **done.to_dict(), "rtr": done.rtr}, ensure_ascii=False))
+        about = {"image": str(path), "question": question, **done.to_dict(), "rtr": done.rtr}
+        print(json.dumps(about, ensure_ascii=False))
         return 0
     print(done.answer)
     print(f"crops   {', '.join(done.crops) or 'none'}{' (malformed call)' if done.call_status == 'malformed' else ''}")
@@ -145,86 +137,50 @@ def _ask_one(policy: Policy, path: Path, question: str, bias: float, show: Path 
     return 0
 
 
-def _ask_batch(
-    policy: Policy, source: Path, question: str | None, bias: float, out: Path, as_json: bool, **options: Any
-) -> int:
-    from awares.cli import batch
-
-    items = batch.read_items(source, question)
-    loaded, name = policy.load(out)
-    done = batch.run(items, out, loaded.engine, policy.settings(loaded, name, bias), **options)
-    if as_json:
-        print(json.dumps({"out": str(out), **vars(done)}))
-    _say(f"{done}: {out}")
-    return 1 if done.errors else 0
-
-
 @app.command("eval")
-@with_options(Policy)
+@with_options(PolicyOptions)
 def evaluate(
-    policy: Policy,
-    rows_file: Annotated[
-        Path | None, Argument(metavar="FILE.jsonl", help="your own rows (default: the tasks')")
-    ] = None,
+    policy: PolicyOptions,
+    file: Annotated[Path | None, Argument(metavar="FILE.jsonl", help="your own rows (default: the tasks')")] = None,
     profile: Profile = "",
     rows: Annotated[int | None, Option(min=1, help="rows of each task (default: evaluation.rows)")] = None,
     seed: Annotated[int | None, Option(help="draws the rows (default: evaluation.seed)")] = None,
-    out: Out = None,
     as_json: Json = False,
     call_bias: Bias = None,
 ) -> int:
     """Score a policy on the evaluation rows or on your own: Table 1's numbers.
 
     Accuracy (percent, by each benchmark's own metric, with its interval) and retain token ratio (RTR), per benchmark
-    and on average.
-
-    \b
-    examples:
-      awares eval --rows 20                  20 rows of each task
-      awares eval --seed 2024                rows that no stage has seen
-      awares eval mine.jsonl --run mini      rows with image, question, answers, and source for the metric
+    and on average. FILE.jsonl has image, question, answers, and source for the metric.
     """
     from awares.config import load_params
     from awares.data.rows import make_split, read_jsonl_rows
     from awares.engine.model import set_threads
     from awares.method import evaluation, protocol
 
-    if rows_file and (rows or seed is not None):
-        raise typer.BadParameter("--rows and --seed draw the tasks' rows, not those of a file")
+    refuse_if(bool(file and (rows or seed is not None)), "--rows and --seed draw the tasks' rows, not those of a file")
     given = {"evaluation.rows": rows, "evaluation.seed": seed, "evaluation.call_bias": call_bias}
     params = load_params(profile, overrides={key: value for key, value in given.items() if value is not None})
-    table = read_jsonl_rows(rows_file) if rows_file else make_split(params, "evaluation")
+    table = read_jsonl_rows(file) if file else make_split(params, "evaluation")
     set_threads(params.threads)
-    limits = {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
-    words = protocol.from_params(params)
-    loaded, name = policy.load(out, **limits, max_side=params.crops.max_side, protocol=words)
-    done = _trajectories(policy, loaded, name, table, params.evaluation.call_bias, out)
+    how: dict[str, Any] = {"max_side": params.crops.max_side, "protocol": protocol.from_params(params)}
+    how |= {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
+    loaded, name = policy.load(**how)
+    loaded.engine.progress = sys.stderr.isatty()
+    bias = params.evaluation.call_bias
+    done = loaded.engine.run(table["image"], table["question"], call_bias=bias, row_ids=table["id"])
     scores = evaluation.main_table(evaluation.scored(name, table, done), params.evaluation).drop(columns="system")
     if as_json:
-        found = {"policy": name, "call_bias": params.evaluation.call_bias, "table": scores.to_dict("records")}
-        print(json.dumps(found))
+        print(json.dumps({"policy": name, "call_bias": bias, "table": scores.to_dict("records")}))
     else:
         print(scores.to_string(index=False, float_format="{:.2f}".format))
     return 0
 
 
-def _trajectories(
-    policy: Policy, loaded: "AwaRes", name: str, rows: Any, bias: float, out: Path | None
-) -> "list[Trajectory]":
-    if out is None:
-        loaded.engine.progress = sys.stderr.isatty()
-        return loaded.engine.run(rows["image"], rows["question"], call_bias=bias, row_ids=rows["id"])
-    from awares.cli import batch
-
-    settings = policy.settings(loaded, name, bias)
-    _say(f"{batch.run(batch.dataset_items(rows), out, loaded.engine, settings)}: {out}")
-    return batch.trajectories(out, rows["id"])
-
-
-@app.command()
-@with_options(Policy, Limits)
-def serve(
-    policy: Policy,
+@app.command("serve")
+@with_options(PolicyOptions, Limits)
+def serve_policy(
+    policy: PolicyOptions,
     limits: Limits,
     host: Annotated[str, Option(help="address to listen at; the default is this machine only")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one")] = 8000,
@@ -236,32 +192,26 @@ def serve(
     POST /v1/chat/completions with one image (a data URL) and one question. The model runs here, one request at a
     time, or behind --server (vLLM), which batches. Clients must send the key in the environment variable
     AWARES_API_KEY, if it is set. SIGTERM ends the server after the requests under way.
-
-    \b
-    examples:
-      awares serve --port 8000 --image-bytes 5000000 --timeout 30
-      awares serve --server http://127.0.0.1:8001/v1 --model policy/
     """
-    if policy.server and mode == "chat":
-        raise typer.BadParameter("--mode chat serves a model in this process: leave out --server")
+    refuse_if(bool(policy.server and mode == "chat"), "--mode chat serves a model of this process: leave out --server")
     policy.checkpoint()
-    from awares.cli import serve as front
+    from awares.cli.serve import run_server
 
     shown = name or (Path(policy.model).resolve().name if policy.model else "awares")
-    front.serve(lambda: policy.load()[0].engine, host, port, shown, limits, mode)
+    run_server(lambda: policy.load()[0].engine, host, port, shown, limits, mode)
     return 0
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> int:
     """Time the interaction against full resolution."""
-    from awares.bench.bench import main as measure
+    from awares.bench.bench import main as run_bench
 
-    return measure(context.args)
+    return run_bench(context.args)
 
 
-@app.command()
-def plan(
+@app.command("plan")
+def plan_pipeline(
     profile: Profile = "",
     overrides: Annotated[str, Option(help="of params.yaml, e.g. '{plan.gpus: 2}'")] = "",
     check: Annotated[bool, Option("--check", help="check that this machine has what the profile needs")] = False,
@@ -271,11 +221,6 @@ def plan(
 
     Counted from params.yaml (section `plan`) and data/served.yaml. --check looks for GPUs, disk, servers, keys, model
     and datasets, says how to fix what is missing, and the exit code is then 1.
-
-    \b
-    examples:
-      awares plan --profile paper
-      awares plan --profile paper --check
     """
     from awares.bench.estimate import forecast, wall_hours
     from awares.bench.preflight import preflight
@@ -310,21 +255,16 @@ def push(
 
     A policy is the merged model with its adapters and a card with this run's Table 1. The token comes from the
     environment variable HF_TOKEN.
-
-    \b
-    examples:
-      awares push policy me/awares-mini --dry-run
-      awares push dataset me/awares-curated --profile paper
     """
     from awares.cli import hub
     from awares.config import load_params
 
     params = load_params(profile)
     folder = hub.policy_folder(params) if what == "policy" else hub.dataset_folder(params, images)
-    files = hub.contents(folder)
-    for name, size in files:
-        print(f"{size:>14,} {name}")
-    print(f"{sum(size for _, size in files):>14,} bytes in {folder}")
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    for file in files:
+        print(f"{file.stat().st_size:>14,} {file.relative_to(folder)}")
+    print(f"{sum(file.stat().st_size for file in files):>14,} bytes in {folder}")
     if not dry_run:
-        print(hub.push(folder, repo, "model" if what == "policy" else "dataset", private=not public))
+        print(hub.upload(folder, repo, "model" if what == "policy" else "dataset", private=not public))
     return 0

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from PIL import Image, ImageOps
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from awares.cli.options import Limits
@@ -32,7 +32,12 @@ class ApiError(HTTPException):
 
 
 class Strict(BaseModel, extra="forbid", strict=True):
-    """A field that the server would not heed is refused, not ignored; null stands for the default."""
+    """An unknown field is refused, not ignored; null stands for the default."""
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
 
 
 class ImageUrl(Strict):
@@ -40,24 +45,19 @@ class ImageUrl(Strict):
     detail: Literal["auto", "high"] | None = None
 
 
-class Part(Strict):
-    type: Literal["text", "image_url"]
-    text: str = ""
-    image_url: ImageUrl | None = None
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> "Part":
-        if (self.type == "image_url") != (self.image_url is not None):
-            raise ValueError("a part of type image_url has the field image_url, a part of type text has none")
-        return self
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
 
 
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: Annotated[list[Part] | str, Field(union_mode="left_to_right")]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | str = Field(
+        union_mode="left_to_right"
+    )
 
-    def parts(self) -> list[Part]:
-        return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+    def parts(self) -> list[TextPart | ImagePart]:
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
 class ChatRequest(Strict):
@@ -75,15 +75,19 @@ class ChatRequest(Strict):
     seed: int | None = None
     user: str | None = None
 
+    def limit(self, default: int, most: int) -> int:
+        """Tokens that the answer may have, at most ``most``."""
+        return min(self.max_completion_tokens or self.max_tokens or default, most)
+
     def images(self, limits: Limits, min_side: int = MIN_SIDE) -> list[Image.Image]:
         """Upright RGB images in the order of the messages; ApiError for bad ones or too many."""
-        urls = [part.image_url.url for message in self.messages for part in message.parts() if part.image_url]
-        if len(urls) > limits.images:
-            raise ApiError(400, f"{len(urls)} images: a request may have {limits.images}", param="messages")
+        parts = [part for message in self.messages for part in message.parts() if isinstance(part, ImagePart)]
+        if len(parts) > limits.images:
+            raise ApiError(400, f"{len(parts)} images: a request may have {limits.images}", param="messages")
         images: list[Image.Image] = []
-        for url in urls:
+        for part in parts:
             left = limits.image_pixels - sum(image.width * image.height for image in images)
-            images.append(read_image(url, limits.image_bytes, left, min_side))
+            images.append(read_image(part.image_url.url, limits.image_bytes, left, min_side))
         return images
 
 
@@ -104,11 +108,9 @@ def read_request(body: bytearray, kind: type[ChatRequest], model: str) -> Any:
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = [key for key in first["loc"] if not str(key).startswith("list[")]  # pydantic's name of a union's branch
-        param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).removeprefix(".") or None
-        reason = first["msg"].removeprefix("Value error, ")
-        reason = "not supported by this server" if first["type"] == "extra_forbidden" else reason
+        fault = error.errors(include_url=False, include_input=False)[0]
+        reason = "not supported by this server" if fault["type"] == "extra_forbidden" else fault["msg"]
+        param = ".".join(str(key) for key in fault["loc"] if not str(key).startswith("list[")) or None
         raise ApiError(400, f"{param or 'body'}: {reason}", param=param) from error
     if request.model != model:
         raise ApiError(404, f"no model {request.model!r}: this is {model!r}", "model_not_found", "model")
@@ -124,36 +126,34 @@ def read_image(url: str, most_bytes: int, most_pixels: int, min_side: int) -> Im
     try:
         raw = base64.b64decode(data, validate=True)
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:  # reads the header, unpacks nothing
-            if len(raw) > most_bytes or image.width * image.height > most_pixels:
-                message = f"an image of {len(raw)} bytes, {image.width}x{image.height} px: "
-                message += f"{most_bytes} bytes and {most_pixels} px are left"
-                raise ApiError(413, message, "image_too_large", "messages")
-            return check_image(ImageOps.exif_transpose(image), "image", min_side)
-    except ApiError:
-        raise
+            if len(raw) <= most_bytes and image.width * image.height <= most_pixels:
+                return check_image(ImageOps.exif_transpose(image), "image", min_side)
+            size = f"{len(raw)} bytes, {image.width}x{image.height} px"
     except Exception as error:  # Pillow's decoders raise a dozen types on hostile bytes
         reason = error if isinstance(error, AwaresError) else type(error).__name__
         message = f"image_url: not a readable {', '.join(FORMATS)} image in base64 ({reason})"
         raise ApiError(400, message, "invalid_image", "messages") from error
+    message = f"an image of {size}: at most {most_bytes} bytes and, of this request, {most_pixels} px are left"
+    raise ApiError(413, message, "image_too_large", "messages")
 
 
-def completion(model: str, text: str, cut: bool, prompt: int, written: int, spent: Any = ()) -> dict[str, Any]:
-    """A ``chat.completion`` of ``written`` tokens after a prompt of ``prompt``; ``spent`` is added to its usage."""
-    usage = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written, **dict(spent)}
+def completion(model: str, text: str, cut: bool, prompt: int, written: int, **more: Any) -> dict[str, Any]:
+    """A ``chat.completion`` of ``written`` tokens after a prompt of ``prompt``; ``more`` is added to its usage."""
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": "length" if cut else "stop", "logprobs": None}
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    usage = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written, **more}
     return {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
 
 
 def as_events(reply: dict[str, Any], include_usage: bool) -> Iterator[str]:
     """The completion as a stream: role, answer, finish reason, usage if requested, [DONE]."""
     choice, usage = reply["choices"][0], reply.pop("usage")
-    head = {**reply, "object": "chat.completion.chunk"}
-    steps = [({"role": "assistant", "content": ""}, None), ({"content": choice["message"]["content"]}, None)]
+    steps: list[Any] = [({"role": "assistant", "content": ""}, None), ({"content": choice["message"]["content"]}, None)]
     for delta, finish in [*steps, ({}, choice["finish_reason"])]:
-        chunk = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-        yield f"data: {json.dumps({**head, 'choices': [chunk]})}\n\n"
+        chunk = {**reply, "object": "chat.completion.chunk"}
+        chunk["choices"] = [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]
+        yield f"data: {json.dumps(chunk)}\n\n"
     if include_usage:
-        yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
+        yield f"data: {json.dumps({**chunk, 'choices': [], 'usage': usage})}\n\n"
     yield "data: [DONE]\n\n"

@@ -1,8 +1,9 @@
-"""Types of the command line's options, and the options that name a policy, which `ask`, `eval` and `serve` share."""
+"""Options that several commands share: the policy, the limits of the server, and single options."""
 
 import functools
 import hashlib
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def _number(text: str) -> float:
-    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
-        raise typer.BadParameter(f"{text!r}: give a number")
-    return float(text)
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
 
 
 def _device(text: str) -> str:
@@ -32,13 +33,12 @@ def _device(text: str) -> str:
 Bias = Annotated[
     float | None, Option(parser=_number, metavar="X", help="> 0 calls for crops more readily, < 0 less (default 0)")
 ]
-Out = Annotated[Path | None, Option(metavar="FILE.jsonl", help="file of the results; the same command resumes it")]
 Profile = Annotated[str, Option(help="of params.yaml (default: its own `profile`)", show_default=False)]
 Json = Annotated[bool, Option("--json", help="print one JSON object")]
 
 
 @dataclass(frozen=True)
-class Policy:
+class PolicyOptions:
     """The options that name a policy."""
 
     model: Annotated[str, Option(metavar="PATH", help="a model or an adapter: a folder or a hub name")] = ""
@@ -52,18 +52,14 @@ class Policy:
     server_model: Annotated[str, Option(metavar="NAME", help="its name there (default: the folder's)")] = ""
 
     def __post_init__(self) -> None:
-        if self.model and self.run:
-            raise typer.BadParameter("--model is not allowed with --run")
-        if self.adapter and not self.model:
-            raise typer.BadParameter("--adapter needs --model, the base model that it belongs to")
+        refuse_if(bool(self.model and self.run), "--model is not allowed with --run")
+        refuse_if(bool(self.adapter and not self.model), "--adapter needs --model, the base model that it belongs to")
 
     def checkpoint(self) -> "Checkpoint":
         from awares.policy import Checkpoint, of_run, shipped
 
-        if self.run:
-            return of_run(self.run)
-        if not self.model:
-            return shipped()
+        if self.run or not self.model:
+            return of_run(self.run) if self.run else shipped()
         adapters = tuple(self.adapter or ())
         return Checkpoint(" + ".join([self.model, *map(str, adapters)]), self.model, adapters)
 
@@ -96,8 +92,8 @@ class Policy:
         engine: Any = policy.engine
         weights, found = "", self.checkpoint()
         if not self.server:  # a policy that was trained again has the same name
-            parts = [folder_digest(part) for part in (found.path, *found.adapters)]
-            weights = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+            digests = [folder_digest(part) for part in (found.path, *found.adapters)]
+            weights = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
         prompt = hashlib.sha256(repr(engine.protocol).encode()).hexdigest()[:8]
         tokens = engine.max_new_tokens if self.server else engine.decoder.max_new_tokens
         about = {"policy": name, "weights": weights, "dtype": self.dtype, "prompt": prompt, "max_side": engine.max_side}
@@ -119,6 +115,12 @@ class Limits:
     shutdown: Annotated[float, Option(min=0.001, help="seconds for the requests under way at SIGTERM")] = 30.0
 
 
+def refuse_if(wrong: bool, message: str) -> None:
+    """Wrong usage, exit code 2, if ``wrong``."""
+    if wrong:
+        raise typer.BadParameter(message)
+
+
 def with_options(*groups: type) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Adds the fields of the dataclasses ``groups`` to a command's options; it gets one object of each, first."""
 
@@ -132,7 +134,7 @@ def with_options(*groups: type) -> Callable[[Callable[..., int]], Callable[..., 
             return command(*made, **options)
 
         shared = [parameter for names in fields.values() for parameter in names.values()]
-        run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        vars(run).update(__signature__=inspect.Signature([*own, *shared]))
         run.__annotations__ = {}
         return run
 

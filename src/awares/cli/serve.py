@@ -20,26 +20,17 @@ from typing import Any
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from PIL.Image import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import LogitsProcessorList, MaxTimeCriteria, SequenceBiasLogitsProcessor, StoppingCriteriaList
 
-from awares.cli.openai_api import (
-    ApiError,
-    ChatRequest,
-    PolicyRequest,
-    RawRequest,
-    as_events,
-    completion,
-    read_request,
-)
+from awares.cli import openai_api
+from awares.cli.openai_api import ApiError, PolicyRequest, RawRequest, completion
 from awares.cli.options import Limits
 from awares.clients.chat import ChatClient
 from awares.engine.decode import Decoder
 from awares.engine.images import cap
 from awares.errors import AwaresError, AwaresRequestError, AwaresValueError
-from awares.method.rollout import Trajectory
 
 API_KEY = "AWARES_API_KEY"
 
@@ -76,7 +67,13 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
         deadline = time.time() + limits.timeout
         try:
             async with asyncio.timeout(limits.timeout):
-                wanted = read_request(await read_body(request, limits.body_bytes), kind, model)
+                body = bytearray()
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > limits.body_bytes:
+                        message = f"the request has more than {limits.body_bytes} bytes"
+                        raise ApiError(413, message, "request_too_large")
+                wanted = openai_api.read_request(body, kind, model)
                 async with free:
                     if await request.is_disconnected():
                         raise ClientDisconnect
@@ -89,25 +86,12 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
         count["served"] += 1
         if not wanted.stream:
             return JSONResponse(reply)
-        events = as_events(reply, (wanted.stream_options or {}).get("include_usage", False))
+        events = openai_api.as_events(reply, (wanted.stream_options or {}).get("include_usage", False))
         return StreamingResponse(events, media_type="text/event-stream")
 
     for kind_of_error in (HTTPException, AwaresError, ClientDisconnect, Exception):
         app.add_exception_handler(kind_of_error, refuse)
     return app
-
-
-async def read_body(request: Request, limit: int) -> bytearray:
-    """The whole body; ApiError (413) as soon as it is known to be longer than ``limit`` bytes."""
-    body = bytearray()
-    if int(request.headers.get("content-length", 0)) <= limit:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > limit:
-                break
-        else:
-            return body
-    raise ApiError(413, f"the request has more than {limit} bytes", "request_too_large")
 
 
 async def refuse(request: Request, error: Any) -> Response:
@@ -129,36 +113,29 @@ def answer_policy(engine: Any, request: PolicyRequest, limits: Limits, deadline:
     message, images = request.messages[0], request.images(limits)
     if len(request.messages) != 1 or message.role != "user" or len(images) != 1:
         raise ApiError(400, "send one user message with one image and a question", param="messages")
-    longest, image = getattr(engine, "decoder", engine).max_new_tokens, cap(images[0], engine.max_side)
-    limit = _limit(request, longest, min(limits.max_tokens, longest))
+    local, image = hasattr(engine, "decoder"), cap(images[0], engine.max_side)
+    longest = engine.decoder.max_new_tokens if local else engine.max_new_tokens
+    limit = request.limit(longest, min(limits.max_tokens, longest))
     question = "\n".join(part.text for part in message.parts() if part.type == "text")
     _check_length(engine, engine.prompt_length(image, question), longest, limits)
-    done = _interact(engine, image, question, request.call_bias or 0.0, deadline)
+    if local:
+        engine.decoder.criteria = _until(deadline)
+    else:  # a client of its own, since a client keeps its replies
+        left = {"timeout": max(1.0, deadline - time.time()), "attempts": 2}
+        shared, engine = engine, copy.copy(engine)
+        engine.client = ChatClient(shared.client.server.model_copy(update=left), None)
+    done = engine.run([image], [question], call_bias=request.call_bias or 0.0)[0]
+    if not local:
+        shared.unchecked = engine.unchecked
     written = [turn.text_tokens for turn in done.turns if turn.role == "assistant"]
     tokens = engine.codec.tokenize(done.answer)[: written[-1]]
     text = engine.codec.text(tokens[:limit]) if len(tokens) > limit else done.answer
     prompt = sum(turn.visual_tokens + turn.text_tokens for turn in done.turns if turn.role != "assistant")
-    spent: dict[str, Any] = {
-        "visual_tokens": done.visual_tokens,
-        "full_visual_tokens": done.full_visual_tokens,
-        "rtr": done.rtr,
-    }
-    spent |= {"visual_tokens_saved": done.full_visual_tokens - done.visual_tokens}
+    spent: dict[str, Any] = {"visual_tokens": done.visual_tokens, "full_visual_tokens": done.full_visual_tokens}
+    spent |= {"visual_tokens_saved": done.full_visual_tokens - done.visual_tokens, "rtr": done.rtr}
     spent |= {"crops": list(done.crops), "call_status": done.call_status}
     cut = len(tokens) > limit or len(tokens) >= longest
-    return completion(request.model, text, cut, prompt, sum(written), {"awares": spent})
-
-
-def _interact(engine: Any, image: Image, question: str, call_bias: float, deadline: float) -> Trajectory:
-    if hasattr(engine, "decoder"):
-        engine.decoder.criteria = _until(deadline)
-        return engine.run([image], [question], call_bias=call_bias)[0]
-    left = {"timeout": max(1.0, deadline - time.time()), "attempts": 2}
-    remote = copy.copy(engine)  # with its own client, since a client keeps its replies
-    remote.client = ChatClient(engine.client.server.model_copy(update=left), None)
-    done = remote.run([image], [question], call_bias=call_bias)[0]
-    engine.unchecked = remote.unchecked
-    return done
+    return completion(request.model, text, cut, prompt, sum(written), awares=spent)
 
 
 def answer_chat(engine: Any, request: RawRequest, limits: Limits, deadline: float) -> dict[str, Any]:
@@ -167,13 +144,12 @@ def answer_chat(engine: Any, request: RawRequest, limits: Limits, deadline: floa
     if any(token >= len(processor.tokenizer) for token in biases):
         raise ApiError(400, f"logit_bias: there are {len(processor.tokenizer)} tokens", param="logit_bias")
     messages: Any = [
-        {"role": message.role, "content": [part.model_dump(exclude_none=True) for part in message.parts()]}
-        for message in request.messages
+        {"role": one.role, "content": [part.model_dump() for part in one.parts()]} for one in request.messages
     ]
     rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if rendered.count(processor.image_token) != len(images) or processor.video_token in rendered:
         raise ApiError(400, f"a text holds {processor.image_token}: send the image itself", param="messages")
-    limit = _limit(request, engine.decoder.max_new_tokens, limits.max_tokens)
+    limit = request.limit(engine.decoder.max_new_tokens, limits.max_tokens)
     decoder = Decoder(engine.decoder.model.eval(), processor, limit)
     ids = decoder.tokenize(rendered, [image.size for image in images])
     _check_length(engine, len(ids), limit, limits)
@@ -191,14 +167,6 @@ def answer_chat(engine: Any, request: RawRequest, limits: Limits, deadline: floa
 MODES: dict[str, Any] = {"policy": (PolicyRequest, answer_policy), "chat": (RawRequest, answer_chat)}
 
 
-def _limit(request: ChatRequest, default: int, most: int) -> int:
-    """Tokens that the answer may have; ApiError for more than ``most``."""
-    wanted = request.max_completion_tokens or request.max_tokens or min(default, most)
-    if wanted > most:
-        raise ApiError(400, f"max_tokens is {wanted}: this server writes at most {most}", param="max_tokens")
-    return wanted
-
-
 def _check_length(engine: Any, prompt: int, room: int, limits: Limits) -> None:
     """ApiError for a prompt above the server's limit or, with ``room`` for its answer, above the model's context."""
     most = limits.prompt_tokens
@@ -214,21 +182,17 @@ def _until(deadline: float) -> StoppingCriteriaList:
     return StoppingCriteriaList([MaxTimeCriteria(0.0, initial_timestamp=deadline)])
 
 
-# The process
+def run_server(load: Callable[[], Any], host: str, port: int, model: str, limits: Limits, mode: str) -> None:
+    """Serves the engine that ``load`` gives until SIGTERM or SIGINT; prints one line with the URL when it is ready.
 
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket, at a free port for 0; AwaresValueError when the address cannot be had."""
+    ``port`` 0 takes a free one. AwaresValueError when the address cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
+    try:  # before the model is loaded: a taken port should not cost minutes
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
         raise AwaresValueError(f"cannot listen at {host}:{port} ({error}): choose another host or port") from error
-
-
-def serve(load: Callable[[], Any], host: str, port: int, model: str, limits: Limits, mode: str) -> None:
-    """Serves the engine that ``load`` gives until SIGTERM or SIGINT; prints one line with the URL when it is ready."""
-    with bind(host, port) as listener:  # before the model is loaded: a taken port should not cost minutes
+    with listener:
         app = make_app(load(), model, limits, mode)
         if host not in ("127.0.0.1", "::1", "localhost") and API_KEY not in os.environ:
             print(f"warning: {host} is reachable from outside and {API_KEY} is not set", file=sys.stderr)

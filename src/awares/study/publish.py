@@ -45,7 +45,7 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
     file, before anything is written.
     """
     if stage == "policy":
-        return _publish_policy(params)
+        return copy_adapters(params, params.path("data/policy"), "../../base")
     if stage not in ("report", *PAGES):
         raise AwaresValueError(f"unknown stage {stage!r}: publish {', '.join(('report', *PAGES, 'policy'))}")
     pages = {PAGES[stage]: stage} if stage in PAGES else STAGES
@@ -58,7 +58,7 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
         runs |= {f"06_{name}": replace(params, variant=name).run_dir("evaluation") for name in variants}
     elif stage == "comparison":
         runs |= {f"10_{name}": params.run_dir("systems") / name for name in params.comparison.all}
-    sources = {name: _require(run / "notebook.ipynb", stage) for name, run in runs.items()}
+    sources = {name: require(run / "notebook.ipynb", stage) for name, run in runs.items()}
     folder, files = params.report_dir() / ("" if stage == "report" else stage), []
     notebooks, web_pages = clear(folder / "notebooks"), clear(folder / "html")
     for name, source in sources.items():
@@ -71,13 +71,13 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
     return files
 
 
-def _publish_policy(params: Params) -> list[Path]:
-    """The adapters of the main run. Each names the base model or adapter that it was trained on."""
-    files, trained_on = [], {"sft": "../../base", "grpo": "../sft"}
+def copy_adapters(params: Params, into: Path, base: str) -> list[Path]:
+    """Copy the adapters of SFT and GRPO; each names what it was trained on: ``base``, or the other one (``../sft``)."""
+    files, trained_on = [], {"sft": base, "grpo": "../sft"}
     adapters = {stage: params.run_dir(stage) / "adapter" for stage in trained_on}
-    configs = {stage: _require(adapter / "adapter_config.json", stage) for stage, adapter in adapters.items()}
+    configs = {stage: require(adapter / "adapter_config.json", stage) for stage, adapter in adapters.items()}
     for stage, model in trained_on.items():
-        folder = clear(params.path("data/policy") / stage)
+        folder = clear(into / stage)
         config = json.loads(configs[stage].read_text()) | {"base_model_name_or_path": model}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         shutil.copy(adapters[stage] / "adapter_model.safetensors", folder)
@@ -85,9 +85,10 @@ def _publish_policy(params: Params) -> list[Path]:
     return files
 
 
-def _require(path: Path, stage: str) -> Path:
+def require(path: Path, stage: str) -> Path:
+    """``path``; AwaresFileError if ``stage`` has not written this file."""
     if not path.is_file():
-        raise AwaresFileError(f"{path}: not executed yet; run `dvc repro {stage}`")
+        raise AwaresFileError(f"{path}: not there yet; run `dvc repro {stage}`")
     return path
 
 
