@@ -1,8 +1,7 @@
 """``python fsdp_worker.py BASE FOLDER`` under accelerate launch with an FSDP configuration: SFT in one CPU process.
 
-accelerate shards on GPUs only: on a CPU it reads the configuration and leaves it aside. Here its plugin is put where
-accelerate keeps it on a GPU; sharding, training, saving and loading are then the libraries' own. Prints what each
-process holds.
+accelerate shards on GPUs only: on a CPU it reads the configuration and ignores it. Here its plugin is put where
+accelerate keeps it on a GPU; sharding, training, saving and loading are the libraries' own. Prints what each process holds.
 """
 
 import sys
@@ -14,7 +13,6 @@ from test_launch import FSDP2, settings
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from awares.engine.model import load_processor
 from awares.engine.rows import load_rows
 from awares.method import sft
 from awares.training import checkpoints as training
@@ -40,8 +38,7 @@ def shard_and_train(trainer, folder, log):
 if __name__ == "__main__":
     base, folder = map(Path, sys.argv[1:])
     changes = {"sft.launch": FSDP2, "sft.share_computation": False, "sft.gradient_checkpointing": True}
-    params, rows = settings(folder, **changes), load_rows(folder / "rows")
     train, training.train = training.train, shard_and_train
     (folder / "checkpoints").mkdir(exist_ok=True)
-    samples = sft.plan_samples(rows, load_processor(base), params)
-    sft.fit_sft(params, rows, base, folder / "checkpoints", folder / "log.jsonl", samples)
+    params, rows = settings(folder, **changes), load_rows(folder / "rows")
+    sft.fit_sft(params, rows, base, folder / "checkpoints", folder / "log.jsonl")

@@ -17,27 +17,21 @@ from awares.method import grpo, protocol
 
 
 class Gradients(TrainerCallback):
-    def __init__(self, folder):
-        self.folder = folder
-
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = {name.removeprefix("module."): weight.grad for name, weight in model.named_parameters()}
         if state.is_world_process_zero:
-            found = {
-                k.removeprefix("module."): v.grad.clone() for k, v in model.named_parameters() if v.grad is not None
-            }
-            save_file(found, self.folder / "gradients.safetensors")
+            gradients = {name: grad.clone() for name, grad in named.items() if grad is not None}
+            save_file(gradients, folder / "gradients.safetensors")
 
 
 def write(trainer, generations):
     encode = lambda text: trainer.processing_class.tokenizer(text + "<|im_end|>")["input_ids"]  # noqa: E731
 
     def turn(prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        picks = [ANSWERS[(len(ids) + place % generations) % len(ANSWERS)] for place, ids in enumerate(prompt_ids)]
         if num_generations == 1:
             return [encode(ANSWERS[len(ids) % len(ANSWERS)]) for ids in prompt_ids], None
-        texts = [
-            protocol.OURS.render_call(CALL) if place % generations == 1 else pick for place, pick in enumerate(picks)
-        ]
+        texts = [ANSWERS[(len(ids) + place % generations) % len(ANSWERS)] for place, ids in enumerate(prompt_ids)]
+        texts[1::generations] = [protocol.OURS.render_call(CALL)] * len(texts[1::generations])
         return [encode(text) for text in texts], None
 
     trainer._generate_single_turn = turn
@@ -51,7 +45,7 @@ if __name__ == "__main__":
     )
     disturb(trainer)
     write(trainer, params.grpo.generations)
-    trainer.add_callback(Gradients(folder))
+    trainer.add_callback(Gradients())
     trainer.args.save_strategy = "no"
     trainer.train()
     if trainer.accelerator.is_main_process:

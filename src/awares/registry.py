@@ -21,11 +21,15 @@ class Registry:
         self.kind, self.builtin = kind, builtin
         self._functions: dict[str, Callable[..., Any]] = {}
 
-    def __call__(self, name: str) -> Callable[[_Function], _Function]:
-        """The decorator: ``@reward("mine")``. A later definition of the same name replaces the earlier one."""
+    def __call__(self, name: str, **attributes: Any) -> Callable[[_Function], _Function]:
+        """The decorator: ``@reward("mine")``. A later definition of the same name replaces the earlier one.
+
+        ``attributes`` become those of the function: ``@system("mine", model="awares")`` runs on the trained policy.
+        """
 
         def register(function: _Function) -> _Function:
             self._functions[name] = function
+            vars(function).update(attributes)
             return function
 
         return register

@@ -1,4 +1,4 @@
-"""The compared systems against their claims: shorter sequences, same positions, nothing changed at ratio 1."""
+"""The compared systems: shorter sequences, same positions, nothing changed at ratio 1."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,71 +13,71 @@ from PIL import ImageEnhance
 from torch import Tensor
 from transformers import AttentionInterface
 
-from awares import registry
 from awares.baselines import pruning, systems
 from awares.baselines import registry as baselines
 from awares.baselines.pruning import Selection
-from awares.baselines.registry import Job
+from awares.baselines.registry import SystemJob
 from awares.engine.decode import Decoder, Output
 from awares.errors import AwaresError
 from awares.method import crops, protocol
 from awares.method.rollout import Engine, Trajectory
+from awares.registry import system
 
-BEFORE, INSIDE = ("visionzip", "holov", "random_token"), ("fastv", "sparsevlm")
-PRUNERS = (*BEFORE, *INSIDE)
+INSIDE = ("fastv", "sparsevlm")
+PRUNERS = ("visionzip", "holov", "random_token", *INSIDE)
 SIZES = [(224, 168), (140, 280), (280, 112), (224, 224), (168, 196)]  # px; no two grids alike
 TIE = 1e-4
 
 
-def job(tiny: SimpleNamespace, count: int = 5, tokens: int = 8, **options: Any) -> Job:
+def job(tiny: SimpleNamespace, count: int = 5, tokens: int = 8, **options: Any) -> SystemJob:
     rows = {
         "id": [f"row-{n}" for n in range(count)],
         "image": [tiny.noise(*SIZES[n % len(SIZES)], n) for n in range(count)],
         "question": ["what" + " else" * n for n in range(count)],
     }
-    return Job(Engine(tiny.model, tiny.processor, max_new_tokens=tokens, **options), rows)
+    return SystemJob(Engine(tiny.model, tiny.processor, max_new_tokens=tokens, **options), rows)
 
 
-def prompts(
-    tiny: SimpleNamespace, decoder: Decoder, of: Job
-) -> tuple[list[list[int]], list[list[Any]], None, list[str]]:
-    """What the engine hands to a decoder for the full view."""
+def prompts(tiny: SimpleNamespace, decoder: Decoder, of: SystemJob) -> Any:
+    """What the engine gives to a decoder for the full view."""
     ids = []
     for image, question in zip(of.rows["image"], of.rows["question"], strict=True):
-        text = tiny.processor.apply_chat_template(
-            protocol.user_messages(question, [None]), tokenize=False, add_generation_prompt=True
-        )
+        messages = protocol.user_messages(question, [None])
+        text = tiny.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids.append(decoder.tokenize(text, [image.size]))
     return ids, [[image] for image in of.rows["image"]], None, of.rows["id"]
 
 
-def pruned_decoder(of: Job, name: str, monkeypatch: pytest.MonkeyPatch) -> Decoder:
+def pruned_decoder(of: SystemJob, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The decoder that the system ``name`` answers with."""
     made: list[Decoder] = []
-
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "answer", lambda engine, *_, **__: made.append(engine.decoder))
         baselines.answer(name, of)
     return made[0]
 
 
-# Ratio 1 and the masked reference
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    assert torch.equal(torch.isinf(a), torch.isinf(b))
-    return (a - b).nan_to_num().abs().max().item()
+def hooks(model: Any) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", PRUNERS)
-def test_ratio_one_reproduces_the_full_models_logits_and_tokens(deep: SimpleNamespace, name: str, monkeypatch) -> None:
-    of = job(deep)
-    plain = Decoder(deep.model, deep.processor, 8)
-    pruned = pruned_decoder(of, f"{name}_100", monkeypatch)
-    full, found = (decoder.start(*prompts(deep, decoder, of)) for decoder in (plain, pruned))
-    assert difference(full.first_logits, found.first_logits) < 1e-4
-    assert full.tokens == found.tokens or min(full.margins) < TIE
-    assert [kept.nominal for kept in found.kept or ()] == [48, 50, 40, 64, 42]
+def test_a_pruner_changes_nothing_at_ratio_one_and_leaves_nothing_behind(
+    deep: SimpleNamespace, name: str, monkeypatch
+) -> None:
+    of, hooked, plain = job(deep), hooks(deep.model), Decoder(deep.model, deep.processor, 8)
+    given = prompts(deep, plain, of)
+    full = plain.start(*given)
+    whole, half = (pruned_decoder(of, f"{name}_{percent}", monkeypatch).start(*given) for percent in (100, 50))
+    difference = [(one.first_logits - full.first_logits).nan_to_num().abs().max() for one in (whole, half)]
+    assert difference[0] < 1e-4 and difference[1] > 1e-2
+    assert full.tokens == whole.tokens or min(full.margins) < TIE
+    assert [kept.nominal for kept in whole.kept or ()] == [48, 50, 40, 64, 42]
+    assert torch.equal(plain.start(*given).first_logits, full.first_logits)
+    assert hooks(deep.model) == hooked and type(of.engine.decoder) is Decoder
+
+
+# The masked reference
 
 
 def greedy(model: Any, batch: dict[str, Any], tokens: int, suppress: list[int]) -> tuple[Tensor, list[int]]:
@@ -100,7 +100,7 @@ def greedy(model: Any, batch: dict[str, Any], tokens: int, suppress: list[int]) 
     return first, written
 
 
-def single(tiny: SimpleNamespace, of: Job, row: int) -> dict[str, Tensor]:
+def single(tiny: SimpleNamespace, of: SystemJob, row: int) -> dict[str, Tensor]:
     """One row as the processor makes it, with its full mRoPE positions."""
     messages = protocol.user_messages(of.rows["question"][row], [of.rows["image"][row]])
     batch = tiny.processor.apply_chat_template(
@@ -178,7 +178,7 @@ def blocked(model: Any, drops: dict[int, tuple[Tensor, Tensor, Tensor]]) -> Iter
         hook.remove()
 
 
-@pytest.mark.parametrize("name", ["fastv_50", "fastv_20", "sparsevlm_70", "sparsevlm_40"])
+@pytest.mark.parametrize("name", ["fastv_50", "sparsevlm_70", "sparsevlm_40"])
 def test_dropping_between_layers_equals_masking_from_there_on(deep: SimpleNamespace, name: str, monkeypatch) -> None:
     of = job(deep)
     decoder: Any = pruned_decoder(of, name, monkeypatch)
@@ -201,7 +201,7 @@ def test_dropping_between_layers_equals_masking_from_there_on(deep: SimpleNamesp
             matches(output, row, *greedy(deep.model, batch, 8, decoder.config.suppress_tokens))
 
 
-# What the pruners look at
+# What the pruners see
 
 
 def test_scores_are_the_last_blocks_attention_in_raster_order(deep: SimpleNamespace, monkeypatch) -> None:
@@ -251,7 +251,12 @@ def test_raters_and_last_token_are_those_of_the_whole_attention_map(deep: Simple
     decoder: Any = pruned_decoder(of, "fastv_50", monkeypatch)
     given: list[Tensor] = []
     plan = decoder.plan
-    decoder.plan = type(plan)(plan.shares, lambda a, h, n: given.append(a) or pruning.fastv(a, h, n), plan.nominal)  # type: ignore[func-returns-value]
+
+    def choose(attention: Tensor, hidden: Tensor, count: int) -> Selection:
+        given.append(attention)
+        return pruning.fastv_tokens(attention, hidden, count)
+
+    decoder.plan = type(plan)(plan.shares, choose, plan.nominal)
     decoder.start(*prompts(deep, decoder, of))
     plain = deep.model.config._attn_implementation
     deep.model.set_attn_implementation("eager")
@@ -268,7 +273,7 @@ def test_raters_and_last_token_are_those_of_the_whole_attention_map(deep: Simple
         deep.model.set_attn_implementation(plain)
 
 
-# Really shorter
+# Counts
 
 
 def lengths(model: Any) -> tuple[list[list[int]], list[Any]]:
@@ -300,129 +305,31 @@ def test_every_layer_gets_a_sequence_that_is_really_shorter(deep: SimpleNamespac
     assert all(step == 1 for layer in seen for step in layer[1:])
 
 
-# Accounts
-
-
-@pytest.mark.parametrize("percent", [50, 70])
 @pytest.mark.parametrize("name", PRUNERS)
-def test_the_nominal_rtr_is_the_ratio_and_the_layers_mean_stands_beside_it(
-    deep: SimpleNamespace, name: str, percent: int
-) -> None:
-    done = baselines.answer(f"{name}_{percent}", job(deep))
-    for one in done:
-        assert one.rtr == pytest.approx(percent / 100, abs=0.02)
-        assert one.turns[0].visual_tokens == one.visual_tokens and one.turns[0].images
-        expected = (1 + 6 * one.rtr) / 7 if name == "fastv" else percent / 100
-        assert one.layer_rtr == pytest.approx(expected, abs=1e-6 if name == "fastv" else 0.02)
-        assert Trajectory.from_dict(one.to_dict()) == one
-    plain = baselines.answer("full", job(deep))
-    assert [one.full_visual_tokens for one in done] == [one.visual_tokens for one in plain]
-    assert all(one.layer_rtr == one.rtr == 1 for one in plain)
-
-
-@pytest.mark.parametrize("name", PRUNERS)
-def test_batches_of_one_and_of_many_give_the_same(deep: SimpleNamespace, name: str) -> None:
-    together = baselines.answer(f"{name}_50", job(deep, count=8))
-    alone = baselines.answer(f"{name}_50", job(deep, count=8, token_budget=1))
-    for one, other in zip(together, alone, strict=True):
+def test_tokens_are_counted_by_row_whatever_the_batch(deep: SimpleNamespace, name: str) -> None:
+    of, single = job(deep, count=8), job(deep, count=8, token_budget=1)
+    done, alone, plain = baselines.answer(f"{name}_70", of), baselines.answer(f"{name}_70", single), job(deep, count=8)
+    for one, other, full in zip(done, alone, baselines.answer("full", plain), strict=True):
         assert one.row_id == other.row_id and one.turns[0] == other.turns[0]
         assert one.answer == other.answer or one.margin < TIE
-
-
-def hooks(model: Any) -> int:
-    """Transformers leaves some of its own on a model that was once asked for its attention maps."""
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-
-
-@pytest.mark.parametrize("name", PRUNERS)
-def test_pruning_changes_what_the_model_computes_and_leaves_nothing_behind(
-    deep: SimpleNamespace, name: str, monkeypatch
-) -> None:
-    of, hooked = job(deep), hooks(deep.model)
-    plain = Decoder(deep.model, deep.processor, 4)
-    before = plain.start(*prompts(deep, plain, of))
-    pruned = pruned_decoder(of, f"{name}_50", monkeypatch).start(*prompts(deep, plain, of))
-    assert difference(before.first_logits, pruned.first_logits) > 1e-2
-    assert torch.equal(plain.start(*prompts(deep, plain, of)).first_logits, before.first_logits)
-    assert hooks(deep.model) == hooked and type(of.engine.decoder) is Decoder
-
-
-def test_hooks_are_gone_after_an_error_too(deep: SimpleNamespace, monkeypatch) -> None:
-    of, before = job(deep), hooks(deep.model)
-    for name, target in (("visionzip_50", "get_image_features"), ("fastv_50", "forward")):
-        decoder = pruned_decoder(of, name, monkeypatch)
-        given = prompts(deep, decoder, of)
-        with monkeypatch.context() as patch:
-            owner = deep.model if target == "get_image_features" else deep.model.model.language_model.norm
-            patch.setattr(owner, target, lambda *_, **__: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                decoder.start(*given)
-        assert hooks(deep.model) == before
-
-
-def test_a_pruned_decoder_takes_no_second_turn(deep: SimpleNamespace, monkeypatch) -> None:
-    of = job(deep, count=1)
-    of.engine.decoder = pruned_decoder(of, "fastv_50", monkeypatch)
-    with pytest.raises(AwaresError, match=r"Engine\.answer"):
-        of.engine.run(of.rows["image"], of.rows["question"], forced=[None], call_bias=99.0)
-
-
-def test_a_row_without_an_image_is_answered_as_it_is(deep: SimpleNamespace, monkeypatch) -> None:
-    of = job(deep, count=2)
-    plain = of.engine.answer(of.rows["image"], of.rows["question"], "none")
-    for name in ("holov_50", "sparsevlm_50"):
-        of.engine.decoder = pruned_decoder(of, name, monkeypatch)
-        found = of.engine.answer(of.rows["image"], of.rows["question"], "none")
-        assert [one.answer for one in found] == [one.answer for one in plain]
-        assert all(one.visual_tokens == 0 for one in found)
-
-
-def test_several_images_of_a_row_are_pruned_each_or_together(deep: SimpleNamespace, monkeypatch) -> None:
-    """The view half+crops has two images: before the language model each keeps half, inside it half of all."""
-    of = job(deep, count=2)
-    for name in ("holov_50", "fastv_50"):
-        of.engine.decoder = pruned_decoder(of, name, monkeypatch)
-        found = of.engine.answer(of.rows["image"], of.rows["question"], "half+crops", crops=[("top",), ("left", "all")])
-        assert [len(one.turns[0].images) for one in found] == [2, 3]
-        plain = Engine(deep.model, deep.processor, max_new_tokens=2)
-        whole = plain.answer(of.rows["image"], of.rows["question"], "half+crops", crops=[("top",), ("left", "all")])
-        for one, other in zip(found, whole, strict=True):
-            assert abs(one.visual_tokens - other.visual_tokens / 2) <= 1.5
-
-
-def test_too_shallow_a_model_or_too_small_a_ratio_is_named(tiny: SimpleNamespace) -> None:
-    with pytest.raises(AwaresError, match=r"above 0\.5"):
-        baselines.answer("sparsevlm_50", job(tiny))
-    with pytest.raises(AwaresError, match="two or more"):
-        baselines.fastv_plan(0.5, 1)
-    assert len(baselines.answer("sparsevlm_70", job(tiny, count=2))) == 2
-
-
-# What is left
-
-
-@pytest.mark.parametrize("name", PRUNERS)
-def test_a_pruner_tells_which_tokens_of_each_row_it_has_left(deep: SimpleNamespace, name: str) -> None:
-    of = job(deep)
-    done = baselines.answer(f"{name}_50", of)
-    assert set(of.left) == set(of.rows["id"])
-    for one in done:
+        assert one.rtr == pytest.approx(0.7, abs=0.02) and one.full_visual_tokens == full.visual_tokens
+        assert one.layer_rtr == pytest.approx((1 + 6 * one.rtr) / 7 if name == "fastv" else 0.7, abs=0.02)
+        assert full.layer_rtr == full.rtr == 1 and Trajectory.from_dict(one.to_dict()) == one
         left = of.left[one.row_id]
         assert left == sorted(set(left)) and 0 <= left[0] and left[-1] < one.full_visual_tokens
         assert len(left) == one.visual_tokens if name != "sparsevlm" else len(left) < one.visual_tokens
-    baselines.answer(f"{name}_100", of)
-    assert all(of.left[one.row_id] == list(range(one.full_visual_tokens)) for one in done)
+    assert set(of.left) == set(of.rows["id"])
 
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_tokens_keep_their_number_through_every_stage(deep: SimpleNamespace, name: str, monkeypatch) -> None:
-    """Each stage keeps the last of what the one before had left: the last of all, then."""
+    """Each stage keeps the last of those that the one before had left, so the last of all."""
 
     def last(attention: Tensor, hidden: Tensor, count: int) -> Selection:
         kept = torch.arange(len(hidden) - count, len(hidden))
         return Selection(kept, hidden[kept])
 
-    monkeypatch.setattr(pruning, name, last)
+    monkeypatch.setattr(pruning, f"{name}_tokens", last)
     of = job(deep)
     for one in baselines.answer(f"{name}_50", of):
         left, total = of.left[one.row_id], one.full_visual_tokens
@@ -432,13 +339,44 @@ def test_tokens_keep_their_number_through_every_stage(deep: SimpleNamespace, nam
 def test_the_evidence_that_is_left_is_counted_in_tokens_that_touch_its_boxes(tiny: SimpleNamespace) -> None:
     """A grid of 2 x 4 tokens; the boxes touch token 0 and, of the second row, tokens 5 and 6."""
     rows: dict[str, list[Any]] = {"id": ["a", "b"], "image": [tiny.noise(112, 56, 0), tiny.noise(56, 56, 1)]}
-    rows |= {"question": ["what", "what"], "question_boxes": [[[0, 0, 250, 500]], []]}
-    rows |= {"answer_boxes": [[[260, 510, 740, 990]], []]}
-    of = Job(Engine(tiny.model, tiny.processor, max_new_tokens=2), rows)
-    of.left.update(a=[0, 1, 2, 6], b=[3])
+    rows |= {"question_boxes": [[[0, 0, 250, 500]], []], "answer_boxes": [[[260, 510, 740, 990]], []]}
+    of = SystemJob(Engine(tiny.model, tiny.processor, max_new_tokens=2), rows, left={"a": [0, 1, 2, 6], "b": [3]})
     found = baselines.shares_left(of)
     assert found.left.tolist() == [0.5, 0.25]
     assert found.evidence[0] == pytest.approx(2 / 3) and math.isnan(found.evidence[1])
+
+
+# Other rows and errors
+
+
+@pytest.mark.parametrize("name", ["visionzip_50", "fastv_50"])
+def test_a_pruned_decoder_takes_no_second_turn_and_removes_its_hooks_after_an_error(
+    deep: SimpleNamespace, name: str, monkeypatch
+) -> None:
+    of, before = job(deep, count=1), hooks(deep.model)
+    of.engine.decoder = pruned_decoder(of, name, monkeypatch)
+    with pytest.raises(AwaresError, match=r"Engine\.answer"):
+        of.engine.run(of.rows["image"], of.rows["question"], forced=[None], call_bias=99.0)
+    monkeypatch.setattr(deep.model.model.language_model.norm, "forward", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(deep.model.model.visual.merger, "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        of.engine.answer(of.rows["image"], of.rows["question"])
+    assert hooks(deep.model) == before
+
+
+@pytest.mark.parametrize("name", ["holov_50", "fastv_50", "sparsevlm_50"])
+def test_rows_without_and_with_several_images(deep: SimpleNamespace, name: str, monkeypatch) -> None:
+    """The view half+crops has several: before the language model each keeps half, inside it half of all."""
+    of = job(deep, count=2, tokens=2)
+    views: dict[str, Any] = {"none": {}, "half+crops": {"crops": [("top",), ("left", "all")]}}
+    columns = of.rows["image"], of.rows["question"]
+    plain = {view: of.engine.answer(*columns, view, **options) for view, options in views.items()}
+    of.engine.decoder = pruned_decoder(of, name, monkeypatch)
+    found = {view: of.engine.answer(*columns, view, **options) for view, options in views.items()}
+    assert [(one.answer, one.visual_tokens) for one in found["none"]] == [(one.answer, 0) for one in plain["none"]]
+    assert [len(one.turns[0].images) for one in found["half+crops"]] == [2, 3]
+    for one, other in zip(found["half+crops"], plain["half+crops"], strict=True):
+        assert abs(one.visual_tokens - other.visual_tokens / 2) <= 1.5
 
 
 # Controls of the policy
@@ -447,22 +385,22 @@ def test_the_evidence_that_is_left_is_counted_in_tokens_that_touch_its_boxes(tin
 def test_random_crops_call_where_the_policy_did_at_the_same_price(tiny: SimpleNamespace) -> None:
     of = job(tiny, count=6)
     wanted = [("top-left",), (), ("top", "center"), ("all",), ("left",), ("bottom-right", "top-right")]
-    columns = of.rows["image"], of.rows["question"]
-    made = of.engine.run(*columns, forced=wanted, row_ids=of.rows["id"])
-    done = baselines.answer("random_crop", Job(of.engine, of.rows, policy=made))
+    made = of.engine.run(of.rows["image"], of.rows["question"], forced=wanted, row_ids=of.rows["id"])
+
+    def drawn(policy: Any, seed: int = 0) -> list[Trajectory]:
+        return baselines.answer("random_crop", SystemJob(of.engine, of.rows, policy, seed))
+
+    done = drawn(made)
     assert [one.row_id for one in done] == of.rows["id"]
     for one, other in zip(done, made, strict=True):
         assert list(map(crops.area, one.crops)) == list(map(crops.area, other.crops))
         assert len(set(one.crops)) == len(one.crops)
     assert sum(one.crops != other.crops for one, other in zip(done, made, strict=True)) >= 2
-    again = baselines.answer("random_crop", Job(of.engine, of.rows, policy=made))
-    assert [one.crops for one in again] == [one.crops for one in done]
-    other_seed = baselines.answer("random_crop", Job(of.engine, of.rows, policy=made, seed=5))
-    assert [one.crops for one in other_seed] != [one.crops for one in done]
-    with pytest.raises(AwaresError, match=r"Job\.policy"):
-        baselines.answer("random_crop", Job(of.engine, of.rows, policy=made[::-1]))
-    with pytest.raises(AwaresError, match=r"Job\.policy"):
-        baselines.answer("random_crop", of)
+    assert [one.crops for one in drawn(made)] == [one.crops for one in done]
+    assert [one.crops for one in drawn(made, seed=5)] != [one.crops for one in done]
+    for policy in (made[::-1], None):
+        with pytest.raises(AwaresError, match="random_crop"):
+            drawn(policy)
     with pytest.raises(AwaresError, match="row x: .*'100,200,300,410'"):
         baselines._random_crops(["100,200,300,410"], "x", 0)
 
@@ -470,69 +408,61 @@ def test_random_crops_call_where_the_policy_did_at_the_same_price(tiny: SimpleNa
 def test_oracle_crops_are_the_target_crops_of_the_rows_labelled_hr(tiny: SimpleNamespace) -> None:
     of = job(tiny, count=3)
     labelled = of.rows | {"label": ["HR", "LR", "HR"], "target_crops": [["left"], ["all"], ["top", "center"]]}
-    done = baselines.answer("oracle_crop", Job(of.engine, labelled))
+    done = baselines.answer("oracle_crop", SystemJob(of.engine, labelled))
     assert [one.crops for one in done] == [("left",), (), ("top", "center")]
     assert [one.call_status for one in done] == ["forced", "none", "forced"]
-    with pytest.raises(AwaresError, match="label_rows"):
+    with pytest.raises(AwaresError, match="oracle_crop.*label_rows"):
         baselines.answer("oracle_crop", of)
 
 
 # The registry
 
 
-@pytest.mark.parametrize(
-    "name, stem, ratio, model",
-    [
-        ("visionzip_50", "visionzip", 0.5, "base"),
-        ("random_token_36.4", "random_token", 0.364, "base"),
-        ("fastv_100", "fastv", 1.0, "base"),
-        ("random_crop", "random_crop", None, "awares"),
-        ("sft", "sft", None, "sft"),
-    ],
-)
-def test_a_name_holds_a_ratio_if_the_system_takes_one(name: str, stem: str, ratio: Any, model: str) -> None:
-    found, share = baselines.parse(name)
-    assert (found.name, found.model) == (stem, model) and share == pytest.approx(ratio)
+def test_a_name_has_a_ratio_if_the_system_takes_one() -> None:
+    names = {"visionzip_50": 0.5, "random_token_36.4": 0.364, "fastv_100": 1.0, "random_crop": None, "sft": None}
+    assert {name: baselines.parse(name)[1] for name in names} == pytest.approx(names)
+    assert [baselines.weights_of(name) for name in names] == ["base", "base", "base", "awares", "sft"]
 
 
 @pytest.mark.parametrize(
-    "name, told",
+    "name, named",
     [
         ("vision_zip_50", "visionzip, holov"), ("nosuch", "full, half"), ("fastv", "fastv_50"), ("fastv_0", "fastv_50"),
-        ("holov_101", "holov_50"), ("full_50", "write full"),
+        ("holov_101", "holov_50"), ("full_50", "write full"), ("sparsevlm_50", r"above 0\.5"),
     ],
 )  # fmt: skip
-def test_an_unknown_name_and_a_bad_ratio_are_named(name: str, told: str) -> None:
-    with pytest.raises(AwaresError, match=told):
-        baselines.parse(name)
+def test_an_unknown_name_and_a_bad_ratio_are_named(tiny: SimpleNamespace, name: str, named: str) -> None:
+    with pytest.raises(AwaresError, match=named):
+        baselines.answer(name, job(tiny, count=1))
 
 
 def test_base_and_policy_systems_are_the_engines_own(tiny: SimpleNamespace) -> None:
     of = job(tiny, count=3)
     columns = of.rows["image"], of.rows["question"]
+    expected = {"awares": of.engine.run(*columns, row_ids=of.rows["id"])}
     for name, view in {"full": "full", "half": "half", "no_image": "none"}.items():
-        expected = of.engine.answer(*columns, view, row_ids=of.rows["id"])
-        assert [one.turns for one in baselines.answer(name, of)] == [one.turns for one in expected]
-    expected = of.engine.run(*columns, row_ids=of.rows["id"])
-    assert [one.turns for one in baselines.answer("awares", of)] == [one.turns for one in expected]
+        expected[name] = of.engine.answer(*columns, view, row_ids=of.rows["id"])
+    for name, trajectories in expected.items():
+        assert [one.turns for one in baselines.answer(name, of)] == [one.turns for one in trajectories]
 
 
 def test_a_system_of_your_own_is_a_function_or_a_file(tiny: SimpleNamespace, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(registry.system, "_functions", dict(registry.system._functions))
+    monkeypatch.setattr(system, "_functions", dict(system._functions))
     monkeypatch.setattr(systems, "__path__", [str(tmp_path)])
 
-    @baselines.system("pale", takes_ratio=True)
-    def pale(of: Job, ratio: float = 0.5) -> list[Trajectory]:
+    @system("pale")
+    def pale(of: SystemJob, ratio: float = 0.5) -> list[Trajectory]:
         dim = [ImageEnhance.Contrast(image).enhance(ratio) for image in of.rows["image"]]
         return of.engine.answer(dim, of.rows["question"], row_ids=of.rows["id"])
 
     (tmp_path / "dull.py").write_text(
-        "from awares.baselines.registry import system\n\n\n@system('dull')\ndef dull(job):\n"
+        "from awares.registry import system\n\n\n@system('dull', model='sft')\ndef dull(job):\n"
         "    return job.engine.answer(job.rows['image'], job.rows['question'], 'half', row_ids=job.rows['id'])\n"
     )
     of = job(tiny, count=2)
     for wanted in ("pale_25", pale, "dull"):
         assert [one.row_id for one in baselines.answer(wanted, of)] == of.rows["id"]
+    assert (baselines.weights_of("dull"), baselines.weights_of(pale)) == ("sft", "base")
     (tmp_path / "misnamed.py").write_text("x = 1\n")
     with pytest.raises(AwaresError, match="misnamed"):
         baselines.parse("misnamed")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers.vision_utils import get_vision_window_index
 
 from awares.baselines import pruning
 from awares.baselines.pruning import Selection
@@ -42,9 +41,6 @@ def test_rows_that_keep_different_numbers_are_padded_left_again() -> None:
     assert [row[flag.bool()].tolist() for row, flag in zip(index, mask, strict=True)] == [[2, 4, 5], [0, 2, 3, 5], [5]]
 
 
-# Attention received
-
-
 def naive_received(query: Tensor, key: Tensor, lengths: list[int], scale: float) -> list[float]:
     scores: list[float] = []
     begin = 0
@@ -67,43 +63,15 @@ def test_received_is_mean_over_heads_and_sum_over_the_queries_of_the_same_segmen
     assert [part.sum().item() for part in found.split(lengths)] == pytest.approx([4, 1, 6], abs=1e-4)
 
 
-def test_groups_are_pooled_and_brought_from_window_order_to_raster_order() -> None:
-    """A 5 x 6 grid of groups in windows of 4 x 4: in window order group 4 of the raster comes after row three's fourth."""
-    grid = torch.tensor([[1, 10, 12]])
-    order, _ = get_vision_window_index(grid, spatial_merge_size=2, window_size=112, patch_size=14)
-    assert order[:8].tolist() == [0, 1, 2, 3, 6, 7, 8, 9]  # not the raster: a window's second row
-    raster = torch.arange(30.0)
-    patches = raster[order].repeat_interleave(4) + torch.tensor([-1.5, 1.5, -0.5, 0.5]).repeat(30)
-    pooled = pruning.pool_groups(patches, 4)
-    assert pooled.tolist() == raster[order].tolist()
-    assert pruning.raster_order(pooled, order).tolist() == raster.tolist()
-    vectors = raster[:, None].expand(30, 3)
-    assert torch.equal(pruning.raster_order(vectors[order], order), vectors)
-
-
-# VisionZip
-
-
-def test_visionzip_on_a_hand_made_map() -> None:
-    """20 tokens, r = 0.5: nine dominant, one contextual target, which is the first of the rest."""
-    scores = torch.zeros(20)
-    scores[[3, 4, 5, 8, 9, 10, 15, 16, 19]] = torch.arange(9, 0, -1.0)
-    features = rand(20, 6)
-    found = pruning.visionzip(scores, rand(20, 4), features, 0.5)
-    assert found.kept.tolist() == [0, 3, 4, 5, 8, 9, 10, 15, 16, 19]
-    rest = [0, 1, 2, 6, 7, 11, 12, 13, 14, 17, 18]
-    assert torch.allclose(found.vectors[0], features[rest].mean(dim=0), atol=1e-6)
-    assert torch.equal(found.vectors[1:], features[found.kept[1:]])  # dominant tokens stay as they were
-
-
-def test_visionzip_targets_stand_at_even_stride_and_take_in_the_most_similar() -> None:
+def test_visionzip_targets_are_at_even_stride_and_take_in_the_most_similar() -> None:
     scores = torch.tensor([float(n < 36) for n in range(80)])  # 36 dominant, 4 contextual, 44 in the rest
     keys = torch.zeros(80, 4)
     for n in range(36, 80):
         keys[n, (n * 7) % 4] = 1.0 + n  # the length must not count
     targets = [36, 47, 58, 69]
-    found = pruning.visionzip(scores, keys, features := rand(80, 5), 0.5)
+    found = pruning.visionzip_tokens(scores, keys, features := rand(80, 5), 0.5)
     assert found.kept.tolist() == [*range(36), *targets]
+    assert torch.equal(found.vectors[:36], features[:36])  # dominant tokens stay as they were
     for place, target in zip(range(36, 40), targets, strict=True):
         group = [n for n in range(36, 80) if n % 4 == target % 4]
         assert len(group) == 11
@@ -111,15 +79,12 @@ def test_visionzip_targets_stand_at_even_stride_and_take_in_the_most_similar() -
 
 
 def test_visionzip_gives_equal_similarities_to_the_lowest_target_and_a_target_to_itself() -> None:
-    found = pruning.visionzip(torch.zeros(60), torch.ones(60, 4), features := rand(60, 5), 0.5)
+    found = pruning.visionzip_tokens(torch.zeros(60), torch.ones(60, 4), features := rand(60, 5), 0.5)
     dominant, targets = list(range(27)), [27, 38, 49]
     assert found.kept.tolist() == [*dominant, *targets]
     first = [27, *(n for n in range(28, 60) if n not in targets)]
     assert torch.allclose(found.vectors[27], features[first].mean(dim=0), atol=1e-5)
     assert torch.allclose(found.vectors[28:], features[[38, 49]], atol=1e-6)
-
-
-# HoloV
 
 
 def test_quotas_are_proportional_and_overflow_goes_to_the_others() -> None:
@@ -145,30 +110,28 @@ def test_holov_follows_attention_where_the_chunks_are_equally_diverse() -> None:
     """Two chunks of 8 with three quarters of the attention in the second: 2 and 6 of 8, the best of each."""
     scores = torch.tensor([1, 1, 1, 1, 2, 2, 0, 0, 3, 3, 3, 3, 3, 6, 3, 0.0])
     features = rand(8, 5).repeat(2, 1)
-    kept = pruning.holov(scores, features, 0.5, chunks=2, diversity=0.0)
-    assert kept.tolist() == [4, 5, 8, 9, 10, 11, 12, 13]
+    found = pruning.holov_tokens(scores, features, 0.5, chunks=2, diversity=0.0)
+    assert found.kept.tolist() == [4, 5, 8, 9, 10, 11, 12, 13]
 
 
 def test_holov_gives_a_diverse_chunk_more_than_a_flat_one() -> None:
     scores = torch.ones(40)
     features = torch.cat([torch.ones(20, 6) + 1e-3 * rand(20, 6), rand(20, 6, seed=1)])
-    even = pruning.holov(scores, features, 0.5, chunks=2, diversity=0.0)
-    diverse = pruning.holov(scores, features, 0.5, chunks=2, diversity=1.0)
-    assert [(even < 20).sum().item(), (diverse < 20).sum().item()] == [10, 5]
-    assert len(diverse) == 20
-
-
-# The control
+    even = pruning.holov_tokens(scores, features, 0.5, chunks=2, diversity=0.0)
+    diverse = pruning.holov_tokens(scores, features, 0.5, chunks=2, diversity=1.0)
+    assert [(one.kept < 20).sum().item() for one in (even, diverse)] == [10, 5]
+    assert len(diverse.kept) == 20
 
 
 def test_random_tokens_depend_on_name_and_seed_alone() -> None:
-    first = pruning.random_tokens(100, 0.5, "row-1")
-    assert torch.equal(first, pruning.random_tokens(100, 0.5, "row-1"))
-    assert not torch.equal(first, pruning.random_tokens(100, 0.5, "row-2"))
-    assert not torch.equal(first, pruning.random_tokens(100, 0.5, "row-1", seed=1))
-    assert first.tolist() == sorted(set(first.tolist())) and len(first) == 50
-    drawn = torch.cat([pruning.random_tokens(10, 0.5, str(n)) for n in range(2000)]).bincount()
-    assert (drawn / 2000 - 0.5).abs().max() < 0.05  # every place alike
+    def drawn(*name: str | int, count: int = 100) -> Tensor:
+        return pruning.random_tokens(torch.zeros(count, 1), 0.5, *name).kept  # type: ignore[arg-type]
+
+    first = drawn("row-1")
+    assert torch.equal(first, drawn("row-1")) and len(first) == 50
+    assert not torch.equal(first, drawn("row-2")) and not torch.equal(first, drawn("row-1", 1))
+    counts = torch.cat([drawn(str(n), count=10) for n in range(2000)]).bincount()
+    assert (counts / 2000 - 0.5).abs().max() < 0.05  # every place alike
 
 
 # Inside the language model
@@ -186,41 +149,19 @@ def test_attention_of_some_tokens_is_the_mean_over_heads_with_shared_keys() -> N
     assert found[0, 5] == 0 and found[0, 0] == 0
 
 
-def test_fastv_keeps_what_the_last_text_token_attends_to() -> None:
-    attention = torch.tensor([[9.0, 9, 9, 0, 0, 0], [0, 1, 0, 4, 1, 2]])
-    found = pruning.fastv(attention, hidden := rand(6, 3), 4)
-    assert found.kept.tolist() == [1, 3, 4, 5]
-    assert torch.equal(found.vectors, hidden[found.kept])
-
-
-def test_raters_attend_to_the_image_at_least_as_much_as_the_mean() -> None:
-    attention = torch.tensor([[0.1, 0.1], [0.4, 0.2], [0.0, 0.1], [0.3, 0.3]])
-    assert pruning.raters(attention).tolist() == [False, True, False, True]
-    assert pruning.raters(torch.full((7, 3), 0.1)).all()  # all alike: all of them
-
-
 def test_sparsevlm_listens_to_the_raters_alone_and_recycles_the_best_of_the_pruned() -> None:
     """20 tokens to 12: one cluster of the best three of the nine that are pruned (30 %, rounded up)."""
     attention = torch.zeros(3, 20)
     attention[0] = torch.arange(20.0) / 100  # the only rater; the others love the low tokens, but hardly look
     attention[1:, 0] = 0.01
     hidden = rand(20, 4)
-    found = pruning.sparsevlm(attention, hidden, 12)
+    found = pruning.sparsevlm_tokens(attention, hidden, 12)
     pruned_best = [6, 7, 8]
     assert len(found.kept) == 12
     (centre,) = set(found.kept.tolist()) - set(range(9, 20))
     assert centre in pruned_best
     assert torch.allclose(found.vectors[0], hidden[pruned_best].mean(dim=0), atol=1e-6)
     assert torch.equal(found.vectors[1:], hidden[9:20])
-
-
-@pytest.mark.parametrize("lost, clusters", [(1, 1), (33, 1), (34, 2), (90, 3)])
-def test_one_cluster_for_ten_recycled_tokens_and_one_more(lost: int, clusters: int) -> None:
-    attention = torch.arange(100.0, 0, -1)[None].repeat(2, 1)  # the first tokens are best
-    found = pruning.sparsevlm(attention, rand(100, 4), 100 - lost)
-    best = 100 - lost - clusters
-    assert len(found.kept) == 100 - lost
-    assert found.kept[:best].tolist() == list(range(best)) and int(found.kept[best]) >= best
 
 
 def test_clusters_of_two_clouds_are_the_clouds() -> None:
@@ -233,10 +174,11 @@ def test_clusters_of_two_clouds_are_the_clouds() -> None:
 
 
 def test_layers_scale_with_the_depth() -> None:
-    assert pruning.scaled_layers((2, 6, 15), 28, 28) == [2, 6, 15]
-    assert pruning.scaled_layers((2, 6, 15), 28, 36) == [3, 8, 19]
-    assert pruning.scaled_layers((2, 6, 15), 28, 6) == [1, 2, 3]
-    assert pruning.scaled_layers((2,), 28, 2) == [1] and pruning.scaled_layers((2,), 28, 1) == []
+    assert pruning.scaled_layers((2, 6, 15), 28) == [2, 6, 15]
+    assert pruning.scaled_layers((2, 6, 15), 36) == [3, 8, 19]
+    assert pruning.scaled_layers((2, 6, 15), 6) == [1, 2, 3] and pruning.scaled_layers((2,), 2) == [1]
+    with pytest.raises(AwaresError, match="two or more"):
+        pruning.scaled_layers((2,), 1)
 
 
 @pytest.mark.parametrize("depth, layers", [(28, (2, 6, 15)), (6, (1, 2, 3)), (7, (1, 2, 4))])
@@ -260,16 +202,13 @@ def test_a_schedule_below_the_share_of_the_full_layers_is_refused() -> None:
 
 def choices(count: int, ratio: float) -> dict[str, Selection]:
     scores, keys, features, attention = rand(count).abs(), rand(count, 4), rand(count, 6), rand(5, count).abs()
-    kept = {
-        "holov": pruning.holov(scores, features, ratio),
-        "random": pruning.random_tokens(count, ratio, "a"),
+    return {
+        "holov": pruning.holov_tokens(scores, features, ratio),
+        "random": pruning.random_tokens(features, ratio, "a"),
+        "visionzip": pruning.visionzip_tokens(scores, keys, features, ratio),
+        "fastv": pruning.fastv_tokens(attention, features, pruning.budget(count, ratio)),
+        "sparsevlm": pruning.sparsevlm_tokens(attention, features, pruning.budget(count, ratio)),
     }
-    merged = {
-        "visionzip": pruning.visionzip(scores, keys, features, ratio),
-        "fastv": pruning.fastv(attention, features, pruning.budget(count, ratio)),
-        "sparsevlm": pruning.sparsevlm(attention, features, pruning.budget(count, ratio)),
-    }
-    return merged | {name: Selection(index, features[index]) for name, index in kept.items()}
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

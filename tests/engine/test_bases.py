@@ -230,7 +230,7 @@ def test_both_trainings_run_and_the_policy_answers(base, rows, tmp_path):
 @pytest.mark.parametrize("name", ["visionzip_50", "fastv_50"])
 def test_a_pruner_refuses_what_it_is_not_written_for(engine, rows, name):
     """Attention, windows and rotary positions of the vision tower are read as Qwen2.5-VL has them."""
-    job = baselines.Job(engine, rows.select(range(2)))
+    job = baselines.SystemJob(engine, rows.select(range(2)))
     if engine.decoder.model.config.model_type == "qwen2_5_vl":
         assert [one.rtr for one in baselines.answer(name, job)] == pytest.approx([0.5, 0.5], abs=0.02)
     else:

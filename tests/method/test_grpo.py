@@ -205,13 +205,14 @@ def test_shared_prompts_give_the_log_probabilities_and_gradients_of_trl(world, p
         torch.testing.assert_close(found[True][name], value, atol=2e-4, rtol=2e-3)
 
 
-def test_completions_of_one_question_on_two_pictures_are_not_mixed_up(world):
-    ids = torch.tensor([[7, 8, 9, 1], [7, 8, 9, 2], [7, 8, 9, 3]])
-    picture, other = torch.ones(4, 6), torch.zeros(4, 6)
-    grids = [torch.tensor([[1, 2, 2]])] * 3
-    pictures = [[picture], [other], [picture]]
-    batch = sharing.PackedBatch(ids, torch.ones_like(ids), ids[None], 3, pictures, grids, [1, 1, 1])
-    assert sharing._groups(batch) == [[0, 2], [1]]
+def test_completions_of_one_question_on_two_pictures_are_not_mixed_up(world, tmp_path):
+    rows = world.rows.select([2, 4]).remove_columns("question").add_column("question", ["what?"] * 2)
+    trainer = trainer_for(SimpleNamespace(policy=world.policy, rows=rows), tmp_path)
+    disturb(trainer)
+    write(trainer)
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0, 0, 0, 0, 1, 1, 1, 1)])
+    shared, plain = (log_probs(trainer, batch, share)[0].detach() for share in (True, False))
+    torch.testing.assert_close(shared, plain, atol=2e-4, rtol=2e-3)
 
 
 def test_shared_prefill_samples_the_tokens_of_trl(world, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from awares.config import load_params
+from awares.engine import keys as work_keys
 from awares.engine.jsonl import exclusive_lock, read_records
 from awares.engine.model import load_model, load_processor, save_model
 from awares.engine.rows import FEATURES
@@ -331,7 +332,7 @@ def test_every_input_is_part_of_the_key(world, tmp_path):
     keys += [key(rows=rows.select(range(11))), key(rows=swapped.cast_column("image", FEATURES["image"]))]
     assert len({json.dumps(each, sort_keys=True) for each in keys}) == len(keys)
     assert key() == key(rows=rows.select(range(12)))  # the same content, another fingerprint
-    code = training.code_of(
+    code = work_keys.code_of(
         *sorted(str(file) for name in PACKAGES for file in (ROOT / "src/awares" / name).glob("*.py"))
     )
     assert key()["code"] == code  # all that DVC declares as the stage's code
@@ -339,7 +340,7 @@ def test_every_input_is_part_of_the_key(world, tmp_path):
 
 def test_another_prompt_of_the_same_name_is_another_training(world, tmp_path, monkeypatch):
     keys = []
-    monkeypatch.setattr(training, "run", lambda *given: keys.append(given[6]) or tmp_path)
+    monkeypatch.setattr(training, "run_training", lambda *given, **_: keys.append(given[6]) or tmp_path)
     for text in ("Answer.", "Answer in one word."):
         (tmp_path / "prompt.txt").write_text(text)
         with pytest.raises(ValueError):  # no checkpoint to choose
@@ -349,13 +350,11 @@ def test_another_prompt_of_the_same_name_is_another_training(world, tmp_path, mo
 
 def test_a_model_of_the_hub_is_keyed_by_its_commit(monkeypatch):
     """New weights under the same name are not taken for those that were trained on."""
-    keys = set()
+    found = set()
     for commit in ("a" * 40, "b" * 40):
-        monkeypatch.setattr(training, "try_to_load_from_cache", lambda *_, at=commit: f"hub/snapshots/{at}/config.json")
-        keys.add(training.folder_digest("Owner/Model"))
-    monkeypatch.setattr(training, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(training, "hf_hub_download", lambda *_: f"hub/snapshots/{'b' * 40}/config.json")
-    assert len(keys) == 2 and training.folder_digest("Owner/Model") in keys
+        monkeypatch.setattr(work_keys, "hf_hub_download", lambda *_, at=commit: f"hub/snapshots/{at}/config.json")
+        found.add(work_keys.folder_digest("Owner/Model"))
+    assert len(found) == 2
 
 
 def test_a_torn_checkpoint_is_skipped(finished, tmp_path):

@@ -12,6 +12,8 @@ import pytest
 import test_grpo
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 from test_grpo import world as grpo_world  # noqa: F401
 from test_sft import SMALL, world  # noqa: F401
@@ -26,8 +28,8 @@ from awares.training import distributed
 
 HERE = Path(__file__).parents[1]
 ROOT = HERE.parent
-TWO = "data/launch/2cpu.yaml"
-FSDP2 = "data/launch/fsdp2-8gpu.yaml"
+CONFIGURATIONS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "data/launch").glob("*.yaml"))}
+TWO, FSDP2 = "data/launch/2cpu.yaml", "data/launch/fsdp2-8gpu.yaml"
 SEARCH = os.pathsep.join(map(str, (ROOT / "src", HERE, HERE / "method", HERE / "training")))
 WORKERS = {**os.environ, "PYTHONPATH": SEARCH, "OMP_NUM_THREADS": "1"}
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
@@ -48,12 +50,6 @@ def alone(world, tmp_path_factory):  # noqa: F811
     return train(world, tmp_path_factory.mktemp("one"))
 
 
-@pytest.fixture(scope="module")
-def launched(world, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("two")
-    return folder, train(world, folder, **{"base.launch": TWO})
-
-
 def weights(result):
     return load_file(result.adapter / "adapter_model.safetensors")
 
@@ -62,8 +58,8 @@ def losses(log):
     return [entry for entry in read_records(log) if "loss" in entry]
 
 
-def steps(folder, processes=1):
-    return [training.step_of(path) for path in training.checkpoints(folder, processes)]
+def steps(folder):
+    return [training.step_of(path) for path in training.checkpoints(folder, 2)]
 
 
 def require_same_training(log, other):
@@ -73,22 +69,18 @@ def require_same_training(log, other):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
 
 
-def test_sft_in_two_processes_has_the_losses_of_one(alone, launched):
-    one, two = alone, launched[1]
-    require_same_training(one.log, two.log)
-    assert one.step == two.step
-    for name, value in weights(one).items():
-        assert torch.allclose(value, weights(two)[name], atol=1e-3)
-
-
-def test_a_launched_training_goes_on_from_its_checkpoint_and_ends_the_same(world, launched):  # noqa: F811
-    folder, done = launched
+def test_sft_in_two_processes_has_the_losses_of_one_and_resumes(world, alone, tmp_path):  # noqa: F811
+    done = train(world, tmp_path, **{"base.launch": TWO})
     before = weights(done)
-    (work,) = (settings(folder).run_dir("sft").parent / ".checkpoints").iterdir()
-    assert steps(work, 2) == [1, 2, 3]
+    require_same_training(alone.log, done.log)
+    assert alone.step == done.step
+    assert all(torch.allclose(value, before[name], atol=1e-3) for name, value in weights(alone).items())
+    assert not list(done.log.parent.glob("launch.*"))
+    (work,) = (settings(tmp_path).run_dir("sft").parent / ".checkpoints").iterdir()
+    assert steps(work) == [1, 2, 3]
     (work / "checkpoint-3" / "rng_state_1.pth").unlink()  # killed when only the first process had written its part
-    assert steps(work, 2) == [1, 2]
-    again = train(world, folder, **{"base.launch": TWO})
+    assert steps(work) == [1, 2]
+    again = train(world, tmp_path, **{"base.launch": TWO})
     assert [entry["step"] for entry in losses(again.log)] == [1, 2, 3]
     assert all(torch.equal(value, weights(again)[name]) for name, value in before.items())
 
@@ -100,26 +92,25 @@ def run_sharded(world, folder):  # noqa: F811
     return done.stdout.decode()
 
 
-def test_a_sharded_training_has_the_losses_of_one_and_goes_on_from_its_checkpoint(world, alone, tmp_path):  # noqa: F811
+def test_a_sharded_training_has_the_losses_of_one_and_resumes(world, alone, tmp_path):  # noqa: F811
     save_rows(world.rows, tmp_path / "rows")
-    said, log = run_sharded(world, tmp_path), tmp_path / "log.jsonl"
-    here = [tuple(map(int, found)) for found in re.findall(r"(\d+) parts, (\d+) of (\d+) weights", said)]
-    assert len(here) == 2 and sum(held for _, held, _ in here) == here[0][2]  # each process holds its share and no more
-    assert all(parts >= 5 for parts, _, _ in here)  # the layers of both towers, and what is left
+    printed, log, work = run_sharded(world, tmp_path), tmp_path / "log.jsonl", tmp_path / "checkpoints"
+    held = [tuple(map(int, found)) for found in re.findall(r"(\d+) parts, (\d+) of (\d+) weights", printed)]
+    assert len(held) == 2 and sum(here for _, here, _ in held) == held[0][2]  # each process holds its share and no more
+    assert all(parts >= 5 for parts, _, _ in held)  # the layers of both towers, and what is left
     require_same_training(alone.log, log)
-    work = tmp_path / "checkpoints"
-    assert steps(work, 2) == [1, 2, 3] and alone.step == 3
+    assert steps(work) == [1, 2, 3]
     last = work / "checkpoint-3" / "adapter_model.safetensors"
     before, first = load_file(last), (work / "checkpoint-1" / "optimizer.bin").stat()
     assert before.keys() == weights(alone).keys()
     assert all(torch.allclose(value, before[name], atol=1e-3) for name, value in weights(alone).items())
     (work / "checkpoint-3" / "optimizer.bin").unlink()  # killed between the parts of the checkpoint
-    assert steps(work, 2) == [1, 2]
+    assert steps(work) == [1, 2]
     run_sharded(world, tmp_path)
     assert [entry["step"] for entry in losses(log)] == [1, 2, 3]
     after = load_file(last)
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
-    assert (work / "checkpoint-1" / "optimizer.bin").stat() == first  # it went on, and did not begin again
+    assert (work / "checkpoint-1" / "optimizer.bin").stat() == first  # it resumed and did not begin again
 
 
 def test_grpo_in_two_processes_has_the_gradients_of_one(grpo_world, tmp_path):  # noqa: F811
@@ -138,55 +129,57 @@ def test_grpo_in_two_processes_has_the_gradients_of_one(grpo_world, tmp_path):  
         assert logs[0][term] == pytest.approx(logs[1][term], rel=1e-5)
 
 
-def test_grpo_in_two_processes_goes_on_from_its_checkpoint_and_ends_the_same(grpo_world, tmp_path):  # noqa: F811
+def test_grpo_in_two_processes_resumes_and_finds_the_reward_by_name(grpo_world, tmp_path):  # noqa: F811
     params = test_grpo.settings(**{"base.launch": TWO, "paths.runs": str(tmp_path), "grpo.max_completion_length": 6})
     out = params.run_dir("grpo")
-    done = grpo.train_grpo(params, grpo_world.rows, grpo_world.policy, out)
+    given = params, grpo_world.rows, grpo_world.policy, out, registered_reward()
+    done = grpo.train_grpo(*given)
     before, log = weights(done), done.log.read_text()
     (work,) = (out.parent / ".checkpoints").iterdir()
-    assert training.step_of(training.checkpoints(work, 2)[-1]) == 3
+    assert steps(work)[-1] == 3
     (work / "checkpoint-3" / "rng_state_1.pth").unlink()
-    again = grpo.train_grpo(params, grpo_world.rows, grpo_world.policy, out)
+    again = grpo.train_grpo(*given)
     assert again.log.read_text() == log
     assert all(torch.equal(value, weights(again)[name]) for name, value in before.items())
+    with pytest.raises(AwaresError, match="local_reward.*module"):
+        grpo.train_grpo(*given[:4], local_reward())
 
 
-def test_two_machines_want_to_know_of_each_other(world, tmp_path, monkeypatch):  # noqa: F811
-    for name in distributed.NODE:
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(AwaresError, match="2 machines.*MASTER_ADDR, MASTER_PORT, NODE_RANK"):
-        train(world, tmp_path, **{"base.launch": "data/launch/2x8gpu.yaml"})
+def registered_reward():
+    from awares.baselines.trained import ergo_reward  # no name of it is in the parameters
+
+    return ergo_reward
+
+
+def local_reward():
+    def local_reward(rollouts, context):
+        return [0.0] * len(rollouts)
+
+    return local_reward
 
 
 def test_two_machines_of_one_process_train_as_one_does(world, alone, tmp_path, monkeypatch):  # noqa: F811
     """Two launchers, each as on a machine of its own; the second joins by the file that the first has written."""
-    found = yaml.safe_load((ROOT / TWO).read_text())
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**found, "num_machines": 2}))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**CONFIGURATIONS["2cpu"], "num_machines": 2}))
+    machines = {"base.launch": str(tmp_path / "two.yaml")}
+    for name in distributed.NODE:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(AwaresError, match="MASTER_ADDR, MASTER_PORT, NODE_RANK"):
+        train(world, tmp_path, **machines)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
     job = settings(tmp_path).run_dir("sft") / "launch.job"
-    joining = "import sys, time, pathlib\nfrom awares.training import distributed\njob = pathlib.Path(sys.argv[1])\n"
-    joining += "while not job.is_file():\n    time.sleep(0.1)\nsys.exit(distributed.main([str(job)]))"
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    environment = {**WORKERS, **shared, "NODE_RANK": "1"}
-    second = subprocess.Popen([sys.executable, "-c", joining, str(job)], env=environment, cwd=ROOT)
+    joining = f"while [ ! -f {job} ]; do sleep 0.1; done; {sys.executable} -m awares.training.distributed {job}"
+    second = subprocess.Popen(["sh", "-c", joining], env={**WORKERS, **shared, "NODE_RANK": "1"}, cwd=ROOT)
     try:
         for name, value in {**shared, "NODE_RANK": "0"}.items():
             monkeypatch.setenv(name, value)
-        result = train(world, tmp_path, **{"base.launch": str(tmp_path / "two.yaml")})
+        result = train(world, tmp_path, **machines)
         assert second.wait(60) == 0
     finally:
         second.kill()
     require_same_training(alone.log, result.log)
-
-
-def test_a_process_that_fails_ends_the_training_with_its_name(world, tmp_path):  # noqa: F811
-    five = {"base.launch": TWO, "sft.batch_size": 5, "sft.per_device_batch_size": 1}
-    with pytest.raises(AwaresError, match="sft.*exit code"):
-        train(world, tmp_path, **five)  # two processes cannot share five samples
-    with pytest.raises(AwaresError, match="launch.job"):
-        distributed.join(tmp_path / "launch.job")
 
 
 @pytest.mark.parametrize(
@@ -196,45 +189,35 @@ def test_a_process_that_fails_ends_the_training_with_its_name(world, tmp_path): 
         ({"sft.launch": FSDP2}, "sft.launch.*base.device cpu"),
         ({"base.launch": "nowhere.yaml"}, "nowhere.yaml.*base.launch"),
         ({"sft.launch": "nowhere.yaml"}, "nowhere.yaml.*sft.launch"),
+        ({"base.launch": TWO, "sft.batch_size": 5, "sft.per_device_batch_size": 1}, "sft.*exit code"),
     ],
 )
-def test_a_configuration_that_would_not_train_as_it_says_is_refused(world, tmp_path, changes, message):  # noqa: F811
+def test_a_launch_that_cannot_train_is_refused_by_name(world, tmp_path, changes, message):  # noqa: F811
     with pytest.raises(AwaresError, match=message):
         train(world, tmp_path, **changes)
+    with pytest.raises(AwaresError, match="launch.job"):
+        distributed.join(tmp_path / "launch.job")
 
 
-def test_grpo_refuses_to_be_sharded(grpo_world, tmp_path):  # noqa: F811
-    params = test_grpo.settings(**{"base.launch": FSDP2, "paths.runs": str(tmp_path)})
-    with pytest.raises(AwaresError, match="base.launch: GRPO"):
-        grpo.train_grpo(params, grpo_world.rows, grpo_world.policy, tmp_path / "grpo")
-
-
-@pytest.mark.parametrize(
-    "key, value, message",
-    [
-        ("fsdp_version", 1, "fsdp_config.fsdp_version must be 2"),
-        ("fsdp_state_dict_type", "SHARDED_STATE_DICT", "fsdp_config.fsdp_state_dict_type must be FULL_STATE_DICT"),
-        (None, None, "sft.share_computation"),
-    ],
-)
-def test_a_sharded_configuration_must_fit_the_training(tmp_path, key, value, message):
-    params = settings(tmp_path, **{"base.device": "cuda", "sft.share_computation": key is None})
-    found = yaml.safe_load((ROOT / FSDP2).read_text())
-    if key:
-        distributed._check_fsdp(params, "sft.launch", found)
-        found["fsdp_config"][key] = value
-    with pytest.raises(AwaresError, match=f"sft.launch: .*{message}"):
-        distributed._check_fsdp(params, "sft.launch", found)
-
-
-def test_sft_alone_may_have_a_configuration_of_its_own(tmp_path):
-    params = settings(tmp_path, **{"base.launch": TWO, "sft.launch": FSDP2})
+@pytest.mark.parametrize("key, value", [("fsdp_version", 1), ("fsdp_state_dict_type", "SHARDED_STATE_DICT")])
+def test_a_sharded_configuration_must_fit_the_training(tmp_path, key, value):
+    gpu = {"base.device": "cuda", "base.launch": TWO, "sft.launch": FSDP2, "sft.share_computation": False}
+    params, found = settings(tmp_path, **gpu), CONFIGURATIONS["fsdp2-8gpu"]
     assert (params.launch("sft"), params.launch("grpo")) == (FSDP2, TWO)
-    assert settings(tmp_path, **{"base.launch": TWO}).launch("sft") == TWO
+    distributed._check_fsdp(params, "sft.launch", found)
+    other = {**found, "fsdp_config": {**found["fsdp_config"], key: value}}
+    with pytest.raises(AwaresError, match=f"sft.launch: .*{key}"):
+        distributed._check_fsdp(params, "sft.launch", other)
+    with pytest.raises(AwaresError, match="sft.share_computation"):
+        distributed._check_fsdp(settings(tmp_path, **{**gpu, "sft.share_computation": True}), "sft.launch", found)
 
 
 def test_a_process_loads_the_model_on_its_own_gpu_and_for_fsdp_in_host_memory(tmp_path, monkeypatch):
     params = settings(tmp_path, **{"base.device": "cuda"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(AwaresError, match="8 GPUs.*base.launch"):
+        distributed.device(params)
+    assert distributed.device(settings(tmp_path)) == "cpu"
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert distributed.device(params) == "cuda:1"
@@ -242,7 +225,7 @@ def test_a_process_loads_the_model_on_its_own_gpu_and_for_fsdp_in_host_memory(tm
     assert distributed.device(params) == "cpu"
 
 
-def test_batches_that_do_not_come_out_even_are_named(monkeypatch):
+def test_a_batch_is_divided_evenly_among_processes(monkeypatch):
     assert distributed.layout("sft", 128, 16) == (16, 8)
     monkeypatch.setenv("WORLD_SIZE", "16")
     assert distributed.layout("sft", 128, 16) == (8, 1) and distributed.layout("grpo", 96, 4) == (3, 2)
@@ -250,32 +233,14 @@ def test_batches_that_do_not_come_out_even_are_named(monkeypatch):
         distributed.layout("sft", 100, 16)
 
 
-@pytest.mark.parametrize("name", ["1gpu", "8gpu", "2x8gpu", "fsdp2-8gpu"])
-def test_the_papers_batches_fit_the_configurations(name, monkeypatch):
-    count = yaml.safe_load((ROOT / "data" / "launch" / f"{name}.yaml").read_text())["num_processes"]
-    monkeypatch.setenv("WORLD_SIZE", str(count))
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_configurations_are_accelerates_own_and_fit_the_papers_batches(name, monkeypatch):
+    found = load_config_from_file(str(ROOT / "data" / "launch" / f"{name}.yaml"))
+    assert found.num_processes == CONFIGURATIONS[name]["num_processes"]
+    assert found.fsdp_config.keys() <= vars(launch_command_parser().parse_args(["script.py"])).keys()
+    monkeypatch.setenv("WORLD_SIZE", str(found.num_processes))
     params = load_params("paper", path=ROOT / "params.yaml")
     for stage in ("sft", "grpo"):
         section = getattr(params, stage)
         size, steps = distributed.layout(stage, section.batch_size, section.per_device_batch_size)
-        assert size * steps * count == section.batch_size and size <= section.per_device_batch_size
-
-
-def test_several_gpus_want_a_launch(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert distributed.device(settings(tmp_path)) == "cpu"
-    params = settings(tmp_path, **{"base.device": "cuda"})
-    with pytest.raises(AwaresError, match="8 GPUs.*base.launch"):
-        distributed.device(params)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert distributed.device(params) == "cuda:0"
-
-
-@pytest.mark.parametrize("name", sorted(file.name for file in (ROOT / "data" / "launch").glob("*.yaml")))
-def test_the_configurations_are_accelerates_own(name):
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    found = load_config_from_file(str(ROOT / "data" / "launch" / name))
-    assert found.num_processes == yaml.safe_load((ROOT / "data" / "launch" / name).read_text())["num_processes"]
-    assert found.fsdp_config.keys() <= vars(launch_command_parser().parse_args(["script.py"])).keys()
+        assert size * steps * found.num_processes == section.batch_size and size <= section.per_device_batch_size

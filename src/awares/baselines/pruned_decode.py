@@ -1,15 +1,12 @@
 """Decoding with fewer visual tokens: really shorter sequences, with transformers' Qwen2.5-VL as it is.
 
 `VisionPruned` removes tokens before the language model, `LayerPruned` between its layers. Positions are computed on the
-full sequence and then gathered, so a kept token stays where it was and the answer continues as in the unpruned model. Rows
-that keep different numbers of tokens are padded on the left again.
-
-Nothing is patched, and every attention implementation works: torch's module hooks read the inputs of
-``visual.blocks[-1].attn``, the output of its ``qkv``, the inputs of every decoder layer and the output of ``q_proj``.
+full sequence and gathered, so a kept token stays where it was. Rows that keep different numbers of tokens are padded on
+the left again. Torch's module hooks read and replace what is needed, so every attention implementation works.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,20 +28,16 @@ from awares.errors import AwaresValueError
 
 
 class Pruned(Decoder):
-    """A decoder for one turn: the dropped tokens are not there for a second one.
-
-    ``left``: row id -> visual tokens (in raster order) that are left at the end.
-    """
+    """A decoder for one turn. ``left``: row id -> visual tokens (in raster order) that are left at the end."""
 
     vision_patches = float("inf")  # all images at once: the hooks keep one call of the last block
     shares_prefix = False  # dropped tokens are counted over whole sequences
 
     def __init__(self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int) -> None:
         super().__init__(model, processor, max_new_tokens)
-        if model.config.model_type != "qwen2_5_vl":
-            raise AwaresValueError(
-                f"pruners of visual tokens are written for Qwen2.5-VL, not for {model.config.model_type}"
-            )
+        kind = model.config.model_type
+        if kind != "qwen2_5_vl":
+            raise AwaresValueError(f"pruners of visual tokens are written for Qwen2.5-VL, not for {kind}")
         self.left: dict[str, list[int]] = {}
 
     def extend(self, *arguments: Any, **options: Any) -> Output:
@@ -57,7 +50,7 @@ class Pruned(Decoder):
 
 @dataclass(frozen=True)
 class VisionFeatures:
-    """One image after the vision tower, N visual tokens in raster order; without ``attention`` scores and keys are empty."""
+    """One image after the vision tower, N visual tokens in raster order; scores and keys if a pruner reads them."""
 
     features: Tensor  # (N, width), the language model's input
     scores: Tensor  # (N,), attention received in the last block, pooled over each merge group
@@ -71,36 +64,26 @@ class VisionPruned(Pruned):
     ``attention=False``: ``select`` does not read scores and keys, which then cost nothing.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: ImageOnlyProcessor,
-        max_new_tokens: int,
-        select: Callable[[VisionFeatures], Selection],
-        attention: bool = True,
-    ) -> None:
-        super().__init__(model, processor, max_new_tokens)
+    def __init__(self, *given: Any, select: Callable[[VisionFeatures], Selection], attention: bool = True) -> None:
+        super().__init__(*given)
         self.select, self.attention = select, attention
 
     @torch.no_grad()
     def start(
-        self,
-        rows: Sequence[list[int]],
-        images: Sequence[list[Image]],
-        call_bias: Sequence[float] | None = None,
-        names: Sequence[str] | None = None,
+        self, rows: Sequence[list[int]], images: Sequence[list[Image]], call_bias: Any = None, names: Any = None
     ) -> Output:
         """`Decoder.start` on the kept visual tokens."""
-        titles = [f"{names[b] if names else b}/{n}" for b, row in enumerate(images) for n in range(len(row))]
+        names = names or [str(row) for row in range(len(rows))]
+        titles = [f"{name}/{n}" for name, row in zip(names, images, strict=True) for n in range(len(row))]
         views, grids = self._see(images, titles)
         chosen = [self.select(view) for view in views]
         ids, mask, types = self._pad(rows)
         keep = mask.bool()
-        sizes = [len(view.features) for view in views]
-        kept = [torch.isin(torch.arange(n), one.kept.cpu()) for n, one in zip(sizes, chosen, strict=True)]
+        counts = [len(view.features) for view in views]
+        kept = [torch.isin(torch.arange(n), one.kept.cpu()) for n, one in zip(counts, chosen, strict=True)]
         keep[types.bool()] = torch.cat([torch.zeros(0), *kept]).to(keep)
-        for b, flags in enumerate(keep):
-            self.left[names[b] if names else str(b)] = flags[types[b].bool()].nonzero().flatten().tolist()
+        for name, flags, visual in zip(names, keep, types.bool(), strict=True):
+            self.left[name] = flags[visual].nonzero().flatten().tolist()
         cache = DynamicCache(config=self.model.config)
         state = self._shorten(State(ids, mask, types, [list(row) for row in images], grids, cache), keep)
         output = self._generate(state, [one.vectors for one in chosen], call_bias)
@@ -109,13 +92,16 @@ class VisionPruned(Pruned):
 
     def _see(self, images: Sequence[list[Image]], titles: Sequence[str]) -> tuple[list[VisionFeatures], list[Tensor]]:
         """`VisionFeatures` of every image, in order; and every row's grids."""
-        visual = self.model.model.visual
-        with last_block(visual) as tapped:
+        visual, tapped = self.model.model.visual, dict[str, Any]()
+        attention = visual.blocks[-1].attn
+        with (
+            attention.register_forward_pre_hook(lambda _, __, inputs: tapped.update(inputs), with_kwargs=True),
+            attention.qkv.register_forward_hook(lambda _, __, output: tapped.update(qkv=output)),
+        ):
             features, grids = self._encode(images)
+        scores = keys = [torch.empty(0)] * len(features)
         if self.attention and features:
-            scores, keys = look(visual, tapped, torch.cat(grids), [len(one) for one in features])
-        else:
-            scores = keys = [torch.empty(0)] * len(features)
+            scores, keys = _scores_and_keys(visual, tapped, torch.cat(grids), [len(one) for one in features])
         return [VisionFeatures(*one) for one in zip(features, scores, keys, titles, strict=True)], grids
 
     def _shorten(self, state: State, keep: Tensor) -> State:
@@ -130,36 +116,16 @@ class VisionPruned(Pruned):
         return State(ids, mask, state.types.gather(1, index) * mask, state.images, state.grids, state.cache, gathered)
 
 
-@contextmanager
-def last_block(visual: Any) -> Iterator[dict[str, Any]]:
-    """Keyword arguments of the attention of the vision tower's last block, and its ``qkv`` (S, 3 w)."""
-    tapped: dict[str, Any] = {}
-    attention = visual.blocks[-1].attn
-    hooks = [
-        attention.register_forward_pre_hook(lambda _, __, inputs: tapped.update(inputs), with_kwargs=True),
-        attention.qkv.register_forward_hook(lambda _, __, output: tapped.update(qkv=output)),
-    ]
-    try:
-        yield tapped
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def look(
-    visual: Any, tapped: Mapping[str, Any], grids: Tensor, counts: Sequence[int]
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Scores and keys of `VisionFeatures` for each image. ``tapped``: of `last_block`; ``grids`` (images, 3); ``counts``: N of each."""
+def _scores_and_keys(visual: Any, tapped: Mapping[str, Any], grids: Tensor, counts: list[int]) -> Any:
+    """Scores and keys of `VisionFeatures` for each image; ``tapped``: the last block's inputs and its ``qkv`` (S, 3 w)."""
     attention, unit = visual.blocks[-1].attn, visual.spatial_merge_unit
     query, key, _ = tapped["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # (S, heads, head_dim)
     turned = apply_rotary_pos_emb_vision(query, key, *tapped["position_embeddings"])
     received = pruning.received(*turned, tapped["cu_seqlens"].diff().tolist(), attention.scaling)
     order, _ = get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, visual.patch_size)
-    scores, keys = (
-        pruning.raster_order(pruning.pool_groups(values, unit), order).split(list(counts))
-        for values in (received, key.float().mean(dim=1))
-    )
-    return scores, keys
+    raster = order.to(received.device).argsort()  # the tower's windows -> raster order
+    pooled = (values.unflatten(0, (-1, unit)).mean(dim=1) for values in (received, key.float().mean(dim=1)))
+    return [values[raster].split(counts) for values in pooled]
 
 
 # Inside the language model
@@ -169,9 +135,9 @@ def look(
 class PruningPlan:
     """Where and how tokens are dropped.
 
-    ``shares``: layer -> fraction of all visual tokens in it and the following layers. ``choose``: attention (Q, N) of the text
-    tokens after the image, in the previous layer, hidden states (N, width) and a count -> the tokens to keep. ``nominal``: the
-    ratio in a system's name counts the tokens at the end (last) or the mean over the layers (mean).
+    ``shares``: layer -> fraction of all visual tokens in it and the following layers. ``choose``: attention (Q, N) of
+    the text tokens after the image, in the previous layer, hidden states (N, width), a count -> the tokens to keep.
+    ``nominal``: the ratio in a system's name counts the tokens at the end (last) or the mean over the layers (mean).
     """
 
     shares: Mapping[int, float]
@@ -182,29 +148,26 @@ class PruningPlan:
 class LayerPruned(Pruned):
     """Drops visual tokens between the language model's layers; ``plan``: its depth -> where and how."""
 
-    def __init__(
-        self, model: Any, processor: ImageOnlyProcessor, max_new_tokens: int, plan: Callable[[int], PruningPlan]
-    ) -> None:
-        super().__init__(model, processor, max_new_tokens)
+    def __init__(self, *given: Any, plan: Callable[[int], PruningPlan]) -> None:
+        super().__init__(*given)
         self.language_model = self.model.model.language_model
         if self.language_model.has_sliding_layers:
             raise AwaresValueError("dropping tokens between layers needs full attention, not sliding windows")
         self.plan = plan(len(self.language_model.layers))
-        self.names: Sequence[str] = ()  # of the rows of a batch
+        self.names: Sequence[str] = ()  # the rows' ids of a batch
 
     def start(
-        self,
-        rows: Sequence[list[int]],
-        images: Sequence[list[Image]],
-        call_bias: Sequence[float] | None = None,
-        names: Sequence[str] | None = None,
+        self, rows: Sequence[list[int]], images: Sequence[list[Image]], call_bias: Any = None, names: Any = None
     ) -> Output:
         """Generate as `Decoder.start` does, with fewer visual tokens from layer to layer."""
         self.names = names or [str(b) for b in range(len(rows))]
         return super().start(rows, images, call_bias, names)
 
     def _generate(self, state: State, *arguments: Any, **options: Any) -> Output:
-        with Dropping(self.language_model, self.plan, state) as dropping:
+        dropping = Dropping(self.language_model, self.plan, state)
+        with ExitStack() as hooks:
+            for hook in dropping.hooks():
+                hooks.enter_context(hook)
             output = super()._generate(state, *arguments, **options)
         output.kept = dropping.kept()
         self.left.update(zip(self.names, dropping.left(), strict=True))
@@ -212,10 +175,10 @@ class LayerPruned(Pruned):
 
 
 class Dropping:
-    """Hooks on the decoder layers for one generation; the layers from a stage on get shorter sequences and own masks.
+    """Hooks on the decoder layers for one generation: from a stage (a layer of the plan) on sequences are shorter.
 
-    During the prefill a stage (a layer of the plan) picks tokens and gathers hidden states and rotary angles. The cache
-    of every layer then has its own length, for which `create_causal_mask` has ``layer_idx``.
+    During the prefill a stage picks tokens and gathers hidden states and rotary angles. Each layer's cache then has its
+    own length, for which `create_causal_mask` has ``layer_idx``.
     """
 
     def __init__(self, language_model: Any, plan: PruningPlan, state: State) -> None:
@@ -225,26 +188,23 @@ class Dropping:
         self.total = self.visual.sum(dim=1)
         self.masks: dict[int, Tensor] = {}  # of each stage, after its drop
         self.counts: dict[int, Tensor] = {0: self.total}  # of each stage: visual tokens (B,)
-        self.queries: dict[int, Tensor] = {}  # of the layer before each stage
+        self.queries: dict[int, Tensor] = {}  # of each stage, from the layer before it
         self.rotary: tuple[Tensor, Tensor] | None = None
         self.causal: Any = None  # the mask of the stage under way
-        self.hooks: list[Any] = []
 
-    def __enter__(self) -> "Dropping":
+    def hooks(self) -> Iterator[Any]:
+        """Register the hooks."""
         layers = self.model.layers
         for stage in self.plan.shares:
-            keep = partial(self._note_query, stage - 1)
-            self.hooks.append(layers[stage - 1].self_attn.q_proj.register_forward_hook(keep))
+            yield layers[stage - 1].self_attn.q_proj.register_forward_hook(partial(self._note_query, stage))
         for index in range(min(self.plan.shares), len(layers)):
-            self.hooks.append(layers[index].register_forward_pre_hook(partial(self._before, index), with_kwargs=True))
-        return self
+            yield layers[index].register_forward_pre_hook(partial(self._before, index), with_kwargs=True)
 
-    def __exit__(self, *_: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
+    def _note_query(self, stage: int, module: Any, inputs: Any, output: Tensor) -> None:
+        self.queries[stage] = output
 
     def kept(self) -> list[Kept]:
-        """Of each row, after the generation."""
+        """The counts of each row, after the generation."""
         ends = [*list(self.counts)[1:], len(self.model.layers)]
         spans = torch.tensor([end - begin for begin, end in zip(self.counts, ends, strict=True)])
         counts = torch.stack(list(self.counts.values())).cpu()  # (stages, B)
@@ -253,11 +213,8 @@ class Dropping:
         return [Kept(int(n), mean) for n, mean in zip(nominal.tolist(), means.tolist(), strict=True)]
 
     def left(self) -> list[list[int]]:
-        """Of each row, after the generation: the numbers of the visual tokens that are there at the end."""
+        """The numbers of each row's visual tokens that are there at the end, after the generation."""
         return [number[flags].tolist() for number, flags in zip(self.number, self.visual, strict=True)]
-
-    def _note_query(self, index: int, module: Any, inputs: Any, output: Tensor) -> None:
-        self.queries[index] = output
 
     def _before(self, index: int, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """The layer's inputs, of the right length."""
@@ -277,11 +234,21 @@ class Dropping:
     def _drop(self, index: int, hidden: Tensor, cache: Any, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Choose for every row and gather; hidden (B, T, width) -> (B, T', width)."""
         attention = self.model.layers[index - 1].self_attn
-        query = self.queries.pop(index - 1).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        query = self.queries.pop(index).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         query, _ = apply_rotary_pos_emb(query, query, *rotary)
         keys, hidden, keep = cache.layers[index - 1].keys, hidden.clone(), self.mask.bool()
-        for row in range(len(hidden)):
-            self._drop_in(row, self.plan.shares[index], hidden[row], keep[row], query[row], keys[row], attention)
+        positions = torch.arange(keep.shape[1], device=keep.device)
+        for row, places in enumerate(flags.nonzero().flatten() for flags in self.visual):
+            if not len(places):
+                continue
+            text = positions[places[-1] + 1 :]  # all of them see the whole image, none is padding
+            allowed = (positions[None, :] <= text[:, None]) & self.mask[row].bool()
+            weights = pruning.attention_of(query[row][:, text], keys[row], allowed, attention.scaling)[:, places]
+            count = min(pruning.budget(int(self.total[row]), self.plan.shares[index]), len(places))
+            chosen = self.plan.choose(weights, hidden[row, places], count)
+            keep[row, places] = False
+            keep[row, places[chosen.kept]] = True
+            hidden[row, places[chosen.kept]] = chosen.vectors
         gather, self.mask = pruning.pack_left(keep)
         self.visual = self.visual.gather(1, gather) & self.mask.bool()
         self.number = self.number.gather(1, gather)
@@ -289,20 +256,3 @@ class Dropping:
         cos, sin = (one.gather(1, gather[..., None].expand(-1, -1, one.shape[-1])) for one in rotary)
         self.rotary = (cos, sin)
         return hidden.gather(1, gather[..., None].expand(-1, -1, hidden.shape[-1]))
-
-    def _drop_in(
-        self, row: int, share: float, hidden: Tensor, keep: Tensor, query: Tensor, key: Tensor, attention: Any
-    ) -> None:
-        """Drop tokens of one row, in place: ``hidden`` (T, width) at merged tokens, ``keep`` (T,) at dropped ones."""
-        places = self.visual[row].nonzero().flatten()
-        if not len(places):
-            return
-        positions = torch.arange(len(keep), device=keep.device)
-        text = positions[places[-1] + 1 :]  # all of them see the whole image, none is padding
-        allowed = (positions[None, :] <= text[:, None]) & self.mask[row].bool()
-        weights = pruning.attention_of(query[:, text], key, allowed, attention.scaling)[:, places]
-        count = pruning.budget(int(self.total[row]), share)
-        chosen = self.plan.choose(weights, hidden[places], min(count, len(places)))
-        keep[places] = False
-        keep[places[chosen.kept]] = True
-        hidden[places[chosen.kept]] = chosen.vectors

@@ -1,8 +1,7 @@
 """Which visual tokens the training-free systems keep: pure functions on tensors (PAPER §6).
 
-The N visual tokens of an image stand in raster order, one per 2x2 merge group. `pruned_decode` supplies what the
-functions look at and makes the sequences shorter; `baselines` gives the systems their names. Every choice is
-deterministic, and equal scores go to the lowest index. In what follows r is the share of visual tokens kept.
+The N visual tokens of an image are in raster order, one per 2x2 merge group; r is the share that is kept. Every choice
+is deterministic, and equal scores go to the lowest index. `pruned_decode` shortens the sequences.
 """
 
 import hashlib
@@ -15,9 +14,10 @@ from torch.nn.functional import normalize
 
 from awares.errors import AwaresValueError
 
+DEPTH = 28  # decoder layers of Qwen2.5-VL-7B, to which the layers of FastV and SparseVLM refer
 CONTEXTUAL = 0.05  # VisionZip: share of N for merged tokens
 CHUNKS = 8  # HoloV: P (assumed)
-DIVERSITY = 0.09  # HoloV: weight of a chunk's diversity beside its attention, as in the released code
+DIVERSITY = 0.09  # HoloV: weight of a chunk's diversity next to its attention, as in the released code
 RECYCLED = 0.3  # SparseVLM: share of the pruned tokens that is clustered
 CLUSTER = 10  # SparseVLM: recycled tokens a cluster
 ROWS = 512  # queries a block in `received`: bounds the memory for attention maps
@@ -25,7 +25,7 @@ ROWS = 512  # queries a block in `received`: bounds the memory for attention map
 
 @dataclass(frozen=True)
 class Selection:
-    """``kept``: ascending indices (K,); ``vectors``: what stands there from now on, (K, width)."""
+    """``kept``: ascending indices (K,); ``vectors``: their features from now on, (K, width)."""
 
     kept: Tensor
     vectors: Tensor
@@ -44,16 +44,13 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 
 def pack_left(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Where to gather the kept tokens of each row from, padded left again: indices and mask, both (B, longest).
-
-    ``keep``: bool (B, T). A masked position points at some token that was dropped: mask it, do not read it.
-    """
+    """bool (B, T) -> where to gather each row's kept tokens from, padded left again, and their mask: (B, longest)."""
     longest = int(keep.sum(dim=1).max())
     index = keep.int().sort(dim=1, stable=True).indices[:, keep.shape[1] - longest :]
     return index, keep.gather(1, index).long()
 
 
-# What the vision tower's last block attends to
+# Before the language model
 
 
 def received(query: Tensor, key: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
@@ -70,24 +67,11 @@ def received(query: Tensor, key: Tensor, lengths: Sequence[int], scale: float) -
     return torch.cat(scores)
 
 
-def pool_groups(values: Tensor, unit: int) -> Tensor:
-    """Mean over the ``unit`` consecutive patches of each merge group: (S, ...) -> (S / unit, ...)."""
-    return values.unflatten(0, (-1, unit)).mean(dim=1)
-
-
-def raster_order(values: Tensor, window_index: Tensor) -> Tensor:
-    """Undo the vision tower's window order. ``window_index`` (N,): the raster index of each group in that order."""
-    return values[window_index.to(values.device).argsort()]
-
-
-# Before the language model
-
-
-def visionzip(scores: Tensor, keys: Tensor, features: Tensor, ratio: float) -> Selection:
+def visionzip_tokens(scores: Tensor, keys: Tensor, features: Tensor, ratio: float) -> Selection:
     """VisionZip: (r - 0.05) N dominant tokens by ``scores`` (N,), 0.05 N contextual ones that take in all others.
 
-    Contextual targets stand at even stride in the rest; each other token joins the target of the largest cosine
-    between ``keys`` (N, head_dim), and a target becomes the mean of the ``features`` (N, width) of its group.
+    Contextual targets are at even stride in the rest; each other token joins the target of the largest cosine between
+    ``keys`` (N, head_dim), and a target becomes the mean of the ``features`` (N, width) of its group.
     """
     count, total = len(scores), budget(len(scores), ratio)
     contextual = min(max(1, budget(count, CONTEXTUAL)), total - 1)
@@ -104,13 +88,14 @@ def visionzip(scores: Tensor, keys: Tensor, features: Tensor, ratio: float) -> S
     return Selection(kept, merged[kept])
 
 
-def holov(scores: Tensor, features: Tensor, ratio: float, chunks: int = CHUNKS, diversity: float = DIVERSITY) -> Tensor:
+def holov_tokens(
+    scores: Tensor, features: Tensor, ratio: float, chunks: int = CHUNKS, diversity: float = DIVERSITY
+) -> Selection:
     """HoloV: a quota of r N for each of P contiguous chunks, inside a chunk the top by ``scores`` (N,).
 
     The weight of chunk c is a_c / mean(a) + ``diversity`` * v_c / mean(v): its mean attention, and the mean over its
     tokens of the variance of their cosine similarities to the chunk's other tokens. Both are scaled over the whole
     image (src/awares/README.md, departure 7).
-    Returns the kept indices, ascending.
     """
     count = len(scores)
     parts = torch.arange(count, device=scores.device).tensor_split(min(chunks, count))
@@ -118,11 +103,12 @@ def holov(scores: Tensor, features: Tensor, ratio: float, chunks: int = CHUNKS, 
     spread = torch.stack([_similarity_variance(features[part]) for part in parts])
     weights = _to_unit_mean(attention) + diversity * _to_unit_mean(spread)
     shares = quotas(weights.tolist(), [len(part) for part in parts], budget(count, ratio))
-    return torch.cat([part[top(scores[part], share)] for part, share in zip(parts, shares, strict=True)])
+    kept = torch.cat([part[top(scores[part], share)] for part, share in zip(parts, shares, strict=True)])
+    return Selection(kept, features[kept])
 
 
 def quotas(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Share ``total`` out in proportion to ``weights``, no chunk above its size; what overflows goes to the others.
+    """``total`` in proportion to ``weights``, no chunk above its size; what overflows goes to the others.
 
     Whole numbers by largest remainder, ties to the first chunk. ``total`` must not exceed the sum of ``sizes``.
     """
@@ -141,11 +127,12 @@ def quotas(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[i
     return whole
 
 
-def random_tokens(count: int, ratio: float, name: str, seed: int = 0) -> Tensor:
+def random_tokens(features: Tensor, ratio: float, name: str, seed: int = 0) -> Selection:
     """The control: r N tokens drawn without replacement; ``name`` (the row's id) and ``seed`` alone decide which."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    count, digest = len(features), hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return torch.randperm(count, generator=generator)[: budget(count, ratio)].sort().values
+    kept = torch.randperm(count, generator=generator)[: budget(count, ratio)].sort().values.to(features.device)
+    return Selection(kept, features[kept])
 
 
 # Inside the language model
@@ -161,30 +148,23 @@ def attention_of(query: Tensor, key: Tensor, allowed: Tensor, scale: float) -> T
     return logits.masked_fill(~allowed, float("-inf")).softmax(dim=-1).mean(dim=0)
 
 
-def fastv(attention: Tensor, hidden: Tensor, count: int) -> Selection:
-    """FastV: the ``count`` visual tokens that the last text token attends to most.
-
-    ``attention`` (Q, N): from Q text tokens, the last one last; ``hidden`` (N, width): returned as it is.
-    """
+def fastv_tokens(attention: Tensor, hidden: Tensor, count: int) -> Selection:
+    """FastV: the ``count`` tokens of ``hidden`` (N, width) with most ``attention`` (Q, N) of the last text token."""
     kept = top(attention[-1], count)
     return Selection(kept, hidden[kept])
 
 
 def raters(attention: Tensor) -> Tensor:
-    """SparseVLM's raters among Q question tokens: those whose attention to the image is at least the mean; bool (Q,).
-
-    ``attention`` (Q, N): R_t = sum_j A_tj, rater if R_t >= mean(R).
-    """
+    """SparseVLM's raters, bool (Q,): t with R_t >= mean(R), where R_t = sum_j A_tj and A = ``attention`` (Q, N)."""
     mass = attention.sum(dim=1)
     return mass >= min(mass.mean(), mass.max())  # the rounded mean of equal values may lie above them
 
 
-def sparsevlm(attention: Tensor, hidden: Tensor, count: int) -> Selection:
-    """SparseVLM: rank N visual tokens by their raters' mean attention, keep the best, recycle of the pruned ones.
+def sparsevlm_tokens(attention: Tensor, hidden: Tensor, count: int) -> Selection:
+    """SparseVLM: keep the best of N visual tokens by the raters' mean attention, and recycle some of the others.
 
-    The best 30 % of the pruned are clustered, one cluster for ten and one more, and each cluster's mean takes its
-    centre's place. ``count`` holds the recycled ones too, so that budgets are met. ``attention`` (Q, N), ``hidden``
-    (N, width).
+    The best 30 % of the others are clustered, one cluster for ten and one more, and each cluster's mean takes its
+    centre's place. ``count`` includes these. ``attention`` (Q, N), ``hidden`` (N, width).
     """
     scores = attention[raters(attention)].mean(dim=0)
     lost = len(scores) - count
@@ -203,8 +183,9 @@ def sparsevlm(attention: Tensor, hidden: Tensor, count: int) -> Selection:
 def cluster(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Density peaks: centres (count,), ascending, and each point's cluster (R,), for ``points`` (R, width).
 
-    rho_i = exp(-mean of d_ij^2 over the ``count`` nearest, itself among them), delta_i = the distance to the nearest denser point (the densest: the
-    largest distance); centres have the largest rho delta, and a point joins the nearest centre. d is over sqrt(width).
+    rho_i = exp(-mean of d_ij^2 over the ``count`` nearest, itself among them), delta_i = the distance to the nearest
+    denser point (the densest: the largest distance); centres have the largest rho delta, and a point joins the nearest
+    centre. d is over sqrt(width).
     """
     distance = torch.cdist(points.float(), points.float()) / points.shape[1] ** 0.5
     nearest = distance.topk(min(count, len(points)), largest=False).values
@@ -218,26 +199,29 @@ def cluster(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return centres, labels
 
 
-def scaled_layers(layers: Sequence[int], of: int, depth: int) -> list[int]:
-    """Layers of a model of ``of`` scaled to ``depth``: n depth / of, rounded, at least 1 and all different."""
+def scaled_layers(layers: Sequence[int], depth: int) -> list[int]:
+    """Layers of a model of 28 scaled to ``depth``: n depth / 28, rounded, at least 1 and all different.
+
+    AwaresValueError if none is left: the model has a single layer.
+    """
     scaled: list[int] = []
     for layer in layers:
-        scaled.append(max(int(layer * depth / of + 0.5), (scaled[-1] if scaled else 0) + 1))
+        scaled.append(max(int(layer * depth / DEPTH + 0.5), (scaled[-1] if scaled else 0) + 1))
+    if scaled[0] >= depth:
+        raise AwaresValueError(f"pruning inside a language model of {depth} layer(s): it needs two or more")
     return [layer for layer in scaled if layer < depth]
 
 
 def geometric_schedule(ratio: float, layers: Sequence[int], depth: int) -> dict[int, float]:
     """Shares kept from each of ``layers`` on, q, q^2, ..., so that the mean over all ``depth`` layers is ``ratio``.
 
-    With n_j layers between the j-th and the next pruning: sum_j n_j q^j = r depth, solved by bisection. The layers
-    before the first one hold everything, so r must exceed their share: else AwaresValueError.
+    With n_j layers between the j-th and the next pruning: sum_j n_j q^j = r depth, solved by bisection.
+    AwaresValueError unless r exceeds the share of the layers before the first one, which hold everything.
     """
     spans = [end - begin for begin, end in zip([0, *layers], [*layers, depth], strict=True)]
-    if not spans[0] / depth < ratio <= 1:
-        raise AwaresValueError(
-            f"retained ratio {ratio}: with {depth} layers, of which {spans[0]} see every token, "
-            f"give a number above {spans[0] / depth:.3f} and at most 1"
-        )
+    least = spans[0] / depth
+    if not least < ratio <= 1:
+        raise AwaresValueError(f"retained ratio {ratio}: {depth} layers need one above {least:.3f} and at most 1")
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2

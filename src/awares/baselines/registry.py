@@ -1,23 +1,24 @@
-"""The compared systems by name: each takes a `Job` and answers its rows with trajectories (PAPER §6).
+"""The compared systems by name: each takes a `SystemJob` and answers its rows with trajectories (PAPER §6).
 
-A name is that of a function decorated with `system`. A function with a retained ratio takes the percentage of visual tokens
-behind its name: ``visionzip_50``, ``fastv_36.4``. A new system is one function, in a notebook cell or in
-``src/awares/baselines/systems/low_contrast.py`` ::
+A name is that of a function decorated with `awares.registry.system`. If the function takes a retained ratio, the
+percentage of visual tokens follows its name: ``visionzip_50``, ``fastv_36.4``. A new system is one function, in a
+notebook cell or in ``src/awares/baselines/systems/low_contrast.py`` ::
 
     @system("low_contrast")
-    def low_contrast(job: Job) -> list[Trajectory]:
+    def low_contrast(job: SystemJob) -> list[Trajectory]:
         pale = [ImageEnhance.Contrast(image).enhance(0.5) for image in job.rows["image"]]
         return job.engine.answer(pale, job.rows["question"], row_ids=job.rows["id"])
 
-Score it as all others: ``evaluation.scored(name, rows, answer(name, Job(engine, rows)))``; `answer` also takes the function.
+Score it as all others: ``evaluation.scored(name, rows, answer(name, SystemJob(engine, rows)))``.
 """
 
 import copy
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from awares import registry
 from awares.baselines import pruning
 from awares.baselines.pruned_decode import LayerPruned, Pruned, PruningPlan, VisionFeatures, VisionPruned
 from awares.baselines.pruning import Selection
@@ -34,18 +34,18 @@ from awares.engine.model import patch_grid
 from awares.errors import AwaresValueError
 from awares.method.crops import CROPS, area
 from awares.method.rollout import Engine, Trajectory
+from awares.registry import system
 
-DEPTH = 28  # decoder layers of Qwen2.5-VL-7B, which the layers below refer to
 FASTV_LAYER = 2
 SPARSEVLM_LAYERS = (2, 6, 15)
 OWN = "awares.baselines.systems"  # the package of the user's systems, one file each
 
 
 @dataclass(frozen=True)
-class Job:
+class SystemJob:
     """The rows that a system answers, and the engine for it.
 
-    ``engine`` has the weights that the system needs (`System.model`). ``rows``: columns id, image, question (and label,
+    ``engine`` has the weights that the system needs (`weights_of`). ``rows``: columns id, image, question (and label,
     target_crops for oracle_crop). ``policy``: the policy's trajectories of these rows, for random_crop. A pruner writes
     into ``left``, by row id, the visual tokens (in raster order) that are left at the end.
     """
@@ -58,216 +58,168 @@ class Job:
     left: dict[str, list[int]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class System:
-    """``answer(job)``, or ``answer(job, ratio)`` if ``takes_ratio``. ``model``: its weights: base, sft or awares."""
-
-    name: str
-    answer: Callable[..., list[Trajectory]]
-    model: str = "base"
-    takes_ratio: bool = False
-
-    def __call__(self, *arguments: Any) -> list[Trajectory]:
-        return self.answer(*arguments)
+System = Callable[..., list[Trajectory]]  # of a job, or of a job and a ratio
 
 
-def system(name: str, model: str = "base", takes_ratio: bool = False) -> Callable[[Any], Any]:
-    """Register the decorated function as the system ``name``."""
-
-    def register(function: Callable[..., list[Trajectory]]) -> Callable[..., list[Trajectory]]:
-        registry.system(name)(System(name, function, model, takes_ratio))
-        return function
-
-    return register
+def answer(wanted: str | System, job: SystemJob) -> list[Trajectory]:
+    """The trajectories of a system, by name or as a function, in the order of ``job.rows``."""
+    function, ratio = parse(wanted)
+    return function(job) if ratio is None else function(job, ratio)
 
 
-def parse(wanted: str | Callable[..., Any]) -> tuple[System, float | None]:
-    """``visionzip_50`` -> (VisionZip, 0.5), ``full`` -> (full, None), a function -> it as a system of the base model.
+def weights_of(wanted: str | System) -> str:
+    """The weights that a system needs: base, sft or awares."""
+    return getattr(parse(wanted)[0], "model", "base")
 
-    AwaresValueError for an unknown name, and for a percentage that is missing, wrong or too much.
+
+def parse(wanted: str | System) -> tuple[System, float | None]:
+    """``visionzip_50`` -> (visionzip, 0.5), ``full`` -> (its function, None), a function -> (it, None).
+
+    AwaresValueError for an unknown name, and for a percentage that is missing, superfluous or not in (0, 100].
     """
     name, ratio = wanted, None
     if isinstance(wanted, str):
         if wanted.isidentifier() and importlib.util.find_spec(f"{OWN}.{wanted}"):
             importlib.import_module(f"{OWN}.{wanted}")
         match = re.fullmatch(r"(.+)_(\d+(?:\.\d+)?)", wanted)
-        if match and wanted not in registry.system:
+        if match and wanted not in system:
             name, ratio = match[1], float(match[2]) / 100
-    found = registry.system.find(name)
-    if not isinstance(found, System):
-        found = System(found.__name__, found)
-    if found.takes_ratio and not (ratio and ratio <= 1):
-        raise AwaresValueError(f"system {wanted!r}: write {found.name}_50 for 50 percent of the visual tokens")
-    if ratio is not None and not found.takes_ratio:
-        raise AwaresValueError(f"system {wanted!r}: {found.name} takes no percentage, write {found.name}")
-    return found, ratio
+    function = system.find(name)
+    parameter = inspect.signature(function).parameters.get("ratio")
+    if ratio is not None and not parameter:
+        raise AwaresValueError(f"system {wanted!r}: {name} takes no percentage, write {name}")
+    if parameter and parameter.default is parameter.empty and not (ratio and ratio <= 1):
+        raise AwaresValueError(f"system {wanted!r}: write {name}_50 for 50 percent of the visual tokens")
+    return function, ratio
 
 
 def matched(name: str, main: pd.DataFrame) -> str:
-    """``visionzip_awares`` -> ``visionzip_36.4``: the pruner at AwaRes's average RTR in table ``main``. Other names as given."""
+    """``visionzip_awares`` -> ``visionzip_36.4``: at AwaRes's average RTR in table ``main``. Other names as given."""
     if not name.endswith("_awares"):
         return name
     (rtr,) = main[(main.system == "awares") & (main.benchmark == "average")].rtr
     return f"{name.removesuffix('_awares')}_{100 * rtr:.1f}"
 
 
-def answer(wanted: str | Callable[..., Any], job: Job) -> list[Trajectory]:
-    """The trajectories of a system, by name or as a function, in the order of ``job.rows``."""
-    found, ratio = parse(wanted)
-    return found(job) if ratio is None else found(job, ratio)
-
-
 # The base model and the policies
 
 
-def _one_turn(job: Job, view: str) -> list[Trajectory]:
+def _one_turn(job: SystemJob, view: str) -> list[Trajectory]:
     return job.engine.answer(job.rows["image"], job.rows["question"], view, row_ids=job.rows["id"])
+
+
+def _two_turns(job: SystemJob, forced: list[tuple[str, ...]] | None) -> list[Trajectory]:
+    columns = job.rows["image"], job.rows["question"]
+    return job.engine.run(*columns, forced=forced, call_bias=job.call_bias, row_ids=job.rows["id"])
 
 
 for _name, _view in {"full": "full", "half": "half", "no_image": "none"}.items():
     system(_name)(partial(_one_turn, view=_view))
-
-
-@system("sft", model="sft")
-@system("awares", model="awares")
-def policy(job: Job) -> list[Trajectory]:
-    """A trained policy, by its own decisions."""
-    return _two_turns(job, None)
+for _name in ("sft", "awares"):  # a trained policy, by its own decisions
+    system(_name, model=_name)(partial(_two_turns, forced=None))
 
 
 # Training-free pruning before the language model
 
 
-@system("visionzip", takes_ratio=True)
-def visionzip(job: Job, ratio: float) -> list[Trajectory]:
+@system("visionzip")
+def visionzip(job: SystemJob, ratio: float) -> list[Trajectory]:
     """VisionZip: dominant tokens by the attention they receive, the others merged into a few contextual ones."""
-    return _pruned(job, VisionPruned, lambda seen: pruning.visionzip(seen.scores, seen.keys, seen.features, ratio))
+
+    def select(seen: VisionFeatures) -> Selection:
+        return pruning.visionzip_tokens(seen.scores, seen.keys, seen.features, ratio)
+
+    return _pruned(job, VisionPruned, select=select)
 
 
-@system("holov", takes_ratio=True)
-def holov(job: Job, ratio: float) -> list[Trajectory]:
+@system("holov")
+def holov(job: SystemJob, ratio: float) -> list[Trajectory]:
     """HoloV: quotas for contiguous chunks by attention and diversity; inside a chunk the top by attention."""
-    return _pruned(job, VisionPruned, lambda seen: _unchanged(seen, pruning.holov(seen.scores, seen.features, ratio)))
+    return _pruned(job, VisionPruned, select=lambda seen: pruning.holov_tokens(seen.scores, seen.features, ratio))
 
 
-@system("random_token", takes_ratio=True)
-def random_token(job: Job, ratio: float) -> list[Trajectory]:
+@system("random_token")
+def random_token(job: SystemJob, ratio: float) -> list[Trajectory]:
     """The control of the pruners: random tokens, drawn by the row's id."""
 
-    def draw(seen: VisionFeatures) -> Selection:
-        return _unchanged(seen, pruning.random_tokens(len(seen.features), ratio, seen.name, job.seed))
+    def select(seen: VisionFeatures) -> Selection:
+        return pruning.random_tokens(seen.features, ratio, seen.name, job.seed)
 
-    return _pruned(job, VisionPruned, draw, False)
+    return _pruned(job, VisionPruned, select=select, attention=False)
 
 
 # Training-free pruning inside the language model
 
 
-@system("fastv", takes_ratio=True)
-def fastv(job: Job, ratio: float) -> list[Trajectory]:
+@system("fastv")
+def fastv(job: SystemJob, ratio: float) -> list[Trajectory]:
     """FastV: from layer 2 of 28 (scaled to depth) on, a fraction r is left, by the last text token's attention there.
 
     `Trajectory.layer_rtr` is larger than r, since the first layers have every token.
     """
-    return _pruned(job, LayerPruned, lambda depth: fastv_plan(ratio, depth))
+    return _pruned(job, LayerPruned, plan=partial(fastv_plan, ratio))
 
 
-@system("sparsevlm", takes_ratio=True)
-def sparsevlm(job: Job, ratio: float) -> list[Trajectory]:
+@system("sparsevlm")
+def sparsevlm(job: SystemJob, ratio: float) -> list[Trajectory]:
     """SparseVLM: pruning at layers 2, 6 and 15 of 28 (scaled to depth) by the raters' attention, with recycling.
 
     r is the *mean over the layers*, as its paper counts retained tokens. Each stage keeps the same fraction of what the
     previous one left, recycled tokens included. `Trajectory.rtr` and `.layer_rtr` differ by rounding only.
     """
-    return _pruned(job, LayerPruned, lambda depth: sparsevlm_plan(ratio, depth))
+    return _pruned(job, LayerPruned, plan=partial(sparsevlm_plan, ratio))
 
 
 def fastv_plan(ratio: float, depth: int) -> PruningPlan:
     """Where FastV drops tokens in a language model of ``depth`` layers; AwaresValueError for fewer than two."""
-    return PruningPlan({_layers((FASTV_LAYER,), depth)[0]: ratio}, pruning.fastv, "last")
+    return PruningPlan({pruning.scaled_layers((FASTV_LAYER,), depth)[0]: ratio}, pruning.fastv_tokens, "last")
 
 
 def sparsevlm_plan(ratio: float, depth: int) -> PruningPlan:
     """Where SparseVLM drops tokens; AwaresValueError if ``ratio`` is below the share of the first, full layers."""
-    shares = pruning.geometric_schedule(ratio, _layers(SPARSEVLM_LAYERS, depth), depth)
-    return PruningPlan(shares, pruning.sparsevlm, "mean")
+    shares = pruning.geometric_schedule(ratio, pruning.scaled_layers(SPARSEVLM_LAYERS, depth), depth)
+    return PruningPlan(shares, pruning.sparsevlm_tokens, "mean")
+
+
+def _pruned(job: SystemJob, decoder: Callable[..., Pruned], **how: Any) -> list[Trajectory]:
+    """The full view through another ``decoder``, with the model, batches and limits of the job's engine."""
+    engine, plain = copy.copy(job.engine), job.engine.decoder
+    engine.decoder = pruned = decoder(plain.model, plain.processor, plain.max_new_tokens, **how)
+    pruned.left = job.left
+    return _one_turn(replace(job, engine=engine), "full")
+
+
+def shares_left(job: SystemJob) -> pd.DataFrame:
+    """What a pruner left at the end of each row of ``job``, as fractions.
+
+    Columns ``left``: of all visual tokens; ``evidence``: of those that touch a question or answer box, nan if none.
+    """
+    processor, records = job.engine.processor, []
+    merge = processor.image_processor.merge_size
+    columns = (job.rows[name] for name in ("id", "image", "question_boxes", "answer_boxes"))
+    for name, image, question_boxes, answer_boxes in zip(*columns, strict=True):
+        height, width = (side // merge for side in patch_grid(cap(image, job.engine.max_side).size, processor))
+        touched = np.zeros((height, width), dtype=bool)  # visual tokens that touch a box
+        for x1, y1, x2, y2 in [*question_boxes, *answer_boxes]:
+            touched[y1 * height // 1000 : -(-y2 * height // 1000), x1 * width // 1000 : -(-x2 * width // 1000)] = True
+        there, flags = job.left[name], touched.flatten()
+        shown = flags[there].sum() / flags.sum() if flags.any() else float("nan")
+        records.append((len(there) / len(flags), shown))
+    return pd.DataFrame(records, columns=["left", "evidence"])
 
 
 # Controls of the policy
 
 
 @system("random_crop", model="awares")
-def random_crop(job: Job) -> list[Trajectory]:
+def random_crop(job: SystemJob) -> list[Trajectory]:
     """The policy's calls with every crop replaced by a random one of the same area.
 
     The crops of a call stay different, so the token count is the same; ``job.seed`` and the row's id decide.
     """
     if job.policy is None or [one.row_id for one in job.policy] != list(job.rows["id"]):
-        raise AwaresValueError("random_crop needs the policy's trajectories of the same rows: give Job.policy")
+        raise AwaresValueError("random_crop needs the policy's trajectories of the same rows: give SystemJob.policy")
     return _two_turns(job, [_random_crops(one.crops, one.row_id, job.seed) for one in job.policy])
-
-
-@system("oracle_crop", model="awares")
-def oracle_crop(job: Job) -> list[Trajectory]:
-    """The policy's answers with the decisions of `evaluation.label_rows`: target crops if the label is HR, no call if LR."""
-    try:
-        labels, targets = job.rows["label"], job.rows["target_crops"]
-    except KeyError as error:
-        raise AwaresValueError(f"oracle_crop: rows lack the column {error}: use evaluation.label_rows") from error
-    wanted = [tuple(crops) if label == "HR" else () for label, crops in zip(labels, targets, strict=True)]
-    if "HR" in labels[:] and not any(wanted):
-        raise AwaresValueError("oracle_crop: no row has evidence boxes: take it out of comparison.systems")
-    return _two_turns(job, wanted)
-
-
-def shares_left(job: Job) -> pd.DataFrame:
-    """What a pruner left at the end of each row of ``job``, as fractions.
-
-    Columns ``left``: of all visual tokens; ``evidence``: of those that touch a question or answer box, nan without boxes.
-    """
-    records = []
-    for name, flags in zip(job.rows["id"], _evidence(job), strict=True):
-        there = job.left[name]
-        shown = flags[there].sum() / flags.sum() if flags.any() else float("nan")
-        records.append((len(there) / len(flags), shown))
-    return pd.DataFrame(records, columns=["left", "evidence"])
-
-
-def _evidence(job: Job) -> Iterator[np.ndarray]:
-    """For each row, one flag per visual token in raster order: whether it touches a box."""
-    processor = job.engine.processor
-    merge = processor.image_processor.merge_size
-    for image, *boxes in zip(job.rows["image"], job.rows["question_boxes"], job.rows["answer_boxes"], strict=True):
-        height, width = (side // merge for side in patch_grid(cap(image, job.engine.max_side).size, processor))
-        flags = np.zeros((height, width), dtype=bool)
-        for x1, y1, x2, y2 in [*boxes[0], *boxes[1]]:
-            flags[y1 * height // 1000 : -(-y2 * height // 1000), x1 * width // 1000 : -(-x2 * width // 1000)] = True
-        yield flags.flatten()
-
-
-def _two_turns(job: Job, forced: list[tuple[str, ...]] | None) -> list[Trajectory]:
-    columns = job.rows["image"], job.rows["question"]
-    return job.engine.run(*columns, forced=forced, call_bias=job.call_bias, row_ids=job.rows["id"])
-
-
-def _pruned(job: Job, decoder: Callable[..., Pruned], *how: Any) -> list[Trajectory]:
-    """The full view through another ``decoder``, with the model, batches and limits of the job's engine."""
-    engine, plain = copy.copy(job.engine), job.engine.decoder
-    engine.decoder = pruned = decoder(plain.model, plain.processor, plain.max_new_tokens, *how)
-    pruned.left = job.left
-    return _one_turn(replace(job, engine=engine), "full")
-
-
-def _unchanged(seen: VisionFeatures, kept: Any) -> Selection:
-    kept = kept.to(seen.features.device)
-    return Selection(kept, seen.features[kept])
-
-
-def _layers(layers: Sequence[int], depth: int) -> list[int]:
-    scaled = pruning.scaled_layers(layers, DEPTH, depth)
-    if not scaled:
-        raise AwaresValueError(f"pruning inside a language model of {depth} layer(s): it needs two or more")
-    return scaled
 
 
 def _random_crops(crops: Sequence[str], row_id: str, seed: int) -> tuple[str, ...]:
@@ -280,3 +232,16 @@ def _random_crops(crops: Sequence[str], row_id: str, seed: int) -> tuple[str, ..
             raise AwaresValueError(f"random_crop, row {row_id}: no named crop has the area of {crop!r}")
         drawn.append(alike[rng.integers(len(alike))])
     return tuple(drawn)
+
+
+@system("oracle_crop", model="awares")
+def oracle_crop(job: SystemJob) -> list[Trajectory]:
+    """The policy with the decisions of `evaluation.label_rows`: target crops if the label is HR, else no call."""
+    try:
+        labels, targets = job.rows["label"], job.rows["target_crops"]
+    except KeyError as error:
+        raise AwaresValueError(f"oracle_crop: rows lack the column {error}: use evaluation.label_rows") from error
+    wanted = [tuple(crops) if label == "HR" else () for label, crops in zip(labels, targets, strict=True)]
+    if "HR" in labels[:] and not any(wanted):
+        raise AwaresValueError("oracle_crop: no row has evidence boxes: take it out of comparison.systems")
+    return _two_turns(job, wanted)

@@ -22,7 +22,7 @@ def visionthink_reward(rollouts: Sequence[Rollout], context: RewardContext) -> S
     """Discounted accuracy, plus 0.5 for a well-formed completion (logged as a negative ``tool_cost``)."""
     marks = context.answer_reward(rollouts)
     answer = escalation_discounts(marks, [bool(one.crops) for one in rollouts], context.params.grpo.generations)
-    return weighted_sum(context, answer, [-FORMAT if one.answer and _well_formed(one) else 0.0 for one in rollouts])
+    return weighted_sum(context, answer, [-FORMAT if _well_formed(one) else 0.0 for one in rollouts])
 
 
 def escalation_discounts(marks: Sequence[float], called: Sequence[bool], group: int) -> list[float]:
@@ -58,13 +58,11 @@ def ergo_reward(rollouts: Sequence[Rollout], context: RewardContext) -> Sequence
     enough = context.answer_reward(callers, [one.answer for one in read])
     for index, one, mark in zip(places, callers, enough, strict=True):
         answer[index] += mark + SMALL * (union_area(one.crops) <= SMALL_AREA)
-    return weighted_sum(
-        context, answer, [-1.0 if one.crops and one.answer and _well_formed(one) else 0.0 for one in rollouts]
-    )
+    return weighted_sum(context, answer, [-1.0 if one.crops and _well_formed(one) else 0.0 for one in rollouts])
 
 
 def _well_formed(rollout: Rollout) -> bool:
-    return not rollout.malformed and not rollout.overflow
+    return bool(rollout.answer) and not rollout.malformed and not rollout.overflow
 
 
 class AlwaysJudge(Judge):

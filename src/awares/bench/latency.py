@@ -130,7 +130,7 @@ def jobs(
             if system not in TIMED_SYSTEMS:
                 engine = Engine(models[system], processor, token_budget=budget, **limits)
                 rows = {"id": ids, "image": images, "question": questions}
-                return baselines.answer(system, baselines.Job(engine, rows))
+                return baselines.answer(system, baselines.SystemJob(engine, rows))
             options = {"reuse": system != "awares_naive", "on_phase_end": on_phase_end, **limits}
             scripted = ScriptedEngine(models[system], processor, token_budget=budget, **options)
             if system in TWO_TURN_SYSTEMS and system not in scripts:

@@ -23,6 +23,7 @@ from awares.config import Params
 from awares.data import sources
 from awares.engine import jsonl
 from awares.engine.jsonl import Record
+from awares.engine.keys import checkpoint_folder, folder_digest
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 from awares.method import protocol
 from awares.training import checkpoints
@@ -57,7 +58,7 @@ def through_lmms_eval(
         raise AwaresValueError(f"evaluation.lmms_eval runs the interaction of protocol.name alone: {fix}")
     code = [__file__, str(policy.__file__), str(sources.__file__)]
     inputs = checkpoints.describe_inputs("evaluation", params, [], model_path, code)
-    folder = checkpoints.checkpoint_folder(out_dir, {**inputs, "tasks": [*tasks.values()], "options": [*options]})
+    folder = checkpoint_folder(out_dir, {**inputs, "tasks": [*tasks.values()], "options": [*options]})
     shutil.rmtree(folder / "results", ignore_errors=True)  # of an earlier call
     arguments: dict[str, Any] = {"pretrained": model_path.resolve(), "log": (folder / "samples.jsonl").resolve()}
     arguments |= {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
@@ -137,7 +138,7 @@ class AwaresChat(Model):
         loaded = policy.AwaRes.from_pretrained(pretrained, None, dtype, place, protocol=protocol, **limits)
         self.engine, self.call_bias = loaded.engine, float(call_bias)
         self.settings = {"protocol": protocol, "dtype": dtype, "call_bias": self.call_bias, **limits}
-        self.settings["weights"] = checkpoints.folder_digest(pretrained)[:16]
+        self.settings["weights"] = folder_digest(pretrained)[:16]
         path = Path(log or Path(tempfile.mkdtemp()) / "samples.jsonl")
         self.log = path.with_suffix(f".{self._rank}{path.suffix}") if self._world_size > 1 else path
 

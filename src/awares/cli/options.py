@@ -87,7 +87,7 @@ class PolicyOptions:
 
     def settings(self, policy: "AwaRes", name: str, call_bias: float) -> dict[str, Any]:
         """What decides the answers of a batch; a file of results is never continued with other settings."""
-        from awares.training.checkpoints import folder_digest
+        from awares.engine.keys import folder_digest
 
         engine: Any = policy.engine
         weights, found = "", self.checkpoint()

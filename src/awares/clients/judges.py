@@ -21,11 +21,11 @@ from awares.clients.engine import RemoteEngine, data_url
 from awares.config import Params, read_yaml
 from awares.engine.images import to_rgb
 from awares.engine.jsonl import Record
+from awares.engine.keys import code_of
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresValueError, Failure, first_fault
 from awares.method import protocol
 from awares.method.judges import HIGH_BETTER, LOW_BETTER, TIE, AnnotationOracle, Judge, Oracle, Texts, Verdict
-from awares.training.checkpoints import code_of
 
 Boxes = list[list[int]]
 SIDE = 1000  # boxes are in thousandths of the image's width and height

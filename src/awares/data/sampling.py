@@ -24,10 +24,10 @@ from awares.data.rows import image_digests
 from awares.data.sources import OpenSource, Source
 from awares.engine import images
 from awares.engine.jsonl import Record, in_chunks, read_records
+from awares.engine.keys import checkpoint_folder, code_of
 from awares.engine.rows import FEATURES
 from awares.errors import AwaresValueError
 from awares.method import protocol
-from awares.training.checkpoints import checkpoint_folder, code_of
 
 READ_CHUNK = 64  # rows between two writes, which a kill can lose
 HASH_SIDE = 64  # px: size of the grey picture that is transformed

@@ -4,16 +4,24 @@ A row is an image, a question, its accepted answers (the first is the canonical 
 the answer's region in 1/1000 of the image sides, its source and its split. `data.rows` checks rows when they enter.
 """
 
+import hashlib
+import io
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
+from PIL import ExifTags, Image
 
+from awares.engine.images import cap, check_image
 from awares.errors import AwaresFileError
 
 datasets.disable_progress_bars()
 datasets.disable_caching()  # cache files next to stored rows would change what DVC hashes
 
+TRAINED_ON = ("id", "question", "answers", "label", "target_crops")  # and the image: what a training reads of a row
 _BOXES = datasets.List(datasets.List(datasets.Value("int32")))
 FEATURES = datasets.Features(
     {
@@ -59,3 +67,33 @@ def share_of(dataset: datasets.Dataset, share: float) -> datasets.Dataset:
             wanted[source] -= 1
             kept.append(index)
     return dataset.select(kept)
+
+
+def rows_digest(rows: datasets.Dataset) -> str:
+    """Hash of what a training reads of ``rows``: fingerprints of ``datasets`` differ between processes."""
+    digest = hashlib.sha256()
+    for row, image in zip(rows.remove_columns("image"), _stored_images(rows), strict=True):
+        digest.update(json.dumps([row.get(column) for column in TRAINED_ON]).encode())
+        digest.update(image)
+    return digest.hexdigest()
+
+
+def picture(row: dict[str, Any], max_side: int) -> Image.Image:
+    """The image of a row as the interaction sees it (PAPER §1): upright RGB, sides of at most ``max_side`` px."""
+    return cap(check_image(row["image"], f"row {row['id']}"), max_side)
+
+
+def picture_sizes(rows: datasets.Dataset, max_side: int) -> list[tuple[int, int]]:
+    """(width, height) in px of every `picture`, from the headers of the files, without decoding a pixel."""
+    sizes = []
+    for stored in _stored_images(rows):
+        with Image.open(io.BytesIO(stored)) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # `datasets` turns such images upright
+            size = image.size[::-1] if turned else image.size
+        sizes.append(cap(Image.new("1", size), max_side).size)
+    return sizes
+
+
+def _stored_images(rows: datasets.Dataset) -> Iterator[bytes]:
+    for image in rows.cast_column("image", datasets.Image(decode=False))["image"]:
+        yield image["bytes"] or Path(image["path"]).read_bytes()

@@ -21,12 +21,12 @@ import torch
 from awares.config import Params
 from awares.engine import answer_match, decode, images, model
 from awares.engine.jsonl import Record, in_chunks, write_records
-from awares.engine.rows import FEATURES, load_rows, save_rows
+from awares.engine.keys import LIBRARIES, checkpoint_folder, code_of
+from awares.engine.rows import FEATURES, load_rows, rows_digest, save_rows
 from awares.errors import AwaresValueError, Failure, with_failures
 from awares.method import crops, judges, metrics, protocol, rollout
 from awares.method.crops import CropRule, boxes_to_crops
 from awares.method.judges import HR, TIE, Judge, Oracle, build_judge, label
-from awares.training import checkpoints
 
 RAW_FILES = ("answers.jsonl", "verdicts.jsonl", "oracle.jsonl")
 LOST_FILE = "lost.jsonl"  # rows without a label: id, step, reason
@@ -98,12 +98,12 @@ class _Steps:
         self.dataset, self.params, self.home, self.ready = dataset, params, home, cache(ready)
         self.models = dict(zip(RAW_FILES, (models, models[1:], models[-1:]), strict=True))  # needed from a step on
         self.place = {row_id: index for index, row_id in enumerate(dataset["id"])}
-        self.inputs: Record = {"rows": checkpoints.rows_digest(dataset), "chunk_rows": params.curation.chunk_rows}
+        self.inputs: Record = {"rows": rows_digest(dataset), "chunk_rows": params.curation.chunk_rows}
 
     def step(self, name: str, ids: Sequence[str], key: Record, work: Any, images: bool = True) -> list[Record]:
         """The records of ``work``, called on chunks of the rows ``ids``; ``images=False`` leaves out the images."""
         self.inputs |= key
-        folder = checkpoints.checkpoint_folder(self.home / name, {"stage": f"curation {name}", **self.inputs})
+        folder = checkpoint_folder(self.home / name, {"stage": f"curation {name}", **self.inputs})
         rows = self.dataset if images else self.dataset.remove_columns("image")
 
         def records(chunk: list[str]) -> list[Record]:
@@ -153,7 +153,7 @@ def _locate(steps: _Steps, answers: list[Record], verdicts: list[Record], oracle
     wanted = [one["id"] for one in verdicts if row_label(answered[one["id"]], one[judge], margin) == HR]
     boxes = zip(*(steps.dataset[name] for name in ("id", "question_boxes", "answer_boxes")), strict=True)
     key = {"judge": judge, "lucky_margin": margin, "wanted": _digest(wanted), "boxes": _digest(map(json.dumps, boxes))}
-    key |= {"oracle": oracle.key(), "oracle_code": checkpoints.code_of(__file__)}
+    key |= {"oracle": oracle.key(), "oracle_code": code_of(__file__)}
     return steps.step(RAW_FILES[2], wanted, key, lambda chunk: oracle.locate(list(chunk)), images=oracle.looks)
 
 
@@ -243,7 +243,7 @@ def engine_key(engine: Any) -> str:
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     limits = (engine.decoder.max_new_tokens, engine.token_budget, engine.max_side)
     numbers = (str(weights.dtype), weights.device.type, torch.get_num_threads())
-    versions = tuple(importlib.metadata.version(name) for name in checkpoints.LIBRARIES)
+    versions = tuple(importlib.metadata.version(name) for name in LIBRARIES)
     return f"{digest.hexdigest()}:{limits}:{numbers}:{versions}"
 
 
@@ -252,4 +252,4 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _code(*modules: Any) -> str:
-    return checkpoints.code_of(*(module.__file__ for module in modules))
+    return code_of(*(module.__file__ for module in modules))

@@ -22,6 +22,7 @@ import functools
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from awares import registry
 from awares.config import Params
 from awares.engine.chat_format import TOOL_CALL, answer_text
 from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, visual_tokens
-from awares.engine.rows import share_of
+from awares.engine.rows import picture, picture_sizes, share_of
 from awares.errors import AwaresValueError
 from awares.method import crops, protocol
 from awares.method.judges import HR, LR
@@ -70,19 +71,21 @@ def train_grpo(
     rows = share_of(dataset, params.grpo.share)
     check_budget(rows, load_processor(model_path), params)
     chosen = registry.reward.find(reward or params.grpo.reward)
-    if params.launch("grpo") and (chosen.__module__ == "__main__" or "<locals>" in chosen.__qualname__):
-        raise AwaresValueError(
-            f"grpo.reward: {chosen.__qualname__} exists in this process only, but base.launch starts others: write it to "
-            "a module on the Python path and set grpo.reward: module:function"
-        )
+    if params.launch("grpo"):  # its processes find the reward by this name
+        if chosen.__module__ == "__main__" or "<locals>" in chosen.__qualname__:
+            raise AwaresValueError(
+                f"grpo.reward: {chosen.__qualname__} exists in this process only, but base.launch starts others: write "
+                "it to a module on the Python path and set grpo.reward: module:function"
+            )
+        params = replace(params, grpo=replace(params.grpo, reward=f"{chosen.__module__}:{chosen.__qualname__}"))
     source = registry.reward.source(reward or params.grpo.reward)
     inputs = {"prompt": protocol.from_params(params).system, "reward": source}
-    folder = training.run("grpo", params, rows, model_path, out_dir, fit_grpo, inputs, chosen)
+    folder = training.run_training("grpo", fit_grpo, params, rows, model_path, out_dir, inputs, reward=chosen)
     return training.save_policy(params, model_path, training.checkpoints(folder)[-1], out_dir)
 
 
 def fit_grpo(
-    params: Params, rows: Dataset, model_path: str | Path, folder: Path, log: Path, reward: RewardFunction
+    params: Params, rows: Dataset, model_path: Path, folder: Path, log: Path, reward: RewardFunction | None = None
 ) -> None:
     """Train to the last checkpoint in ``folder``; every process of the training runs this."""
     model = load_model(model_path, params.base.dtype, distributed.device(params))
@@ -205,7 +208,7 @@ class CropEnvironment:
 def check_budget(rows: Dataset, processor: ImageOnlyProcessor, params: Params) -> None:
     """AwaresError if the crop `all` of some row has more tokens than ``grpo.crop_token_budget`` (departure 8)."""
     frame = processor.tokenizer(protocol.tool_suffix(processor.tokenizer, protocol.OURS.reply([None])))["input_ids"]
-    tokens = [len(frame) - 1 + visual_tokens(size, processor) for size in training.picture_sizes(rows, params)]
+    tokens = [len(frame) - 1 + visual_tokens(size, processor) for size in picture_sizes(rows, params.crops.max_side)]
     worst = int(np.argmax(tokens))
     if tokens[worst] > params.grpo.crop_token_budget:
         raise AwaresValueError(
@@ -224,7 +227,7 @@ def rollout_dataset(rows: Dataset, params: Params) -> Dataset:
     @functools.lru_cache(maxsize=4 * params.grpo.batch_size // params.grpo.generations)
     def view(index: int) -> dict[str, Any]:
         row = rows[index]
-        image = training.picture(row, params)
+        image = picture(row, params.crops.max_side)
         prompt = protocol.messages(row["question"], crops.low_resolution(image), protocol=form)
         return {"prompt": prompt, **row, "full_image": image, "row_id": row["id"]}
 

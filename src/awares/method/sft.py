@@ -32,7 +32,7 @@ from awares.config import Params
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.jsonl import read_records, write_records
 from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, visual_tokens
-from awares.engine.rows import share_of
+from awares.engine.rows import picture, picture_sizes, rows_digest, share_of
 from awares.errors import AwaresValueError
 from awares.method import crops, protocol
 from awares.method.judges import HR, LR, semantic
@@ -74,8 +74,8 @@ def train_sft(
     rows = share_of(dataset, params.sft.share)
     chosen = validation.select(range(min(params.sft.selection_rows, len(validation))))
     samples = plan_samples(rows, load_processor(model_path), params)
-    inputs = {"prompt": protocol.from_params(params).system, "selection": training.rows_digest(chosen)}
-    folder = training.run("sft", params, rows, model_path, out_dir, fit_sft, inputs, samples)
+    inputs = {"prompt": protocol.from_params(params).system, "selection": rows_digest(chosen)}
+    folder = training.run_training("sft", fit_sft, params, rows, model_path, out_dir, inputs, samples=samples)
     scores = [candidate_score(path, params, chosen, model_path) for path in training.checkpoints(folder)]
     log = Path(out_dir) / "log.jsonl"
     write_records(log, [*read_records(log), *scores])
@@ -85,11 +85,12 @@ def train_sft(
 
 
 def fit_sft(
-    params: Params, rows: Dataset, model_path: str | Path, folder: Path, log: Path, samples: list[Sample]
+    params: Params, rows: Dataset, model_path: Path, folder: Path, log: Path, samples: list[Sample] | None = None
 ) -> None:
-    """Train to the last checkpoint in ``folder``; every process of the training runs this."""
-    model = load_model(model_path, params.base.dtype, distributed.device(params))
-    trainer = build_sft_trainer(params, rows, samples, model, load_processor(model_path), folder)
+    """Train to the last checkpoint in ``folder``; every process of the training runs this. ``samples``: `plan_samples`."""
+    model, processor = load_model(model_path, params.base.dtype, distributed.device(params)), load_processor(model_path)
+    samples = samples or plan_samples(rows, processor, params)
+    trainer = build_sft_trainer(params, rows, samples, model, processor, folder)
     with vision_memo(model) if params.sft.share_computation else contextlib.nullcontext():
         training.train(trainer, folder, training.Log(log, _log_entry, "loss"))
 
@@ -109,7 +110,7 @@ def plan_samples(rows: Dataset, processor: ImageOnlyProcessor, params: Params) -
     """
     section, rng, form = params.sft, np.random.default_rng(params.seed), protocol.from_params(params)
     pool: list[Sample] = []
-    sizes = training.picture_sizes(rows, params)
+    sizes = picture_sizes(rows, params.crops.max_side)
     for index, (row, size) in enumerate(zip(rows.remove_columns("image"), sizes, strict=True)):
         kinds = _kinds(row, processor, params, form)
         samples = [Sample(index, kind, _length(row, kind, size, processor, section.max_length, form)) for kind in kinds]
@@ -279,7 +280,7 @@ def _views(params: Params, rows: Dataset, samples: Sequence[Sample]) -> Dataset:
 
     def view(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         pairs = [(rows[index], kind) for index, kind in zip(batch["row"], batch["kind"], strict=True)]
-        messages = [conversation(row, kind, training.picture(row, params), form) for row, kind in pairs]
+        messages = [conversation(row, kind, picture(row, params.crops.max_side), form) for row, kind in pairs]
         weights = [turn_weights(kind, params.sft.tool_turn_weight) for kind in batch["kind"]]
         return {"messages": messages, "images": [[] for _ in messages], "turn_weights": weights}
 

@@ -5,13 +5,11 @@ key is a hash of everything that determines the result: parameters, rows, weight
 the same inputs resumes; other inputs start in another folder.
 """
 
-import hashlib
 import importlib.metadata
-import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +17,21 @@ from typing import Any
 
 import datasets
 import huggingface_hub.constants
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from peft import LoraConfig
-from PIL import ExifTags, Image
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from awares.config import Grpo, Params, Sft
-from awares.engine.images import cap, check_image
 from awares.engine.jsonl import exclusive_lock, write_records
+from awares.engine.keys import LIBRARIES, checkpoint_folder, code_of, folder_digest
 from awares.engine.model import load_model, load_processor, save_model, set_threads
+from awares.engine.rows import rows_digest
 from awares.errors import AwaresValueError
 from awares.training import distributed
 
 huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer to its makers
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns of environments each time; its version is pinned
 
-LIBRARIES = ("torch", "transformers", "trl", "peft")
-TRAINED_ON = ("id", "question", "answers", "label", "target_crops")  # and the image: what a training reads of a row
 # Files of a complete checkpoint, next to its state and one `rng_state*.pth` per process; the optimizer's, or FSDP's
 COMPLETE = ("adapter_model.safetensors", "scheduler.pt")
 OPTIMIZER = (("optimizer.pt",), ("optimizer.bin", "pytorch_model_fsdp.bin"))
@@ -53,28 +48,30 @@ class TrainedPolicy:
     accuracy: float = math.nan
 
 
-def run(
+def run_training(
     stage: str,
+    fit: Callable[..., None],
     params: Params,
     rows: datasets.Dataset,
     model_path: str | Path,
     out_dir: str | Path,
-    fit: Callable[..., None],
     inputs: dict[str, Any],
-    *arguments: Any,
+    **prepared: Any,
 ) -> Path:
     """Train ``stage`` (sft or grpo) to its last checkpoint; returns the folder of its checkpoints.
 
-    ``fit(params, rows, model_path, folder, log, *arguments)`` builds the trainer and calls `train`; it runs in this
-    process or in those of the stage's accelerate configuration. ``inputs``: what else determines the result.
+    ``fit(params, rows, model_path, folder, log)`` builds the trainer and calls `train`; it runs in this process or in
+    those of the stage's accelerate configuration. ``inputs``: what else determines the result. ``prepared``: further
+    arguments of ``fit`` in this process; launched ones prepare them again.
     """
     set_threads(params.threads)
     folder = checkpoint_folder(out_dir, {**describe_inputs(stage, params, [rows], model_path), **inputs})
-    given = (params, rows, model_path, folder, Path(out_dir) / "log.jsonl", *arguments)
+    log = Path(out_dir) / "log.jsonl"
+    given: dict[str, Any] = dict(rows=rows, log=log, params=params, model_path=Path(model_path), folder=folder)
     if params.launch(stage):
-        distributed.launch(stage, params, out_dir, fit, *given)
+        distributed.launch(stage, fit, **given)
     else:
-        fit(*given)
+        fit(**given, **prepared)
     return folder
 
 
@@ -130,61 +127,9 @@ def describe_inputs(
     }
 
 
-def code_of(*files: str) -> str:
-    """Hash of files: stored work of older code must not be taken for this code's."""
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
-
-
-def rows_digest(rows: datasets.Dataset) -> str:
-    """Hash of what a training reads of ``rows``: fingerprints of ``datasets`` differ between processes."""
-    digest = hashlib.sha256()
-    for row, image in zip(rows.remove_columns("image"), _stored_images(rows), strict=True):
-        digest.update(json.dumps([row.get(column) for column in TRAINED_ON]).encode())
-        digest.update(image)
-    return digest.hexdigest()
-
-
-def _stored_images(rows: datasets.Dataset) -> Iterator[bytes]:
-    for image in rows.cast_column("image", datasets.Image(decode=False))["image"]:
-        yield image["bytes"] or Path(image["path"]).read_bytes()
-
-
-def folder_digest(folder: str | Path) -> str:
-    """Hash of the files of a model folder; for a model of the hub, of its name and its commit in the hub's cache."""
-    if not Path(folder).is_dir():
-        found = try_to_load_from_cache(str(folder), "config.json")
-        file = found if isinstance(found, str) else hf_hub_download(str(folder), "config.json")
-        return hashlib.sha256(f"{folder}@{Path(file).parent.name}".encode()).hexdigest()
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*")):
-        if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja", ".txt"):
-            digest.update(path.name.encode())
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-def checkpoint_folder(out_dir: str | Path, inputs: dict[str, Any]) -> Path:
-    """``<out_dir>/../.checkpoints/<key>``, created if missing, with the inputs in ``inputs.json``.
-
-    It is outside ``out_dir`` because DVC empties a stage's outputs before it runs. AwaresError when the folder holds
-    checkpoints of other inputs (it was copied or renamed).
-    """
-    text = json.dumps(inputs, indent=1, sort_keys=True)
-    folder = Path(out_dir).parent / ".checkpoints" / hashlib.sha256(text.encode()).hexdigest()[:16]
-    note = folder / "inputs.json"
-    if not note.is_file() or note.read_text() != text:
-        if any(folder.glob("checkpoint-*")):
-            raise AwaresValueError(f"{folder}: holds checkpoints of other inputs than inputs.json: delete the folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(text)
-    return folder
-
-
 def checkpoints(folder: Path, processes: int = 1) -> list[Path]:
     """The complete checkpoints of ``folder``, oldest first, from which ``processes`` can resume; no torn ones."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _is_complete(path, processes)]
-    return sorted(found, key=step_of)
+    return sorted((path for path in folder.glob("checkpoint-*") if _is_complete(path, processes)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -194,31 +139,11 @@ def step_of(checkpoint: Path) -> int:
 
 def _is_complete(checkpoint: Path, processes: int) -> bool:
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
+        step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    except (OSError, ValueError, KeyError):
         return False
     written = any(all((checkpoint / name).is_file() for name in (*COMPLETE, *kind)) for kind in OPTIMIZER)
-    each = len(list(checkpoint.glob("rng_state*.pth"))) >= processes
-    return written and each and state.get("global_step") == step_of(checkpoint)
-
-
-# Images
-
-
-def picture(row: dict[str, Any], params: Params) -> Image.Image:
-    """The image of a row as the interaction sees it (PAPER §1): upright RGB, capped at ``crops.max_side``."""
-    return cap(check_image(row["image"], f"row {row['id']}"), params.crops.max_side)
-
-
-def picture_sizes(rows: datasets.Dataset, params: Params) -> list[tuple[int, int]]:
-    """(width, height) in pixels of every `picture`, from the headers of the files, without decoding a pixel."""
-    sizes = []
-    for stored in _stored_images(rows):
-        with Image.open(io.BytesIO(stored)) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # `datasets` turns such images upright
-            size = image.size[::-1] if turned else image.size
-        sizes.append(cap(Image.new("1", size), params.crops.max_side).size)
-    return sizes
+    return written and step == step_of(checkpoint) and len(list(checkpoint.glob("rng_state*.pth"))) >= processes
 
 
 # The trainer
@@ -228,19 +153,16 @@ def trainer_arguments(stage: str, params: Params, folder: Path) -> dict[str, Any
     """The arguments that SFTConfig and GRPOConfig share."""
     section, gpu = getattr(params, stage), params.base.device != "cpu"
     size, steps = distributed.layout(stage, section.batch_size, section.per_device_batch_size)
-    return dict(
+    same = ("learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing")
+    return {name: getattr(section, name) for name in same} | dict(
         output_dir=str(folder),
         per_device_train_batch_size=size,
         gradient_accumulation_steps=steps,
-        learning_rate=section.learning_rate,
         lr_scheduler_type=section.scheduler,
         warmup_steps=section.warmup_ratio,  # below 1 it is a share of the steps
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
         seed=params.seed,
         bf16=gpu and params.base.dtype == "bfloat16",  # TRL's default is True, on a CPU too
         use_cpu=not gpu,
-        gradient_checkpointing=section.gradient_checkpointing,
         remove_unused_columns=False,
         logging_steps=1,
         disable_tqdm=True,  # `Log` shows the bar
@@ -268,8 +190,7 @@ class SpareVision(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer after it has switched checkpointing on: this hook follows its own."""
-        if args.gradient_checkpointing:
+        if args.gradient_checkpointing:  # the trainer's own hook is there already; this one follows it
             patches = kwargs["model"].get_base_model().model.visual.get_input_embeddings()
             patches.register_forward_hook(lambda _module, _inputs, output: output.detach())
 
@@ -290,7 +211,6 @@ class Log(TrainerCallback):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update", disable=hidden)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer after every update."""
         if state.is_world_process_zero:
             entries = self.write(state.log_history)
             self.bar.set_postfix({self.shown: f"{entries[-1][self.shown]:.3f}"}, refresh=False)

@@ -5,22 +5,39 @@ that may shard the model (FSDP2). On several nodes the notebook runs on the firs
 ``python -m awares.training.distributed JOB``. The first node writes the file JOB; all nodes share the file system.
 """
 
+import argparse
 import os
-import pickle
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
+from datasets import Dataset
+from pydantic import BaseModel, ValidationError
 
 from awares import config
 from awares.config import Params
 from awares.engine.model import set_threads
+from awares.engine.rows import load_rows, save_rows
 from awares.errors import AwaresError, AwaresFileError
 
 NODE = {"MASTER_ADDR": "--main_process_ip", "MASTER_PORT": "--main_process_port", "NODE_RANK": "--machine_rank"}
+
+
+class LaunchedTraining(BaseModel):
+    """The file JOB. ``fit``: module:function; ``rows``: the folder of its rows; the rest: its further arguments."""
+
+    stage: str
+    fit: str
+    rows: Path
+    params: Params
+    model_path: Path
+    folder: Path
+    log: Path
 
 
 def processes() -> int:
@@ -35,10 +52,8 @@ def device(params: Params) -> str:
     """
     seen = torch.cuda.device_count() if params.base.device == "cuda" and processes() == 1 else 0
     if seen > 1:
-        raise AwaresError(
-            f"{seen} GPUs are visible to a training in one process: set CUDA_VISIBLE_DEVICES=0, or base.launch to a "
-            "file of data/launch"
-        )
+        fix = "set CUDA_VISIBLE_DEVICES=0, or base.launch to a file of data/launch"
+        raise AwaresError(f"{seen} GPUs are visible to a training in one process: {fix}")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "cpu"
     several = params.base.device == "cuda" and processes() > 1
@@ -48,99 +63,96 @@ def device(params: Params) -> str:
 def layout(stage: str, batch_size: int, per_device: int) -> tuple[int, int]:
     """One update in each process: (samples of a micro-batch, at most ``per_device``; number of micro-batches).
 
-    AwaresError where the processes cannot divide the batch evenly.
+    AwaresError if the processes cannot divide the batch evenly.
     """
-    samples, rest = divmod(batch_size, processes())
+    count = processes()
+    samples, rest = divmod(batch_size, count)
     if rest:
-        raise AwaresError(
-            f"{stage}.batch_size {batch_size} is no multiple of the {processes()} processes of base.launch: change one"
-        )
+        raise AwaresError(f"{stage}.batch_size {batch_size} is no multiple of the {count} processes of base.launch")
     size = next(size for size in range(min(per_device, samples), 0, -1) if samples % size == 0)
     return size, samples // size
 
 
-def launch(stage: str, params: Params, out_dir: str | Path, fit: Callable[..., None], *arguments: Any) -> None:
-    """Call ``fit(*arguments)`` in every process of the configuration of ``stage`` (sft or grpo) and wait for the end.
+def launch(stage: str, fit: Callable[..., None], rows: Dataset, log: Path, **given: Any) -> None:
+    """Call ``fit(rows=rows, log=log, **given)`` in every process of the stage's configuration and wait for the end.
 
-    AwaresError when a process fails; the same call then resumes from the last checkpoint.
+    ``given``: params, model_path, folder. AwaresError when a process fails; the same call then resumes.
     """
-    job = Path(out_dir) / "launch.job"
-    job.parent.mkdir(parents=True, exist_ok=True)
+    job, stored = log.with_name("launch.job"), log.with_name("launch.rows")
+    save_rows(rows, stored)
+    training = LaunchedTraining(stage=stage, fit=f"{fit.__module__}:{fit.__name__}", rows=stored, log=log, **given)
     partial = job.with_suffix(".partial")
-    partial.write_bytes(pickle.dumps((stage, params, fit, arguments)))
+    partial.write_text(training.model_dump_json(), encoding="utf-8")
     partial.replace(job)
     try:
         join(job)
     finally:
         job.unlink(missing_ok=True)
+        shutil.rmtree(stored, ignore_errors=True)
 
 
 def join(job: Path) -> None:
-    """Start this node's processes of a job."""
-    stage, params, _, _ = _read(job)
+    """Start this node's processes of the training in the file ``job``."""
+    training = _read(job)
+    stage, params = training.stage, training.params
     settings = params.path(params.launch(stage))
     key = "sft.launch" if stage == "sft" and params.sft.launch else "base.launch"
     values = config.read_yaml(settings, key)
     _check_fsdp(params, key, values)
     missing = [variable for variable in NODE if not os.environ.get(variable)]
     if values.get("num_machines", 1) > 1 and missing:
-        raise AwaresError(
-            f"{settings}: {values['num_machines']} machines, but {', '.join(missing)} not set: set them on each machine"
-        )
+        raise AwaresError(f"{settings}: several machines, but {', '.join(missing)} not set: set them on each machine")
     node = [part for name, flag in NODE.items() if os.environ.get(name) for part in (flag, os.environ[name])]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings), *node]
     command += ["-m", "awares.training.distributed", str(job), "--worker"]
-    library = str(Path(__file__).parents[2])  # the workers import this very awares
-    search = os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")]))
+    source = str(Path(__file__).parents[2])  # the workers import this very awares
+    search = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     ended = subprocess.run(command, cwd=params.root, env={**os.environ, "PYTHONPATH": search}, check=False)
     if ended.returncode:
-        raise AwaresError(
-            f"{stage}: accelerate launch ended with exit code {ended.returncode}; see the output of its processes. "
-            "Run again to resume from the last checkpoint"
-        )
+        fix = "see the output of its processes, and run again to resume"
+        raise AwaresError(f"{stage}: accelerate launch ended with exit code {ended.returncode}: {fix}")
 
 
 def _check_fsdp(params: Params, key: str, values: dict[str, Any]) -> None:
     """AwaresError for an FSDP configuration, named by ``key``, that would hang or would not train as it says."""
     found = values.get("fsdp_config") or {}
-    problems = {
-        "GRPO cannot be trained with FSDP: processes with different numbers of tool turns would wait for each other. "
-        "Name this file in sft.launch, and one such as data/launch/8gpu.yaml in base.launch": key != "sft.launch",
+    kinds = found.get("fsdp_version"), found.get("fsdp_state_dict_type")
+    problems = {  # GRPO: processes with different numbers of tool turns would wait for each other
+        "GRPO cannot be trained with FSDP: name this file in sft.launch, another in base.launch": key != "sft.launch",
         "accelerate shards on GPUs only: with base.device cpu use data/launch/2cpu.yaml": params.base.device == "cpu",
         "FSDP gathers weights per forward pass: set sft.share_computation to false": params.sft.share_computation,
-        "fsdp_config.fsdp_version must be 2: libraries drop version 1": found.get("fsdp_version") != 2,
-        "fsdp_config.fsdp_state_dict_type must be FULL_STATE_DICT: a sharded checkpoint holds no adapter to choose":
-            found.get("fsdp_state_dict_type") != "FULL_STATE_DICT",
-    }  # fmt: skip
+        "fsdp_config needs fsdp_version 2, fsdp_state_dict_type FULL_STATE_DICT": kinds != (2, "FULL_STATE_DICT"),
+    }
     for problem, present in problems.items():
         if values.get("distributed_type") == "FSDP" and present:
             raise AwaresError(f"{key}: {problem}")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """``python -m awares.training.distributed JOB`` joins a job; accelerate adds ``--worker`` for each process."""
-    if not arguments:
-        print("usage: python -m awares.training.distributed JOB", file=sys.stderr)
-        return 2
+def main() -> None:
+    """``python -m awares.training.distributed JOB`` joins a training; accelerate adds ``--worker`` for each process."""
+    parser = argparse.ArgumentParser(prog="awares.training.distributed")
+    parser.add_argument("job", type=Path)
+    parser.add_argument("--worker", action="store_true")
+    options = parser.parse_args()
     try:
-        if "--worker" in arguments:
-            _, params, fit, given = _read(Path(arguments[0]))
-            set_threads(params.threads)
-            fit(*given)
-        else:
-            join(Path(arguments[0]))
+        (_work if options.worker else join)(options.job)
     except AwaresError as error:
-        print(f"awares.training.distributed: {error}", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(f"awares.training.distributed: {error}")
 
 
-def _read(job: Path) -> tuple[str, Params, Callable[..., None], tuple[Any, ...]]:
+def _work(job: Path) -> None:
+    training = _read(job)
+    set_threads(training.params.threads)
+    given = {name: getattr(training, name) for name in ("params", "model_path", "folder", "log")}
+    resolve_name(training.fit)(rows=load_rows(training.rows), **given)
+
+
+def _read(job: Path) -> LaunchedTraining:
     try:
-        return pickle.loads(job.read_bytes())
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        return LaunchedTraining.model_validate_json(job.read_bytes())
+    except (OSError, ValidationError) as error:
         raise AwaresFileError(f"{job}: no job: the first node writes it when its training starts") from error
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

@@ -4,20 +4,15 @@ A GRPO batch holds every prompt G times, and with short answers the prompt is mo
 
 - `shared_prefill`: generation prefills each prompt once and copies the key-value cache.
 - `vision_memo`: the frozen vision tower encodes a picture once per update in GRPO, once per training in SFT.
-- `packed_log_probs`: reference and policy passes put a prompt and all its completions into one sequence::
-
-      [prompt without its last token | last token, completion 1 | last token, completion 2 | ...]
-
-  Each branch sees the prompt and itself, at the positions it would have alone. The prompt's last token is in every
-  branch, because it predicts the branch's first token.
+- `packed_log_probs`: reference and policy passes put a prompt and all its completions into one sequence.
 - `without_prefix`: in SFT the text that all samples of a micro-batch begin with passes through the model once.
 
 `SharedPromptTrainer` overrides private methods of TRL's trainer: an upgrade of TRL breaks this module first.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,7 +40,7 @@ class SharedPromptTrainer(GRPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch, its rollouts included where they are due."""
-        with vision_memo(self.core) if self.share_prompts else contextlib.nullcontext():
+        with vision_memo(self.core) if self.share_prompts else nullcontext():
             return super().training_step(*args, **kwargs)
 
     def _generate_single_turn(
@@ -53,19 +48,15 @@ class SharedPromptTrainer(GRPOTrainer):
     ) -> Any:
         """First turn (G equal prompts in a row): one prefill for each prompt. Second turn: TRL's way."""
         share = self.share_prompts and num_generations > 1
-        with shared_prefill(self.core, num_generations) if share else contextlib.nullcontext():
+        with shared_prefill(self.core, num_generations) if share else nullcontext():
             return super()._generate_single_turn(prompt_ids, images, fields, num_generations, has_tool_images)
 
-    def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, **inputs: Any
-    ) -> Any:
+    def _get_per_token_logps_and_entropies(self, model: Any, ids: Any, mask: Any, keep: int, **inputs: Any) -> Any:
         """Log-probabilities and entropies of the completion tokens, (B, C) each, 0 on padding."""
         if not self.share_prompts or inputs.get("pixel_values") is None:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, **inputs
-            )
+            return super()._get_per_token_logps_and_entropies(model, ids, mask, keep, **inputs)
         with self.accelerator.autocast():
-            return *packed_log_probs(model, self.core, input_ids, attention_mask, logits_to_keep, inputs), None
+            return *packed_log_probs(model, self.core, ids, mask, keep, inputs), None
 
 
 class ResumedSampler(torch.utils.data.Sampler[int]):
@@ -84,26 +75,24 @@ class ResumedSampler(torch.utils.data.Sampler[int]):
         yield from self.plain
 
 
-@contextlib.contextmanager
+@contextmanager
 def shared_prefill(model: Any, copies: int) -> Iterator[None]:
     """Within the block ``model.generate`` prefills once for ``copies`` equal rows in a run, which have images."""
     generate = model.generate
 
     def run(**inputs: Any) -> Any:
-        ids, mask, grids = inputs["input_ids"], inputs["attention_mask"], inputs["image_grid_thw"]
-        pixels, types = inputs.pop("pixel_values"), inputs["mm_token_type_ids"]
+        ids, grids, pixels = inputs["input_ids"], inputs["image_grid_thw"], inputs.pop("pixel_values")
         if not torch.equal(ids, ids[::copies].repeat_interleave(copies, dim=0)):
             raise AwaresValueError(f"prompts are not {copies} times in a row: set grpo.share_prompts: false")
-        images = grids.view(len(ids), -1, 3)[::copies]  # (prompts, images of a prompt, 3)
-        pieces = pixels.split(grids.view(len(ids), -1, 3).prod(-1).sum(-1).tolist())[::copies]
+        images = grids.view(len(ids), -1, 3)  # (rows, images of a prompt, 3)
+        pieces = pixels.split(images.prod(-1).sum(-1).tolist())[::copies]
         cache = DynamicCache(config=model.config)
+        names = ("input_ids", "attention_mask", "mm_token_type_ids")
         with torch.no_grad():
             model(
-                input_ids=ids[::copies, :-1],
-                attention_mask=mask[::copies, :-1],
-                mm_token_type_ids=types[::copies, :-1],
+                **{name: inputs[name][::copies, :-1] for name in names},
                 pixel_values=torch.cat(pieces),
-                image_grid_thw=images.reshape(-1, 3),
+                image_grid_thw=images[::copies].reshape(-1, 3),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -112,14 +101,11 @@ def shared_prefill(model: Any, copies: int) -> Iterator[None]:
         model.model.rope_deltas = model.model.rope_deltas.repeat_interleave(copies, dim=0)  # (rows, 1), the prefill's
         return generate(**inputs, past_key_values=cache)
 
-    model.generate = run
-    try:
+    with _replaced(model, "generate", run):
         yield
-    finally:
-        del model.generate  # the class's own method shows again
 
 
-@contextlib.contextmanager
+@contextmanager
 def vision_memo(model: Any) -> Iterator[None]:
     """Within the block the vision tower of ``model``, which must be frozen, passes every picture through once."""
     tower, known = model.model.visual, dict[Any, Tensor]()
@@ -141,109 +127,62 @@ def vision_memo(model: Any) -> Iterator[None]:
         pooled, *deep = torch.cat([known[key] for key in seen]).split(model.config.text_config.hidden_size, dim=-1)
         return vision_output(pooled, deep)
 
-    tower.forward = run
-    try:
+    with _replaced(tower, "forward", run):
         yield
-    finally:
-        del tower.forward  # the class's own method shows again
-
-
-def _digest(piece: Tensor) -> int:
-    """Hash of a picture's pixels."""
-    return hash(piece.float().cpu().numpy().tobytes())  # numpy knows no bfloat16
-
-
-@dataclass
-class PackedBatch:
-    """B completions as TRL lays them out: prompts (P) padded left, completions (C) padded right; images by row."""
-
-    ids: Tensor  # (B, P + C)
-    mask: Tensor  # (B, P + C), 1 = a real token
-    positions: Tensor  # (3, B, P + C), Qwen2.5-VL's
-    prompt: int  # P
-    pixels: list[list[Tensor]]  # of each row, of each image: (patches, pixels of a patch)
-    grids: list[Tensor]  # of each row: (images, 3)
-    prompt_images: list[int]  # of each row: how many of its images stand in the prompt
 
 
 def packed_log_probs(
-    model: Any,  # a model with TRL's fused head
-    core: Any,  # the plain model inside it
-    ids: Tensor,
-    mask: Tensor,
-    completion: int,
-    images: dict[str, Any],
+    model: Any, core: Any, ids: Tensor, mask: Tensor, completion: int, images: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of the completion tokens, (B, C) each, 0 on padding.
+    """Log-probabilities and entropies of the completion tokens, (B, C) each, 0 on padding; a sequence for each prompt::
 
-    ``ids``, ``mask`` (B, P + C), C = ``completion``; ``images``: TRL's ``pixel_values`` and ``image_grid_thw`` of all
-    images, ``num_images`` of each row, ``mm_token_type_ids`` (B, P + C).
+        [prompt without its last token | last token, completion 1 | last token, completion 2 | ...]
+
+    Each branch sees the prompt and itself, at the positions it would have alone. The prompt's last token is in every
+    branch, because it predicts the branch's first token. ``model`` has TRL's fused head; ``core`` is in it.
+    ``ids``, ``mask`` (B, P + C): prompts padded left, C = ``completion`` tokens padded right. ``images``: TRL's
+    ``pixel_values`` and ``image_grid_thw`` of all images, ``num_images`` of each row, ``mm_token_type_ids`` (B, P + C).
     """
     types, grids, counts = images["mm_token_type_ids"], images["image_grid_thw"], images["num_images"]
     positions, _ = core.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask)
-    prompt = ids.size(1) - completion
-    per_image = iter(images["pixel_values"].split(grids.prod(-1).tolist()))
-    start = core.config.vision_start_token_id
-    batch = PackedBatch(
-        ids, mask, positions, prompt,
-        pixels=[[next(per_image) for _ in range(count)] for count in counts],
-        grids=list(grids.split(counts)),
-        prompt_images=(ids[:, :prompt] == start).sum(1).tolist(),
-    )  # fmt: skip
-    found = [_one_sequence(model, batch, rows) for rows in _groups(batch)]
-    where = torch.cat([index for index, _, _ in found])  # (tokens, 2): row, column of the completion
-    scatter = tuple(where.T)
+    width = ids.size(1) - completion
+    pictures = list(zip(images["pixel_values"].split(grids.prod(-1).tolist()), grids, strict=True))
+    pictures_of = [pictures[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
+    in_prompt = (ids[:, :width] == core.config.vision_start_token_id).sum(1).tolist()  # pictures of each prompt
+    groups: dict[Any, list[int]] = {}  # rows of the same prompt and pictures
+    for row in range(len(ids)):
+        seen = [_digest(pixels) for pixels, _ in pictures_of[row][: in_prompt[row]]]
+        groups.setdefault((*ids[row, :width][mask[row, :width].bool()].tolist(), *seen), []).append(row)
+    found = []
+    for rows in groups.values():
+        shared = mask[rows[0], : width - 1].nonzero().flatten()  # columns of the prompt without its last token
+        written = [width + mask[row, width:].nonzero().flatten() for row in rows]
+        parts = [shared, *(torch.cat([shared.new_tensor([width - 1]), columns]) for columns in written)]
+        lengths = torch.tensor([len(part) for part in parts], device=ids.device)
+        branch = torch.arange(len(parts), device=ids.device).repeat_interleave(lengths)  # of each token; 0: the prompt
+        columns, source = torch.cat(parts), torch.tensor([rows[0], *rows], device=ids.device)[branch]
+        visible = (branch[None, :] == branch[:, None]) | (branch[None, :] == 0)  # (token that looks, token seen)
+        targets = ids[source, columns].roll(-1)
+        targets[(branch == 0) | (branch != branch.roll(-1))] = -100
+        targets[-1] = -100
+        shown = pictures_of[rows[0]][: in_prompt[rows[0]]]
+        shown = shown + [picture for row in rows for picture in pictures_of[row][in_prompt[row] :]]
+        outputs = model(
+            input_ids=ids[source, columns][None],
+            attention_mask=visible.tril()[None, None],
+            position_ids=positions[:, source, columns][:, None],
+            pixel_values=torch.cat([pixels for pixels, _ in shown]),
+            image_grid_thw=torch.stack([grid for _, grid in shown]),
+            shift_labels=targets[None],
+            fused_lm_head=True,
+        )
+        trained = targets != -100
+        values = outputs.log_probs[0][trained], outputs.entropy[0][trained]
+        found.append((source[trained], columns[trained] + 1 - width, *values))
+    places, columns, log_probs, entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
     empty = torch.zeros(len(ids), completion, device=ids.device)
-    log_probs, entropies = (torch.cat([part[i] for part in found]).to(empty.dtype) for i in (1, 2))
-    return empty.index_put(scatter, log_probs), empty.index_put(scatter, entropies)
-
-
-def _groups(batch: PackedBatch) -> list[list[int]]:
-    """Rows by prompt: the same tokens and the same pictures."""
-    groups: dict[Any, list[int]] = {}
-    for row in range(len(batch.ids)):
-        real = batch.ids[row, : batch.prompt][batch.mask[row, : batch.prompt].bool()]
-        seen = [_digest(piece) for piece in batch.pixels[row][: batch.prompt_images[row]]]
-        groups.setdefault((tuple(real.tolist()), tuple(seen)), []).append(row)
-    return list(groups.values())
-
-
-def _one_sequence(model: Any, batch: PackedBatch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The completions of one prompt in one sequence -> places of their tokens (N, 2), log-probs, entropies (N,)."""
-    first, width = rows[0], batch.prompt
-    shared = batch.mask[first, : width - 1].nonzero().flatten()  # columns of the prompt without its last token
-    ids, positions = [batch.ids[first, shared]], [batch.positions[:, first, shared]]
-    branch, labels = [torch.zeros_like(ids[0])], [torch.full_like(ids[0], -100)]
-    shown = batch.prompt_images[first]
-    pixels, grids = batch.pixels[first][:shown], [batch.grids[first][:shown]]
-    where = []
-    for number, row in enumerate(rows, start=1):
-        columns = torch.cat([batch.ids.new_tensor([width - 1]), width + batch.mask[row, width:].nonzero().flatten()])
-        ids.append(batch.ids[row, columns])
-        positions.append(batch.positions[:, row, columns])
-        branch.append(torch.full_like(columns, number))
-        labels.append(torch.cat([batch.ids[row, columns[1:]], columns.new_tensor([-100])]))
-        where.append(torch.stack([torch.full_like(columns[1:], row), columns[1:] - width], dim=1))
-        pixels = pixels + batch.pixels[row][batch.prompt_images[row] :]
-        grids.append(batch.grids[row][batch.prompt_images[row] :])
-    targets = torch.cat(labels)
-    outputs = model(
-        input_ids=torch.cat(ids)[None],
-        attention_mask=_visible(torch.cat(branch))[None, None],
-        position_ids=torch.cat(positions, dim=1)[:, None],
-        pixel_values=torch.cat(pixels),
-        image_grid_thw=torch.cat(grids),
-        shift_labels=targets[None],
-        fused_lm_head=True,
-    )
-    trained = targets != -100
-    return torch.cat(where), outputs.log_probs[0][trained], outputs.entropy[0][trained]
-
-
-def _visible(branch: Tensor) -> Tensor:
-    """(L,) branch numbers, 0 = the prompt -> (L, L): which token (column) each token (row) may look at."""
-    same = (branch[None, :] == branch[:, None]) | (branch[None, :] == 0)
-    return same.tril()
+    log_probs, entropies = log_probs.to(empty.dtype), entropies.to(empty.dtype)
+    return empty.index_put((places, columns), log_probs), empty.index_put((places, columns), entropies)
 
 
 def without_prefix(core: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -266,3 +205,18 @@ def without_prefix(core: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         "position_ids": positions[..., shared:],
         "past_key_values": prefix_cache(core, ids[:1, :shared], len(ids)),
     }
+
+
+@contextmanager
+def _replaced(module: Any, method: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block ``function`` hides the method of the module's class."""
+    setattr(module, method, function)
+    try:
+        yield
+    finally:
+        delattr(module, method)
+
+
+def _digest(piece: Tensor) -> int:
+    """Hash of a picture's pixels."""
+    return hash(piece.float().cpu().numpy().tobytes())  # numpy knows no bfloat16

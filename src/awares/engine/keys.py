@@ -1,0 +1,49 @@
+"""Keys of stored work: a folder named by a hash of everything that determines the work, code and weights included."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from awares.errors import AwaresValueError
+
+LIBRARIES = ("torch", "transformers", "trl", "peft")  # their versions are part of a key
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt")
+
+
+def code_of(*files: str) -> str:
+    """Hash of files: stored work of older code must not be taken for this code's."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def folder_digest(folder: str | Path) -> str:
+    """Hash of the files of a model folder; for a model of the hub, of its name and its commit in the hub's cache."""
+    if not Path(folder).is_dir():
+        commit = Path(hf_hub_download(str(folder), "config.json")).parent.name
+        return hashlib.sha256(f"{folder}@{commit}".encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*")):
+        if path.is_file() and path.suffix in MODEL_FILES:
+            digest.update(path.name.encode())
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def checkpoint_folder(out_dir: str | Path, inputs: dict[str, Any]) -> Path:
+    """``<out_dir>/../.checkpoints/<key>``, created if missing, with the inputs in ``inputs.json``.
+
+    It is outside ``out_dir`` because DVC empties a stage's outputs before it runs. AwaresError when the folder holds
+    checkpoints of other inputs (it was copied or renamed).
+    """
+    text = json.dumps(inputs, indent=1, sort_keys=True)
+    folder = Path(out_dir).parent / ".checkpoints" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    note = folder / "inputs.json"
+    if not note.is_file() or note.read_text() != text:
+        if any(folder.glob("checkpoint-*")):
+            raise AwaresValueError(f"{folder}: holds checkpoints of other inputs than inputs.json: delete the folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(text)
+    return folder
