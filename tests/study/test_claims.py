@@ -1,6 +1,7 @@
 """Verdicts follow from effect and interval alone, on rows that stages wrote; a claim without its runs is undecided."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,9 +85,10 @@ class World:
         jsonl.write_records(self.runs / path / "validation.jsonl", made)
 
     def decide(self, predicate):
-        """The finding of one claim, its files read anew. ``predicate``: as in claims.csv, or made."""
-        made = claims.read_predicate(predicate) if isinstance(predicate, str) else predicate
-        return SimpleNamespace(**claims.decide(made, scores.Runs(self.params, POLICIES)))
+        """The finding of one claim, its files read anew: an expression, >, < or within, and a margin."""
+        expression, side, margin = re.fullmatch(r"(.*) (>|<|within) (\S+)", predicate).groups()
+        side = {">": "above", "<": "below"}.get(side, side)
+        return SimpleNamespace(**claims.decide(expression, side, float(margin), scores.Runs(self.params, POLICIES)))
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def calling(calls, of):
     ],
 )
 def test_verdict_from_interval_side_and_margin(low, high, side, margin, expected):
-    assert claims.Predicate((), side, margin).verdict(low, high) == expected
+    assert claims.verdict(low, high, side, margin) == expected
 
 
 def test_a_difference_is_decided_by_the_interval_of_the_differences_table(world):
@@ -129,7 +131,7 @@ def test_a_difference_is_decided_by_the_interval_of_the_differences_table(world)
     assert (found.verdict, found.seeds, found.note) == ("holds", 1, "") and found.effect > found.low > 0
     assert world.decide(f"{gain} < 0").verdict == "does not hold"
     assert world.decide(f"{gain} > {found.effect}").verdict == "undecided"
-    assert world.decide(f"({gain}).within(99)").verdict == "holds"
+    assert world.decide(f"{gain} within 99").verdict == "holds"
     assert world.decide("accuracy(awares, pope) - accuracy(full, pope) > 0").effect != found.effect
     table = pd.concat([evaluation.scored(name, world.rows, one) for name, one in done.items()])
     expected = evaluation.compare(table, [("awares", "full")], world.params.evaluation).squeeze()
@@ -200,19 +202,17 @@ def test_the_hardest_of_several_decides_with_a_stricter_far_end(world):
     world.main("full", marks(1), tokens=64)
     world.main("awares", marks(1), tokens=32, text="call, then answer", answer="yes" * 4)
     world.pruner(tokens=48)
-    assert world.decide("every(rtr(awares) - rtr(name) < 0 for name in [full, pruner])").effect == -0.25
-    assert world.decide("every(rtr(awares) - rtr(name) > 0 for name in [full, pruner])").effect == -0.5
+    assert world.decide("[rtr(awares) - rtr(full), rtr(awares) - rtr(pruner)] < 0").effect == -0.25
+    assert world.decide("[rtr(awares) - rtr(full), rtr(awares) - rtr(pruner)] > 0").effect == -0.5
     assert world.decide("rtr(awares) < 0.51").verdict == "holds"
     assert world.decide("characters(awares) / characters(full) > 2").effect == 4  # a call is no answer (Table 6)
     assert "scores.csv has no characters" in world.decide("characters(awares) / characters(pruner) > 2").note
 
     rng = np.random.default_rng(0)
     draws = [Estimate(0.0, rng.standard_normal(40_000)) for _ in range(4)]
-    noise = [claims.Quantity((), "", lambda runs, seeds, one=one: one) for one in draws]
     strict = scipy.stats.norm.ppf(1 - 0.025 / 4)
-    above, below = (world.decide(claims.every(made)) for made in ([n > 0 for n in noise], [n < 0 for n in noise]))
-    assert (above.low, above.high) == pytest.approx((-1.96, strict), abs=0.15)
-    assert (below.low, below.high) == pytest.approx((-strict, 1.96), abs=0.15)
+    assert claims.hardest(draws, "above", 0.95)[1:] == pytest.approx((-1.96, strict), abs=0.15)
+    assert claims.hardest(draws, "below", 0.95)[1:] == pytest.approx((-strict, 1.96), abs=0.15)
 
 
 def test_measures_are_the_diagnostics(world):
@@ -330,16 +330,18 @@ def test_malformed_trajectories_are_errors(world):
 # The claims of the paper
 
 
-@pytest.mark.parametrize("text", ["accuracy(awares", "nonsense(awares) > 0", "1 / 0 > 0", "open('x')"])
-def test_a_predicate_that_cannot_be_read_is_named(text):
+@pytest.mark.parametrize("text", ["accuracy(awares", "nonsense(awares)", "1 / 0", "open('x')"])
+def test_an_expression_that_cannot_be_computed_is_named(world, text):
+    world.main("awares", marks(1))
     with pytest.raises(AwaresError, match="claims.csv"):
-        claims.read_predicate(text)
+        world.decide(f"{text} > 0")
 
 
 def test_every_policy_is_in_a_claim_and_every_claim_has_a_source():
     texts = claims.read_claims()
-    used = {name for claim in texts.predicate for one in claim.quantities for name in one.policies}
-    assert used == set(claims.CLAIMED_POLICIES)
+    assert set(texts.holds) == {"above", "below", "within"}
+    used = set(re.findall(r"\w+", " ".join(texts.expression))) | set(claims.PRUNERS)
+    assert used >= set(claims.CLAIMED_POLICIES)
     assert not texts[["claim", "quantity"]].duplicated().any() and not texts.id.duplicated().any()
     assert texts[["section", "claim", "quantity"]].ne("").all(axis=None)
     tables = pd.read_csv(load_params().path("data/paper/tables.csv")).table

@@ -1,17 +1,15 @@
-"""The paper's claims, decided by our runs: one predicate per claim, on a quantity with an interval.
+"""The paper's claims, decided by our runs.
 
-A claim *holds* if the whole interval is on the claimed side of the margin, *does not hold* if it is wholly on the other
-side, and is *undecided* otherwise, also without its runs. data/paper/claims.csv has a line per claim: section and tables
-of the paper, wording, quantity with its unit, predicate, how we read its margin (0 where the paper claims no more than a
-direction), and the reason why the claim fails here (if known).
+data/paper/claims.csv has a line per claim: its section and tables in the paper, the wording, the quantity with its unit
+and the ``expression`` that computes it, the side of the ``margin`` on which it ``holds`` (above, below, or within plus
+and minus it; 0 where the paper claims no more than a direction), how we read the margin, and why the claim fails here.
+A claim *holds* if the whole interval is on that side, *does not hold* if it is wholly on the other side, and is
+*undecided* otherwise, also without its runs.
 """
 
 import math
-import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,144 +39,79 @@ CLAIMED_POLICIES: dict[str, PolicyFiles] = {
 }
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """A number of several policies, computed once it is known which training seeds all of them have."""
-
-    policies: tuple[str, ...]
-    kind: str  # of rows
-    estimate: Callable[[Runs, Sequence[int]], Estimate]
-    least: float = -math.inf  # what it can be at all; Student's noise may go beyond
-    most: float = math.inf
-
-    def __sub__(self, other: "Quantity") -> "Quantity":
-        return self._with(other, operator.sub)
-
-    def __truediv__(self, other: "Quantity") -> "Quantity":
-        return self._with(other, operator.truediv, least=0.0)
-
-    def __abs__(self) -> "Quantity":
-        return Quantity(self.policies, self.kind, lambda runs, seeds: abs(self.estimate(runs, seeds)), least=0.0)
-
-    def __gt__(self, margin: float) -> "Predicate":
-        return Predicate((self,), "above", float(margin))
-
-    def __lt__(self, margin: float) -> "Predicate":
-        return Predicate((self,), "below", float(margin))
-
-    def within(self, margin: float) -> "Predicate":
-        """Between -``margin`` and ``margin``."""
-        return Predicate((self,), "within", float(margin))
-
-    def _with(self, other: "Quantity", join: Callable[[Any, Any], Estimate], least: float = -math.inf) -> "Quantity":
-        def both(runs: Runs, seeds: Sequence[int]) -> Estimate:
-            return join(self.estimate(runs, seeds), other.estimate(runs, seeds))
-
-        return Quantity(tuple(dict.fromkeys(self.policies + other.policies)), self.kind, both, least)
+def verdict(low: float, high: float, side: str, margin: float) -> str:
+    """HOLDS, FAILS or UNDECIDED from an interval; nan is undecided."""
+    floor = {"above": margin, "within": -margin}.get(side, -math.inf)
+    ceiling = math.inf if side == "above" else margin
+    return HOLDS if floor < low and high < ceiling else FAILS if high < floor or low > ceiling else UNDECIDED
 
 
-@dataclass(frozen=True)
-class Predicate:
-    """All ``quantities`` are on one ``side`` of ``margin``: above, below, or within plus and minus it."""
+def evaluate(expression: str, runs: Runs) -> tuple[list[Estimate], int]:
+    """The estimates of an expression of claims.csv, and the number of training seeds that all of its policies have.
 
-    quantities: tuple[Quantity, ...]
-    side: str
-    margin: float
-
-    def verdict(self, low: float, high: float) -> str:
-        """From an interval; nan is undecided."""
-        floor = {"above": self.margin, "within": -self.margin}.get(self.side, -math.inf)
-        ceiling = math.inf if self.side == "above" else self.margin
-        return HOLDS if floor < low and high < ceiling else FAILS if high < floor or low > ceiling else UNDECIDED
-
-
-def measured(name: str, policy: str, *benchmarks: str) -> Quantity:
-    """A measure of scores.MEASURES; ``benchmarks``: all by default."""
-    kind, factor = MEASURES[name]
-    most = 100.0 if factor == 100 else math.inf
-    return Quantity((policy,), kind, lambda runs, seeds: runs.estimate(name, policy, seeds, benchmarks), 0.0, most)
-
-
-def correlation(policy: str, x: str, y: str) -> Quantity:
-    """Of two measures, over the rows of a policy."""
-    return Quantity((policy,), MEASURES[x][0], lambda runs, seeds: runs.correlation(x, y, policy, seeds), -1.0, 1.0)
-
-
-def time_ratio(system: str, over: str) -> Quantity:
-    """Time of a system over that of another at batch 1, from latency/ratios.csv below reports/<profile>."""
-
-    def estimate(runs: Runs, _: Sequence[int]) -> Estimate:
-        file = runs.params.report_dir() / "latency" / "ratios.csv"
-        if not file.is_file():
-            raise MissingRows("latency/ratios.csv is not there")
-        table = pd.read_csv(file, dtype={"batch": str}).query("system == @system and over == @over and batch == '1'")
-        if table.empty:
-            raise MissingRows(f"latency/ratios.csv has no {system} over {over} at batch 1")
-        value, low, high = table[["ratio", "ratio_low", "ratio_high"]].iloc[0]
-        return Estimate(value, np.repeat([low, high], 50))  # its percentile interval is [low, high]
-
-    return Quantity((), "", estimate)
-
-
-def every(predicates: Iterable[Predicate]) -> Predicate:
-    """All of several predicates with one side and margin."""
-    found = list(predicates)
-    return Predicate(tuple(quantity for one in found for quantity in one.quantities), found[0].side, found[0].margin)
-
-
-def read_predicate(text: str) -> Predicate:
-    """The predicate of a line of claims.csv, a Python expression: quantities of policies, joined by - / abs < > within.
-
-    Policies and benchmarks are bare words. Raises AwaresValueError for another expression.
+    A Python expression of measures (scores.MEASURES) of policies and benchmarks, which are bare words; it may use
+    - / abs, ``correlation(policy, "x", "y")`` and ``time_ratio(system, over)``. A list is of several quantities.
+    Raises MissingRows without its runs, AwaresValueError if it cannot be read.
     """
-    words: dict[str, Any] = {word: word for word in re.findall(r"[a-z]\w*", text)}
-    words |= {name: partial(measured, name) for name in MEASURES}
-    words |= {"pruners": PRUNERS, "pruners_at_half": [name for name in PRUNERS if name.endswith("50")]}
-    words |= {"abs": abs, "every": every, "correlation": correlation, "time_ratio": time_ratio}
+    words = re.findall(r"[a-z]\w*", expression)
+    kinds = [MEASURES[word][0] for word in words if word in MEASURES]
+    lists = {"pruners": PRUNERS, "pruners_at_half": [name for name in PRUNERS if name.endswith("50")]}
+    policies = [name for word in words for name in lists.get(word, [word]) if name in runs.policies] if kinds else []
+    seeds = runs.seeds(tuple(dict.fromkeys(policies)), kinds[0] if kinds else "")
+    names: dict[str, Any] = {**{word: word for word in words}, **lists, "abs": abs}
+    names |= {"time_ratio": lambda system, over: _time_ratio(runs.params, system, over)}
+    names |= {"correlation": lambda policy, x, y: runs.correlation(x, y, policy, seeds)}
+    for measure in MEASURES:
+        names[measure] = lambda policy, *tasks, of=measure: runs.estimate(of, policy, seeds, tasks)
+    try:  # of a file of this repository, without Python's own functions
+        found = eval(expression, {"__builtins__": {}, **names})
+    except (SyntaxError, NameError, TypeError, ZeroDivisionError) as error:
+        raise AwaresValueError(f"{CLAIMS_FILE}: {expression!r} cannot be computed ({error})") from error
+    return found if isinstance(found, list) else [found], len(seeds)
+
+
+def hardest(estimates: Sequence[Estimate], side: str, level: float) -> tuple[float, float, float]:
+    """Effect, low and high of the estimate that is hardest for a claim on this ``side`` of a margin.
+
+    The end that any of several estimates could reach has the level 1 - (1 - level) / their number (Bonferroni).
+    """
+    worst, stricter = (max if side == "below" else min), 1 - (1 - level) / len(estimates)
+    effect = worst(one.value for one in estimates)
+    near, far = ([one.interval(level) for one in estimates], [one.interval(stricter) for one in estimates])
+    lows, highs = (far, near) if side == "below" else (near, far)
+    low = max(min(effect, worst(low for low, _ in lows)), estimates[0].least)
+    high = min(max(effect, worst(high for _, high in highs)), estimates[0].most)
+    return effect, low, high
+
+
+def decide(expression: str, side: str, margin: float, runs: Runs) -> dict[str, Any]:
+    """Effect, interval, seeds, verdict and note (what is missing) of a claim.
+
+    Raises AwaresError for inputs that are there and are wrong.
+    """
+    found = dict.fromkeys(("effect", "low", "high"), math.nan) | {"seeds": 0, "verdict": UNDECIDED, "note": ""}
     try:
-        return eval(text, {"__builtins__": {}, **words})  # a file of this repository, without Python's own functions
-    except Exception as error:
-        raise AwaresValueError(f"{CLAIMS_FILE}: no predicate: {text} ({error})") from error
+        estimates, found["seeds"] = evaluate(expression, runs)
+    except MissingRows as missing:
+        return found | {"note": str(missing)}
+    if not all(one.defined for one in estimates):
+        effect = (max if side == "below" else min)(one.value for one in estimates)
+        return found | {"effect": effect, "note": "too few rows decide it: some resamples hold none"}
+    effect, low, high = hardest(estimates, side, runs.params.evaluation.level)
+    return found | {"effect": effect, "low": low, "high": high, "verdict": verdict(low, high, side, margin)}
 
 
 def read_claims() -> pd.DataFrame:
-    """data/paper/claims.csv, the column predicate as `Predicate` objects."""
-    texts = pd.read_csv(find_file(CLAIMS_FILE), dtype=str, keep_default_na=False)
-    return texts.assign(predicate=[read_predicate(text) for text in texts.predicate])
-
-
-def decide(claim: Predicate, runs: Runs) -> dict[str, Any]:
-    """Effect, interval, seeds, verdict and note (what is missing) of the quantity that is hardest for the claim.
-
-    The end that any of several quantities could reach uses the level 1 - (1 - level) / their number (Bonferroni).
-    Raises AwaresError for inputs that are there and are wrong.
-    """
-    parts, level = claim.quantities, runs.params.evaluation.level
-    nothing = dict.fromkeys(("effect", "low", "high"), math.nan) | {"seeds": 0, "verdict": UNDECIDED, "note": ""}
-    try:
-        seeds = runs.seeds(tuple(dict.fromkeys(name for one in parts for name in one.policies)), parts[0].kind)
-        estimates = [one.estimate(runs, seeds) for one in parts]
-    except MissingRows as missing:
-        return nothing | {"note": str(missing)}
-    hardest, stricter = (max if claim.side == "below" else min), 1 - (1 - level) / len(estimates)
-    effect = hardest(one.value for one in estimates)
-    found = nothing | {"effect": effect, "seeds": len(seeds)}
-    if not all(one.defined for one in estimates):
-        return found | {"note": "too few rows decide it: some resamples hold none"}
-    near, far = ([one.interval(level) for one in estimates], [one.interval(stricter) for one in estimates])
-    lows, highs = (far, near) if claim.side == "below" else (near, far)
-    low = max(min(effect, hardest(low for low, _ in lows)), parts[0].least)
-    high = min(max(effect, hardest(high for _, high in highs)), parts[0].most)
-    return found | {"low": low, "high": high, "verdict": claim.verdict(low, high)}
+    """data/paper/claims.csv, everything but the margin as text."""
+    return pd.read_csv(find_file(CLAIMS_FILE), dtype=str, keep_default_na=False).astype({"margin": float})
 
 
 def claims_table(params: Params) -> pd.DataFrame:
     """One line per claim: CLAIM_COLUMNS, then id, tables (of the paper), holds (side), margin, note."""
     claims, runs = read_claims(), Runs(params, CLAIMED_POLICIES)
-    table = claims.join(pd.DataFrame([decide(one, runs) for one in claims.predicate]))
+    found = [decide(one.expression, one.holds, one.margin, runs) for one in claims.itertuples()]
+    table = claims.join(pd.DataFrame(found))
     table["note"] = table.note.where(table.verdict != FAILS, table.reason)
-    table["holds"] = [one.side for one in claims.predicate]
-    table["margin"] = [one.margin for one in claims.predicate]
     return table[[*CLAIM_COLUMNS, "id", "tables", "holds", "margin", "note"]]
 
 
@@ -188,3 +121,15 @@ def save_claims(params: Params, folder: Path) -> pd.DataFrame:
     save_table(table[["id", "claim", "tables", "holds", "margin", "verdict", "note"]], folder / "claims_notes.csv")
     save_table(table[CLAIM_COLUMNS], folder / "claims.csv")
     return table
+
+
+def _time_ratio(params: Params, system: str, over: str) -> Estimate:
+    """Time of a system over that of another at batch 1, from latency/ratios.csv below reports/<profile>."""
+    file = params.report_dir() / "latency" / "ratios.csv"
+    if not file.is_file():
+        raise MissingRows("latency/ratios.csv is not there")
+    table = pd.read_csv(file, dtype={"batch": str}).query("system == @system and over == @over and batch == '1'")
+    if table.empty:
+        raise MissingRows(f"latency/ratios.csv has no {system} over {over} at batch 1")
+    value, low, high = table[["ratio", "ratio_low", "ratio_high"]].iloc[0]
+    return Estimate(value, np.repeat([low, high], 50))  # its percentile interval is [low, high]

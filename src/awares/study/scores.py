@@ -10,9 +10,10 @@ seed it moves by the standard deviation over seeds of the main line's policy tha
 too wide rather than too narrow where two policies share an SFT checkpoint.
 """
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -54,10 +55,15 @@ class MissingRows(AwaresFileError):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic over rows and seeds, and its resamples ``draws`` (n,). Draw k has the same rows for every policy."""
+    """A statistic over rows and seeds, and its resamples ``draws`` (n,). Draw k has the same rows for every policy.
+
+    ``least``, ``most``: what it can be at all; Student's noise may go beyond.
+    """
 
     value: float
     draws: np.ndarray
+    least: float = -math.inf
+    most: float = math.inf
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         return Estimate(self.value - other.value, self.draws - other.draws)
@@ -65,10 +71,10 @@ class Estimate:
     def __truediv__(self, other: "Estimate") -> "Estimate":
         with np.errstate(invalid="ignore", divide="ignore"):
             draws = self.draws / other.draws
-        return Estimate(self.value / other.value if other.value else float("nan"), draws)
+        return Estimate(self.value / other.value if other.value else math.nan, draws, least=0.0)
 
     def __abs__(self) -> "Estimate":
-        return Estimate(abs(self.value), np.abs(self.draws))
+        return Estimate(abs(self.value), np.abs(self.draws), least=0.0)
 
     @property
     def defined(self) -> bool:
@@ -132,15 +138,17 @@ class Runs:
         """
         factor = MEASURES[measure][1]
         pooled = self._pool([self._resample(policy, seed, measure, benchmarks) for seed in seeds])
-        if len(seeds) > 1:
-            return Estimate(factor * pooled.value, factor * pooled.draws)
-        deviation, count = self._seed_deviation(measure, policy, benchmarks)
-        noise = self._stream("training", policy, measure).standard_normal(len(pooled.draws)) * self._student(count)
-        return Estimate(factor * pooled.value, factor * pooled.draws + deviation * noise)
+        draws = factor * pooled.draws
+        if len(seeds) == 1:
+            deviation, count = self._seed_deviation(measure, policy, benchmarks)
+            noise = self._stream("training", policy, measure).standard_normal(len(draws)) * self._student(count)
+            draws = draws + deviation * noise
+        return Estimate(factor * pooled.value, draws, 0.0, 100.0 if factor == 100 else math.inf)
 
     def correlation(self, x: str, y: str, policy: str, seeds: Sequence[int]) -> Estimate:
         """Pearson correlation over all rows of two measures in which every row counts, its mean over ``seeds``."""
-        return self._pool([self._correlate(self.rows(policy, MEASURES[x][0], seed), x, y) for seed in seeds])
+        found = self._pool([self._correlate(self.rows(policy, MEASURES[x][0], seed), x, y) for seed in seeds])
+        return replace(found, least=-1.0, most=1.0)
 
     # Statistics
 
