@@ -39,51 +39,56 @@ TEXT = Value("string")
 TEXTS = List(TEXT)
 
 
+def schema(texts: str, **others) -> Features:
+    """Text columns, named in one string, and others."""
+    return Features({**dict.fromkeys(texts.split(), TEXT), **others})
+
+
 def chartqa(root: Path, count: int, seed: int) -> None:
-    features = Features(
-        image=Image(), query=TEXT, label=TEXTS, human_or_machine=datasets.ClassLabel(names=["human", "machine"])
-    )
+    kind = datasets.ClassLabel(names=["human", "machine"])
     rows = [
         dict(image=picture(seed + i), query=f"What is bar {i}?", label=[str(i)], human_or_machine=i % 2)
         for i in range(count)
     ]
+    features = schema("query", image=Image(), label=TEXTS, human_or_machine=kind)
     write(root, "HuggingFaceM4/ChartQA", rows, features, "data/train-00000-of-00001.parquet")
 
 
 def docvqa(root: Path, count: int, seed: int) -> None:
     """Every page twice, as DocVQA asks several questions of a page. The card gives the number of rows."""
-    number = Value("int32")
-    features = Features(
-        questionId=number, question=TEXT, question_types=TEXTS, image=Image(), docId=number,
-        ucsf_document_id=TEXT, ucsf_document_page_no=TEXT, answers=TEXTS,
-    )  # fmt: skip
+    numbers = {"questionId": Value("int32"), "docId": Value("int32")}
+    texts = "question ucsf_document_id ucsf_document_page_no"
+    features = schema(texts, question_types=TEXTS, image=Image(), answers=TEXTS, **numbers)
+    page = {"question_types": ["form"], "ucsf_document_id": "abcd0001", "ucsf_document_page_no": "1"}
     rows = [
-        dict(
-            questionId=i, question=f"What is field {i}?", question_types=["form"], image=picture(seed + i // 2), docId=i // 2,
-            ucsf_document_id="abcd0001", ucsf_document_page_no="1", answers=[f"Value {i}", f"value {i}"],
-        )
+        dict(questionId=i, docId=i // 2, question=f"What is field {i}?", image=picture(seed + i // 2), **page)
+        | {"answers": [f"Value {i}", f"value {i}"]}
         for i in range(count)
-    ]  # fmt: skip
+    ]
     card = f"dataset_info:\n  splits:\n  - name: train\n    num_bytes: 1\n    num_examples: {count}\n"
     card += config("default", "train", "data/train-*")
     write(root, "HuggingFaceM4/DocumentVQA", rows, features, "data/train-00000-of-00001.parquet", card)
 
 
 def textvqa(root: Path, count: int, seed: int) -> None:
-    features = Features(
-        image_id=TEXT, question_id=Value("int32"), question=TEXT, question_tokens=TEXTS, image=Image(),
-        image_width=Value("int32"), image_height=Value("int32"), flickr_original_url=TEXT, flickr_300k_url=TEXT,
-        answers=TEXTS, image_classes=TEXTS, set_name=TEXT, ocr_tokens=TEXTS,
-    )  # fmt: skip
+    numbers = dict.fromkeys(("question_id", "image_width", "image_height"), Value("int32"))
+    lists = dict.fromkeys(("question_tokens", "answers", "image_classes", "ocr_tokens"), TEXTS)
+    texts = "image_id question flickr_original_url flickr_300k_url set_name"
+    plain = {
+        "image_width": 168,
+        "image_height": 112,
+        "flickr_original_url": "",
+        "flickr_300k_url": "",
+        "set_name": "train",
+    }
+    plain |= {"question_tokens": ["what"], "image_classes": ["Sign"], "ocr_tokens": ["exit"]}
     rows = [
-        dict(
-            image_id=f"{i:016x}", question_id=i, question=f"what does sign {i} say?", question_tokens=["what"],
-            image=picture(seed + i, kind="JPEG"), image_width=168, image_height=112, flickr_original_url="", flickr_300k_url="",
-            answers=["stop", f"exit {i}", "", f"exit {i}", "stop it", f"exit {i}", "a", "b", "c", "d"],
-            image_classes=["Sign"], set_name="train", ocr_tokens=["exit"],
-        )
+        dict(image_id=f"{i:016x}", question_id=i, question=f"what does sign {i} say?", **plain)
+        | {"answers": ["stop", f"exit {i}", "", f"exit {i}", "stop it", f"exit {i}", "a", "b", "c", "d"]}
+        | {"image": picture(seed + i, kind="JPEG")}
         for i in range(count)
-    ]  # fmt: skip
+    ]
+    features = schema(texts, image=Image(), **numbers, **lists)
     write(root, "lmms-lab/textvqa", rows, features, "data/train-00000-of-00001.parquet")
 
 
@@ -118,20 +123,15 @@ def llava_multi(root: Path, count: int, seed: int) -> None:
 
 
 def visionthink_smart(root: Path, count: int, seed: int) -> None:
-    """Published as what save_to_disk wrote: arrow files with dataset_info.json and state.json, which `load_dataset` refuses on disk and
-    passes over on the hub.
-    """
-    info: dict = {"id": TEXT, "tgt_height": Value("int64"), "tgt_width": Value("int64"), "use_tool": Value("bool")}
-    features = Features(
-        images=Image(), doc_id=TEXT, problem=TEXT, solution=TEXT, info=info, original_answer=TEXT, data_source=TEXT
-    )
+    """Published as what save_to_disk wrote: `load_dataset` refuses that on disk and passes over it on the hub."""
+    info = {"id": TEXT, "tgt_height": Value("int64"), "tgt_width": Value("int64"), "use_tool": Value("bool")}
+    features = schema("doc_id problem solution original_answer data_source", images=Image(), info=info)
     rows = [
-        dict(
-            images=picture(seed + i), doc_id=str(i), problem=f"<image>Who wrote book {i}?", solution=f"Author {i}",
-            info={"id": str(i), "tgt_height": 56, "tgt_width": 84, "use_tool": i % 2 == 0}, original_answer="", data_source="x",
-        )
+        dict(images=picture(seed + i), doc_id=str(i), problem=f"<image>Who wrote book {i}?", solution=f"Author {i}")
+        | {"info": {"id": str(i), "tgt_height": 56, "tgt_width": 84, "use_tool": i % 2 == 0}}
+        | {"original_answer": "", "data_source": "x"}
         for i in range(count)
-    ]  # fmt: skip
+    ]
     columns = {name: [row[name] for row in rows] for name in features}
     folder = root / "Senqiao/VisionThink-Smart-Train"
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder, num_shards=2)
@@ -139,59 +139,37 @@ def visionthink_smart(root: Path, count: int, seed: int) -> None:
 
 def benchmarks(root: Path, count: int, seed: int) -> None:
     """The six of PAPER §4, ``count`` rows each."""
-    rows: list[dict]
     pictures = {name: [picture(seed + 1000 * k + i) for i in range(count)] for k, name in enumerate("cdoprv")}
-    small = picture(seed + 9999, width=25, height=16)  # OCRBench has such
-    features = Features(type=TEXT, question=TEXT, answer=TEXT, image=Image())
-    rows = [
-        dict(type="human_test", question=f"How many {i}?", answer=str(i), image=p) for i, p in enumerate(pictures["c"])
-    ]
-    write(root, "lmms-lab/ChartQA", rows, features, "data/test-00000-of-00001.parquet")
-    features = Features(
-        questionId=TEXT, question=TEXT, question_types=TEXTS, image=Image(), docId=Value("int64"),
-        ucsf_document_id=TEXT, ucsf_document_page_no=TEXT, answers=TEXTS, data_split=TEXT,
-    )  # fmt: skip
-    rows = [
-        dict(
-            questionId=str(i), question="Who?", question_types=[], image=p, docId=i, ucsf_document_id="x",
-            ucsf_document_page_no="1", answers=["Ann", "ann"], data_split="val",
-        )
-        for i, p in enumerate(pictures["d"])
-    ]  # fmt: skip
-    card = config("DocVQA", "validation", "DocVQA/validation-*")
-    write(root, "lmms-lab/DocVQA", rows, features, "DocVQA/validation-00000-of-00001.parquet", card)
-    features = Features(dataset=TEXT, question=TEXT, question_type=TEXT, answer=TEXTS, image=Image())
-    kind = "Regular Text Recognition"
-    rows = [
-        dict(
-            dataset="IIIT5K", question=" what is written in the image? ", question_type=kind, answer=["CHAIN"], image=p
-        )
-        for p in [small, *pictures["o"][1:]]
-    ]
-    write(root, "echo840/OCRBench", rows, features, "data/test-00000-of-00001.parquet")
-    features = Features(
-        id=TEXT, question_id=TEXT, question=TEXT, answer=TEXT, image_source=TEXT, image=Image(), category=TEXT
-    )
-    rows = [
-        dict(
-            id=str(i), question_id="1", question="Is there a dog in the image?", answer=("yes", "no")[i % 2],
-            image_source="COCO_val2014_1", image=pictures["p"][i // 2], category="adversarial",
-        )
-        for i in range(count)
-    ]  # fmt: skip
-    write(root, "lmms-lab/POPE", rows, features, "data/test-00000-of-00001.parquet")
-    features = Features(image=Image(), image_path=TEXT, question=TEXT, answer=TEXT)
-    asked = "Which way?\n\nA. Left\nB. Right\nPlease answer directly with only the letter of the correct option and nothing else."
-    rows = [dict(image=p, image_path="1.webp", question=asked, answer="B") for p in pictures["r"]]
-    write(root, "lmms-lab/RealWorldQA", rows, features, "data/test-00000-of-00001.parquet")
-    features = Features(image=Image(), text=TEXT, category=TEXT, label=TEXT, question_id=TEXT)
+    pictures["o"][0] = picture(seed + 9999, width=25, height=16)  # OCRBench has such small ones
+    pictures["p"] = [pictures["p"][i // 2] for i in range(count)]
+
+    def benchmark(hub: str, key: str, rows: list[dict], split: str = "test", folder: str = "data", **others) -> None:
+        features = schema(" ".join(rows[0].keys() - others.keys()), image=Image(), **others)
+        rows = [{**row, "image": one} for row, one in zip(rows, pictures[key], strict=True)]
+        card = "" if folder == "data" else config(folder, split, f"{folder}/{split}-*")
+        write(root, hub, rows, features, f"{folder}/{split}-00000-of-00001.parquet", card)
+
+    numbers = range(count)
+    chart = [{"type": "human_test", "question": f"How many {i}?", "answer": str(i)} for i in numbers]
+    benchmark("lmms-lab/ChartQA", "c", chart)
+    page = {"question": "Who?", "question_types": [], "ucsf_document_id": "x", "ucsf_document_page_no": "1"}
+    page |= {"answers": ["Ann", "ann"], "data_split": "val"}
+    lists = {"question_types": TEXTS, "answers": TEXTS, "docId": Value("int64")}
+    pages = [{"questionId": str(i), "docId": i, **page} for i in numbers]
+    benchmark("lmms-lab/DocVQA", "d", pages, "validation", "DocVQA", **lists)
+    word = {"dataset": "IIIT5K", "question": " what is written in the image? ", "answer": ["CHAIN"]}
+    words = [{**word, "question_type": "Regular Text Recognition"}] * count
+    benchmark("echo840/OCRBench", "o", words, answer=TEXTS)
+    dog = {"question_id": "1", "question": "Is there a dog in the image?", "category": "adversarial"}
+    dog |= {"image_source": "COCO_val2014_1"}
+    benchmark("lmms-lab/POPE", "p", [{"id": str(i), "answer": ("yes", "no")[i % 2], **dog} for i in numbers])
+    asked = "Which way?\n\nA. Left\nB. Right\n"
+    asked += "Please answer directly with only the letter of the correct option and nothing else."
+    benchmark("lmms-lab/RealWorldQA", "r", [{"image_path": "1.webp", "question": asked, "answer": "B"}] * count)
     asked = "What is the material of the glove?\n(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather\n"
     asked += "Answer with the option's letter from the given choices directly."
-    rows = [
-        dict(image=p, text=asked, category="direct_attributes", label="A", question_id=str(i))
-        for i, p in enumerate(pictures["v"])
-    ]
-    write(root, "lmms-lab/vstar-bench", rows, features, "data/test-00000-of-00001.parquet")
+    glove = {"text": asked, "category": "direct_attributes", "label": "A"}
+    benchmark("lmms-lab/vstar-bench", "v", [{**glove, "question_id": str(i)} for i in numbers])
 
 
 TRAINING = (chartqa, docvqa, textvqa, llava_multi, visionthink_smart)
@@ -210,21 +188,15 @@ def opened(content: bytes) -> Pictures.Image:
 
 
 def released(root: Path, count: int, seed: int, pictures: int = 1000) -> None:
-    """NimrodShabtay1986/AwaRes in the schema that data/sources.yaml assumes; every second row calls. So many ``pictures`` take turns."""
+    """NimrodShabtay1986/AwaRes in the schema of data/sources.yaml; every second row calls. ``pictures`` take turns."""
     features = Features(images=List(Image()), messages=List({"role": TEXT, "content": TEXT}))
     rows = []
     for i in range(count):
-        calls = i % 2 == 1
-        said = [
-            "<image>What is this?",
-            f"GET_CROPS: ['{i % 9}', '5']" if i != 3 else "GET_CROPS: ['all']",
-            "<image>",
-            f"a {i}",
-        ]
-        turns = said if calls else [said[0], said[3]]
+        call = f"GET_CROPS: ['{i % 9}', '5']" if i != 3 else "GET_CROPS: ['all']"
+        said = ["<image>What is this?", *([call, "<image>"] if i % 2 else []), f"a {i}"]
         messages = [{"role": "system", "content": "Look."}]
-        messages += [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(turns)]
+        messages += [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
         own = seed + i % pictures
-        images = [picture(own), picture(own, width=84, height=56)] if calls else [picture(own)]
+        images = [picture(own), *([picture(own, width=84, height=56)] if i % 2 else [])]
         rows.append(dict(images=images, messages=messages))
     write(root, "NimrodShabtay1986/AwaRes", rows, features, "data/train-00000-of-00001.parquet")

@@ -168,4 +168,4 @@ def test_figure_draws_both_sets_of_rows() -> None:
     main = pd.DataFrame({"system": ["full", "half"], "benchmark": evaluation.AVERAGE, "rtr": [1.0, 0.25], **line})
     figure = figures.dial_figure(pd.DataFrame(points), frontier, main)
     left, right = (axes.get_legend_handles_labels()[1] for axes in figure.axes)
-    assert left == ["SFT only", "AwaRes", "full", "half"] and right[-1] == "SFT only: oracle frontier"
+    assert left == ["SFT", "AwaRes", "full resolution", "half resolution"] and right[-1] == "SFT: oracle frontier"

@@ -222,24 +222,19 @@ def recipe_table(results: pd.DataFrame, decisions: pd.DataFrame, wanted: Sequenc
     return average[["variant", "accuracy", "accuracy_low", "accuracy_high", "rtr"]].merge(calls, on="variant")
 
 
-def sweeps(main: Params, runs: Mapping[str, Params]) -> dict[str, dict[str, float]]:
-    """Numbers that variants change alone: dotted key -> variant -> value, sorted, the main line included."""
+def sweep_table(
+    results: pd.DataFrame, decisions: pd.DataFrame, main: Params, runs: Mapping[str, Params]
+) -> pd.DataFrame:
+    """Numbers that variants change alone, the main line's included: parameter, value, then as `recipe_table`."""
     found: dict[str, dict[str, float]] = {}
     for name, params in runs.items():
         changes = differences(main, params)
         if len(changes) == 1 and all(type(value) in (int, float) for value in changes[0][1:]):
             key, before, after = changes[0]
             found.setdefault(key, {MAIN: before})[name] = after
-    return {key: dict(sorted(values.items(), key=lambda item: item[1])) for key, values in found.items()}
-
-
-def sweep_table(
-    results: pd.DataFrame, decisions: pd.DataFrame, found: Mapping[str, Mapping[str, float]]
-) -> pd.DataFrame:
-    """Columns parameter, value, then those of `recipe_table`; one line per point of every sweep."""
     parts = []
     for parameter, values in found.items():
-        table = recipe_table(results, decisions, list(values), MAIN)
+        table = recipe_table(results, decisions, sorted(values, key=lambda name: values[name]), MAIN)
         table.insert(0, "value", table.variant.map(values))
         table.insert(0, "parameter", parameter)
         parts.append(table)

@@ -50,9 +50,16 @@ def outcome(crops: Sequence[str]) -> str:
     return NO_CALL if not crops else crops[0] if crops[0] in CROPS else FREE_BOX
 
 
-def table_outcomes(found: Iterable[str]) -> list[str]:
-    """The outcomes that get a line in a table of the outcomes ``found``: free boxes only if there are any."""
-    return [*OUTCOMES[:-1], *{FREE_BOX}.intersection(found)]
+def outcome_shares(groups: Iterable[tuple[str, Sequence[str]]], names: Sequence[str] = OUTCOMES) -> list[Any]:
+    """(group, outcome, share in percent, rows) for each group of outcomes; free boxes only if there are any."""
+    found = dict(groups)
+    boxes = any(FREE_BOX in outcomes for outcomes in found.values())
+    return [
+        (group, name, 100 * (list(outcomes).count(name) / len(outcomes)) if len(outcomes) else 0.0, len(outcomes))
+        for group, outcomes in found.items()
+        for name in names
+        if name != FREE_BOX or boxes
+    ]
 
 
 def policy_flow(policies: Mapping[str, Sequence[Sequence[str]]]) -> pd.DataFrame:
@@ -63,13 +70,7 @@ def policy_flow(policies: Mapping[str, Sequence[Sequence[str]]]) -> pd.DataFrame
     if len({len(requests) for requests in policies.values()}) > 1:
         raise AwaresValueError("policy flow: every policy must have answered the same rows in the same order")
     outcomes = {policy: [outcome(crops) for crops in requests] for policy, requests in policies.items()}
-    names = table_outcomes(name for found in outcomes.values() for name in found)
-    records = [
-        (policy, name, 100 * (found.count(name) / len(found) if found else np.nan), len(found))
-        for policy, found in outcomes.items()
-        for name in names
-    ]
-    return pd.DataFrame(records, columns=["policy", "outcome", "share", "n"])
+    return pd.DataFrame(outcome_shares(outcomes.items()), columns=["policy", "outcome", "share", "n"])
 
 
 def error_kind(

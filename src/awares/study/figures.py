@@ -26,15 +26,14 @@ from PIL import Image
 from awares.method.crops import crop_box, cut, low_resolution
 from awares.method.evaluation import AVERAGE
 from awares.study.diagnostics import OUTCOMES, outcome
+from awares.study.display import SYSTEM_WORDS
 
 if TYPE_CHECKING:
     from awares.method.rollout import Trajectory
 
-SYSTEM_NAMES = {"full": "full", "half": "half", "no_image": "no image", "sft": "SFT only", "awares": "AwaRes"}
-SYSTEM_NAMES |= {"escalate_full": "whole image on a call", "awares_naive": "AwaRes, naive re-prefill"}
 PALETTE = sns.color_palette("colorblind")
-SYSTEM_COLOURS = dict(zip(SYSTEM_NAMES, PALETTE, strict=False))
-MARKERS = dict(zip(SYSTEM_NAMES, "svX^oDP", strict=True))
+SYSTEM_COLOURS = dict(zip(SYSTEM_WORDS, PALETTE, strict=False))
+MARKERS = dict(zip(SYSTEM_WORDS, "svX^oP*D", strict=True))
 RATIO_MARKERS = {"50": "o", "70": "s", "awares": "D"}  # by percent of tokens that a pruner keeps, or as many as AwaRes
 # By outcome; grey is darker than the palette's, which looks green to a deuteranope
 OUTCOME_COLOURS = [*PALETTE[:7], (0.3, 0.3, 0.3), *PALETTE[8:], *sns.color_palette("dark", 3)]
@@ -81,7 +80,7 @@ def _points(axes: Axes, table: pd.DataFrame, x: str = "rtr", **look: Any) -> Non
         system = {
             "fmt": MARKERS.get(name, "o"),
             "color": SYSTEM_COLOURS.get(name),
-            "label": SYSTEM_NAMES.get(name, name),
+            "label": SYSTEM_WORDS.get(name, name),
         }
         axes.errorbar(row[x], row["accuracy"], **{"capsize": 3, **bars, **system, **look})
 
@@ -136,7 +135,7 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
         shown = dial[dial.rows == part]
         for system, rows in shown.groupby("system", sort=False):
             look, trained = {"color": SYSTEM_COLOURS.get(system)}, rows[rows.call_bias == 0]
-            axes.plot(rows.rtr, rows.accuracy, marker="o", markersize=4, label=SYSTEM_NAMES.get(system, system), **look)
+            axes.plot(rows.rtr, rows.accuracy, marker="o", markersize=4, label=SYSTEM_WORDS.get(system, system), **look)
             axes.fill_between(rows.rtr, rows.accuracy_low, rows.accuracy_high, alpha=0.12, linewidth=0, **look)
             axes.plot(trained.rtr, trained.accuracy, "o", markersize=10, markerfacecolor="none", **look)
         axes.set(xlabel=RTR, title=title.format(shown.n.iloc[0]))
@@ -144,7 +143,7 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
     for line, width, (system, rows) in zip(("-", ":"), (4, 2), frontier.groupby("system", sort=False), strict=False):
         # the frontiers almost coincide: dots on a wide pale line show both
         look = {"color": SYSTEM_COLOURS.get(system), "linestyle": line, "linewidth": width, "alpha": 2 / width}
-        panels[1].plot(rows.rtr, rows.accuracy, label=f"{SYSTEM_NAMES.get(system, system)}: oracle frontier", **look)
+        panels[1].plot(rows.rtr, rows.accuracy, label=f"{SYSTEM_WORDS.get(system, system)}: oracle frontier", **look)
     panels[0].set_ylabel("accuracy (%), average over tasks")
     for axes in panels:
         axes.legend(loc="best", handlelength=3)
@@ -237,7 +236,7 @@ def effects_figure(table: pd.DataFrame) -> Figure:
     for axes, (value, low, high) in zip(panels, columns, strict=True):
         for name, part in rows.groupby("system"):
             colour, significant = SYSTEM_COLOURS[name], (part[low] > 0) | (part[high] < 0)
-            axes.hlines(part.index, part[low], part[high], color=colour, linewidth=1.4, label=SYSTEM_NAMES[name])
+            axes.hlines(part.index, part[low], part[high], color=colour, linewidth=1.4, label=SYSTEM_WORDS[name])
             inside = [colour if sure else "white" for sure in significant]
             axes.scatter(part[value], part.index, color=inside, edgecolor=colour, zorder=3)
         axes.axvline(0, color="black", linewidth=0.8)

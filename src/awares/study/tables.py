@@ -16,7 +16,7 @@ from awares.errors import AwaresFileError, Failure
 from awares.method.crops import coverage, union_area
 from awares.method.judges import Judge
 from awares.study.curation_tables import correct_threshold
-from awares.study.diagnostics import NO_CALL, outcome, table_outcomes
+from awares.study.diagnostics import NO_CALL, OUTCOMES, outcome, outcome_shares
 
 if TYPE_CHECKING:
     from awares.method.rollout import Trajectory
@@ -82,13 +82,8 @@ def label_table(rows: datasets.Dataset) -> pd.DataFrame:
 def crop_table(rows: datasets.Dataset) -> pd.DataFrame:
     """How often the HR rows of a source, and of all, request each crop (percent). Columns source, crop, share, n."""
     requests = pd.DataFrame({"source": rows["source"][:], "crop": [outcome(names) for names in rows["target_crops"]]})
-    requests = requests[requests.crop != NO_CALL]
-    records = [
-        (source, name, 100 * (part.crop == name).mean() if len(part) else 0.0, len(part))
-        for source, part in _by_source(requests)
-        for name in table_outcomes(requests.crop)[1:]
-    ]
-    return pd.DataFrame(records, columns=["source", "crop", "share", "n"])
+    groups = [(source, part.crop.tolist()) for source, part in _by_source(requests[requests.crop != NO_CALL])]
+    return pd.DataFrame(outcome_shares(groups, OUTCOMES[1:]), columns=["source", "crop", "share", "n"])
 
 
 def _by_source(table: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
