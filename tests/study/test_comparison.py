@@ -123,6 +123,8 @@ def test_a_variant_is_judged_by_the_last_policy_that_it_changes():
         assert comparison.judged_by(load_params("mini", name)) == judged
     for name in ("turn", "labels_anls"):
         assert comparison.judged_by(load_params("mini", name)) == ("sft", "sft")
+    folders = [load_params("mini", "no_area_cost").run_dir(stage).name for stage in ("curation", "sft", "grpo")]
+    assert folders == ["main", "main-s1", "no_area_cost-s1"]  # it shares the stages that it leaves alone
     with pytest.raises(AwaresError, match="'main'"):
         comparison.judged_by(PARAMS)
 
