@@ -104,9 +104,6 @@ class PeakMemory:
         return 1024 * float(status.partition("VmHWM:")[2].split()[0])
 
 
-# Rows and jobs
-
-
 def spread(benchmarks: Sequence[str], count: int) -> list[int]:
     """Indices of ``count`` rows to time: equally many per benchmark (the first get the remainder), at even steps."""
     names = np.array(benchmarks)
@@ -289,9 +286,6 @@ def _batches(times: pd.DataFrame) -> Iterator[tuple[str, dict[str, int], pd.Data
     for batch, budgets in (("1", dict.fromkeys(best, LOOP)), ("best", best)):
         chosen = times[times.token_budget == times.system.map(budgets)]
         yield batch, budgets, chosen.pivot(index="repetition", columns="system", values="seconds")
-
-
-# Counting
 
 
 def count_table(

@@ -47,7 +47,7 @@ def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
         except openai.AuthenticationError:
             yield Finding(what, False, "refuses the key", f"set the environment variable {model.key_variable} to it")
         except openai.OpenAIError as error:
-            fix = f"start it (data/launch/README.md, Judge and oracle), or set AWARES_{name.upper()}_URL to its address"
+            fix = f"start it (data/launch/README.md), or give its address in AWARES_{name.upper()}_URL"
             yield Finding(what, False, f"no answer: {type(error).__name__}", fix)
         else:
             fix = f"start it with --served-model-name {model.model}, or write the served name into data/served.yaml"
