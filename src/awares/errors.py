@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 _Reply = TypeVar("_Reply")
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class AwaresError(Exception):
@@ -68,3 +69,11 @@ def first_fault(error: ValidationError) -> str:
     if fault["type"] == "missing":
         return f"{key} is missing"
     return f"{key}: {fault['msg'].removeprefix('Value error, ')}, not {str(fault['input'])[:100]!r}"
+
+
+def validated(model: type[_Model], values: Any, place: str) -> _Model:
+    """``values`` as ``model``; AwaresValueError with ``place`` and the first fault."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise AwaresValueError(f"{place}: {first_fault(error)}") from error

@@ -16,7 +16,7 @@ from PIL import Image
 from test_rollout import NAMES, ORDERS, TIE, engine, rigged, rows_of  # noqa: F401  (rigged is a fixture)
 
 from awares.clients.chat import ChatClient, Server
-from awares.clients.engine import RemoteEngine, data_url
+from awares.clients.engine import RemoteEngine
 from awares.engine import chat_format
 from awares.engine.model import make_processor
 from awares.errors import AwaresError, AwaresRequestError
@@ -100,19 +100,9 @@ def test_a_second_run_needs_no_server(rigged: SimpleNamespace, remote) -> None: 
     images = rows_of(rigged, ORDERS)
     first = remote().run(images, ORDERS)
     assert remote(NOWHERE).run(images, ORDERS) == first
-    with pytest.raises(AwaresRequestError, match="the probe before the first row: Connection error"):
+    with pytest.raises(AwaresRequestError, match="7 of 7 rows"):
         remote(NOWHERE).run(images, [*ORDERS[1:], "new"])
     assert remote().run([], []) == []
-
-
-def test_a_row_that_may_not_call_does_not_write_the_call_token(rigged: SimpleNamespace, remote) -> None:  # noqa: F811
-    """With the token barred at every position by logit_bias; the server is not rigged against it."""
-    row = remote()._open(rigged.noise(56, 56, 0), "q", "r", "half", (), protocol.SYSTEM)
-    free = remote()._request(row, [data_url(row.images[0])]).settings["logit_bias"]
-    row.bias = float("-inf")
-    barred = remote()._request(row, [data_url(row.images[0])]).settings["logit_bias"]
-    call = rigged.processor.tokenizer.convert_tokens_to_ids(chat_format.TOOL_CALL)
-    assert barred == {**free, str(call): -100.0} and str(rigged.processor.image_token_id) in free
 
 
 # What is sent
@@ -128,12 +118,13 @@ def test_turn_two_resends_turn_one_byte_for_byte_and_crops_without_loss(
 ) -> None:
     image, call = tiny.noise(224, 168, 3), protocol.OURS.render_call(["right", "top-left"])
     (found,) = remote(faulty.url, check=False).run([image], [f"where?|{say(call)}"])
-    first, second = [arrival["body"] for arrival in faulty.arrivals()]
+    remote(faulty.url, check=False).run([image], ["where?"], forced=[()])
+    first, second, third = [arrival["body"] for arrival in faulty.arrivals()]
     assert found.crops == ("right", "top-left") and found.answer == "reply to \n</tool_response>".strip()
     low, both = first.pop("messages"), second.pop("messages")
-    barred, barred_then = first.pop("logit_bias"), second.pop("logit_bias")  # there is no third turn
+    free, *barred = (body.pop("logit_bias") for body in (first, second, third))  # turn 2, and a row that may not call
     call_token = tiny.processor.tokenizer.convert_tokens_to_ids(chat_format.TOOL_CALL)
-    assert barred_then.keys() - barred.keys() == {str(call_token)}
+    assert barred == [{**free, str(call_token): -100.0}] * 2 and str(tiny.processor.image_token_id) in free
     assert json.dumps(both[:2]) == json.dumps(low) and first == second
     assert [message["role"] for message in both] == ["system", "user", "assistant", "user"]
     assert both[2]["content"] == call
@@ -158,11 +149,10 @@ def test_a_server_with_another_prompt_or_image_limit_is_refused_before_a_reply_i
     other = make_processor(tokenizer)
     swapped = chat_format.CHAT_TEMPLATE.replace("</tool_response>", "X").replace("<tool_response>", "</tool_response>")
     tokenizer.chat_template = other.chat_template = swapped.replace("X", "<tool_response>")  # as many tokens as before
-    with pytest.raises(AwaresRequestError, match="another prompt.*--chat-template-content-format openai"):
-        remote(processor=other).run([tiny.noise(112, 112, 0)], ["q"])
-    limited = make_processor(tiny_tokenizer(), max_pixels=112 * 112)  # the probe's images are below the limit
-    with pytest.raises(AwaresRequestError, match="the server counts .* prompt tokens"):
-        remote(processor=limited).run([tiny.noise(448, 448, 0)], ["q"])
+    limited = make_processor(tiny_tokenizer(), max_pixels=112 * 112)
+    for processor, forced in ((other, [("top",)]), (limited, None)):
+        with pytest.raises(AwaresRequestError, match="prompt.*--chat-template-content-format openai"):
+            remote(processor=processor).run([tiny.noise(448, 448, 0)], ["q"], forced=forced)
     assert not (tmp_path / "replies.jsonl").exists()
 
 

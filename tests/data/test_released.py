@@ -229,6 +229,6 @@ def test_an_unknown_name_and_an_unreadable_call_are_named(tmp_path: Path) -> Non
     with pytest.raises(AwaresError, match="curation.released: 'nothing' is not declared in .*awares"):
         released.curate_released(settings(**{"curation.released": "nothing"}), tmp_path)
     with pytest.raises(AwaresError, match=r"here, row 7: .*GET_CROPS: \?.*skip: \[7\]"):
-        released._target({"row": 7, "call": "GET_CROPS: ?"}, "here")
+        released.target_crops({"row": 7, "call": "GET_CROPS: ?"}, "here")
     with pytest.raises(AwaresError, match=r"here, row 8: .*skip: \[8\]"):
-        released._target({"row": 8, "call": "", "answers": ["GET_CROPS: ['5']"]}, "here")
+        released.target_crops({"row": 8, "call": "", "answers": ["GET_CROPS: ['5']"]}, "here")

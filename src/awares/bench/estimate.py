@@ -70,7 +70,8 @@ def labelling(rows: int, params: Params) -> pd.DataFrame:
     counted: retries, the check of repaired answers (about 6 % more), savings by recorded replies.
     """
     section, served = params.curation, read_served(params)
-    judge, oracle = (len(prompt.system) + len(prompt.user) for prompt in (served.prompts.judge, served.prompts.oracle))
+    prompts = (served.prompts[role] for role in ("judge", "oracle"))
+    judge, oracle = (len(prompt.system) + len(prompt.user) for prompt in prompts)
     # role, name, rows, requests per row, characters of the prompt, visual tokens, tokens of the reply
     roles = [("judge", name, rows, 2, judge, 0, 20) for name in section.all_judges]
     roles.append(("oracle", section.oracle, math.ceil(HR_FRACTION * rows), 1, oracle, SERVED_VISUAL_TOKENS, 60))

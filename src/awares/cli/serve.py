@@ -120,13 +120,11 @@ def answer_policy(engine: Any, request: PolicyRequest, limits: Limits, deadline:
     _check_length(engine, engine.prompt_length(image, question), longest, limits)
     if local:
         engine.decoder.criteria = _until(deadline)
-    else:  # a client of its own, since a client keeps its replies
+    else:  # with a client for this request's time limit
         left = {"timeout": max(1.0, deadline - time.time()), "attempts": 2}
-        shared, engine = engine, copy.copy(engine)
-        engine.client = ChatClient(shared.client.server.model_copy(update=left), None)
+        server, engine = engine.client.server.model_copy(update=left), copy.copy(engine)
+        engine.client = ChatClient(server, None)
     done = engine.run([image], [question], call_bias=request.call_bias or 0.0)[0]
-    if not local:
-        shared.unchecked = engine.unchecked
     written = [turn.text_tokens for turn in done.turns if turn.role == "assistant"]
     tokens = engine.codec.tokenize(done.answer)[: written[-1]]
     text = engine.codec.text(tokens[:limit]) if len(tokens) > limit else done.answer

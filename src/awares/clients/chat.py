@@ -1,17 +1,16 @@
 """Chat requests to an OpenAI-compatible server: in threads, retried by the openai client, each reply kept in a file.
 
-Every reply is appended, raw, to a JSONL file as soon as it arrives, under a hash of its whole request. The same call
-after a kill or an outage continues from that file. Judges, oracles and `clients.engine.RemoteEngine` use this client.
+A JSONL file gets each reply, raw, when it arrives, under a hash of its request. After a kill the same call continues.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Lock
@@ -25,27 +24,22 @@ from tqdm import tqdm
 from awares.engine.jsonl import append_records, drop_torn_line, exclusive_lock, read_records, refuse_foreign
 from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
 
-T = TypeVar("T")
-HEAD = b'{"reply_key": '  # the first bytes of every line of a reply file
-REFUSES_ALL = (401, 403, 404)  # key, rights, address or model: the next request would fail the same way
+_Result = TypeVar("_Result")
 
 
 class RowFailed(Exception):
-    """A row without a result; raised in a ``talk`` it stops no other row.
+    """A row without a result; raised in a ``talk`` it stops no other row. ``silent``: a later run asks again."""
 
-    ``silent``: the server gave no reply, so a later run asks again. ``refused``: it gave a 4xx status.
-    """
-
-    def __init__(self, reason: str, silent: bool = False, refused: bool = False) -> None:
+    def __init__(self, reason: str, silent: bool = False) -> None:
         super().__init__(reason)
-        self.silent, self.refused = silent, refused
+        self.silent = silent
 
 
 class Server(BaseModel, extra="forbid", frozen=True):
     """An OpenAI-compatible endpoint and its limits; AwaresValueError names a wrong one.
 
-    ``url`` ends in /v1. The key is read from the environment variable ``key_variable`` only; unset = no key. At most
-    ``concurrency`` rows run at once. A request is tried ``attempts`` times, each time for ``timeout`` seconds.
+    ``url`` ends in /v1. The key comes from the environment variable ``key_variable``; unset = no key. ``concurrency``
+    rows run at once. A request is tried ``attempts`` times, each time for ``timeout`` seconds.
     """
 
     url: str = Field(pattern="^https?://")
@@ -74,10 +68,7 @@ class Server(BaseModel, extra="forbid", frozen=True):
 
 
 class Reply(BaseModel):
-    """First choice (``text``; ``finish``: stop, length, ...) and token counts, if any, of the body ``raw``.
-
-    ``seconds``: duration of the attempt that succeeded.
-    """
+    """First choice (``finish``: stop, length, ...) and token counts of the body ``raw``; seconds of its attempt."""
 
     raw: dict[str, Any]
     seconds: float
@@ -91,15 +82,13 @@ class Reply(BaseModel):
 class Request:
     """One chat completion; ``messages`` and ``settings`` (temperature, max_tokens, extra_body, ...) as in the API.
 
-    The same request always gets the same recorded reply; another ``seed`` setting makes it another request. ``check``
-    sees a fresh reply before it is recorded and may raise. ``record=False``: always sent.
+    The same request gets the same recorded reply. ``check`` sees a fresh one first: it may raise, or change ``raw``.
     """
 
     row_id: str
     messages: Sequence[dict[str, Any]]
     settings: dict[str, Any]
     check: Callable[[Reply], None] = lambda reply: None
-    record: bool = True
 
     def key(self, model: str) -> str:
         """Hash of everything that decides the reply: model, messages with image bytes, settings."""
@@ -111,79 +100,75 @@ Send = Callable[[Request], Reply]
 
 
 class ChatClient:
-    """Sends requests to ``server``; ``path`` is the JSONL file of replies (None: they are kept in memory only)."""
+    """Sends requests to ``server``. ``path``: the JSONL file of replies; None keeps them during one call only."""
 
     def __init__(self, server: Server, path: str | Path | None, progress: bool = False) -> None:
         self.server, self.path, self.progress = server, None if path is None else Path(path), progress
         self.replies: dict[str, Reply] = {}  # by the key of the request
-        self._silent = 0  # failed rows since the last reply
-        self._lock, self._sending = Lock(), defaultdict[str, Lock](Lock)
+        self._lock, self._silent = Lock(), 0  # failed rows since the last reply
 
     def converse(
         self,
         row_ids: Sequence[str],
-        talk: Callable[[int, Send], T],
-        on_failure: Callable[[Failure], T] | None = None,
-    ) -> list[T]:
+        talk: Callable[[int, Send], _Result],
+        on_failure: Callable[[Failure], _Result] | None = None,
+    ) -> list[_Result]:
         """The results of ``talk(index, send)`` for all rows, in their order; it runs in threads.
 
-        ``send(request)`` returns a reply, recorded or fresh. A failed row does not stop the others: ``on_failure``
-        gives its result; without it, an AwaresRequestError lists all failures at the end. A refused key, address or
-        model and a server that stopped replying raise AwaresRequestError at once.
+        A failed row does not stop the others: ``on_failure`` gives its result; without it, an AwaresRequestError lists
+        all failures at the end. It is raised at once for a refused key, address or model and a server gone silent.
         """
         results: list[Any] = [None] * len(row_ids)
-        self._silent, self._sending = 0, defaultdict(Lock)  # threads of an aborted call may hold the former locks
+        self._silent = 0
         bar = tqdm(total=len(row_ids), desc=self.server.model, unit="row", disable=not self.progress)
         with self.opened(), self.server.connect() as api, bar:
 
-            def run_row(index: int) -> tuple[int, T | Failure]:
+            def run_row(index: int) -> None:
                 try:
-                    return index, talk(index, lambda request: self._send(api, request))
+                    results[index] = talk(index, partial(self._send, api))
                 except RowFailed as error:
-                    return index, self._failure(row_ids[index], error)
+                    results[index] = self._failure(row_ids[index], error)
 
             # Daemon threads: an error or an interrupt ends the call without waiting for the requests under way.
             with ThreadPool(max(1, min(self.server.concurrency, len(row_ids)))) as pool:
-                for index, result in pool.imap_unordered(run_row, range(len(row_ids))):
-                    results[index] = result
+                for _ in pool.imap_unordered(run_row, range(len(row_ids))):
                     bar.update()
-        failures = [result for result in results if isinstance(result, Failure)]
-        if failures and on_failure is None:
+        if on_failure:
+            return [on_failure(result) if isinstance(result, Failure) else result for result in results]
+        if failures := [result for result in results if isinstance(result, Failure)]:
             shown = "".join(f"\n  row {failure.row_id}: {failure.reason}" for failure in failures[:20])
             count = f"{len(failures)} of {len(results)} rows have no reply; run again for them"
             raise AwaresRequestError(f"{self.server.url}: {count}. The first:{shown}", failures)
-        return [on_failure(result) if on_failure and isinstance(result, Failure) else result for result in results]
+        return results
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Lock and read the file; AwaresError if another process holds it or if it contains something else."""
         if self.path is None:
+            self.replies = {}
             yield
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(self.path):
-            refuse_foreign(self.path, HEAD, "replies")
+            refuse_foreign(self.path, b'{"reply_key": ', "replies")
             drop_torn_line(self.path)  # else the next record would follow half a record on one line
             self.replies = {one["reply_key"]: Reply.model_validate(one) for one in read_records(self.path)}
             yield
 
     def _send(self, api: openai.OpenAI, request: Request) -> Reply:
         key = request.key(self.server.model)
+        if key in self.replies:
+            return self.replies[key]
+        reply = self._fetch(api, request)
+        request.check(reply)
         with self._lock:
-            sending = self._sending[key]
-        with sending:  # the same request of two rows is sent once
-            if key in self.replies and request.record:
-                return self.replies[key]
-            reply = self._fetch(api, request)
-            request.check(reply)
-            with self._lock:
-                self._silent = 0
-                if request.record and not api.is_closed():  # after an abort the file is no longer ours
-                    self.replies[key] = reply
-                    about = {"reply_key": key, "id": request.row_id, "model": self.server.model}
-                    if self.path:
-                        append_records(self.path, [{**about, "seconds": reply.seconds, "raw": reply.raw}])
-        return reply
+            self._silent = 0
+            if api.is_closed():  # after an abort the file is no longer ours
+                return reply
+            if self.path and key not in self.replies:  # another row may have made the same request
+                about = {"reply_key": key, "id": request.row_id, "model": self.server.model}
+                append_records(self.path, [{**about, "seconds": reply.seconds, "raw": reply.raw}])
+            return self.replies.setdefault(key, reply)
 
     def _fetch(self, api: openai.OpenAI, request: Request) -> Reply:
         create: Any = api.chat.completions.with_raw_response.create
@@ -209,19 +194,17 @@ class ChatClient:
         """The exception for an error status: of this row, or (AwaresRequestError) of the whole call."""
         body = self.server.without_key(error.response.content)[:300].decode(errors="replace").strip()
         reason = f"status {error.status_code}: {body}"
-        if error.status_code not in REFUSES_ALL:
-            return RowFailed(reason, silent=True, refused=error.status_code < 500 and error.status_code != 429)
-        return AwaresRequestError(
-            f"{self.server.url} refuses every request, {reason}. Check server.url (ends in /v1), server.model "
-            f"{self.server.model!r} and the key in the environment variable {self.server.key_variable}"
-        )
+        if error.status_code not in (401, 403, 404):  # key, rights, address or model
+            return RowFailed(reason, silent=True)
+        fix = f"server.url (ends in /v1), server.model {self.server.model!r} and the key in {self.server.key_variable}"
+        return AwaresRequestError(f"{self.server.url} refuses every request, {reason}. Check {fix}")
 
     def _failure(self, row_id: str, error: RowFailed) -> Failure:
         """The row's result; AwaresRequestError for one too many. After a first reply a 4xx is the row's own fault."""
+        status = getattr(error.__cause__, "status_code", 500)
         with self._lock:
-            self._silent += error.silent and not (error.refused and self.replies)
-            silent = self._silent
-        if silent >= self.server.stop_after:
-            reason = f"no reply for {silent} rows in a row, the last for row {row_id}: {error}"
+            self._silent += error.silent and (status >= 500 or status == 429 or not self.replies)
+        if self._silent >= self.server.stop_after:
+            reason = f"no reply for {self._silent} rows in a row, the last for row {row_id}: {error}"
             raise AwaresRequestError(f"{self.server.url}: {reason}. When it is back, run again") from error
         return Failure(row_id, str(error), error.silent)

@@ -1,7 +1,6 @@
-"""The released AwaRes dataset as curated rows, in place of `method.curation` (PAPER §7).
+"""The released AwaRes dataset (``curation.released``) as curated rows, in place of `method.curation` (PAPER §7).
 
-``curation.released`` names it. Its schema is assumed: see the reader `trajectory` in `sources` and section ``curated``
-of data/sources.yaml.
+Its schema is assumed: see the reader `trajectory` in `sources` and section ``curated`` of data/sources.yaml.
 """
 
 from collections.abc import Sequence
@@ -31,43 +30,38 @@ def curate_released(params: Params, out_dir: str | Path) -> dict[str, datasets.D
     """
     data, limit = params.data, params.data.duplicate_distance
     opened = open_source(params, "curated", params.curation.released)
+    place = opened.source.place
     clean = far_from(collect(params, opened), benchmark_hashes(params), limit)
     held = ranked(clean, data.validation_seed)[: data.validation_rows * len(data.sources)]
     train = ranked(far_from(clean, all_hashes(held), limit), data.train_seed)
     if not train:
-        raise AwaresValueError(
-            f"{opened.source.place}: {len(clean)} usable rows in {opened.source.hub}, and data.validation_rows takes "
-            f"{len(held)}: none is left to train on, lower it"
-        )
+        fault = f"{len(clean)} usable rows, and data.validation_rows takes {len(held)}: lower it"
+        raise AwaresValueError(f"{place}: none is left to train on of {fault}")
     splits = {}
     for split, records in {"train": train, "validation": held}.items():
         folder = Path(out_dir) / split / curation.ROWS_FOLDER
         rows = _curated(opened, records, split, params)
-        save_rows(validate_rows(rows, f"{opened.source.place}, {split}", pixels=False), folder)
+        save_rows(validate_rows(rows, f"{place}, {split}", pixels=False), folder)
         splits[split] = load_rows(folder)
     return splits
 
 
 def _curated(opened: OpenSource, records: Sequence[Record], split: str, params: Params) -> datasets.Dataset:
-    targets = [_target(record, opened.source.place) for record in records]
-    ids = [record["id"] for record in records]
-    answers = [{"id": row_id, "low": {"answer": ""}, "high": {"answer": ""}} for row_id in ids]
-    blank: Record = {"low": None, "high": None, "both_wrong": False}
-    verdicts = [
-        {"id": row_id, RELEASED_JUDGE: {"value": 2 if crops else 0, **blank}}
-        for row_id, crops in zip(ids, targets, strict=True)
-    ]
+    targets = [target_crops(record, opened.source.place) for record in records]
+    answers, verdicts = [], []
+    for record, crops in zip(records, targets, strict=True):
+        verdict = {"value": 2 if crops else 0, "low": None, "high": None, "both_wrong": False}
+        answers.append({"id": record["id"], "low": {"answer": ""}, "high": {"answer": ""}})
+        verdicts.append({"id": record["id"], RELEASED_JUDGE: verdict})
     rows = curation.assemble(build_rows(params, opened, records, split), answers, verdicts, [], params, RELEASED_JUDGE)
     feature = rows.features["target_crops"]
     return rows.remove_columns("target_crops").add_column("target_crops", targets, feature=feature)
 
 
-def _target(record: Record, place: str) -> list[str]:
-    """The crops that a trajectory calls for; none if it answers at once."""
-    call = protocol.parse_call(record["call"], protocol.RELEASED)
-    skip = f"write skip: [{record['row']}]"
-    if record["call"] and not call.crops:
-        raise AwaresValueError(f"{place}, row {record['row']}: unreadable call {record['call'][:80]!r}: {skip}")
-    if not record["call"] and protocol.parse_call(record["answers"][0], protocol.RELEASED).status != "none":
-        raise AwaresValueError(f"{place}, row {record['row']}: the trajectory ends with its call: {skip}")
+def target_crops(record: Record, place: str) -> list[str]:
+    """The crops that a released trajectory calls for; none if it answers at once. AwaresValueError if unreadable."""
+    call, answer = (protocol.parse_call(text, protocol.RELEASED) for text in (record["call"], record["answers"][0]))
+    if (record["call"] and not call.crops) or (not record["call"] and answer.status != "none"):
+        fault = f"unreadable call {record['call'][:80]!r}" if record["call"] else "the trajectory ends with its call"
+        raise AwaresValueError(f"{place}, row {record['row']}: {fault}: write skip: [{record['row']}]")
     return list(call.crops)

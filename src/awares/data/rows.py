@@ -1,4 +1,4 @@
-"""Rows: what a valid row is, rows from a file of the user's own, and the three splits of a run.
+"""Rows: what a valid row is, rows from a file of the user, and the three splits of a run.
 
 A row is an image, a question, its accepted answers (the first one is canonical), the boxes of the question's and of
 the answer's evidence in 1/1000 of the image sides, its source and its split. `engine.rows` stores them.
@@ -16,12 +16,12 @@ import datasets
 import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
 from awares.config import CropSettings, Params
 from awares.engine.images import MIN_SIDE, check_image
 from awares.engine.rows import FEATURES, load_rows
-from awares.errors import AwaresFileError, AwaresValueError, first_fault
+from awares.errors import AwaresFileError, AwaresValueError, validated
 from awares.method.crops import boxes_to_crops
 
 
@@ -29,12 +29,6 @@ def _check_box(box: list[int]) -> list[int]:
     if len(box) != 4 or not (0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000):
         raise ValueError("a box is [x1, y1, x2, y2] in 1/1000 of the image sides, with x1 < x2 and y1 < y2")
     return box
-
-
-def _check_content(image: dict[str, Any]) -> dict[str, Any]:
-    if not (image.get("bytes") or image.get("path")):
-        raise ValueError("the image is missing")
-    return image
 
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
@@ -45,16 +39,13 @@ class Row(BaseModel, extra="forbid", strict=True):
     """One row. ``image`` is encoded: {"bytes": content of the file or None, "path": the file or None}."""
 
     id: NonBlank
-    image: Annotated[dict[str, Any], AfterValidator(_check_content)]
+    image: dict[str, Any]
     question: NonBlank
     answers: Annotated[list[NonBlank], Field(min_length=1)]
     source: str
     question_boxes: BoxList = []
     answer_boxes: BoxList = []
     split: Literal["train", "validation", "evaluation", "base"] = "train"
-
-
-# The splits of a run
 
 
 def make_split(params: Params, split: str) -> datasets.Dataset:
@@ -103,9 +94,6 @@ def evaluation_rows(params: Params) -> datasets.Dataset:
     return make_split(params, "evaluation") if params.unseen else load_rows(params.run_dir("data") / "evaluation")
 
 
-# Reading and checking
-
-
 def make_dataset(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
     """Dicts with the keys of FEATURES -> Dataset. ``image``: PIL, or {"bytes": file content}, kept as it is."""
     listed = list(rows)
@@ -113,10 +101,9 @@ def make_dataset(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
 
 
 def read_jsonl_rows(path: str | Path) -> datasets.Dataset:
-    """Rows from a file with one JSON object per line, ``image`` being a path relative to the file.
+    """Rows from a file with one JSON object per line, ``image`` relative to the file; AwaresError names file and line.
 
-    Defaults: ``id`` <file>-<line>, ``source`` the file's name, ``split`` "train", no boxes. Raises AwaresError that
-    names file and line.
+    Defaults: ``id`` <file>-<line>, ``source`` the file's name, ``split`` "train", no boxes.
     """
     file = Path(path)
     if not file.is_file():
@@ -139,40 +126,33 @@ def _read_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
         if not image.is_file():
             raise AwaresFileError(f"{place}: image {row['image']} is missing; paths are relative to {file.name}")
         row["image"] = {"bytes": image.read_bytes(), "path": None}
-    return _parse(row, place, pixels=True).model_dump()
+    return _check_row(row, place, pixels=True).model_dump()
 
 
 def validate_rows(dataset: datasets.Dataset, name: str, pixels: bool = True) -> datasets.Dataset:
-    """``dataset`` itself, or AwaresError with ``name``, the row id and the fault.
-
-    Every row must be a :class:`Row`; with ``pixels`` every image is also decoded and its size checked.
-    """
+    """``dataset`` if every row (with ``pixels`` its image, too) is a valid :class:`Row`; AwaresError names the row."""
     missing = [column for column in FEATURES if column not in dataset.column_names]
-    if missing:
-        raise AwaresValueError(f"{name}: column {', '.join(missing)} is missing; rows have {', '.join(FEATURES)}")
-    if not len(dataset):
-        raise AwaresValueError(f"{name}: no rows")
+    if missing or not len(dataset):
+        fault = f"column {', '.join(missing)} is missing; rows have {', '.join(FEATURES)}" if missing else "no rows"
+        raise AwaresValueError(f"{name}: {fault}")
     for row in dataset.select_columns(list(FEATURES)).cast_column("image", datasets.Image(decode=False)):
-        _parse(row, f"{name}, row {row['id']}", pixels)
+        _check_row(row, f"{name}, row {row['id']}", pixels)
     return dataset
 
 
-def _parse(values: dict[str, Any], place: str, pixels: bool) -> Row:
-    try:
-        row = Row.model_validate(values)
-    except ValidationError as error:
-        raise AwaresValueError(f"{place}: {first_fault(error)}") from error
+def _check_row(values: dict[str, Any], place: str, pixels: bool) -> Row:
+    row = validated(Row, values, place)
     if pixels:
         try:
             with Image.open(io.BytesIO(_content(row.image))) as image:
                 check_image(image, f"{place}, image")
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise AwaresValueError(f"{place}, image: corrupt ({error})") from error
+            raise AwaresValueError(f"{place}, image: missing or corrupt ({error})") from error
     return row
 
 
 def _content(image: dict[str, Any]) -> bytes:
-    return image["bytes"] or Path(image["path"]).read_bytes()
+    return image.get("bytes") or Path(image.get("path") or "").read_bytes()
 
 
 def _check_ids(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
@@ -180,9 +160,6 @@ def _check_ids(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
     if count > 1:
         raise AwaresValueError(f"{name}: id {row_id} occurs {count} times; every row needs its own")
     return dataset
-
-
-# Properties
 
 
 def rows_of_source(dataset: datasets.Dataset, source: str) -> datasets.Dataset:

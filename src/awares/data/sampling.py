@@ -2,7 +2,7 @@
 
 1. *Collect*: read the drawn rows of a source once and keep image files by hash and one JSON line per row, in chunks.
 2. *Select*: drop rows whose image is near a benchmark's, take validation rows, then training rows without their images.
-3. *Build*: a dataset from the kept files. Steps 2 and 3 do not depend on when step 1 was interrupted.
+3. *Build*: a dataset from the kept files.
 """
 
 import functools
@@ -21,7 +21,7 @@ from PIL import Image
 from awares.config import Params
 from awares.data import sources
 from awares.data.rows import image_digests
-from awares.data.sources import OpenSource, Source
+from awares.data.sources import OpenSource
 from awares.engine import images
 from awares.engine.jsonl import Record, in_chunks, read_records
 from awares.engine.keys import checkpoint_folder, code_of
@@ -34,14 +34,11 @@ HASH_SIDE = 64  # px: size of the grey picture that is transformed
 HASH_BITS = 16  # lowest frequencies kept per direction
 
 
-# Perceptual hash
-
-
 def perceptual_hash(image: Image.Image) -> str:
     """64 hex digits that change little when a picture is resized, re-encoded or retouched.
 
-    Of the two-dimensional DCT-II of the picture, shrunk to 64 x 64 grey px, the 16 x 16 lowest frequencies give one bit
-    each: whether they exceed their median. The first coefficient, the mean, is left out.
+    Each of the 16 x 16 lowest frequencies of the DCT-II of the picture in 64 x 64 grey px gives one bit: whether it
+    exceeds their median. The mean is left out.
     """
     grey = np.asarray(image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
     low = scipy.fft.dctn(grey, norm="ortho")[:HASH_BITS, :HASH_BITS].ravel()
@@ -59,15 +56,12 @@ def hash_distances(hashes: Sequence[str], others: Sequence[str]) -> np.ndarray:
     return np.array([np.bitwise_count(known ^ word).sum(axis=1).min(initial=256) for word in words], dtype=int)
 
 
-# Collect
-
-
 def collect(params: Params, opened: OpenSource) -> list[Record]:
     """The usable rows that this run needs of a source, all of a benchmark, by ascending position.
 
     A record has id, row (position), question, answers, call, image (sha256 of its file in the image folder) and phashes
-    (of the image and of all parts of a strip). Continues where a killed run stopped. Raises AwaresError before reading
-    if the source has too few rows; after reading, one error for all unusable rows.
+    (of the image and of all parts of a strip). Continues where a killed run stopped. AwaresError for a source with too
+    few rows and, after reading, for all unusable rows; those without question, answer or image only in a benchmark.
     """
     folder = _image_folder(params, opened)
     wanted = drawn_positions(params, opened)
@@ -79,15 +73,16 @@ def collect(params: Params, opened: OpenSource) -> list[Record]:
 
     file = folder.with_name(f"rows-{_sha256(json.dumps(wanted))[:16]}.jsonl")
     records = in_chunks(file, list(positions), READ_CHUNK, work)
-    _refuse_faults(opened.source, records)
+    source, refused = opened.source, ("fault", "empty") if opened.source.kind == "evaluation" else ("fault",)
+    if bad := [record for record in records if record["state"] in refused]:
+        listed = "; ".join(f"row {record['row']}: {record['fault']}" for record in bad[:20])
+        skip = f"skip: {[record['row'] for record in bad]} there and run again: rows read so far are kept"
+        raise AwaresValueError(f"{source.place}: {len(bad)} rows of {source.hub} are unusable ({listed}). Write {skip}")
     return [record for record in records if record["state"] == "row"]
 
 
 def _image_folder(params: Params, opened: OpenSource) -> Path:
-    """Where images of a source are kept, next to its records, by all that decides how a row is read.
-
-    Neither ``skip`` nor the number of rows is in this key, so that a second run reuses rows.
-    """
+    """The folder of a source's images by all that decides how a row is read: not by ``skip`` and the number of rows."""
     source, code = opened.source, code_of(__file__, *(str(module.__file__) for module in (sources, images, protocol)))
     declared = source.model_dump(exclude={"skip", "place"})
     key = {"source": declared, "commit": opened.commit, "code": code, "max_side": params.crops.max_side}
@@ -97,24 +92,17 @@ def _image_folder(params: Params, opened: OpenSource) -> Path:
 
 
 def drawn_positions(params: Params, opened: OpenSource) -> list[int]:
-    """Positions to read, ascending: all of a benchmark, else the first ones in the order of :func:`rank`."""
+    """Positions to read, ascending: all of a benchmark, else the first ones in the order of :func:`ranked`."""
     source, published = opened.source, opened.count()
     present = [index for index in range(published) if index not in source.skip]
     if source.kind != "training":
         return present
     need = params.data.train_rows + params.data.validation_rows
     if len(present) < need:
-        raise AwaresValueError(
-            f"{source.place}: {source.hub} has {published} rows in split {source.split}, fewer than the {need} of "
-            "data.train_rows and data.validation_rows: lower them"
-        )
-    order = sorted(present, key=lambda index: rank(params.data.train_seed, source.row_id(index)))
+        fault = f"has {published} rows in split {source.split}, fewer than the {need} of data.train_rows and"
+        raise AwaresValueError(f"{source.place}: {source.hub} {fault} data.validation_rows: lower them")
+    order = sorted(present, key=lambda index: _sha256(f"{params.data.train_seed}:{source.row_id(index)}"))
     return sorted(order[: math.ceil(need * (1 + params.data.reserve))])
-
-
-def rank(seed: int, row_id: str) -> str:
-    """Sort key that shuffles rows by ``seed``, independent of the order of reading."""
-    return _sha256(f"{seed}:{row_id}")
 
 
 def _sha256(text: str) -> str:
@@ -142,32 +130,14 @@ def _read(opened: OpenSource, index: int, folder: Path, max_side: int) -> Record
     return {**record, "state": "row", **text, "image": digest, "phashes": phashes}
 
 
-def _refuse_faults(source: Source, records: Sequence[Record]) -> None:
-    """One error for all unusable rows; empty rows are unusable in a benchmark, where every row counts."""
-    refused = ("fault", "empty") if source.kind == "evaluation" else ("fault",)
-    bad = [record for record in records if record["state"] in refused]
-    if bad:
-        listed = "; ".join(f"row {record['row']}: {record['fault']}" for record in bad[:20])
-        more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-        positions = ", ".join(str(record["row"]) for record in bad)
-        raise AwaresValueError(
-            f"{source.place}: {len(bad)} rows of {source.hub} cannot be used ({listed}{more}). Write "
-            f"skip: [{positions}] there and run again: rows read so far are kept"
-        )
-
-
-# Select
-
-
 Drawn = dict[tuple[str, str], tuple[OpenSource, list[Record]]]  # (split, source) -> its rows in the order of the draw
 
 
 def select_rows(params: Params) -> tuple[Drawn, pd.DataFrame]:
     """Validation and training rows of all hub sources, sharing no image with each other or with a benchmark.
 
-    The table counts per source what was published, drawn, dropped and taken. Two images are the same if their
-    perceptual hashes differ by at most ``data.duplicate_distance`` bits; every part of a strip counts. Validation rows
-    are taken first. Raises AwaresError for a source with too few rows left.
+    The table counts what was published, drawn, dropped and taken per source. Two images are the same if their hashes
+    (of any part of a strip) differ by at most ``data.duplicate_distance`` bits. AwaresError for too few rows left.
     """
     sources.read_sources(params, "training")  # raises if the file is missing or wrong
     return _select(params, params.path(params.data.sources_file).read_text(encoding="utf-8"))
@@ -177,39 +147,33 @@ def select_rows(params: Params) -> tuple[Drawn, pd.DataFrame]:
 def _select(params: Params, declared: str) -> tuple[Drawn, pd.DataFrame]:
     """:func:`select_rows`; ``declared``, the text of the sources file, makes an edited file count."""
     data, limit = params.data, params.data.duplicate_distance
-    opened = open_all(params)
+    training = {name: opened for (kind, name), opened in open_all(params).items() if kind == "training"}
     tested = benchmark_hashes(params)
-    names = [name for kind, name in opened if kind == "training"]
-    usable = {name: collect(params, opened["training", name]) for name in names}
-    clean = {name: far_from(usable[name], tested, limit) for name in names}
-    held = {name: ranked(clean[name], data.validation_seed)[: data.validation_rows] for name in names}
-    held_hashes = [one for records in held.values() for one in all_hashes(records)]
-    free = {name: far_from(clean[name], held_hashes, limit) for name in names}
-    train = {name: ranked(free[name], data.train_seed)[: data.train_rows] for name in names}
-    counts = []
-    for name in names:
-        one = opened["training", name]
-        drawn = len(drawn_positions(params, one))
-        count = {"source": name, "published": one.count(), "drawn": drawn, "empty": drawn - len(usable[name])}
+    usable = {name: collect(params, opened) for name, opened in training.items()}
+    clean = {name: far_from(records, tested, limit) for name, records in usable.items()}
+    held = {name: ranked(records, data.validation_seed)[: data.validation_rows] for name, records in clean.items()}
+    near = [one for records in held.values() for one in all_hashes(records)]
+    rows, counts = {}, []
+    for name, opened in training.items():
+        free, drawn = far_from(clean[name], near, limit), len(drawn_positions(params, opened))
+        train = ranked(free, data.train_seed)[: data.train_rows]
+        count = {"source": name, "published": opened.count(), "drawn": drawn, "empty": drawn - len(usable[name])}
         count["of benchmarks"] = len(usable[name]) - len(clean[name])
-        count["of validation"] = len(clean[name]) - len(free[name]) - len(held[name])
-        count |= {"validation": len(held[name]), "train": len(train[name])}
-        for key, taken in (("validation_rows", held[name]), ("train_rows", train[name])):
+        count["of validation"] = len(clean[name]) - len(free) - len(held[name])
+        count |= {"validation": len(held[name]), "train": len(train)}
+        for key, taken in (("validation_rows", held[name]), ("train_rows", train)):
             if len(taken) < getattr(data, key):
-                fix = f"lower data.{key}" if drawn == one.count() - len(one.source.skip) else "raise data.reserve"
+                all_drawn = drawn == opened.count() - len(opened.source.skip)
+                fix = f"lower data.{key}" if all_drawn else "raise data.reserve"
                 found = f"{len(taken)} of {getattr(data, key)} rows for data.{key} ({count})"
-                raise AwaresValueError(f"{one.source.place}: {found}: {fix}")
-        counts.append({**count, "hub": one.source.hub, "licence": one.source.licence})
-    parts = (("validation", held), ("train", train))
-    rows = {(split, name): (opened["training", name], part[name]) for split, part in parts for name in names}
+                raise AwaresValueError(f"{opened.source.place}: {found}: {fix}")
+            rows[key.removesuffix("_rows"), name] = opened, taken
+        counts.append({**count, "hub": opened.source.hub, "licence": opened.source.licence})
     return rows, pd.DataFrame(counts)
 
 
 def open_all(params: Params, check: bool = True) -> dict[tuple[str, str], OpenSource]:
-    """(kind, name) -> every benchmark and training source; ``check``: its rows counted and the first one read.
-
-    That takes minutes and finds a wrong declaration before hours of reading.
-    """
+    """(kind, name) -> every benchmark and training source; ``check`` finds faults in minutes, before hours of work."""
     names = [("evaluation", name) for name in sources.read_sources(params, "evaluation")]
     names += [("training", name) for name in params.data.sources if not name.endswith(".jsonl")]
     found = {(kind, name): sources.open_source(params, kind, name, check) for kind, name in names}
@@ -237,11 +201,8 @@ def far_from(records: list[Record], hashes: Sequence[str], limit: int) -> list[R
 
 
 def ranked(records: Sequence[Record], seed: int) -> list[Record]:
-    """``records`` in the order of ``seed``."""
-    return sorted(records, key=lambda record: rank(seed, record["id"]))
-
-
-# Build
+    """``records`` shuffled by ``seed``, independent of their order before."""
+    return sorted(records, key=lambda record: _sha256(f"{seed}:{record['id']}"))
 
 
 def load_split(params: Params, name: str, split: str) -> datasets.Dataset:
@@ -255,15 +216,13 @@ def load_split(params: Params, name: str, split: str) -> datasets.Dataset:
 
 def build_rows(params: Params, opened: OpenSource, records: Sequence[Record], split: str) -> datasets.Dataset:
     """A memory-mapped dataset with columns FEATURES from the files that :func:`collect` kept."""
-
     folder, source = _image_folder(params, opened), opened.source.name
     constant = {"source": source, "question_boxes": [], "answer_boxes": [], "split": split}
 
     def rows() -> Iterator[Record]:
         for record in records:
-            content = (folder / record["image"]).read_bytes()
-            text = {key: record[key] for key in ("id", "question", "answers")}
-            yield {**text, "image": {"bytes": content, "path": None}, **constant}
+            image = {"bytes": (folder / record["image"]).read_bytes(), "path": None}
+            yield {**{key: record[key] for key in ("id", "question", "answers")}, "image": image, **constant}
 
     keys = ("id", "question", "answers", "image")
     digests = [_sha256(json.dumps([record[key] for key in keys])) for record in records]
@@ -272,25 +231,18 @@ def build_rows(params: Params, opened: OpenSource, records: Sequence[Record], sp
     return datasets.Dataset.from_generator(rows, features=FEATURES, cache_dir=cache, fingerprint=fingerprint)
 
 
-# Provenance
-
-
 def row_manifest(params: Params, splits: Mapping[str, datasets.Dataset]) -> list[Record]:
-    """One record per row of ``splits``, which identifies it permanently.
-
-    Keys: id, split, source; hub id, config, published split and commit (empty for rows that are not from the hub);
-    sha256 of the image file and of question and answers.
-    """
+    """Per row of ``splits``: id, split, source, place on the hub (empty for other rows), sha256 of image and text."""
     opened = open_all(params, check=False) if params.data.origin == "hub" else {}
     records = []
     for split, rows in splits.items():
         columns = (rows[name] for name in ("id", "source", "question", "answers"))
         for row_id, source, question, answers, image in zip(*columns, image_digests(rows), strict=True):
             origin = opened.get(("evaluation" if split == "evaluation" else "training", source))
-            place = ("", "", "", "")
+            hub = dict.fromkeys(("hub", "config", "published_split", "commit"), "")
             if origin and row_id.startswith(f"{source}-{origin.source.split}-"):  # else a row of a user's file
                 place = (origin.source.hub, origin.source.config, origin.source.split, origin.commit)
-            hub = dict(zip(("hub", "config", "published_split", "commit"), place, strict=True))
+                hub = dict(zip(hub, place, strict=True))
             text = _sha256(json.dumps([question, answers]))
             records.append({"id": row_id, "split": split, "source": source, **hub, "image": image, "text": text})
     return records
@@ -298,5 +250,4 @@ def row_manifest(params: Params, splits: Mapping[str, datasets.Dataset]) -> list
 
 def provenance(params: Params) -> pd.DataFrame:
     """Per training source: rows published, drawn, dropped and taken; hub id and licence. Empty for other origins."""
-    empty = pd.DataFrame(columns=["source", "hub", "licence"])
-    return select_rows(params)[1] if params.data.origin == "hub" else empty
+    return select_rows(params)[1] if params.data.origin == "hub" else pd.DataFrame(columns=["source", "hub", "licence"])

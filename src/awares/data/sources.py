@@ -10,20 +10,18 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
 from huggingface_hub import HfApi, HfFileSystem
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from awares.config import Params, read_yaml
 from awares.engine.images import MAX_ASPECT, MIN_SIDE, cap, check_image, to_rgb
 from awares.engine.jsonl import Record
-from awares.errors import AwaresError, AwaresFileError, AwaresValueError, first_fault
+from awares.errors import AwaresFileError, AwaresValueError, validated
 from awares.method.protocol import check_question
 
 NAMED_BY = {"training": "data.sources", "evaluation": "data.tasks", "curated": "curation.released"}
@@ -65,10 +63,7 @@ def read_sources(params: Params, kind: str) -> dict[str, Source]:
     sources = {}
     for name, entry in entries.items():
         place = f"{file.name}: {kind}.{name}"
-        try:
-            sources[name] = Source.model_validate({**entry, "name": name, "kind": kind, "place": place})
-        except ValidationError as error:
-            raise AwaresValueError(f"{place}: {first_fault(error)}") from error
+        sources[name] = validated(Source, {**entry, "name": name, "kind": kind, "place": place}, place)
     return sources
 
 
@@ -105,22 +100,20 @@ class Draft(NamedTuple):
 
 
 class OpenSource:
-    """A source that can be read by position, in ascending order if it streams. AwaresError if it is not available.
+    """A source to read by position, in ascending order if it streams; AwaresError if it is not available.
 
-    ``commit``: the commit of the revision, or a digest of the files of a local copy.
+    ``commit``: that of the revision, or a digest of the files of a local copy.
     """
 
     def __init__(self, source: Source, hub_root: Path | None) -> None:
         self.source = source
         self.local = hub_root / source.hub if hub_root else None
         try:
-            commit = (
-                _digest(self.local) if self.local else HfApi().dataset_info(source.hub, revision=source.revision).sha
-            )
-            self.commit = str(commit)
+            commit = None if self.local else HfApi().dataset_info(source.hub, revision=source.revision).sha
+            self.commit = _digest(self.local) if self.local else str(commit)
             self.rows = self._open()
         except Exception as error:  # datasets and the hub's client raise many types
-            raise _unavailable(source, error, self.local) from error
+            raise self._unavailable(error) from error
         self._stream: Any = None
         self._position = 0
         self._zip: zipfile.ZipFile | None = None
@@ -136,12 +129,9 @@ class OpenSource:
         """The published row ``index``; None without question, answer or image. AwaresValueError if unreadable."""
         row = self.rows[index].to_pylist()[0] if isinstance(self.rows, datasets.Dataset) else self._streamed(index)
         source = self.source
-        missing = [column for column in source.columns.values() if column not in row]
-        if missing:
-            raise AwaresFileError(
-                f"{source.place}.columns: {source.hub} has no column {', '.join(missing)}; it has {', '.join(row)}. "
-                "Correct the mapping or pin an older revision"
-            )
+        if missing := [column for column in source.columns.values() if column not in row]:
+            found = f"{source.hub} has no column {', '.join(missing)}, but {', '.join(row)}"
+            raise AwaresFileError(f"{source.place}.columns: {found}: correct the mapping or pin an older revision")
         try:
             columns = {ours: row[theirs] for ours, theirs in source.columns.items()}
             draft = READERS[source.reader](columns, source.row_id(index))
@@ -185,10 +175,8 @@ class OpenSource:
                 raise AwaresFileError(f"{self.source.place}.archive: cannot open {path} ({error})") from error
         try:
             return self._zip.read(name)
-        except KeyError as error:
-            raise AwaresValueError(f"{archive} holds no {name}") from error
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise AwaresValueError(f"{name} in {archive} is corrupt ({error})") from error
+        except (KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise AwaresValueError(f"{archive} does not hold {name}, or only a corrupt one ({error})") from error
 
     def _open(self) -> Any:
         """A Dataset that gives Arrow tables, or an IterableDataset; both with undecoded images."""
@@ -202,6 +190,17 @@ class OpenSource:
             place = {"path": str(folder), "cache_dir": str(cache)}
         rows = datasets.load_dataset(**place, name=source.config, split=source.split, streaming=source.streaming)
         return rows.decode(False) if source.streaming else rows.with_format("arrow")
+
+    def _unavailable(self, error: Exception) -> AwaresFileError:
+        source, folder = self.source, self.local
+        if folder and not folder.is_dir():
+            fix = f'run `hf download {source.hub} --repo-type dataset --local-dir {folder}`, or set data.hub_root to ""'
+        else:
+            page = f"https://huggingface.co/datasets/{source.hub}"
+            fix = f"correct config and split; or accept its terms at {page}, set HF_TOKEN; or set data.hub_root"
+        what = f"{source.hub}, config {source.config}, split {source.split}, revision {source.revision}"
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
+        return AwaresFileError(f"{source.place}: cannot open {what} ({reason}): {fix}")
 
     def _streamed(self, index: int) -> Record:
         place = f"{self.source.place}: {self.source.hub}"
@@ -230,25 +229,6 @@ def _digest(folder: Path) -> str:
     return f"local:{digest.hexdigest()[:16]}"
 
 
-def _unavailable(source: Source, error: Exception, folder: Path | None) -> AwaresError:
-    text = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-    if folder and not folder.is_dir():
-        fix = f'`hf download {source.hub} --repo-type dataset --local-dir {folder}`, or set data.hub_root to ""'
-    elif isinstance(error, GatedRepoError) or "gated" in text.lower():
-        fix = f"accept its terms at https://huggingface.co/datasets/{source.hub} and set HF_TOKEN"
-    elif isinstance(error, RepositoryNotFoundError | datasets.exceptions.DatasetNotFoundError):
-        fix = "correct the id, or set HF_TOKEN if it is private"
-    elif "split" in text.lower() or "config" in text.lower():
-        fix = "correct config and split"
-    else:
-        fix = "check the network, or point data.hub_root at a folder of copies"
-    what = f"{source.hub}, config {source.config}, split {source.split}, revision {source.revision}"
-    return AwaresFileError(f"{source.place}: cannot open {what} ({text}): {fix}")
-
-
-# Readers: one for each way of publishing; (row under our column names, its id) -> Draft
-
-
 def _plain(row: Record, row_id: str) -> Draft:
     """Image, question, and one or several equivalent answers; the first one is canonical."""
     answers = row["answers"] if isinstance(row["answers"], list) else [row["answers"]]
@@ -262,10 +242,7 @@ def _votes(row: Record, row_id: str) -> Draft:
 
 
 def _options(row: Record, row_id: str) -> Draft:
-    """V*Bench: "... (A) red (B) blue" becomes the question and one line "A. red" per option, as in lmms-eval.
-
-    The instruction at the end of the published text stays in the last option's line, there and here.
-    """
+    """V*Bench: "... (A) red (B) blue" becomes the question and one line "A. red" per option, as in lmms-eval."""
     head, *options = re.split(r"\s*\([A-D]\)\s*", row["question"] or "")
     lines = [f"{letter}. {text.strip()}" for letter, text in zip("ABCD", options, strict=False)]
     return Draft([row["image"]], "\n".join([head.strip(), *lines]), [row["answers"]])
@@ -274,9 +251,8 @@ def _options(row: Record, row_id: str) -> Draft:
 def _conversation(row: Record, row_id: str) -> Draft:
     """LLaVA-Multi (Mantis): one of the questions of a conversation about several pictures, drawn by a hash of the id.
 
-    The policy sees one image, so the pictures are joined to a strip from left to right: "the left image" and "image 2"
-    in a question stay true, and crop `left` is the left picture. In conversations with a placeholder in front of each
-    picture's own questions, only the picture of the drawn question is taken.
+    Its pictures become a strip from left to right: "the left image" and "image 2" in a question stay true. Where each
+    picture has a placeholder in front of its own questions, only the picture of the drawn question is taken.
     """
     turns = [(turn["role"], turn["content"] or "") for turn in row["conversation"]]
     pairs = [(text, turns[at + 1][1]) for at, (role, text) in enumerate(turns[:-1]) if role == "user"]
@@ -293,12 +269,7 @@ def _conversation(row: Record, row_id: str) -> Draft:
 
 
 def _trajectory(row: Record, row_id: str) -> Draft:
-    """The released AwaRes dataset, in an assumed schema.
-
-    ``messages`` have role and content (a text or a list of parts) as the released policy sees them: [system,] user
-    question, assistant answer; or assistant GET_CROPS, user crops, assistant answer. The first of ``images`` is the
-    full-resolution image.
-    """
+    """The released AwaRes dataset, in an assumed schema: [system,] question, [call, crops,] answer; the image first."""
     turns = []
     for turn in row["messages"]:
         content = turn["content"]
@@ -311,16 +282,9 @@ def _trajectory(row: Record, row_id: str) -> Draft:
 
 
 NOTHING = Draft([], "", [])  # a row that asks nothing of an image
-READERS: dict[str, Callable[[Record, str], Draft]] = {
-    "plain": _plain,
-    "votes": _votes,
-    "options": _options,
-    "conversation": _conversation,
-    "trajectory": _trajectory,
-}
-
-
-# Images
+# Readers, one for each way of publishing: (row under our column names, its id) -> Draft
+READERS = {"plain": _plain, "votes": _votes, "options": _options, "conversation": _conversation}
+READERS["trajectory"] = _trajectory
 
 
 def _decode(encoded: bytes) -> Image.Image:
@@ -349,8 +313,8 @@ def join_strip(images: list[Image.Image]) -> Image.Image:
 def fit_image(draft: Draft, max_side: int) -> tuple[bytes, Image.Image]:
     """File and RGB picture of a draft: no side above ``max_side`` px (PAPER §1) or below one visual token.
 
-    A published file that fits is kept byte for byte. Otherwise the picture is encoded again: JPEG (quality 95) stays
-    JPEG, the rest becomes PNG. Small pictures (OCRBench has 25 x 16 px) are enlarged, as by the image processor.
+    A file that fits is kept byte for byte. Others are encoded again, JPEG (quality 95) as JPEG, the rest as PNG. Small
+    pictures (OCRBench has 25 x 16 px) are enlarged, as by the image processor.
     """
     image = draft.pictures[0] if draft.encoded else join_strip(draft.pictures)
     if min(image.size) < MIN_SIDE and max(image.size) <= MAX_ASPECT * min(image.size):
