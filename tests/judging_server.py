@@ -37,8 +37,6 @@ def reply(said: dict[str, str]) -> dict[str, Any]:
         if "biased" in said["Question"]:
             return {"first": 1, "second": 1, "better": 1}
         return {"first": first, "second": second, "better": 0 if first == second else 1 if first else 2}
-    if "Accepted answers" in said:
-        return {"right": right["Answer"]}
     answer = [300, 50, 400, 100] if number % 2 else [800, 850, 900, 900]
     return {"question_boxes": [[50, 50, 150, 100]], "answer_boxes": [answer]}
 
@@ -48,8 +46,6 @@ def rigged(said: dict[str, str]) -> dict[str, Any]:
         first, second = said.get("First answer", ""), said.get("Second answer", "")
         better = 0 if first == second else 1 if first > second else 2
         return {"first": int(first >= second), "second": int(second >= first), "better": better}
-    if "Accepted answers" in said:
-        return {"right": len(said.get("Answer", "")) % 2}
     place = BOXES[sum(said.get("Question", "").encode()) % len(BOXES)]
     return {"question_boxes": [place], "answer_boxes": [place]}
 

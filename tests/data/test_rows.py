@@ -23,20 +23,14 @@ def encoded(width=84, height=56, kind="PNG"):
 
 
 def row(number=0, **changes):
-    return {
-        "id": f"row-{number}",
-        "image": {"bytes": encoded(), "path": None},
-        "question": "what is the total?",
-        "answers": ["12 kg", "twelve kilograms"],
-        "source": f"source-{number % 2}",
-        "question_boxes": [[0, 0, 500, 100]],
-        "answer_boxes": [[600, 0, 1000, 100]],
-        "split": "train",
-        **changes,
-    }
+    boxes = {"question_boxes": [[0, 0, 500, 100]], "answer_boxes": [[600, 0, 1000, 100]]}
+    text = {"question": "what is the total?", "answers": ["12 kg", "twelve kilograms"]}
+    image = {"bytes": encoded(), "path": None}
+    source = {"source": f"source-{number % 2}", "split": "train"}
+    return {"id": f"row-{number}", "image": image, **text, **boxes, **source, **changes}
 
 
-def test_rows_survive_the_disk_and_the_same_rows_give_the_same_bytes(tmp_path):
+def test_rows_survive_the_disk_with_the_same_bytes_and_a_torn_folder_is_named(tmp_path):
     content = encoded(kind="JPEG")
     for name in ("a", "b"):
         save_rows(make_dataset([row(0), row(1, image={"bytes": content, "path": None})]), tmp_path / name)
@@ -45,6 +39,11 @@ def test_rows_survive_the_disk_and_the_same_rows_give_the_same_bytes(tmp_path):
     assert read.cast_column("image", datasets.Image(decode=False))[1]["image"]["bytes"] == content
     files = [sorted((tmp_path / name).iterdir()) for name in ("a", "b")]
     assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+    table = next((tmp_path / "b").glob("*.arrow"))
+    table.write_bytes(table.read_bytes()[:100])
+    for name in ("b", "nothing"):
+        with pytest.raises(AwaresError, match=f"{name}: "):
+            load_rows(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -52,10 +51,10 @@ def test_rows_survive_the_disk_and_the_same_rows_give_the_same_bytes(tmp_path):
     [
         ({"image": None}, "image"),
         ({"image": {"bytes": encoded()[:200], "path": None}}, "image"),
-        ({"image": {"bytes": b"no image", "path": None}}, "image: corrupt"),
+        ({"image": {"bytes": b"no image", "path": None}}, "image: .*corrupt"),
         ({"image": {"bytes": encoded(84, 27), "path": None}}, "image: 84x27 px"),
         ({"image": {"bytes": encoded(6000, 29), "path": None}}, "image: 6000x29 px"),
-        ({"id": "bad", "question": " "}, "question"),
+        ({"question": " "}, "question"),
         ({"answers": []}, "answers"),
         ({"answers": ["12", ""]}, "answers.1"),
         ({"split": "test"}, "split"),
@@ -70,21 +69,10 @@ def test_a_bad_row_is_named(changes, key):
         validate_rows(rows, "some rows")
 
 
-def test_empty_and_incomplete_datasets():
-    with pytest.raises(AwaresError, match="some rows: no rows"):
-        validate_rows(make_dataset([]), "some rows")
-    with pytest.raises(AwaresError, match="some rows: column answers"):
-        validate_rows(make_dataset([row()]).remove_columns("answers"), "some rows")
-
-
-def test_missing_and_torn_folders(tmp_path):
-    with pytest.raises(AwaresError, match="nothing: no rows"):
-        load_rows(tmp_path / "nothing")
-    save_rows(make_dataset([row()]), tmp_path / "rows")
-    table = next((tmp_path / "rows").glob("*.arrow"))
-    table.write_bytes(table.read_bytes()[:100])
-    with pytest.raises(AwaresError, match="rows: cannot read"):
-        load_rows(tmp_path / "rows")
+@pytest.mark.parametrize("rows", [make_dataset([]), make_dataset([row()]).remove_columns("answers")])
+def test_no_rows_and_a_missing_column_are_named(rows):
+    with pytest.raises(AwaresError, match="some rows: (no rows|column answers)"):
+        validate_rows(rows, "some rows")
 
 
 def test_share_is_taken_from_every_source():
@@ -101,49 +89,45 @@ def jsonl(tmp_path):
 
     def write(*lines):
         file = tmp_path / "mine.jsonl"
-        file.write_text("\n".join(line if isinstance(line, str) else json.dumps({**good, **line}) for line in lines))
+        texts = [line if isinstance(line, str) else json.dumps({**good, **line}, ensure_ascii=False) for line in lines]
+        file.write_text("\n".join(texts))
         return file
 
     return write
 
 
-def test_jsonl_rows(jsonl):
-    rows = read_jsonl_rows(jsonl({}, {"id": "x", "answer_boxes": [[0, 0, 10, 10]], "split": "validation"}))
-    assert rows.features == FEATURES
+def test_jsonl_rows_have_defaults_and_only_a_line_break_ends_one(jsonl):
+    file = jsonl({"question": "one\u2028two\x85three"}, {"id": "x", "answer_boxes": [[0, 0, 10, 10]]})
+    rows = read_jsonl_rows(file)
+    assert rows.features == FEATURES and rows[0]["question"] == "one\u2028two\x85three"
     assert rows["id"][:] == ["mine-1", "x"] and rows["source"][:] == ["mine", "mine"]
-    assert rows["split"][:] == ["train", "validation"] and rows[1]["answer_boxes"] == [[0, 0, 10, 10]]
+    assert rows["split"][:] == ["train", "train"] and rows[1]["answer_boxes"] == [[0, 0, 10, 10]]
+    file.write_bytes(file.read_bytes().replace(b"total?", "caf\u00e9?".encode("latin-1")))
+    with pytest.raises(AwaresError, match="line 2: .*utf-8"):
+        read_jsonl_rows(file)
 
 
 @pytest.mark.parametrize(
     ("lines", "place"),
     [
-        (["{"], "mine.jsonl, line 1: not a JSON"),
-        (["[1]"], "line 1: not a JSON"),
-        (['{"image": "page.png"}'], "line 1: question is missing"),
+        (["{"], "mine.jsonl, line 1"),
+        (["[1]"], "line 1"),
+        (['{"image": "page.png"}'], "line 1: question"),
         ([{}, {"image": "none.png"}], "line 2: image none.png"),
         ([{}, {"image": "torn.png"}], "line 2, image"),
+        ([{"image": {}}], "line 1, image"),
         ([{"answers": "12"}], "line 1: answers"),
         ([{"answers": [12]}], "line 1: answers.0"),
         ([{"question": 3}], "line 1: question"),
-        ([{"anwser_boxes": []}], "line 1: unknown key anwser_boxes"),
-        ([{"answer_boxes": [0, 0, 1, 1]}], "line 1: answer_boxes.0"),
+        ([{"anwser_boxes": []}], "line 1: .*anwser_boxes"),
         ([{"answer_boxes": [[0.1, 0, 1, 1]]}], "line 1: answer_boxes.0.0"),
-        ([{"id": "a"}, {"id": "a"}], "mine.jsonl: id a occurs 2 times"),
-        ([""], "mine.jsonl holds no rows"),
+        ([{"id": "a"}, {"id": "a"}], "mine.jsonl: id a "),
+        ([""], "mine.jsonl"),
     ],
 )
 def test_bad_jsonl(jsonl, lines, place):
     with pytest.raises(AwaresError, match=place):
         read_jsonl_rows(jsonl(*lines))
-
-
-def test_only_a_line_break_ends_a_row_and_other_encodings_are_named(jsonl):
-    strange = {"image": "page.png", "question": "one\u2028two\x85three", "answers": ["1"]}
-    file = jsonl(json.dumps(strange, ensure_ascii=False), {})
-    assert read_jsonl_rows(file)["question"][:] == ["one\u2028two\x85three", "what is the total?"]
-    file.write_bytes(file.read_bytes().replace(b"total?", "caf\u00e9?".encode("latin-1")))
-    with pytest.raises(AwaresError, match="line 2: .*utf-8"):
-        read_jsonl_rows(file)
 
 
 def test_jsonl_is_a_source_like_the_others(jsonl, monkeypatch):
@@ -157,7 +141,6 @@ def test_jsonl_is_a_source_like_the_others(jsonl, monkeypatch):
     assert train[:4] == ["chartqa-101-0", "mine-1", "chartqa-101-1", "mine-2"]  # sources take turns
     assert train[4:] == [f"chartqa-101-{number}" for number in (2, 3, 4)]
     assert make_split(params, "validation")["id"][1] == "mine-3"
-    with pytest.raises(AwaresError, match='mine.jsonl: no row has split "validation"'):
-        make_split(load_params("mini", overrides={"data.sources": [str(jsonl({}))]}), "validation")
-    with pytest.raises(AwaresError, match="data.origin: unknown 'disk'"):
-        make_split(load_params("mini", overrides={"data.origin": "disk"}), "train")
+    for wrong, place in (({"data.sources": [str(jsonl({}))]}, "mine.jsonl"), ({"data.origin": "disk"}, "data.origin")):
+        with pytest.raises(AwaresError, match=place):
+            make_split(load_params("mini", overrides=wrong), "validation")

@@ -98,13 +98,10 @@ def ids(rows):
     return list(rows["id"])
 
 
-def file_of(image, kind="PNG"):
+def file_of(image, kind="PNG", **options):
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-# Schemas and images
 
 
 @pytest.mark.parametrize(
@@ -150,13 +147,6 @@ def test_pictures_of_a_conversation_are_joined_from_left_to_right(hub, tmp_path)
             assert np.array_equal(strip.crop((left, 0, left + 112, 84 + 28 * k)), made[k])
 
 
-def test_a_list_of_one_picture_is_that_picture_and_of_more_is_refused(hub, tmp_path):
-    source = opened(settings(hub, tmp_path), "training", "chartqa")
-    assert source._file([{"bytes": b"file", "path": None}]) == b"file"
-    with pytest.raises(AwaresError, match="2 pictures"):
-        source._file([b"one", b"two"])
-
-
 def test_large_pictures_are_capped_and_others_kept_as_published():
     def draft(image, kind="PNG"):
         content = file_of(image, kind)
@@ -178,11 +168,7 @@ def test_the_sources_file_declares_what_params_and_the_paper_name():
     assert set(read_sources(params, "training")) == set(params.data.sources)
     assert set(read_sources(params, "evaluation")) == set(TASKS)
     for kind in sources.NAMED_BY:
-        for source in read_sources(params, kind).values():
-            assert source.hub.count("/") == 1 and source.licence and source.homepage.startswith("https://")
-
-
-# Drawing
+        assert all(source.hub.count("/") == 1 and source.licence for source in read_sources(params, kind).values())
 
 
 @pytest.fixture(scope="module")
@@ -240,27 +226,17 @@ def test_the_manifest_identifies_every_row(hub, tmp_path, drawn):
     line = {"image": "mine.png", "question": "what?", "answers": ["x"], "source": "chartqa"}
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
     params = settings(hub, tmp_path, **{"data.sources": ["chartqa", str(tmp_path / "mine.jsonl")]})
-    places = {
-        record["id"]: record["hub"] for record in sampling.row_manifest(params, {"train": make_split(params, "train")})
-    }
-    assert len(places) == 6 and places["mine-1"] == "" and set(places.values()) == {"", "HuggingFaceM4/ChartQA"}
-
-
-def test_generated_rows_have_a_manifest_too():
-    params = load_params("mini", overrides={"data.train_rows": 1}, path=ROOT / "params.yaml")
     records = sampling.row_manifest(params, {"train": make_split(params, "train")})
-    assert len(records) == 5 and {record["hub"] for record in records} == {""}
-    assert sampling.provenance(params).empty
-
-
-# Decontamination
+    assert [record["hub"] for record in records if record["id"] == "mine-1"] == [""]
+    assert [record["hub"] for record in records].count("HuggingFaceM4/ChartQA") == 5 == len(records) - 1
+    params = load_params("mini", overrides={"data.train_rows": 1}, path=ROOT / "params.yaml")  # generated rows
+    records = sampling.row_manifest(params, {"train": make_split(params, "train")})
+    assert len(records) == 5 and {record["hub"] for record in records} == {""} and sampling.provenance(params).empty
 
 
 def altered(image, how):
     if how == "jpeg":
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=60)
-        return Image.open(buffer)
+        return published.opened(file_of(image, "JPEG", quality=60))
     if how == "half":
         return image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
     return Image.fromarray(np.clip(np.asarray(image).astype(int) + 12, 0, 255).astype("uint8"))
@@ -309,9 +285,6 @@ def test_rows_of_a_held_out_image_are_left_out_of_training(hub, tmp_path):
     assert not held & train and counts.set_index("source")["of validation"]["docvqa"] > 0
 
 
-# Faults
-
-
 def test_unusable_rows_are_listed_at_once_and_can_be_skipped(own_hub, tmp_path, monkeypatch):
     rewrite(own_hub, "lmms-lab/textvqa", "image", {0: b"no image", 4: b"no image", 7: published.encoded(1)[:300]})
     params = all_of(own_hub, tmp_path)
@@ -327,28 +300,24 @@ def test_unusable_rows_are_listed_at_once_and_can_be_skipped(own_hub, tmp_path, 
         return votes(row, row_id)
 
     monkeypatch.setitem(sources.READERS, "votes", read)
-    with pytest.raises(
-        AwaresError, match=r"5 rows.*row 0: .*row 2: the reader .*row 4: .*corrupt.*row 5.*skip: \[0, 2, 4, 5, 7\]"
-    ):
+    with pytest.raises(AwaresError, match=r"row 0: .*row 2: .*row 4: .*corrupt.*row 5.*skip: \[0, 2, 4, 5, 7\]"):
         collect(params, "training", "textvqa")
     monkeypatch.setattr(sampling, "_read", None)  # nothing is read again
     places = {record["row"] for record in collect(params, "training", "textvqa", skip=[0, 2, 4, 5, 7])}
     assert places == {*range(COUNT)} - {0, 2, 4, 5, 7}
 
 
-def test_a_row_without_answer_is_passed_over_in_training_and_refused_in_a_benchmark(own_hub, tmp_path):
+def test_rows_without_answer_or_picture(own_hub, tmp_path):
+    """Passed over in training without an answer; refused in a benchmark, and without a picture of the archive."""
     rewrite(own_hub, "HuggingFaceM4/ChartQA", "label", {2: [""], 5: []})
+    rewrite(own_hub, "lmms-lab/ChartQA", "answer", {1: " "})
+    rewrite(own_hub, "TIGER-Lab/Mantis-Instruct", "images", {4: [{"bytes": None, "path": "coco/none.jpg"}]})
     params = all_of(own_hub, tmp_path)
     assert {record["row"] for record in collect(params, "training", "chartqa")} == {*range(COUNT)} - {2, 5}
-    rewrite(own_hub, "lmms-lab/ChartQA", "answer", {1: " "})
-    with pytest.raises(AwaresError, match="evaluation.chartqa: 1 rows.*row 1: no question, answer or image"):
+    with pytest.raises(AwaresError, match=r"evaluation.chartqa: 1 rows.*row 1: .*skip: \[1\]"):
         collect(params, "evaluation", "chartqa")
-
-
-def test_a_missing_picture_in_the_archive_is_a_fault_of_its_row(own_hub, tmp_path):
-    rewrite(own_hub, "TIGER-Lab/Mantis-Instruct", "images", {4: [{"bytes": None, "path": "coco/none.jpg"}]})
-    with pytest.raises(AwaresError, match="row 4: llava_665k_multi/train_images.zip holds no coco/none.jpg"):
-        collect(all_of(own_hub, tmp_path), "training", "llava_multi")
+    with pytest.raises(AwaresError, match="row 4: llava_665k_multi/train_images.zip .*coco/none.jpg"):
+        collect(params, "training", "llava_multi")
 
 
 @pytest.mark.parametrize(
@@ -357,8 +326,8 @@ def test_a_missing_picture_in_the_archive_is_a_fault_of_its_row(own_hub, tmp_pat
         ({"training__chartqa": {"columns": {"image": "image", "question": "ask", "answers": "label"}}},
          "training.chartqa.columns: .* no column ask"),
         ({"training__docvqa": {"hub": "nobody/DocumentVQA"}}, "training.docvqa: .*hf download nobody/DocumentVQA"),
-        ({"training__textvqa": {"split": "training"}}, "training.textvqa: .*correct config and split"),
-        ({"evaluation__docvqa": {"config": "DocVqa"}}, "evaluation.docvqa: .*correct config and split"),
+        ({"training__textvqa": {"split": "training"}}, "training.textvqa: .*config and split"),
+        ({"evaluation__docvqa": {"config": "DocVqa"}}, "evaluation.docvqa: .*config and split"),
         ({"training__llava_multi": {"archive": "llava_665k_multi/none.zip"}}, "training.llava_multi.archive: .*none.zip"),
         ({"training__chartqa": {"reader": "magic"}}, "training.chartqa: reader: .*plain"),
         ({"training__chartqa": {"reader": "conversation"}}, "training.chartqa, row 0: the reader conversation .*columns"),
@@ -412,16 +381,13 @@ def test_rows_of_the_hub_are_read_at_the_commit_that_the_manifest_keeps(own_hub,
 def test_gated_missing_and_unreachable_datasets_say_what_to_do(tmp_path, monkeypatch):
     params = settings("", tmp_path)
     with serving(Gate):
-        with pytest.raises(AwaresError, match="training.chartqa: .*accept its terms at .*ChartQA and set HF_TOKEN"):
+        with pytest.raises(AwaresError, match="training.chartqa: .*terms at .*ChartQA, set HF_TOKEN"):
             open_source(params, "training", "chartqa")
-        with pytest.raises(AwaresError, match="evaluation.pope: .*correct the id, or set HF_TOKEN"):
+        with pytest.raises(AwaresError, match="evaluation.pope: .*POPE, set HF_TOKEN"):
             open_source(params, "evaluation", "pope")
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(AwaresError, match="training.chartqa: .*data.hub_root"):
         open_source(params, "training", "chartqa")
-
-
-# Kills
 
 
 @pytest.mark.parametrize("name", ["chartqa", "textvqa", "llava_multi"])
@@ -429,7 +395,7 @@ def test_a_killed_collection_continues_to_the_same_records(hub, tmp_path, monkey
     monkeypatch.setattr(sampling, "READ_CHUNK", 2)
     read = sampling._read
     whole = collect(settings(hub, tmp_path / "whole"), "training", name)
-    for moment in (0, 1, 4, 8):
+    for moment in (0, 4):
         params, calls = settings(hub, tmp_path / str(moment)), []
 
         def torn(*arguments, calls=calls, moment=moment):
