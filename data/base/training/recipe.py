@@ -4,52 +4,43 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 FILE = Path(__file__).with_name("recipe.yaml")
+BASE = FILE.parents[1]  # folder of the shipped model
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Stage(Section):
-    """One stage: its optimiser, the weights that it trains and starts from, and the examples that it draws.
-
-    Fractions: ``called``: of the groups, those whose parts are the result of a call; ``argument``: of the other pictures,
-    those with questions whose answer is the argument of a call; ``candid``: of the full and half views, those whose system
-    message asks to admit what cannot be read. ``twice``: kinds of questions that come up twice as often.
-    """
+class Stage(BaseModel, frozen=True, extra="forbid"):
+    """One stage: its optimiser, the weights that it trains and starts from, and the examples that it draws."""
 
     name: str
-    steps: int = Field(ge=1)
-    learning_rate: float = Field(ge=0)
-    work: int = Field(ge=1)
+    steps: PositiveInt
+    learning_rate: NonNegativeFloat
+    work: PositiveInt
     trains: Literal["vision", "language", "both"]
     starts_from: tuple[str, ...]
     dense: tuple[str, ...] = ("glyph", "early", "word", "trait", "link", "glance", "code", "misread")
     painters: dict[str, float]
     views: dict[str, float]
-    called: float = 0.0
-    argument: float = 0.0
-    candid: float = 0.0
-    twice: tuple[str, ...] = ()
-    after_call_weight: float = 1.0  # of the answer behind a call: there is one a conversation
+    called: float = 0.0  # share of the groups whose parts are the result of a call
+    argument: float = 0.0  # share of the other pictures with questions whose answer is the argument of a call
+    candid: float = 0.0  # share of the full and half views whose system message wants illegible print admitted
+    twice: tuple[str, ...] = ()  # kinds of questions that are drawn twice as often
+    after_call_weight: float = 1.0  # of the answer after a call; a conversation has at most one
 
     @property
-    def asks(self) -> bool:
-        """Whether its examples have questions."""
+    def asks(self) -> bool:  # whether its examples have questions
         return self.trains != "vision"
 
 
-class Recipe(Section):
-    """Everything that decides the trained weights. ``begin``: the first stage to run."""
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """Everything that decides the trained weights."""
 
-    seed: int = Field(ge=0)
-    begin: Literal["glyphs", "joint", "review"]
-    warmup_steps: int = Field(ge=1)
-    decay_fraction: float = Field(ge=0, le=1)
-    weight_decay: float = Field(ge=0)
+    seed: NonNegativeInt
+    begin: Literal["glyphs", "joint", "review"]  # first stage to run
+    warmup_steps: PositiveInt
+    decay_fraction: NonNegativeFloat
+    weight_decay: NonNegativeFloat
     stages: dict[str, Stage]  # in order
 
     def to_run(self) -> list[Stage]:
