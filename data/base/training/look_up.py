@@ -59,11 +59,11 @@ class Code:
 
     def __call__(self, words: Tensor, traits: Tensor, links: Tensor) -> Tensor:
         """The code (N, D) of words (N, 4), traits (N, 4) and links (N, 4, LINKS); the unknown counts as nothing."""
-        words, traits, links = (ids.clamp(min=0).chunk(ROWS, 1) for ids in (words, traits, links))
-        code = torch.zeros(len(words[0]), self.embedding.shape[1])
-        for row in range(ROWS):
-            own = self.words[words[row]].sum(1) + self.traits[traits[row]].sum(1)
-            code = code + self.subjects[links[row]].sum((1, 2)) @ self.subject_turns[row] + own @ self.own_turns[row]
+        code = torch.zeros(len(words), self.embedding.shape[1])
+        rows = zip(*(ids.clamp(min=0).chunk(ROWS, 1) for ids in (words, traits, links)), strict=True)
+        for row, (word, trait, link) in enumerate(rows):
+            own = self.words[word].sum(1) + self.traits[trait].sum(1)
+            code = code + self.subjects[link].sum((1, 2)) @ self.subject_turns[row] + own @ self.own_turns[row]
         return code / ROWS
 
     def misread(self, found: Tensor, words: Tensor, traits: Tensor, links: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class Network(torch.nn.Module):
         """The loss of a batch, and the values to log."""
         if self.stage.trains != "language" and "glance" in self.stage.dense:
             self.dense.expect(batch)
-        total, log = torch.zeros(()), {}
+        total, log = torch.zeros(()), Tensors()
         if self.stage.asks:
             total, log = self._answers(batch)
         else:
@@ -101,8 +101,8 @@ class Network(torch.nn.Module):
             # the code (tokens, D) of each picture, blurred as an imperfect vision tower would write it
             code = self.code(*(batch[name].unflatten(0, (-1, 4)) for name in ("words", "traits", "links")))
             pictures = code.split((batch["image_grid_thw"].prod(1) // 4).tolist())
-            blurred: Any = [one + BLUR * SPREAD * torch.rand(()) * torch.randn_like(one) for one in pictures]
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tuple(blurred))}
+            blurred: Any = tuple(one + BLUR * SPREAD * torch.rand(()) * torch.randn_like(one) for one in pictures)
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=blurred)}
         self.watch.expect({k.removeprefix("watch_"): v for k, v in batch.items() if k.startswith("watch_")})
         hidden = self.model.model(**inputs).last_hidden_state  # (B, T, D)
         learned = batch["labels"][:, 1:] != IGNORE

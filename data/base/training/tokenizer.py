@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,8 +33,8 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), "isolated"), letters])
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"special_tokens": SPECIALS, "initial_alphabet": alphabet, "show_progress": False}
-    core.train_from_iterator(_corpus(np.random.default_rng(seed)), trainers.BpeTrainer(vocab_size=2048, **options))
+    settings: dict[str, Any] = {"special_tokens": SPECIALS, "initial_alphabet": alphabet, "show_progress": False}
+    core.train_from_iterator(_corpus(np.random.default_rng(seed)), trainers.BpeTrainer(vocab_size=2048, **settings))
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": SPECIALS}
     return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **names)
 
