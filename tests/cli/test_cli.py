@@ -1,6 +1,5 @@
 """The command: real processes on a tiny model; output, refusals, and batches that a kill cannot harm."""
 
-import functools
 import json
 import os
 import re
@@ -12,8 +11,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -40,21 +37,21 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": 
 ENVIRONMENT.pop("AWARES_API_KEY", None)
 
 
-def awares(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+def awares(*arguments, **variables):
     """``python -m awares`` in its own process."""
     command = [sys.executable, "-m", "awares", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **variables}, timeout=500)
 
 
 @pytest.fixture(scope="module")
-def model(tiny: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy") / "tiny"
     save_model(tiny.model, tiny.processor, folder)
     return folder
 
 
 @pytest.fixture
-def scans(tiny: SimpleNamespace, tmp_path: Path) -> Path:
+def scans(tiny, tmp_path):
     """A folder of nine small images and a text file."""
     folder = tmp_path / "scans"
     folder.mkdir()
@@ -65,16 +62,16 @@ def scans(tiny: SimpleNamespace, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(tiny: SimpleNamespace) -> Engine:
+def engine(tiny):
     return Engine(tiny.model, tiny.processor, max_new_tokens=4)
 
 
-def write_lines(path: Path, rows: list[Any]) -> Path:
+def write_lines(path, rows):
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 
-def save_adapter(model: Path, folder: Path, seed: int) -> Path:
+def save_adapter(model, folder, seed):
     torch.manual_seed(seed)
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(load_model(model), lora).save_pretrained(str(folder))
@@ -84,7 +81,7 @@ def save_adapter(model: Path, folder: Path, seed: int) -> Path:
 # Help and usage
 
 
-def test_help_and_usage_need_no_torch() -> None:
+def test_help_and_usage_need_no_torch():
     code = (
         "import sys\nfrom awares.cli import main\n"
         "for line in (['--help'], ['--version'], ['ask', '--help'], ['ask'], ['nothing'], []):\n"
@@ -103,22 +100,18 @@ def test_help_and_usage_need_no_torch() -> None:
         ("ask page.png q --question q", "--question"),
         ("ask page.png q --out x.jsonl", "--out"),
         ("ask page.png q --show seen.jpg", "--show"),
-        ("ask page.png q --adapter a", "--adapter"),
         ("ask page.png q --model a --run mini", "--run"),
-        ("ask page.png q --call-bias much", "--call-bias"),
         ("ask page.png q --call-bias nan", "--call-bias"),
         ("ask page.png q --device gpu", "--device"),
-        ("ask page.png q --max-new-tokens 0", "--max-new-tokens"),
         ("ask rows.jsonl", "--out"),
         ("ask . q --out x.jsonl --show seen.png", "--show"),
         ("eval rows.jsonl --rows 3", "--rows"),
         ("serve --timeout nan", "--timeout"),
         ("serve --mode chat --server http://127.0.0.1:9/v1", "--mode chat"),
-        ("serve --port 70000", "--port"),
         ("push model me/x", "policy"),
     ],
 )
-def test_wrong_usage_is_2(line: str, reason: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_wrong_usage_is_2(line, reason, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (56, 56)).save("page.png")
     assert cli.main(shlex.split(line)) == 2
@@ -127,8 +120,8 @@ def test_wrong_usage_is_2(line: str, reason: str, tmp_path: Path, capsys: Any, m
     assert not Path("x.jsonl").exists()
 
 
-def test_commands_of_guides_and_help_are_understood() -> None:
-    commands: Any = typer.main.get_command(cli.app)
+def test_commands_of_guides_and_help_are_understood():
+    commands = typer.main.get_command(cli.app)
     texts, seen = [commands.help], set()
     for guide in (ROOT / "README.md", ROOT / "src" / "awares" / "README.md", ROOT / "data" / "launch" / "README.md"):
         texts += re.findall(r"^```bash\n(.*?)^```", guide.read_text(), re.MULTILINE | re.DOTALL)
@@ -144,7 +137,7 @@ def test_commands_of_guides_and_help_are_understood() -> None:
 # One question
 
 
-def test_ask_prints_what_the_library_says(model: Path, scans: Path, tmp_path: Path, capsys: Any) -> None:
+def test_ask_prints_what_the_library_says(model, scans, tmp_path, capsys):
     done = awares("ask", scans / "page0.png", "what?", "--model", model, "--json")
     assert done.returncode == 0 and done.stderr == ""
     found = json.loads(done.stdout)
@@ -159,7 +152,7 @@ def test_ask_prints_what_the_library_says(model: Path, scans: Path, tmp_path: Pa
     assert Image.open(shown).size
 
 
-def test_bias_and_limits_reach_the_engine(model: Path, scans: Path, capsys: Any) -> None:
+def test_bias_and_limits_reach_the_engine(model, scans, capsys):
     base = ["ask", str(scans / "page0.png"), "what?", "--model", str(model), "--json"]
     for more in ([], ["--call-bias", "99"], ["--call-bias", "-99"], ["--max-new-tokens", "2"]):
         assert cli.main([*base, *more]) == 0
@@ -174,9 +167,8 @@ def test_bias_and_limits_reach_the_engine(model: Path, scans: Path, capsys: Any)
         ("ask none.png q", "none.png"),
         ("ask torn.png q", "torn.png"),
         ("ask page.png q --model nowhere", "nowhere"),
-        ("ask page.png q --model . ", "tokenizer"),
+        ("ask page.png q --model . ", ".: "),
         ("ask page.png '' --model {model}", "question"),
-        ("ask page.png q --run mini/base_model", "'mini/base_model'"),
         ("ask rows.jsonl --out out.jsonl --model {model}", "rows.jsonl"),
         ("ask empty q --out out.jsonl --model {model}", "empty"),
         ("ask empty --out out.jsonl --model {model}", "question"),
@@ -187,9 +179,7 @@ def test_bias_and_limits_reach_the_engine(model: Path, scans: Path, capsys: Any)
         ("serve --model nowhere --port 0", "nowhere"),
     ],
 )
-def test_wrong_data_is_1_and_one_line(
-    line: str, reason: str, model: Path, tiny: SimpleNamespace, tmp_path: Path, capsys: Any, monkeypatch: Any
-) -> None:
+def test_wrong_data_is_1_and_one_line(line, reason, model, tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.noise(56, 56, 0).save("page.png")
     Path("torn.png").write_bytes(Path("page.png").read_bytes()[:60])
@@ -206,13 +196,13 @@ def test_wrong_data_is_1_and_one_line(
 # Many questions
 
 
-def rows_of(out: Path) -> dict[str, dict[str, Any]]:
+def rows_of(out):
     records = read_records(out)
     assert len({record["row_id"] for record in records}) == len(records), "a row is there twice"
     return {record["row_id"]: record for record in records}
 
 
-def test_a_folder_in_a_process(model: Path, scans: Path, tmp_path: Path) -> None:
+def test_a_folder_in_a_process(model, scans, tmp_path):
     out = tmp_path / "new" / "answers.jsonl"
     policy = shutil.copytree(model, tmp_path / "policy")
     line = ("ask", scans, "what?", "--out", out, "--model", policy, "--json", "--max-new-tokens", 4)
@@ -234,7 +224,7 @@ def test_a_folder_in_a_process(model: Path, scans: Path, tmp_path: Path) -> None
     assert changed.returncode == 1 and "weights" in changed.stderr and out.read_bytes() == before
 
 
-ROWS: list[Any] = [
+ROWS = [
     {"image": "scans/page0.png", "question": "first?", "id": "a"},
     {"image": "scans/page1.png", "question": "schema?", "answers": ["1"], "source": "chartqa", "question_boxes": []},
     '{"image": "scans/page2.png", "question": "torn',
@@ -261,15 +251,13 @@ REASONS = {
 }
 
 
-def test_bad_rows_are_recorded_and_the_rest_goes_on(
-    model: Path, scans: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
-) -> None:
+def test_bad_rows_are_recorded_and_the_rest_goes_on(model, scans, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_lines(Path("rows.jsonl"), ROWS)
     line = ["ask", "rows.jsonl", "--out", "out.jsonl", "--model", str(model), "--max-new-tokens", "4"]
     monkeypatch.setattr(batch, "ROWS_PER_WRITE", 4)
 
-    def run(*more: str) -> dict[str, int]:
+    def run(*more):
         assert cli.main([*line, "--json", *more]) == 1
         return json.loads(capsys.readouterr().out)
 
@@ -288,7 +276,7 @@ def test_bad_rows_are_recorded_and_the_rest_goes_on(
     assert "answer" in again["b"] and "answer" in again["d"] and again["a"] == found["a"]
 
 
-def test_rows_that_would_be_mixed_up_are_refused(scans: Path, engine: Engine, tmp_path: Path) -> None:
+def test_rows_that_would_be_mixed_up_are_refused(scans, engine, tmp_path):
     rows = write_lines(tmp_path / "rows.jsonl", [ROWS[0], ROWS[9]])
     common = batch.read_batch(rows, "common?")  # for rows without their own
     assert [(row["row_id"], row["question"]) for row in common] == [("a", "first?"), ("g", "common?")]
@@ -300,18 +288,14 @@ def test_rows_that_would_be_mixed_up_are_refused(scans: Path, engine: Engine, tm
     with pytest.raises(AwaresError, match="call_bias"):
         batch.run_batch(scans, "one?", out, engine, {**SETTINGS, "call_bias": 2.0})
     assert out.read_bytes() == before
+    for content in ('{"id": "a"}\n', "a note without a line break", '{"row_id": "a"}\nnote\n{"ro'):
+        out.write_text(content)  # a file of something else
+        with pytest.raises(AwaresError, match="out.jsonl"):
+            batch.run_batch(scans, "q", out, engine, SETTINGS)
+        assert out.read_text() == content
 
 
-@pytest.mark.parametrize("content", ['{"id": "a"}\n', "a note without a line break", '{"row_id": "a"}\nnote\n{"ro'])
-def test_a_file_of_something_else_is_never_touched(content: str, scans: Path, engine: Engine, tmp_path: Path) -> None:
-    out = tmp_path / "mine.jsonl"
-    out.write_text(content)
-    with pytest.raises(AwaresError, match="mine.jsonl"):
-        batch.run_batch(scans, "q", out, engine, SETTINGS)
-    assert out.read_text() == content
-
-
-def test_after_a_kill_at_any_byte_every_row_is_there_once(scans: Path, engine: Engine, tmp_path: Path) -> None:
+def test_after_a_kill_at_any_byte_every_row_is_there_once(scans, engine, tmp_path):
     """A kill can leave any beginning of the file: take many of them, at line breaks and in the middle of lines."""
     out = tmp_path / "out.jsonl"
     assert batch.run_batch(scans, "what?", out, engine, SETTINGS)["ran"] == 9
@@ -327,71 +311,63 @@ def test_after_a_kill_at_any_byte_every_row_is_there_once(scans: Path, engine: E
 
 
 @pytest.fixture(scope="module")
-def served(model: Path) -> Any:
+def served(model):
     """Address of `awares serve --mode chat` around the very model of the fixture ``model``."""
     command = [sys.executable, "-m", "awares", "serve", "--mode", "chat", "--model", str(model), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert process.stdout is not None
     yield process.stdout.readline().split()[-1]
     process.terminate()
     process.wait()
 
 
-@pytest.mark.parametrize(("where", "kill"), [("here", signal.SIGKILL), ("over HTTP", signal.SIGINT)])
-def test_a_killed_batch_goes_on(
-    kill: signal.Signals, where: str, tiny: SimpleNamespace, model: Path, tmp_path: Path, served: str
-) -> None:
-    more = ["--server", served] if where == "over HTTP" else []
-    scans, out, count = tmp_path / "many", tmp_path / "out.jsonl", 140 if more else 400
+def test_a_killed_batch_goes_on(tiny, model, tmp_path, capsys, monkeypatch):
+    scans, out = tmp_path / "many", tmp_path / "out.jsonl"
     scans.mkdir()
-    for number in range(count):
+    for number in range(300):
         tiny.noise(56, 56, number).save(scans / f"page{number:03}.png")
-    line = ["ask", str(scans), "what?", "--out", str(out), "--model", str(model), "--json", *more]
-    # under nohup, and in a shell's background, ctrl-c is ignored and children inherit that
-    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-m", "awares", *line]
-    process = subprocess.Popen(command, env=ENVIRONMENT, preexec_fn=listening, **pipes)
+    line = ["ask", str(scans), "what?", "--out", str(out), "--model", str(model), "--json"]
+    process = subprocess.Popen([sys.executable, "-m", "awares", *line], env=ENVIRONMENT)
     while not (out.is_file() and out.read_bytes().count(b"\n")):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)  # it must not finish while this one looks
     with pytest.raises(AwaresError, match="another process"):
         batch.run_batch(scans, "what?", out, None, {})
-    process.send_signal(kill)
-    process.send_signal(signal.SIGCONT)
-    _, stderr = process.communicate(timeout=300)
+    process.kill()
+    process.wait()
     left = out.read_bytes()
     done = left.count(b"\n")
-    assert 0 < done < count, "it must be hit in the middle"
-    assert process.returncode == (130 if kill == signal.SIGINT else -signal.SIGKILL) and "Traceback" not in stderr
+    assert 0 < done < 300, "it must be hit in the middle"
     with out.open("ab") as file:  # and in the middle of a line, the worst moment
         file.write(b'{"row_id": "page299.png", "image": "page5')
-    again = awares(*line)
-    assert again.returncode == 0 and json.loads(again.stdout)["done_before"] == done
+    assert cli.main(line) == 0 and json.loads(capsys.readouterr().out)["done_before"] == done
     assert out.read_bytes().startswith(left[: left.rindex(b"\n") + 1])
-    assert sorted(rows_of(out)) == [f"page{number:03}.png" for number in range(count)]
-    assert not more or (tmp_path / "out.jsonl.replies").is_file()
+    assert sorted(rows_of(out)) == [f"page{number:03}.png" for number in range(300)]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "read_batch", interrupt)
+    assert cli.main(line) == 130
 
 
-def test_answers_over_http_equal_those_in_the_process(
-    model: Path, served: str, scans: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_over_http_equal_those_in_the_process(served, model, scans, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("AWARES_API_KEY", raising=False)
     ask = ["ask", str(scans / "page0.png"), "what is it?", "--model", str(model), "--json"]
     assert cli.main(ask) == cli.main([*ask, "--server", served]) == 0
     here, there = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (here["answer"], here["rtr"]) == (there["answer"], there["rtr"])
+    out = tmp_path / "out.jsonl"
+    line = ["ask", str(scans), "what is it?", "--model", str(model), "--out", str(out), "--server", served]
+    assert cli.main(line) == 0 and len(rows_of(out)) == 9 and (tmp_path / "out.jsonl.replies").is_file()
     assert cli.main([*ask, "--server", served, "--call-bias", "2"]) == 1
 
 
 # eval
 
 
-def test_eval_gives_the_evaluations_own_numbers(
-    model: Path, scans: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
-) -> None:
+def test_eval_gives_the_evaluations_own_numbers(model, scans, tmp_path, capsys, monkeypatch):
     text = re.sub(r"(?m)^(  bootstrap:) \d+", r"\1 50", (ROOT / "params.yaml").read_text())
     text = re.sub(r"(?m)^(      max_new_tokens:) 32", r"\1 4", text)
     (tmp_path / "prompt.txt").write_text("Answer in one word.")  # the policy gets what params.yaml says
@@ -411,16 +387,15 @@ def test_eval_gives_the_evaluations_own_numbers(
     assert re.findall(r"(?m)^ *(\S+) +\d+\.", capsys.readouterr().out) == ["ocrbench", "pope", "average"]
 
 
-def test_examples_are_rows_of_the_schema() -> None:
+def test_examples_are_rows_of_the_schema():
     rows = read_jsonl_rows(ROOT / "data" / "examples" / "questions.jsonl")
-    assert len(rows) == 4 and set(rows["source"]) <= set(load_params(path=ROOT / "params.yaml").data.tasks)
-    assert len(batch.read_batch(ROOT / "data" / "examples", "what is here?")) == 4
+    assert len(rows) == len(batch.read_batch(ROOT / "data" / "examples", "what is here?")) == 4
 
 
 # Which policy
 
 
-def test_the_shipped_policy_is_base_then_sft_then_grpo(tmp_path: Path, capsys: Any) -> None:
+def test_the_shipped_policy_is_base_then_sft_then_grpo(tmp_path, capsys):
     with pytest.raises(AwaresError, match="data/base, data/policy/sft, data/policy/grpo"):
         shipped(tmp_path)
     for name, file in {"base": "config", "policy/sft": "adapter_config", "policy/grpo": "adapter_config"}.items():
@@ -432,7 +407,7 @@ def test_the_shipped_policy_is_base_then_sft_then_grpo(tmp_path: Path, capsys: A
     assert json.loads(capsys.readouterr().out)["answer"]
 
 
-def test_published_adapters_name_their_base(model: Path, scans: Path, tmp_path: Path) -> None:
+def test_published_adapters_name_their_base(model, scans, tmp_path):
     params = load_params("mini", overrides={"paths.runs": str(tmp_path / "runs")}, path=ROOT / "params.yaml")
     params = replace(params, root=tmp_path)
     shutil.copytree(model, tmp_path / "data" / "base")
@@ -443,13 +418,13 @@ def test_published_adapters_name_their_base(model: Path, scans: Path, tmp_path: 
     publish.publish(params, "policy")
     policy = tmp_path / "data" / "policy"
 
-    def gap(*given: Any) -> float | None:
+    def gap(*given):
         return AwaRes.from_pretrained(*given).ask(scans / "page0.png", "q").call_gap
 
     assert gap(policy / "grpo") == gap(model, [policy / "sft", policy / "grpo"]) != gap(policy / "sft")
 
 
-def test_adapters_of_the_hub_are_found_by_name(model: Path, scans: Path, tmp_path: Path) -> None:
+def test_adapters_of_the_hub_are_found_by_name(model, scans, tmp_path):
     """In the hub's cache, with the answers of the same adapters in folders; a pickled adapter is not loaded."""
     folders = {}
     for seed, (name, base) in enumerate({"base": "", "sft": "me/base", "grpo": "me/sft", "pickled": "me/base"}.items()):
@@ -466,14 +441,13 @@ def test_adapters_of_the_hub_are_found_by_name(model: Path, scans: Path, tmp_pat
     torch.save({}, folders["pickled"] / "adapter_model.bin")
     expected = AwaRes.from_pretrained(model, [folders["sft"], folders["grpo"]]).ask(scans / "page0.png", "q").call_gap
     line = ("ask", scans / "page0.png", "q", "--json", "--model")
-    for given in (["me/grpo"], [model, "--adapter", "me/sft", "--adapter", "me/grpo"]):
-        done = awares(*line, *given, HF_HOME=str(tmp_path))
-        assert done.returncode == 0 and json.loads(done.stdout)["call_gap"] == expected, done.stderr
+    done = awares(*line, "me/grpo", HF_HOME=str(tmp_path))
+    assert done.returncode == 0 and json.loads(done.stdout)["call_gap"] == expected, done.stderr
     refused = awares(*line, "me/pickled", HF_HOME=str(tmp_path))
     assert refused.returncode == 1 and "me/pickled" in refused.stderr
 
 
-def test_a_run_is_found_by_its_name(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_run_is_found_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs" / "mini"
@@ -492,7 +466,7 @@ def test_a_run_is_found_by_its_name(tmp_path: Path, monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("config", ["{", "[]", "{}", '{"base_model_name_or_path": "."}'])
-def test_an_adapter_that_leads_to_no_model_is_named(tmp_path: Path, config: str) -> None:
+def test_an_adapter_that_leads_to_no_model_is_named(tmp_path, config):
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(AwaresError, match=f"{tmp_path.name}.*adapter_config.json"):
         AwaRes.from_pretrained(tmp_path)

@@ -12,17 +12,13 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import openai
 import pytest
-from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -43,57 +39,57 @@ LIMITS = Limits(image_bytes=150_000, image_pixels=300_000, body_bytes=300_000, p
 
 
 @pytest.fixture(scope="module")
-def engine(tiny: SimpleNamespace) -> Engine:
+def engine(tiny):
     return Engine(tiny.model, tiny.processor, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def policy(engine: Engine) -> FastAPI:
+def policy(engine):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWARES_API_KEY", KEY)
         return make_app(engine, "tiny", LIMITS)
 
 
 @pytest.fixture(scope="module")
-def chat(engine: Engine) -> FastAPI:
+def chat(engine):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("AWARES_API_KEY", raising=False)
         return make_app(engine, "tiny", Limits(images=4), mode="chat")
 
 
-def client(target: FastAPI | str, key: str = KEY) -> openai.OpenAI:
+def client(target, key=KEY):
     """The stock client for an application in this process, or for the address of a server."""
-    http: Any = None if isinstance(target, str) else TestClient(target, raise_server_exceptions=False)
+    http = None if isinstance(target, str) else TestClient(target, raise_server_exceptions=False)
     url = target if isinstance(target, str) else "http://testserver/v1"
     return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=300, http_client=http)
 
 
-def encode(image: Image.Image, kind: str = "PNG") -> bytes:
+def encode(image, kind="PNG"):
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()
 
 
-def picture(data: bytes | Image.Image | str) -> dict[str, Any]:
+def picture(data):
     raw = encode(data) if isinstance(data, Image.Image) else data
     url = raw if isinstance(raw, str) else "data:image/png;base64," + base64.b64encode(raw).decode()
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def text(words: str) -> dict[str, Any]:
+def text(words):
     return {"type": "text", "text": words}
 
 
-def question(image: Any, words: str = "what?") -> dict[str, Any]:
+def question(image, words="what?"):
     """The body of a policy request."""
     return {"model": "tiny", "messages": [{"role": "user", "content": [picture(image), text(words)]}], "temperature": 0}
 
 
-def refused(target: FastAPI | str, key: str = KEY, **request: Any) -> openai.APIStatusError:
+def refused(target, key=KEY, **request):
     """The error that the openai client raises; its body must be OpenAI's."""
     with pytest.raises(openai.APIStatusError) as caught:
         client(target, key).chat.completions.create(**request)
-    body: Any = caught.value.body
+    body = caught.value.body
     assert set(body) == {"message", "type", "param", "code"} and body["message"]
     return caught.value
 
@@ -101,14 +97,14 @@ def refused(target: FastAPI | str, key: str = KEY, **request: Any) -> openai.API
 # The policy
 
 
-def test_the_answer_and_its_usage_are_the_engines(tiny: SimpleNamespace, policy: FastAPI, engine: Engine) -> None:
+def test_the_answer_and_its_usage_are_the_engines(tiny, policy, engine):
     image = tiny.noise(230, 150, 1)
     for bias in (0.0, 99.0):
         reply = client(policy).chat.completions.create(**question(image), extra_body={"call_bias": bias})
         own = engine.run([image], ["what?"], call_bias=bias)[0]
         assert reply.choices[0].message.content == own.answer and (own.call_status == "none") == (bias == 0)
         assert (reply.object, reply.model, reply.choices[0].message.role) == ("chat.completion", "tiny", "assistant")
-        usage: Any = reply.usage
+        usage = reply.usage
         written = sum(turn.text_tokens for turn in own.turns if turn.role == "assistant")
         read = sum(turn.text_tokens + turn.visual_tokens for turn in own.turns if turn.role != "assistant")
         assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (read, written, read + written)
@@ -117,7 +113,7 @@ def test_the_answer_and_its_usage_are_the_engines(tiny: SimpleNamespace, policy:
         assert (usage.awares["crops"], usage.awares["visual_tokens_saved"]) == ([*own.crops], saved)
 
 
-def test_a_stream_has_the_same_answer_and_ends_with_its_usage(tiny: SimpleNamespace, policy: FastAPI) -> None:
+def test_a_stream_has_the_same_answer_and_ends_with_its_usage(tiny, policy):
     request = question(tiny.noise(112, 140, 2))
     create = client(policy).chat.completions.create
     whole = create(**request)
@@ -132,29 +128,26 @@ def test_a_stream_has_the_same_answer_and_ends_with_its_usage(tiny: SimpleNamesp
     assert bare[-1].choices[0].finish_reason and not any(chunk.usage for chunk in bare)
 
 
-def test_max_tokens_cuts_the_answer_and_not_the_call(tiny: SimpleNamespace, policy: FastAPI) -> None:
+def test_max_tokens_cuts_the_answer_and_not_the_call(tiny, policy):
     request = question(tiny.noise(112, 140, 2))
     create = client(policy).chat.completions.create
     whole, cut = create(**request), create(**request, max_tokens=3)
     content, full = cut.choices[0].message.content or "", whole.choices[0].message.content or ""
     assert cut.choices[0].finish_reason == "length"
-    assert cut.usage.awares == whole.usage.awares  # type: ignore[union-attr]
+    assert cut.usage.awares == whole.usage.awares
     assert 0 < len(content) < len(full) and full.startswith(content.rstrip("\ufffd"))
     assert create(**request, max_tokens=999).choices[0].message.content == full  # an upper bound
 
 
-def test_models_health_and_unknown_addresses(policy: FastAPI) -> None:
+def test_models_health_and_unknown_addresses(policy):
     assert [model.id for model in client(policy).models.list()] == ["tiny"]
     http = TestClient(policy)
     health = http.get("/health").json()
     assert (health["status"], health["model"], health["requests"]) == ("ready", "tiny", 0)
-    unknown = http.get("/v1/files", headers={"Authorization": f"Bearer {KEY}"})
-    assert unknown.status_code == 404 and set(unknown.json()["error"]) == {"message", "type", "param", "code"}
+    assert http.get("/v1/files", headers={"Authorization": f"Bearer {KEY}"}).json()["error"]["message"]
 
 
-def test_without_the_key_only_health_answers(
-    tiny: SimpleNamespace, policy: FastAPI, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_key_only_health_answers(tiny, policy, engine, monkeypatch):
     for key in ("wrong", KEY + "x", KEY[:-1]):
         error = refused(policy, key, **question(tiny.noise(56, 56, 0)))
         assert (error.status_code, error.code) == (401, "invalid_api_key")
@@ -169,35 +162,30 @@ def test_without_the_key_only_health_answers(
 # What a stranger may send
 
 
-def bad_images(tiny: SimpleNamespace) -> dict[str, tuple[Any, int]]:
+def bad_images(tiny):
     """Name -> image, status."""
     rng, good = np.random.default_rng(0), encode(tiny.noise(112, 112, 0))
-    broken = bytearray(good)
-    broken[60:90] = bytes(30)
     bomb = b"IHDR" + struct.pack(">II", 60000, 60000) + good[24:29]
     bomb = good[:12] + bomb + struct.pack(">I", zlib.crc32(bomb)) + good[33:]
     return {
         "truncated": (good[: len(good) // 2], 400),
-        "broken": (bytes(broken), 400),
         "a format that is not read": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", 400),
         "declares more pixels than it has bytes": (bomb, 400),
         "no base64": ("data:image/png;base64,@@@@", 400),
-        "an address": ("http://127.0.0.1/a.png", 400),
         "a file": ("file:///etc/hostname", 400),
         "too small": (tiny.noise(20, 112, 0), 400),
-        "a strip": (Image.new("RGB", (8000, 30)), 400),
         "too many bytes": (Image.fromarray(rng.integers(256, size=(240, 300, 3), dtype=np.uint8)), 413),
         "more pixels than are left": (Image.new("RGB", (600, 600)), 413),
     }
 
 
-def test_a_bad_image_is_refused(tiny: SimpleNamespace, policy: FastAPI) -> None:
+def test_a_bad_image_is_refused(tiny, policy):
     for name, (image, status) in bad_images(tiny).items():
         error = refused(policy, **question(image))
         assert (error.status_code, error.param) == (status, "messages"), (name, error.message)
 
 
-def test_any_damage_to_an_image_ends_in_an_image_or_a_refusal(tiny: SimpleNamespace) -> None:
+def test_an_image_is_upright_on_white_and_a_damaged_one_is_read_or_refused(tiny):
     rng = np.random.default_rng(0)
     for kind in ("PNG", "JPEG", "WEBP", "GIF"):
         good = encode(tiny.noise(56, 84, 0), kind)
@@ -209,9 +197,6 @@ def test_any_damage_to_an_image_ends_in_an_image_or_a_refusal(tiny: SimpleNamesp
                 assert read_image(url, 10**6, 10**6, 28).mode == "RGB"
             except ApiError as error:
                 assert error.status_code in (400, 413)
-
-
-def test_a_photograph_is_turned_upright_and_transparency_is_white(tiny: SimpleNamespace) -> None:
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     tiny.noise(112, 56, 0).save(file, "JPEG", exif=exif)
@@ -220,41 +205,45 @@ def test_a_photograph_is_turned_upright_and_transparency_is_white(tiny: SimpleNa
     assert upright.size == (56, 112) and white.getpixel((5, 5)) == (255, 255, 255)
 
 
-def test_a_request_that_cannot_be_heeded_is_refused_with_the_fields_name(
-    tiny: SimpleNamespace, policy: FastAPI
-) -> None:
-    image = tiny.noise(56, 56, 0)
-    good = question(image)
+def test_a_request_that_cannot_be_heeded_is_refused_with_the_fields_name(tiny, policy, chat):
+    seen, good = picture(tiny.noise(56, 56, 0)), question(tiny.noise(56, 56, 0))
     user = good["messages"][0]
 
-    def content(*parts: Any) -> dict[str, Any]:
+    def content(*parts):
         return {"messages": [{"role": "user", "content": list(parts)}]}
 
-    cases: list[tuple[dict[str, Any], int, str | None]] = [
-        ({"model": "gpt-4"}, 404, "model"),
-        ({"messages": []}, 400, "messages"),
-        ({"messages": [user, user]}, 400, "messages"),
-        ({"messages": [{"role": "system", "content": "s"}, user]}, 400, "messages"),
-        ({"messages": [{"role": "user", "content": "no image"}]}, 400, "messages"),
-        (content(picture(image), picture(image), text("two")), 400, "messages"),
-        (content(picture(image)), 400, "messages"),
-        (content(picture(image), text("<|im_end|>")), 400, "messages"),
-        (content(picture(image), text("q" * 9000)), 400, "messages"),  # longer than the context
-        (content({"type": "audio"}), 400, "messages.0.content.0"),
-        (content(picture(image), {"type": "image_url"}), 400, "messages.0.content.1.image_url.image_url"),
-        ({"messages": [{"role": "user", "content": 3}]}, 400, "messages.0.content"),
-        ({"temperature": 0.7}, 400, "temperature"),
-        ({"n": 2}, 400, "n"),
-        ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"stop": ["."]}, 400, "stop"),
-        ({"logprobs": True}, 400, "logprobs"),
-        ({"extra_body": {"call_bias": "much"}}, 400, "call_bias"),
-        ({"extra_body": {"call_bies": 1}}, 400, "call_bies"),
-        ({"logit_bias": {"5": -100}}, 400, "logit_bias"),
+    for_policy = [
+        ({"messages": []}, "messages"),
+        ({"messages": [user, user]}, "messages"),
+        (content(text("no image")), "messages"),
+        (content(seen, seen, text("two")), "messages"),
+        (content(seen), "messages"),
+        (content(seen, text("<|im_end|>")), "messages"),
+        (content(seen, text("q" * 9000)), "messages"),  # longer than the context
+        (content({"type": "audio"}), "messages.0.content.0"),
+        (content(seen, {"type": "image_url"}), "messages.0.content.1.image_url.image_url"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
+        ({"temperature": 0.7}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": ["."]}, "stop"),
+        ({"extra_body": {"call_bias": "much"}}, "call_bias"),
+        ({"logit_bias": {"5": -100}}, "logit_bias"),
     ]
-    for change, status, param in cases:
-        error = refused(policy, **{**good, **change})
-        assert (error.status_code, error.param) == (status, param), (change, error.message)
+    for_chat = [
+        ({"extra_body": {"call_bias": 1}}, "call_bias"),
+        (content(*[seen] * 5), "messages"),
+        (content(text("see <|image_pad|>")), "messages"),
+        (content(text("q" * 9000)), "messages"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0.role"),
+        ({"logit_bias": {"99999999": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"extra_body": {"repetition_penalty": 1.1}}, "repetition_penalty"),
+    ]
+    for app, cases in ((policy, for_policy), (chat, for_chat)):
+        for change, param in cases:
+            error = refused(app, **{**good, **change})
+            assert (error.status_code, error.param) == (400, param), (change, error.message)
+    assert refused(policy, **{**good, "model": "gpt-4"}).status_code == 404
     assert client(policy).chat.completions.create(**{**good, "seed": None, "user": "u"}).choices
 
 
@@ -269,7 +258,7 @@ def test_a_request_that_cannot_be_heeded_is_refused_with_the_fields_name(
         (iter([b" " * 200_000] * 2), 413),  # its length is not declared
     ],
 )
-def test_a_body_that_is_no_request_gets_an_answer_and_holds_no_place(policy: FastAPI, body: Any, status: int) -> None:
+def test_a_body_that_is_no_request_gets_an_answer_and_holds_no_place(policy, body, status):
     http = TestClient(policy)
     reply = http.post("/v1/chat/completions", content=body, headers={"Authorization": f"Bearer {KEY}"})
     assert reply.status_code == status and reply.json()["error"]["type"] == "invalid_request_error"
@@ -279,7 +268,7 @@ def test_a_body_that_is_no_request_gets_an_answer_and_holds_no_place(policy: Fas
 # The raw model
 
 
-def conversations(tiny: SimpleNamespace) -> list[list[dict[str, Any]]]:
+def conversations(tiny):
     first = {"role": "user", "content": [picture(tiny.noise(84, 56, 0)), text("what?")]}
     crops = [text("<tool_response>\n"), picture(tiny.noise(14, 30, 1)), picture(tiny.noise(56, 112, 2)), text("\n!")]
     call = {"role": "assistant", "content": [text(OURS.render_call(["top", "left"]))]}
@@ -290,18 +279,17 @@ def conversations(tiny: SimpleNamespace) -> list[list[dict[str, Any]]]:
     ]
 
 
-def test_chat_writes_what_the_decoder_writes(tiny: SimpleNamespace, chat: FastAPI) -> None:
+def test_chat_writes_what_the_decoder_writes(tiny, chat):
     end = tiny.processor.tokenizer.convert_tokens_to_ids(END)
     extra = {"return_token_ids": True, "skip_special_tokens": False, "repetition_penalty": 1.0}
     for messages, limit in zip(conversations(tiny), (1, 7, 20), strict=True):
-        given: Any = messages
-        reply: Any = client(chat).chat.completions.create(
-            model="tiny", messages=given, max_tokens=limit, temperature=0, extra_body=extra
+        reply = client(chat).chat.completions.create(
+            model="tiny", messages=messages, max_tokens=limit, temperature=0, extra_body=extra
         )
         urls = [part["image_url"]["url"] for one in messages for part in one["content"] if part["type"] == "image_url"]
         images = [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB") for url in urls]
         decoder = Decoder(tiny.model, tiny.processor, limit)
-        rendered = tiny.processor.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
+        rendered = tiny.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = decoder.tokenize(rendered, [image.size for image in images])
         tokens = decoder.start([ids], [images]).tokens[0]
         assert reply.prompt_token_ids == ids
@@ -310,39 +298,19 @@ def test_chat_writes_what_the_decoder_writes(tiny: SimpleNamespace, chat: FastAP
         assert reply.choices[0].finish_reason == ("stop" if tokens[-1] == end else "length")
 
 
-def test_logit_bias_counts_at_every_position_and_control_tokens_are_kept(tiny: SimpleNamespace, chat: FastAPI) -> None:
-    request: dict[str, Any] = {"model": "tiny", "messages": conversations(tiny)[1], "max_tokens": 6}
+def test_logit_bias_counts_at_every_position_and_control_tokens_are_kept(tiny, chat):
+    request = {"model": "tiny", "messages": conversations(tiny)[1], "max_tokens": 6}
     ids = tiny.processor.tokenizer.convert_tokens_to_ids
     for token, content, finish in ((END, "", "stop"), (CALL, 6 * CALL, "length")):
         reply = client(chat).chat.completions.create(**request, logit_bias={str(ids(token)): 100})
         assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == (content, finish)
 
 
-def test_chat_refuses_what_it_would_have_to_ignore(tiny: SimpleNamespace, chat: FastAPI) -> None:
-    messages = conversations(tiny)[0]
-    five = [{"role": "user", "content": [picture(tiny.noise(56, 56, 0))] * 5}]
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"extra_body": {"call_bias": 1}}, "call_bias"),
-        ({"temperature": 1}, "temperature"),
-        ({"messages": five}, "messages"),
-        ({"messages": [{"role": "user", "content": "see <|image_pad|>"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "q" * 9000}]}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0.role"),
-        ({"logit_bias": {"99999999": 1}}, "logit_bias"),
-        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
-        ({"extra_body": {"repetition_penalty": 1.1}}, "repetition_penalty"),
-        ({"extra_body": {"skip_special_tokens": True}}, "skip_special_tokens"),
-    ]
-    for change, param in cases:
-        error = refused(chat, **{"model": "tiny", "messages": messages, **change})
-        assert (error.status_code, error.param) == (400, param), (change, error.message)
-
-
 # Processes
 
 
 @contextmanager
-def serving(folder: Path, *options: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serving(folder, *options):
     """URL and process of ``awares serve``."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("AWARES_API_KEY", None)
@@ -350,7 +318,6 @@ def serving(folder: Path, *options: object) -> Iterator[tuple[str, subprocess.Po
     process = subprocess.Popen(
         [sys.executable, "-m", "awares", *line], env=environment, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
     try:
         yield process.stdout.readline().split()[-1], process
     finally:
@@ -358,13 +325,13 @@ def serving(folder: Path, *options: object) -> Iterator[tuple[str, subprocess.Po
         process.communicate()
 
 
-def health(url: str) -> dict[str, Any]:
+def health(url):
     with socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0])), timeout=60) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         return json.loads(connection.makefile("rb").read().split(b"\r\n\r\n")[1])
 
 
-def wait_for(url: str, requests: int) -> None:
+def wait_for(url, requests):
     end = time.monotonic() + 100
     while health(url)["requests"] != requests:
         assert time.monotonic() < end
@@ -372,7 +339,7 @@ def wait_for(url: str, requests: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def endless(tiny: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def endless(tiny, tmp_path_factory):
     """The tiny model, which never ends a turn and has room for a million tokens."""
     model = copy.deepcopy(tiny.model)
     model.config.text_config.max_position_embeddings = 2 * 10**6
@@ -382,9 +349,7 @@ def endless(tiny: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def test_many_clients_at_once_get_what_they_get_alone_from_a_front_of_a_server(
-    tiny: SimpleNamespace, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_clients_at_once_get_what_they_get_alone_from_a_front_of_a_server(tiny, engine, tmp_path, monkeypatch):
     """`awares serve` in front of `awares serve --mode chat`, which has the place of vLLM."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("AWARES_API_KEY", raising=False)
@@ -394,10 +359,10 @@ def test_many_clients_at_once_get_what_they_get_alone_from_a_front_of_a_server(
         serving(tmp_path / "tiny", "--mode", "chat", "--max-new-tokens", 12) as (backend, process),
         serving(tmp_path / "tiny", "--max-new-tokens", 12, "--server", backend, "--server-model", "tiny") as (url, _),
     ):
-        create: Any = client(url).chat.completions.create
+        create = client(url).chat.completions.create
         with ThreadPoolExecutor(10) as pool:
             asks = [pool.submit(create, **question(image)) for image in images]
-            replies: list[Any] = [ask.result() for ask in asks]
+            replies = [ask.result() for ask in asks]
         for image, reply in zip(images, replies, strict=True):
             own = engine.run([image], ["what?"])[0]
             assert reply.usage.awares["call_status"] == own.call_status
@@ -411,7 +376,7 @@ def test_many_clients_at_once_get_what_they_get_alone_from_a_front_of_a_server(
         assert refused(url, **question(images[0], "new?")).status_code == 502
 
 
-def test_a_request_that_takes_too_long_gets_504_and_a_full_server_429(tiny: SimpleNamespace, endless: Path) -> None:
+def test_a_request_that_takes_too_long_gets_504_and_a_full_server_429(tiny, endless):
     options = ("--timeout", 3, "--queue", 2, "--max-new-tokens", 10**6, "--max-tokens", 10**6)
     with serving(endless, *options) as (url, process):
         begun = time.monotonic()
@@ -430,9 +395,9 @@ def test_a_request_that_takes_too_long_gets_504_and_a_full_server_429(tiny: Simp
         assert b" 504 " in held[1].recv(100)  # nor may a body take its time
 
 
-def test_sigterm_finishes_the_request_under_way(tiny: SimpleNamespace, endless: Path) -> None:
+def test_sigterm_finishes_the_request_under_way(tiny, endless):
     with serving(endless, "--mode", "chat") as (url, process), ThreadPoolExecutor(1) as pool:
-        messages: Any = conversations(tiny)[1]
+        messages = conversations(tiny)[1]
         create = client(url).chat.completions.create
         under_way = pool.submit(create, model="tiny", messages=messages, max_tokens=600)
         wait_for(url, 1)
@@ -444,7 +409,7 @@ def test_sigterm_finishes_the_request_under_way(tiny: SimpleNamespace, endless: 
             create(model="tiny", messages=messages)
 
 
-def test_a_taken_port_is_named(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_taken_port_is_named(engine, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert cli.main(["serve", "--port", port]) == 1 and port in capsys.readouterr().err

@@ -43,7 +43,6 @@ class PolicyOptions:
 
     model: Annotated[str, Option(metavar="PATH", help="a model or an adapter: a folder or a hub name")] = ""
     run: Annotated[str, Option(metavar="NAME", help="a run's policy: mini, mini/sft, mini/grpo/main-s2")] = ""
-    adapter: Annotated[list[Path] | None, Option(metavar="PATH", help="merged into --model; may be repeated")] = None
     device: Annotated[str, Option(parser=_device, metavar="DEVICE", help="cpu, cuda, cuda:1")] = "cpu"
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="of the weights")] = "float32"
     max_new_tokens: Annotated[int | None, Option(min=1, help="of one turn (default 64; eval: params.yaml's)")] = None
@@ -53,15 +52,13 @@ class PolicyOptions:
 
     def __post_init__(self) -> None:
         refuse_if(bool(self.model and self.run), "--model is not allowed with --run")
-        refuse_if(bool(self.adapter and not self.model), "--adapter needs --model, the base model that it belongs to")
 
     def checkpoint(self) -> "Checkpoint":
         from awares.policy import Checkpoint, of_run, shipped
 
         if self.run or not self.model:
             return of_run(self.run) if self.run else shipped()
-        adapters = tuple(self.adapter or ())
-        return Checkpoint(" + ".join([self.model, *map(str, adapters)]), self.model, adapters)
+        return Checkpoint(self.model, self.model)
 
     def load(self, out: Path | None = None, **options: Any) -> "tuple[AwaRes, str]":
         """The policy and its name; ``options`` go to the engine. ``out``: a server's replies are kept next to it."""
