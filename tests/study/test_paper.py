@@ -9,11 +9,16 @@ from conftest import TASKS
 
 from awares.config import find_file
 from awares.errors import AwaresError
-from awares.study.published import PAPER, printed, published, side_by_side
+from awares.study.published import PAPER, printed, side_by_side
 
 ROWS = {"table1": 10, "table2": 4, "table3": 7, "table4": 7, "table5": 2, "table6": 6, "table7": 3, "table8": 5}
 ROWS |= {"table9": 3, "table10": 2, "table11": 22, "figure4": 2, "figure5": 3, "ergo": 3, "text": 21}
 OVER_BENCHMARKS = ["table1", "table3", "table4", "table5", "table10"]
+
+
+def published(key):
+    """The numbers of a published table, nan where lost."""
+    return pd.read_csv(find_file(PAPER / f"{key}.csv")).drop(columns="note")
 
 
 def noted(words):
@@ -32,7 +37,7 @@ def test_every_table_of_the_paper_is_there_and_typed():
         scores = published(key)[[f"{name} accuracy" for name in (*TASKS, "average")]]
         assert scores.map(lambda value: 50 < value <= 100).all(axis=None) and published(key).notna().all(axis=None)
     with pytest.raises(AwaresError, match="'table12'.* table1, "):
-        published("table12")
+        printed("table12")
 
 
 def test_cells_keep_their_digits_and_show_their_notes():

@@ -152,7 +152,6 @@ def test_figures_draw_and_repeat(tmp_path):
     main = pd.concat([main.assign(benchmark=name) for name in ("pope", "average")])
     times = main.assign(batch="1", ms=3.0, ms_low=2.0, ms_high=5.0)
     curves = pd.DataFrame({"step": [1, 2], "reward": [0.1, 0.2], "kl": [None, None]})
-    sizes = pd.DataFrame({"width": [8, 8, 9], "height": [8, 8, 9], "source": ["a", "a", "b"]})
     systems = figures.systems_figure(main)
     labels = [text.get_text() for text in systems.axes[0].get_legend().get_texts()]
     assert len(labels) == 6 and labels[3:] == ["visionzip_50", "visionzip_awares", "random_crop"]
@@ -161,7 +160,6 @@ def test_figures_draw_and_repeat(tmp_path):
         figures.accuracy_figure(main),
         figures.accuracy_figure(times, "batch", "ms", "ms"),
         figures.curves_figure(curves, {"reward": "reward", "kl": "KL", "absent": "?"}),
-        figures.scatter_figure(sizes, "width", "height", "source", ("px", "px")),
         figures.bars_figure(main, "benchmark", "accuracy", "system", ("", ""), stacked=True),
         figures.gallery(rows(2), [trajectory("row-0", "$12$ \x00 \t", ["top", "right"]), trajectory("row-1", "")]),
         figures.gallery([]),

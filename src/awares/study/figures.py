@@ -5,6 +5,7 @@ Functions take data frames and rows, so that a figure can be redrawn from its ta
 
 import html
 import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -45,6 +46,7 @@ OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frame
 def style(dpi: int) -> None:
     """One look for all figures of a notebook."""
     rc = {"figure.dpi": dpi, "savefig.dpi": dpi, "savefig.bbox": "tight", "figure.constrained_layout.use": True}
+    warnings.filterwarnings("ignore", "The figure layout has changed")  # seaborn's grids lay themselves out
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.85, rc=rc)
 
 
@@ -77,12 +79,8 @@ def _points(axes: Axes, table: pd.DataFrame, x: str = "rtr", **look: Any) -> Non
         for axis, column in (("xerr", x), ("yerr", "accuracy")):
             if f"{column}_low" in row:
                 bars[axis] = [[row[column] - row[f"{column}_low"]], [row[f"{column}_high"] - row[column]]]
-        system = {
-            "fmt": MARKERS.get(name, "o"),
-            "color": SYSTEM_COLOURS.get(name),
-            "label": SYSTEM_WORDS.get(name, name),
-        }
-        axes.errorbar(row[x], row["accuracy"], **{"capsize": 3, **bars, **system, **look})
+        system = {"fmt": MARKERS.get(name, "o"), "color": SYSTEM_COLOURS.get(name), "capsize": 3}
+        axes.errorbar(row[x], row["accuracy"], label=SYSTEM_WORDS.get(name, name), **{**bars, **system, **look})
 
 
 def accuracy_figure(table: pd.DataFrame, panel: str = "benchmark", x: str = "rtr", label: str = RTR) -> Figure:
@@ -270,24 +268,6 @@ def bars_figure(
     axes.grid(False, axis="x")
     axes.legend(title=hue, **OUTSIDE).set_visible(bool(hue))
     return figure
-
-
-def histogram_figure(table: pd.DataFrame, x: str, hue: str | None, labels: tuple[str, str]) -> Figure:
-    """Distribution of ``x``, one colour per ``hue``. ``labels``: x, y axis."""
-    figure, axes = plt.subplots(figsize=(7, 3.2))
-    sns.histplot(table, x=x, hue=hue, ax=axes, bins=30, element="step", stat="count")
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    return figure
-
-
-def scatter_figure(table: pd.DataFrame, x: str, y: str, hue: str, labels: tuple[str, str]) -> Figure:
-    """The rows by ``x`` and ``y``, a panel per ``hue``, rows at one place as one larger dot (the paper's Fig. 8)."""
-    places = table.groupby([hue, x, y], sort=False, observed=True).size().rename("rows").reset_index()
-    look = {"size": "rows", "sizes": (15, 120), "alpha": 0.7, "linewidth": 0, "legend": False}
-    with plt.rc_context({"figure.constrained_layout.use": False}):
-        grid = sns.relplot(places, x=x, y=y, col=hue, col_wrap=min(3, places[hue].nunique()), height=2.7, **look)
-    grid.set_titles("{col_name}").set_axis_labels(*labels)
-    return grid.figure
 
 
 def weighted_tokens(tokens: Sequence[str], weights: Sequence[float]) -> HTML:

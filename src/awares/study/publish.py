@@ -52,7 +52,7 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
     runs = {name: params.run_dir(one) for name, one in pages.items()}
     if params.curation.released and stage == "report":
         runs = {name.replace("01_curation", "01_released"): run for name, run in runs.items()}
-    shown = list(runs)  # the others have a notebook and no page
+    shown = list(runs)  # alone these get a page
     if stage == "ablations":
         variants = [name for listed in params.ablations.values() for name in listed]
         runs |= {f"06_{name}": replace(params, variant=name).run_dir("evaluation") for name in variants}

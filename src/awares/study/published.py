@@ -17,11 +17,6 @@ from awares.study.display import show_table
 PAPER = Path("data/paper")
 
 
-def published(table: str) -> pd.DataFrame:
-    """The numbers of a published table, nan where lost. A table over benchmarks has columns "<benchmark> <measure>"."""
-    return pd.read_csv(find_file(PAPER / f"{_about(table).name}.csv")).drop(columns="note")
-
-
 def printed(table: str) -> tuple[pd.DataFrame, list[str]]:
     """A published table as text, [n] behind a cell with the nth note, and the notes."""
     cells = pd.read_csv(find_file(PAPER / f"{_about(table).name}.csv"), dtype=str, keep_default_na=False)

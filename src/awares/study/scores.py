@@ -3,11 +3,10 @@
 A policy has up to three kinds of rows: ``evaluation`` (answers to the benchmark rows), ``validation`` (first turns on
 curated validation rows, compared with labels and oracle crops) and ``curation`` (labels of the training rows).
 
-An interval covers two sources of variance. Rows are resampled inside each benchmark, the same rows for every policy.
-Training seeds are few, so their variance follows Student's t. At n > 1 seeds a resample of the mean over seeds moves by
-the policy's deviations from it, with the same random numbers for every policy: differences are paired by seed. At one
-seed it moves by the standard deviation over seeds of the main line's policy that it is ``like``, drawn independently:
-too wide rather than too narrow where two policies share an SFT checkpoint.
+Intervals cover two sources of variance. Rows are resampled inside each benchmark, the same rows for every policy. The
+few training seeds follow Student's t. At n > 1 seeds a resample of their mean moves by the policy's deviations from it,
+with the same random numbers for every policy (paired by seed). At one seed it moves by the standard deviation over
+seeds of the main line's policy that it is ``like``, drawn independently: rather too wide than too narrow.
 """
 
 import math
@@ -261,7 +260,7 @@ class Runs:
         labels, target = rows["label"][:], rows["target_crops"][:]
         done = [] if path.is_dir() else load_trajectories(path)
         if done and [one.row_id for one in done] != rows["id"][:]:
-            raise ValueError("its trajectories are of other rows than the curated ones")
+            raise ValueError("its rows are not the curated ones")
         requests = [one.crops for one in done] or target
         every, whole = np.ones(len(rows)), np.array([outcome(crops) == "all" for crops in requests], float)
         parts: dict[str, Parts] = dict(decision_parts(labels, requests, target, self.settings.relaxed_iou))

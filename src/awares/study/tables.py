@@ -57,9 +57,6 @@ def wide(long: pd.DataFrame, value: str) -> pd.DataFrame:
     return table.rename_axis(columns=None).reset_index()
 
 
-# Curated rows
-
-
 def first_rows(rows: datasets.Dataset, n: int, **wanted: Any) -> datasets.Dataset:
     """The first ``n`` rows whose columns have the ``wanted`` values."""
     columns = rows.select_columns(list(wanted)).to_pandas()
@@ -152,9 +149,6 @@ def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
         if row["target_crops"] and (boxes := [*row["question_boxes"], *row["answer_boxes"]]):
             missed.append(any(coverage(box, row["target_crops"]) < threshold for box in boxes))
     return 100 * float(np.mean(missed)) if missed else math.nan
-
-
-# Parameters, seeds, checks
 
 
 def hyperparameters(params: Params) -> pd.DataFrame:
