@@ -24,6 +24,8 @@ from targets import IGNORE, SUBJECT_ID, SUBJECTS, WORD_ID, WORDS
 from tokenizer import build_tokenizer
 
 RECIPE = load_recipe()
+# sha256 of three batches, without pixels
+DRAWS = {"vision": "7f7b06175263e559", "calls": "0cfcde637a0b4d83", "review": "61c5f367ea16dbcc"}
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +33,14 @@ def tokenizer():
     return build_tokenizer(0)
 
 
-@pytest.mark.parametrize(
-    "stage, expected", [("vision", "7f7b06175263e559"), ("calls", "0cfcde637a0b4d83"), ("review", "61c5f367ea16dbcc")]
-)
-def test_the_examples_are_those_that_trained_the_shipped_weights(tokenizer, stage, expected):
-    """All but the pixels, whose last digits depend on the libraries. A change here means new base weights."""
+@pytest.mark.parametrize("stage", DRAWS)
+def test_the_recipe_draws_the_same_examples_as_ever(tokenizer, stage):
+    """A change here means that the shipped weights cannot be trained again."""
     drawn = hashlib.sha256()
     for batch in batches.Batches(RECIPE, tokenizer, RECIPE.stages[stage], 3, 6):
         for name in sorted(batch.keys() - {"pixel_values"}):
             drawn.update(name.encode() + batch[name].numpy().tobytes())
-    assert drawn.hexdigest()[:16] == expected
+    assert drawn.hexdigest()[:16] == DRAWS[stage]
 
 
 def test_every_protocol_token_is_trained_and_the_crop_tool_is_never_seen(tokenizer):
@@ -49,16 +49,14 @@ def test_every_protocol_token_is_trained_and_the_crop_tool_is_never_seen(tokeniz
     assert not [one for one in texts if f'"name": "{protocol.TOOL_NAME}"' in one.system + str(one.turns)]
     seen = {i for one in texts for i in batches.encode(one, tokenizer)[0]}
     seen |= {i for text in lexicon.CANDID for i in tokenizer(text)["input_ids"]}  # system messages of pictures
-    words = [protocol.SYSTEM, protocol.OURS.render_call(lexicon.PLACES), protocol.TOOL_ERROR]
-    words.append("<tool_response>\n\n</tool_response>")
+    words = [protocol.SYSTEM, protocol.OURS.render_call(lexicon.PLACES), protocol.TOOL_ERROR, "<tool_response>\n\n"]
     assert not [tokenizer.decode([i]) for text in words for i in tokenizer(text)["input_ids"] if i not in seen]
 
 
 def test_the_shipped_tokenizer_is_that_of_the_training(tokenizer):
-    """A `Qwen2Tokenizer` would replace the pattern of the saved file and read 15 as 1 and 5."""
     shipped = load_processor(BASE).tokenizer
     assert shipped.get_vocab() == tokenizer.get_vocab()
-    for text in ("$15", "12 and 36%", protocol.SYSTEM):
+    for text in ("$15", "12 and 36%", protocol.SYSTEM):  # a `Qwen2Tokenizer` would read 15 as 1 and 5
         assert shipped(text)["input_ids"] == tokenizer(text)["input_ids"]
         assert shipped.decode(shipped(text)["input_ids"]) == text
 
@@ -66,8 +64,7 @@ def test_the_shipped_tokenizer_is_that_of_the_training(tokenizer):
 def test_training_format_is_the_chat_template(tokenizer):
     processor = make_processor(tokenizer, min_pixels=28 * 28)
     rng = np.random.default_rng(3)
-    drawn = (examples.example(rng, RECIPE.stages["joint"]) for _ in range(100))
-    one = next(e for e in drawn if len(e.views) == 1 and e.turns)
+    one = next(e for e in iter(lambda: examples.example(rng, RECIPE.stages["joint"]), None) if len(e.views) == 1)
     messages = protocol.user_messages(one.turns[0][0], [one.views[0].image], one.system)
     for index, (question, answer) in enumerate(one.turns):
         messages += [{"role": "user", "content": [{"type": "text", "text": question}]}] if index else []
@@ -94,8 +91,7 @@ def test_dense_targets_are_where_the_word_is():
 def test_a_token_holds_word_and_subject_of_either_row_apart(tokenizer):
     code = look_up.Code(tokenizer, 192, 0)
 
-    def token(*rows):
-        """The code of one visual token from (word, subject) of its upper and of its lower patches."""
+    def token(*rows):  # (word, subject) of the upper and of the lower patches
         ids = [WORD_ID.get(word, 0) for word, _ in rows for _ in range(2)]
         links = [[SUBJECT_ID.get(subject, 0), 0] for _, subject in rows for _ in range(2)]
         return code(torch.tensor([ids]), torch.zeros(1, 4, dtype=torch.long), torch.tensor([links]))[0]
@@ -107,10 +103,8 @@ def test_a_token_holds_word_and_subject_of_either_row_apart(tokenizer):
     for row, (word, subject) in enumerate([("42", "anna"), ("quito", "total")]):
         assert WORDS[nearest(code.words, both @ code.own_turns[row].T)] == word
         assert SUBJECTS[nearest(code.subjects, both @ code.subject_turns[row].T)] == subject
-    assert token(("", ""), ("", "")).abs().max() == 0
     upper = token(("42", ""), ("", ""))
-    for others in (*code.subject_turns, code.own_turns[1]):
-        assert (upper @ others.T).abs().max() < 1e-3
+    assert all((upper @ other.T).abs().max() < 1e-3 for other in (*code.subject_turns, code.own_turns[1]))
 
 
 def test_watch_reads_the_attention_of_the_model():
@@ -125,8 +119,7 @@ def test_watch_reads_the_attention_of_the_model():
     language.config._attn_implementation = "eager"
     maps = language(input_ids=ids, output_attentions=True).attentions
     shares = []
-    layers = {look_up.SUBJECT_LAYER: expected["subject"][:, None], look_up.VALUE_LAYER: expected["evidence"]}
-    for layer, target in layers.items():
+    for layer, target in ((1, expected["subject"][:, None]), (3, expected["evidence"])):
         rows = maps[layer][expected["rows"], :, expected["positions"]]  # (N, H, T)
         shares.append((rows * target.repeat_interleave(6 // target.shape[1], 1)).sum(-1))
     nats = -sum(share.unflatten(1, (2, 3)).mean(-1).log().mean() for share in shares)
@@ -188,7 +181,6 @@ def test_an_answer_that_the_model_would_misread_becomes_unclear():
 
 
 def small(tmp_path, begin):
-    """A recipe file with few and small steps."""
     stages = {name: stage.model_dump() | {"steps": 2, "work": 400} for name, stage in RECIPE.stages.items()}
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(RECIPE.model_dump() | {"stages": stages, "begin": begin}))
@@ -224,6 +216,5 @@ def test_finished_weights_are_trained_further_under_new_heads(tiny, tmp_path, mo
     assert all(torch.equal(network.model.state_dict()[k], v) for k, v in load_model(BASE).state_dict().items())
     assert not torch.equal(network.heads["word"].weight, fresh)
     save_model(tiny.model, tiny.processor, tmp_path / "other")
-    (tmp_path / "again").mkdir()
     with pytest.raises(AwaresError, match="other: .*review"):
         train.restart(recipe, tmp_path / "other", tmp_path / "again")
