@@ -1,6 +1,5 @@
 """Fixtures: a random tiny Qwen2.5-VL with a byte-level tokenizer, built in a second, so no test needs a checkpoint."""
 
-import shutil
 from types import SimpleNamespace
 from typing import get_args
 
@@ -16,14 +15,10 @@ from awares.engine import chat_format
 from awares.engine.model import ImageOnlyProcessor, make_processor
 from awares.method.crops import CROPS
 from awares.settings import Task
-from awares.study.comparison import judged_by
 
 TASKS = get_args(Task)  # the benchmarks
-TOOL_TOKENS = (
-    *chat_format.TOOL_TOKENS,
-    "<tool_response>",
-    "</tool_response>",
-)  # as Qwen3 has them; test_bases has Qwen2.5's
+# As Qwen3 has them; test_bases has Qwen2.5's
+TOOL_TOKENS = (*chat_format.TOOL_TOKENS, "<tool_response>", "</tool_response>")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -41,35 +36,25 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(processor: ImageOnlyProcessor, seed: int = 0, layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
     """Two ``layers``, width 32, vision tower of two blocks; weights large enough that logits differ clearly."""
     token_id = processor.tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192}
+    ends = {"bos_token_id": None, "eos_token_id": token_id("<|im_end|>"), "pad_token_id": token_id("<|endoftext|>")}
+    sizes = {"vocab_size": len(processor.tokenizer), "hidden_size": 32, "intermediate_size": 64}
+    text = {
+        **sizes,
+        **heads,
+        **ends,
+        "num_hidden_layers": layers,
+        "rope_parameters": rope,
+        "tie_word_embeddings": False,
+    }
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    marks = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(processor.tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=8192,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=token_id("<|im_end|>"),
-            pad_token_id=token_id("<|endoftext|>"),
-        ),
-        vision_config=dict(
-            depth=2,
-            hidden_size=32,
-            intermediate_size=64,
-            num_heads=2,
-            out_hidden_size=32,
-            fullatt_block_indexes=[1],
-            window_size=112,
-        ),
+        text_config=text,
+        vision_config={**vision, "fullatt_block_indexes": [1], "window_size": 112},
         tie_word_embeddings=False,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
+        **{f"{name}_token_id": token_id(f"<|{token}|>") for name, token in marks.items()},
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
@@ -114,17 +99,3 @@ def tiny() -> SimpleNamespace:
 def deep(tiny: SimpleNamespace) -> SimpleNamespace:
     """``tiny`` with a language model of seven layers, for what happens between them."""
     return SimpleNamespace(model=tiny_model(tiny.processor, layers=7), processor=tiny.processor, noise=noise)
-
-
-def under_other_names(line, folders):
-    """Every variant that ``line`` lists, as a copy of one that was run: ``folders`` (variant -> its evaluation) has one judged by each policy."""
-    ran = {judged_by(line.with_values(name))[1]: name for name in folders}
-    for name in {name for names in line.params.ablations.values() for name in names} - set(folders):
-        copied = line.with_values(name)
-        stage = judged_by(copied)[1]
-        like, copy = ran[stage], copied.run_dir("evaluation")
-        shutil.copytree(folders[like], copy)
-        for table in (copy / "tables").glob("*.csv"):
-            table.write_text(table.read_text().replace(like, name))
-        copied.run_dir(stage).mkdir(parents=True)
-        shutil.copy(line.with_values(like).run_dir(stage) / "validation.jsonl", copied.run_dir(stage))

@@ -19,16 +19,15 @@ class Gate(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in ("", self.ACCEPTED, self.WAITING):
-            self.refuse(401, "", "Invalid credentials in Authorization header")
+            self.reply(401, "", "Invalid credentials in Authorization header")
         elif not re.search("ChartQA|Gated-Qwen2.5-VL-3B", self.path):
-            self.refuse(404, "RepoNotFound", "Repository not found")
+            self.reply(404, "RepoNotFound", "Repository not found")
         elif token != self.ACCEPTED:
-            self.refuse(403 if token else 401, "GatedRepo", "Access to this repository is restricted")
+            self.reply(403 if token else 401, "GatedRepo", "Access to this repository is restricted")
         else:
-            self.send_response(200)
-            self.end_headers()
+            self.reply(200)
 
-    def refuse(self, status, code, message):
+    def reply(self, status, code="", message=""):
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Error-Message", message)
@@ -43,8 +42,7 @@ class Commits(Gate):
 
     def do_GET(self):
         repository, revision = self.path.removeprefix("/api/datasets/").split("/revision/")
-        self.send_response(200)
-        self.end_headers()
+        self.reply(200)
         self.wfile.write(json.dumps({"id": repository, "sha": commit_of(repository, revision)}).encode())
 
 
