@@ -37,7 +37,7 @@ options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 given = dict(pair.split("=", 1) for pair in options["--model_args"].split(","))
 assert options["--model"] == "awares" and (Path(given["pretrained"]) / "model.safetensors").is_file()
 tasks = options["--tasks"].split(",")
-lines = [{"id": f"{task}/test/{n}", "rtr": 0.25 + n / 2, "seconds": 0.1}) for task in tasks for n in (0, 1)]
+lines = [json.dumps({"id": f"{task}/test/{n}", "rtr": 0.25 + n / 2, "seconds": 0.1}) for task in tasks for n in (0, 1)]
 Path(given["log"]).write_text("\\n".join(lines) + "\\n")
 results = Path(options["--output_path"], "run", "0_results.json")
 results.parent.mkdir(parents=True, exist_ok=True)
