@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,16 +22,13 @@ def saved(tiny: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_weights_come_back_equal(tiny: SimpleNamespace, saved: Path) -> None:
-    model = load_model(saved)
-    old, new = tiny.model.state_dict(), model.state_dict()
-    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
-    assert not model.training
+def test_weights_processor_and_template_come_back_equal(tiny: SimpleNamespace, saved: Path, capfd) -> None:
+    model, processor = load_model(saved), load_processor(saved)
+    kept = tiny.model.state_dict()
+    assert model.state_dict().keys() == kept.keys() and not model.training
+    assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
     assert load_model(saved, dtype="bfloat16").dtype == torch.bfloat16
-
-
-def test_processor_template_and_parser_come_back_equal(tiny: SimpleNamespace, saved: Path) -> None:
-    processor = load_processor(saved)
+    assert capfd.readouterr() == ("", "") and all(path.stat().st_mode & 0o444 == 0o444 for path in saved.iterdir())
     assert processor.chat_template == processor.tokenizer.chat_template == chat_format.CHAT_TEMPLATE
     assert processor.tokenizer.response_template == chat_format.RESPONSE_TEMPLATE
     assert processor.tokenizer.padding_side == "left"
@@ -39,12 +37,6 @@ def test_processor_template_and_parser_come_back_equal(tiny: SimpleNamespace, sa
     ours: list[Any] = [tiny.processor, processor]
     old, new = (p.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt") for p in ours)
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
-
-
-def test_saved_files_can_be_read_by_others_and_nothing_is_printed(saved: Path, capfd) -> None:
-    load_model(saved)
-    assert all(path.stat().st_mode & 0o444 == 0o444 for path in saved.iterdir())
-    assert capfd.readouterr() == ("", "")
 
 
 def test_others_find_the_stock_processor_with_its_video_half(saved: Path) -> None:
@@ -98,43 +90,35 @@ def test_adapters_are_merged_in_order_or_trained_on_top(tiny: SimpleNamespace, s
     assert trainable.training and named and all("lora" in name for name in named)
 
 
-def test_a_truncated_checkpoint_is_named(saved: Path, tiny: SimpleNamespace, tmp_path: Path) -> None:
-    save_model(tiny.model, tiny.processor, tmp_path / "cut")
-    weights = tmp_path / "cut" / "model.safetensors"
+def test_bad_folders_and_requests_are_named(tiny: SimpleNamespace, saved: Path, tmp_path: Path) -> None:
+    weights = shutil.copytree(saved, tmp_path / "cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(AwaresError, match="cut: no readable safetensors checkpoint"):
-        load_model(tmp_path / "cut")
-
-
-def test_a_checkpoint_without_some_weights_is_named(tiny: SimpleNamespace, tmp_path: Path) -> None:
     kept = {name: weight for name, weight in tiny.model.state_dict().items() if "layers.1." not in name}
     tiny.model.save_pretrained(tmp_path / "part", state_dict=kept)
-    with pytest.raises(AwaresError, match="part: incomplete checkpoint, .* weights missing"):
-        load_model(tmp_path / "part")
-
-
-def test_bad_requests_are_named(saved: Path, tmp_path: Path) -> None:
-    for load in (load_model, load_processor):
-        with pytest.raises(FileNotFoundError, match="nothing"):
-            load(tmp_path / "nothing")
-    with pytest.raises(AwaresError, match="base.dtype is 'int8'"):
-        load_model(saved, dtype="int8")
-    with pytest.raises(AwaresError, match="no adapter_config.json"):
-        load_model(saved, adapter=tmp_path)
+    config = shutil.copytree(saved, tmp_path / "other") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "qwen2_vl"}))
+    given: list[tuple[Any, str]] = [
+        ({"path": tmp_path / "cut"}, "cut: no readable safetensors"),
+        ({"path": tmp_path / "part"}, "part: .* weights missing"),
+        ({"path": tmp_path / "other"}, "qwen2_vl.*qwen2_5_vl, qwen3_vl"),
+        ({"path": tmp_path / "nothing"}, "nothing"),
+        ({"path": saved, "dtype": "int8"}, "base.dtype is 'int8'"),
+        ({"path": saved, "adapter": tmp_path}, "adapter_config.json"),
+    ]
     if not torch.cuda.is_available():
-        with pytest.raises(AwaresError, match="no GPU"):
-            load_model(saved, device="cuda")
+        given.append(({"path": saved, "device": "cuda"}, "base.device"))
+    for options, named in given:
+        with pytest.raises(AwaresError, match=named):
+            load_model(**options)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        load_processor(tmp_path / "nothing")
 
 
 def test_a_tokenizer_without_the_tool_tokens_is_refused(saved: Path, tmp_path: Path) -> None:
-    for path in saved.iterdir():
-        text = path.read_bytes()
-        if path.name == "tokenizer.json":
-            tokenizer = json.loads(text)
-            tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "<tool_call>"]
-            text = json.dumps(tokenizer).encode()
-        if path.name != "tokenizer_config.json":
-            (tmp_path / path.name).write_bytes(text)
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    folder = shutil.copytree(saved, tmp_path / "old")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [one for one in tokenizer["added_tokens"] if one["content"] != "<tool_call>"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(AwaresError, match="lacks <tool_call>"):
-        load_processor(tmp_path)
+        load_processor(folder)

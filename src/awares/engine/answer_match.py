@@ -68,12 +68,11 @@ class Part:
 def normalise(text: str) -> tuple[Part, ...]:
     """The parts of an answer in normal form; `same_meaning` ignores their order.
 
-    Steps, in this order: Unicode compatibility form and lower case; drop a lead-in ("the answer is"); currency and
-    percent signs to words; remove thousands separators; split at commas, semicolons, "and" and "&"; punctuation and
-    hyphens to spaces, except decimal points, signs, and colons and slashes between digits; drop articles and fillers of
-    place ("in the ... corner") unless nothing else is left; number words 0-99, and thousand, million, billion after a
-    number, to digits; units and synonyms (colours, directions, months, some objects) to one form; a number with at most
-    one unit to a quantity. Digits with a leading zero stay text: 007 is a code.
+    Steps, in this order: Unicode compatibility form, lower case; drop a lead-in ("the answer is"); currency and percent
+    signs to words; remove thousands separators; split at commas, semicolons, "and" and "&"; punctuation and hyphens to
+    spaces, except decimal points, signs, and colons and slashes between digits; drop articles and fillers of place
+    unless nothing else is left; number words 0-99 and thousand, million, billion to digits; units and synonyms to one
+    form; a number with at most one unit to a quantity. Digits with a leading zero stay text: 007 is a code.
     """
     lowered = unicodedata.normalize("NFKC", text).lower().translate(str.maketrans("−–—’`", "---''")).strip()
     lowered = _LEAD_IN.sub("", lowered)
@@ -96,10 +95,8 @@ def same_meaning(prediction: str, answer: str) -> bool:
 
 
 def _same_parts(left: tuple[Part, ...], right: tuple[Part, ...]) -> bool:
-    if len(left) != len(right):
-        return False
-    if not left:
-        return True
+    if not left or len(left) != len(right):
+        return len(left) == len(right)
     return any(
         left[0].same(part) and _same_parts(left[1:], (*right[:index], *right[index + 1 :]))
         for index, part in enumerate(right)

@@ -6,15 +6,8 @@ from typing import Any
 TOOL_CALL = "<tool_call>"
 END_OF_TURN = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
-SPECIAL_TOKENS = (
-    END_OF_TEXT,
-    "<|im_start|>",
-    END_OF_TURN,
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", END_OF_TURN, *_VISION)
 TOOL_TOKENS = (TOOL_CALL, "</tool_call>")  # one token each; <tool_response> is one only from Qwen3 on
 
 # Qwen2.5-VL's template, plus tool calls, tool turns and the generation marks that give the assistant mask. A turn

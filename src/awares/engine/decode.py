@@ -20,9 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from awares.engine.chat_format import END_OF_TEXT, END_OF_TURN, TOOL_CALL
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
 
-VISION_PATCHES = (
-    4096  # 14 px patches encoded at a time (more only for a single larger image): bounds memory, fits caches
-)
+VISION_PATCHES = 4096  # of 14 px encoded at a time (more only for a single larger image): bounds memory, fits caches
 SHARE_FROM = 256  # tokens that a shared prefix must save: below that, its extra forward pass costs more
 
 
@@ -65,8 +63,7 @@ class FirstToken(LogitsProcessor):
     """
 
     def __init__(self, token: int, bias: Tensor, everywhere: bool = False) -> None:
-        self.token = token
-        self.bias = bias
+        self.token, self.bias = token, bias
         self.barred = torch.isneginf(bias) & everywhere
         self.logits: Tensor | None = None
         self.gaps: list[Tensor] = []  # per step: (B,)
@@ -87,13 +84,11 @@ class FirstToken(LogitsProcessor):
 class Codec:
     """Chat text <-> token ids; needs no model, so it also serves models behind a server.
 
-    ``opening``: the text that every call begins with. Its first token is the one that carries the call bias and whose
-    log-probability is the call's.
+    ``opening``: the text that every call begins with; its first token carries the call bias and the call's probability.
     """
 
     def __init__(self, processor: ImageOnlyProcessor, opening: str = TOOL_CALL) -> None:
-        self.processor = processor
-        self.tokenizer = processor.tokenizer
+        self.processor, self.tokenizer = processor, processor.tokenizer
         spelling = self.tokenizer(opening, add_special_tokens=False)["input_ids"]
         self.call_token = spelling[0]
         self.call_only = len(spelling) == 1  # this token opens calls and occurs in no answer
@@ -141,16 +136,12 @@ class Decoder(Codec):
 
     @torch.no_grad()
     def start(
-        self,
-        rows: Sequence[list[int]],
-        images: Sequence[list[Image]],
-        call_bias: Sequence[float] | None = None,
-        names: Sequence[str] | None = None,
+        self, rows: Sequence[list[int]], images: Sequence[list[Image]], call_bias: Any = None, names: Any = None
     ) -> Output:
         """Generate from B rows of ids (images expanded) and their images, in the order of their placeholders.
 
         The common prefix of all rows up to the first image (the system prompt) passes through the language model once.
-        ``names``: the rows' ids, for decoders that treat rows by id.
+        ``call_bias``: a float a row, added to the call's logit. ``names``: the rows' ids, for decoders that use them.
         """
         features, grids = self._encode(images)
         shared = self._shared(rows) if self.shares_prefix else 0
@@ -175,7 +166,7 @@ class Decoder(Codec):
     ) -> Output:
         """Append ``suffixes`` (ids) and ``images`` to the rows ``picked`` of ``state`` and generate; they cannot call.
 
-        ``reuse=False`` prefills the same ids from scratch and encodes all images again: the reference for reuse.
+        ``reuse=False`` computes everything again: the reference for reuse.
         """
         rows = torch.tensor(picked, device=state.ids.device)
         barred = [float("-inf")] * len(picked)
@@ -252,10 +243,9 @@ class Decoder(Codec):
         return ids, mask, (ids == self.processor.image_token_id).to(mask.dtype)
 
     def _encode(self, images: Sequence[list[Image]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Vision features of every image, in order, each (visual tokens, width), and every row's grids (images, 3).
+        """Vision features of every image, in order, (visual tokens, width) each, and every row's grids (images, 3).
 
-        Qwen3-VL's tower also feeds layers of the language model; those features follow along the width:
-        (visual tokens, (1 + layers) * width).
+        For Qwen3-VL, whose tower also feeds the first layers of the language model, (visual tokens, (1 + layers) width).
         """
         flat = [image for row in images for image in row]
         if not flat:
@@ -289,9 +279,7 @@ def prefix_cache(model: Any, prefix: Tensor, rows: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     model.model.language_model(input_ids=prefix, past_key_values=cache, use_cache=True)
     layers: list[Any] = cache.layers
-    return DynamicCache(
-        [(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)) for layer in layers]
-    )
+    return DynamicCache([tuple(one.expand(rows, -1, -1, -1) for one in (each.keys, each.values)) for each in layers])
 
 
 def vision_output(pooled: Any, deep: Sequence[Any]) -> BaseModelOutputWithPooling:
@@ -312,13 +300,11 @@ def _encoded(features: Sequence[Tensor], width: int) -> Any:
 
 def _portions(patches: Tensor, grids: Tensor, limit: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Patches and grids of whole images, as many at a time as stay within ``limit`` patches."""
-    counts = grids.prod(dim=1).tolist()
-    begin = 0
-    for index, together in enumerate(accumulate(counts)):
-        if index + 1 == len(counts) or together - sum(counts[:begin]) + counts[index + 1] > limit:
-            first = sum(counts[:begin])
-            yield patches[first:together], grids[begin : index + 1]
-            begin = index + 1
+    counts, begin, first = grids.prod(dim=1).tolist(), 0, 0
+    for end, last in enumerate(accumulate(counts), start=1):
+        if end == len(counts) or last - first + counts[end] > limit:
+            yield patches[first:last], grids[begin:end]
+            begin, first = end, last
 
 
 def _select(cache: DynamicCache, rows: Tensor) -> DynamicCache:

@@ -1,7 +1,7 @@
 """Sentence embeddings that do not depend on which strings share a batch."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ _LENGTHS = (8, 16, 32, 64, 128, 256)
 class SentenceEncoder:
     """Unit-length sentence embeddings with a cache.
 
-    Every batch has one of six fixed shapes and is filled up with empty rows, so that a string's embedding is identical
-    to the last bit whichever strings share its batch, and a resumed run repeats an uninterrupted one.
+    Every batch has one of six fixed shapes, filled up with empty rows: a string's embedding has the same bits whichever
+    strings share its batch, and a resumed run repeats an uninterrupted one.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -31,7 +31,11 @@ class SentenceEncoder:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(n, d) float32, rows of length 1, in the order of ``texts``."""
         fresh = sorted(set(texts) - self._cache.keys())
-        for length, members in self._by_length(fresh).items():
+        groups: dict[int, list[str]] = {}
+        for text in fresh:
+            tokens = len(self.model.tokenizer(text, truncation=True, max_length=_LENGTHS[-1])["input_ids"])
+            groups.setdefault(next(length for length in _LENGTHS if tokens <= length), []).append(text)
+        for length, members in groups.items():
             for start in range(0, len(members), _ROWS):
                 batch = members[start : start + _ROWS]
                 self._cache.update(zip(batch, self._forward(batch, length), strict=True))
@@ -43,20 +47,11 @@ class SentenceEncoder:
         pairs = zip(predictions, answers, strict=True)
         return [float(np.max(self.encode(list(accepted)) @ self.encode([text])[0])) for text, accepted in pairs]
 
-    def _by_length(self, texts: Iterable[str]) -> dict[int, list[str]]:
-        groups: dict[int, list[str]] = {}
-        for text in texts:
-            tokens = len(self.model.tokenizer(text, truncation=True, max_length=_LENGTHS[-1])["input_ids"])
-            groups.setdefault(next(length for length in _LENGTHS if tokens <= length), []).append(text)
-        return groups
-
     def _forward(self, batch: list[str], length: int) -> np.ndarray:
         import torch
 
-        padded = [*batch, *[""] * (_ROWS - len(batch))]
-        tokens = self.model.tokenizer(
-            padded, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
+        padded, shape = [*batch, *[""] * (_ROWS - len(batch))], {"padding": "max_length", "max_length": length}
+        tokens = self.model.tokenizer(padded, truncation=True, return_tensors="pt", **shape)
         with torch.inference_mode():
             features = {key: value.to(self.model.device) for key, value in tokens.items()}
             embeddings = self.model(features)["sentence_embedding"]

@@ -74,10 +74,8 @@ def append_records(path: str | Path, records: Sequence[Record]) -> None:
 
 def drop_torn_line(path: str | Path) -> None:
     """Cut off an incomplete last line of a JSONL file, which a kill left. A missing file is no error."""
-    file = Path(path)
-    if file.is_file():
-        whole = file.read_bytes().rfind(b"\n") + 1
-        os.truncate(file, whole)
+    if Path(path).is_file():
+        os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)
 
 
 def refuse_foreign(path: str | Path, head: bytes, kind: str) -> None:
@@ -113,12 +111,9 @@ def _lines(records: Sequence[Record]) -> bytes:
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
     """Lock ``path``: a killed `dvc` may leave its stage running, and a second process must not write the same file."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(path.with_name(f".{path.name}.lock")).acquire(timeout=0)
     except Timeout as error:
         raise AwaresFileError(f"{path}: another process is writing it: wait for it, or end it") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()

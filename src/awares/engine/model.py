@@ -28,14 +28,10 @@ from transformers.utils import logging as transformers_logging
 from awares.engine import chat_format
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 
-CLASSES = {
-    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-    "qwen3_vl": Qwen3VLForConditionalGeneration,
-}  # by model_type
-STOCK = {  # by model_type: the stock processor and its video half
-    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
-    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
-}
+# By model_type: the class; the stock processor and its video half
+CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
+STOCK = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+         "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor")}  # fmt: skip
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NO_WEIGHTS = f"no {ADAPTER_WEIGHTS} there, and only safetensors are read"
 Grid = tuple[int, int]  # patches in height and width
@@ -48,8 +44,7 @@ class ImageOnlyProcessor(ProcessorMixin):
     return_mm_token_type_ids = True  # without them the model silently falls back to 1-D positions
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
-        self.image_token = "<|image_pad|>"
-        self.video_token = "<|video_pad|>"
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or chat_format.CHAT_TEMPLATE)
@@ -85,9 +80,8 @@ def load_processor(path: str | Path) -> ImageOnlyProcessor:
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(source)
     missing = sorted({*chat_format.SPECIAL_TOKENS, *chat_format.TOOL_TOKENS} - set(tokenizer.get_vocab()))
     if missing:
-        raise AwaresValueError(
-            f"{path}: the tokenizer lacks {', '.join(missing)}: use the tokenizer of a Qwen2.5-VL or Qwen3-VL"
-        )
+        fix = "use the tokenizer of a Qwen2.5-VL or Qwen3-VL"
+        raise AwaresValueError(f"{path}: the tokenizer lacks {', '.join(missing)}: {fix}")
     chat_format.install(tokenizer)
     return ImageOnlyProcessor(image_processor, tokenizer)
 
@@ -180,10 +174,9 @@ def set_threads(threads: int) -> None:
 
 def _load_weights(path: str | Path, dtype: torch.dtype) -> Any:
     model_class: Any = CLASSES[load_config(path).model_type]
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     with _reading(path):
-        model, info = model_class.from_pretrained(
-            _source(path), dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        model, info = model_class.from_pretrained(_source(path), **options)
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise AwaresValueError(f"{path}: incomplete checkpoint, {len(lacking)} weights missing, such as {lacking[0]}")
@@ -205,9 +198,8 @@ def _add_adapter(model: Any, adapter: str | Path, trainable: bool) -> Any:
 
     folder = adapter_folder(adapter)
     if folder is None:
-        raise AwaresFileError(
-            f"{adapter}: no adapter_config.json there: give the folder that an awares training wrote, or a hub name"
-        )
+        fix = "give the folder that an awares training wrote, or a hub name"
+        raise AwaresFileError(f"{adapter}: no adapter_config.json there: {fix}")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise AwaresFileError(f"{adapter}: {NO_WEIGHTS}")
     with _reading(folder, "adapter does not fit or is damaged"):

@@ -36,7 +36,7 @@ class SharedPromptTrainer(GRPOTrainer):
         return self.accelerator.unwrap_model(self.model).get_base_model()
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        return ResumedSampler(super()._get_train_sampler(dataset), lambda: int((self.state.epoch or 0) + 1e-6))
+        return _ResumedSampler(super()._get_train_sampler(dataset), self)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch, its rollouts included where they are due."""
@@ -59,18 +59,18 @@ class SharedPromptTrainer(GRPOTrainer):
             return *packed_log_probs(model, self.core, ids, mask, keep, inputs), None
 
 
-class ResumedSampler(torch.utils.data.Sampler[int]):
+class _ResumedSampler(torch.utils.data.Sampler[int]):
     """TRL's `RepeatSampler` with an order that follows from the epoch: no checkpoint holds its generator."""
 
-    def __init__(self, plain: Any, epoch: Callable[[], int]) -> None:
-        self.plain, self.epoch = plain, epoch
+    def __init__(self, plain: Any, trainer: GRPOTrainer) -> None:
+        self.plain, self.trainer = plain, trainer
 
     def __len__(self) -> int:
         return len(self.plain)
 
     def __iter__(self) -> Iterator[int]:
         self.plain.generator.manual_seed(self.plain.seed)
-        for _ in range(self.epoch()):
+        for _ in range(int((self.trainer.state.epoch or 0) + 1e-6)):
             torch.randperm(self.plain.num_samples, generator=self.plain.generator)
         yield from self.plain
 
