@@ -1,7 +1,7 @@
 """``python fsdp_worker.py BASE FOLDER`` under accelerate launch with an FSDP configuration: SFT in one CPU process.
 
 accelerate shards on GPUs only: on a CPU it reads the configuration and ignores it. Here its plugin is put where
-accelerate keeps it on a GPU; sharding, training, saving and loading are the libraries' own. Prints what each process holds.
+accelerate keeps it on a GPU. The libraries shard, train, save and load. The script prints what each process holds.
 """
 
 import sys

@@ -176,7 +176,7 @@ TRAINING = (chartqa, docvqa, textvqa, llava_multi, visionthink_smart)
 
 
 def everything(root: Path, count: int = 16, tests: int = 4) -> Path:
-    """Every dataset of data/sources.yaml but the released one, ``count`` training rows and ``tests`` rows a benchmark."""
+    """Each dataset of data/sources.yaml but the released one: ``count`` training rows, ``tests`` rows per benchmark."""
     for number, make in enumerate(TRAINING, start=1):
         make(root, count, 10_000 * number)
     benchmarks(root, tests, 90_000)

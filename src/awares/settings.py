@@ -1,7 +1,7 @@
 """The sections of params.yaml, which explains each value: here are the types and limits.
 
-There are no defaults: a missing key is an error. A section holds the keys of the *method* (at the top of the file) and of
-the *size* of a run (under ``profiles.<name>``).
+There are no defaults: a missing key is an error. A section holds the keys of the *method* (at the top of the file) and
+of the *size* of a run (under ``profiles.<name>``).
 """
 
 from typing import Annotated, Literal, TypeVar, dataclass_transform, get_args

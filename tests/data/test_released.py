@@ -1,4 +1,4 @@
-"""The released artefacts (PAPER §7): the parser's table, the released protocol from prompt to second turn, the dataset."""
+"""The released artefacts (PAPER §7): the parser's table, the released protocol in both turns, the dataset."""
 
 import re
 from pathlib import Path

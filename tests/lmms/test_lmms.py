@@ -108,9 +108,10 @@ def test_the_evaluation_notebook_scores_a_policy_through_lmms_eval(rows, monkeyp
 PAIRS = [
     tuple(line.split(" | "))
     for line in (
-        "41 | 41", "41 | 43", "40.1 | 41", "0 | 0", "0.01 | 0", "41% | 0.41", "41% | 41", "-5 | 5", "Yes | yes", " yes  | yes", "yes, it is | yes",
-        "no | yes", " | yes", "two | 2", "Left. | left", "left of it | left", "The Sign | sign", "sign\nshop | Sign shop", "kitten | sitting",
-        "abc | abd", "a | b", "12 kg | 12kg", "A | A", "(A) | A", "answer: B | B", "B. red | B", "it is C | C", "D) blue | D", "none | A",
+        "41 | 41", "41 | 43", "40.1 | 41", "0 | 0", "0.01 | 0", "41% | 0.41", "41% | 41", "-5 | 5", "Yes | yes",
+        " yes  | yes", "yes, it is | yes", "no | yes", " | yes", "two | 2", "Left. | left", "left of it | left",
+        "The Sign | sign", "sign\nshop | Sign shop", "kitten | sitting", "abc | abd", "a | b", "12 kg | 12kg", "A | A",
+        "(A) | A", "answer: B | B", "B. red | B", "it is C | C", "D) blue | D", "none | A",
         "the answer is B | B", "Bicycle | B", "x ^ 2 | x^2", "X^2 | x^2", "2. | 2", "stop-sign | stop sign",
         "Paris France | paris  france",
     )

@@ -1,4 +1,4 @@
-"""Systems and variants side by side: means over seeds, who is compared with whom, how tables of variants come together."""
+"""Systems and variants side by side: means over seeds, compared pairs, tables of variants."""
 
 import pandas as pd
 import pytest

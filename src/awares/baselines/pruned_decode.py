@@ -117,7 +117,7 @@ class VisionPruned(Pruned):
 
 
 def _scores_and_keys(visual: Any, tapped: Mapping[str, Any], grids: Tensor, counts: list[int]) -> Any:
-    """Scores and keys of `VisionFeatures` for each image; ``tapped``: the last block's inputs and its ``qkv`` (S, 3 w)."""
+    """Scores and keys of `VisionFeatures` for each image; ``tapped``: the last block's inputs and ``qkv`` (S, 3 w)."""
     attention, unit = visual.blocks[-1].attn, visual.spatial_merge_unit
     query, key, _ = tapped["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # (S, heads, head_dim)
     turned = apply_rotary_pos_emb_vision(query, key, *tapped["position_embeddings"])

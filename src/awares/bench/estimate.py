@@ -161,7 +161,7 @@ class _Forecast:
         return Stage(stage, rows, 0, round(rows * tokens), flops / 1e15, hours, memory, disk, basis)
 
     def _evaluation(self) -> Iterator[Stage]:
-        """Evaluation, and the operating curve: the sweep's other trajectory and the frontier's eleven, both policies."""
+        """Evaluation, and the operating curve: the sweep's other trajectory, the frontier's eleven, both policies."""
         section, data = self.params.evaluation, self.params.data
         rows, outside, disk = section.rows * len(data.tasks), 0, 0.0
         if data.origin == "hub":

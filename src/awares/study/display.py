@@ -1,24 +1,27 @@
-"""Tables for people. The CSV files keep one short name per column and one number per cell; pages show words and intervals."""
+"""Tables for people: the CSV files have a short name per column and a number per cell; pages show words and intervals."""
 
 import pandas as pd
 from IPython.display import HTML
 
-SYSTEM_WORDS = {"full": "full resolution", "half": "half resolution", "no_image": "no image", "sft": "SFT", "awares": "AwaRes",
-                "grpo": "GRPO", "escalate_full": "whole image on a call", "awares_naive": "AwaRes, naive re-prefill"}  # fmt: skip
+SYSTEM_WORDS = {"full": "full resolution", "half": "half resolution", "no_image": "no image", "sft": "SFT",
+                "awares": "AwaRes", "grpo": "GRPO", "escalate_full": "whole image on a call",
+                "awares_naive": "AwaRes, naive re-prefill"}  # fmt: skip
 HEADS = {"rtr": "RTR", "n": "rows", "lr": "LR", "hr": "HR", "f1": "F1", "fpr": "false positive rate", "p": "p value",
-         "a": "system", "b": "minus system", "ms": "time (ms)", "gflops": "GFLOPs", "anls": "ANLS", "kappa": "Cohen's κ",
-         "exact": "exact match", "relaxed": "relaxed match", "lr_lr": "both LR", "lr_hr": "LR, then HR", "hr_lr": "HR, then LR",
-         "hr_hr": "both HR", "fits": "fits", "low_better": "half better", "high_better": "full better", "both_wrong": "both wrong",
+         "a": "system", "b": "minus system", "ms": "time (ms)", "gflops": "GFLOPs", "anls": "ANLS",
+         "kappa": "Cohen's κ", "exact": "exact match", "relaxed": "relaxed match", "lr_lr": "both LR",
+         "lr_hr": "LR, then HR", "hr_lr": "HR, then LR", "hr_hr": "both HR", "fits": "fits",
+         "low_better": "half better", "high_better": "full better", "both_wrong": "both wrong",
          "peak_memory_mb": "peak memory (MB)", "cache_mb": "cache (MB)", "rtr_at_accuracy": "RTR at equal accuracy",
-         "prefill_2": "second prefill", "prefill_2_gflops": "second prefill (GFLOPs)", "seconds": "time (s)"}  # fmt: skip
+         "prefill_2": "second prefill", "prefill_2_gflops": "second prefill (GFLOPs)",
+         "seconds": "time (s)"}  # fmt: skip
 VERDICTS = {"holds": ("holds", "does not hold")}
 
 
 def show_table(frame: pd.DataFrame, digits: int = 2) -> HTML:
     """``frame`` as HTML, for reading: words as column heads, names of systems, and no index.
 
-    Three columns ``x``, ``x_low``, ``x_high`` (or ``x``, ``low``, ``high``) become one, ``x [95 % interval]``. Numbers have ``digits``
-    decimals, those of RTR three.
+    Three columns ``x``, ``x_low``, ``x_high`` (or ``x``, ``low``, ``high``) become one, ``x [95 % interval]``. Numbers
+    have ``digits`` decimals, those of RTR three.
     """
     shown: dict[str, list[str]] = {}
     ends = _interval_columns(list(frame.columns))
