@@ -23,19 +23,15 @@ KEY = "sk-planted-5f1d"
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    faulty = ServerProcess("faulty_server.py", tmp_path_factory.mktemp("faulty") / "log.jsonl")
-    yield faulty
-    faulty.stop()
-
-
-@pytest.fixture
-def faulty(process: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> ServerProcess:
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The module's server; the requests of one test have texts that no other test's have."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("AWARES_API_KEY", raising=False)
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
-    return process
+    running = ServerProcess("faulty_server.py", tmp_path_factory.mktemp("faulty") / "log.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.delenv("AWARES_API_KEY", raising=False)
+        patch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+        yield running
+    running.stop()
 
 
 @pytest.fixture

@@ -132,29 +132,21 @@ def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(s
     biased = found[3]
     assert (biased.forward, biased.swapped, len(biased.replies), biased.version) == (1, 2, 2, "judge-1")
     assert judge.scores(questions[:3], lows[:3], answers[:3]) == [1, 0, 0]
+    (lost,) = judge.judge(["what is 3?"], ["3"], ["4"], [["3"]])  # the server talks garbage about 3
+    assert (lost.value, lost.low, lost.both_wrong) == (None, None, None) and "second one" in lost.reason
+    assert math.isnan(judge.scores(["what is 3?"], ["3"], [["3"]])[0])
     records = [{"id": str(i), "llama": dataclasses.asdict(one)} for i, one in enumerate(found)]
     table = curation_tables.order_effects(records)
     assert table.values.tolist() == [["llama", 4, 75.0, 25.0, 0.0, 0]]
 
 
-def test_of_two_wrong_answers_none_is_better(server, tmp_path):
+def test_of_two_wrong_answers_none_is_better(tmp_path):
     judge = served.ServedJudge("llama", settings(tmp_path))
-
-    def verdict(right, forward, swapped):
-        said = [served.PairReply(first=right, second=right, better=better) for better in (forward, swapped)]
-        return judge.combine((said[0], "low first"), (said[1], "high first"))
-
-    found = verdict(0, 2, 1)
-    assert (found.value, found.forward, found.swapped, found.both_wrong) == (0, 2, 2, True)
-    assert found.replies == ("low first", "high first")
-    assert verdict(1, 2, 1).value == 2  # of two right ones, one may be
-
-
-def test_of_a_judge_that_talks_garbage_no_label_comes(server, tmp_path):
-    judge = served.ServedJudge("llama", settings(tmp_path))
-    (found,) = judge.judge(["what is 3?"], ["3"], ["4"], [["3"]])
-    assert (found.value, found.low, found.both_wrong) == (None, None, None) and "second one" in found.reason
-    assert math.isnan(judge.scores(["what is 3?"], ["3"], [["3"]])[0])
+    for right, value in ((0, 0), (1, 2)):  # of two right ones, one may be
+        low_first, low_second = (served.PairReply(first=right, second=right, better=better) for better in (2, 1))
+        found = judge.combine((low_first, "low first"), (low_second, "high first"))
+        assert (found.value, found.forward, found.swapped, found.both_wrong) == (value, 2, 2, not right)
+        assert found.replies == ("low first", "high first")
 
 
 def test_a_failing_server_costs_only_the_rows_that_it_fails_on_and_the_silent_ones_are_asked_about_again(
@@ -214,20 +206,6 @@ def test_a_server_that_is_no_longer_needed_need_not_be_there(server, tmp_path, m
     assert curate(more, tmp_path / "out", rows=12)["label"] == found["label"]  # the base model has answered
     server.stop()
     assert curate(more, tmp_path / "out", rows=12)["label"] == found["label"]
-
-
-def test_a_row_that_the_oracle_talks_garbage_about_is_lost(server, tmp_path):
-    class Right(FakeEngine):  # at full resolution only: every row needs the oracle
-        def _trajectory(self, question, view):
-            return super()._trajectory("what is 1?", view)
-
-    rows = make_rows(24).select([3, 5, 23]).map(lambda row: {"answers": ["1"]})
-    params = settings(tmp_path, judge="semantic", judges=["semantic"])
-    found = curation.curate(rows, Right(), ["semantic"], served.make_oracle(params), params, tmp_path / "out")
-    assert found["id"] == ["row-5"]
-    lost = read_records(tmp_path / "out" / curation.LOST_FILE)
-    assert [(one["id"], one["step"]) for one in lost] == [("row-3", "oracle"), ("row-23", "oracle")]
-    assert all("not usable" in one["reason"] for one in lost)
 
 
 def declare(folder, change):
