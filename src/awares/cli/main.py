@@ -139,7 +139,7 @@ def _ask_one(policy: PolicyOptions, path: Path, question: str, bias: float, show
 
 @app.command("eval")
 @with_options(PolicyOptions)
-def evaluate(
+def score_policy(
     policy: PolicyOptions,
     file: Annotated[Path | None, Argument(metavar="FILE.jsonl", help="your own rows (default: the tasks')")] = None,
     profile: Profile = "",
