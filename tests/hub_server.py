@@ -12,7 +12,7 @@ import pytest
 
 
 class Gate(http.server.BaseHTTPRequestHandler):
-    """A hub that knows one dataset and one model, both gated, and nothing else; two tokens: who holds ACCEPTED may read them."""
+    """A hub with one dataset and one model, both gated, and two tokens: ACCEPTED may read them."""
 
     ACCEPTED, WAITING = "hf_accepted", "hf_waiting"
 

@@ -152,7 +152,7 @@ def test_leaving_tokens_out_equals_masking_them_at_their_old_positions(
 
 @contextmanager
 def blocked(model: Any, drops: dict[int, tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
-    """From each layer on no token sees the dropped ones, and merged ones get their vectors: (dropped, merged, vectors)."""
+    """(dropped, merged, vectors) by layer: from there no token sees the dropped ones, merged ones get their vectors."""
 
     def before(index: int) -> Callable[..., Any]:
         def hook(layer: Any, inputs: Any, options: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Other bases through the same code: tiny random models of the published classes and proportions, saved, loaded, asked in two turns, trained."""
+"""Other bases through the same code: tiny random models of the published classes, saved, loaded, sampled, trained."""
 
 import contextlib
 from types import SimpleNamespace
@@ -27,7 +27,8 @@ from awares.method.rollout import Engine
 from awares.training import prompt_sharing as sharing
 
 # The added tokens of the published tokenizers, in the order of their ids; those without bars are not special
-MARKS = "object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end vision_pad image_pad video_pad".split()
+MARKS = "object_ref_start object_ref_end box_start box_end quad_start quad_end".split()
+MARKS += "vision_start vision_end vision_pad image_pad video_pad".split()
 CODE = "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep".split()
 QWEN2_5 = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", *MARKS)] + ["<tool_call>", "</tool_call>"]
 QWEN2_5 += [f"<|{name}|>" for name in CODE]
@@ -38,7 +39,7 @@ SPLIT = (
 
 
 def published(added):
-    """A tokenizer as the published ones are built: byte-level BPE with merges, the same split into words, the same added tokens."""
+    """A tokenizer like the published ones: byte-level BPE with merges, the same split into words and added tokens."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -162,7 +163,7 @@ def gradients(trainer):
 
 
 def assert_same(found):
-    """Of a training with short cuts (True) and without (False): what both found, name by name, and that it is no nothing."""
+    """Trainings with (True) and without (False) short cuts found the same values, and not nothing."""
     assert found[True].keys() == found[False].keys() and any("language_model" in name for name in found[False])
     for name, value in found[False].items():
         assert value.abs().max() > 0

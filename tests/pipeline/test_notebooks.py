@@ -1,7 +1,7 @@
-"""Every notebook is a tidy source, and runs end to end through papermill at smoke scale, each on what the last one wrote.
+"""Every notebook is a tidy source, and runs end to end through papermill at smoke scale, on what the last one wrote.
 
-The base model is random: the numbers mean nothing, but they must exist, add up, and agree with what the stages kept. Labels
-come from the ANLS judge without a threshold, so that both kinds of row exist.
+The base model is random: the numbers mean nothing, but they must exist, add up, and agree with what the stages kept.
+Labels come from the ANLS judge without a threshold, so that both kinds of row exist.
 """
 
 import ast
@@ -32,8 +32,8 @@ NOTEBOOKS = ROOT / "notebooks"
 # The sizes of a smoke run. A random model never calls by itself, so the call has a bias
 SMOKE = yaml.safe_load("""
 {threads: 1, data.train_rows: 8, data.validation_rows: 4, curation.judge: anls, curation.anls_threshold: 0.0,
- curation.max_new_tokens: 12, protocol.max_new_tokens: 12, sft.batch_size: 8, sft.per_device_batch_size: 4, sft.epochs: 1,
- sft.checkpoints: 2, sft.selection_rows: 4, grpo.batch_size: 8, grpo.per_device_batch_size: 4, grpo.generations: 4,
+ curation.max_new_tokens: 12, protocol.max_new_tokens: 12, sft.batch_size: 8, sft.per_device_batch_size: 4,
+ sft.epochs: 1, sft.checkpoints: 2, sft.selection_rows: 4, grpo.batch_size: 8, grpo.per_device_batch_size: 4, grpo.generations: 4,
  grpo.max_steps: 2, grpo.max_completion_length: 16, grpo.save_steps: 1, evaluation.rows: 2, evaluation.frontier_rows: 2,
  evaluation.bootstrap: 50, evaluation.call_bias: 30.0, evaluation.dial_biases: [-30.0, 0.0], evaluation.dial_rows: 8,
  latency.rows: 6, latency.repetitions: 2, latency.batch_tokens: [4096], report.gallery: 2}

@@ -118,7 +118,7 @@ class ScriptedEngine(Engine):
         scripts: Sequence[Script],
         view: str = "",
     ) -> list[Trajectory]:
-        """`run`, or `answer` from a ``view``, with one script per row; a scripted call has the ``call_status`` forced."""
+        """`run`, or `answer` from a ``view``, with one script per row; a scripted call has ``call_status`` forced."""
         decoder, by_id = self.decoder, dict(zip(row_ids, scripts, strict=True))
         self.calls = {row_id: script.crops for row_id, script in by_id.items() if script.crops}
         lengths = {row_id: script.answer_tokens for row_id, script in by_id.items() if script.answer_tokens}

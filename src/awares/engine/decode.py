@@ -245,7 +245,7 @@ class Decoder(Codec):
     def _encode(self, images: Sequence[list[Image]]) -> tuple[list[Tensor], list[Tensor]]:
         """Vision features of every image, in order, (visual tokens, width) each, and every row's grids (images, 3).
 
-        For Qwen3-VL, whose tower also feeds the first layers of the language model, (visual tokens, (1 + layers) width).
+        For Qwen3-VL, whose tower also feeds the first language layers, (visual tokens, (1 + layers) width).
         """
         flat = [image for row in images for image in row]
         if not flat:

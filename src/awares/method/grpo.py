@@ -242,7 +242,7 @@ def rollout_dataset(rows: Dataset, params: Params) -> Dataset:
 
 
 def read_rollout(completion: Sequence[dict[str, Any]], form: protocol.Protocol, **row: Any) -> Rollout:
-    """The rollout of a ``row`` from TRL's completion: ``[assistant]`` or ``[assistant(tool_calls), tool, assistant]``."""
+    """The rollout of a ``row`` from TRL's completion: ``[assistant]`` or ``[assistant(calls), tool, assistant]``."""
     first, last = completion[0], completion[-1]
     calls = [call["function"] for call in first.get("tool_calls") or []]
     call = read_calls(calls, form) if calls else protocol.parse_call(_text(first), form)

@@ -1,6 +1,6 @@
 """The two-turn interaction of PAPER §1, for curation, evaluation, `AwaRes.ask`, the baselines and the benchmarks.
 
-In turn 1 the policy sees the question and I_low, and answers or calls for crops. In turn 2 it sees the crops as well (an
+In turn 1 the policy sees the question and I_low, and answers or calls for crops. In turn 2 it also sees the crops (an
 error message after an unreadable call) and answers; it cannot call again. RTR (§5) is counted here. Rows that answer
 directly and rows that call share batches; a token budget bounds the batch size.
 """

@@ -87,7 +87,7 @@ def train_sft(
 def fit_sft(
     params: Params, rows: Dataset, model_path: Path, folder: Path, log: Path, samples: list[Sample] | None = None
 ) -> None:
-    """Train to the last checkpoint in ``folder``; every process of the training runs this. ``samples``: `plan_samples`."""
+    """Train to the last checkpoint in ``folder``; every process runs this. ``samples``: `plan_samples`."""
     model, processor = load_model(model_path, params.base.dtype, distributed.device(params)), load_processor(model_path)
     samples = samples or plan_samples(rows, processor, params)
     trainer = build_sft_trainer(params, rows, samples, model, processor, folder)

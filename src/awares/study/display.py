@@ -1,4 +1,4 @@
-"""Tables for people: the CSV files have a short name per column and a number per cell; pages show words and intervals."""
+"""Tables for people: CSV files have short names and one number per cell; pages show words and intervals."""
 
 import pandas as pd
 from IPython.display import HTML
