@@ -1,8 +1,7 @@
 """Batched greedy decoding with key-value cache reuse between turns; `rollout` builds on it.
 
-`Decoder.start` runs B rows together, left padded. `Decoder.extend` appends text and images that the model did not write
-(the tool's answer) to some of those rows and continues from their cache: only the new images pass through the vision
-tower and only the new tokens through the language model (PAPER §1, turn 2).
+`Decoder.start` runs B rows together, left padded. `Decoder.extend` appends the tool's answer to some of these rows and
+continues from their cache: only the new images and tokens pass through the model (PAPER §1, turn 2).
 """
 
 import os.path
@@ -160,8 +159,8 @@ class Decoder(Codec):
         self,
         state: State,
         picked: Sequence[int],
-        suffixes: Sequence[list[int]],
-        images: Sequence[list[Image]],
+        suffixes: list[list[int]],
+        images: list[list[Image]],
         reuse: bool = True,
     ) -> Output:
         """Append ``suffixes`` (ids) and ``images`` to the rows ``picked`` of ``state`` and generate; they cannot call.
@@ -237,9 +236,9 @@ class Decoder(Codec):
 
     def _pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and type ids of B rows, left padded, each (B, longest)."""
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([[self.pad] * (longest - len(row)) + row for row in rows], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
+        longest, device = max(map(len, rows)), self.model.device
+        ids = torch.tensor([[self.pad] * (longest - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
         return ids, mask, (ids == self.processor.image_token_id).to(mask.dtype)
 
     def _encode(self, images: Sequence[list[Image]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -272,10 +271,7 @@ def call_scores(logits: Tensor, token: int) -> tuple[list[float], list[float]]:
 
 
 def prefix_cache(model: Any, prefix: Tensor, rows: int) -> DynamicCache:
-    """The cache of text ids (1, P) for ``rows`` rows. Text at the start of a row has the same positions in all rows.
-
-    Gradients pass through it if they are enabled.
-    """
+    """The cache of text ids (1, P) at the start of ``rows`` rows; gradients pass through it if they are enabled."""
     cache = DynamicCache(config=model.config)
     model.model.language_model(input_ids=prefix, past_key_values=cache, use_cache=True)
     layers: list[Any] = cache.layers

@@ -119,10 +119,7 @@ def load_model(
 
 
 def adapter_folder(path: str | Path) -> Path | None:
-    """The folder of the adapter ``path``, a folder or a hub name; None if it is not an adapter.
-
-    From the hub only the configuration and the safetensors are fetched.
-    """
+    """The folder of the adapter ``path``, a folder or a hub name; None if it is not an adapter."""
     if Path(path).is_dir() or not _is_hub_name(str(path)):
         return Path(path) if Path(path, ADAPTER_CONFIG).is_file() else None
     try:

@@ -60,9 +60,9 @@ def run_training(
 ) -> Path:
     """Train ``stage`` (sft or grpo) to its last checkpoint; returns the folder of its checkpoints.
 
-    ``fit(params, rows, model_path, folder, log)`` builds the trainer and calls `train`; it runs in this process or in
-    those of the stage's accelerate configuration. ``inputs``: what else determines the result. ``prepared``: further
-    arguments of ``fit`` in this process; launched ones prepare them again.
+    ``fit(params, rows, model_path, folder, log)`` builds the trainer and calls `train`, in this process or in those of
+    the stage's accelerate configuration. ``inputs``: what else determines the result. ``prepared``: more arguments of
+    ``fit``, which launched processes prepare themselves.
     """
     set_threads(params.threads)
     folder = checkpoint_folder(out_dir, {**describe_inputs(stage, params, [rows], model_path), **inputs})
@@ -184,10 +184,7 @@ def require_plain(model: PreTrainedModel) -> None:
 
 
 class SpareVision(TrainerCallback):
-    """Keeps gradients out of the frozen vision tower under gradient checkpointing.
-
-    For checkpoints to pass gradients on, trainers make the input embeddings of *all* towers require them.
-    """
+    """Keeps gradients out of the frozen vision tower: with checkpointing, trainers make all embeddings require them."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.gradient_checkpointing:  # the trainer's own hook is there already; this one follows it
@@ -196,10 +193,10 @@ class SpareVision(TrainerCallback):
 
 
 class Log(TrainerCallback):
-    """Writes the log of a training to a JSONL file at every step, and shows a bar with the last value of ``shown``.
+    """Writes the log of a training as JSONL, and shows a bar with the last value of ``shown``.
 
-    ``rename`` maps an entry of the trainer's log to ours, {} = leave it out. The file is written whole, from the
-    trainer's own history, so that a resumed run leaves no gap and no repeat.
+    ``rename`` maps an entry of the trainer's log to ours, {} = leave it out. Every step writes the whole file from the
+    trainer's own history, so a resumed run leaves no gap and no repeat.
     """
 
     def __init__(self, path: Path, rename: Callable[[dict[str, Any]], dict[str, Any]], shown: str) -> None:
@@ -207,8 +204,8 @@ class Log(TrainerCallback):
         self.bar = tqdm(disable=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        hidden = not state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update", disable=hidden)
+        options = {"initial": state.global_step, "unit": "update", "disable": not state.is_world_process_zero}
+        self.bar = tqdm(total=state.max_steps, **options)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

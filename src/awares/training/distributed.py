@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from awares import config
 from awares.config import Params
+from awares.engine.jsonl import write_records
 from awares.engine.model import set_threads
 from awares.engine.rows import load_rows, save_rows
 from awares.errors import AwaresError, AwaresFileError
@@ -48,27 +49,23 @@ def processes() -> int:
 def device(params: Params) -> str:
     """Where this process loads the model: ``base.device``; its own GPU among several; the host's memory under FSDP.
 
-    AwaresError when one process sees several GPUs: the trainers refuse them with a less helpful message.
+    AwaresError when one process sees several GPUs, which the trainers refuse.
     """
-    seen = torch.cuda.device_count() if params.base.device == "cuda" and processes() == 1 else 0
-    if seen > 1:
-        fix = "set CUDA_VISIBLE_DEVICES=0, or base.launch to a file of data/launch"
-        raise AwaresError(f"{seen} GPUs are visible to a training in one process: {fix}")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "cpu"
-    several = params.base.device == "cuda" and processes() > 1
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if several else params.base.device
+    if params.base.device != "cuda":
+        return params.base.device
+    if processes() == 1 and (seen := torch.cuda.device_count()) > 1:
+        fix = "set CUDA_VISIBLE_DEVICES=0, or base.launch to a file of data/launch"
+        raise AwaresError(f"{seen} GPUs are visible to a training in one process: {fix}")
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if processes() > 1 else "cuda"
 
 
 def layout(stage: str, batch_size: int, per_device: int) -> tuple[int, int]:
-    """One update in each process: (samples of a micro-batch, at most ``per_device``; number of micro-batches).
-
-    AwaresError if the processes cannot divide the batch evenly.
-    """
-    count = processes()
-    samples, rest = divmod(batch_size, count)
+    """(samples of a micro-batch, micro-batches) of an update in each process. AwaresError if they do not divide."""
+    samples, rest = divmod(batch_size, processes())
     if rest:
-        raise AwaresError(f"{stage}.batch_size {batch_size} is no multiple of the {count} processes of base.launch")
+        raise AwaresError(f"{stage}.batch_size {batch_size} cannot be divided among {processes()} processes")
     size = next(size for size in range(min(per_device, samples), 0, -1) if samples % size == 0)
     return size, samples // size
 
@@ -81,9 +78,7 @@ def launch(stage: str, fit: Callable[..., None], rows: Dataset, log: Path, **giv
     job, stored = log.with_name("launch.job"), log.with_name("launch.rows")
     save_rows(rows, stored)
     training = LaunchedTraining(stage=stage, fit=f"{fit.__module__}:{fit.__name__}", rows=stored, log=log, **given)
-    partial = job.with_suffix(".partial")
-    partial.write_text(training.model_dump_json(), encoding="utf-8")
-    partial.replace(job)
+    write_records(job, [training.model_dump(mode="json")])  # whole or not at all: another node may wait for it
     try:
         join(job)
     finally:
