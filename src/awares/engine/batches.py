@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-Row = TypeVar("Row")
+_Row = TypeVar("_Row")
 WINDOW, WINDOW_PIXELS = 256, 2**28  # rows open at a time, and pixels of their images: 0.8 GB
 
 
-def windows(rows: Iterable[Row], pixels: Callable[[Row], int]) -> Iterator[list[Row]]:
+def windows(rows: Iterable[_Row], pixels: Callable[[_Row], int]) -> Iterator[list[_Row]]:
     """``rows`` in parts of at most WINDOW rows that end once their images have WINDOW_PIXELS pixels."""
-    part: list[Row] = []
+    part: list[_Row] = []
     total = 0
     for row in rows:
         part.append(row)

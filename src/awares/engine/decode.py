@@ -159,8 +159,8 @@ class Decoder(Codec):
         self,
         state: State,
         picked: Sequence[int],
-        suffixes: list[list[int]],
-        images: list[list[Image]],
+        suffixes: Sequence[list[int]],
+        images: Sequence[list[Image]],
         reuse: bool = True,
     ) -> Output:
         """Append ``suffixes`` (ids) and ``images`` to the rows ``picked`` of ``state`` and generate; they cannot call.
