@@ -10,8 +10,6 @@ from awares.errors import AwaresError
 from awares.method import crops
 from awares.method.crops import CROPS, boxes_to_crops
 
-Boxes = list[tuple[int, int, int, int]]
-
 
 def section(**changes: Any) -> Any:
     """The section `crops` of params.yaml, as far as the rules read it."""
@@ -27,43 +25,56 @@ def painted_area(boxes: Any) -> float:
     return float(canvas.sum())
 
 
-def random_boxes(count: int) -> Boxes:
-    corners = np.random.default_rng(0).integers(0, 1001, (count, 2, 2))
-    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
-    return [(int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in boxes if x1 < x2 and y1 < y2]
+def random_boxes(count: int) -> list[tuple[int, ...]]:
+    corners = np.sort(np.random.default_rng(0).integers(0, 1001, (count, 2, 2)), axis=1).reshape(count, 4)
+    return [tuple(box) for box in corners.tolist() if box[0] < box[2] and box[1] < box[3]]
 
 
-def test_the_table_has_the_released_order_and_the_papers_areas() -> None:
-    assert list(CROPS) == list(config.CROP_NAMES) and list(CROPS)[:2] == ["top-left", "top-right"]
+def test_the_table_of_crops_by_hand() -> None:
+    assert list(CROPS) == list(config.CROP_NAMES)
+    corners = (0, 0, 500, 500), (500, 0, 1000, 500), (0, 500, 500, 1000), (500, 500, 1000, 1000)
+    halves = [(0, 0, 1000, 500), (0, 500, 1000, 1000), (0, 0, 500, 1000), (500, 0, 1000, 1000)]
+    assert [crops.crop_box(name) for name in CROPS] == [*corners, (250, 250, 750, 750), *halves, (0, 0, 1000, 1000)]
     assert [crops.area(name) for name in CROPS] == [0.25] * 5 + [0.5] * 4 + [1.0]
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_union_area_and_coverage_are_exact(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    names = [str(name) for name in rng.choice(list(CROPS), size=rng.integers(1, 5), replace=False)]
-    boxes = [crops.crop_box(name) for name in names]
-    assert crops.union_area(names) == pytest.approx(painted_area(boxes) / 1e6)
-    for box in random_boxes(5):
-        inside = [(max(box[0], b[0]), max(box[1], b[1]), min(box[2], b[2]), min(box[3], b[3])) for b in boxes]
-        solid = [b for b in inside if b[0] < b[2] and b[1] < b[3]]
-        assert crops.coverage(box, names) == pytest.approx(painted_area(solid) / painted_area([box]))
+def test_union_area_and_coverage_are_exact() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        names = rng.choice(list(CROPS), size=rng.integers(1, 5), replace=False).tolist()
+        boxes = [crops.crop_box(name) for name in names]
+        assert crops.union_area(names) == pytest.approx(painted_area(boxes) / 1e6)
+        for box in random_boxes(5):
+            inside = [(max(box[0], b[0]), max(box[1], b[1]), min(box[2], b[2]), min(box[3], b[3])) for b in boxes]
+            solid = [b for b in inside if b[0] < b[2] and b[1] < b[3]]
+            assert crops.coverage(box, names) == pytest.approx(painted_area(solid) / painted_area([box]))
 
 
 @pytest.mark.parametrize(
-    "box, expected",
+    ("boxes", "changes", "expected"),
     [
-        ((100, 100, 200, 200), ("top-left",)),
-        ((450, 450, 550, 550), ("center",)),
-        ((380, 380, 480, 480), ("center",)),  # in top-left and center: the centre of `center` is nearer
-        ((800, 100, 900, 900), ("right",)),
-        ((0, 0, 1000, 1000), ("all",)),
-        ((480, 100, 500, 100), ("top-left",)),  # a line
-        ((1000, 1000, 1000, 1000), ("bottom-right",)),  # a point in the corner
+        ([(100, 100, 200, 200)], {}, ("top-left",)),
+        ([(450, 450, 550, 550)], {}, ("center",)),
+        ([(380, 380, 480, 480)], {}, ("center",)),  # in top-left and center: the centre of `center` is nearer
+        ([(800, 100, 900, 900)], {}, ("right",)),
+        ([(0, 0, 1000, 1000)], {}, ("all",)),
+        ([(480, 100, 500, 100)], {}, ("top-left",)),  # a line
+        ([(1000, 1000, 1000, 1000)], {}, ("bottom-right",)),  # a point in the corner
+        ([(300, 100, 700, 200), (400, 300, 500, 600)], {}, ("center", "top")),
+        ([(300, 100, 320, 600), (400, 100, 700, 200)], {}, ("all",)),  # every pair cuts a box in half
+        ([], {}, ()),
+        ([(10, 10, 20, 20)], {"offered": ("all",)}, ("all",)),
+        ([(10, 10, 20, 20)], {"offered": ("top", "all")}, ("top",)),
+        ([(151, 400, 599, 701)], {"offered": ("box",)}, ("150,400,600,750",)),
+        ([(0, 0, 1000, 1000)], {"rule": "iou"}, ("top", "bottom", "left", "right", "all")),
+        ([(0, 0, 500, 500)], {"rule": "iou"}, ("top-left", "top", "left")),
+        ([(10, 10, 20, 20)], {"rule": "iou"}, ("top-left",)),  # none reaches the threshold: the best
+        ([(400, 400, 600, 600)], {"rule": "iou", "iou_threshold": 0.9}, ("center",)),
+        ([(10, 10, 20, 20)], {"rule": "iou", "offered": ("right", "all")}, ("all",)),
     ],
 )
-def test_coverage_rule(box: tuple[int, ...], expected: tuple[str, ...]) -> None:
-    assert boxes_to_crops([box], section()) == expected
+def test_rules(boxes: list, changes: dict[str, Any], expected: tuple[str, ...]) -> None:
+    assert boxes_to_crops(boxes, section(**changes)) == expected
 
 
 def test_chosen_crops_cover_the_box_and_nothing_cheaper_does() -> None:
@@ -74,33 +85,6 @@ def test_chosen_crops_cover_the_box_and_nothing_cheaper_does() -> None:
         assert len(names) == 1 and crops.area(names[0]) == min(map(crops.area, fitting))
         chosen |= set(names)
     assert chosen == set(CROPS)
-
-
-def test_a_pair_that_cuts_a_piece_of_evidence_in_half_is_refused() -> None:
-    assert boxes_to_crops([(300, 100, 700, 200), (400, 300, 500, 600)], section()) == ("center", "top")
-    assert boxes_to_crops([(300, 100, 320, 600), (400, 100, 700, 200)], section()) == ("all",)
-
-
-@pytest.mark.parametrize(
-    ("box", "changes", "expected"),
-    [
-        ((0, 0, 1000, 1000), {}, ("top", "bottom", "left", "right", "all")),
-        ((0, 0, 500, 500), {}, ("top-left", "top", "left")),
-        ((10, 10, 20, 20), {}, ("top-left",)),  # none reaches the threshold: the best
-        ((400, 400, 600, 600), {"iou_threshold": 0.9}, ("center",)),
-        ((10, 10, 20, 20), {"offered": ("right", "all")}, ("all",)),
-    ],
-)
-def test_iou_rule(box: tuple[int, ...], changes: dict[str, Any], expected: tuple[str, ...]) -> None:
-    assert boxes_to_crops([box], section(rule="iou", **changes)) == expected
-
-
-def test_only_offered_crops_are_chosen() -> None:
-    box = (10, 10, 20, 20)
-    assert boxes_to_crops([box], section(offered=("all",))) == ("all",)
-    assert boxes_to_crops([box], section(offered=("top", "all"))) == ("top",)
-    assert boxes_to_crops([(151, 400, 599, 701)], section(offered=("box",))) == ("150,400,600,750",)
-    assert boxes_to_crops([], section()) == ()
 
 
 def test_a_rule_of_the_user_by_name_or_as_a_function() -> None:

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import pandas as pd
 import pytest
+from conftest import noise
 from torch import Tensor
 
 from awares.config import load_params
@@ -16,7 +16,6 @@ from awares.engine import chat_format, decode
 from awares.errors import AwaresError
 from awares.method import evaluation, protocol
 from awares.method.rollout import Engine, Trajectory
-from awares.study import diagnostics, figures
 
 EVALUATION = load_params("mini", overrides={"evaluation.bootstrap": 100}).evaluation
 REQUESTS = ("top-left", "center,bottom", "oops", "all")
@@ -47,18 +46,11 @@ class Spelling(decode.FirstToken):
 
 @pytest.fixture(scope="module")
 def rows() -> datasets.Dataset:
-    from conftest import noise
-
-    boxes: dict[str, Any] = {"question_boxes": [], "answer_boxes": [], "answers": ["12"], "split": "evaluation"}
+    fixed: dict[str, Any] = {"question_boxes": [], "answer_boxes": [], "answers": ["12"], "split": "evaluation"}
     return make_dataset(
-        {
-            "id": f"row-{number}",
-            "image": noise(112 + 56 * (number % 2), 112, number),
-            "question": f"question {number}",
-            "source": ("chartqa", "pope")[number % 2],
-            **boxes,
-        }
-        for number in range(8)
+        {"id": f"row-{n}", "image": noise(112 + 56 * (n % 2), 112, n), "question": f"question {n}", **fixed}
+        | {"source": ("chartqa", "pope")[n % 2]}
+        for n in range(8)
     )
 
 
@@ -67,8 +59,8 @@ def engine(tiny: SimpleNamespace, rows: datasets.Dataset, monkeypatch: pytest.Mo
     """An engine that calls on four of the eight rows."""
     monkeypatch.setattr(Spelling, "tokenizer", tiny.processor.tokenizer)
     monkeypatch.setattr(decode, "FirstToken", Spelling)
-    gaps = sorted(gaps_of(Engine(tiny.model, tiny.processor, max_new_tokens=1), rows))
-    monkeypatch.setattr(Spelling, "lift", -(gaps[3] + gaps[4]) / 2)
+    turns = biases_between(run(Engine(tiny.model, tiny.processor, max_new_tokens=1), rows))
+    monkeypatch.setattr(Spelling, "lift", turns[len(turns) // 2])
     return Engine(tiny.model, tiny.processor, max_new_tokens=16)
 
 
@@ -76,13 +68,9 @@ def run(engine: Engine, rows: datasets.Dataset, bias: float = 0.0) -> list[Traje
     return engine.run(rows["image"], rows["question"], call_bias=bias, row_ids=rows["id"])
 
 
-def gaps_of(engine: Engine, rows: datasets.Dataset) -> list[float]:
-    return [one.call_gap for one in run(engine, rows) if one.call_gap is not None]
-
-
-def between(gaps: list[float]) -> list[float]:
+def biases_between(done: list[Trajectory]) -> list[float]:
     """Biases that split the rows in every possible way, none close to the bias at which a row changes."""
-    turns = sorted(-gap for gap in gaps)
+    turns = sorted(-one.call_gap for one in done if one.call_gap is not None)
     middles = [(low + high) / 2 for low, high in zip(turns, turns[1:], strict=False) if high - low > 1e-3]
     return [turns[0] - 1, *middles, turns[-1] + 1]
 
@@ -92,12 +80,10 @@ def content(one: Trajectory) -> tuple[Any, ...]:
 
 
 def test_derived_is_what_the_engine_does_at_every_bias(engine: Engine, rows: datasets.Dataset) -> None:
-    gaps = gaps_of(engine, rows)
-    assert sum(gap > 0 for gap in gaps) == 4
-    biases = between(gaps)
-    assert len(biases) > 5
+    biases = biases_between(run(engine, rows))
+    assert len(biases) > 5 and biases[0] < 0 < biases[-1]
     ran = {bias: [content(one) for one in run(engine, rows, bias)] for bias in biases}
-    for start in (biases[0], biases[3], biases[-1]):  # whatever the policy's own bias is
+    for start in (biases[0], biases[3], biases[-1]):  # whatever bias the policy itself has
         derived = evaluation.sweep_call_bias(engine, rows, run(engine, rows, start), start, biases)
         assert {bias: [content(one) for one in done] for bias, done in derived.items()} == ran
     begun = [sum(one.turns[1].text.startswith(chat_format.TOOL_CALL) for one in derived[bias]) for bias in biases]
@@ -107,7 +93,8 @@ def test_derived_is_what_the_engine_does_at_every_bias(engine: Engine, rows: dat
 
 def test_every_row_runs_once_more_with_a_finite_bias(engine: Engine, rows: datasets.Dataset, monkeypatch) -> None:
     """A bias decides the first token only, however large it is: -inf would ban the call token at every position."""
-    own, biases, ran, engine_run = run(engine, rows), between(gaps_of(engine, rows)), [], Engine.run
+    own, ran, engine_run = run(engine, rows), [], Engine.run
+    biases = biases_between(own)
 
     def watched(self: Engine, images: Any, questions: Any, **options: Any) -> Any:
         assert math.isfinite(options["call_bias"])
@@ -136,7 +123,7 @@ def test_gap_and_logprob_are_of_the_unbiased_first_token(engine: Engine, rows: d
 
 def test_curve_holds_table_1_and_rtr_grows_with_the_bias(engine: Engine, rows: datasets.Dataset) -> None:
     own = run(engine, rows)
-    runs = evaluation.sweep_call_bias(engine, rows, own, 0.0, [*between(gaps_of(engine, rows)), 0.0])
+    runs = evaluation.sweep_call_bias(engine, rows, own, 0.0, [*biases_between(own), 0.0])
     table = evaluation.operating_curve("sft", rows, runs, EVALUATION)
     assert table.call_bias.is_monotonic_increasing and table.rtr.is_monotonic_increasing
     assert table.rtr.iloc[0] == 0.25 < table.rtr.iloc[-1] and table.call_rate.iloc[0] == 0
@@ -145,27 +132,3 @@ def test_curve_holds_table_1_and_rtr_grows_with_the_bias(engine: Engine, rows: d
     columns = ["accuracy", "accuracy_low", "accuracy_high", "rtr", "n"]
     at_zero, average = table[table.call_bias == 0], main[main.benchmark == evaluation.AVERAGE]
     assert at_zero[columns].to_numpy().tolist() == average[columns].to_numpy().tolist()
-
-
-def test_frontier_curve_ends_at_the_frontier(engine: Engine, rows: datasets.Dataset) -> None:
-    some = rows.select(range(3))
-    own = run(engine, some)
-    easy = some.map(lambda row: {"answers": [own[some["id"].index(row["id"])].answer]})  # every own answer is correct
-    best = diagnostics.run_frontier("sft", engine, easy)
-    found = diagnostics.frontier_row("sft", best, evaluation.scored("sft", easy, own))
-    curve = diagnostics.frontier_curve("sft", best)
-    assert (curve.accuracy.iloc[-1], curve.rtr.iloc[-1]) == (found["frontier_accuracy"], found["frontier_rtr"])
-    assert found["accuracy"] == found["frontier_accuracy"] == 100 and found["frontier_rtr"] <= found["rtr"]
-
-
-def test_figure_draws_both_sets_of_rows() -> None:
-    line = {"accuracy": 50.0, "accuracy_low": 40.0, "accuracy_high": 70.0, "call_rate": 10.0, "n": 9}
-    places = [(system, part) for system in ("sft", "awares") for part in ("all", "frontier")]
-    points = [
-        {"system": s, "rows": part, "call_bias": b, "rtr": 0.4 + b / 20, **line} for s, part in places for b in (-2, 0)
-    ]
-    frontier = pd.DataFrame({"system": "sft", "rtr": [0.25, 0.3], "accuracy": [50.0, 80.0]})
-    main = pd.DataFrame({"system": ["full", "half"], "benchmark": evaluation.AVERAGE, "rtr": [1.0, 0.25], **line})
-    figure = figures.dial_figure(pd.DataFrame(points), frontier, main)
-    left, right = (axes.get_legend_handles_labels()[1] for axes in figure.axes)
-    assert left == ["SFT", "AwaRes", "full resolution", "half resolution"] and right[-1] == "SFT: oracle frontier"

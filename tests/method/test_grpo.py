@@ -17,21 +17,11 @@ from awares.errors import AwaresError
 from awares.method import crops, grpo, protocol, rewards
 from awares.method.metrics import anls
 from awares.training import checkpoints as training
-from awares.training import prompt_sharing as sharing
 
 ROOT = Path(__file__).parents[2]
-SMALL = {
-    "threads": 1,
-    "grpo.answer_reward": "anls",
-    "grpo.batch_size": 8,
-    "grpo.per_device_batch_size": 4,
-    "grpo.generations": 4,
-    "grpo.max_steps": 3,
-    "grpo.save_steps": 1,
-    "grpo.max_completion_length": 48,
-    "grpo.learning_rate": 1.0e-2,
-    "grpo.scheduler": "constant",
-}
+SECTION = {"answer_reward": "anls", "batch_size": 8, "per_device_batch_size": 4, "generations": 4, "max_steps": 3}
+SECTION |= {"save_steps": 1, "max_completion_length": 48, "learning_rate": 1.0e-2, "scheduler": "constant"}
+SMALL = {"threads": 1, **{f"grpo.{key}": value for key, value in SECTION.items()}}
 CALL = ("bottom-right", "top-left")
 ANSWERS = ["word 3", "word 4", "none", "word 3", "later", "word 4", "word", "word 3"]
 
@@ -111,13 +101,9 @@ def plain_log_probs(world, batch):
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     width = batch["completion_ids"].size(1)
     with torch.no_grad():
-        logits = load_model(world.policy)(
-            input_ids=ids,
-            attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
-            mm_token_type_ids=batch["mm_token_type_ids"],
-            pixel_values=batch["pixel_values"],
-            image_grid_thw=batch["image_grid_thw"],
-        ).logits
+        images = {key: batch[key] for key in ("mm_token_type_ids", "pixel_values", "image_grid_thw")}
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        logits = load_model(world.policy)(input_ids=ids, attention_mask=mask, **images).logits
     scores = torch.log_softmax(logits[:, -width - 1 : -1], -1)
     return scores.gather(2, batch["completion_ids"][..., None])[..., 0] * batch["completion_mask"]
 
@@ -138,23 +124,11 @@ def test_a_rollout_reads_like_the_conversation_and_only_the_assistant_is_trained
         trained = batch["tool_mask"][index][: len(real[1])]
         assert torch.equal(trained, mask[len(real[0]) : len(ids)])
         assert not trained[real[1] == world.processor.image_token_id].any()
-
-
-def test_crops_of_the_second_turn_stand_in_the_order_of_the_call(world, play):
-    _, batch = play()
     assert batch["num_images"] == [1, 3, 1, 1, 3, 1, 1, 1]
     parts = [part for talk in conversations(world) for turn in talk for part in turn["content"]]
-    images = [part["image"] for part in parts if "image" in part]
-    expected = world.processor.image_processor(images=images, return_tensors="pt")
-    assert torch.equal(batch["image_grid_thw"], expected["image_grid_thw"])
-    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
-
-
-def test_a_batch_whose_only_calls_are_malformed_is_answered_in_words(world, play):
-    _, batch = play(call=protocol.OURS.render_call(["all"]).replace('"all"', '"nowhere"'))
-    assert batch["num_images"] == [1] * 8
-    replies = [world.processor.tokenizer.decode(ids) for ids in batch["completion_ids"]]
-    assert ["error: no such region" in reply for reply in replies] == [i in (1, 4) for i in range(8)]
+    pictures = [part["image"] for part in parts if "image" in part]
+    expected = world.processor.image_processor(images=pictures, return_tensors="pt")
+    assert all(torch.equal(batch[key], expected[key]) for key in ("image_grid_thw", "pixel_values"))
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -189,86 +163,16 @@ def log_probs(trainer, batch, share):
     return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width, compute_entropy=True, **images)
 
 
-# Sharing of prompts
-
-
-def test_shared_prompts_give_the_log_probabilities_and_gradients_of_trl(world, play):
-    (trainer, batch), found = play(), {}
-    for share in (True, False):
-        trainer.model.zero_grad()
-        logps, entropies, _ = log_probs(trainer, batch, share)
-        (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
-        gradient = {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-        found[share] = {"logps": logps.detach(), "entropies": entropies.detach(), **gradient}
-    assert len(found[True]) > 20
-    for name, value in found[False].items():
-        torch.testing.assert_close(found[True][name], value, atol=2e-4, rtol=2e-3)
-
-
-def test_completions_of_one_question_on_two_pictures_are_not_mixed_up(world, tmp_path):
-    rows = world.rows.select([2, 4]).remove_columns("question").add_column("question", ["what?"] * 2)
-    trainer = trainer_for(SimpleNamespace(policy=world.policy, rows=rows), tmp_path)
-    disturb(trainer)
-    write(trainer)
-    batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0, 0, 0, 0, 1, 1, 1, 1)])
-    shared, plain = (log_probs(trainer, batch, share)[0].detach() for share in (True, False))
-    torch.testing.assert_close(shared, plain, atol=2e-4, rtol=2e-3)
-
-
-def test_shared_prefill_samples_the_tokens_of_trl(world, tmp_path):
-    trainer = trainer_for(world, tmp_path, settings(**{"grpo.max_completion_length": 12}))
-    disturb(trainer)
-    trainer._batch_environments = [None] * 8
-    prompts = [trainer.train_dataset[i]["prompt"] for i in (2, 2, 2, 2, 3, 3, 3, 3)]
-    ids, images, fields = trainer._tokenize_prompts(prompts)
-    sampled = {}
-    for share in (True, False):
-        trainer.share_prompts = share
-        torch.manual_seed(3)
-        sampled[share], _ = trainer._generate_single_turn(ids, images, dict(fields), 4)
-    assert sampled[True] == sampled[False]
-    assert len({tuple(row) for row in sampled[True]}) > 4
-
-
-def test_a_picture_passes_through_the_vision_tower_once_an_update(world, tmp_path):
-    trainer = trainer_for(world, tmp_path)
-    base, images = trainer.model.get_base_model(), [world.rows[i]["image"] for i in (0, 1, 0, 2)]
-    pixels = dict(world.processor.image_processor(images=images, return_tensors="pt"))
-    plain = base.model.get_image_features(**pixels).pooler_output
-    passed = []
-    hook = base.model.visual.patch_embed.register_forward_hook(lambda _m, inputs, _out: passed.append(len(inputs[0])))
-    with sharing.vision_memo(base):
-        for _ in range(2):
-            for one, other in zip(base.model.get_image_features(**pixels).pooler_output, plain, strict=True):
-                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-    assert passed == [pixels["image_grid_thw"].prod(-1)[[0, 1, 3]].sum()]
-    base.model.get_image_features(**pixels)
-    hook.remove()
-    assert len(passed) == 2  # as before, outside of the block
-    base.model.visual.merger.requires_grad_(True)
-    with pytest.raises(AwaresError, match="vision tower is trained"), sharing.vision_memo(base):
-        pass
-
-
-def test_pictures_are_told_apart_in_bfloat16_too():
-    one = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert sharing._digest(one) == sharing._digest(one.clone()) != sharing._digest(one * 2)
-
-
 # Rollouts and their reward
+
+
+def called(*regions, **arguments):
+    """A tool call as TRL parses it; ``arguments``: instead of the right ones."""
+    return {"type": "function", "function": {"name": "crop", "arguments": arguments or {"regions": list(regions)}}}
 
 
 def said(text, calls=None):
     return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
-
-
-def called(*regions):
-    return wrong("regions", list(regions))
-
-
-def wrong(key, value):
-    """A call with another argument, or one of another type, than the tool has."""
-    return {"type": "function", "function": {"name": "crop", "arguments": {key: value}}}
 
 
 TOOL = {"role": "tool", "name": "crop", "content": [{"type": "image", "image": None}]}
@@ -287,8 +191,8 @@ def read(completion, form=protocol.OURS, **row):
         ([said("", [called("top"), called("left")]), TOOL, TOOL, said("7")], ("7", ("top", "left"), False, False)),
         ([said("", [called("nowhere")]), TOOL, said("7")], ("7", (), True, False)),
         ([said("", [called("top and left")]), TOOL, said("7")], ("7", ("top", "left"), False, False)),
-        ([said("", [wrong("crops", ["top"])]), TOOL, said("7")], ("7", (), True, False)),  # TRL has nothing to run
-        ([said("", [wrong("regions", "top")]), TOOL, said("7")], ("7", ("top",), False, False)),
+        ([said("", [called(crops=["top"])]), TOOL, said("7")], ("7", (), True, False)),  # TRL has nothing to run
+        ([said("", [called(regions="top")]), TOOL, said("7")], ("7", ("top",), False, False)),
         ([said("", [called("top")])], ("", ("top",), False, True)),  # TRL dropped the crops
         ([said("", [called("top")]), TOOL, said("", [called("left")])], ("", ("top",), False, False)),
         ([said("", [called("top")]), TOOL], ("", ("top",), False, False)),  # nothing left to answer with
@@ -302,10 +206,8 @@ def test_a_completion_is_read_as_answer_and_requested_crops(completion, expected
 
 
 def test_call_metrics_average_over_the_right_completions():
-    calls = [("top",), (), (), ("top", "left")]
-    completions = [[said("", [called(*names)]), TOOL, said("a")] if names else [said("a")] for names in calls]
-    completions[1] = [said("<tool_call>")]
-    completions[3] = completions[3][:1]  # TRL dropped the crops
+    cut_off = [said("", [called("top", "left")])]  # TRL dropped the crops
+    completions = [said("", [called("top")]), TOOL, said("a")], [said("<tool_call>")], [said("a")], cut_off
     rollouts = [read(one, label=label) for one, label in zip(completions, ("HR", "LR", "HR", "LR"), strict=True)]
     values = grpo.call_metrics(rollouts)
     assert values["call_rate"] == [1, 0, 0, 1] and values["call_rate_hr"] == [1, 0] and values["call_rate_lr"] == [0, 1]
@@ -322,8 +224,8 @@ def test_an_overflowing_call_still_costs_and_is_counted(world, play):
     assert metrics["terms/tool_cost"] == [pytest.approx((2 * 0.26 + 3 * 2.0) / 8)]
 
 
-def test_the_reward_and_advantage_of_trl_are_ours_to_the_bit(world, play):
-    """One function and float32 sums give what two weighted reward functions of TRL gave."""
+def test_scored_rollouts_have_the_reward_and_advantage_of_training(world, play):
+    """Float32 sums as in TRL: the weighted answer less the cost, to the bit."""
     params, kept = settings(), []
     trainer, _ = play(params, lambda played, context: kept.extend(played) or [0.0] * len(played))
     trainer.reward = rewards.awares_reward
@@ -333,135 +235,37 @@ def test_the_reward_and_advantage_of_trl_are_ours_to_the_bit(world, play):
     assert [one["reward"] for one in scored] == plain.tolist()
     assert [one["advantage"] for one in scored] == pytest.approx(batch["advantages"].tolist(), abs=1e-6)
     assert [one["crops"] for one in scored] == [CALL if i in (1, 4) else () for i in range(8)]
-    for one in scored:
-        assert one["miss"] + one["use"] + one["area"] == pytest.approx(one["tool_cost"])
+    assert all(one["miss"] + one["use"] + one["area"] == pytest.approx(one["tool_cost"]) for one in scored)
     assert [one["prediction"] for one in scored] == ANSWERS
     assert scored[1]["text"] == protocol.OURS.render_call(CALL) + "\n" + ANSWERS[1]
 
 
-def test_rollouts_of_one_row_are_sampled_as_in_training(world):
-    params = settings(**{"grpo.max_completion_length": 12})
-    first, again = (grpo.sample_rollouts(params, world.rows.select([3]), world.policy) for _ in range(2))
-    assert [one.text for one in first] == [one.text for one in again]
-    assert {one.row_id for one in first} == {"r3"} and len({one.text for one in first}) == params.grpo.generations
-    assert first[0].question == world.rows[3]["question"] and first[0].full_image.size == world.rows[3]["image"].size
-
-
-def early_words(played, context):
-    """A reward of a reader's own: letters of the alphabet's beginning."""
-    early = [sum(letter < "n" for letter in one.text) for one in played]
-    context.log(early=early)
-    return [letters - 5.0 * len(one.crops) for letters, one in zip(early, played, strict=True)]
-
-
-def test_a_reward_from_outside_trains_another_policy(world, tmp_path):
-    """As from a notebook cell: the library stays as it is."""
-    few = {"grpo.max_steps": 1, "grpo.max_completion_length": 6}
-    ours = grpo.train_grpo(settings(**few), world.rows, world.policy, tmp_path / "main-s1")
-    before = weights(ours)
-    mine = grpo.train_grpo(settings(**few), world.rows, world.policy, tmp_path / "main-s1", reward=early_words)
-    assert len(list((tmp_path / ".checkpoints").iterdir())) == 2  # its source is part of the key
-    assert not all(torch.equal(value, before[name]) for name, value in weights(mine).items())
-    (entry,) = read_records(mine.log)
-    assert entry["reward"] == pytest.approx(entry["early"]) and "tool_cost" not in entry
-
-
 @pytest.mark.parametrize("values", [[1.0], [0.0] * 7 + [float("nan")], None])
-def test_a_reward_must_be_one_finite_number_for_each_rollout(world, play, values):
+def test_a_reward_must_be_one_finite_number_for_each_rollout(values):
     def broken(played, context):
         return values
 
     with pytest.raises(AwaresError, match="broken.* 8 rollouts"):
-        play(reward=broken)
+        rewards.RewardContext(settings()).score(broken, [read([said("7")])] * 8)
 
 
-def test_a_reward_of_this_process_cannot_be_launched(world, tmp_path):
-    params = settings(**{"base.launch": "data/launch/2cpu.yaml"})
-    with pytest.raises(AwaresError, match="grpo.reward.*module:function"):
-        grpo.train_grpo(params, world.rows, world.policy, tmp_path, reward=lambda played, context: [0.0] * len(played))
-
-
-def test_the_tool_returns_the_crops_in_order_and_errors_in_words(world):
+def test_the_tool_returns_the_crops_in_order_or_an_error_message(world):
     environment, image = grpo.CropEnvironment(), world.rows[0]["image"]
-    assert environment.reset(full_image=image, label="HR", answers=["x"]) is None
-
-    def shown(regions):
-        return [part["image"].tobytes() for part in environment.crop(regions)]
-
-    assert shown(["left", "bottom-right"]) == [crops.cut(image, name).tobytes() for name in ("left", "bottom-right")]
+    environment.reset(full_image=image, label="HR", answers=["x"])
+    two = [crops.cut(image, name).tobytes() for name in ("top", "left")]
+    for regions in (["top", "left"], ["top and left"], ["top", "nowhere", "left"], ["upper", "left", "top"]):
+        assert [part["image"].tobytes() for part in environment.crop(regions)] == two
     for bad in (["nowhere"], [], "", [[0, 0, 5, 5]], ["0,0,500,500"], None, {}, [True], 3.0):
         assert environment.crop(bad) == [{"type": "text", "text": protocol.TOOL_ERROR}]
-    for regions in (["top and left"], ["top", "nowhere", "left"], ["upper", "left", "top"]):  # read as the engine does
-        assert shown(regions) == [crops.cut(image, name).tobytes() for name in ("top", "left")]
     assert {name for name in vars(grpo.CropEnvironment) if not name.startswith("_")} == {"reset", "crop"}
 
 
-# The rivals' rewards
+# Tools that offer other regions, as those of the compared systems
 
 
 WHOLE = {"crops.offered": ["all"], "grpo.reward": "visionthink", "grpo.answer_reward": "judge", "grpo.alpha_ans": 1.0}
 FREE = {"crops.offered": ["box"], "crops.region_budget": 0.25, "grpo.reward": "ergo"}
 FREE |= {"grpo.answer_reward": "judge", "grpo.alpha_ans": 1.0}
-
-
-def terms(params, played, reader=None):
-    """(answer, tool_cost) of every rollout under ``grpo.reward``; ``reader``: in the place of the base model."""
-    context = rewards.RewardContext(params)
-    if reader:
-        context.__dict__["base"] = SimpleNamespace(answer=reader)
-    context.score(grpo.registry.reward.find(params.grpo.reward), played)
-    return context.logged["answer"], context.logged["tool_cost"]
-
-
-def test_visionthink_pays_for_being_right_without_asking_and_for_form(world):
-    params = settings(**WHOLE)
-    form = protocol.from_params(params)
-    asked = [said("", [called("all")]), TOOL, said("7")]
-    completions = [
-        [said("7")],
-        asked,
-        [said("8")],
-        [said("", [called("top")]), TOOL, said("7")],
-    ]  # `top` is not offered
-    answer, cost = terms(params, [read(one, form) for one in completions])
-    assert answer == pytest.approx([1.0, 0.9, 0.0, 1.0]) and cost == [-0.5, -0.5, -0.5, 0.0]
-    environment = grpo.CropEnvironment(form)
-    environment.reset(full_image=world.rows[0]["image"])
-    assert environment.crop(["top"]) == [{"type": "text", "text": protocol.TOOL_ERROR}]
-    assert environment.crop(["all"])[0]["image"].size == world.rows[0]["image"].size
-
-
-def test_ergo_pays_for_a_region_that_is_enough_and_small(world):
-    params = settings(**FREE)
-    seen, picture = [], world.rows[0]["image"]
-
-    def reader(images, questions):
-        seen.append([(image.size, question) for image, question in zip(images, questions, strict=True)])
-        return [SimpleNamespace(answer=text) for text in ("7", "8", "7")]
-
-    completions = [
-        [said("", [called("0,0,500,500")]), TOOL, said("7")],  # right, enough, small
-        [said("", [called("0,0,500,500")]), TOOL, said("7")],  # right, small
-        [said("", [called("0,0,1000,800")]), TOOL, said("8")],  # enough
-        [said("7")],  # right without a region
-    ]
-    form, row = protocol.from_params(params), {"question": "what?", "full_image": picture}
-    answer, cost = terms(params, [read(one, form, **row) for one in completions], reader)
-    assert answer == pytest.approx([2.5, 1.5, 1.0, 1.0]) and cost == [-1.0, -1.0, -1.0, 0.0]
-    width, height = picture.size
-    shrunk = crops.cut(picture, "0,0,1000,800", 0.25)
-    assert shrunk.width * shrunk.height == pytest.approx(0.25 * width * height, rel=0.05)
-    assert seen == [[((width // 2, height // 2), "what?")] * 2 + [(shrunk.size, "what?")]]
-
-
-def test_ergo_asks_the_base_model_about_a_region_however_small(world):
-    params, row = settings(**FREE, **{"base.model": str(world.policy)}), world.rows[0]
-    completion = [said("", [called("100,100,150,150")]), TOOL, said("7")]
-    state = torch.get_rng_state()
-    played = read(completion, protocol.from_params(params), question=row["question"], full_image=row["image"])
-    answer, _ = terms(params, [played])
-    assert answer[0] >= 1.5  # right and small, whatever the base model makes of it
-    assert torch.equal(torch.get_rng_state(), state)  # the policy samples as if it had not been loaded
 
 
 @pytest.mark.parametrize(
@@ -474,28 +278,26 @@ def test_a_policy_with_other_regions_is_trained_on_them_alone(world, play, chang
     assert batch["num_images"] == [2 if i in (1, 4) else 1 for i in range(8)]
 
 
-def test_a_reward_over_groups_wants_whole_ones_in_every_process(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")  # two completions of groups of four
-    with pytest.raises(AwaresError, match="grpo.reward visionthink.* 2 completions"):
-        trainer_for(world, tmp_path, settings(**WHOLE))
+def test_bad_settings_and_inputs_are_refused(world, tmp_path, monkeypatch):
+    def build(rows=world.rows, model=None, **changes):
+        model, params = model or load_model(world.policy), settings(**changes)
+        return grpo.build_grpo_trainer(params, rows, model, world.processor, tmp_path)
 
-
-# Guards
-
-
-def test_crops_that_cannot_fit_are_an_error_before_training(world):
-    with pytest.raises(AwaresError, match="crop_token_budget 20 is too small.*row r1"):
+    with pytest.raises(AwaresError, match="label"):
+        build(world.rows.remove_columns("label"))
+    with pytest.raises(AwaresError, match="adapter"):
+        build(model=build().model)
+    with pytest.raises(AwaresError, match="grpo.share_prompts"):
+        build(**{"grpo.rollouts": "vllm", "grpo.share_prompts": True})
+    with pytest.raises(AwaresError, match="grpo.reward.*module:function"):
+        launched = settings(**{"base.launch": "data/launch/2cpu.yaml"})
+        grpo.train_grpo(launched, world.rows, world.policy, tmp_path, lambda played, context: [0.0] * len(played))
+    with pytest.raises(AwaresError, match="crop_token_budget 20 .*row r1"):
         grpo.check_budget(world.rows, world.processor, settings(**{"grpo.crop_token_budget": 20}))
     grpo.check_budget(world.rows, world.processor, settings(**{"grpo.crop_token_budget": 90}))
-
-
-def test_rows_without_labels_and_models_with_adapters_are_refused(world, tmp_path):
-    unlabelled = world.rows.remove_columns("label")
-    with pytest.raises(AwaresError, match="no column label"):
-        grpo.build_grpo_trainer(settings(), unlabelled, load_model(world.policy), world.processor, tmp_path)
-    trainer = trainer_for(world, tmp_path)
-    with pytest.raises(AwaresError, match="already carries an adapter"):
-        grpo.build_grpo_trainer(settings(), world.rows, trainer.model, world.processor, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")  # two completions per process, groups of four
+    with pytest.raises(AwaresError, match="grpo.reward visionthink.* 2 completions"):
+        build(**WHOLE)
 
 
 # The whole training
@@ -505,13 +307,21 @@ def weights(result):
     return load_file(result.adapter / "adapter_model.safetensors")
 
 
-def run(world, out, **overrides):
-    return grpo.train_grpo(settings(**{"grpo.max_completion_length": 6, **overrides}), world.rows, world.policy, out)
+def run(world, out, reward=None, **overrides):
+    params = settings(**{"grpo.max_completion_length": 6, **overrides})
+    return grpo.train_grpo(params, world.rows, world.policy, out, reward)
+
+
+def early_words(played, context):
+    """A reward of a notebook cell: letters from the first half of the alphabet."""
+    early = [sum(letter < "n" for letter in one.text) for one in played]
+    context.log(early=early)
+    return [letters - 5.0 * len(one.crops) for letters, one in zip(early, played, strict=True)]
 
 
 def test_an_interrupted_training_goes_on_and_ends_the_same(world, tmp_path, monkeypatch):
-    whole = run(world, tmp_path / "whole" / "main-s1")
-    original = training.Log.on_log
+    whole, generated = run(world, tmp_path / "whole" / "main-s1"), []
+    original, generate = training.Log.on_log, GRPOTrainer._generate
 
     def stop(self, args, state, control, **kwargs):
         original(self, args, state, control, **kwargs)
@@ -523,38 +333,26 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(world, tmp_path, monk
         run(world, tmp_path / "parts" / "main-s1")
     (folder,) = (tmp_path / "parts" / ".checkpoints").iterdir()
     assert [training.step_of(path) for path in training.checkpoints(folder)] == [1, 2]
-    generated = []
-    generate = GRPOTrainer._generate
     monkeypatch.setattr(GRPOTrainer, "_generate", lambda *given: (generated.append(1), generate(*given))[1])
     resumed = run(world, tmp_path / "parts" / "main-s1")
-    assert len(generated) == 1  # only the third update is made again
+    assert len(generated) == 1  # only the third update is repeated
     assert whole.log.read_text() == resumed.log.read_text()
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
-    other = run(world, tmp_path / "parts" / "main-s1", **{"grpo.lambda_area": 0.5, "grpo.max_steps": 1})
-    assert len(generated) == 2 and other.step == 1  # other inputs: from the start
-
-
-def test_a_resumed_run_goes_on_in_the_order_of_its_own_epoch(world, tmp_path):
-    plain = GRPOTrainer._get_train_sampler(trainer_for(world, tmp_path / "plain"))
-    orders = [list(plain) for _ in range(3)]
-    assert orders[0] != orders[1] != orders[2]
-    for epoch, order in ((0.0, 0), (None, 0), (1.0, 1), (1.37, 1), (2.0 - 1e-9, 2)):
-        trainer = trainer_for(world, tmp_path / str(epoch))  # another process
-        trainer.state.epoch = epoch
-        sampler = trainer._get_train_sampler()
-        assert list(sampler) == orders[order] and len(sampler) == len(plain)
+    other = run(world, tmp_path / "parts" / "main-s1", early_words, **{"grpo.max_steps": 1})
+    assert len(generated) == 2 and other.step == 1  # another reward is another input: from the start
+    (entry,) = read_records(other.log)
+    assert entry["reward"] == pytest.approx(entry["early"]) and "tool_cost" not in entry
 
 
 def test_what_is_logged_and_saved(world, tmp_path):
     result = run(world, tmp_path / "main-s1", **{"grpo.max_steps": 2})
     log = result.log.read_text()
     result.log.unlink()
-    again = run(world, tmp_path / "main-s1", **{"grpo.max_steps": 2})  # in the middle of an epoch: not one update more
+    again = run(world, tmp_path / "main-s1", **{"grpo.max_steps": 2})  # in the middle of an epoch: no further update
     assert again.step == result.step == 2 and again.log.read_text() == log
     entries = read_records(result.log)
-    assert [entry["step"] for entry in entries] == [1, 2]
     wanted = {"reward", "answer", "tool_cost", "call_rate", "malformed", "overflow", "kl", "entropy", "loss", "lr"}
-    assert all(wanted <= set(entry) for entry in entries)
+    assert [entry["step"] for entry in entries] == [1, 2] and all(wanted <= set(entry) for entry in entries)
     assert entries[0]["kl"] == pytest.approx(0.0, abs=1e-6) and entries[1]["kl"] > 1e-6
     for entry in entries:
         assert entry["reward"] == pytest.approx(10 * entry["answer"] - entry["tool_cost"], abs=1e-5)
@@ -568,12 +366,9 @@ def test_what_is_logged_and_saved(world, tmp_path):
 def test_rollouts_by_vllm_have_the_same_limits(world, tmp_path):
     params = settings(**{"grpo.rollouts": "vllm", "grpo.share_prompts": False})
     found = grpo._config(params, tmp_path, world.processor)
-    assert found.use_vllm and found.vllm_mode == "colocate"
-    assert found.generation_kwargs["max_tokens"] == 48
+    assert found.use_vllm and found.vllm_mode == "colocate" and found.generation_kwargs["max_tokens"] == 48
     placeholders = {world.processor.image_token_id, world.processor.video_token_id}
     assert set(found.generation_kwargs["logit_bias"]) == placeholders
-    view = visual_tokens((1000, 1000), world.processor)  # the largest at half resolution
+    view = visual_tokens((1000, 1000), world.processor)  # the largest image at half resolution
     assert found.vllm_max_model_length == found.max_completion_length + view + grpo.PROMPT
     assert grpo._config(settings(), tmp_path, world.processor).vllm_max_model_length is None
-    with pytest.raises(AwaresError, match="share_prompts: false"):
-        grpo._config(settings(**{"grpo.rollouts": "vllm", "grpo.share_prompts": True}), tmp_path, world.processor)

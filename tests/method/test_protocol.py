@@ -1,3 +1,4 @@
+import functools
 import json
 from types import SimpleNamespace
 
@@ -18,10 +19,8 @@ CALL = '<tool_call>\n{"name": "crop", "arguments": {"regions": %s}}\n</tool_call
 @pytest.mark.parametrize(
     ("text", "status", "crops"),
     [
-        (CALL % '["all"]' + "<|im_end|>", "valid", ("all",)),
         ('  <tool_call>{"name":"crop","arguments":{"regions":["left"]}}</tool_call>\n', "valid", ("left",)),
         (CALL % json.dumps(list(CROPS)), "valid", tuple(CROPS)),
-        (CALL.replace('"', "'") % "['right']", "recovered", ("right",)),
         ((CALL % '["right", "top').split("}")[0], "recovered", ("right", "top")),
         (CALL % '["Upper left", "centre", "bottom_right"]', "recovered", ("top-left", "center", "bottom-right")),
         (CALL % '["left half", "full image"]', "recovered", ("left", "all")),
@@ -29,14 +28,10 @@ CALL = '<tool_call>\n{"name": "crop", "arguments": {"regions": %s}}\n</tool_call
         ("top " + CALL % '["left"]', "recovered", ("left",)),
         (CALL % '["left"]' + CALL % '["top", "left"]', "recovered", ("left", "top")),
         ('{"name": "crop", "arguments": {"regions": ["left"]}}', "recovered", ("left",)),
-        ("<tool_call>top-left and right</tool_call>", "recovered", ("top-left", "right")),
         ("<tool_call>\n</tool_call>", "malformed", ()),
         (CALL % "null", "malformed", ()),
         (CALL % '["9"]', "malformed", ()),
-        (CALL % "[[0, 0, 500, 500]]", "malformed", ()),
         (CALL % "[0.5]", "malformed", ()),
-        ((CALL % '["top"]').replace('"crop"', '"zoom"'), "malformed", ()),
-        ("GET_CROPS: []", "malformed", ()),
         ("<tool_call>" + "[" * 5000, "malformed", ()),
         *((text, "none", ()) for text in ("42", "", "the left one", "crop: wheat", "regions: north", "{5, 6}", "all")),
     ],
@@ -51,21 +46,15 @@ def test_what_is_rendered_parses_as_valid(crops: tuple[str, ...]) -> None:
     assert parse_call(OURS.render_call(crops)) == protocol.Call(crops, "valid", OURS.render_call(crops))
 
 
-@pytest.mark.parametrize("crops", [[], ["top", "top"], ["nowhere"]])
-def test_bad_crops_are_never_rendered(crops: list[str]) -> None:
-    with pytest.raises(AwaresError, match="name one or more of top-left"):
-        OURS.render_call(crops)
-
-
-def test_answer_text_ends_with_the_turn() -> None:
-    assert chat_format.answer_text(" 42 <|im_end|>\n<|im_start|>user") == "42"
-    assert chat_format.answer_text("42<|endoftext|>") == "42"
-
-
-@pytest.mark.parametrize("question", ["", "  ", "what <|image_pad|>?", "<tool_call>"])
-def test_questions_that_would_break_the_format(question: str) -> None:
-    with pytest.raises(AwaresError, match="question"):
-        protocol.user_messages(question, [None])
+def test_bad_crops_and_questions_are_never_rendered(tiny: SimpleNamespace) -> None:
+    for crops in ([], ["top", "top"], ["nowhere"]):
+        with pytest.raises(AwaresError, match="crops"):
+            OURS.render_call(crops)
+    for question in ("", "  ", "what <|image_pad|>?", "<tool_call>"):
+        with pytest.raises(AwaresError, match="question"):
+            protocol.user_messages(question, [None])
+    with pytest.raises(AwaresError, match="2 crops requested but 1 crop images"):
+        protocol.messages("q", None, ["top", "left"], [tiny.noise(56, 56, 0)])
 
 
 # The chat template
@@ -88,36 +77,16 @@ def test_a_conversation_renders_to_these_very_bytes(tiny: SimpleNamespace) -> No
     )
 
 
-def test_the_system_prompt_is_short_and_names_every_crop() -> None:
-    assert len(protocol.SYSTEM.split()) <= 70
-    assert all(f'"{name}"' in protocol.SYSTEM for name in CROPS)
-
-
 def test_plain_conversations_render_as_in_stock_qwen(tiny: SimpleNamespace) -> None:
-    plain = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
+    plain = [question, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     for messages in (plain, [{"role": "system", "content": "s"}, *plain]):
         for prompt in (False, True):
-            ours, stock = (
-                tiny.processor.apply_chat_template(
-                    messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
-                )
-                for template in (chat_format.CHAT_TEMPLATE, trl_templates.qwen2_5_vl_chat_template)
-            )
+            templates = chat_format.CHAT_TEMPLATE, trl_templates.qwen2_5_vl_chat_template
+            options = {"tokenize": False, "add_generation_prompt": prompt}
+            render = functools.partial(tiny.processor.apply_chat_template, messages, **options)
+            ours, stock = (render(chat_template=template) for template in templates)
             assert ours == stock
-
-
-def test_every_prefix_of_a_conversation_is_a_prefix_of_its_text(tiny: SimpleNamespace) -> None:
-    messages = conversation(tiny)
-    whole = tiny.processor.apply_chat_template(messages, tokenize=False)
-    for length in range(1, len(messages)):
-        assert whole.startswith(tiny.processor.apply_chat_template(messages[:length], tokenize=False))
-    for length in (2, 4):  # where the assistant goes on
-        part = tiny.processor.apply_chat_template(messages[:length], tokenize=False, add_generation_prompt=True)
-        assert whole.startswith(part)
 
 
 def test_the_assistant_mask_holds_the_assistants_words_and_nothing_else(tiny: SimpleNamespace) -> None:
@@ -128,21 +97,20 @@ def test_the_assistant_mask_holds_the_assistants_words_and_nothing_else(tiny: Si
     assert tiny.processor.tokenizer.decode(masked) == OURS.render_call(["top", "left"]) + "<|im_end|>7<|im_end|>"
 
 
-def test_the_tool_suffix_continues_the_call_exactly(tiny: SimpleNamespace) -> None:
-    messages = conversation(tiny)
-    called = tiny.processor.apply_chat_template(messages[:3], tokenize=False)
-    whole = tiny.processor.apply_chat_template(messages[:4], tokenize=False, add_generation_prompt=True)
-    assert called.rstrip("\n") + protocol.tool_suffix(tiny.processor, messages[3]) == whole
+def test_every_prefix_of_a_conversation_is_a_prefix_of_its_text(tiny: SimpleNamespace) -> None:
+    messages, render = conversation(tiny), tiny.processor.apply_chat_template
+    whole = render(messages, tokenize=False)
+    assert all(whole.startswith(render(messages[:length], tokenize=False)) for length in range(1, len(messages)))
+    for length in (2, 4):  # where the assistant continues
+        assert whole.startswith(render(messages[:length], tokenize=False, add_generation_prompt=True))
+    called, reply = render(messages[:3], tokenize=False), protocol.tool_suffix(tiny.processor, messages[3])
+    assert called.rstrip("\n") + reply == render(messages[:4], tokenize=False, add_generation_prompt=True)
 
 
-def test_trl_accepts_the_template_for_tools(tiny: SimpleNamespace) -> None:
+def test_trl_accepts_the_template_and_reads_calls_and_answers_back(tiny: SimpleNamespace) -> None:
     assert trl_templates.supports_tool_calling(tiny.processor)
     assert trl_templates.is_chat_template_prefix_preserving(tiny.processor)
     assert trl_templates.is_chat_template_stop_token_trained(tiny.processor)
-    assert trl_templates.has_generation_markers(tiny.processor.chat_template)
-
-
-def test_trl_reads_calls_and_answers_back(tiny: SimpleNamespace) -> None:
     tokenizer = tiny.processor.tokenizer
 
     def read(text: str) -> dict:
@@ -153,49 +121,39 @@ def test_trl_reads_calls_and_answers_back(tiny: SimpleNamespace) -> None:
     assert call["tool_calls"] == OURS.call_message(["top", "left"])["tool_calls"]
     assert read("blue<|im_end|>") == {"role": "assistant", "content": "blue"}
     assert "tool_calls" not in read("<tool_call>{oops</tool_call><|im_end|>")
-    rendered = tiny.processor.apply_chat_template([{"role": "user", "content": "q"}, call], tokenize=False)
-    assert rendered.endswith(f"<|im_start|>assistant\n{OURS.render_call(['top', 'left'])}<|im_end|>\n")
 
 
-def test_messages_need_a_picture_for_every_crop(tiny: SimpleNamespace) -> None:
-    with pytest.raises(AwaresError, match="2 crops requested but 1 crop images"):
-        protocol.messages("q", None, ["top", "left"], [tiny.noise(56, 56, 0)])
+BOX = "150,400,600,700"
+BAD_BOXES = "600,400,150,700", "150,400,600,1700", "150,400,600", "top"
+OFFER_BOXES = {"crops.offered": ["box"]}
 
 
 @pytest.mark.parametrize(
     ("text", "status", "crops"),
     [
-        (OURS.render_call(["150,400,600,700"]), "valid", ("150,400,600,700",)),
+        (OURS.render_call([BOX]), "valid", (BOX,)),
         (OURS.render_call(["0,0,1000,1000"]), "valid", ("0,0,1000,1000",)),
-        ('<tool_call>{"name": "crop", "arguments": {"regions": [[150, 400, 600, 700]]}}</tool_call>', "recovered", ("150,400,600,700",)),
-        ('<tool_call>{"name": "crop", "arguments": {"regions": ["150 400 600 700"', "recovered", ("150,400,600,700",)),
-        ('<tool_call>{"name": "crop", "arguments": {"regions": ["600,400,150,700"]}}</tool_call>', "malformed", ()),
-        ('<tool_call>{"name": "crop", "arguments": {"regions": ["150,400,600,1700"]}}</tool_call>', "malformed", ()),
-        ('<tool_call>{"name": "crop", "arguments": {"regions": ["150,400,600"]}}</tool_call>', "malformed", ()),
-        ('<tool_call>{"name": "zoom", "arguments": {"regions": ["150,400,600,700"]}}</tool_call>', "malformed", ()),
-        (OURS.render_call(["top"]), "malformed", ()),
-        ("150,400,600,700", "none", ()),
+        (CALL % "[[150, 400, 600, 700]]", "recovered", (BOX,)),
+        ((CALL % '["150 400 600 700"').split("}")[0], "recovered", (BOX,)),
+        *((CALL % f'["{bad}"]', "malformed", ()) for bad in BAD_BOXES),
+        ((CALL % f'["{BOX}"]').replace('"crop"', '"zoom"'), "malformed", ()),
+        (BOX, "none", ()),
     ],
-)  # fmt: skip
+)
 def test_free_boxes_are_read_where_they_are_offered(text, status, crops):
-    form = protocol.from_params(load_params("mini", overrides={"crops.offered": ["box"]}))
-    found = protocol.parse_call(text, form)
+    found = parse_call(text, protocol.from_params(load_params("mini", overrides=OFFER_BOXES)))
     assert (found.status, found.crops) == (status, crops)
-    if "150,400,600,700" in crops:
-        assert protocol.parse_call(text).crops == ()  # ten names are offered, and no boxes
+    if BOX in crops:
+        assert parse_call(text).crops == ()  # ten names are offered, and no boxes
 
 
 def test_a_tool_may_offer_fewer_regions():
     form = protocol.from_params(load_params("mini", overrides={"crops.offered": ["top", "all"]}))
     assert '"regions": ["top", "all"]' in form.system and "bottom" not in form.system
-    assert protocol.parse_call(OURS.render_call(["top"]), form).status == "valid"
-    assert protocol.parse_call(OURS.render_call(["left"]), form) == protocol.Call(
-        (), "malformed", OURS.render_call(["left"])
-    )
-    both = OURS.render_call(["top", "left"])
-    assert protocol.parse_call(both, form) == protocol.Call(("top",), "recovered", both)
-    for wrong in (["top"], ["box", "all"]):
-        with pytest.raises(AwaresError, match="crops.offered"):
-            load_params("mini", overrides={"crops.offered": wrong})
-    with pytest.raises(AwaresError, match="crops.offered|protocol.name"):
-        load_params("mini", overrides={"crops.offered": ["all"], "protocol.name": "released"})
+    cases = [(["top"], "valid", ("top",)), (["left"], "malformed", ()), (["top", "left"], "recovered", ("top",))]
+    for crops, status, read in cases:
+        assert parse_call(OURS.render_call(crops), form) == protocol.Call(read, status, OURS.render_call(crops))
+    released = {"crops.offered": ["all"], "protocol.name": "released"}
+    for wrong in ({"crops.offered": ["top"]}, {"crops.offered": ["box", "all"]}, released):
+        with pytest.raises(AwaresError, match=r"crops\.offered|protocol\.name"):
+            load_params("mini", overrides=wrong)

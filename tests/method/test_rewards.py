@@ -1,15 +1,14 @@
-"""The reward holds Eq. 5 and 6 of PAPER §4, term by term, and those of the trained rivals."""
+"""The reward holds Eq. 5 and 6 of PAPER §4, term by term."""
 
 import math
 from pathlib import Path
 
 import pytest
 
-from awares.baselines.trained import escalation_discounts
 from awares.config import load_params
 from awares.errors import AwaresError
 from awares.method import rewards
-from awares.method.crops import CROPS, union_area
+from awares.method.crops import union_area
 
 PARAMS = load_params(path=Path(__file__).parents[2] / "params.yaml")
 WEIGHTS = {"alpha_miss": 2.0, "alpha_use": 0.25, "lambda_area": 0.01}  # the paper's
@@ -42,22 +41,10 @@ def rollout(answer="7", accepted=("7",), label="LR", crops=()):
 )
 def test_tool_cost(label, crops, expected):
     assert sum(rewards.tool_cost(label, crops, **WEIGHTS)) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("weight", WEIGHTS)
-def test_every_weight_of_the_tool_cost_acts_alone(weight):
-    only = {**dict.fromkeys(WEIGHTS, 0.0), weight: 3.0}
-    for label in ("LR", "HR"):
-        for crops in [(), *((name,) for name in CROPS), ("left", "top")]:
-            missed, used = label == "HR" and not crops, bool(crops)
-            expected = {"alpha_miss": missed, "alpha_use": used, "lambda_area": union_area(crops)}[weight]
-            cost = rewards.tool_cost(label, crops, **only)
-            assert sum(cost) == getattr(cost, weight.split("_")[1]) == pytest.approx(3.0 * expected)
-
-
-def test_tool_cost_refuses_an_unknown_label():
+    missed, used = label == "HR" and not crops, bool(crops)
+    assert rewards.tool_cost(label, crops, 1, 1, 1) == (missed, used, union_area(crops))
     with pytest.raises(AwaresError, match="'hr'"):
-        rewards.tool_cost("hr", (), **WEIGHTS)
+        rewards.tool_cost("hr", crops, **WEIGHTS)
 
 
 def test_the_reward_is_the_weighted_answer_less_the_cost(monkeypatch):
@@ -77,14 +64,3 @@ def test_answer_rewards_of_the_ablations():
     predictions, answers = ["forty-one percent", "opem", "no"], [["41%"], ["open"], ["yes"]]
     assert rewards.answer_anls(PARAMS.grpo, predictions, answers) == pytest.approx([0, 0.75, 0])  # letters, not meaning
     assert rewards.answer_judge(PARAMS.grpo, predictions, answers) == [1, 0, 0]
-
-
-def test_visionthink_discounts_calls_and_rare_direct_answers():
-    """By hand: two groups of six."""
-    called = [False, True, True, True, True, True] * 2
-    lucky, often = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    found = escalation_discounts([*lucky, *often], called, 6)
-    assert found == pytest.approx([0.9] * 6 + [1.0, 0.9, 0, 0, 0, 0])  # 1 of 6 right ones was direct, then 1 of 2
-    assert escalation_discounts([0.0, 1.0], [False, False], 2) == [0.0, 1.0]
-    with pytest.raises(AwaresError, match="groups of 6"):
-        escalation_discounts([1.0] * 7, [False] * 7, 6)

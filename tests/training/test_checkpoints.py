@@ -1,0 +1,66 @@
+"""Checkpoints belong to their inputs: the key, torn folders, the rows of a share."""
+# ruff: noqa: F811 (fixtures of test_sft)
+
+import json
+
+from test_sft import ROOT, checkpoints_of, finished, settings, trainer_for, world  # noqa: F401
+
+from awares.engine import keys as work_keys
+from awares.engine.model import load_model, save_model
+from awares.engine.rows import FEATURES, share_of
+from awares.method.sft import Sample
+from awares.training import checkpoints as training
+
+PACKAGES = ("engine", "method", "training")
+
+
+def test_every_input_is_part_of_the_key(world, tmp_path):
+    def key(params=None, rows=world.rows, base=world.base):
+        return training.describe_inputs("sft", params or settings(), [rows], base)
+
+    rows, other, model = world.rows, tmp_path / "other", load_model(world.base)
+    model.lm_head.weight.data += 1.0
+    save_model(model, world.processor, other)
+    swapped = rows.remove_columns("image").add_column("image", [{"bytes": b"x", "path": None}] * len(rows))
+    keys = [key(), key(settings(seed=2)), key(settings(**{"sft.phased": True})), key(base=other)]
+    keys += [key(rows=rows.select(range(11))), key(rows=swapped.cast_column("image", FEATURES["image"]))]
+    assert len({json.dumps(each, sort_keys=True) for each in keys}) == len(keys)
+    assert key() == key(rows=rows.select(range(12)))  # the same content, another fingerprint
+    files = [str(file) for name in PACKAGES for file in (ROOT / "src/awares" / name).glob("*.py")]
+    assert key()["code"] == work_keys.code_of(*sorted(files))  # the folders that DVC declares as the stage's code
+
+
+def test_a_model_of_the_hub_is_keyed_by_its_commit(monkeypatch):
+    """New weights under the same name are not taken for those that were trained on."""
+    found = set()
+    for commit in ("a" * 40, "b" * 40):
+        monkeypatch.setattr(work_keys, "hf_hub_download", lambda *_, at=commit: f"hub/snapshots/{at}/config.json")
+        found.add(work_keys.folder_digest("Owner/Model"))
+    assert len(found) == 2
+
+
+def test_a_torn_checkpoint_is_skipped(finished, tmp_path):
+    folder = checkpoints_of(finished, tmp_path)
+    assert [training.step_of(path) for path in training.checkpoints(folder)] == [1, 2, 3]
+    (folder / "checkpoint-3" / "trainer_state.json").write_text("{")
+    (folder / "checkpoint-2" / "optimizer.pt").unlink()
+    assert [training.step_of(path) for path in training.checkpoints(folder)] == [1]
+    assert training.checkpoints(folder, 2) == []  # one process wrote it, two cannot go on from it
+
+
+def test_the_share_of_rows_is_the_first_of_every_source(world):
+    rows = world.rows.remove_columns("source").add_column("source", ["a", "a", "b"] * 4)
+    assert share_of(rows, 0.5)["id"][:] == ["r0", "r1", "r2", "r3", "r4", "r5"]
+    assert share_of(rows, 1.0)["id"][:] == rows["id"][:]
+
+
+def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):
+    params = settings(**{"sft.gradient_checkpointing": True, "sft.share_computation": False})
+    trainer = trainer_for(world, params, tmp_path, [Sample(1, "trajectory", 0)])
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    base = trainer.model.get_base_model()
+    seen = base.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+    features = seen.pooler_output if hasattr(seen, "pooler_output") else seen
+    assert not any(part.requires_grad for part in (features if isinstance(features, tuple) else [features]))
+    assert base.get_input_embeddings()(batch["input_ids"]).requires_grad

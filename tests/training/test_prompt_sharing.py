@@ -1,0 +1,44 @@
+"""Shared prompts sample what TRL samples; test_bases compares log-probabilities and gradients."""
+# ruff: noqa: F811 (a fixture of test_grpo)
+
+from types import SimpleNamespace
+
+import torch
+from test_grpo import disturb, log_probs, settings, trainer_for, world, write  # noqa: F401
+from trl import GRPOTrainer
+
+
+def test_completions_of_one_question_on_two_pictures_are_not_mixed_up(world, tmp_path):
+    rows = world.rows.select([2, 4]).remove_columns("question").add_column("question", ["what?"] * 2)
+    trainer = trainer_for(SimpleNamespace(policy=world.policy, rows=rows), tmp_path)
+    disturb(trainer)
+    write(trainer)
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0, 0, 0, 0, 1, 1, 1, 1)])
+    shared, plain = (log_probs(trainer, batch, share)[0].detach() for share in (True, False))
+    torch.testing.assert_close(shared, plain, atol=2e-4, rtol=2e-3)
+
+
+def test_shared_prefill_samples_the_tokens_of_trl(world, tmp_path):
+    trainer = trainer_for(world, tmp_path, settings(**{"grpo.max_completion_length": 12}))
+    disturb(trainer)
+    trainer._batch_environments = [None] * 8
+    prompts = [trainer.train_dataset[i]["prompt"] for i in (2, 2, 2, 2, 3, 3, 3, 3)]
+    ids, images, fields = trainer._tokenize_prompts(prompts)
+    sampled = {}
+    for share in (True, False):
+        trainer.share_prompts = share
+        torch.manual_seed(3)
+        sampled[share], _ = trainer._generate_single_turn(ids, images, dict(fields), 4)
+    assert sampled[True] == sampled[False]
+    assert len({tuple(row) for row in sampled[True]}) > 4
+
+
+def test_a_resumed_run_goes_on_in_the_order_of_its_own_epoch(world, tmp_path):
+    plain = GRPOTrainer._get_train_sampler(trainer_for(world, tmp_path / "plain"))
+    orders = [list(plain) for _ in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    for epoch, order in ((0.0, 0), (None, 0), (1.0, 1), (1.37, 1), (2.0 - 1e-9, 2)):
+        trainer = trainer_for(world, tmp_path / str(epoch))  # another process
+        trainer.state.epoch = epoch
+        sampler = trainer._get_train_sampler()
+        assert list(sampler) == orders[order] and len(sampler) == len(plain)
