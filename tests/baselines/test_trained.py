@@ -1,9 +1,10 @@
 """The rewards of the trained rivals, VisionThink and ERGO, on rollouts whose value is known by hand."""
+# ruff: noqa: F811 (fixtures of test_grpo)
 
 from types import SimpleNamespace
 
 import pytest
-from test_grpo import FREE, TOOL, WHOLE, called, read, said, settings
+from test_grpo import FREE, TOOL, WHOLE, called, play, read, said, settings, world  # noqa: F401
 
 from awares import registry
 from awares.baselines.trained import escalation_discounts
@@ -60,3 +61,13 @@ def test_visionthink_discounts_calls_and_rare_direct_answers():
     assert escalation_discounts([0.0, 1.0], [False, False], 2) == [0.0, 1.0]
     with pytest.raises(AwaresError, match="groups of 6"):
         escalation_discounts([1.0] * 7, [False] * 7, 6)
+
+
+@pytest.mark.parametrize(
+    "changes, call, offered", [(WHOLE, "all", '["all"]'), (FREE, "0,0,500,1000", '["left,top,right,bottom"]')]
+)
+def test_a_policy_with_other_regions_is_trained_on_them_alone(world, play, changes, call, offered):
+    _, batch = play(settings(**changes, **{"base.model": str(world.policy)}), call=(call,))
+    prompt = world.processor.tokenizer.decode(batch["prompt_ids"][0])
+    assert f'"regions": {offered}' in prompt and "top-left" not in prompt
+    assert batch["num_images"] == [2 if i in (1, 4) else 1 for i in range(8)]

@@ -1,3 +1,4 @@
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from trl import chat_template_utils as trl_templates
 
 from awares.engine import chat_format
 from awares.engine.model import load_model, load_processor, save_model, visual_tokens
@@ -122,3 +124,15 @@ def test_a_tokenizer_without_the_tool_tokens_is_refused(saved: Path, tmp_path: P
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(AwaresError, match="lacks <tool_call>"):
         load_processor(folder)
+
+
+def test_plain_conversations_render_as_in_stock_qwen(tiny: SimpleNamespace) -> None:
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
+    plain = [question, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    for messages in (plain, [{"role": "system", "content": "s"}, *plain]):
+        for prompt in (False, True):
+            templates = chat_format.CHAT_TEMPLATE, trl_templates.qwen2_5_vl_chat_template
+            options = {"tokenize": False, "add_generation_prompt": prompt}
+            render = functools.partial(tiny.processor.apply_chat_template, messages, **options)
+            ours, stock = (render(chat_template=template) for template in templates)
+            assert ours == stock

@@ -260,22 +260,9 @@ def test_the_tool_returns_the_crops_in_order_or_an_error_message(world):
     assert {name for name in vars(grpo.CropEnvironment) if not name.startswith("_")} == {"reset", "crop"}
 
 
-# Tools that offer other regions, as those of the compared systems
-
-
 WHOLE = {"crops.offered": ["all"], "grpo.reward": "visionthink", "grpo.answer_reward": "judge", "grpo.alpha_ans": 1.0}
 FREE = {"crops.offered": ["box"], "crops.region_budget": 0.25, "grpo.reward": "ergo"}
 FREE |= {"grpo.answer_reward": "judge", "grpo.alpha_ans": 1.0}
-
-
-@pytest.mark.parametrize(
-    "changes, call, offered", [(WHOLE, "all", '["all"]'), (FREE, "0,0,500,1000", '["left,top,right,bottom"]')]
-)
-def test_a_policy_with_other_regions_is_trained_on_them_alone(world, play, changes, call, offered):
-    _, batch = play(settings(**changes, **{"base.model": str(world.policy)}), call=(call,))
-    prompt = world.processor.tokenizer.decode(batch["prompt_ids"][0])
-    assert f'"regions": {offered}' in prompt and "top-left" not in prompt
-    assert batch["num_images"] == [2 if i in (1, 4) else 1 for i in range(8)]
 
 
 def test_bad_settings_and_inputs_are_refused(world, tmp_path, monkeypatch):

@@ -1,4 +1,3 @@
-import functools
 import json
 from types import SimpleNamespace
 
@@ -6,7 +5,6 @@ import pytest
 from trl import chat_template_utils as trl_templates
 
 from awares.config import load_params
-from awares.engine import chat_format
 from awares.errors import AwaresError
 from awares.method import protocol
 from awares.method.crops import CROPS
@@ -75,18 +73,6 @@ def test_a_conversation_renders_to_these_very_bytes(tiny: SimpleNamespace) -> No
         f"<|im_start|>user\n<tool_response>\n{image}{image}\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n7<|im_end|>\n"
     )
-
-
-def test_plain_conversations_render_as_in_stock_qwen(tiny: SimpleNamespace) -> None:
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
-    plain = [question, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    for messages in (plain, [{"role": "system", "content": "s"}, *plain]):
-        for prompt in (False, True):
-            templates = chat_format.CHAT_TEMPLATE, trl_templates.qwen2_5_vl_chat_template
-            options = {"tokenize": False, "add_generation_prompt": prompt}
-            render = functools.partial(tiny.processor.apply_chat_template, messages, **options)
-            ours, stock = (render(chat_template=template) for template in templates)
-            assert ours == stock
 
 
 def test_the_assistant_mask_holds_the_assistants_words_and_nothing_else(tiny: SimpleNamespace) -> None:

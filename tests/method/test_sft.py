@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from awares.config import load_params
-from awares.engine.jsonl import exclusive_lock, read_records
 from awares.engine.model import load_model, load_processor, save_model
 from awares.errors import AwaresError
 from awares.method import crops, protocol, sft
@@ -199,19 +198,6 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(world, finished, tmp_
     assert all(torch.equal(value, weights(again.adapter)[name]) for name, value in weights(finished.adapter).items())
 
 
-def test_checkpoints_of_other_inputs_are_never_used(world, finished, tmp_path):
-    kept, faster = checkpoints_of(finished, tmp_path), {"sft.learning_rate": 5.0e-3}
-    result = run(world, tmp_path / "main-s1", **faster)
-    assert not torch.equal(*(next(iter(weights(one.adapter).values())) for one in (result, finished)))
-    (other,) = {*(tmp_path / ".checkpoints").iterdir()} - {kept}
-    with exclusive_lock(other / "training"), pytest.raises(AwaresError, match="another process"):
-        run(world, tmp_path / "main-s1", **faster)
-    shutil.rmtree(other)
-    kept.rename(other)  # someone mixes up the folders
-    with pytest.raises(AwaresError, match="checkpoints of other inputs"):
-        run(world, tmp_path / "main-s1", **faster)
-
-
 def test_the_latest_checkpoint_that_is_not_worse_than_the_best_is_chosen():
     cases = {3: [0.9, 0.92, 0.93], 2: [0.93, 0.92, 0.85], 1: [0.9, 0.7, 0.8]}
     for step, marks in cases.items():
@@ -233,19 +219,3 @@ def test_the_chosen_checkpoint_is_the_one_that_is_saved(world, tmp_path, monkeyp
     for name, value in weights(folder / "checkpoint-2").items():
         assert torch.equal(value, weights(result.adapter)[name])
     assert not torch.equal(weights(folder / "checkpoint-1")[name], value)
-
-
-def test_what_is_saved_is_one_policy_without_paths_of_this_machine(world, finished):
-    by_adapter, merged = load_model(world.base, adapter=finished.adapter), load_model(finished.merged)
-    for name, value in by_adapter.state_dict().items():
-        torch.testing.assert_close(value, merged.state_dict()[name], atol=1e-6, rtol=1e-6)
-    untrained = load_model(world.base).state_dict()
-    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, untrained[name])}
-    assert changed and all("language_model.layers" in name for name in changed)
-    written = [path for folder in (finished.adapter, finished.merged) for path in folder.iterdir()]
-    texts = [path.read_text() for path in written if path.suffix != ".safetensors"]
-    assert not any(str(finished.adapter.parents[1]) in text for text in texts)
-    entries = read_records(finished.log)
-    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3]
-    candidate = {"step", "validation_accuracy", "call_rate"}
-    assert [set(entry) for entry in entries if "loss" not in entry] == [candidate] * 3

@@ -2,12 +2,17 @@
 # ruff: noqa: F811 (fixtures of test_sft)
 
 import json
+import shutil
 
-from test_sft import ROOT, checkpoints_of, finished, settings, trainer_for, world  # noqa: F401
+import pytest
+import torch
+from test_sft import ROOT, checkpoints_of, finished, run, settings, trainer_for, weights, world  # noqa: F401
 
 from awares.engine import keys as work_keys
+from awares.engine.jsonl import exclusive_lock, read_records
 from awares.engine.model import load_model, save_model
 from awares.engine.rows import FEATURES, share_of
+from awares.errors import AwaresError
 from awares.method.sft import Sample
 from awares.training import checkpoints as training
 
@@ -64,3 +69,32 @@ def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):
     features = seen.pooler_output if hasattr(seen, "pooler_output") else seen
     assert not any(part.requires_grad for part in (features if isinstance(features, tuple) else [features]))
     assert base.get_input_embeddings()(batch["input_ids"]).requires_grad
+
+
+def test_checkpoints_of_other_inputs_are_never_used(world, finished, tmp_path):
+    kept, faster = checkpoints_of(finished, tmp_path), {"sft.learning_rate": 5.0e-3}
+    result = run(world, tmp_path / "main-s1", **faster)
+    assert not torch.equal(*(next(iter(weights(one.adapter).values())) for one in (result, finished)))
+    (other,) = {*(tmp_path / ".checkpoints").iterdir()} - {kept}
+    with exclusive_lock(other / "training"), pytest.raises(AwaresError, match="another process"):
+        run(world, tmp_path / "main-s1", **faster)
+    shutil.rmtree(other)
+    kept.rename(other)  # someone mixes up the folders
+    with pytest.raises(AwaresError, match="checkpoints of other inputs"):
+        run(world, tmp_path / "main-s1", **faster)
+
+
+def test_what_is_saved_is_one_policy_without_paths_of_this_machine(world, finished):
+    by_adapter, merged = load_model(world.base, adapter=finished.adapter), load_model(finished.merged)
+    for name, value in by_adapter.state_dict().items():
+        torch.testing.assert_close(value, merged.state_dict()[name], atol=1e-6, rtol=1e-6)
+    untrained = load_model(world.base).state_dict()
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, untrained[name])}
+    assert changed and all("language_model.layers" in name for name in changed)
+    written = [path for folder in (finished.adapter, finished.merged) for path in folder.iterdir()]
+    texts = [path.read_text() for path in written if path.suffix != ".safetensors"]
+    assert not any(str(finished.adapter.parents[1]) in text for text in texts)
+    entries = read_records(finished.log)
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3]
+    candidate = {"step", "validation_accuracy", "call_rate"}
+    assert [set(entry) for entry in entries if "loss" not in entry] == [candidate] * 3

@@ -100,7 +100,7 @@ def _tidy(edges: list[float]) -> list[int]:
 
 
 _Edges = Annotated[list[FiniteFloat], Field(min_length=4, max_length=4), AfterValidator(_tidy)]
-Box = Annotated[_Edges, WithJsonSchema({"type": "array", "items": {"type": "integer"}})]
+EvidenceBox = Annotated[_Edges, WithJsonSchema({"type": "array", "items": {"type": "integer"}})]
 
 
 class PairReply(ModelReply):
@@ -120,8 +120,8 @@ class PairReply(ModelReply):
 class Evidence(ModelReply):
     """Boxes [x1, y1, x2, y2] in 1/1000 of the image sides, at least one. One bad box spoils the reply."""
 
-    question_boxes: list[Box]
-    answer_boxes: list[Box]
+    question_boxes: list[EvidenceBox]
+    answer_boxes: list[EvidenceBox]
 
     @model_validator(mode="after")
     def _any(self) -> Self:
