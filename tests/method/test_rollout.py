@@ -141,7 +141,11 @@ def test_turn_two_encodes_the_crops_only_and_feeds_the_new_tokens_only(rigged: S
     encoded: list[int] = []
     fed: list[int] = []
     encode = rigged.model.model.get_image_features
-    watched = lambda pixels, grid, **more: (encoded.append(len(grid)), encode(pixels, grid, **more))[1]  # noqa: E731
+
+    def watched(pixels: Tensor, grid: Tensor, **options: Any) -> Any:
+        encoded.append(len(grid))
+        return encode(pixels, grid, **options)
+
     monkeypatch.setattr(rigged.model.model, "get_image_features", watched)
     embed = rigged.model.get_input_embeddings()
     hook = embed.register_forward_hook(lambda module, inputs, output: fed.append(inputs[0].shape[1]))
