@@ -302,7 +302,7 @@ def test_rows_without_answer_or_picture(own_hub, tmp_path):
         ({"training__docvqa": {"hub": "nobody/DocumentVQA"}}, "training.docvqa: .*hf download nobody/DocumentVQA"),
         ({"training__textvqa": {"split": "training"}}, "training.textvqa: .*config and split"),
         ({"evaluation__docvqa": {"config": "DocVqa"}}, "evaluation.docvqa: .*config and split"),
-        ({"training__llava_multi": {"archive": "llava_665k_multi/none.zip"}}, "training.llava_multi.archive: .*none.zip"),
+        ({"training__llava_multi": {"archive": "llava_665k_multi/none.zip"}}, "llava_multi.archive: .*none.zip"),
         ({"training__chartqa": {"reader": "magic"}}, "training.chartqa: reader: .*plain"),
         ({"training__chartqa": {"reader": "conversation"}}, "training.chartqa, row 0: .*conversation .*columns"),
         ({"training__chartqa": {"stream": True}}, "training.chartqa: .*stream"),
@@ -310,7 +310,7 @@ def test_rows_without_answer_or_picture(own_hub, tmp_path):
         ({"data.train_rows": 50}, "training.chartqa: .*52"),
         ({"data.sources": ["nothing"]}, "data.sources: 'nothing' .*chartqa"),
         ({"data.sources_file": "data/none.yaml"}, "none.yaml: .*data.sources_file"),
-        ({"data.train_rows": 11, "data.validation_rows": 1}, "training.docvqa: 10 of 11 rows .*: lower data.train_rows"),
+        ({"data.train_rows": 11, "data.validation_rows": 1}, "docvqa: 10 of 11 rows .*: lower data.train_rows"),
     ],
 )  # fmt: skip
 def test_faults_of_declarations_and_numbers_are_named(hub, tmp_path, changes, place):
