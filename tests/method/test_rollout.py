@@ -138,8 +138,7 @@ def test_visual_tokens_are_counted_by_turn_after_the_processor(rigged: SimpleNam
 
 
 def test_turn_two_encodes_the_crops_only_and_feeds_the_new_tokens_only(rigged: SimpleNamespace, monkeypatch) -> None:
-    encoded: list[int] = []
-    fed: list[int] = []
+    encoded, fed = list[int](), list[int]()
     encode = rigged.model.model.get_image_features
 
     def watched(pixels: Tensor, grid: Tensor, **options: Any) -> Any:
@@ -166,8 +165,7 @@ def test_a_malformed_call_gets_an_error_message_and_no_image(rigged: SimpleNames
 
 
 def test_a_call_that_runs_out_of_tokens_is_closed_before_the_reply(rigged: SimpleNamespace, monkeypatch) -> None:
-    seen: list[str] = []
-    extend = Decoder.extend
+    seen, extend = list[str](), Decoder.extend
 
     def watched(self: Decoder, state: Any, picked: Any, suffixes: Any, *rest: Any) -> Any:
         seen.extend(self.text(suffix) for suffix in suffixes)
