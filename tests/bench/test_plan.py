@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from faulty_server import ServerProcess
+from chat_server import ServerProcess
 from hub_server import Gate, gate  # noqa: F401  (a fixture)
 from transformers import Qwen3VLConfig
 
@@ -140,7 +140,7 @@ def test_bad_settings_are_named(tmp_path, changes, named):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    running = ServerProcess("judging_server.py", tmp_path / "server.jsonl")
+    running = ServerProcess(tmp_path / "server.jsonl", "judge")
     for name in ("LLAMA", "DEEPSEEK", "QWEN3_VL"):
         monkeypatch.setenv(f"AWARES_{name}_URL", running.url)
     monkeypatch.setenv("AWARES_BASE_URL", "http://127.0.0.1:9/v1")

@@ -6,16 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from faulty_server import ServerProcess
+from chat_server import ServerProcess
 
-from awares.clients.chat import ChatClient, Reply, Request, Server
+from awares.clients.chat import ChatClient, Request, Server
 from awares.errors import AwaresError, AwaresRequestError, Failure
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -25,7 +24,7 @@ KEY = "sk-planted-5f1d"
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The module's server; the requests of one test have texts that no other test's have."""
-    running = ServerProcess("faulty_server.py", tmp_path_factory.mktemp("faulty") / "log.jsonl")
+    running = ServerProcess(tmp_path_factory.mktemp("faulty") / "log.jsonl", "faulty")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_PROXY", "127.0.0.1")
         patch.delenv("AWARES_API_KEY", raising=False)
@@ -47,51 +46,46 @@ def request(text: str, row_id: str = "r", **settings: Any) -> Request:
     return Request(row_id, [{"role": "user", "content": text}], {"temperature": 0.0, **settings})
 
 
-def ask(client: ChatClient, requests: Sequence[Request | str], **options: Any) -> list[Any]:
+def replies(client: ChatClient, requests: Sequence[Request | str], **options: Any) -> list[Any]:
     """The replies to ``requests``; a text is the request of the row r<place>."""
     asked = [request(one, f"r{place}") if isinstance(one, str) else one for place, one in enumerate(requests)]
     return client.converse([one.row_id for one in asked], lambda place, send: send(asked[place]), **options)
 
 
-def texts(replies: Sequence[Reply]) -> list[str | None]:
-    return [reply.text for reply in replies]
-
-
-def lines(file: Path) -> int:
-    return file.read_bytes().count(b"\n") if file.is_file() else 0
+def failed(client: ChatClient, requests: Sequence[Request | str]) -> list[bool]:
+    """Whether each row has failed, where failures end no call."""
+    return [isinstance(one, Failure) for one in replies(client, requests, on_failure=lambda failure: failure)]
 
 
 def test_replies_come_in_order_with_raw_bodies_and_concurrency_is_bounded(client, faulty: ServerProcess) -> None:
     asked = [f"order {i}|slow={0.3 - 0.02 * i:.2f}" for i in range(12)]
-    replies = ask(client(), asked)
-    assert texts(replies) == [f"reply to {text}" for text in asked]
-    assert replies[0].raw["object"] == "chat.completion" and replies[0].seconds >= 0.3
-    with urllib.request.urlopen(faulty.url.replace("v1", "peak")) as answer:
-        assert 1 < int(answer.read()) <= 4
+    found = replies(client(), asked)
+    assert [reply.text for reply in found] == [f"reply to {text}" for text in asked]
+    assert found[0].raw["object"] == "chat.completion" and found[0].seconds >= 0.3
+    assert 1 < max(one["under way"] for one in faulty.arrivals() if one["text"] in asked) <= 4
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "503", "408", "half", "torn", "garbage", "other"])
 def test_a_passing_fault_is_retried(client, faulty: ServerProcess, fault: str) -> None:
     text = f"passing {fault}|{fault},{fault},ok"
-    assert texts(ask(client(), [text])) == [f"reply to {text}"] and faulty.counts()[text] == 3
+    assert replies(client(), [text])[0].text == f"reply to {text}" and faulty.counts()[text] == 3
 
 
 def test_an_answer_that_takes_too_long_is_requested_again(client, faulty: ServerProcess) -> None:
     text = "late|slow=20,ok"
-    assert texts(ask(client(timeout=1.0), [text])) == [f"reply to {text}"] and faulty.counts()[text] == 2
+    assert replies(client(timeout=1.0), [text])[0].text == f"reply to {text}" and faulty.counts()[text] == 2
     with pytest.raises(AwaresRequestError, match="row r0"):
-        ask(client(timeout=0.5, attempts=2), ["too late|slow=20"])
+        replies(client(timeout=0.5, attempts=2), ["too late|slow=20"])
 
 
 def test_a_lasting_fault_fails_its_row_only(client, faulty: ServerProcess) -> None:
     tries = {"lost a": 1, "lost b|400": 1, "lost c|500": 3, "lost d|null": 1, "lost e|half": 3, "lost f": 1}
     with pytest.raises(AwaresRequestError, match="4 of 6 rows") as caught:
-        ask(client(), [*tries])
-    assert [failure.row_id for failure in caught.value.failures] == ["r1", "r2", "r3", "r4"]
-    assert [failure.silent for failure in caught.value.failures] == [True, True, False, False]
+        replies(client(), [*tries])
+    found = [(failure.row_id, failure.silent) for failure in caught.value.failures]
+    assert found == [("r1", True), ("r2", True), ("r3", False), ("r4", False)]
     assert {text: faulty.counts()[text] for text in tries} == tries
-    results = ask(client(attempts=1), [*tries], on_failure=lambda failure: failure)
-    assert [isinstance(result, Failure) for result in results] == [False, True, True, True, True, False]
+    assert failed(client(attempts=1), [*tries]) == [False, True, True, True, True, False]
     assert faulty.counts()["lost a"] == faulty.counts()["lost f"] == 1 and faulty.counts()["lost b|400"] == 2
 
 
@@ -100,10 +94,9 @@ def test_a_refused_key_or_model_ends_the_call_at_once_and_the_key_stays_secret(
     client, faulty: ServerProcess, monkeypatch, tmp_path: Path, status: int
 ) -> None:
     monkeypatch.setenv("AWARES_API_KEY", KEY)
-    asked = [f"under way {status}|slow=20", *(f"refused {status} {i}|{status}" for i in range(30))]
-    begun = time.monotonic()
+    asked, begun = [f"under way {status}|slow=20", *(f"no {status} {i}|{status}" for i in range(30))], time.monotonic()
     with pytest.raises(AwaresRequestError, match=f"{status}.*AWARES_API_KEY") as caught:
-        ask(client(), asked, on_failure=lambda failure: failure)
+        failed(client(), asked)
     assert time.monotonic() - begun < 10  # the slow request is not waited for
     assert "your key was" in str(caught.value) and KEY not in str(caught.value)
     assert sum(faulty.counts()[text] for text in asked) <= 9
@@ -113,46 +106,44 @@ def test_a_refused_key_or_model_ends_the_call_at_once_and_the_key_stays_secret(
 def test_the_key_comes_from_the_named_variable_only_and_is_not_kept(client, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "another's")
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    assert texts(ask(client(), ["key 0|key"])) == ["Bearer none"]
-    assert texts(ask(client(key_variable="JUDGE_KEY"), ["key 1|key"])) == ["Bearer ***"]
+    assert replies(client(), ["key 0|key"])[0].text == "Bearer none"
+    assert replies(client(key_variable="JUDGE_KEY"), ["key 1|key"])[0].text == "Bearer ***"
     assert KEY not in (tmp_path / "replies.jsonl").read_text()
 
 
 def test_retry_after_is_followed(client, faulty: ServerProcess) -> None:
-    ask(client(), ["wait|429=1.2,ok"])
+    replies(client(), ["wait|429=1.2,ok"])
     first, second = [arrival["time"] for arrival in faulty.arrivals() if arrival["text"] == "wait|429=1.2,ok"]
     assert second - first >= 1.2
     with pytest.raises(AwaresRequestError, match="status 429"):
-        ask(client(), ["wait long|429=86400"])
+        replies(client(), ["wait long|429=86400"])
     assert faulty.counts()["wait long|429=86400"] == 1
 
 
 def test_a_recorded_request_is_not_sent_again_and_any_difference_makes_another(client, faulty: ServerProcess) -> None:
-    ask(client(), [request("once", "a")])
-    ask(client(), [request("once", "b"), request("once", "c")])
+    replies(client(), [request("once", "a")])
+    replies(client(), [request("once", "b"), request("once", "c")])
     assert faulty.counts()["once"] == 1
-    ask(client(), [request("once", seed=1), request("once", max_tokens=2)])
-    ask(client(model="n"), [request("once")])
+    replies(client(), [request("once", seed=1), request("once", max_tokens=2)])
+    replies(client(model="n"), [request("once")])
     assert faulty.counts()["once"] == 4
     in_memory = client(file=None)
     for _ in range(2):  # kept during one call only
-        ask(in_memory, [request("once")])
+        replies(in_memory, [request("once")])
     assert faulty.counts()["once"] == 6 and len(in_memory.replies) == 1
 
 
 def test_a_server_that_is_gone_or_refuses_row_after_row_ends_the_call(client, faulty: ServerProcess) -> None:
     """After one reply a refusal concerns its row; before it, to continue would lose every row."""
     with pytest.raises(AwaresRequestError, match="3 rows in a row"):
-        gone = client(url="http://127.0.0.1:9/v1", attempts=2, stop_after=3)
-        ask(gone, [f"gone {i}" for i in range(500)], on_failure=lambda failure: failure)
+        failed(client(url="http://127.0.0.1:9/v1", attempts=2, stop_after=3), [f"gone {i}" for i in range(500)])
     asked = [f"set up wrongly {i}|400" for i in range(30)]
     with pytest.raises(AwaresRequestError, match="3 rows in a row.*status 400"):
-        ask(client(stop_after=3, concurrency=1), asked, on_failure=lambda failure: failure)
+        failed(client(stop_after=3, concurrency=1), asked)
     assert sum(faulty.counts()[text] for text in asked) in (3, 4)  # one may be on its way
     mixed = ["at first", *(f"now and then {i}|400" for i in range(4))]
     for _ in range(2):  # the second time only the refused ones are sent
-        results = ask(client("mixed.jsonl", stop_after=3, concurrency=1), mixed, on_failure=lambda failure: failure)
-        assert [isinstance(result, Failure) for result in results] == [False, True, True, True, True]
+        assert failed(client("mixed.jsonl", stop_after=3, concurrency=1), mixed) == [False, True, True, True, True]
 
 
 JOB = """
@@ -176,7 +167,7 @@ def test_after_kill_9_the_same_command_continues_and_requests_no_recorded_reply(
     recorded: set[str] = set()
     for enough in (6, 18):
         job = subprocess.Popen(command, env=environment)
-        while lines(cache) < enough:
+        while not cache.is_file() or cache.read_bytes().count(b"\n") < enough:
             assert job.poll() is None
             time.sleep(0.02)
         job.send_signal(signal.SIGKILL)
@@ -188,9 +179,8 @@ def test_after_kill_9_the_same_command_continues_and_requests_no_recorded_reply(
     time.sleep(0.5)  # the server still logs the requests under way
     before = faulty.counts()
     subprocess.run(command, env=environment, check=True)
-    asked = [f"killed {i}|slow=0.2" for i in range(40)]
+    asked, after = [f"killed {i}|slow=0.2" for i in range(40)], faulty.counts()
     assert json.loads(out.read_text()) == [f"reply to {text}" for text in asked]
-    after = faulty.counts()
     assert len(recorded) >= 18 and all(after[text] == before[text] + (text not in recorded) for text in asked)
     keys = [json.loads(line)["reply_key"] for line in cache.read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 40
@@ -200,11 +190,10 @@ def test_a_file_with_something_else_or_held_by_another_process_is_refused(client
     for text in ("notes of mine", '{"id": 1}\n'):
         (tmp_path / "notes.txt").write_text(text)
         with pytest.raises(AwaresError, match=r"notes\.txt"):
-            ask(client("notes.txt"), ["refused file"])
+            replies(client("notes.txt"), ["refused file"])
         assert (tmp_path / "notes.txt").read_text() == text
-    first, second = client("held.jsonl"), client("held.jsonl")
-    with first.opened(), pytest.raises(AwaresError, match=r"held\.jsonl: another process"):
-        ask(second, ["refused file"])
+    with client("held.jsonl").opened(), pytest.raises(AwaresError, match=r"held\.jsonl: another process"):
+        replies(client("held.jsonl"), ["refused file"])
 
 
 @pytest.mark.parametrize("wrong", [{"url": "localhost:8000"}, {"attempts": 0}, {"concurrency": 0}, {"timeout": -1}])

@@ -11,8 +11,8 @@ from typing import Any
 
 import openai
 import pytest
+from chat_server import ServerProcess
 from conftest import tiny_tokenizer
-from faulty_server import ServerProcess
 from PIL import Image
 from test_rollout import NAMES, ORDERS, TIE, engine, rigged, rows_of  # noqa: F401  (rigged is a fixture)
 
@@ -30,14 +30,14 @@ NOWHERE = "http://127.0.0.1:9/v1"
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server process with the very model of the fixture ``tiny``."""
-    server = ServerProcess("rigged_server.py", tmp_path_factory.mktemp("rigged") / "log.jsonl")
+    server = ServerProcess(tmp_path_factory.mktemp("engine") / "log.jsonl", "engine")
     yield server.url
     server.stop()
 
 
 @pytest.fixture
 def faulty(tmp_path: Path) -> Iterator[ServerProcess]:
-    server = ServerProcess("faulty_server.py", tmp_path / "log.jsonl")
+    server = ServerProcess(tmp_path / "log.jsonl", "faulty")
     yield server
     server.stop()
 

@@ -2,16 +2,16 @@
 
 import dataclasses
 import math
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import openai
 import pytest
 import yaml
-from faulty_server import ServerProcess
+from chat_server import ServerProcess
 from test_curation import FakeEngine, make_rows
 
-from awares.bench.estimate import SERVED_VISUAL_TOKENS, labelling
 from awares.bench.preflight import require_servers
 from awares.clients import judges as served
 from awares.config import load_params
@@ -23,6 +23,7 @@ from awares.study import curation_tables
 ROOT = Path(__file__).parents[2]
 ROWS = 60
 KEY = "sk-planted-77aa"
+NOWHERE = "http://127.0.0.1:9/v1"
 
 
 @pytest.fixture
@@ -33,8 +34,8 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv("AWARES_API_KEY", KEY)
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.05)
 
-    def start(*mode):
-        started.append(ServerProcess("judging_server.py", tmp_path / f"server-{len(started)}.jsonl", *mode))
+    def start(mode="judge"):
+        started.append(ServerProcess(tmp_path / f"server-{len(started)}.jsonl", mode))
         for name in ("BASE", "LLAMA", "DEEPSEEK", "QWEN3_VL"):
             monkeypatch.setenv(f"AWARES_{name}_URL", started[-1].url)
         return started[-1]
@@ -44,18 +45,14 @@ def start(tmp_path, monkeypatch):
         running.stop()
 
 
-@pytest.fixture
-def server(start):
-    return start()
-
-
-def settings(folder, attempts=3, **changes):
-    """Parameters with served judges and oracle, short time-outs, and runs/ in ``folder``."""
+def settings(folder, change=lambda raw: None, attempts=3, **values):
+    """Parameters with served judges and oracle, short time-outs, runs in ``folder``; ``change`` edits served.yaml."""
     declared = yaml.safe_load((ROOT / "data" / "served.yaml").read_text())
     for model in declared["models"].values():
         model.update(timeout=1.0, retries=1, concurrency=8, attempts=attempts)
+    change(declared)
     (folder / "served.yaml").write_text(yaml.safe_dump(declared))
-    values = {"judge": "llama", "judges": ["llama", "semantic"], "oracle": "qwen3_vl", "chunk_rows": 20, **changes}
+    values = {"judge": "llama", "judges": ["llama", "semantic"], "oracle": "qwen3_vl", "chunk_rows": 20, **values}
     values |= {"served_file": str(folder / "served.yaml"), "lucky_margin": 0.0}
     overrides = {f"curation.{key}": value for key, value in values.items()} | {"paths.runs": str(folder / "runs")}
     return load_params(overrides=overrides, path=ROOT / "params.yaml")
@@ -70,17 +67,14 @@ def curate(params, out, rows=ROWS, engine=None):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ('{"first": 1, "second": 0, "better": 1}', (1, 0, 1)),
         ('{"first": 1, "second": 1, "better": 2}', (1, 1, 2)),  # both right, one better said
         ('```json\n{"first": 0, "second": 0, "better": 0}\n```', (0, 0, 0)),
         ('The first. {"first": 1, "second": 0, "better": 1} So it is.', (1, 0, 1)),
         ('{"first": 1, "second": 0, "better": 2}', None),  # contradicts itself
-        ('{"first": 1, "second": 0, "better": 0}', None),
         ('{"first": 1, "second": 0, "better": 3}', None),
         ('{"first": 1, "second": 0, "better": 1, "sure": 1}', None),
         ('{"first": 1, "better": 1}', None),
         ("1", None),
-        ("", None),
         ('{"first": 1, "second": 0, "bet', None),
     ],
 )
@@ -89,13 +83,9 @@ def test_comparisons_are_read_or_refused(text, found):
     assert (reply and (reply.first, reply.second, reply.better)) == found
 
 
-BOX = [1, 2, 3, 4]
-
-
 @pytest.mark.parametrize(
     ("boxes", "found"),
     [
-        ("[[1, 2, 3, 4]]", [[1, 2, 3, 4]]),
         ("[[1.0, 2.4, 3, 4]]", [[1, 2, 3, 4]]),
         ("[[3, 4, 1, 2], [-5, 0, 1200, 9]]", [[1, 2, 3, 4], [0, 0, 1000, 9]]),
         *((boxes, None) for boxes in ("[]", "null", "[1, 2, 3, 4]", "[[0.4, 0.4, 0.6, 0.6]]", "[[1, 2, 3]]")),
@@ -109,19 +99,17 @@ def test_boxes_are_read_tidied_or_refused(boxes, found):
     assert served.Evidence.read(boxes) is served.Evidence.read("nowhere") is None
 
 
-def test_the_schema_that_the_server_gets_is_strict_and_without_prose():
+def test_the_server_gets_a_strict_schema_without_prose_and_braces_of_an_answer_stay():
     for reply in (served.PairReply, served.Evidence):
         schema = reply.model_json_schema()
         assert schema["required"] == list(reply.model_fields) and schema["additionalProperties"] is False
         assert "description" not in schema
-
-
-def test_braces_in_an_answer_stay_as_they_are():
     prompt = served.Prompt(version="1", system="s", user="{question}: {answer}")
     assert prompt.messages({"question": "{answer}?", "answer": "{x}"})[1]["content"] == "{answer}?: {x}"
 
 
-def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(server, tmp_path):
+def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(start, tmp_path):
+    start()
     judge = served.ServedJudge("llama", settings(tmp_path))
     questions = ["what is 2?", "what is 4?", "what is 8?", "biased 5?"]
     lows, highs, answers = ["2", "no", "no", "5"], ["two", "4", "9", "5"], [["2"], ["4"], ["8"], ["5"]]
@@ -136,54 +124,49 @@ def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(s
     assert (lost.value, lost.low, lost.both_wrong) == (None, None, None) and "second one" in lost.reason
     assert math.isnan(judge.scores(["what is 3?"], ["3"], [["3"]])[0])
     records = [{"id": str(i), "llama": dataclasses.asdict(one)} for i, one in enumerate(found)]
-    table = curation_tables.order_effects(records)
-    assert table.values.tolist() == [["llama", 4, 75.0, 25.0, 0.0, 0]]
-
-
-def test_of_two_wrong_answers_none_is_better(tmp_path):
-    judge = served.ServedJudge("llama", settings(tmp_path))
-    for right, value in ((0, 0), (1, 2)):  # of two right ones, one may be
+    assert curation_tables.order_effects(records).values.tolist() == [["llama", 4, 75.0, 25.0, 0.0, 0]]
+    for right, value in ((0, 0), (1, 2)):  # of two wrong answers none is better, of two right ones one may be
         low_first, low_second = (served.PairReply(first=right, second=right, better=better) for better in (2, 1))
-        found = judge.combine((low_first, "low first"), (low_second, "high first"))
-        assert (found.value, found.forward, found.swapped, found.both_wrong) == (value, 2, 2, not right)
-        assert found.replies == ("low first", "high first")
+        one = judge.combine((low_first, "low first"), (low_second, "high first"))
+        assert (one.value, one.forward, one.swapped, one.both_wrong) == (value, 2, 2, not right)
 
 
 def test_a_failing_server_costs_only_the_rows_that_it_fails_on_and_the_silent_ones_are_asked_about_again(
     start, tmp_path
 ):
     params, garbage = settings(tmp_path), {n: "judge" for n in range(ROWS) if n % 20 == 3}
-    for mode, silent, asked in (["mute"], {10: "judge", 9: "oracle"}, None), ([], {}, {10: 3, 9: 1}), ([], {}, {}):
-        server = start(*mode)
+    for mode, silent, asked in (
+        ("mute", {10: "judge", 9: "oracle"}, None),
+        ("judge", {}, {10: 3, 9: 1}),  # each request once: both orders of the judge, then the oracle
+        ("judge", {}, {}),
+    ):
+        server = start(mode)
         rows = curate(params, tmp_path / "out")
-        lost = {one["id"]: one for one in read_records(tmp_path / "out" / curation.LOST_FILE)}
-        assert {row_id: one["step"] for row_id, one in lost.items()} == named({**garbage, **silent})
-        assert all("timed out" in lost[row_id]["reason"] for row_id in named(silent))
-        numbers = [n for n in range(ROWS) if n not in {**garbage, **silent}]
+        lost = {int(one["id"][4:]): one for one in read_records(tmp_path / "out" / curation.LOST_FILE)}
+        assert {n: one["step"] for n, one in lost.items()} == {**garbage, **silent}
+        assert all("timed out" in lost[n]["reason"] for n in silent)
+        numbers = [n for n in range(ROWS) if n not in lost]
         assert rows["id"] == [f"row-{n}" for n in numbers]
         assert rows["label"] == ["HR" if n % 4 in (1, 2) else "LR" for n in numbers]
         boxes = [[], [[300, 50, 400, 100]], [[800, 850, 900, 900]], []]  # by n % 4: the HR rows have boxes
         assert rows["oracle_answer_boxes"] == [boxes[n % 4] for n in numbers]
         for one in read_records(tmp_path / "out" / "oracle.jsonl"):  # every third reply has words around its JSON
-            how = "tolerant" if int(one["id"].removeprefix("row-")) % 3 == 0 else "strict"
-            assert one["read"] == ("" if one["id"] in lost else how)
+            n = int(one["id"][4:])
+            assert one["read"] == ("" if n in lost else "strict" if n % 3 else "tolerant")
         agreement = curation_tables.judge_agreement(rows)
         assert (agreement.agreement[0], agreement.n[0]) == (100, len(rows))
-        if asked is not None:  # each request once: both orders of the judge, then the oracle
-            assert server.counts("row") == {f"Question: what is {n}?": count for n, count in asked.items()}
-    kept = [file for file in tmp_path.rglob("*") if file.is_file()]
+        if asked is not None:
+            about = Counter(arrival["text"].splitlines()[0] for arrival in server.arrivals())
+            assert about == {f"Question: what is {n}?": count for n, count in asked.items()}
+    kept = [file for folder in ("out", "runs") for file in (tmp_path / folder).rglob("*") if file.is_file()]
     assert len(kept) > 5 and not any(KEY.encode() in file.read_bytes() for file in kept)
 
 
-def named(numbers):
-    return {f"row-{n}": value for n, value in numbers.items()}
-
-
-def test_a_server_that_goes_away_ends_the_run(server, tmp_path):
-    params = settings(tmp_path, attempts=2)
+def test_a_server_that_goes_away_ends_the_run(tmp_path, monkeypatch):
+    for name in ("LLAMA", "QWEN3_VL"):
+        monkeypatch.setenv(f"AWARES_{name}_URL", NOWHERE)
+    params, rows = settings(tmp_path, attempts=1), list(make_rows(24))
     judge, oracle = served.ServedJudge("llama", params), served.ServedOracle("qwen3_vl", params)
-    server.stop()
-    rows = list(make_rows(24))
     with pytest.raises(AwaresRequestError, match="16 rows in a row"):
         judge.judge([row["question"] for row in rows], ["1"] * 24, ["2"] * 24, [row["answers"] for row in rows])
     with pytest.raises(AwaresRequestError, match="16 rows in a row"):
@@ -191,16 +174,17 @@ def test_a_server_that_goes_away_ends_the_run(server, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_vl", "base"])
-def test_a_needed_server_that_is_not_there_ends_the_run_before_the_first_row(server, tmp_path, monkeypatch, name):
-    monkeypatch.setenv(f"AWARES_{name.upper()}_URL", "http://127.0.0.1:9/v1")
-    params, engine = settings(tmp_path, engine="base" if name == "base" else "local"), FakeEngine()
+def test_a_needed_server_that_is_not_there_ends_the_run_before_the_first_row(start, tmp_path, monkeypatch, name):
+    server, engine = start(), FakeEngine()
+    monkeypatch.setenv(f"AWARES_{name.upper()}_URL", NOWHERE)
     with pytest.raises(AwaresRequestError, match=rf"^{name}: .*127.0.0.1:9/v1.*AWARES_{name.upper()}_URL"):
-        curate(params, tmp_path / "out", engine=engine)
+        curate(settings(tmp_path, engine="base" if name == "base" else "local"), tmp_path / "out", engine=engine)
     assert engine.calls == 0 and not server.arrivals()
 
 
-def test_a_server_that_is_no_longer_needed_need_not_be_there(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("AWARES_BASE_URL", "http://127.0.0.1:9/v1")
+def test_a_server_that_is_no_longer_needed_need_not_be_there(start, tmp_path, monkeypatch):
+    server = start()
+    monkeypatch.setenv("AWARES_BASE_URL", NOWHERE)
     found = curate(settings(tmp_path), tmp_path / "out", rows=12)
     more = settings(tmp_path, engine="base", judges=["llama", "anls"])
     assert curate(more, tmp_path / "out", rows=12)["label"] == found["label"]  # the base model has answered
@@ -208,44 +192,20 @@ def test_a_server_that_is_no_longer_needed_need_not_be_there(server, tmp_path, m
     assert curate(more, tmp_path / "out", rows=12)["label"] == found["label"]
 
 
-def declare(folder, change):
-    """Apply ``change`` to the contents of the file that `settings` has written."""
-    raw = yaml.safe_load((folder / "served.yaml").read_text())
-    change(raw)
-    (folder / "served.yaml").write_text(yaml.safe_dump(raw))
-
-
-def test_the_estimate_counts_requests_tokens_money_and_hours(tmp_path):
-    params = settings(tmp_path, engine="base")
-    declare(tmp_path, lambda raw: raw["models"]["llama"].update(dollars=[1.0, 2.0], rows_per_hour=1000))
-    table = labelling(10_000, params).set_index("role")
-    assert table.requests.to_dict() == {"judge": 20_000, "oracle": 1_920, "base": 20_000}
-    judge = table.loc["judge"]
-    assert judge.hours == 10
-    assert judge.dollars == pytest.approx((judge.prompt_tokens + 2 * judge.completion_tokens) / 1e6)
-    assert table.loc["oracle"].prompt_tokens > 1_920 * SERVED_VISUAL_TOKENS
-    both = 1.25 * SERVED_VISUAL_TOKENS  # of the full image and of half resolution
-    assert 10_000 * both < table.loc["base"].prompt_tokens < 10_000 * (both + 2 * 100)
-    assert labelling(10, settings(tmp_path, judge="semantic", judges=["semantic"], oracle="annotation")).empty
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
         (lambda raw: raw["models"].pop("llama"), "models.llama"),
         (lambda raw: raw["models"]["llama"].pop("url"), "models.llama.*url"),
         (lambda raw: raw["models"]["llama"].update(timeout="long"), "models.llama.*timeout"),
         (lambda raw: raw["models"]["llama"].update(colour=1), "models.llama.*colour"),
-        (lambda raw: raw["models"]["llama"].update(rows_per_hour=0), "models.llama.*rows_per_hour"),
         (lambda raw: raw["prompts"].pop("judge"), "prompts"),
         (lambda raw: raw.pop("models"), "served.yaml: models"),
     ],
 )
-def test_what_is_wrong_in_the_file_is_named(tmp_path, change, message):
-    params = settings(tmp_path)
-    declare(tmp_path, change)
-    with pytest.raises(AwaresError, match=message):
-        served.ServedJudge("llama", params)
+def test_a_fault_of_the_file_is_named(tiny, tmp_path, change, named):
+    with pytest.raises(AwaresError, match=named):
+        served.ServedJudge("llama", settings(tmp_path, change))
 
 
 def test_the_served_base_must_be_the_base(tiny, tmp_path):

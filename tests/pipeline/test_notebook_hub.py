@@ -13,8 +13,8 @@ import pandas as pd
 import published
 import pytest
 import yaml
+from chat_server import ServerProcess
 from conftest import TASKS
-from faulty_server import ServerProcess
 from test_notebooks import ROOT, SMOKE, Line, records
 
 from awares.config import MAIN_SYSTEMS
@@ -84,7 +84,7 @@ def servers(folder):
         base,
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    judging = ServerProcess("judging_server.py", folder / "server.jsonl", "rigged")
+    judging = ServerProcess(folder / "server.jsonl", "rigged")
     assert process.stdout is not None
     urls = {f"AWARES_{name}_URL": judging.url for name in ("LLAMA", "DEEPSEEK", "QWEN3_VL")}
     yield urls | {"AWARES_BASE_URL": process.stdout.readline().split()[-1]}

@@ -1,0 +1,183 @@
+"""OpenAI-compatible servers for tests, each a process: ``python chat_server.py LOG MODE``, started by `ServerProcess`.
+
+``faulty``: the last user text of a request ends in ``|step,step,...``: what to do with its first, second, ... arrival,
+the last step from then on; without it, ok.
+
+``judge``: judge and oracle for the prompts of data/served.yaml and the rows of `test_curation.make_rows`, whose
+questions carry a number n. It fails by n: garbage for n % 20 == 3, silence at first for n % 20 == 7, status 429 at
+first for n % 5 == 1. Every third reply has words around its JSON. Of two answers to a ``biased`` question it prefers
+the first. ``mute`` also never answers the judge's requests about n = 10 and the oracle's about n = 9.
+
+``rigged``: a judge and an oracle without faults, for any rows: of two answers the later one in the alphabet is right.
+
+``engine``: our own server in chat mode around the tiny model, rigged as in test_rollout.
+"""
+
+import asyncio
+import base64
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+HERE = Path(__file__).parent
+SILENCE = 3.0  # seconds: longer than the time-out of the tests
+BOXES = [[10, 10, 200, 200], [700, 20, 900, 100], [50, 600, 300, 900], [0, 0, 1000, 1000], [400, 400, 600, 600]]
+MODELS = ["meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"]
+
+
+class ServerProcess:
+    """The process of a server, and its log of arrivals: time, text, body, requests under way."""
+
+    def __init__(self, log: Path, mode: str) -> None:
+        path = os.pathsep.join(map(str, (HERE.parent / "src", HERE, HERE / "method")))
+        environment = {**os.environ, "PYTHONPATH": path}
+        environment.pop("AWARES_API_KEY", None)
+        command = [sys.executable, __file__, str(log), mode]
+        self.log, self.process = log, subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self.process.stdout
+        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def arrivals(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.is_file() else []
+
+    def counts(self) -> Counter[str]:
+        return Counter(arrival["text"] for arrival in self.arrivals())
+
+
+def completion(text: str | None) -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+def refusal(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"error": {"message": message}}, status, headers)
+
+
+async def faulty(text: str, body: dict[str, Any], arrival: int, key: str | None) -> Response:
+    steps = text.partition("|")[2].split(",")
+    name, _, value = steps[min(arrival, len(steps)) - 1].partition("=")
+    whole = json.dumps(completion(f"reply to {text}")).encode()
+    if name.isdecimal():
+        return refusal(int(name), f"no, and your key was {key}", {"retry-after": value} if value else None)
+    if name == "torn":  # the connection closes before the promised length
+        return Response(whole[:40], headers={"content-length": str(len(whole))}, media_type="application/json")
+    if name == "slow":
+        await asyncio.sleep(float(value))
+    bodies = {
+        "say": lambda: json.dumps(completion(base64.b64decode(value).decode())),
+        "key": lambda: json.dumps(completion(key)),
+        "null": lambda: json.dumps(completion(None)),
+        "half": lambda: whole[: len(whole) // 2],  # well-formed HTTP around half a document
+        "garbage": lambda: "<html>busy</html>",
+        "other": lambda: '{"error": {"message": "not today"}}',
+    }
+    return Response(bodies.get(name, lambda: whole)(), media_type="application/json")
+
+
+async def judge(text: str, body: dict[str, Any], arrival: int, key: str | None) -> Response:
+    number, compares = int(re.findall(r"\d+", text)[0]), "First answer" in text
+    if number % 20 == 3:
+        return JSONResponse(completion("the second one, I think"))
+    wanted = body["response_format"]["json_schema"]
+    if not wanted["strict"] or (compares and wanted["schema"]["properties"]["better"]["enum"] != [0, 1, 2]):
+        return refusal(400, "a verdict must be constrained to 0, 1 and 2")
+    if (sys.argv[2] == "mute" and number == (10 if compares else 9)) or (arrival == 1 and number % 20 == 7):
+        await asyncio.sleep(SILENCE)
+    if arrival == 1 and number % 5 == 1:
+        return refusal(429, "busy", {"retry-after-ms": "20"})
+    lines = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    said: dict[str, Any]
+    if compares:
+        accepted = lines["Accepted answers"].lower().split(" | ")
+        first, second = (int(lines[f"{place} answer"].lower() in accepted) for place in ("First", "Second"))
+        said = {"first": first, "second": second, "better": 0 if first == second else 1 if first else 2}
+        if "biased" in lines["Question"]:
+            said = {"first": 1, "second": 1, "better": 1}
+    else:
+        answer = [300, 50, 400, 100] if number % 2 else [800, 850, 900, 900]
+        said = {"question_boxes": [[50, 50, 150, 100]], "answer_boxes": [answer]}
+    return JSONResponse(completion(f"```json\n{json.dumps(said)}\n```" if number % 3 == 0 else json.dumps(said)))
+
+
+async def rigged(text: str, body: dict[str, Any], arrival: int, key: str | None) -> Response:
+    lines = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    if "First answer" in lines or "Second answer" in lines:  # an empty answer has no line
+        first, second = lines.get("First answer", ""), lines.get("Second answer", "")
+        better = 0 if first == second else 1 if first > second else 2
+        said: dict[str, Any] = {"first": int(first >= second), "second": int(second >= first), "better": better}
+    else:
+        place = BOXES[sum(lines.get("Question", "").encode()) % len(BOXES)]
+        said = {"question_boxes": [place], "answer_boxes": [place]}
+    return JSONResponse(completion(json.dumps(said)))
+
+
+def make_app(log: Path, mode: str) -> FastAPI:
+    app, arrived, under_way = FastAPI(), Counter[str](), set[object]()
+    respond = {"faulty": faulty, "rigged": rigged}.get(mode, judge)
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request) -> Response:
+        body = await request.json()
+        content = [message["content"] for message in body["messages"] if message["role"] == "user"][-1]
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        text = [part["text"] for part in parts if part["type"] == "text"][-1]
+        arrived[text] += 1
+        under_way.add(request)
+        record = {"time": time.time(), "text": text, "body": body, "under way": len(under_way)}
+        with log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        try:
+            return await respond(text, body, arrived[text], request.headers.get("authorization"))
+        finally:
+            under_way.remove(request)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        if request.headers.get("authorization") == "Bearer wrong":
+            return refusal(401, "no")
+        names = [*MODELS, *["deepseek-ai/DeepSeek-V3.2"] * (mode == "rigged")]
+        cards = [{"id": one, "object": "model", "created": 0, "owned_by": "t"} for one in names]
+        return JSONResponse({"object": "list", "data": cards})
+
+    return app
+
+
+def make_engine_app() -> FastAPI:
+    import torch
+    from conftest import tiny_model, tiny_tokenizer
+    from test_rollout import Rigged
+
+    from awares.cli.options import Limits
+    from awares.cli.serve import make_app
+    from awares.engine import decode
+    from awares.engine.model import make_processor
+    from awares.method.rollout import Engine
+
+    torch.set_num_threads(1)
+    processor = make_processor(tiny_tokenizer(), max_pixels=2000 * 2000)
+    Rigged.tokenizer = processor.tokenizer
+    decode.FirstToken = Rigged  # type: ignore[misc]
+    engine = Engine(tiny_model(processor), processor, max_new_tokens=16)
+    return make_app(engine, "tiny", Limits(), mode="chat")
+
+
+if __name__ == "__main__":
+    served = make_engine_app() if sys.argv[2] == "engine" else make_app(Path(sys.argv[1]), sys.argv[2])
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(listener.getsockname()[1], flush=True)
+    uvicorn.Server(uvicorn.Config(served, log_level="critical")).run([listener])
