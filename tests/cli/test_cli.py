@@ -267,11 +267,9 @@ def test_bad_rows_are_recorded_and_the_rest_goes_on(model, scans, tmp_path, caps
     for row_id, reason in REASONS.items():
         assert reason in found[row_id]["error"] and "answer" not in found[row_id]
     assert all("answer" in found[row_id] for row_id in ("a", "rows-2", "h"))
-    assert run()["ran"] == 0  # errors stay until they are run again, or the row has changed
     Image.open("scans/page0.png").save("scans/none.png")
     write_lines(Path("rows.jsonl"), [row if row != ROWS[5] else {**ROWS[5], "question": "fixed?"} for row in ROWS])
-    assert run()["ran"] == 1  # the fixed question
-    assert run("--retry-errors") == {"out": "out.jsonl", "rows": 12, "ran": 8, "done_before": 4, "errors": 7}
+    assert run() == {"out": "out.jsonl", "rows": 12, "ran": 9, "done_before": 3, "errors": 7}
     again = rows_of(Path("out.jsonl"))
     assert "answer" in again["b"] and "answer" in again["d"] and again["a"] == found["a"]
 

@@ -5,6 +5,7 @@ unless requested; their licences are on the card.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ def policy_folder(params: Params) -> Path:
 
     AwaresError where a training or the evaluation has not run.
     """
-    merged, table = params.run_dir("grpo") / "merged", params.run_dir("evaluation") / "tables" / "table1_main.csv"
-    publish.require(merged / "config.json", "grpo")
-    publish.require(table, "evaluation")
-    folder = _empty(params, "policy")
+    config = publish.require(params.run_dir("grpo") / "merged" / "config.json", "grpo")
+    table = publish.require(params.run_dir("evaluation") / "tables" / "table1_main.csv", "evaluation")
+    folder = publish.clear(_push_folder(params) / "policy")
     publish.copy_adapters(params, folder / "adapters", params.base.model)
-    _link(merged.iterdir(), folder)
+    _link(config.parent.iterdir(), folder)
     scores = [row for row in pd.read_csv(table).itertuples() if row.system == "awares"]
     _write_card(folder, "model.md", params, apache=APACHE, of_hub=isinstance(params.model_path(), str), scores=scores)
     return folder
@@ -47,32 +47,28 @@ def dataset_folder(params: Params, images: bool = False) -> Path:
     curated = {split: params.run_dir("curation") / split for split in ("train", "validation")}
     for path in curated.values():
         publish.require(path / "dataset" / "state.json", "curation")
-    folder, counts = _empty(params, "dataset"), []
+    folder, counts = publish.clear(_push_folder(params) / "dataset"), []
+    (folder / "data").mkdir()
     for split, path in curated.items():
         rows = load_rows(path / "dataset")
         counts.append((split, len(rows), rows["label"][:].count("HR")))
         _link(path.glob("*.jsonl"), folder / "raw" / split)
-        (folder / "data").mkdir(exist_ok=True)
         (rows if images else rows.remove_columns("image")).to_parquet(folder / "data" / f"{split}.parquet")
     declared = sources.read_sources(params, "training") if params.data.origin == "hub" else {}
-    origins = []
-    for name in params.data.sources:
-        if name in declared:
-            origins.append((name, declared[name].hub, declared[name].licence))
-        elif name.endswith(".jsonl"):
-            origins.append((Path(name).stem, "rows of the uploader's own", "not stated"))
-        else:
-            origins.append((name, "generated", "Apache-2.0"))
-    generated = all(origin == "generated" for _, origin, _ in origins)
-    _write_card(folder, "dataset.md", params, counts=counts, images=images, sources=origins, generated=generated)
+    origins = {name: ("generated", "Apache-2.0") for name in params.data.sources}
+    origins |= {name: (one.hub, one.licence) for name, one in declared.items() if name in origins}
+    own = {name: ("rows of the uploader's own", "not stated") for name in origins if name.endswith(".jsonl")}
+    listed = [(Path(name).stem if name in own else name, *about) for name, about in (origins | own).items()]
+    generated = all(origin == "generated" for _, origin, _ in listed)
+    _write_card(folder, "dataset.md", params, counts=counts, images=images, sources=listed, generated=generated)
     return folder
 
 
-def _empty(params: Params, name: str) -> Path:
-    return publish.clear(params.path(params.paths.runs) / params.profile / ".push" / name)
+def _push_folder(params: Params) -> Path:
+    return params.path(params.paths.runs) / params.profile / ".push"
 
 
-def _link(files: Any, folder: Path) -> None:
+def _link(files: Iterable[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in filter(Path.is_file, files):
         (folder / file.name).symlink_to(file.resolve())  # weights are large
@@ -94,5 +90,4 @@ def upload(folder: Path, repo: str, kind: str, private: bool = True) -> str:
         return str(api.upload_folder(folder_path=folder, repo_id=repo, repo_type=kind, commit_message="From awares"))
     except Exception as error:  # whatever the hub or the network does
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        message = f"push to {repo} failed: {reason}. A write token goes into HF_TOKEN; {folder} is ready as it is"
-        raise AwaresError(message) from error
+        raise AwaresError(f"push to {repo} failed: {reason}. A write token goes into HF_TOKEN") from error

@@ -1,16 +1,13 @@
 """The six benchmarks through lmms-eval: the call of its command, and the chat model ``awares`` that it loads.
 
 lmms-eval needs another build of torch, so it runs in an environment of its own, whose Python is
-``evaluation.lmms_eval``. Rows, prompts and metrics are lmms-eval's, the interaction is ours:
-
-    lmms-eval --model awares --model_args pretrained=FOLDER,log=samples.jsonl --tasks chartqa,docvqa_val --batch_size 64
+``evaluation.lmms_eval``. Rows, prompts and metrics are lmms-eval's, the interaction is ours.
 """
 
 import importlib.util
 import json
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,21 +43,19 @@ def through_lmms_eval(
 
     Columns: ``LMMS_COLUMNS``; rtr and seconds are means over the n samples. ``tasks``: benchmark -> task of lmms-eval;
     ``options``: more of its command line. The samples are kept in ``.checkpoints`` next to ``out_dir``, where the
-    same call resumes. AwaresFileError for a missing environment, AwaresError with the end of lmms-eval's output if it
-    fails.
+    same call resumes. AwaresError for a missing environment, a changed protocol, or a failure of lmms-eval.
     """
     python = params.path(params.evaluation.lmms_eval)
     if not python.is_file():
-        fix = 'make that environment as data/launch/README.md says, or set it to ""'
-        raise AwaresFileError(f"evaluation.lmms_eval: no Python at {python}; {fix}")
+        raise AwaresFileError(f"evaluation.lmms_eval: no Python at {python}; see data/launch/README.md")
     if protocol.from_params(params) != protocol.get_protocol(params.protocol.name):
-        fix = 'set it to "", or leave protocol.system_file, crops.offered and crops.region_budget as they are'
+        fix = "leave protocol.system_file, crops.offered and crops.region_budget as they are"
         raise AwaresValueError(f"evaluation.lmms_eval runs the interaction of protocol.name alone: {fix}")
     code = [__file__, str(policy.__file__), str(sources.__file__)]
     inputs = checkpoints.describe_inputs("evaluation", params, [], model_path, code)
-    folder = checkpoint_folder(out_dir, {**inputs, "tasks": [*tasks.values()], "options": [*options]})
+    folder = checkpoint_folder(out_dir, {**inputs, "tasks": [*tasks.values()], "options": [*options]}).resolve()
     shutil.rmtree(folder / "results", ignore_errors=True)  # of an earlier call
-    arguments: dict[str, Any] = {"pretrained": model_path.resolve(), "log": (folder / "samples.jsonl").resolve()}
+    arguments: dict[str, Any] = {"pretrained": model_path.resolve(), "log": folder / "samples.jsonl"}
     arguments |= {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
     arguments |= {"max_side": params.crops.max_side, "call_bias": params.evaluation.call_bias}
     arguments |= {"dtype": params.base.dtype, "device": params.base.device, "protocol": params.protocol.name}
@@ -70,22 +65,17 @@ def through_lmms_eval(
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # its progress goes to stderr
     written = sorted(folder.glob("results/**/*results.json"))
     if done.returncode or not written:  # it ends with 0 after most errors, too
-        ended = f"ended with {done.returncode}, {'with' if written else 'without'} results"
-        raise AwaresError(f"lmms-eval {ended} on {system}; the end of its output:\n{done.stdout[-2000:]}")
+        end = f"with {done.returncode}, {len(written)} results; the end of its output:\n{done.stdout[-2000:]}"
+        raise AwaresError(f"lmms-eval ended on {system} {end}")
     results = json.loads(written[-1].read_text())["results"]
-    return _table(system, results, pd.DataFrame(jsonl.read_records(folder / "samples.jsonl")), tasks)
-
-
-def _table(system: str, results: Mapping[str, Any], samples: pd.DataFrame, tasks: Mapping[str, str]) -> pd.DataFrame:
-    """lmms-eval's ``results`` (task -> ``metric,filter`` -> value) and the logged ``samples`` as one table."""
-    by_task = samples.groupby(samples["id"].str.split("/").str[0])
+    samples = pd.DataFrame(jsonl.read_records(folder / "samples.jsonl"))
     rows = []
     for benchmark, task in tasks.items():
-        part = by_task.get_group(task)
-        for key, value in results[task].items():
+        part = samples[samples["id"].str.startswith(f"{task}/")]
+        for key, value in results[task].items():  # "metric,filter", and some that are no metrics
             metric = key.split(",")[0]
             if isinstance(value, int | float) and "," in key and not metric.endswith("_stderr"):
-                means = part.rtr.mean(), part.seconds.mean(), len(part)
+                means = part["rtr"].mean(), part["seconds"].mean(), len(part)
                 rows.append((system, benchmark, task, metric, float(value), *means))
     return pd.DataFrame(rows, columns=LMMS_COLUMNS)
 
@@ -106,7 +96,7 @@ def manifest() -> Any:
 
 
 class AwaresChat(Model):
-    """The policy as a chat model of lmms-eval: chat messages in, texts out.
+    """The policy as a chat model of lmms-eval, in one process: chat messages in, texts out.
 
     ``pretrained``: a merged model or an adapter. ``log``: a JSONL file with the trajectory of every sample, from which
     the same call resumes (lmms-eval writes its own cache only at the end). A task's limit on new tokens is for the
@@ -118,29 +108,19 @@ class AwaresChat(Model):
     def __init__(
         self,
         pretrained: str,
+        log: str = "samples.jsonl",
         dtype: str = "bfloat16",
         device: str = "cuda",
-        protocol: str = "ours",
         call_bias: float = 0.0,
-        max_new_tokens: int = 512,
-        token_budget: int = 65536,
-        max_side: int = 2000,
-        log: str = "",
-        **_: Any,  # lmms-eval passes its own options to every model
+        **given: Any,  # lmms-eval passes its own options to every model
     ) -> None:
-        from accelerate import Accelerator
-
         super().__init__()
-        self.accelerator = Accelerator(cpu=device == "cpu")
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        place = str(self.accelerator.device) if device == "cuda" else device
-        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "token_budget": token_budget, "max_side": max_side}
-        loaded = policy.AwaRes.from_pretrained(pretrained, None, dtype, place, protocol=protocol, **limits)
-        self.engine, self.call_bias = loaded.engine, float(call_bias)
-        self.settings = {"protocol": protocol, "dtype": dtype, "call_bias": self.call_bias, **limits}
+        defaults = {"protocol": "ours", "max_new_tokens": 512, "token_budget": 65536, "max_side": 2000}
+        options: dict[str, Any] = {name: given.get(name, value) for name, value in defaults.items()}
+        self.engine = policy.AwaRes.from_pretrained(pretrained, None, dtype, device, **options).engine
+        self.settings = {**options, "dtype": dtype, "call_bias": float(call_bias)}
         self.settings["weights"] = folder_digest(pretrained)[:16]
-        path = Path(log or Path(tempfile.mkdtemp()) / "samples.jsonl")
-        self.log = path.with_suffix(f".{self._rank}{path.suffix}") if self._world_size > 1 else path
+        self.log = Path(log)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """One answer per request, in order. AwaresError for a row without an image, or a log of something else."""
@@ -149,10 +129,12 @@ class AwaresChat(Model):
 
         def answer(ids: list[str]) -> list[Record]:
             images, questions = zip(*[self._read(name, *rows[name]) for name in ids], strict=True)
-            done = self.engine.run(images, questions, call_bias=self.call_bias, row_ids=ids)
-            about = [{"id": name, "question": question} for name, question in zip(ids, questions, strict=True)]
-            counts = [{"settings": self.settings, "rtr": one.rtr, **one.to_dict()} for one in done]
-            return [{**head, **rest} for head, rest in zip(about, counts, strict=True)]
+            done = self.engine.run(images, questions, call_bias=self.settings["call_bias"], row_ids=ids)
+            more = [{"settings": self.settings, "rtr": one.rtr, **one.to_dict()} for one in done]
+            return [
+                {"id": name, "question": question, **one}
+                for name, question, one in zip(ids, questions, more, strict=True)
+            ]
 
         jsonl.refuse_foreign(self.log, b'{"id": ', "samples")
         found = jsonl.in_chunks(self.log, [*rows], LOG_EVERY, answer, lambda one: one["settings"] != self.settings)
@@ -160,21 +142,19 @@ class AwaresChat(Model):
         return [_until(texts[name], rows[name][2].get("until") or []) for name in names]
 
     def loglikelihood(self, requests: list[Any]) -> Any:
-        """Not supported: the policy decides what to see while it writes, and in one round of lmms-eval."""
+        """Not supported, like several rounds: the policy decides what to see while it writes."""
         raise NotImplementedError("awares answers by generation in one round: take a generate_until task")
 
     generate_until_multi_round = loglikelihood
 
-    def _read(
-        self, name: str, _context: str, to_messages: Any, _settings: Any, doc: int, task: str, split: str
-    ) -> tuple[Image.Image, str]:
+    def _read(self, name: str, _: str, to_messages: Any, __: Any, doc: int, task: str, split: str) -> Any:
         """Image and question of a row. Several images are set side by side, as in the training rows."""
         from lmms_eval.protocol import ChatMessages
 
         chat = ChatMessages(messages=to_messages(self.task_dict[task][split][doc]))
         images, *others = chat.extract_media()
         if not images or any(others):
-            raise AwaresValueError(f"{name}: awares needs an image, and reads no video and no sound: take another task")
+            raise AwaresValueError(f"{name}: awares needs an image, and reads no video and no sound")
         pictures = [one if isinstance(one, Image.Image) else Image.open(one) for one in images]
         parts = [part for one in chat.messages if one.role == "user" for part in one.content if part.type == "text"]
         question = "\n".join(part.text for part in parts).strip()

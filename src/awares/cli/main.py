@@ -5,9 +5,9 @@ help is fast.
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,30 +15,29 @@ import typer
 from typer import Argument, Option
 
 from awares import __version__
-from awares.cli.options import Bias, Json, Limits, PolicyOptions, Profile, refuse_if, with_options
+from awares.cli.options import Bias, Json, Limits, PolicyOptions, Profile, refuse_if
 from awares.errors import AwaresError
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+
+def _run(command: Any, **_: Any) -> None:
+    code = command() if callable(command) else command
+    sys.stdout.flush()  # here typer expects that the reader of our output may have gone
+    raise typer.Exit(code)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, result_callback=_run, rich_markup_mode=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (default: the process's own); the exit code."""
     try:
-        code = app(arguments, prog_name="awares", standalone_mode=False) or 0
-        sys.stdout.flush()
-    except typer.TyperException as error:
-        usage: Any = error
-        usage.show()
-        return error.exit_code
-    except BrokenPipeError:  # the reader of our output has gone; nothing may be flushed to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        app(arguments, prog_name="awares")
+    except SystemExit as end:
+        return int(end.code or 0)
     except (AwaresError, OSError) as error:
         _say(" ".join(str(error).split()))
         return 1
-    if code == 130:
-        _say("interrupted")
-    return code
+    return 0
 
 
 def _say(text: str) -> None:
@@ -69,137 +68,140 @@ def awares(
     """
 
 
-@app.command()
-@with_options(PolicyOptions)
-def ask(
-    policy: PolicyOptions,
-    image: Annotated[Path, Argument(help="an image; for a batch a folder or a .jsonl file")],
-    question: Annotated[str | None, Argument(show_default=False)] = None,
-    common: Annotated[str | None, Option("--question", help="the same; in a batch for rows without their own")] = None,
-    as_json: Json = False,
-    show: Annotated[Path | None, Option(metavar="FILE.png", help="draw the view and the crops")] = None,
-    out: Annotated[Path | None, Option(metavar="FILE.jsonl", help="results of a batch")] = None,
-    retry_errors: Annotated[bool, Option("--retry-errors", help="run rows again that ended in an error")] = False,
-    call_bias: Bias = None,
-) -> int:
+@app.command("ask")
+@dataclass(frozen=True, kw_only=True)
+class Ask(PolicyOptions):
     """Ask a policy about an image, or about many.
 
     In a batch, IMAGE is a folder (every image in it, one question) or a .jsonl file with one row a line: image (a
-    path relative to the file), question and optionally id. --out gets one line a row. Rows that it holds are not run
-    again; a row that cannot be run has its reason in "error", and the exit code is then 1.
+    path relative to the file), question and optionally id. --out gets one line a row. A row that cannot be run has its
+    reason in "error", and the exit code is then 1. The same call again runs only the rows without an answer.
     """
-    refuse_if(question is not None and common is not None, "two questions: QUESTION and --question")
-    question, bias = common if question is None else question, call_bias or 0.0
-    if image.is_dir() or image.suffix.lower() == ".jsonl":
-        refuse_if(show is not None, "--show draws one image, not a batch")
-        if out is None:
-            raise typer.BadParameter("a batch needs --out, the file for its results")
+
+    image: Annotated[Path, Argument(help="an image; for a batch a folder or a .jsonl file")]
+    question: Annotated[str | None, Argument(show_default=False)] = None
+    common: Annotated[str | None, Option("--question", help="the same; in a batch for rows without their own")] = None
+    as_json: Json = False
+    show: Annotated[Path | None, Option(metavar="FILE.png", help="draw the view and the crops")] = None
+    out: Annotated[Path | None, Option(metavar="FILE.jsonl", help="results of a batch")] = None
+    call_bias: Bias = None
+
+    def __call__(self) -> int:
+        refuse_if(self.question is not None and self.common is not None, "two questions: QUESTION and --question")
+        question = self.common if self.question is None else self.question
+        if self.image.is_dir() or self.image.suffix.lower() == ".jsonl":
+            refuse_if(self.show is not None, "--show draws one image, not a batch")
+            if self.out is None:
+                raise typer.BadParameter("a batch needs --out, the file for its results")
+            return self._ask_many(question, self.out)
+        refuse_if(self.out is not None, "--out is for a batch: a folder or a .jsonl file")
+        refuse_if(self.show is not None and self.show.suffix.lower() != ".png", "--show: the name must end in .png")
+        if question is None:
+            raise typer.BadParameter("no question: write it after the image")
+        return self._ask_one(question)
+
+    def _ask_many(self, question: str | None, out: Path) -> int:
         from awares.cli import batch
 
-        batch.read_batch(image, question)  # before the model is loaded: a wrong path should not cost seconds
-        loaded, name = policy.load(out)
-        counts = batch.run_batch(image, question, out, loaded.engine, policy.settings(loaded, name, bias), retry_errors)
-        if as_json:
+        batch.read_batch(self.image, question)  # before the model is loaded: a wrong path should not cost seconds
+        policy, name = self.load(out)
+        settings = self.settings(policy, name, self.call_bias or 0.0)
+        counts = batch.run_batch(self.image, question, out, policy.engine, settings)
+        if self.as_json:
             print(json.dumps({"out": str(out), **counts}))
-        _say(
-            "{rows} rows, {ran} run now, {done_before} done before, {errors} with an error: ".format(**counts)
-            + str(out)
-        )
+        numbers = "{rows} rows, {ran} run now, {done_before} done before, {errors} with an error"
+        _say(f"{numbers.format(**counts)}: {out}")
         return 1 if counts["errors"] else 0
-    refuse_if(bool(out or retry_errors), "--out and --retry-errors belong to a batch: a folder or a .jsonl file")
-    refuse_if(show is not None and show.suffix.lower() != ".png", "--show: give a name that ends in .png")
-    if question is None:
-        raise typer.BadParameter("no question: write it after the image")
-    return _ask_one(policy, image, question, bias, show, as_json)
 
+    def _ask_one(self, question: str) -> int:
+        from awares.engine.images import open_image
 
-def _ask_one(policy: PolicyOptions, path: Path, question: str, bias: float, show: Path | None, as_json: bool) -> int:
-    from awares.engine.images import open_image
+        image = open_image(self.image)
+        done = self.load()[0].ask(image, question, call_bias=self.call_bias or 0.0)
+        if self.show:
+            import matplotlib
 
-    image = open_image(path)
-    done = policy.load()[0].ask(image, question, call_bias=bias)
-    if show:
-        import matplotlib
+            matplotlib.use("Agg")  # opens no window
+            from awares.study import figures
 
-        matplotlib.use("Agg")  # opens no window
-        from awares.study import figures
-
-        figures.style(110)
-        figures.save_figure(figures.gallery([{"image": image, "question": question}], [done]), show)
-    if as_json:
-        about = {"image": str(path), "question": question, **done.to_dict(), "rtr": done.rtr}
-        print(json.dumps(about, ensure_ascii=False))
+            figures.style(110)
+            figures.save_figure(figures.gallery([{"image": image, "question": question}], [done]), self.show)
+        if self.as_json:
+            about = {"image": str(self.image), "question": question, **done.to_dict(), "rtr": done.rtr}
+            print(json.dumps(about, ensure_ascii=False))
+            return 0
+        malformed = " (malformed call)" if done.call_status == "malformed" else ""
+        print(f"{done.answer}\ncrops   {', '.join(done.crops) or 'none'}{malformed}")
+        print(f"tokens  {done.visual_tokens} of {done.full_visual_tokens} visual tokens, RTR {done.rtr:.2f}")
+        print(f"time    {done.seconds:.2f} s")
         return 0
-    print(done.answer)
-    print(f"crops   {', '.join(done.crops) or 'none'}{' (malformed call)' if done.call_status == 'malformed' else ''}")
-    print(f"tokens  {done.visual_tokens} of {done.full_visual_tokens} visual tokens, RTR {done.rtr:.2f}")
-    print(f"time    {done.seconds:.2f} s")
-    return 0
 
 
 @app.command("eval")
-@with_options(PolicyOptions)
-def score_policy(
-    policy: PolicyOptions,
-    file: Annotated[Path | None, Argument(metavar="FILE.jsonl", help="your own rows (default: the tasks')")] = None,
-    profile: Profile = "",
-    rows: Annotated[int | None, Option(min=1, help="rows of each task (default: evaluation.rows)")] = None,
-    seed: Annotated[int | None, Option(help="draws the rows (default: evaluation.seed)")] = None,
-    as_json: Json = False,
-    call_bias: Bias = None,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Eval(PolicyOptions):
     """Score a policy on the evaluation rows or on your own: Table 1's numbers.
 
     Accuracy (percent, by each benchmark's own metric, with its interval) and retain token ratio (RTR), per benchmark
     and on average. FILE.jsonl has image, question, answers, and source for the metric.
     """
-    from awares.config import load_params
-    from awares.data.rows import make_split, read_jsonl_rows
-    from awares.engine.model import set_threads
-    from awares.method import evaluation, protocol
 
-    refuse_if(bool(file and (rows or seed is not None)), "--rows and --seed draw the tasks' rows, not those of a file")
-    given = {"evaluation.rows": rows, "evaluation.seed": seed, "evaluation.call_bias": call_bias}
-    params = load_params(profile, overrides={key: value for key, value in given.items() if value is not None})
-    table = read_jsonl_rows(file) if file else make_split(params, "evaluation")
-    set_threads(params.threads)
-    how: dict[str, Any] = {"max_side": params.crops.max_side, "protocol": protocol.from_params(params)}
-    how |= {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
-    loaded, name = policy.load(**how)
-    loaded.engine.progress = sys.stderr.isatty()
-    bias = params.evaluation.call_bias
-    done = loaded.engine.run(table["image"], table["question"], call_bias=bias, row_ids=table["id"])
-    scores = evaluation.main_table(evaluation.scored(name, table, done), params.evaluation).drop(columns="system")
-    if as_json:
-        print(json.dumps({"policy": name, "call_bias": bias, "table": scores.to_dict("records")}))
-    else:
-        print(scores.to_string(index=False, float_format="{:.2f}".format))
-    return 0
+    file: Annotated[Path | None, Argument(metavar="FILE.jsonl", help="your own rows (default: the tasks')")] = None
+    profile: Profile = ""
+    rows: Annotated[int | None, Option(min=1, help="rows of each task (default: evaluation.rows)")] = None
+    seed: Annotated[int | None, Option(help="draws the rows (default: evaluation.seed)")] = None
+    as_json: Json = False
+    call_bias: Bias = None
+
+    def __call__(self) -> int:
+        from awares.config import load_params
+        from awares.data.rows import make_split, read_jsonl_rows
+        from awares.engine.model import set_threads
+        from awares.method import evaluation, protocol
+
+        drawn = self.rows or self.seed is not None
+        refuse_if(bool(self.file and drawn), "--rows and --seed draw the tasks' rows, not those of a file")
+        given = {"rows": self.rows, "seed": self.seed, "call_bias": self.call_bias}
+        overrides = {f"evaluation.{key}": value for key, value in given.items() if value is not None}
+        params = load_params(self.profile, overrides=overrides)
+        table = read_jsonl_rows(self.file) if self.file else make_split(params, "evaluation")
+        set_threads(params.threads)
+        how: dict[str, Any] = {"max_side": params.crops.max_side, "protocol": protocol.from_params(params)}
+        how |= {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
+        policy, name = self.load(**how)
+        policy.engine.progress = sys.stderr.isatty()
+        bias = params.evaluation.call_bias
+        done = policy.engine.run(table["image"], table["question"], call_bias=bias, row_ids=table["id"])
+        scores = evaluation.main_table(evaluation.scored(name, table, done), params.evaluation).drop(columns="system")
+        if self.as_json:
+            print(json.dumps({"policy": name, "call_bias": bias, "table": scores.to_dict("records")}))
+        else:
+            print(scores.to_string(index=False, float_format="{:.2f}".format))
+        return 0
 
 
 @app.command("serve")
-@with_options(PolicyOptions, Limits)
-def serve_policy(
-    policy: PolicyOptions,
-    limits: Limits,
-    host: Annotated[str, Option(help="address to listen at; the default is this machine only")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one")] = 8000,
-    mode: Annotated[Literal["policy", "chat"], Option(help="chat serves the bare model")] = "policy",
-    name: Annotated[str, Option(help="the model's name for clients (default: that of --model's folder)")] = "",
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Serve(Limits, PolicyOptions):
     """Serve a policy behind an OpenAI-compatible API.
 
     POST /v1/chat/completions with one image (a data URL) and one question. The model runs here, one request at a
     time, or behind --server (vLLM), which batches. Clients must send the key in the environment variable
     AWARES_API_KEY, if it is set. SIGTERM ends the server after the requests under way.
     """
-    refuse_if(bool(policy.server and mode == "chat"), "--mode chat serves a model of this process: leave out --server")
-    policy.checkpoint()
-    from awares.cli.serve import run_server
 
-    shown = name or (Path(policy.model).resolve().name if policy.model else "awares")
-    run_server(lambda: policy.load()[0].engine, host, port, shown, limits, mode)
-    return 0
+    host: Annotated[str, Option(help="address to listen at; the default is this machine only")] = "127.0.0.1"
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one")] = 8000
+    mode: Annotated[Literal["policy", "chat"], Option(help="chat serves the bare model")] = "policy"
+    name: Annotated[str, Option(help="the model's name for clients (default: that of --model's folder)")] = ""
+
+    def __call__(self) -> int:
+        refuse_if(bool(self.server and self.mode == "chat"), "--mode chat serves a model of this process, no --server")
+        from awares.cli.serve import run_server
+
+        shown = self.name or (Path(self.model).resolve().name if self.model else "awares")
+        run_server(lambda: self.load()[0].engine, self.host, self.port, shown, self, self.mode)
+        return 0
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -11,8 +11,10 @@ import uuid
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+from openai.types.chat import ChatCompletionContentPartImageParam as ImagePart
+from openai.types.chat import ChatCompletionContentPartTextParam as TextPart
 from PIL import Image, ImageOps
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from awares.cli.options import Limits
@@ -35,33 +37,20 @@ class Strict(BaseModel, extra="forbid", strict=True):
     """An unknown field is refused, not ignored; null stands for the default."""
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-class ImageUrl(Strict):
-    url: str
-    detail: Literal["auto", "high"] | None = None
-
-
-class ImagePart(Strict):
-    type: Literal["image_url"]
-    image_url: ImageUrl
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | str = Field(
-        union_mode="left_to_right"
-    )
-
-    def parts(self) -> list[TextPart | ImagePart]:
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+    content: Annotated[list[Part], BeforeValidator(_as_parts)]
 
 
 class ChatRequest(Strict):
-    """The body of POST /v1/chat/completions. Decoding is greedy: ``top_p``, ``seed`` and ``user`` have no effect."""
+    """The body of POST /v1/chat/completions. Without effect: top_p, seed, user, detail."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
@@ -81,13 +70,14 @@ class ChatRequest(Strict):
 
     def images(self, limits: Limits, min_side: int = MIN_SIDE) -> list[Image.Image]:
         """Upright RGB images in the order of the messages; ApiError for bad ones or too many."""
-        parts = [part for message in self.messages for part in message.parts() if isinstance(part, ImagePart)]
-        if len(parts) > limits.images:
-            raise ApiError(400, f"{len(parts)} images: a request may have {limits.images}", param="messages")
-        images: list[Image.Image] = []
-        for part in parts:
-            left = limits.image_pixels - sum(image.width * image.height for image in images)
-            images.append(read_image(part.image_url.url, limits.image_bytes, left, min_side))
+        parts = [part for message in self.messages for part in message.content]
+        urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        if len(urls) > limits.images:
+            raise ApiError(400, f"{len(urls)} images: a request may have {limits.images}", param="messages")
+        images, left = list[Image.Image](), limits.image_pixels
+        for url in urls:
+            images.append(read_image(url, limits.image_bytes, left, min_side))
+            left -= images[-1].width * images[-1].height
         return images
 
 
@@ -109,9 +99,8 @@ def read_request(body: bytearray, kind: type[ChatRequest], model: str) -> Any:
         request = kind.model_validate_json(body)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
-        reason = "not supported by this server" if fault["type"] == "extra_forbidden" else fault["msg"]
-        param = ".".join(str(key) for key in fault["loc"] if not str(key).startswith("list[")) or None
-        raise ApiError(400, f"{param or 'body'}: {reason}", param=param) from error
+        param = ".".join(map(str, fault["loc"])) or None
+        raise ApiError(400, f"{param or 'body'}: {fault['msg']}", param=param) from error
     if request.model != model:
         raise ApiError(404, f"no model {request.model!r}: this is {model!r}", "model_not_found", "model")
     return request
@@ -120,10 +109,9 @@ def read_request(body: bytearray, kind: type[ChatRequest], model: str) -> Any:
 def read_image(url: str, most_bytes: int, most_pixels: int, min_side: int) -> Image.Image:
     """The image of a base64 data URL; ApiError 400 for an unreadable one, 413 for too many bytes or pixels."""
     header, _, data = url.partition(";base64,")
-    if not header.startswith("data:image/"):
-        message = f"image_url {url[:40]!r}: give a data URL, data:image/png;base64,...; nothing else is fetched"
-        raise ApiError(400, message, "invalid_image", "messages")
     try:
+        if not header.startswith("data:image/"):
+            raise AwaresError(f"{url[:40]!r} is no data URL, data:image/png;base64,...; nothing else is fetched")
         raw = base64.b64decode(data, validate=True)
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:  # reads the header, unpacks nothing
             if len(raw) <= most_bytes and image.width * image.height <= most_pixels:
@@ -147,13 +135,13 @@ def completion(model: str, text: str, cut: bool, prompt: int, written: int, **mo
 
 
 def as_events(reply: dict[str, Any], include_usage: bool) -> Iterator[str]:
-    """The completion as a stream: role, answer, finish reason, usage if requested, [DONE]."""
-    choice, usage = reply["choices"][0], reply.pop("usage")
-    steps: list[Any] = [({"role": "assistant", "content": ""}, None), ({"content": choice["message"]["content"]}, None)]
-    for delta, finish in [*steps, ({}, choice["finish_reason"])]:
-        chunk = {**reply, "object": "chat.completion.chunk"}
-        chunk["choices"] = [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]
-        yield f"data: {json.dumps(chunk)}\n\n"
+    """The completion as a stream: the answer, its finish reason, usage if requested, [DONE]."""
+    [choice], usage = reply["choices"], reply.pop("usage")
+    whole = {"index": 0, "delta": choice["message"], "finish_reason": None, "logprobs": None}
+    last = {**whole, "delta": {}, "finish_reason": choice["finish_reason"]}
+    chunks: list[dict[str, Any]] = [{"choices": [whole]}, {"choices": [last]}]
     if include_usage:
-        yield f"data: {json.dumps({**chunk, 'choices': [], 'usage': usage})}\n\n"
+        chunks.append({"choices": [], "usage": usage})
+    for chunk in chunks:
+        yield f"data: {json.dumps({**reply, 'object': 'chat.completion.chunk', **chunk})}\n\n"
     yield "data: [DONE]\n\n"

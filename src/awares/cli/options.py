@@ -1,12 +1,11 @@
-"""Options that several commands share: the policy, the limits of the server, and single options."""
+"""Options that several commands share: single ones, the policy, and the limits of the server.
 
-import functools
+A command is a dataclass: its fields are its options, and calling the object runs it.
+"""
+
 import hashlib
-import inspect
-import math
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,26 +17,18 @@ if TYPE_CHECKING:
     from awares.policy import AwaRes, Checkpoint
 
 
-def _number(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError
-    return number
-
-
 def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
-        raise typer.BadParameter(f"{text!r}: give cpu, cuda or cuda:N")
+    refuse_if(not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text), f"{text!r}: give cpu, cuda or cuda:N")
     return text
 
 
-Bias = Annotated[
-    float | None, Option(parser=_number, metavar="X", help="> 0 calls for crops more readily, < 0 less (default 0)")
-]
+BIAS_HELP = "> 0 calls for crops more readily, < 0 less (default 0)"
+Bias = Annotated[float | None, Option(min=-1000, max=1000, metavar="X", help=BIAS_HELP)]
 Profile = Annotated[str, Option(help="of params.yaml (default: its own `profile`)", show_default=False)]
 Json = Annotated[bool, Option("--json", help="print one JSON object")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PolicyOptions:
     """The options that name a policy."""
 
@@ -54,11 +45,12 @@ class PolicyOptions:
         refuse_if(bool(self.model and self.run), "--model is not allowed with --run")
 
     def checkpoint(self) -> "Checkpoint":
+        """The policy that the options name."""
         from awares.policy import Checkpoint, of_run, shipped
 
-        if self.run or not self.model:
-            return of_run(self.run) if self.run else shipped()
-        return Checkpoint(self.model, self.model)
+        if self.model:
+            return Checkpoint(self.model, self.model)
+        return of_run(self.run) if self.run else shipped()
 
     def load(self, out: Path | None = None, **options: Any) -> "tuple[AwaRes, str]":
         """The policy and its name; ``options`` go to the engine. ``out``: a server's replies are kept next to it."""
@@ -97,7 +89,7 @@ class PolicyOptions:
         return {**about, "call_bias": call_bias, "max_new_tokens": tokens}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """Sizes and counts that the server accepts; times in seconds."""
 
@@ -116,23 +108,3 @@ def refuse_if(wrong: bool, message: str) -> None:
     """Wrong usage, exit code 2, if ``wrong``."""
     if wrong:
         raise typer.BadParameter(message)
-
-
-def with_options(*groups: type) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Adds the fields of the dataclasses ``groups`` to a command's options; it gets one object of each, first."""
-
-    def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        own = list(inspect.signature(command).parameters.values())[len(groups) :]
-        fields = {group: inspect.signature(group).parameters for group in groups}
-
-        @functools.wraps(command)
-        def run(**options: Any) -> int:
-            made = [group(**{name: options.pop(name) for name in names}) for group, names in fields.items()]
-            return command(*made, **options)
-
-        shared = [parameter for names in fields.values() for parameter in names.values()]
-        vars(run).update(__signature__=inspect.Signature([*own, *shared]))
-        run.__annotations__ = {}
-        return run
-
-    return decorate

@@ -40,7 +40,7 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     key = os.environ.get(API_KEY)
     if key is not None and not key.strip():
         raise AwaresValueError(f"{API_KEY} is empty: set a key, or unset the variable to serve without one")
-    kind, answer = MODES[mode]
+    kind, answer = (PolicyRequest, answer_policy) if mode == "policy" else (RawRequest, answer_chat)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
     pool, free = ThreadPoolExecutor(threads), asyncio.Semaphore(threads)
     count = {"requests": 0, "served": 0}
@@ -67,18 +67,12 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
         deadline = time.time() + limits.timeout
         try:
             async with asyncio.timeout(limits.timeout):
-                body = bytearray()
-                async for piece in request.stream():
-                    body += piece
-                    if len(body) > limits.body_bytes:
-                        message = f"the request has more than {limits.body_bytes} bytes"
-                        raise ApiError(413, message, "request_too_large")
-                wanted = openai_api.read_request(body, kind, model)
+                wanted = openai_api.read_request(await _body(request, limits.body_bytes), kind, model)
                 async with free:
                     if await request.is_disconnected():
                         raise ClientDisconnect
-                    loop = asyncio.get_running_loop()
-                    reply = await loop.run_in_executor(pool, answer, engine, wanted, limits, deadline)
+                    run = asyncio.get_running_loop().run_in_executor
+                    reply = await run(pool, answer, engine, wanted, limits, deadline)
         except TimeoutError:
             raise ApiError(504, f"no answer within {limits.timeout:g} s", "timeout") from None
         finally:
@@ -90,11 +84,20 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
         return StreamingResponse(events, media_type="text/event-stream")
 
     for kind_of_error in (HTTPException, AwaresError, ClientDisconnect, Exception):
-        app.add_exception_handler(kind_of_error, refuse)
+        app.add_exception_handler(kind_of_error, _refuse)
     return app
 
 
-async def refuse(request: Request, error: Any) -> Response:
+async def _body(request: Request, most: int) -> bytearray:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > most:
+            raise ApiError(413, f"the request has more than {most} bytes", "request_too_large")
+    return body
+
+
+async def _refuse(request: Request, error: Any) -> Response:
     """Every error as OpenAI's error object."""
     if isinstance(error, AwaresRequestError):
         error = ApiError(502, str(error), "upstream_error")
@@ -105,9 +108,6 @@ async def refuse(request: Request, error: Any) -> Response:
     return JSONResponse(error.body, error.status_code, error.headers)
 
 
-# The modes: each answers a request in a thread
-
-
 def answer_policy(engine: Any, request: PolicyRequest, limits: Limits, deadline: float) -> dict[str, Any]:
     """Runs the interaction. ``max_tokens`` bounds the answer alone: a call that is cut short would be no call."""
     message, images = request.messages[0], request.images(limits)
@@ -116,7 +116,7 @@ def answer_policy(engine: Any, request: PolicyRequest, limits: Limits, deadline:
     local, image = hasattr(engine, "decoder"), cap(images[0], engine.max_side)
     longest = engine.decoder.max_new_tokens if local else engine.max_new_tokens
     limit = request.limit(longest, min(limits.max_tokens, longest))
-    question = "\n".join(part.text for part in message.parts() if part.type == "text")
+    question = "\n".join(part["text"] for part in message.content if part["type"] == "text")
     _check_length(engine, engine.prompt_length(image, question), longest, limits)
     if local:
         engine.decoder.criteria = _until(deadline)
@@ -141,9 +141,7 @@ def answer_chat(engine: Any, request: RawRequest, limits: Limits, deadline: floa
     images, processor, biases = request.images(limits, min_side=1), engine.processor, request.logit_bias or {}
     if any(token >= len(processor.tokenizer) for token in biases):
         raise ApiError(400, f"logit_bias: there are {len(processor.tokenizer)} tokens", param="logit_bias")
-    messages: Any = [
-        {"role": one.role, "content": [part.model_dump() for part in one.parts()]} for one in request.messages
-    ]
+    messages = [message.model_dump() for message in request.messages]
     rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if rendered.count(processor.image_token) != len(images) or processor.video_token in rendered:
         raise ApiError(400, f"a text holds {processor.image_token}: send the image itself", param="messages")
@@ -160,9 +158,6 @@ def answer_chat(engine: Any, request: RawRequest, limits: Limits, deadline: floa
     text = decoder.text(tokens[:-1] if ended else tokens)
     reply = completion(request.model, text, not ended, len(ids), len(tokens))
     return {**reply, "prompt_token_ids": ids} if request.return_token_ids else reply
-
-
-MODES: dict[str, Any] = {"policy": (PolicyRequest, answer_policy), "chat": (RawRequest, answer_chat)}
 
 
 def _check_length(engine: Any, prompt: int, room: int, limits: Limits) -> None:

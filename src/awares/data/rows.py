@@ -117,16 +117,21 @@ def read_jsonl_rows(path: str | Path) -> datasets.Dataset:
 
 def _read_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
     place = f"{file}, line {number}"
-    try:
-        row = {"id": f"{file.stem}-{number}", "source": file.stem, **json.loads(line)}
-    except (ValueError, TypeError) as error:
-        raise AwaresValueError(f"{place}: not a JSON object ({error}); write one row per line") from error
+    row = {"id": f"{file.stem}-{number}", "source": file.stem, **parse_line(line, place)}
     if isinstance(row.get("image"), str):
         image = file.parent / row["image"]
         if not image.is_file():
             raise AwaresFileError(f"{place}: image {row['image']} is missing; paths are relative to {file.name}")
         row["image"] = {"bytes": image.read_bytes(), "path": None}
     return _check_row(row, place, pixels=True).model_dump()
+
+
+def parse_line(line: bytes, place: str) -> dict[str, Any]:
+    """The JSON object of one line; AwaresValueError with ``place`` for something else."""
+    try:
+        return dict(**json.loads(line))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AwaresValueError(f"{place}: not a JSON object ({error}); write one row per line") from error
 
 
 def validate_rows(dataset: datasets.Dataset, name: str, pixels: bool = True) -> datasets.Dataset:
