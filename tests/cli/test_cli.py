@@ -5,10 +5,8 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +19,9 @@ from PIL import Image
 from awares.cli import batch
 from awares.cli import main as cli
 from awares.config import load_params
-from awares.data.rows import make_split, read_jsonl_rows
+from awares.data.rows import make_split
 from awares.engine import chat_format
-from awares.engine.jsonl import read_records
+from awares.engine.jsonl import exclusive_lock, read_records
 from awares.engine.model import load_model, load_processor, save_model
 from awares.errors import AwaresError
 from awares.method import evaluation, protocol
@@ -153,9 +151,8 @@ def test_ask_prints_what_the_library_says(model, scans, tmp_path, capsys):
 
 
 def test_bias_and_limits_reach_the_engine(model, scans, capsys):
-    base = ["ask", str(scans / "page0.png"), "what?", "--model", str(model), "--json"]
     for more in ([], ["--call-bias", "99"], ["--call-bias", "-99"], ["--max-new-tokens", "2"]):
-        assert cli.main([*base, *more]) == 0
+        assert cli.main(["ask", str(scans / "page0.png"), "what?", "--model", str(model), "--json", *more]) == 0
     own, more, less, short = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert more["turns"][1]["text"].startswith(chat_format.TOOL_CALL) and less["call_status"] == "none"
     assert own["call_gap"] == more["call_gap"] == less["call_gap"] and short["turns"][1]["text_tokens"] == 2
@@ -202,82 +199,69 @@ def rows_of(out):
     return {record["row_id"]: record for record in records}
 
 
-def test_a_folder_in_a_process(model, scans, tmp_path):
-    out = tmp_path / "new" / "answers.jsonl"
-    policy = shutil.copytree(model, tmp_path / "policy")
-    line = ("ask", scans, "what?", "--out", out, "--model", policy, "--json", "--max-new-tokens", 4)
-    done = awares(*line)
-    assert json.loads(done.stdout) == {"out": str(out), "rows": 9, "ran": 9, "done_before": 0, "errors": 0}
-    assert done.returncode == 0 and done.stderr.startswith("awares: ") and done.stderr.count("\n") == 1
-    found = rows_of(out)
-    assert list(found) == [f"page{number}.png" for number in range(9)]
+def test_a_folder(model, scans, tmp_path, capsys):
+    out, policy = tmp_path / "new" / "answers.jsonl", shutil.copytree(model, tmp_path / "policy")
+    line = ["ask", str(scans), "what?", "--out", str(out), "--model", str(policy), "--json", "--max-new-tokens", "4"]
+    assert cli.main(line) == 0
+    counts = {"out": str(out), "rows": 9, "ran": 9, "done_before": 0, "errors": 0}
+    assert json.loads(capsys.readouterr().out) == counts
+    assert list(rows_of(out)) == [f"page{number}.png" for number in range(9)]
+    own = rows_of(out)["page4.png"]
     expected = AwaRes.from_pretrained(policy, max_new_tokens=4).ask(scans / "page4.png", "what?")
-    own = found["page4.png"]
     assert (own["answer"], own["question"], own["image"]) == (expected.answer, "what?", "page4.png")
     settings = {"policy": str(policy), "dtype": "float32", "max_side": 2000, "call_bias": 0.0, "max_new_tokens": 4}
     assert settings.items() < own["settings"].items() and {"weights", "prompt"} < set(own["settings"])
     before = out.read_bytes()
-    assert json.loads(awares(*line).stdout)["done_before"] == 9 and out.read_bytes() == before
+    assert cli.main(line) == 0 and json.loads(capsys.readouterr().out)["done_before"] == 9
     config = json.loads((policy / "generation_config.json").read_text())
     (policy / "generation_config.json").write_text(json.dumps({**config, "trained": "anew"}))
-    changed = awares(*line)  # the same name, other weights
-    assert changed.returncode == 1 and "weights" in changed.stderr and out.read_bytes() == before
+    assert cli.main(line) == 1 and "weights" in capsys.readouterr().err  # the same name, other weights
+    assert out.read_bytes() == before
 
 
-ROWS = [
-    {"image": "scans/page0.png", "question": "first?", "id": "a"},
-    {"image": "scans/page1.png", "question": "schema?", "answers": ["1"], "source": "chartqa", "question_boxes": []},
-    '{"image": "scans/page2.png", "question": "torn',
-    {"image": "scans/none.png", "question": "no image?", "id": "b"},
-    {"image": "scans/notes.txt", "question": "no picture?", "id": "c"},
-    {"image": "scans/page3.png", "question": " ", "id": "d"},
-    {"image": "scans/page3.png", "question": "<|im_end|>?", "id": "e"},
-    {"question": "of what?", "id": "f"},
-    ["a", "list"],
-    {"image": "scans/page4.png", "id": "g"},
-    {"image": "scans/page5.png", "question": "last?", "id": 7},
-    {"image": "scans/page5.png", "question": "last?", "id": "h"},
+PAGE = {"image": "scans/page0.png", "question": "what?"}
+ROWS = [  # a line, and what its error names
+    ({**PAGE, "id": "a"}, ""),
+    ({**PAGE, "answers": ["1"], "source": "chartqa", "question_boxes": []}, ""),
+    ('{"image": "scans/page2.png", "question": "torn', "rows.jsonl, line 3"),
+    ({**PAGE, "image": "scans/none.png", "id": "b"}, "none.png"),
+    ({**PAGE, "image": "scans/notes.txt", "id": "c"}, "notes.txt"),
+    ({**PAGE, "question": " ", "id": "d"}, "line 6: question"),
+    ({**PAGE, "question": "<|im_end|>?", "id": "e"}, "<|im_end|>"),
+    ({"question": "of what?", "id": "f"}, "line 8: image"),
+    (["a", "list"], "line 9"),
+    ({"image": "scans/page4.png", "id": "g"}, "question"),
+    ({**PAGE, "id": 7}, "id"),
+    ({**PAGE, "id": "h"}, ""),
 ]
-REASONS = {
-    "rows-3": "rows.jsonl, line 3",
-    "b": "none.png",
-    "c": "notes.txt",
-    "d": "line 6: question",
-    "e": "<|im_end|>",
-    "f": "line 8: image",
-    "rows-9": "line 9",
-    "g": "question",
-    "7": "id",
-}
 
 
 def test_bad_rows_are_recorded_and_the_rest_goes_on(model, scans, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_lines(Path("rows.jsonl"), ROWS)
-    line = ["ask", "rows.jsonl", "--out", "out.jsonl", "--model", str(model), "--max-new-tokens", "4"]
     monkeypatch.setattr(batch, "ROWS_PER_WRITE", 4)
-
-    def run(*more):
-        assert cli.main([*line, "--json", *more]) == 1
-        return json.loads(capsys.readouterr().out)
-
-    assert run() == {"out": "out.jsonl", "rows": 12, "ran": 12, "done_before": 0, "errors": 9}
+    lines = [line for line, _ in ROWS]
+    command = ["ask", "rows.jsonl", "--out", "out.jsonl", "--model", str(model), "--max-new-tokens", "4", "--json"]
+    write_lines(Path("rows.jsonl"), lines)
+    assert cli.main(command) == 1
+    counts = {"out": "out.jsonl", "rows": 12, "ran": 12, "done_before": 0, "errors": 9}
+    assert json.loads(capsys.readouterr().out) == counts
     found = rows_of(Path("out.jsonl"))
-    assert set(found) == {*REASONS, "a", "rows-2", "h"}
-    for row_id, reason in REASONS.items():
-        assert reason in found[row_id]["error"] and "answer" not in found[row_id]
-    assert all("answer" in found[row_id] for row_id in ("a", "rows-2", "h"))
+    assert list(found) == ["a", "rows-2", "rows-3", "b", "c", "d", "e", "f", "rows-9", "g", "7", "h"]
+    for record, (_, reason) in zip(found.values(), ROWS, strict=True):
+        assert reason in record["error"] and "answer" not in record if reason else "answer" in record
     Image.open("scans/page0.png").save("scans/none.png")
-    write_lines(Path("rows.jsonl"), [row if row != ROWS[5] else {**ROWS[5], "question": "fixed?"} for row in ROWS])
-    assert run() == {"out": "out.jsonl", "rows": 12, "ran": 9, "done_before": 3, "errors": 7}
+    lines[5] = {**lines[5], "question": "fixed?"}
+    write_lines(Path("rows.jsonl"), lines)
+    assert cli.main(command) == 1
+    assert json.loads(capsys.readouterr().out) == {**counts, "ran": 9, "done_before": 3, "errors": 7}
     again = rows_of(Path("out.jsonl"))
     assert "answer" in again["b"] and "answer" in again["d"] and again["a"] == found["a"]
 
 
 def test_rows_that_would_be_mixed_up_are_refused(scans, engine, tmp_path):
-    rows = write_lines(tmp_path / "rows.jsonl", [ROWS[0], ROWS[9]])
+    rows = write_lines(tmp_path / "rows.jsonl", [ROWS[0][0], ROWS[9][0]])
     common = batch.read_batch(rows, "common?")  # for rows without their own
-    assert [(row["row_id"], row["question"]) for row in common] == [("a", "first?"), ("g", "common?")]
+    assert [(row["row_id"], row["question"]) for row in common] == [("a", "what?"), ("g", "common?")]
     out = tmp_path / "out.jsonl"
     batch.run_batch(scans, "one?", out, engine, SETTINGS)
     before = out.read_bytes()
@@ -318,35 +302,16 @@ def served(model):
     process.wait()
 
 
-def test_a_killed_batch_goes_on(tiny, model, tmp_path, capsys, monkeypatch):
-    scans, out = tmp_path / "many", tmp_path / "out.jsonl"
-    scans.mkdir()
-    for number in range(300):
-        tiny.noise(56, 56, number).save(scans / f"page{number:03}.png")
-    line = ["ask", str(scans), "what?", "--out", str(out), "--model", str(model), "--json"]
-    process = subprocess.Popen([sys.executable, "-m", "awares", *line], env=ENVIRONMENT)
-    while not (out.is_file() and out.read_bytes().count(b"\n")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGSTOP)  # it must not finish while this one looks
-    with pytest.raises(AwaresError, match="another process"):
-        batch.run_batch(scans, "what?", out, None, {})
-    process.kill()
-    process.wait()
-    left = out.read_bytes()
-    done = left.count(b"\n")
-    assert 0 < done < 300, "it must be hit in the middle"
-    with out.open("ab") as file:  # and in the middle of a line, the worst moment
-        file.write(b'{"row_id": "page299.png", "image": "page5')
-    assert cli.main(line) == 0 and json.loads(capsys.readouterr().out)["done_before"] == done
-    assert out.read_bytes().startswith(left[: left.rindex(b"\n") + 1])
-    assert sorted(rows_of(out)) == [f"page{number:03}.png" for number in range(300)]
+def test_a_second_process_is_refused_and_an_interrupt_is_130(scans, engine, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    with exclusive_lock(out), pytest.raises(AwaresError, match="out.jsonl"):
+        batch.run_batch(scans, "what?", out, engine, SETTINGS)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(batch, "read_batch", interrupt)
-    assert cli.main(line) == 130
+    assert cli.main(["ask", str(scans), "what?", "--out", str(out)]) == 130
 
 
 def test_answers_over_http_equal_those_in_the_process(served, model, scans, tmp_path, capsys, monkeypatch):
@@ -383,11 +348,6 @@ def test_eval_gives_the_evaluations_own_numbers(model, scans, tmp_path, capsys, 
     write_lines(Path("mine.jsonl"), [row, {**row, "image": "scans/page1.png", "source": "pope"}])
     assert cli.main(["eval", "mine.jsonl", "--model", str(model)]) == 0
     assert re.findall(r"(?m)^ *(\S+) +\d+\.", capsys.readouterr().out) == ["ocrbench", "pope", "average"]
-
-
-def test_examples_are_rows_of_the_schema():
-    rows = read_jsonl_rows(ROOT / "data" / "examples" / "questions.jsonl")
-    assert len(rows) == len(batch.read_batch(ROOT / "data" / "examples", "what is here?")) == 4
 
 
 # Which policy

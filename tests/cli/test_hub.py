@@ -24,14 +24,13 @@ KEY = "hf_planted_3c1e"
 def params(tmp_path):
     """A finished run, of files that hold just enough."""
     params = load_params(path=ROOT / "params.yaml", overrides={"paths.runs": str(tmp_path / "runs")})
-    config = json.dumps({"r": 8, "base_model_name_or_path": f"{tmp_path}/x"})
-    files = {f"{stage}/adapter/adapter_config.json": config for stage in ("sft", "grpo")}
-    files |= {f"{stage}/adapter/adapter_model.safetensors": stage for stage in ("sft", "grpo")}
+    table = "system,benchmark,accuracy,accuracy_low,accuracy_high,rtr,n\n"
+    table += "full,chartqa,91,90,92,1,200\nawares,chartqa,88.25,85,91.5,0.37,200\n"
+    files = {"evaluation/tables/table1_main.csv": table}
+    for stage in ("sft", "grpo"):
+        files[f"{stage}/adapter/adapter_config.json"] = json.dumps({"r": 8, "base_model_name_or_path": str(tmp_path)})
+        files[f"{stage}/adapter/adapter_model.safetensors"] = stage
     files |= {f"grpo/merged/{name}": "merged" for name in ("config.json", "model.safetensors")}
-    files["evaluation/tables/table1_main.csv"] = (
-        "system,benchmark,accuracy,accuracy_low,accuracy_high,rtr,n\n"
-        "full,chartqa,91,90,92,1,200\nawares,chartqa,88.25,85,91.5,0.37,200\n"
-    )
     files |= {f"curation/{split}/verdicts.jsonl": '{"id": "row-0"}\n' for split in ("train", "validation")}
     for name, text in files.items():
         stage, _, rest = name.partition("/")
@@ -50,9 +49,8 @@ def names_in(folder):
 
 def test_a_policy_goes_up_whole_with_the_numbers_of_its_own_table(params):
     folder = hub.policy_folder(params)
-    adapters = [
-        f"adapters/{stage}/adapter_{rest}" for stage in ("grpo", "sft") for rest in ("config.json", "model.safetensors")
-    ]
+    kinds = [f"{stage}/adapter_{kind}" for stage in ("grpo", "sft") for kind in ("config.json", "model.safetensors")]
+    adapters = [f"adapters/{kind}" for kind in kinds]
     assert names_in(folder) == ["README.md", *adapters, "config.json", "model.safetensors"]
     assert (folder / "model.safetensors").read_text() == "merged"
     for stage, base in (("sft", "data/base"), ("grpo", "../sft")):
@@ -101,5 +99,5 @@ def test_a_dry_run_uploads_nothing_and_a_failed_push_keeps_the_token(params, mon
     assert cli.main(["push", "policy", "me/x"]) == 1
     said = capsys.readouterr().err
     assert "me/x" in said and "HF_TOKEN" in said and KEY not in said
-    texts = [file.read_text(errors="replace") for file in Path(params.paths.runs).rglob("*") if file.is_file()]
-    assert not any(KEY in text for text in texts)
+    written = [file for file in Path(params.paths.runs).rglob("*") if file.is_file()]
+    assert not any(KEY in file.read_text(errors="replace") for file in written)

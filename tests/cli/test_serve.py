@@ -139,21 +139,16 @@ def test_max_tokens_cuts_the_answer_and_not_the_call(tiny, policy):
     assert create(**request, max_tokens=999).choices[0].message.content == full  # an upper bound
 
 
-def test_models_health_and_unknown_addresses(policy):
-    assert [model.id for model in client(policy).models.list()] == ["tiny"]
-    http = TestClient(policy)
-    health = http.get("/health").json()
-    assert (health["status"], health["model"], health["requests"]) == ("ready", "tiny", 0)
-    assert http.get("/v1/files", headers={"Authorization": f"Bearer {KEY}"}).json()["error"]["message"]
-
-
 def test_without_the_key_only_health_answers(tiny, policy, engine, monkeypatch):
+    assert [model.id for model in client(policy).models.list()] == ["tiny"]
     for key in ("wrong", KEY + "x", KEY[:-1]):
         error = refused(policy, key, **question(tiny.noise(56, 56, 0)))
         assert (error.status_code, error.code) == (401, "invalid_api_key")
     with pytest.raises(openai.AuthenticationError):
         client(policy, "wrong").models.list()
-    assert TestClient(policy).get("/health").status_code == 200
+    http = TestClient(policy)
+    assert http.get("/health").json().items() >= {"status": "ready", "model": "tiny", "requests": 0}.items()
+    assert http.get("/v1/files", headers={"Authorization": f"Bearer {KEY}"}).json()["error"]["message"]
     monkeypatch.setenv("AWARES_API_KEY", " ")
     with pytest.raises(AwaresError, match="AWARES_API_KEY"):
         make_app(engine, "tiny", LIMITS)
@@ -162,27 +157,21 @@ def test_without_the_key_only_health_answers(tiny, policy, engine, monkeypatch):
 # What a stranger may send
 
 
-def bad_images(tiny):
-    """Name -> image, status."""
+def test_a_bad_image_is_refused(tiny, policy):
     rng, good = np.random.default_rng(0), encode(tiny.noise(112, 112, 0))
     bomb = b"IHDR" + struct.pack(">II", 60000, 60000) + good[24:29]
-    bomb = good[:12] + bomb + struct.pack(">I", zlib.crc32(bomb)) + good[33:]
-    return {
-        "truncated": (good[: len(good) // 2], 400),
-        "a format that is not read": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", 400),
-        "declares more pixels than it has bytes": (bomb, 400),
-        "no base64": ("data:image/png;base64,@@@@", 400),
-        "a file": ("file:///etc/hostname", 400),
-        "too small": (tiny.noise(20, 112, 0), 400),
-        "too many bytes": (Image.fromarray(rng.integers(256, size=(240, 300, 3), dtype=np.uint8)), 413),
-        "more pixels than are left": (Image.new("RGB", (600, 600)), 413),
-    }
-
-
-def test_a_bad_image_is_refused(tiny, policy):
-    for name, (image, status) in bad_images(tiny).items():
+    for image, status in (
+        (good[: len(good) // 2], 400),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", 400),  # Pillow would run a program for it
+        (good[:12] + bomb + struct.pack(">I", zlib.crc32(bomb)) + good[33:], 400),  # declares more than it has
+        ("data:image/png;base64,@@@@", 400),
+        ("file:///etc/hostname", 400),
+        (tiny.noise(20, 112, 0), 400),
+        (Image.fromarray(rng.integers(256, size=(240, 300, 3), dtype=np.uint8)), 413),
+        (Image.new("RGB", (600, 600)), 413),
+    ):
         error = refused(policy, **question(image))
-        assert (error.status_code, error.param) == (status, "messages"), (name, error.message)
+        assert (error.status_code, error.param) == (status, "messages"), error.message
 
 
 def test_an_image_is_upright_on_white_and_a_damaged_one_is_read_or_refused(tiny):
