@@ -5,12 +5,9 @@ import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+_NUMBER_WORDS = {word: value for value, word in enumerate((_ONES + "seventeen eighteen nineteen").split())}
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_NUMBER_WORDS = {word: value for value, word in enumerate(_ONES)}
 _TENS_WORDS = {word: 10 * value for value, word in enumerate(_TENS, start=2)}
 _SCALES = {"thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₪": "shekel"}
@@ -48,7 +45,7 @@ _LEAD_IN = re.compile(
     r"^(?:the answer is|answer\s*:|it is|it's|it says|it reads|it shows|they are|there (?:is|are)|that is)\s+"
 )
 _PARTS = re.compile(r"\s*(?:[,;&\n]|\band\b)\s*")
-_NUMBER_AND_UNIT = re.compile(r"(-?\d+(?:\.\d+)?)([a-z]+)")
+_NUMBER_AND_UNIT = re.compile(rf"(?<!\S)(-?\d+(?:\.\d+)?)({'|'.join(_UNITS)})(?!\S)")
 
 
 @dataclass(frozen=True)
@@ -66,13 +63,13 @@ class Part:
 
 
 def normalise(text: str) -> tuple[Part, ...]:
-    """The parts of an answer in normal form; `same_meaning` ignores their order.
+    """The parts of an answer in normal form.
 
     Steps, in this order: Unicode compatibility form, lower case; drop a lead-in ("the answer is"); currency and percent
     signs to words; remove thousands separators; split at commas, semicolons, "and" and "&"; punctuation and hyphens to
     spaces, except decimal points, signs, and colons and slashes between digits; drop articles and fillers of place
-    unless nothing else is left; number words 0-99 and thousand, million, billion to digits; units and synonyms to one
-    form; a number with at most one unit to a quantity. Digits with a leading zero stay text: 007 is a code.
+    unless nothing else is left; number words below 100 and thousand, million, billion to digits; units and synonyms to
+    one form; a number with at most one unit to a quantity. Digits with a leading zero stay text: 007 is a code.
     """
     lowered = unicodedata.normalize("NFKC", text).lower().translate(str.maketrans("−–—’`", "---''")).strip()
     lowered = _LEAD_IN.sub("", lowered)
@@ -108,15 +105,10 @@ def _tokens(piece: str) -> list[str]:
     piece = piece.replace("'", "")
     piece = re.sub(r"(?<=\w)-|-(?!\d)", " ", piece)  # a hyphen inside or after a word; a sign before a number stays
     piece = re.sub(r"(?<!\d)[:/]|(?<=[^\s\d-])\.|[.:/](?!\d)", " ", piece)  # kept: 3.5, .5, 10:30, 1/2
-    words = re.sub(r"[^\w.:/\s-]|_", " ", piece).split()
-    split = [token for word in words for token in _split_unit(word)]
-    kept = [token for token in split if token not in _FILLERS] or split
+    piece = re.sub(r"[^\w.:/\s-]|_", " ", piece)
+    words = _NUMBER_AND_UNIT.sub(r"\1 \2", piece).split()
+    kept = [token for token in words if token not in _FILLERS] or words
     return [_WORDS.get(token, token) for token in _digits(kept)]
-
-
-def _split_unit(word: str) -> list[str]:
-    match = _NUMBER_AND_UNIT.fullmatch(word)
-    return [match[1], match[2]] if match and match[2] in _UNITS else [word]
 
 
 def _digits(tokens: list[str]) -> list[str]:

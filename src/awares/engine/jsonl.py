@@ -30,8 +30,12 @@ def in_chunks(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(path):
-        records = _whole_chunks(path, list(ids), size)
-        held = len(records)
+        records = read_records(path)
+        if [record["id"] for record in records] != list(ids[: len(records)]):
+            raise AwaresFileError(f"{path}: has other rows than this step: delete its folder and run again")
+        held = len(records) if len(records) == len(ids) else len(records) // size * size
+        records = records[:held]
+        write_records(path, records)  # without a torn chunk
         starts = [at for at in range(0, len(ids), size) if at >= held or any(map(again, records[at : at + size]))]
         for start in tqdm(starts, desc=path.stem, unit="chunk", disable=not starts, leave=False):
             chunk = list(ids[start : start + size])
@@ -91,17 +95,6 @@ def write_records(path: str | Path, records: Sequence[Record]) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_bytes(_lines(records))
     partial.replace(path)
-
-
-def _whole_chunks(path: Path, ids: list[str], size: int) -> list[Record]:
-    """The records of complete chunks, to which the file is cut back. The last chunk may be shorter than ``size``."""
-    records = read_records(path)
-    if [record["id"] for record in records] != ids[: len(records)]:
-        raise AwaresFileError(f"{path}: has other rows than this step: delete its folder and run again")
-    whole = len(records) if len(records) == len(ids) else len(records) // size * size
-    if path.is_file():
-        write_records(path, records[:whole])
-    return records[:whole]
 
 
 def _lines(records: Sequence[Record]) -> bytes:

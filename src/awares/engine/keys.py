@@ -24,19 +24,17 @@ def folder_digest(folder: str | Path) -> str:
         commit = Path(hf_hub_download(str(folder), "config.json")).parent.name
         return hashlib.sha256(f"{folder}@{commit}".encode()).hexdigest()
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*")):
-        if path.is_file() and path.suffix in MODEL_FILES:
-            digest.update(path.name.encode())
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for path in sorted(path for path in Path(folder).iterdir() if path.suffix in MODEL_FILES):
+        with path.open("rb") as stream:
+            digest.update(path.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
 def checkpoint_folder(out_dir: str | Path, inputs: dict[str, Any]) -> Path:
     """``<out_dir>/../.checkpoints/<key>``, created if missing, with the inputs in ``inputs.json``.
 
-    It is outside ``out_dir`` because DVC empties a stage's outputs before it runs. AwaresError when the folder holds
-    checkpoints of other inputs (it was copied or renamed).
+    It is outside ``out_dir`` because DVC empties a stage's outputs before it runs. AwaresError when the folder was
+    copied or renamed and holds checkpoints of other inputs.
     """
     text = json.dumps(inputs, indent=1, sort_keys=True)
     folder = Path(out_dir).parent / ".checkpoints" / hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,7 +1,6 @@
 """Load and save models, processors and adapters; count tokens.
 
-The processor is Qwen2.5-VL's and Qwen3-VL's without the video half, which needs torchvision. `AutoProcessor` silently
-returns a bare tokenizer for it, so this module builds it and callers pass it explicitly.
+`AutoProcessor` needs torchvision for the processor's video half, and silently returns a bare tokenizer without it.
 """
 
 import json
@@ -30,8 +29,8 @@ from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 
 # By model_type: the class; the stock processor and its video half
 CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
-STOCK = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
-         "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor")}  # fmt: skip
+STOCK = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor")}
+STOCK["qwen3_vl"] = ("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NO_WEIGHTS = f"no {ADAPTER_WEIGHTS} there, and only safetensors are read"
 Grid = tuple[int, int]  # patches in height and width
@@ -78,10 +77,9 @@ def load_processor(path: str | Path) -> ImageOnlyProcessor:
     with _reading(path, "cannot read tokenizer and image processor"):
         tokenizer = AutoTokenizer.from_pretrained(source)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(source)
-    missing = sorted({*chat_format.SPECIAL_TOKENS, *chat_format.TOOL_TOKENS} - set(tokenizer.get_vocab()))
+    missing = ", ".join(sorted({*chat_format.SPECIAL_TOKENS, *chat_format.TOOL_TOKENS} - set(tokenizer.get_vocab())))
     if missing:
-        fix = "use the tokenizer of a Qwen2.5-VL or Qwen3-VL"
-        raise AwaresValueError(f"{path}: the tokenizer lacks {', '.join(missing)}: {fix}")
+        raise AwaresValueError(f"{path}: the tokenizer lacks {missing}: use that of a Qwen2.5-VL or Qwen3-VL")
     chat_format.install(tokenizer)
     return ImageOnlyProcessor(image_processor, tokenizer)
 
@@ -111,7 +109,13 @@ def load_model(
         raise AwaresValueError(f"base.dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise AwaresValueError(f"base.device is {device!r} but torch sees no GPU: use cpu")
-    model = _load_weights(path, DTYPES[dtype])
+    model_class: Any = CLASSES[load_config(path).model_type]
+    options = {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
+    with _reading(path):
+        model, info = model_class.from_pretrained(_source(path), **options)
+    lacking = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if lacking:
+        raise AwaresValueError(f"{path}: incomplete checkpoint, {len(lacking)} weights missing, such as {lacking[0]}")
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
     for folder in adapters:
         model = _add_adapter(model, folder, trainable and folder is adapters[-1])
@@ -136,14 +140,19 @@ def adapter_folder(path: str | Path) -> Path | None:
 
 def save_model(model: Any, processor: ImageOnlyProcessor, path: str | Path) -> None:
     """Save weights (the adapter of a PEFT model) and processor; the folder appears only when it is complete."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = Path(f"{path}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with _quiet():
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-    _name_stock_processor(partial / "processor_config.json", processor, model.config.model_type)
+    stock, video = STOCK[model.config.model_type]  # other programs (vLLM) load them
+    shared = ("merge_size", "patch_size", "temporal_patch_size", "image_mean", "image_std")
+    half = {name: getattr(processor.image_processor, name) for name in shared}
+    named = partial / "processor_config.json"
+    config = json.loads(named.read_text()) | {"processor_class": stock}
+    config |= {"video_processor": {"video_processor_type": video, **half}}
+    named.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file in filter(Path.is_file, partial.rglob("*")):
         file.chmod(0o644)  # safetensors files are readable only by their owner
     shutil.rmtree(path, ignore_errors=True)
@@ -169,34 +178,12 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _load_weights(path: str | Path, dtype: torch.dtype) -> Any:
-    model_class: Any = CLASSES[load_config(path).model_type]
-    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    with _reading(path):
-        model, info = model_class.from_pretrained(_source(path), **options)
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:
-        raise AwaresValueError(f"{path}: incomplete checkpoint, {len(lacking)} weights missing, such as {lacking[0]}")
-    return model
-
-
-def _name_stock_processor(file: Path, processor: ImageOnlyProcessor, kind: str) -> None:
-    """Name the stock processor and its video half, which other programs (vLLM) load."""
-    config = json.loads(file.read_text())
-    shared = ("merge_size", "patch_size", "temporal_patch_size", "image_mean", "image_std")
-    stock, video = STOCK[kind]
-    half = {name: getattr(processor.image_processor, name) for name in shared}
-    config |= {"processor_class": stock, "video_processor": {"video_processor_type": video, **half}}
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def _add_adapter(model: Any, adapter: str | Path, trainable: bool) -> Any:
     from peft import PeftModel
 
     folder = adapter_folder(adapter)
     if folder is None:
-        fix = "give the folder that an awares training wrote, or a hub name"
-        raise AwaresFileError(f"{adapter}: no adapter_config.json there: {fix}")
+        raise AwaresFileError(f"{adapter}: no {ADAPTER_CONFIG} there: give an adapter's folder, or a hub name")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise AwaresFileError(f"{adapter}: {NO_WEIGHTS}")
     with _reading(folder, "adapter does not fit or is damaged"):
@@ -227,10 +214,10 @@ def _reading(path: str | Path, fault: str = "") -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if Path(path).is_dir():
-            fault = fault or "no readable safetensors checkpoint: fetch it again"
-            raise AwaresValueError(f"{path}: {fault} ({reason})") from error
-        fault = fault or "no such model folder, nor to be had from the hub"
-        raise AwaresFileError(f"{path}: {fault} ({reason})") from error
+            usual = "no readable safetensors checkpoint: fetch it again"
+            raise AwaresValueError(f"{path}: {fault or usual} ({reason})") from error
+        usual = "no such model folder, nor to be had from the hub"
+        raise AwaresFileError(f"{path}: {fault or usual} ({reason})") from error
 
 
 @contextmanager

@@ -1,13 +1,13 @@
-"""Rows as files: the columns that every stage reads, and how a data set of rows is stored.
+"""Rows as files. `data.rows` checks rows when they enter.
 
-A row is an image, a question, its accepted answers (the first is the canonical one), the boxes of the question's and
-the answer's region in 1/1000 of the image sides, its source and its split. `data.rows` checks rows when they enter.
+The first of the ``answers`` is the canonical one; boxes are in 1/1000 of the image sides.
 """
 
 import hashlib
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,14 @@ FEATURES = datasets.Features(
 
 def save_rows(dataset: datasets.Dataset, path: str | Path) -> None:
     """Write to folder ``path``, whole or not at all; the same rows give the same bytes."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
     dataset.save_to_disk(str(partial))
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
 
 
 def load_rows(path: str | Path) -> datasets.Dataset:
-    """Rows that :func:`save_rows` wrote; AwaresError when the folder is missing or torn."""
+    """Rows that `save_rows` wrote; AwaresError when the folder is missing or torn."""
     folder = Path(path)
     if not (folder / "state.json").is_file():
         raise AwaresFileError(f"{folder}: no rows here; run the stage that writes them (`dvc repro`)")
@@ -59,12 +58,11 @@ def load_rows(path: str | Path) -> datasets.Dataset:
 
 def share_of(dataset: datasets.Dataset, share: float) -> datasets.Dataset:
     """The first ``share`` (0 to 1) of the rows of every source, in their order."""
-    sources = dataset["source"][:]
-    wanted = {source: round(share * sources.count(source)) for source in set(sources)}
-    kept: list[int] = []
-    for index, source in enumerate(sources):
-        if wanted[source] > 0:
-            wanted[source] -= 1
+    seen: Counter[str] = Counter()
+    total, kept = Counter(dataset["source"][:]), []
+    for index, source in enumerate(dataset["source"][:]):
+        seen[source] += 1
+        if seen[source] <= round(share * total[source]):
             kept.append(index)
     return dataset.select(kept)
 

@@ -102,7 +102,6 @@ def build_grpo_trainer(
     reward: RewardFunction | None = None,
 ) -> "CropTrainer":
     """The trainer on curated ``rows``. ``model``: the merged SFT policy, which stays the reference."""
-    training.require_plain(model)
     if "label" not in rows.column_names:
         raise AwaresValueError("grpo: the rows have no column label: give the rows that curation wrote")
     if params.protocol.name != protocol.OURS.name:
@@ -119,13 +118,11 @@ def build_grpo_trainer(
         )
     factory: Any = functools.partial(CropEnvironment, protocol.from_params(params))
     trainer = CropTrainer(
-        model=model,
+        **training.lora_on(model, params.grpo),
         reward_funcs=chosen,
         args=_config(params, folder, processor),
         train_dataset=rollout_dataset(rows, params),
         processing_class=processor,
-        peft_config=training.lora_config(params.grpo),
-        callbacks=[training.SpareVision()],
         environment_factory=factory,
     )
     trainer.share_prompts = params.grpo.share_prompts

@@ -248,7 +248,6 @@ def build_sft_trainer(
     params: Params, rows: Dataset, samples: Sequence[Sample], model: Any, processor: ImageOnlyProcessor, folder: Path
 ) -> WeightedSFTTrainer:
     """The trainer on ``samples`` in their order; checkpoints go to ``folder``."""
-    training.require_plain(model)
     if params.sft.share_computation and params.sft.gradient_checkpointing:
         raise AwaresValueError("sft.share_computation does not work with sft.gradient_checkpointing: set one to false")
     updates = math.ceil(len(samples) / params.sft.batch_size)
@@ -262,13 +261,11 @@ def build_sft_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     trainer = WeightedSFTTrainer(
-        model=model,
+        **training.lora_on(model, params.sft),
         args=config,
         data_collator=WeightedCollator(processor, assistant_only_loss=True),
         train_dataset=_views(params, rows, samples),
         processing_class=processor,
-        peft_config=training.lora_config(params.sft),
-        callbacks=[training.SpareVision()],
     )
     trainer.share_prefix = params.sft.share_computation
     return trainer

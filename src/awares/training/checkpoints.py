@@ -1,8 +1,7 @@
 """What both trainings share: checkpoints keyed by their inputs, resuming, LoRA, trainer settings, the log, saving.
 
-A training may be killed at any moment. Its checkpoints are next to the stage's output, in ``.checkpoints/<key>``. The
-key is a hash of everything that determines the result: parameters, rows, weights, code, library versions. A rerun with
-the same inputs resumes; other inputs start in another folder.
+A training may be killed at any moment. A rerun with the same inputs (`describe_inputs`) resumes from the checkpoints in
+``.checkpoints/<key>`` next to the stage's output; other inputs have another folder.
 """
 
 import importlib.metadata
@@ -19,7 +18,7 @@ import datasets
 import huggingface_hub.constants
 from peft import LoraConfig
 from tqdm import tqdm
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from awares.config import Grpo, Params, Sft
 from awares.engine.jsonl import exclusive_lock, write_records
@@ -39,7 +38,7 @@ OPTIMIZER = (("optimizer.pt",), ("optimizer.bin", "pytorch_model_fsdp.bin"))
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """What a training wrote: folders of adapter and merged model, log, step of the checkpoint, its accuracy (SFT)."""
+    """What a training wrote, the step of the checkpoint that was saved, and its validation accuracy (SFT)."""
 
     adapter: Path
     merged: Path
@@ -60,18 +59,17 @@ def run_training(
 ) -> Path:
     """Train ``stage`` (sft or grpo) to its last checkpoint; returns the folder of its checkpoints.
 
-    ``fit(params, rows, model_path, folder, log)`` builds the trainer and calls `train`, in this process or in those of
-    the stage's accelerate configuration. ``inputs``: what else determines the result. ``prepared``: more arguments of
-    ``fit``, which launched processes prepare themselves.
+    ``fit`` takes params, rows, model_path, folder and log, builds the trainer and calls `train`, in this process or in
+    those of the stage's accelerate configuration. ``inputs``: what else determines the result. ``prepared``: more
+    arguments of ``fit``, which launched processes prepare themselves.
     """
     set_threads(params.threads)
     folder = checkpoint_folder(out_dir, {**describe_inputs(stage, params, [rows], model_path), **inputs})
-    log = Path(out_dir) / "log.jsonl"
-    given: dict[str, Any] = dict(rows=rows, log=log, params=params, model_path=Path(model_path), folder=folder)
+    given = {"params": params, "model_path": Path(model_path), "folder": folder, "log": Path(out_dir) / "log.jsonl"}
     if params.launch(stage):
-        distributed.launch(stage, fit, **given)
+        distributed.launch(stage, fit, rows, given)
     else:
-        fit(**given, **prepared)
+        fit(rows=rows, **given, **prepared)
     return folder
 
 
@@ -97,15 +95,13 @@ def save_policy(
     model = load_model(model_path, params.base.dtype, params.base.device, checkpoint, trainable=True)
     save_model(model, processor, adapter)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with a path of this machine
-    config = json.loads((adapter / "adapter_config.json").read_text())
+    file = adapter / "adapter_config.json"
     inside = path.is_absolute() and path.is_relative_to(params.root)
-    config["base_model_name_or_path"] = path.relative_to(params.root).as_posix() if inside else str(model_path)
-    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    base = path.relative_to(params.root).as_posix() if inside else str(model_path)
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": base}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_model(model.merge_and_unload(), processor, merged)
     return TrainedPolicy(adapter, merged, Path(out_dir) / "log.jsonl", step_of(checkpoint), accuracy)
-
-
-# Inputs and checkpoints
 
 
 def describe_inputs(
@@ -128,7 +124,7 @@ def describe_inputs(
 
 
 def checkpoints(folder: Path, processes: int = 1) -> list[Path]:
-    """The complete checkpoints of ``folder``, oldest first, from which ``processes`` can resume; no torn ones."""
+    """The complete checkpoints of ``folder``, oldest first, from which ``processes`` can resume."""
     return sorted((path for path in folder.glob("checkpoint-*") if _is_complete(path, processes)), key=step_of)
 
 
@@ -146,41 +142,41 @@ def _is_complete(checkpoint: Path, processes: int) -> bool:
     return written and step == step_of(checkpoint) and len(list(checkpoint.glob("rng_state*.pth"))) >= processes
 
 
-# The trainer
-
-
 def trainer_arguments(stage: str, params: Params, folder: Path) -> dict[str, Any]:
     """The arguments that SFTConfig and GRPOConfig share."""
     section, gpu = getattr(params, stage), params.base.device != "cpu"
     size, steps = distributed.layout(stage, section.batch_size, section.per_device_batch_size)
     same = ("learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing")
-    return {name: getattr(section, name) for name in same} | dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=steps,
-        lr_scheduler_type=section.scheduler,
-        warmup_steps=section.warmup_ratio,  # below 1 it is a share of the steps
-        seed=params.seed,
-        bf16=gpu and params.base.dtype == "bfloat16",  # TRL's default is True, on a CPU too
-        use_cpu=not gpu,
-        remove_unused_columns=False,
-        logging_steps=1,
-        disable_tqdm=True,  # `Log` shows the bar
-        report_to="none",
+    batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+    return (
+        {name: getattr(section, name) for name in same}
+        | batch
+        | dict(
+            output_dir=str(folder),
+            lr_scheduler_type=section.scheduler,
+            warmup_steps=section.warmup_ratio,  # below 1 it is a share of the steps
+            seed=params.seed,
+            bf16=gpu and params.base.dtype == "bfloat16",  # TRL's default is True, on a CPU too
+            use_cpu=not gpu,
+            remove_unused_columns=False,
+            logging_steps=1,
+            disable_tqdm=True,  # `Log` shows the bar
+            report_to="none",
+        )
     )
 
 
-def lora_config(section: Sft | Grpo) -> LoraConfig:
-    """LoRA on the linear layers ``section.lora_modules`` of the language model; the vision tower stays frozen."""
-    modules = rf".*language_model\..*\.({'|'.join(section.lora_modules)})"
-    rank, alpha, dropout = section.lora_rank, section.lora_alpha, section.lora_dropout
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM")
+def lora_on(model: Any, section: Sft | Grpo) -> dict[str, Any]:
+    """A trainer's arguments for LoRA on the layers ``lora_modules`` of the language model; the vision tower is frozen.
 
-
-def require_plain(model: PreTrainedModel) -> None:
-    """AwaresError when ``model`` has an adapter: a new one on top would take the *base* as its reference, silently."""
+    AwaresError when ``model`` has an adapter: a new one on top would take the *base* as its reference, silently.
+    """
     if hasattr(model, "peft_config"):
         raise AwaresValueError("the model to train already carries an adapter: give the merged model's folder")
+    modules = rf".*language_model\..*\.({'|'.join(section.lora_modules)})"
+    config = LoraConfig(r=section.lora_rank, target_modules=modules, task_type="CAUSAL_LM")
+    config.lora_alpha, config.lora_dropout = section.lora_alpha, section.lora_dropout
+    return {"model": model, "peft_config": config, "callbacks": [SpareVision()]}
 
 
 class SpareVision(TrainerCallback):
@@ -195,8 +191,8 @@ class SpareVision(TrainerCallback):
 class Log(TrainerCallback):
     """Writes the log of a training as JSONL, and shows a bar with the last value of ``shown``.
 
-    ``rename`` maps an entry of the trainer's log to ours, {} = leave it out. Every step writes the whole file from the
-    trainer's own history, so a resumed run leaves no gap and no repeat.
+    ``rename`` maps an entry of the trainer's log to ours, {} = leave it out. Every step writes the whole history: a
+    resumed run leaves no gap and no repeat.
     """
 
     def __init__(self, path: Path, rename: Callable[[dict[str, Any]], dict[str, Any]], shown: str) -> None:
@@ -204,8 +200,8 @@ class Log(TrainerCallback):
         self.bar = tqdm(disable=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        options = {"initial": state.global_step, "unit": "update", "disable": not state.is_world_process_zero}
-        self.bar = tqdm(total=state.max_steps, **options)
+        hidden = not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update", disable=hidden)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -214,7 +210,7 @@ class Log(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def write(self, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Write the file from a trainer's ``log_history``; returns its entries."""
+        """Write a trainer's ``log_history``; returns the entries."""
         entries = [entry for entry in map(self.rename, history) if entry]
         write_records(self.path, entries)
         return entries

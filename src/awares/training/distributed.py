@@ -1,8 +1,8 @@
 """Training in several processes: the notebook's process starts `accelerate launch` and waits for the checkpoints.
 
 ``base.launch`` names an accelerate configuration (data/launch); ``sft.launch`` another one for SFT, the only training
-that may shard the model (FSDP2). On several nodes the notebook runs on the first one; the others join with
-``python -m awares.training.distributed JOB``. The first node writes the file JOB; all nodes share the file system.
+that may shard the model (FSDP2). On several nodes, which share a file system, the notebook runs on the first one. It
+writes the file JOB, and the others join with ``python -m awares.training.distributed JOB``.
 """
 
 import argparse
@@ -70,14 +70,14 @@ def layout(stage: str, batch_size: int, per_device: int) -> tuple[int, int]:
     return size, samples // size
 
 
-def launch(stage: str, fit: Callable[..., None], rows: Dataset, log: Path, **given: Any) -> None:
-    """Call ``fit(rows=rows, log=log, **given)`` in every process of the stage's configuration and wait for the end.
+def launch(stage: str, fit: Callable[..., None], rows: Dataset, given: dict[str, Any]) -> None:
+    """Call ``fit(rows=rows, **given)`` in every process of the stage's configuration and wait for the end.
 
-    ``given``: params, model_path, folder. AwaresError when a process fails; the same call then resumes.
+    ``given``: params, model_path, folder, log. AwaresError when a process fails; the same call then resumes.
     """
-    job, stored = log.with_name("launch.job"), log.with_name("launch.rows")
+    job, stored = given["log"].with_name("launch.job"), given["log"].with_name("launch.rows")
     save_rows(rows, stored)
-    training = LaunchedTraining(stage=stage, fit=f"{fit.__module__}:{fit.__name__}", rows=stored, log=log, **given)
+    training = LaunchedTraining(stage=stage, fit=f"{fit.__module__}:{fit.__name__}", rows=stored, **given)
     write_records(job, [training.model_dump(mode="json")])  # whole or not at all: another node may wait for it
     try:
         join(job)
@@ -102,10 +102,9 @@ def join(job: Path) -> None:
     command += ["-m", "awares.training.distributed", str(job), "--worker"]
     source = str(Path(__file__).parents[2])  # the workers import this very awares
     search = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    ended = subprocess.run(command, cwd=params.root, env={**os.environ, "PYTHONPATH": search}, check=False)
-    if ended.returncode:
-        fix = "see the output of its processes, and run again to resume"
-        raise AwaresError(f"{stage}: accelerate launch ended with exit code {ended.returncode}: {fix}")
+    code = subprocess.run(command, cwd=params.root, env={**os.environ, "PYTHONPATH": search}, check=False).returncode
+    if code:
+        raise AwaresError(f"{stage}: accelerate launch ended with exit code {code}: see its output, then run again")
 
 
 def _check_fsdp(params: Params, key: str, values: dict[str, Any]) -> None:
@@ -130,16 +129,14 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true")
     options = parser.parse_args()
     try:
-        (_work if options.worker else join)(options.job)
+        if not options.worker:
+            return join(options.job)
+        training = _read(options.job)
+        set_threads(training.params.threads)
+        given = {name: getattr(training, name) for name in ("params", "model_path", "folder", "log")}
+        resolve_name(training.fit)(rows=load_rows(training.rows), **given)
     except AwaresError as error:
         sys.exit(f"awares.training.distributed: {error}")
-
-
-def _work(job: Path) -> None:
-    training = _read(job)
-    set_threads(training.params.threads)
-    given = {name: getattr(training, name) for name in ("params", "model_path", "folder", "log")}
-    resolve_name(training.fit)(rows=load_rows(training.rows), **given)
 
 
 def _read(job: Path) -> LaunchedTraining:

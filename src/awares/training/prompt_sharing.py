@@ -1,13 +1,8 @@
 """The G completions of one prompt share its computation: the same numbers as TRL's, for a fraction of the work.
 
-A GRPO batch holds every prompt G times, and with short answers the prompt is most of a completion's tokens:
-
-- `shared_prefill`: generation prefills each prompt once and copies the key-value cache.
-- `vision_memo`: the frozen vision tower encodes a picture once per update in GRPO, once per training in SFT.
-- `packed_log_probs`: reference and policy passes put a prompt and all its completions into one sequence.
-- `without_prefix`: in SFT the text that all samples of a micro-batch begin with passes through the model once.
-
-`SharedPromptTrainer` overrides private methods of TRL's trainer: an upgrade of TRL breaks this module first.
+A GRPO batch holds every prompt G times, and with short answers the prompt is most of a completion's tokens. SFT shares
+pictures (`vision_memo`) and the beginning of a micro-batch's samples (`without_prefix`). `SharedPromptTrainer` overrides
+private methods of TRL's trainer: an upgrade of TRL breaks this module first.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +34,6 @@ class SharedPromptTrainer(GRPOTrainer):
         return _ResumedSampler(super()._get_train_sampler(dataset), self)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One micro-batch, its rollouts included where they are due."""
         with vision_memo(self.core) if self.share_prompts else nullcontext():
             return super().training_step(*args, **kwargs)
 
@@ -52,7 +46,6 @@ class SharedPromptTrainer(GRPOTrainer):
             return super()._generate_single_turn(prompt_ids, images, fields, num_generations, has_tool_images)
 
     def _get_per_token_logps_and_entropies(self, model: Any, ids: Any, mask: Any, keep: int, **inputs: Any) -> Any:
-        """Log-probabilities and entropies of the completion tokens, (B, C) each, 0 on padding."""
         if not self.share_prompts or inputs.get("pixel_values") is None:
             return super()._get_per_token_logps_and_entropies(model, ids, mask, keep, **inputs)
         with self.accelerator.autocast():
@@ -77,7 +70,7 @@ class _ResumedSampler(torch.utils.data.Sampler[int]):
 
 @contextmanager
 def shared_prefill(model: Any, copies: int) -> Iterator[None]:
-    """Within the block ``model.generate`` prefills once for ``copies`` equal rows in a run, which have images."""
+    """Within the block ``model.generate`` prefills each prompt, ``copies`` rows with images, once."""
     generate = model.generate
 
     def run(**inputs: Any) -> Any:
@@ -87,16 +80,10 @@ def shared_prefill(model: Any, copies: int) -> Iterator[None]:
         images = grids.view(len(ids), -1, 3)  # (rows, images of a prompt, 3)
         pieces = pixels.split(images.prod(-1).sum(-1).tolist())[::copies]
         cache = DynamicCache(config=model.config)
-        names = ("input_ids", "attention_mask", "mm_token_type_ids")
+        fed = {name: inputs[name][::copies, :-1] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        fed |= {"pixel_values": torch.cat(pieces), "image_grid_thw": images[::copies].reshape(-1, 3)}
         with torch.no_grad():
-            model(
-                **{name: inputs[name][::copies, :-1] for name in names},
-                pixel_values=torch.cat(pieces),
-                image_grid_thw=images[::copies].reshape(-1, 3),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            model(**fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(copies)
         model.model.rope_deltas = model.model.rope_deltas.repeat_interleave(copies, dim=0)  # (rows, 1), the prefill's
         return generate(**inputs, past_key_values=cache)
@@ -141,7 +128,7 @@ def packed_log_probs(
     Each branch sees the prompt and itself, at the positions it would have alone. The prompt's last token is in every
     branch, because it predicts the branch's first token. ``model`` has TRL's fused head; ``core`` is in it.
     ``ids``, ``mask`` (B, P + C): prompts padded left, C = ``completion`` tokens padded right. ``images``: TRL's
-    ``pixel_values`` and ``image_grid_thw`` of all images, ``num_images`` of each row, ``mm_token_type_ids`` (B, P + C).
+    ``pixel_values``, ``image_grid_thw``, ``num_images`` (of each row) and ``mm_token_type_ids`` (B, P + C).
     """
     types, grids, counts = images["mm_token_type_ids"], images["image_grid_thw"], images["num_images"]
     positions, _ = core.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask)
@@ -188,8 +175,8 @@ def packed_log_probs(
 def without_prefix(core: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """``inputs`` of B right-padded samples from the column on where they differ, with the cache of what is before it.
 
-    ``core``: the plain model with its LoRA layers. The text tokens that every sample begins with, none of them trained
-    on, become a key-value cache that gradients pass through (all but the last one). Every position stays the same.
+    The text tokens that every sample begins with, none of them trained on, become a key-value cache that gradients pass
+    through (all but the last one). ``core``: the plain model with its LoRA layers.
     """
     ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
     same = (ids == ids[:1]).all(0) & (types == 0).all(0) & (inputs["labels"] == -100).all(0)
