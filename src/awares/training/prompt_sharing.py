@@ -1,8 +1,8 @@
 """The G completions of one prompt share its computation: the same numbers as TRL's, for a fraction of the work.
 
 A GRPO batch holds every prompt G times, and with short answers the prompt is most of a completion's tokens. SFT shares
-pictures (`vision_memo`) and the beginning of a micro-batch's samples (`without_prefix`). `SharedPromptTrainer` overrides
-private methods of TRL's trainer: an upgrade of TRL breaks this module first.
+pictures (`vision_memo`) and the beginning of a micro-batch's samples (`without_prefix`). `SharedPromptTrainer`
+overrides private methods of TRL's trainer, so an upgrade of TRL may break it.
 """
 
 from collections.abc import Callable, Iterator
