@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from awares.baselines import pruning, systems
 from awares.baselines import registry as baselines
 from awares.baselines.pruning import Selection
 from awares.baselines.registry import SystemJob
-from awares.engine.decode import Decoder, Output
+from awares.engine.decode import Decoder
 from awares.errors import AwaresError
 from awares.method import crops, protocol
 from awares.method.rollout import Engine, Trajectory
@@ -39,13 +39,19 @@ def job(tiny: SimpleNamespace, count: int = 5, tokens: int = 8, **options: Any) 
     return SystemJob(Engine(tiny.model, tiny.processor, max_new_tokens=tokens, **options), rows)
 
 
-def prompts(tiny: SimpleNamespace, decoder: Decoder, of: SystemJob) -> Any:
+def single(tiny: SimpleNamespace, of: SystemJob, row: int) -> dict[str, Tensor]:
+    """One row as the processor makes it, with its full mRoPE positions."""
+    messages = protocol.user_messages(of.rows["question"][row], [of.rows["image"][row]])
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    batch = tiny.processor.apply_chat_template(messages, **options)
+    names = "input_ids", "mm_token_type_ids", "image_grid_thw"
+    positions, _ = tiny.model.model.get_rope_index(*map(batch.get, names), attention_mask=batch["attention_mask"])
+    return {**batch, "position_ids": positions}
+
+
+def prompts(tiny: SimpleNamespace, of: SystemJob) -> Any:
     """What the engine gives to a decoder for the full view."""
-    ids = []
-    for image, question in zip(of.rows["image"], of.rows["question"], strict=True):
-        messages = protocol.user_messages(question, [None])
-        text = tiny.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids.append(decoder.tokenize(text, [image.size]))
+    ids = [single(tiny, of, row)["input_ids"][0].tolist() for row in range(len(of.rows["id"]))]
     return ids, [[image] for image in of.rows["image"]], None, of.rows["id"]
 
 
@@ -58,16 +64,32 @@ def pruned_decoder(of: SystemJob, name: str, monkeypatch: pytest.MonkeyPatch) ->
     return made[0]
 
 
+def watch(decoder: Any) -> list[tuple[tuple[Any, ...], Selection]]:
+    """Every choice that the decoder makes: what it is given, and the tokens that it keeps."""
+    seen: list[tuple[tuple[Any, ...], Selection]] = []
+
+    def noting(choose: Callable[..., Selection]) -> Callable[..., Selection]:
+        def run(*given: Any) -> Selection:
+            seen.append((given, choose(*given)))
+            return seen[-1][1]
+
+        return run
+
+    if hasattr(decoder, "plan"):
+        decoder.plan = replace(decoder.plan, choose=noting(decoder.plan.choose))
+    else:
+        decoder.select = noting(decoder.select)
+    return seen
+
+
 def hooks(model: Any) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", PRUNERS)
-def test_a_pruner_changes_nothing_at_ratio_one_and_leaves_nothing_behind(
-    deep: SimpleNamespace, name: str, monkeypatch
-) -> None:
+def test_a_pruner_changes_nothing_at_ratio_one_and_leaves_nothing_behind(deep, name, monkeypatch) -> None:
     of, hooked, plain = job(deep), hooks(deep.model), Decoder(deep.model, deep.processor, 8)
-    given = prompts(deep, plain, of)
+    given = prompts(deep, of)
     full = plain.start(*given)
     whole, half = (pruned_decoder(of, f"{name}_{percent}", monkeypatch).start(*given) for percent in (100, 50))
     difference = [(one.first_logits - full.first_logits).nan_to_num().abs().max() for one in (whole, half)]
@@ -78,134 +100,65 @@ def test_a_pruner_changes_nothing_at_ratio_one_and_leaves_nothing_behind(
     assert hooks(deep.model) == hooked and type(of.engine.decoder) is Decoder
 
 
-# The masked reference
-
-
-def greedy(model: Any, batch: dict[str, Any], tokens: int, suppress: list[int]) -> tuple[Tensor, list[int]]:
-    """First logits and greedy tokens of one row, everything recomputed for each token; no cache."""
-    written: list[int] = []
-    first = None
-    for _ in range(tokens):
-        longer = {key: value.clone() for key, value in batch.items()}
-        for token in written:
-            new = torch.tensor([[token]])
-            longer["input_ids"] = torch.cat([longer["input_ids"], new], dim=1)
-            longer["attention_mask"] = torch.cat([longer["attention_mask"], torch.ones_like(new)], dim=1)
-            longer["position_ids"] = torch.cat([longer["position_ids"], longer["position_ids"][..., -1:] + 1], dim=2)
-        with torch.no_grad():
-            logits = model(**longer, use_cache=False).logits[0, -1].float()
-        logits[suppress] = float("-inf")
-        first = logits if first is None else first
-        written.append(int(logits.argmax()))
-    assert first is not None
-    return first, written
-
-
-def single(tiny: SimpleNamespace, of: SystemJob, row: int) -> dict[str, Tensor]:
-    """One row as the processor makes it, with its full mRoPE positions."""
-    messages = protocol.user_messages(of.rows["question"][row], [of.rows["image"][row]])
-    batch = tiny.processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    )
-    positions, _ = tiny.model.model.get_rope_index(
-        batch["input_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"], attention_mask=batch["attention_mask"]
-    )
-    return {**batch, "position_ids": positions}
-
-
-def matches(output: Output, row: int, first: Tensor, written: list[int]) -> None:
-    assert (output.first_logits[row] - first).abs().nan_to_num().max() < 1e-4
-    if output.margins[row] > TIE:
-        tokens = output.tokens[row]
-        assert tokens == written[: len(tokens)] and len(tokens) > 1
-
-
-@pytest.mark.parametrize("name", ["holov_50", "random_token_70", "visionzip_36.4"])
-def test_leaving_tokens_out_equals_masking_them_at_their_old_positions(
-    deep: SimpleNamespace, name: str, monkeypatch
-) -> None:
-    """Also what is written after them: five rows of different lengths in one batch, against one masked row each."""
-    of = job(deep)
-    decoder: Any = pruned_decoder(of, name, monkeypatch)
-    chosen: list[Selection] = []
-    select = decoder.select
-    decoder.select = lambda seen: chosen.append(select(seen)) or chosen[-1]  # type: ignore[func-returns-value]
-    output = decoder.start(*prompts(deep, decoder, of))
-    suppress = decoder.config.suppress_tokens
-    for row, selection in enumerate(chosen):
-        batch = single(deep, of, row)
-        places = batch["mm_token_type_ids"][0].nonzero().flatten()
-        batch["attention_mask"][0, places] = 0
-        batch["attention_mask"][0, places[selection.kept]] = 1
-        with torch.no_grad():
-            (features,) = deep.model.get_image_features(
-                batch.pop("pixel_values"), batch["image_grid_thw"]
-            ).pooler_output
-        features[selection.kept] = selection.vectors  # VisionZip's merged tokens
-        embeds = deep.model.get_input_embeddings()
-        hook = embeds.register_forward_hook(
-            lambda _, inputs, out, places=places, features=features: out.index_copy(1, places, features[None])
-        )
-        matches(output, row, *greedy(deep.model, batch, 8, suppress))
-        hook.remove()
-
-
 @contextmanager
 def blocked(model: Any, drops: dict[int, tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
-    """(dropped, merged, vectors) by layer: from there no token sees the dropped ones, merged ones get their vectors."""
+    """(dropped, kept, vectors) by layer: from there no token sees the dropped ones, the kept ones get their vectors."""
 
     def before(index: int) -> Callable[..., Any]:
         def hook(layer: Any, inputs: Any, options: dict[str, Any]) -> Any:
             hidden = inputs[0]
             if index in drops:
                 hidden = hidden.index_copy(1, drops[index][1], drops[index][2][None])
-            length = hidden.shape[1]
-            allowed = torch.ones(length, length, dtype=torch.bool).tril()
+            allowed = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
             for stage, (dropped, _, _) in drops.items():
                 if stage <= index:
                     allowed[:, dropped] = False
-            allowed |= torch.eye(length, dtype=torch.bool)  # a dropped token may see itself: nobody looks at it
+            allowed |= torch.eye(len(allowed), dtype=torch.bool)  # a dropped token may see itself: nobody looks at it
             return (hidden, *inputs[1:]), {**options, "attention_mask": allowed[None, None]}
 
         return hook
 
-    hooks = [
-        layer.register_forward_pre_hook(before(index), with_kwargs=True)
-        for index, layer in enumerate(model.model.language_model.layers)
-        if index >= min(drops)
-    ]
+    layers = enumerate(model.model.language_model.layers)
+    held = [layer.register_forward_pre_hook(before(index), with_kwargs=True) for index, layer in layers]
     yield
-    for hook in hooks:
+    for hook in held:
         hook.remove()
 
 
-@pytest.mark.parametrize("name", ["fastv_50", "sparsevlm_70", "sparsevlm_40"])
-def test_dropping_between_layers_equals_masking_from_there_on(deep: SimpleNamespace, name: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["holov_50", "random_token_70", "visionzip_36.4", "fastv_50", "sparsevlm_70", "sparsevlm_40"]
+)
+def test_leaving_tokens_out_equals_masking_them_at_their_old_positions(deep, name, monkeypatch) -> None:
+    """Also what is written after them: five rows of different lengths in one batch, against one masked row each."""
     of = job(deep)
-    decoder: Any = pruned_decoder(of, name, monkeypatch)
-    chosen: list[Selection] = []
-    plan, choose = decoder.plan, decoder.plan.choose
-    decoder.plan = type(plan)(plan.shares, lambda *given: chosen.append(choose(*given)) or chosen[-1], plan.nominal)  # type: ignore[func-returns-value]
-    output = decoder.start(*prompts(deep, decoder, of))
-    stages = list(plan.shares)
-    assert len(chosen) == len(stages) * 5 and stages == ([1] if "fastv" in name else [1, 2, 4])
-    for row in range(5):
-        batch = single(deep, of, row)
+    decoder = pruned_decoder(of, name, monkeypatch)
+    chosen, stages = watch(decoder), list(decoder.plan.shares) if name.startswith(INSIDE) else [0]
+    output = decoder.start(*prompts(deep, of))
+    assert len(chosen) == 5 * len(stages) and stages == {"fastv_50": [1]}.get(name, stages)
+    for row, written in enumerate(output.tokens):
+        batch, drops = single(deep, of, row), {}
         left = batch["mm_token_type_ids"][0].nonzero().flatten()
-        drops = {}
         for number, stage in enumerate(stages):
-            selection = chosen[number * 5 + row]
+            selection = chosen[5 * number + row][1]
             kept = left[selection.kept]
             drops[stage] = (left[~torch.isin(left, kept)], kept, selection.vectors)
             left = kept
-        with blocked(deep.model, drops):
-            matches(output, row, *greedy(deep.model, batch, 8, decoder.config.suppress_tokens))
+        length = batch["input_ids"].shape[1]
+        last = batch["position_ids"][..., -1:]
+        batch["position_ids"] = torch.cat([batch["position_ids"], last + torch.arange(1, len(written) + 1)], dim=2)
+        batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([written])], dim=1)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        with torch.no_grad(), blocked(deep.model, drops):
+            logits = deep.model(**batch, use_cache=False).logits[0, length - 1 : -1].float()
+        logits[:, decoder.config.suppress_tokens] = float("-inf")
+        assert (output.first_logits[row] - logits[0]).abs().nan_to_num().max() < 1e-4
+        assert logits.argmax(dim=-1).tolist() == written or output.margins[row] < TIE
 
 
 # What the pruners see
 
 
-def test_scores_are_the_last_blocks_attention_in_raster_order(deep: SimpleNamespace, monkeypatch) -> None:
+def test_scores_are_the_last_blocks_attention_in_raster_order(deep, monkeypatch) -> None:
     """Against the whole maps, noted by an attention function registered with transformers, un-permuted by hand."""
     maps: list[tuple[Any, Tensor]] = []
 
@@ -214,24 +167,16 @@ def test_scores_are_the_last_blocks_attention_in_raster_order(deep: SimpleNamesp
         maps.append((module, weights[0]))
         return (weights @ value).transpose(1, 2), weights
 
-    of = job(deep)
-    decoder: Any = pruned_decoder(of, "visionzip_50", monkeypatch)
-    views: list[Any] = []
-    decoder.select = lambda seen: views.append(seen) or Selection(torch.arange(len(seen.features)), seen.features)  # type: ignore[func-returns-value]
-    decoder.start(*prompts(deep, decoder, of))
-
-    visual = deep.model.model.visual
+    of, visual = job(deep), deep.model.model.visual
+    decoder = pruned_decoder(of, "visionzip_50", monkeypatch)
+    views = watch(decoder)
+    decoder.start(*prompts(deep, of))
     AttentionInterface.register("noting", noting)
-    plain = visual.config._attn_implementation
-    visual.set_attn_implementation("noting")
-    try:
-        decoder._encode([[image] for image in of.rows["image"]])
-    finally:
-        visual.set_attn_implementation(plain)
+    monkeypatch.setattr(visual.config, "_attn_implementation", "noting")
+    decoder._encode([[image] for image in of.rows["image"]])
     last = [weights for module, weights in maps if module is visual.blocks[-1].attn]
     assert len(last) == len(views) == 5
-    for view, weights, (width, height) in zip(views, last, SIZES, strict=True):
-        received = weights.mean(dim=0).sum(dim=0).view(-1, 4).mean(dim=1)
+    for ((view,), _), weights, (width, height) in zip(views, last, SIZES, strict=True):
         rows, columns = height // 28, width // 28
         order = [
             (top + y) * columns + left + x
@@ -242,58 +187,52 @@ def test_scores_are_the_last_blocks_attention_in_raster_order(deep: SimpleNamesp
         ]
         assert order != sorted(order)
         raster = torch.empty(rows * columns)
-        raster[order] = received
+        raster[order] = weights.mean(dim=0).sum(dim=0).view(-1, 4).mean(dim=1)
         assert torch.allclose(view.scores, raster, atol=1e-4)
 
 
-def test_raters_and_last_token_are_those_of_the_whole_attention_map(deep: SimpleNamespace, monkeypatch) -> None:
+def test_raters_and_last_token_are_those_of_the_whole_attention_map(deep, monkeypatch) -> None:
     """The weights handed to the choice, against eager attention of the layer before, recorded by transformers."""
-    of = job(deep)
-    decoder: Any = pruned_decoder(of, "fastv_50", monkeypatch)
-    given: list[Tensor] = []
-    plan = decoder.plan
-
-    def choose(attention: Tensor, hidden: Tensor, count: int) -> Selection:
-        given.append(attention)
-        return pruning.fastv_tokens(attention, hidden, count)
-
-    decoder.plan = type(plan)(plan.shares, choose, plan.nominal)
-    decoder.start(*prompts(deep, decoder, of))
-    plain = deep.model.config._attn_implementation
+    of, plain = job(deep), deep.model.config._attn_implementation
+    decoder = pruned_decoder(of, "fastv_50", monkeypatch)
+    chosen = watch(decoder)
+    decoder.start(*prompts(deep, of))
     deep.model.set_attn_implementation("eager")
-    try:
-        for row in range(5):
-            batch = single(deep, of, row)
-            with torch.no_grad():
-                maps = deep.model(**batch, output_attentions=True).attentions
-            types = batch["mm_token_type_ids"][0].bool()
-            last = int(types.nonzero().max())  # the image's last token itself is no text
-            expected = maps[min(plan.shares) - 1][0].mean(dim=0)[last + 1 :][:, types]
-            assert torch.allclose(given[row], expected, atol=1e-5)
-    finally:
-        deep.model.set_attn_implementation(plain)
+    for row, (given, _) in enumerate(chosen):
+        batch = single(deep, of, row)
+        with torch.no_grad():
+            maps = deep.model(**batch, output_attentions=True).attentions
+        types = batch["mm_token_type_ids"][0].bool()
+        text = int(types.nonzero().max()) + 1  # the image's last token itself is no text
+        assert torch.allclose(given[0], maps[0][0].mean(dim=0)[text:][:, types], atol=1e-5)
+    deep.model.set_attn_implementation(plain)
 
 
 # Counts
 
 
 @pytest.mark.parametrize("name", ["holov_50", "fastv_50", "sparsevlm_50"])
-def test_every_layer_gets_a_sequence_that_is_really_shorter(deep: SimpleNamespace, name: str) -> None:
-    seen: list[list[int]] = [[] for _ in deep.model.model.language_model.layers]
-    with ExitStack() as watching:
-        for layer, lengths in zip(deep.model.model.language_model.layers, seen, strict=True):
-            hook = partial(lambda lengths, _, __, options: lengths.append(options["hidden_states"].shape[1]), lengths)
-            watching.enter_context(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
-        (done,) = baselines.answer(name, job(deep, count=1))
+def test_every_layer_gets_a_sequence_that_is_really_shorter(deep, name) -> None:
+    seen, held = dict[int, list[int]](), []
+    for number, layer in enumerate(deep.model.model.language_model.layers):
+        noted = seen.setdefault(number, [])
+
+        def note(_: Any, __: Any, options: Any, noted: list[int] = noted) -> None:
+            noted.append(options["hidden_states"].shape[1])
+
+        held.append(layer.self_attn.register_forward_pre_hook(note, with_kwargs=True))
+    (done,) = baselines.answer(name, job(deep, count=1))
+    for hook in held:
+        hook.remove()
     plan = {"holov_50": {0: 0.5}, "fastv_50": {1: 0.5}}.get(name) or baselines.sparsevlm_plan(0.5, 7).shares
     shares = [next((plan[stage] for stage in sorted(plan, reverse=True) if stage <= n), 1.0) for n in range(7)]
-    counts = [layer[0] - done.turns[0].text_tokens for layer in seen]
+    counts = [lengths[0] - done.turns[0].text_tokens for lengths in seen.values()]
     assert counts == [pruning.budget(48, share) for share in shares]
-    assert all(step == 1 for layer in seen for step in layer[1:])
+    assert all(step == 1 for lengths in seen.values() for step in lengths[1:])
 
 
 @pytest.mark.parametrize("name", PRUNERS)
-def test_tokens_are_counted_by_row_whatever_the_batch(deep: SimpleNamespace, name: str) -> None:
+def test_tokens_are_counted_by_row_whatever_the_batch(deep, name) -> None:
     of, single = job(deep, count=8), job(deep, count=8, token_budget=1)
     done, alone, plain = baselines.answer(f"{name}_70", of), baselines.answer(f"{name}_70", single), job(deep, count=8)
     for one, other, full in zip(done, alone, baselines.answer("full", plain), strict=True):
@@ -309,7 +248,7 @@ def test_tokens_are_counted_by_row_whatever_the_batch(deep: SimpleNamespace, nam
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_tokens_keep_their_number_through_every_stage(deep: SimpleNamespace, name: str, monkeypatch) -> None:
+def test_tokens_keep_their_number_through_every_stage(deep, name, monkeypatch) -> None:
     """Each stage keeps the last of those that the one before had left, so the last of all."""
 
     def last(attention: Tensor, hidden: Tensor, count: int) -> Selection:
@@ -323,7 +262,7 @@ def test_tokens_keep_their_number_through_every_stage(deep: SimpleNamespace, nam
         assert 0 < len(left) < total and left == list(range(total - len(left), total))
 
 
-def test_the_evidence_that_is_left_is_counted_in_tokens_that_touch_its_boxes(tiny: SimpleNamespace) -> None:
+def test_the_evidence_that_is_left_is_counted_in_tokens_that_touch_its_boxes(tiny) -> None:
     """A grid of 2 x 4 tokens; the boxes touch token 0 and, of the second row, tokens 5 and 6."""
     rows: dict[str, list[Any]] = {"id": ["a", "b"], "image": [tiny.noise(112, 56, 0), tiny.noise(56, 56, 1)]}
     rows |= {"question_boxes": [[[0, 0, 250, 500]], []], "answer_boxes": [[[260, 510, 740, 990]], []]}
@@ -337,9 +276,7 @@ def test_the_evidence_that_is_left_is_counted_in_tokens_that_touch_its_boxes(tin
 
 
 @pytest.mark.parametrize("name", ["visionzip_50", "fastv_50"])
-def test_a_pruned_decoder_takes_no_second_turn_and_removes_its_hooks_after_an_error(
-    deep: SimpleNamespace, name: str, monkeypatch
-) -> None:
+def test_a_pruned_decoder_takes_no_second_turn_and_removes_its_hooks_after_an_error(deep, name, monkeypatch) -> None:
     of, before = job(deep, count=1), hooks(deep.model)
     of.engine.decoder = pruned_decoder(of, name, monkeypatch)
     with pytest.raises(AwaresError, match=r"Engine\.answer"):
@@ -352,7 +289,7 @@ def test_a_pruned_decoder_takes_no_second_turn_and_removes_its_hooks_after_an_er
 
 
 @pytest.mark.parametrize("name", ["holov_50", "fastv_50", "sparsevlm_50"])
-def test_rows_without_and_with_several_images(deep: SimpleNamespace, name: str, monkeypatch) -> None:
+def test_rows_without_and_with_several_images(deep, name, monkeypatch) -> None:
     """The view half+crops has several: before the language model each keeps half, inside it half of all."""
     of = job(deep, count=2, tokens=2)
     views: dict[str, Any] = {"none": {}, "half+crops": {"crops": [("top",), ("left", "all")]}}
@@ -369,7 +306,7 @@ def test_rows_without_and_with_several_images(deep: SimpleNamespace, name: str, 
 # Controls of the policy
 
 
-def test_random_crops_call_where_the_policy_did_at_the_same_price(tiny: SimpleNamespace) -> None:
+def test_random_crops_call_where_the_policy_did_at_the_same_price(tiny) -> None:
     of = job(tiny, count=6)
     wanted = [("top-left",), (), ("top", "center"), ("all",), ("left",), ("bottom-right", "top-right")]
     made = of.engine.run(of.rows["image"], of.rows["question"], forced=wanted, row_ids=of.rows["id"])
@@ -392,7 +329,7 @@ def test_random_crops_call_where_the_policy_did_at_the_same_price(tiny: SimpleNa
         baselines._random_crops(["100,200,300,410"], "x", 0)
 
 
-def test_oracle_crops_are_the_target_crops_of_the_rows_labelled_hr(tiny: SimpleNamespace) -> None:
+def test_oracle_crops_are_the_target_crops_of_the_rows_labelled_hr(tiny) -> None:
     of = job(tiny, count=3)
     labelled = of.rows | {"label": ["HR", "LR", "HR"], "target_crops": [["left"], ["all"], ["top", "center"]]}
     done = baselines.answer("oracle_crop", SystemJob(of.engine, labelled))
@@ -418,12 +355,12 @@ def test_a_name_has_a_ratio_if_the_system_takes_one() -> None:
         ("holov_101", "holov_50"), ("full_50", "write full"), ("sparsevlm_50", r"above 0\.5"),
     ],
 )  # fmt: skip
-def test_an_unknown_name_and_a_bad_ratio_are_named(tiny: SimpleNamespace, name: str, named: str) -> None:
+def test_an_unknown_name_and_a_bad_ratio_are_named(tiny, name, named) -> None:
     with pytest.raises(AwaresError, match=named):
         baselines.answer(name, job(tiny, count=1))
 
 
-def test_a_system_of_your_own_is_a_function_or_a_file(tiny: SimpleNamespace, monkeypatch, tmp_path: Path) -> None:
+def test_a_system_of_your_own_is_a_function_or_a_file(tiny, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(system, "_functions", dict(system._functions))
     monkeypatch.setattr(systems, "__path__", [str(tmp_path)])
 

@@ -159,7 +159,7 @@ class Decoder(Codec):
     ) -> Output:
         """Append ``suffixes`` (ids) and ``images`` to the rows ``picked`` of ``state`` and generate; they cannot call.
 
-        Only the new images and tokens pass through the model; ``reuse=False`` computes everything again, for comparison.
+        Only the new images and tokens pass through the model; ``reuse=False`` computes all again, for comparison.
         """
         rows = torch.tensor(picked, device=state.ids.device)
         barred = [float("-inf")] * len(picked)
