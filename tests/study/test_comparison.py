@@ -2,7 +2,6 @@
 
 import pandas as pd
 import pytest
-from datasets import Dataset
 
 from awares.baselines import registry
 from awares.config import load_params
@@ -35,25 +34,6 @@ def test_a_trained_system_is_the_mean_over_its_seeds():
     assert list(table) == wanted
 
 
-def test_systems_are_paired_at_the_main_seed_and_pruners_with_random_tokens():
-    pruners = ("visionzip_50", "fastv_70", "random_token_50", "random_token_70", "random_token_awares")
-    marks = {name: {1: [1, 1, 1, 1]} for name in pruners} | {"random_token_50": {1: [0, 0, 1, 1]}}
-    found = scores(awares={1: [1, 1, 1, 0], 2: [0, 0, 0, 0]}, **marks)
-    against = comparison.against(found, "awares", PARAMS)
-    assert against.b.tolist() == list(pruners) and against.difference[0] == pytest.approx(-25)
-    control = comparison.against_control(found, PARAMS)
-    pairs = list(zip(control.a, control.b, control.difference, strict=True))
-    assert pairs == [("visionzip_50", "random_token_50", pytest.approx(50)), ("fastv_70", "random_token_70", 0)]
-
-
-def test_the_length_of_a_response_is_that_of_its_answer():
-    """Table 6: the paper's characters leave no room for calls."""
-    table = scores(awares={1: [1] * 4, 2: [1] * 4}).assign(answer=["seventy", "twelve", "no", "yes!"] * 2)
-    found = comparison.answer_lengths(table, PARAMS).set_index("benchmark")
-    assert found.characters.to_dict() == {"docvqa": 6.5, "pope": 3.0} and found.n.tolist() == [2, 2]
-    assert found.characters_sd["docvqa"] == pytest.approx(2**0.5 / 2)
-
-
 def test_every_compared_system_is_known_and_a_pruner_can_keep_as_much_as_the_policy():
     rows = {
         "system": ["awares", "awares", "full"],
@@ -66,30 +46,6 @@ def test_every_compared_system_is_known_and_a_pruner_can_keep_as_much_as_the_pol
     assert registry.parse(registry.matched("random_token_awares", main))[1] == pytest.approx(0.364)
     for name in PARAMS.comparison.systems:
         registry.parse(registry.matched(name, main))
-
-
-def test_evidence_that_pruners_leave(tmp_path):
-    systems = ["visionzip_50", "random_crop", "fastv_50"]
-    params = load_params("mini", overrides={"paths.runs": str(tmp_path), "comparison.systems": systems})
-    rows = {"benchmark": ["pope", "pope", "vstar"], "row_id": list("abc"), "score": [1, 0, 1], "rtr": 0.5}
-    shares = ({"left": 0.5, "evidence": [0.25, 0.75, None]}, {}, {"left": 0.5, "evidence": None})
-    for system, more in zip(systems, shares, strict=True):
-        folder = tmp_path / "mini" / "systems" / system
-        folder.mkdir(parents=True)
-        pd.DataFrame({**rows, **more}).to_csv(folder / "scores.csv", index=False)
-    (found,) = comparison.evidence_left(params).to_dict("records")
-    assert (found["system"], found["left"], found["evidence"], found["n"]) == ("visionzip_50", 50, 50, 2)
-    assert found["low"] == 25 and found["high"] == 75 and found["accuracy"] == 50
-
-
-def test_accuracy_where_regions_show_the_evidence_and_elsewhere():
-    boxes = [[[0, 0, 400, 400]], [[600, 600, 900, 900]], [[0, 0, 900, 900]], []]
-    rows = Dataset.from_dict({"id": list("abcd"), "question_boxes": [[]] * 4, "answer_boxes": boxes})
-    found = scores(full={1: [1, 1, 1, 1]}, awares={1: [1, 0, 0, 1], 2: [1, 1, 1, 1]})
-    found["crops"] = [()] * 4 + [("top-left",), ("0,0,500,950",), ("left", "right"), ("top",)] * 2
-    (one,) = comparison.regions_table(found, rows, PARAMS).to_dict("records")
-    assert (one["system"], one["calls"], one["accuracy_elsewhere"]) == ("awares", 3, 0)
-    assert one["covered"] == pytest.approx(200 / 3) and one["accuracy_covered"] == 50 and one["low"] < one["high"]
 
 
 def test_a_system_that_has_not_answered_is_named(tmp_path):

@@ -94,7 +94,7 @@ def decide(expression: str, side: str, margin: float, runs: Runs) -> dict[str, A
         estimates, found["seeds"] = evaluate(expression, runs)
     except MissingRows as missing:
         return found | {"note": str(missing)}
-    if not all(one.defined for one in estimates):
+    if not np.isfinite([draw for one in estimates for draw in (one.value, *one.draws)]).all():
         effect = (max if side == "below" else min)(one.value for one in estimates)
         return found | {"effect": effect, "note": "too few rows decide it: some resamples hold none"}
     effect, low, high = hardest(estimates, side, runs.params.evaluation.level)
@@ -106,21 +106,18 @@ def read_claims() -> pd.DataFrame:
     return pd.read_csv(find_file(CLAIMS_FILE), dtype=str, keep_default_na=False).astype({"margin": float})
 
 
-def claims_table(params: Params) -> pd.DataFrame:
-    """One line per claim: CLAIM_COLUMNS, then id, tables (of the paper), holds (side), margin, note."""
+def save_claims(params: Params, folder: Path) -> pd.DataFrame:
+    """One line per claim: CLAIM_COLUMNS, then id, tables (of the paper), holds (side), margin, note.
+
+    Writes claims.csv (CLAIM_COLUMNS) and claims_notes.csv (how each is decided and why it fails) into ``folder``.
+    """
     claims, runs = read_claims(), Runs(params, CLAIMED_POLICIES)
     found = [decide(one.expression, one.holds, one.margin, runs) for one in claims.itertuples()]
     table = claims.join(pd.DataFrame(found))
     table["note"] = table.note.where(table.verdict != FAILS, table.reason)
-    return table[[*CLAIM_COLUMNS, "id", "tables", "holds", "margin", "note"]]
-
-
-def save_claims(params: Params, folder: Path) -> pd.DataFrame:
-    """Write claims.csv (CLAIM_COLUMNS) and claims_notes.csv (how each is decided and why it fails); return both."""
-    table = claims_table(params)
     save_table(table[["id", "claim", "tables", "holds", "margin", "verdict", "note"]], folder / "claims_notes.csv")
     save_table(table[CLAIM_COLUMNS], folder / "claims.csv")
-    return table
+    return table[[*CLAIM_COLUMNS, "id", "tables", "holds", "margin", "note"]]
 
 
 def _time_ratio(params: Params, system: str, over: str) -> Estimate:

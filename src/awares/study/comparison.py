@@ -7,23 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pandas as pd
 
 from awares.config import DECIDES, MAIN_SYSTEMS, Evaluation, Params, differences
 from awares.data.rows import evaluation_rows
 from awares.errors import AwaresFileError, AwaresValueError
 from awares.method import evaluation
-from awares.method.crops import coverage
 from awares.method.evaluation import AVERAGE
-from awares.method.metrics import bootstrap_interval
 from awares.study.scores import EVALUATION, Runs, trained
 
 MAIN = "main"  # the main line's name in the tables of a variant
 TRAINED = {"sft": "sft", "awares": "grpo"}  # system -> the stage that trains it
-CONTROL = "random_token"
-COVERED = 0.95  # share of a box from which a region shows it
 ANSWER_COLUMNS = ["answer", "written", "crops", "call_status", "call_gap", "visual_tokens", "full_visual_tokens"]
 
 File = tuple[str, int, Path]  # system or variant, training seed, its trajectories
@@ -36,12 +30,7 @@ def all_scores(params: Params) -> pd.DataFrame:
     compared = {name: params.run_dir("systems") / name / "trajectories.jsonl" for name in params.comparison.all}
     variants = {name: replace(params, variant=name) for name in params.ablations.get("systems", ())}
     compared |= {name: one.run_dir("evaluation") / "trajectories/awares.jsonl" for name, one in variants.items()}
-    return answered(params, [*_main_files(params), *((name, params.seed, path) for name, path in compared.items())])
-
-
-def seed_scores(params: Params) -> pd.DataFrame:
-    """`answered` of Table 1's systems alone; with an unseen evaluation seed, on the rows that it draws."""
-    return answered(params, _main_files(params))
+    return answered(params, [*main_files(params), *((name, params.seed, path) for name, path in compared.items())])
 
 
 def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
@@ -75,33 +64,22 @@ def first_turns(files: Iterable[File]) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["system", "seed", "row_id", "crops", "call_status"])
 
 
+def main_files(params: Params) -> list[File]:
+    """Evaluation trajectories of Table 1's systems; with an unseen evaluation seed, on the rows that it draws."""
+    names = {system: f"trajectories/{system}.jsonl" for system in MAIN_SYSTEMS}
+    return [file for system, name in names.items() for file in _by_seed(params, system, "evaluation", name)]
+
+
 def main_first_turns(params: Params) -> list[File]:
-    """Validation trajectories of the trained policies of Table 1; further seeds only where they have been run."""
+    """Validation trajectories of the trained policies of Table 1."""
     return [file for system, stage in TRAINED.items() for file in _by_seed(params, system, stage, "validation.jsonl")]
 
 
-def _main_files(params: Params) -> list[File]:
-    names = {system: f"trajectories/{system}.jsonl" for system in MAIN_SYSTEMS}
-    return [file for system in MAIN_SYSTEMS for file in _by_seed(params, system, "evaluation", names[system])]
-
-
 def _by_seed(params: Params, system: str, stage: str, name: str) -> list[File]:
+    """A file per training seed; further seeds than the main one only where they have been run."""
     seeds = (params.seed, *(params.seeds if system in TRAINED else ()))
     files = [(system, seed, replace(params, seed=seed).run_dir(stage) / name) for seed in seeds]
     return files[:1] + [file for file in files[1:] if file[2].is_file()]
-
-
-def variant_files(runs: Mapping[str, Params]) -> tuple[list[File], list[File]]:
-    """Trajectories of every variant: on the evaluation rows, and on the curated validation rows."""
-    answers, turns = [], []
-    for name, params in runs.items():
-        system, stage = judged_by(params)
-        answers.append((name, params.seed, params.run_dir("evaluation") / "trajectories" / f"{system}.jsonl"))
-        turns.append((name, params.seed, params.run_dir(stage) / "validation.jsonl"))
-    return answers, turns
-
-
-# Systems
 
 
 def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
@@ -110,70 +88,6 @@ def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
     table = evaluation.main_table(means, settings)
     inside = evaluation.main_table(means.assign(rtr=means.layer_rtr), settings)
     return table.assign(layer_rtr=inside.rtr, seeds=table.system.map(seeds))
-
-
-def answer_lengths(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """Table 6, main training seed: system, benchmark, characters of the answer (mean), characters_sd, n."""
-    main = scores[scores.seed == params.seed]
-    grouped = main.assign(characters=main.answer.str.len()).groupby(["system", "benchmark"], sort=False).characters
-    return grouped.agg(characters="mean", characters_sd="std", n="count").reset_index()
-
-
-def against(scores: pd.DataFrame, system: str, params: Params) -> pd.DataFrame:
-    """`evaluation.compare` of ``system`` with each other one, at the main training seed."""
-    main = scores[scores.seed == params.seed]
-    pairs = [(system, name) for name in main.system.unique() if name != system]
-    return evaluation.compare(main, pairs, params.evaluation)
-
-
-def against_control(scores: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """`evaluation.compare` of each pruner with the random choice of as many tokens."""
-    names = [name for name in scores.system.unique() if "_" in name]
-    pairs = [(name, f"{CONTROL}_{name.rpartition('_')[2]}") for name in names if not name.startswith(CONTROL)]
-    pairs = [(name, control) for name, control in pairs if control in names]
-    return evaluation.compare(scores[scores.seed == params.seed], pairs, params.evaluation)
-
-
-def evidence_left(params: Params) -> pd.DataFrame:
-    """Percent of all visual tokens, and of those that show evidence, that each pruner of ``comparison`` keeps.
-
-    Columns system, left, evidence with its interval over rows, accuracy (rows with evidence, mean of the tasks), n.
-    """
-    records = []
-    for system in params.comparison.all:
-        scores = pd.read_csv(params.run_dir("systems") / system / "scores.csv")
-        if "evidence" not in scores or scores.evidence.isna().all():  # no pruner, or benchmarks without boxes
-            continue
-        scores = scores.dropna(subset="evidence")
-        left, accuracy = (100 * scores.groupby("benchmark")[["left", "score"]].mean().mean()).tolist()
-        interval = _percent(scores.evidence.tolist(), params.evaluation, scores.benchmark.tolist())
-        records.append((system, left, *interval, accuracy, len(scores)))
-    return pd.DataFrame(records, columns=["system", "left", "evidence", "low", "high", "accuracy", "n"])
-
-
-def regions_table(scores: pd.DataFrame, rows: datasets.Dataset, params: Params) -> pd.DataFrame:
-    """Whether the regions that each system of `all_scores` got show the evidence (main training seed, rows with both).
-
-    Columns system, calls (rows), covered (percent of them whose regions cover every box to COVERED) with its interval,
-    accuracy_covered and accuracy_elsewhere (percent right). ``rows``: the evaluation rows.
-    """
-    plain = rows.select_columns(["id", "question_boxes", "answer_boxes"])
-    boxes = {one["id"]: [*one["question_boxes"], *one["answer_boxes"]] for one in plain}
-    main = scores[(scores.seed == params.seed) & scores.crops.map(len).gt(0) & scores.row_id.map(boxes).map(len).gt(0)]
-    records = []
-    for system, part in main.groupby("system", sort=False):
-        pairs = zip(part.row_id, part.crops, strict=True)
-        covered = np.array([all(coverage(tuple(box), names) >= COVERED for box in boxes[row]) for row, names in pairs])
-        right = [100 * part.score[mask].mean() for mask in (covered, ~covered)]
-        records.append((system, len(part), *_percent(covered.tolist(), params.evaluation), *right))
-    columns = ["system", "calls", "covered", "low", "high", "accuracy_covered", "accuracy_elsewhere"]
-    return pd.DataFrame(records, columns=columns)
-
-
-def _percent(shares: list[float], settings: Evaluation, groups: list[str] | None = None) -> tuple[float, float, float]:
-    """Mean, low and high of shares (0 to 1) in percent, resampled inside ``groups``."""
-    found = bootstrap_interval(shares, settings.seed, settings.bootstrap, settings.level, groups)
-    return 100 * found.mean, 100 * found.low, 100 * found.high
 
 
 # Variants
@@ -228,17 +142,15 @@ def sweep_table(
     """Numbers that variants change alone, the main line's included: parameter, value, then as `recipe_table`."""
     found: dict[str, dict[str, float]] = {}
     for name, params in runs.items():
-        changes = differences(main, params)
-        if len(changes) == 1 and all(type(value) in (int, float) for value in changes[0][1:]):
-            key, before, after = changes[0]
-            found.setdefault(key, {MAIN: before})[name] = after
+        (parameter, before, after), *more = differences(main, params)
+        if not more and {type(before), type(after)} <= {int, float}:
+            found.setdefault(parameter, {MAIN: before})[name] = after
     parts = []
-    for parameter, values in found.items():
-        table = recipe_table(results, decisions, sorted(values, key=lambda name: values[name]), MAIN)
+    for values in found.values():
+        table = recipe_table(results, decisions, sorted(values, key=values.__getitem__), MAIN)
         table.insert(0, "value", table.variant.map(values))
-        table.insert(0, "parameter", parameter)
         parts.append(table)
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts, keys=found, names=["parameter"]).reset_index("parameter").reset_index(drop=True)
 
 
 def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
@@ -258,15 +170,13 @@ def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
     read, records = Runs(main, policies), []
     for name, start in pairs:
         pair = (name, system[name] if start == MAIN else start)
-        seeds = read.seeds(pair, EVALUATION)
-        gain, tokens = (
-            read.estimate(measure, pair[0], seeds) - read.estimate(measure, pair[1], seeds)
-            for measure in ("accuracy", "rtr")
-        )
-        (low, high), (rtr_low, rtr_high) = (one.interval(main.evaluation.level) for one in (gain, tokens))
+        seeds, found = read.seeds(pair, EVALUATION), []
+        for measure in ("accuracy", "rtr"):
+            gain = read.estimate(measure, pair[0], seeds) - read.estimate(measure, pair[1], seeds)
+            found.append((gain.value, *gain.interval(main.evaluation.level)))
         change = ", ".join(f"{key} {new}" for key, new in changes[name].items() if key not in changes.get(start, ()))
-        points = gain.value, low, high, not low <= 0 <= high
-        records.append((name, system[name], start, change, *points, tokens.value, rtr_low, rtr_high))
+        (points, low, high), tokens = found
+        records.append((name, system[name], start, change, points, low, high, not low <= 0 <= high, *tokens))
     columns = ["variant", "system", "against", "change", "difference", "low", "high", "significant"]
     return pd.DataFrame(records, columns=[*columns, "rtr", "rtr_low", "rtr_high"])
 

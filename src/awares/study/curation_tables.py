@@ -1,4 +1,4 @@
-"""Tables about rows and their labels: judges (Tables 2 and 10), margins, evidence size, majority answers."""
+"""Tables about curated rows: labels, target crops, judges (Tables 2 and 10), margins, evidence, majority answers."""
 
 import itertools
 import math
@@ -13,9 +13,13 @@ from sklearn.metrics import cohen_kappa_score
 from awares import registry
 from awares.config import Params
 from awares.engine.jsonl import Record
+from awares.errors import Failure
+from awares.method.crops import Box, union_area
 from awares.method.curation import answer_margin
 from awares.method.judges import HIGH_BETTER, HR, LOW_BETTER, LR, Judge, build_judge, label
 from awares.method.metrics import score
+from awares.method.rollout import Trajectory
+from awares.study.diagnostics import NO_CALL, evidence_boxes, outcome_shares, shows
 
 LEGIBLE_AT_HALF = 24.0  # px of the full image: the suite's large evidence is higher, its small evidence lower
 
@@ -85,21 +89,103 @@ def luck_table(
     ``answers``: the raw records of `curate`; ``edges``: lower ends of the ranges, in nats. Columns at_least, below,
     half and full (percent correct by the deciding judge), hr (percent labelled HR), n.
     """
-    records, judge = [], params.curation.judge
-    if edges:
-        threshold = correct_threshold(judge, params)
-        margins = {record["id"]: answer_margin(record, "low") for record in answers if "reason" not in record}
-        margin = np.array([margins[row_id] for row_id in curated["id"]])
-        right = {
-            "half": np.array(curated[f"low_score_{judge}"][:], float) >= threshold,
-            "full": np.array(curated[f"high_score_{judge}"][:], float) >= threshold,
-            "hr": np.array(curated["label"][:]) == HR,
-        }
-        table = pd.DataFrame(right)
-        for low, high in itertools.pairwise([*edges, math.inf]):
-            part = table[(margin >= low) & (margin < high)]
-            records.append((low, high, *(100 * part.mean()), len(part)))
-    return pd.DataFrame(records, columns=["at_least", "below", "half", "full", "hr", "n"])
+    columns = ["at_least", "below", "half", "full", "hr", "n"]
+    if not edges:
+        return pd.DataFrame(columns=columns)
+    margins = {record["id"]: answer_margin(record, "low") for record in answers if "reason" not in record}
+    ranges = pd.cut([margins[row_id] for row_id in curated["id"]], [*edges, math.inf], right=False)
+    marks = _correct(curated, params).assign(hr=np.array(curated["label"][:]) == HR)
+    groups, ends = marks.groupby(ranges, observed=False), ranges.categories
+    table = (100 * groups.mean()).assign(at_least=ends.left, below=ends.right, n=groups.size())
+    return table[columns].reset_index(drop=True)
+
+
+def _correct(curated: datasets.Dataset, params: Params) -> pd.DataFrame:
+    """Whether the deciding judge accepts the base model's answers: columns half, full."""
+    judge, sides = params.curation.judge, {"half": "low", "full": "high"}
+    scores = {view: np.array(curated[f"{side}_score_{judge}"][:], float) for view, side in sides.items()}
+    return pd.DataFrame(scores) >= correct_threshold(judge, params)
+
+
+def label_metrics(rows: datasets.Dataset) -> dict[str, float]:
+    """Number of curated rows, percentage of HR rows, and mean area of their target crops (0 to 1)."""
+    areas = [union_area(names) for names in rows["target_crops"] if names]
+    return {"rows": len(rows), "hr": 100 * len(areas) / len(rows), "area": float(np.mean(areas)) if areas else math.nan}
+
+
+def label_table(rows: datasets.Dataset) -> pd.DataFrame:
+    """Percentages of LR and HR rows per source and over all. Columns source, lr, hr, n."""
+    labels = pd.DataFrame({"source": rows["source"][:], "hr": 100.0 * (np.array(rows["label"][:]) == HR)})
+    groups = pd.concat([labels, labels.assign(source="all sources")]).groupby("source", sort=False).hr
+    table = groups.agg(hr="mean", n="size").reset_index()
+    table.insert(1, "lr", 100 - table.hr)
+    return table
+
+
+def crop_table(rows: datasets.Dataset) -> pd.DataFrame:
+    """How often the HR rows of a source, and of all, request each crop (percent). Columns source, crop, share, n."""
+    target = pd.DataFrame({"source": rows["source"][:], "crops": rows["target_crops"][:]})
+    target = target[target.crops.map(len) > 0]
+    groups = {source: part.crops.tolist() for source, part in target.groupby("source", sort=False)}
+    shares = outcome_shares({**groups, "all sources": target.crops.tolist()}, "source")
+    return shares[shares.outcome != NO_CALL].rename(columns={"outcome": "crop"}).reset_index(drop=True)
+
+
+def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
+    """One line per curated row: source, label, image width and height, height of the evidence (px of the full image).
+
+    Columns half and full: whether the deciding judge accepts these answers (released rows have none). The evidence is
+    the smallest annotated box, else the oracle's smallest, on its shorter side; without boxes height is nan.
+    """
+    records, kinds = [], ("answer_boxes", "question_boxes", "oracle_answer_boxes", "oracle_question_boxes")
+    for row in rows:
+        boxes: list[Box] = next((row[kind] for kind in kinds if row.get(kind)), [])
+        width, height = row["image"].size
+        spans = [min((box[2] - box[0]) * width, (box[3] - box[1]) * height) / 1000 for box in boxes]
+        records.append((row["source"], row["label"], width, height, min(spans, default=math.nan)))
+    table = pd.DataFrame(records, columns=["source", "label", "image width", "image height", "height"])
+    return table if params.curation.released else table.join(_correct(rows, params))
+
+
+def accuracy_by_size(evidence: pd.DataFrame, parts: int = 4) -> pd.DataFrame:
+    """Percent right at half and full resolution in equal parts of the rows with boxes, the smallest evidence first.
+
+    Empty without answers of a base model and where only HR rows have boxes: their label says which answers are right.
+    """
+    evidence = evidence.dropna(subset="height")
+    if "half" not in evidence or not (evidence.label == LR).any():
+        return pd.DataFrame(columns=["height min", "height max", "n", "half", "full"])
+    groups = evidence.groupby(pd.qcut(evidence.height.rank(method="first"), min(parts, len(evidence)), labels=False))
+    sizes = groups.height.agg(["min", "max", "size"]).set_axis(["height min", "height max", "n"], axis=1)
+    return sizes.join(100 * groups[["half", "full"]].mean()).reset_index(drop=True)
+
+
+def repair_table(rows: datasets.Dataset, repaired: Sequence[Trajectory | Failure], judge: Judge) -> pd.DataFrame:
+    """Percent of curated rows, by label and over all, that ``judge`` accepts from half, full, half+crops.
+
+    ``repaired``: the base model's answers from the half-resolution view with the target crops. Columns label, n, lost
+    (rows without such an answer or a usable score), half, full, half+crops.
+    """
+    answers = {index: one.answer for index, one in enumerate(repaired) if not isinstance(one, Failure)}
+    known, marks = rows.select(list(answers)), pd.DataFrame({"label": rows["label"][:]})
+    views = {"half": known["low_answer"][:], "full": known["high_answer"][:], "half+crops": list(answers.values())}
+    for view, given in views.items():
+        scores = np.array(judge.scores(known["question"][:], given, known["answers"][:]))
+        marks.loc[list(answers), view] = np.where(
+            np.isnan(scores), math.nan, 100.0 * (scores >= judge.correct_threshold)
+        )
+    marks = pd.concat([marks, marks.assign(label="all")])
+    complete, labels = marks.notna().all(axis=1), pd.Categorical(marks.label, [HR, LR, "all"])
+    marks = marks.assign(label=labels, n=complete, lost=~complete)
+    counts = marks.groupby("label", observed=False)[["n", "lost"]].sum()
+    return counts.join(marks[complete].groupby("label", observed=False)[list(views)].mean()).reset_index()
+
+
+def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
+    """Percent of HR rows with boxes whose target crops cover less than ``threshold`` of a box; nan without rows."""
+    pairs = zip(rows["target_crops"], evidence_boxes(rows), strict=True)
+    missed = [not shows(crops, boxes, threshold) for crops, boxes in pairs if crops and boxes]
+    return 100 * float(np.mean(missed)) if missed else math.nan
 
 
 def majority_table(rows: datasets.Dataset) -> pd.DataFrame:
@@ -121,9 +207,8 @@ def reading_table(scores: pd.DataFrame, rows: datasets.Dataset) -> pd.DataFrame:
     ``LEGIBLE_AT_HALF``; a row without boxes counts as large.
     """
     sizes, records = {}, []
-    for row in rows:
-        boxes, height = [*row["question_boxes"], *row["answer_boxes"]], row["image"].size[1]
-        lowest = min(((box[3] - box[1]) * height / 1000 for box in boxes), default=math.inf)
+    for row, boxes in zip(rows, evidence_boxes(rows), strict=True):
+        lowest = min(((box[3] - box[1]) * row["image"].height / 1000 for box in boxes), default=math.inf)
         sizes[row["id"]] = "large" if lowest > LEGIBLE_AT_HALF else "small"
     for view, part in scores.groupby("system", sort=False):
         evidence = part.row_id.map(sizes)

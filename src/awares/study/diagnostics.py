@@ -1,6 +1,6 @@
 """Diagnostics of a policy for tables and figures: intervals, policy flow, kinds of error, the oracle frontier."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 
 from awares.config import FREE_BOX, Evaluation
-from awares.errors import AwaresValueError
-from awares.method.crops import CROPS, coverage
+from awares.method.crops import CROPS, Box, coverage
 from awares.method.evaluation import CALL_STATUSES, decision_parts, scored
 from awares.method.judges import HR
 from awares.method.metrics import percentiles, resampled_means
@@ -50,43 +49,44 @@ def outcome(crops: Sequence[str]) -> str:
     return NO_CALL if not crops else crops[0] if crops[0] in CROPS else FREE_BOX
 
 
-def outcome_shares(groups: Iterable[tuple[str, Sequence[str]]], names: Sequence[str] = OUTCOMES) -> list[Any]:
-    """(group, outcome, share in percent, rows) for each group of outcomes; free boxes only if there are any."""
-    found = dict(groups)
-    boxes = any(FREE_BOX in outcomes for outcomes in found.values())
-    return [
-        (group, name, 100 * (list(outcomes).count(name) / len(outcomes)) if len(outcomes) else 0.0, len(outcomes))
-        for group, outcomes in found.items()
-        for name in names
-        if name != FREE_BOX or boxes
-    ]
+def outcome_shares(requests: Mapping[Any, Sequence[Sequence[str]]], group: str = "policy") -> pd.DataFrame:
+    """Shares (percent) of the outcomes of first turns; with policies on the same rows this is Fig. 5 as a table.
 
-
-def policy_flow(policies: Mapping[str, Sequence[Sequence[str]]]) -> pd.DataFrame:
-    """Fig. 5 as a table: from each policy's requested crops, row by row, the share (percent) of every outcome.
-
-    Columns policy, outcome, share, n. AwaresError unless all policies answered equally many rows.
+    ``requests``: name of the ``group`` -> crops requested row by row. Columns: the group, outcome, share, n; free boxes
+    only if somebody requested one.
     """
-    if len({len(requests) for requests in policies.values()}) > 1:
-        raise AwaresValueError("policy flow: every policy must have answered the same rows in the same order")
-    outcomes = {policy: [outcome(crops) for crops in requests] for policy, requests in policies.items()}
-    return pd.DataFrame(outcome_shares(outcomes.items()), columns=["policy", "outcome", "share", "n"])
+    found = {name: [outcome(crops) for crops in each] for name, each in requests.items()}
+    boxes = any(FREE_BOX in outcomes for outcomes in found.values())
+    records = [
+        (name, kind, 100 * (outcomes.count(kind) / max(1, len(outcomes))), len(outcomes))
+        for name, outcomes in found.items()
+        for kind in OUTCOMES
+        if kind != FREE_BOX or boxes
+    ]
+    return pd.DataFrame(records, columns=[group, "outcome", "share", "n"])
+
+
+def evidence_boxes(rows: datasets.Dataset) -> list[list[Box]]:
+    """Question and answer boxes of each row, (x1, y1, x2, y2) in 1/1000 of the image."""
+    return [[*q, *a] for q, a in zip(rows["question_boxes"], rows["answer_boxes"], strict=True)]
+
+
+def shows(crops: Sequence[str], boxes: Sequence[Box], threshold: float = 0.95) -> bool:
+    """Whether ``crops`` cover at least ``threshold`` of every box."""
+    return all(coverage(box, crops) >= threshold for box in boxes)
 
 
 def error_kind(
-    correct: bool, label: str, crops: Sequence[str], evidence: Sequence[Sequence[int]], threshold: float = 0.95
+    correct: bool, label: str, crops: Sequence[str], evidence: Sequence[Box], threshold: float = 0.95
 ) -> str:
-    """Why a row failed. ``when``: HR, but no crop was requested. ``where``: HR, and the requested crops show less than
-    ``threshold`` of some evidence box. ``reading``: the evidence was in view.
-
-    ``evidence``: question and answer boxes, [x1, y1, x2, y2] in 1/1000 of the image; without any, a call cannot miss.
+    """Why a row failed. ``when``: HR, but no crop was requested. ``where``: HR, and the requested crops do not show
+    some box of ``evidence``. ``reading``: the evidence was in view; a call without known evidence cannot miss.
     """
     if correct:
         return "correct"
     if label == HR and not crops:
         return "when"
-    missed = label == HR and any(coverage(tuple(box), tuple(crops)) < threshold for box in evidence)
-    return "where" if missed else "reading"
+    return "reading" if label != HR or shows(crops, evidence, threshold) else "where"
 
 
 def error_table(scores: pd.DataFrame, labelled: datasets.Dataset, threshold: float) -> pd.DataFrame:
@@ -94,11 +94,10 @@ def error_table(scores: pd.DataFrame, labelled: datasets.Dataset, threshold: flo
 
     ``scores``: of `evaluation.scored`, systems on the rows ``labelled``. A score of at least 0.5 counts as correct.
     """
-    evidence = [[*q, *a] for q, a in zip(labelled["question_boxes"], labelled["answer_boxes"], strict=True)]
-    records = []
+    labels, evidence, records = labelled["label"][:], evidence_boxes(labelled), []
     for system, part in scores.groupby("system", sort=False):
-        rows = zip(part.score, labelled["label"], part.crops, evidence, strict=True)
-        kinds = [error_kind(points >= 0.5, label, crops, boxes, threshold) for points, label, crops, boxes in rows]
+        rows = zip(part.score >= 0.5, labels, part.crops, evidence, strict=True)
+        kinds = [error_kind(*row, threshold) for row in rows]
         records += [(system, kind, 100 * kinds.count(kind) / len(kinds), kinds.count(kind)) for kind in ERROR_KINDS]
     return pd.DataFrame(records, columns=["system", "kind", "share", "rows"])
 
@@ -153,13 +152,7 @@ def frontier_row(policy: str, best: Frontier, own: pd.DataFrame) -> dict[str, An
     ``own``: `evaluation.scored` of the policy's own choices on the rows of ``best``. ``rtr_at_accuracy``: the RTR at
     which the frontier reaches the policy's accuracy.
     """
-    accuracy = own.score.mean()
-    reached = {"policy": policy, "accuracy": 100 * accuracy, "rtr": own.rtr.mean()}
-    possible = {"frontier_accuracy": 100 * best.accuracy, "frontier_rtr": best.rtr}
+    accuracy, cost = own.score.mean(), own.rtr.mean()
     cheaper = float(np.interp(accuracy, best.accuracy_curve, best.rtr_curve))
-    return {**reached, **possible, "rtr_at_accuracy": cheaper, "n": len(own)}
-
-
-def frontier_curve(policy: str, best: Frontier) -> pd.DataFrame:
-    """The oracle frontier as a curve: columns system, rtr, accuracy (percent), from no call anywhere to the best."""
-    return pd.DataFrame({"system": policy, "rtr": best.rtr_curve, "accuracy": 100 * best.accuracy_curve})
+    possible = {"frontier_accuracy": 100 * best.accuracy, "frontier_rtr": best.rtr, "rtr_at_accuracy": cheaper}
+    return {"policy": policy, "accuracy": 100 * accuracy, "rtr": cost, **possible, "n": len(own)}

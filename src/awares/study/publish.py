@@ -49,23 +49,22 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
     if stage not in ("report", *PAGES):
         raise AwaresValueError(f"unknown stage {stage!r}: publish {', '.join(('report', *PAGES, 'policy'))}")
     pages = {PAGES[stage]: stage} if stage in PAGES else STAGES
-    runs = {name: params.run_dir(one) for name, one in pages.items()}
+    runs, more = {name: params.run_dir(one) for name, one in pages.items()}, {}
     if params.curation.released and stage == "report":
         runs = {name.replace("01_curation", "01_released"): run for name, run in runs.items()}
-    shown = list(runs)  # alone these get a page
     if stage == "ablations":
         variants = [name for listed in params.ablations.values() for name in listed]
-        runs |= {f"06_{name}": replace(params, variant=name).run_dir("evaluation") for name in variants}
+        more = {f"06_{name}": replace(params, variant=name).run_dir("evaluation") for name in variants}
     elif stage == "comparison":
-        runs |= {f"10_{name}": params.run_dir("systems") / name for name in params.comparison.all}
-    sources = {name: require(run / "notebook.ipynb", stage) for name, run in runs.items()}
+        more = {f"10_{name}": params.run_dir("systems") / name for name in params.comparison.all}
+    sources = {name: require(run / "notebook.ipynb", stage) for name, run in (runs | more).items()}
     folder, files = params.report_dir() / ("" if stage == "report" else stage), []
     notebooks, web_pages = clear(folder / "notebooks"), clear(folder / "html")
     for name, source in sources.items():
         notebook = stable_copy(nbformat.read(source, as_version=4), params.root)
         files.append(notebooks / f"{name}.ipynb")
         nbformat.write(notebook, files[-1])
-        if name in shown:
+        if name in runs:  # those alone get a page
             files.append(web_pages / f"{name}.html")
             files[-1].write_text(to_html(notebook, name), encoding="utf-8")
     return files
@@ -73,14 +72,13 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
 
 def copy_adapters(params: Params, into: Path, base: str) -> list[Path]:
     """Copy the adapters of SFT and GRPO; each names what it was trained on: ``base``, or the other one (``../sft``)."""
-    files, trained_on = [], {"sft": base, "grpo": "../sft"}
-    adapters = {stage: params.run_dir(stage) / "adapter" for stage in trained_on}
-    configs = {stage: require(adapter / "adapter_config.json", stage) for stage, adapter in adapters.items()}
-    for stage, model in trained_on.items():
+    files, adapters = [], {stage: params.run_dir(stage) / "adapter" for stage in ("sft", "grpo")}
+    configs = [require(adapter / "adapter_config.json", stage) for stage, adapter in adapters.items()]
+    for (stage, adapter), file, trained_on in zip(adapters.items(), configs, (base, "../sft"), strict=True):
         folder = clear(into / stage)
-        config = json.loads(configs[stage].read_text()) | {"base_model_name_or_path": model}
+        config = json.loads(file.read_text()) | {"base_model_name_or_path": trained_on}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        shutil.copy(adapters[stage] / "adapter_model.safetensors", folder)
+        shutil.copy(adapter / "adapter_model.safetensors", folder)
         files += sorted(folder.iterdir())
     return files
 
@@ -130,13 +128,11 @@ def clear(folder: Path) -> Path:
     return folder
 
 
-def main(arguments: list[str]) -> int:
+def main(profile: str = "", stage: str = "report") -> int:
     """``python -m awares.study.publish [PROFILE [STAGE]]``; returns the exit code."""
-    profile, stage = [*arguments, "", ""][:2]
     try:
         params = load_params(profile)
-        for file in publish(params, stage or "report"):
-            print(file.relative_to(params.root))
+        print(*(file.relative_to(params.root) for file in publish(params, stage)), sep="\n")
     except AwaresError as error:
         print(f"awares.study.publish: {error}", file=sys.stderr)
         return 1
@@ -144,4 +140,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

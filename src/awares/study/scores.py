@@ -75,11 +75,6 @@ class Estimate:
     def __abs__(self) -> "Estimate":
         return Estimate(abs(self.value), np.abs(self.draws), least=0.0)
 
-    @property
-    def defined(self) -> bool:
-        """Whether value and every draw are finite. They are not where too few rows count."""
-        return bool(np.isfinite(self.value) and np.isfinite(self.draws).all())
-
     def interval(self, level: float) -> tuple[float, float]:
         """The ``level`` percentile interval."""
         return percentiles(self.draws, level)
@@ -94,7 +89,6 @@ class RowSet:
     parts: Mapping[str, Parts]
 
     def of(self, measure: str) -> Parts:
-        """The parts of ``measure``, or MissingRows."""
         if measure not in self.parts:
             raise MissingRows(f"{self.place} has no {measure}")
         return self.parts[measure]

@@ -30,11 +30,10 @@ def question_accuracy(
 ) -> tuple[float, float]:
     """Accuracy (0 to 1) on ``test`` of the probe and of the most frequent label of ``train``."""
     common = Counter(train_labels).most_common(1)[0][0]
-    majority = float(np.mean([label == common for label in labels]))
+    majority = float(np.mean(np.array(labels) == common))
     if len(set(train_labels)) == 1:
         return majority, majority
-    guesses = text_probe().fit(train, train_labels).predict(test)
-    return float(np.mean(guesses == np.array(labels))), majority
+    return float(text_probe().fit(train, train_labels).score(test, labels)), majority
 
 
 def crossed_accuracy(questions: Sequence[str], labels: Sequence[str], folds: int = 10) -> tuple[float, float]:
@@ -71,14 +70,14 @@ def label_leaks(train: datasets.Dataset, test: datasets.Dataset) -> pd.DataFrame
     ``when``: area under the ROC curve for LR/HR, bound 0.70. ``where``: cross-validated accuracy (percent) for the
     crops of all HR rows, bound 10 points above the most frequent crops.
     """
-    records = []
+    records: list[tuple[str, float, float, int]] = []
     if set(train["label"]) == set(test["label"]) == {"LR", "HR"}:
-        model = text_probe().fit(list(train["question"]), list(train["label"]))
-        of_hr = model.predict_proba(list(test["question"]))[:, 0]  # classes are sorted: HR, LR
+        model = text_probe().fit(train["question"][:], train["label"][:])
+        of_hr = model.predict_proba(test["question"][:])[:, 0]  # classes are sorted: HR, LR
         auc = float(roc_auc_score(np.array(test["label"][:]) == "HR", of_hr))
-        records.append(("when", auc, 0.70, len(test)))
-        needy = datasets.concatenate_datasets([train, test]).filter(lambda label: label == "HR", input_columns="label")
+        both = datasets.concatenate_datasets([train, test])
+        needy = both.select(np.flatnonzero(np.array(both["label"][:]) == "HR"))
         crops = ["+".join(names) for names in needy["target_crops"]]
-        words, majority = crossed_accuracy(list(needy["question"]), crops)
-        records.append(("where", 100 * words, 100 * majority + 10, len(needy)))
+        words, majority = crossed_accuracy(needy["question"][:], crops)
+        records = [("when", auc, 0.70, len(test)), ("where", 100 * words, 100 * majority + 10, len(needy))]
     return pd.DataFrame(records, columns=["check", "value", "bound", "n"])
