@@ -358,7 +358,6 @@ def test_many_clients_at_once_get_what_they_get_alone_from_a_front_of_a_server(t
             if own.call_status == "none":  # a server reads half characters back with other tokens
                 assert reply.choices[0].message.content == own.answer
                 assert reply.usage.awares["rtr"] == pytest.approx(own.rtr)
-        assert health(backend)["served"] >= 10
         assert refused(url, **question(images[0]), extra_body={"call_bias": 2}).status_code == 400
         process.kill()
         process.wait()

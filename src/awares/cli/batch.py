@@ -7,13 +7,13 @@ cannot be run has ``error`` instead. The file alone says which rows are done: af
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from PIL.Image import Image
-from pydantic import BaseModel, StringConstraints
+from pydantic import BaseModel
 from tqdm import tqdm
 
-from awares.data.rows import parse_line
+from awares.data.rows import NonBlank, parse_line
 from awares.engine import jsonl
 from awares.engine.images import cap, open_image
 from awares.engine.jsonl import Record
@@ -23,15 +23,14 @@ from awares.method.rollout import Trajectory
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # taken from a folder, case aside
 ROWS_PER_WRITE = 64
-Text = Annotated[str, StringConstraints(strict=True, pattern=r"\S")]
 
 
-class Line(BaseModel):
+class Line(BaseModel, strict=True):
     """What a line of a JSONL file needs; other keys, such as those of the row schema, are ignored."""
 
-    id: Text
-    image: Text
-    question: Text
+    id: NonBlank
+    image: NonBlank
+    question: NonBlank
 
 
 def read_batch(source: Path, question: str | None = None) -> list[Record]:

@@ -28,7 +28,7 @@ def policy_folder(params: Params) -> Path:
     """
     config = publish.require(params.run_dir("grpo") / "merged" / "config.json", "grpo")
     table = publish.require(params.run_dir("evaluation") / "tables" / "table1_main.csv", "evaluation")
-    folder = publish.clear(_push_folder(params) / "policy")
+    folder = publish.clear(params.run_dir(".push") / "policy")
     publish.copy_adapters(params, folder / "adapters", params.base.model)
     _link(config.parent.iterdir(), folder)
     scores = [row for row in pd.read_csv(table).itertuples() if row.system == "awares"]
@@ -47,7 +47,7 @@ def dataset_folder(params: Params, images: bool = False) -> Path:
     curated = {split: params.run_dir("curation") / split for split in ("train", "validation")}
     for path in curated.values():
         publish.require(path / "dataset" / "state.json", "curation")
-    folder, counts = publish.clear(_push_folder(params) / "dataset"), []
+    folder, counts = publish.clear(params.run_dir(".push") / "dataset"), []
     (folder / "data").mkdir()
     for split, path in curated.items():
         rows = load_rows(path / "dataset")
@@ -62,10 +62,6 @@ def dataset_folder(params: Params, images: bool = False) -> Path:
     generated = all(origin == "generated" for _, origin, _ in listed)
     _write_card(folder, "dataset.md", params, counts=counts, images=images, sources=listed, generated=generated)
     return folder
-
-
-def _push_folder(params: Params) -> Path:
-    return params.path(params.paths.runs) / params.profile / ".push"
 
 
 def _link(files: Iterable[Path], folder: Path) -> None:

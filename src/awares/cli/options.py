@@ -78,14 +78,12 @@ class PolicyOptions:
         """What decides the answers of a batch; a file of results is never continued with other settings."""
         from awares.engine.keys import folder_digest
 
-        engine: Any = policy.engine
-        weights, found = "", self.checkpoint()
-        if not self.server:  # a policy that was trained again has the same name
-            digests = [folder_digest(part) for part in (found.path, *found.adapters)]
-            weights = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        engine, found = policy.engine, self.checkpoint()
+        parts = () if self.server else (found.path, *found.adapters)  # trained again, they have the same names
+        weights = "-".join(folder_digest(part)[:16] for part in parts)
         prompt = hashlib.sha256(repr(engine.protocol).encode()).hexdigest()[:8]
-        tokens = engine.max_new_tokens if self.server else engine.decoder.max_new_tokens
         about = {"policy": name, "weights": weights, "dtype": self.dtype, "prompt": prompt, "max_side": engine.max_side}
+        tokens = getattr(engine, "decoder", engine).max_new_tokens  # type: ignore[union-attr]
         return {**about, "call_bias": call_bias, "max_new_tokens": tokens}
 
 

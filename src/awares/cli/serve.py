@@ -40,10 +40,10 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     key = os.environ.get(API_KEY)
     if key is not None and not key.strip():
         raise AwaresValueError(f"{API_KEY} is empty: set a key, or unset the variable to serve without one")
-    kind, answer = (PolicyRequest, answer_policy) if mode == "policy" else (RawRequest, answer_chat)
+    kind, answer = (RawRequest, answer_chat) if mode == "chat" else (PolicyRequest, answer_policy)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
     pool, free = ThreadPoolExecutor(threads), asyncio.Semaphore(threads)
-    count = {"requests": 0, "served": 0}
+    count = {"requests": 0}
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     async def check_key(request: Request) -> None:
@@ -77,7 +77,6 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
             raise ApiError(504, f"no answer within {limits.timeout:g} s", "timeout") from None
         finally:
             count["requests"] -= 1
-        count["served"] += 1
         if not wanted.stream:
             return JSONResponse(reply)
         events = openai_api.as_events(reply, (wanted.stream_options or {}).get("include_usage", False))
