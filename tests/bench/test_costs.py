@@ -104,11 +104,13 @@ def test_parameters_are_the_models_matrices(family: SimpleNamespace) -> None:
 def test_roofline(tiny: SimpleNamespace) -> None:
     config, done = tiny.model.config, interactions(tiny)
     by_flops, by_bytes = (
-        costs.roofline_seconds(done, config, tiny.processor, costs.Gpu(*peaks)) for peaks in ((1e9, 1e30), (1e30, 1e9))
+        costs.roofline_seconds(done, config, tiny.processor, costs.Gpu(*peaks), True, 2)
+        for peaks in ((1e9, 1e30), (1e30, 1e9))
     )
-    assert sum(by_flops.values()) == pytest.approx(total(done, tiny) / 1e9)
+    assert by_flops == pytest.approx(total(done, tiny) / 1e9)
     tower, language = costs.parameters(config)
-    assert by_bytes["vision"] == pytest.approx(2 * 2 * tower / 1e9)  # two turns, two bytes a weight
-    assert by_bytes["prefill"] == pytest.approx(2 * 2 * language / 1e9)
     steps = max(one.turns[1].text_tokens for one in done) - 1 + 4 - 1
-    assert by_bytes["decode"] > steps * 2 * language / 1e9
+    weights = 2 * 2 * tower + 2 * 2 * language + steps * 2 * language  # two turns, two bytes a weight
+    cache = max(sum(turn.visual_tokens + turn.text_tokens for turn in one.turns) for one in done)
+    most = len(done) * steps * costs.cache_bytes(cache, config, 2)
+    assert weights / 1e9 < by_bytes < (weights + most) / 1e9

@@ -60,7 +60,6 @@ def test_times_ratios_and_the_best_batch() -> None:
     speeds[("half", 200)] = 0.005
     jobs = [TimedJob(system, budget, sleeper(seconds, [], system)) for (system, budget), seconds in speeds.items()]
     times, _, _ = latency.time_jobs(jobs, 3, seed=1, device="cpu")
-    assert latency.best_budgets(times) == {"full": 100, "half": 200}
     # what sleeping adds differs from run to run: the arithmetic is checked on the exact values
     exact = times.assign(seconds=[speeds[key] for key in zip(times.system, times.token_budget, strict=True)])
     assert (times.seconds >= exact.seconds).all() and (times.decode_1 >= exact.seconds).all()
@@ -69,8 +68,7 @@ def test_times_ratios_and_the_best_batch() -> None:
     assert table.ms.to_dict() == pytest.approx(expected)
     best = table.loc[("half", "best")]
     assert (best.ratio, best.speedup, best.token_budget) == pytest.approx((0.25, 4, 200))
-    assert (table.ratio.loc["full"] == 1).all()
-    assert latency.ratio_table(exact[exact.token_budget == 1], ["full", "half"]).ratio.tolist() == [1, 0.5]
+    assert (table.ratio.loc["full"] == 1).all() and table.token_budget[("full", "best")] == 100
 
 
 def drifting(drifts: dict[float, float]) -> pd.DataFrame:
@@ -121,16 +119,6 @@ def test_rate_of_a_matrix_product(monkeypatch: Any) -> None:
     assert latency.matmul_rate("cpu", "float32", size=100, repetitions=3) == pytest.approx(2 * 100**3 / 2.0 / 1e9)
 
 
-def test_peak_memory_sees_what_was_held_and_let_go() -> None:
-    memory = latency.PeakMemory("cpu")
-    before = memory.read()
-    held = torch.ones(64 * 2**20 // 4)
-    del held
-    peak = memory.read()
-    assert peak - before > 60e6
-    assert latency.PeakMemory("cpu").read() < peak - 30e6  # a new one does not see it
-
-
 # Scripts and phases
 
 
@@ -156,14 +144,10 @@ def test_scripts_make_rows_write_calls_and_lengths_at_the_price_of_writing_them(
 
 def test_every_phase_of_both_turns_is_reported_in_order(tiny: SimpleNamespace) -> None:
     heard: list[tuple[str, int]] = []
-    report = lambda phase, turn: heard.append((phase, turn))  # noqa: E731
-    timed = ScriptedEngine(tiny.model, tiny.processor, max_new_tokens=16, on_phase_end=report)
-    image = tiny.noise(112, 112, 0)
+    timed, image = ScriptedEngine(tiny.model, tiny.processor, max_new_tokens=16), tiny.noise(112, 112, 0)
+    timed.decoder.on_phase_end = lambda phase, turn: heard.append((phase, turn))
     timed.run_scripts([image, image], ["q?", "q?"], ["a", "b"], [Script(("top",), 2), Script((), 2)])
     assert heard == [(phase, turn) for turn in (1, 2) for phase in PHASES]
-    heard.clear()
-    timed.run_scripts([image], ["q?"], ["a"], [Script((), 2)], "none")
-    assert heard == [("preprocess", 1), ("prefill", 1), ("decode", 1)]
 
 
 # The systems
@@ -178,7 +162,7 @@ def embedded() -> SimpleNamespace:
     plan = configs.workload("chartqa", len(rows), (112, 112)).scripts
     work = Workload(rows["image"], rows["question"], rows["id"], plan)
     models = dict.fromkeys(latency.TIMED_SYSTEMS, model)
-    jobs = latency.jobs(models, processor, work, (8192,), max_new_tokens=configs.longest_turn([work], processor))
+    jobs = latency.jobs(models, processor, work, (8192,))
     done = {job.system: job.work(None) for job in jobs}
     return SimpleNamespace(model=model, processor=processor, work=work, done=done)
 
@@ -249,53 +233,50 @@ def test_workloads_follow_the_paper(name: str) -> None:
 # The command
 
 
-def run(folder: Path, arguments: str) -> int:
-    few = f"--device cpu --rows 2 --repetitions 2 --batch-tokens 4096 --out {folder}"
-    return bench.main([*few.split(), *arguments.split()])
+def test_bench_measures_counts_and_compares_and_a_kill_loses_one_benchmark(tmp_path: Path, monkeypatch: Any) -> None:
+    measure = latency.time_jobs
 
+    def killed(*given: Any) -> Any:
+        if (tmp_path / "latency.csv").exists():
+            raise KeyboardInterrupt
+        return measure(*given)
 
-def test_bench_measures_counts_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(tmp_path, "--shape qwen2.5-vl-7b --scale 0.0001 --benchmarks pope --image 140x112 --gpu h200") == 0
+    monkeypatch.setattr(latency, "time_jobs", killed)
+    line = "--device cpu --rows 2 --repetitions 2 --batch-tokens 4096 --shape qwen2.5-vl-7b --scale 0.0001 --gpu h200"
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(f"{line} --benchmarks pope --benchmarks vstar --image 140x112 --out {tmp_path}".split())
     table = pd.read_csv(tmp_path / "latency.csv", dtype={"batch": str})
     assert set(table.system) == set(latency.TIMED_SYSTEMS) and set(table.batch) == {"1", "best"} and len(table) == 10
     assert (table.image == "140x112").all() and (table[table.system == "full"].visual_tokens == 5 * 4).all()
+    assert (table.benchmark == "pope").all() and (table.ms > 0).all() and (table.gflops > 0).all()
     floor = table.pivot(index="system", columns="batch", values="roofline_ms")
     assert (floor > 0).all(axis=None) and (floor.best < floor["1"]).all()  # a batch reads the weights once
     named = json.loads((tmp_path / "machine.json").read_text())
     assert named["torch"] == torch.__version__ and (table.torch == torch.__version__).all()
     assert {"device", "scale", "dtype", "transformers"} <= set(table) and str(ROOT) not in json.dumps(named)
     assert len(pd.read_csv(tmp_path / "times.csv")) == 2 * 2 * 5
-    assert "escalate_full" in capsys.readouterr().out
 
 
-def test_bench_times_a_step_of_each_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_times_training_steps_and_pruners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    sizes = "{sft.batch_size:_4,sft.per_device_batch_size:_2,grpo.batch_size:_4,grpo.generations:_2,"
-    sizes += "grpo.per_device_batch_size:_2,grpo.max_completion_length:_6,protocol.max_new_tokens:_64}"
-    fewer = ["--no-interactions", "--train", "--shape", "mini", "--overrides", sizes.replace(":_", ": ")]
-    assert bench.main(["--device", "cpu", "--out", str(tmp_path), *fewer]) == 0
+    monkeypatch.setattr(bench, "PRUNERS", ("visionzip", "fastv"))
+    sizes = "{sft.batch_size: 4, sft.per_device_batch_size: 2, grpo.batch_size: 4, grpo.generations: 2, "
+    sizes += "grpo.per_device_batch_size: 2, grpo.max_completion_length: 6, protocol.max_new_tokens: 64}"
+    line = "--device cpu --shape mini --benchmarks pope --rows 1 --repetitions 1 --batch-tokens 4096 --image 224x224"
+    wanted = ["--no-interactions", "--train", "--pruners", "--overrides", sizes, "--out", str(tmp_path)]
+    assert bench.main([*line.split(), *wanted]) == 0
+    assert not (tmp_path / "latency.csv").exists()
     steps = pd.read_csv(tmp_path / "training.csv").set_index("step")
     assert list(steps.index) == ["sft", "grpo"] and (steps.seconds > 0).all()
     assert steps.layout["sft"] == "4 samples, 2 at a time" and (steps.tokens > 4 * 100).all()
     assert (steps.tokens / steps.seconds).tolist() == pytest.approx(steps.tokens_per_second.tolist(), rel=1e-3)
-
-
-def test_bench_times_the_pruners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PRUNERS", ("visionzip", "fastv"))
-    shape = "--shape qwen2.5-vl-7b --scale 0.001 --benchmarks realworldqa --rows 1 --repetitions 1"
-    assert run(tmp_path, f"{shape} --pruners --no-interactions") == 0
-    assert not (tmp_path / "latency.csv").exists()
     table = pd.read_csv(tmp_path / "pruners.csv")
     assert set(table.token_budget) == {latency.LOOP, 4096} and len(table) == 2 * (1 + 2 * 3)
     once = table[table.token_budget == latency.LOOP].set_index("system")
-    assert once.layer_rtr["full"] == 1 and (once.ms > 0).all() and once.ratio["full"] == 1
+    assert (once.ms > 0).all() and once.ratio["full"] == 1
     for name in bench.PRUNERS:
-        steps = once.loc[[f"{name}_{percent}" for percent in bench.PERCENTS]]
-        assert steps.layer_rtr.iloc[0] == 1 and steps.layer_rtr.is_monotonic_decreasing
-        assert steps.gflops.is_monotonic_decreasing
-        assert once.gflops["full"] <= steps.gflops.iloc[0] < 1.1 * once.gflops["full"]
-        assert steps.logits_gap.iloc[0] < 1e-4 < steps.logits_gap.iloc[2]
-    assert once.layer_rtr["visionzip_50"] == pytest.approx(0.5, abs=0.02)
+        gflops = once.gflops[[f"{name}_{percent}" for percent in bench.PERCENTS]]
+        assert gflops.is_monotonic_decreasing and once.gflops["full"] <= gflops.iloc[0] < 1.1 * once.gflops["full"]
 
 
 def test_training_rows_call_on_every_size_and_region() -> None:
@@ -335,18 +316,3 @@ def test_bench_refuses_before_it_measures(tmp_path: Path, monkeypatch: Any, argu
         bench.main(["--device", "cpu", "--shape", "mini", "--out", str(tmp_path / "out"), *arguments])
     message = getattr(refused.value, "format_message", lambda: str(refused.value))()
     assert key in message and not (tmp_path / "out").exists()
-
-
-def test_a_benchmark_that_is_done_outlives_a_kill_in_the_next(tmp_path: Path, monkeypatch: Any) -> None:
-    measure = latency.time_jobs
-
-    def killed(*given: Any) -> Any:
-        if (tmp_path / "latency.csv").exists():
-            raise KeyboardInterrupt
-        return measure(*given)
-
-    monkeypatch.setattr(latency, "time_jobs", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "--shape mini --rows 1 --repetitions 1 --benchmarks pope --benchmarks chartqa")
-    assert set(pd.read_csv(tmp_path / "latency.csv").benchmark) == {"pope"}
-    assert (tmp_path / "machine.json").exists() and set(pd.read_csv(tmp_path / "times.csv").benchmark) == {"pope"}

@@ -3,7 +3,7 @@
 - *Interactions.* Blank rows of each benchmark's image size and response length go through the evaluation's engine, with
   scripted outputs, at batch 1 and at the best token budget, all jobs interleaved, from the PIL image to the text.
 - *Pruners* (``--pruners``). The training-free pruners at 100 %, 70 % and 50 % of the visual tokens against the plain
-  full image. At 100 % the first token's logits must equal the plain model's (in float32; bfloat16 rounds).
+  full image.
 - *Training steps* (``--train``). The second optimiser step of our SFT trainer and of our GRPO trainer. A random model
   never ends a turn, so a GRPO completion has ``grpo.max_completion_length`` tokens (32, see ``--overrides``).
 """
@@ -31,12 +31,10 @@ from awares.bench.latency import LOOP
 from awares.config import Params, load_params, parse_overrides
 from awares.errors import AwaresValueError
 from awares.method import grpo, sft
-from awares.method.rollout import Trajectory
 
 PRUNERS, PERCENTS = ("visionzip", "holov", "sparsevlm", "fastv", "random_token"), (100, 70, 50)
 SOURCE_ROWS = ("chartqa", "docvqa", "pope", "realworldqa", "ocrbench")  # image sizes of the training rows, in turn
 ShapeName = Literal["qwen2.5-vl-7b", "qwen2.5-vl-3b", "qwen2.5-vl-72b", "mini"]
-Tables = dict[str, pd.DataFrame]  # by file name
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -93,6 +91,14 @@ class Settings(NamedTuple):
         """(width, height) px: ``image``, else the typical size of ``benchmark`` at this shape and scale."""
         return self.image or configs.image_size(benchmark, self.shape, self.scale)
 
+    def workload(self, benchmark: str, rows: int) -> latency.Workload:
+        """Blank rows of ``benchmark`` with scripts."""
+        return configs.workload(benchmark, rows, self.image_size(benchmark))
+
+    def time(self, jobs: Sequence[latency.TimedJob]) -> latency.Measured:
+        """`latency.time_jobs`."""
+        return latency.time_jobs(jobs, self.repetitions, self.seed, self.device)
+
     def training_params(self) -> Params:
         """Profile ``paper`` with two steps of each training, then ``overrides``; AwaresError for a wrong value."""
         fixed = {"base.device": self.device, "base.dtype": self.precision, "sft.epochs": 2, "sft.checkpoints": 1}
@@ -119,14 +125,13 @@ def run_bench(settings: Settings) -> None:
     print(json.dumps(named, indent=2))
     wanted = {interactions: settings.interactions, pruners: settings.pruners, training_steps: settings.train}
     done = defaultdict(list)
-    for tables in (tables for measure, on in wanted.items() if on for tables in measure(settings)):
-        for file, table in tables.items():
-            done[file].append(table)
-            together = pd.concat(done[file], ignore_index=True).round(6).assign(**named)
-            together.to_csv(settings.out / file, index=False, lineterminator="\n")
-        first = next(iter(tables.values()))
-        shown = first.loc[:, ~first.columns.str.contains("_low$|_high$|^rows$|^image$|^calls$")]
-        print(f"\n{shown.to_string(index=False, float_format='{:.3g}'.format)}", flush=True)
+    for file, table in (found for measure, on in wanted.items() if on for found in measure(settings)):
+        done[file].append(table)
+        together = pd.concat(done[file], ignore_index=True).round(6).assign(**named)
+        together.to_csv(settings.out / file, index=False, lineterminator="\n")
+        if file != "times.csv":
+            shown = table.loc[:, ~table.columns.str.contains("_low$|_high$|^rows$|^image$|^calls$")]
+            print(f"\n{shown.to_string(index=False, float_format='{:.3g}'.format)}", flush=True)
 
 
 def machine(settings: Settings) -> dict[str, str]:
@@ -134,41 +139,29 @@ def machine(settings: Settings) -> dict[str, str]:
     gpu = settings.device == "cuda"
     device = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()} CPU"
     threads = {} if gpu else {"threads": str(torch.get_num_threads())}
-    packages = ("awares", "torch", "transformers", "trl", "peft")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {name: importlib.metadata.version(name) for name in ("awares", "torch", "transformers", "trl", "peft")}
     shape = {"shape": settings.shape, "scale": str(settings.scale), "dtype": settings.precision}
     return {"device": device, **threads, **shape, "python": platform.python_version(), **versions}
 
 
-# Interactions
-
-
-def interactions(settings: Settings) -> Iterator[Tables]:
-    """Per benchmark the table (time, ratios, phases, counts, roofline), and the single times."""
-    model, processor = settings.build()
-    work = {name: configs.workload(name, settings.rows, settings.image_size(name)) for name in settings.benchmarks}
-    longest, gpu = configs.longest_turn(list(work.values()), processor), find_gpu(settings)
+def interactions(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Per benchmark the single times, and the table (time, ratios, phases, counts, roofline)."""
+    (model, processor), gpu = settings.build(), find_gpu(settings)
     budgets, size = [LOOP, *dict.fromkeys(settings.batch_tokens)], model.dtype.itemsize
-    for name, rows in work.items():
-        models = dict.fromkeys(latency.TIMED_SYSTEMS, model)
-        jobs = latency.jobs(models, processor, rows, budgets, max_new_tokens=longest)
-        times, done, _ = latency.time_jobs(jobs, settings.repetitions, settings.seed, settings.device)
-        table = latency.time_table(times).merge(latency.count_table(done, model.config, processor, size), on="system")
-        table["roofline_ms"] = [
-            _roofline(done[str(line.system)], line, model, processor, gpu) if gpu else float("nan")
-            for line in table.itertuples()
-        ]
-        table.insert(0, "benchmark", name)
-        table.insert(1, "image", "{}x{}".format(*rows.images[0].size))
-        yield {"latency.csv": table, "times.csv": times.assign(benchmark=name)}
-
-
-def _roofline(done: Sequence[Trajectory], line: Any, model: Any, processor: Any, gpu: costs.Gpu) -> float:
-    """Least ms per row at this line's batch: rows alone, or all rows at once."""
-    groups, reuse = [[one] for one in done] if line.batch == "1" else [done], line.system != "awares_naive"
-    config, size = model.config, model.dtype.itemsize
-    parts = [costs.roofline_seconds(group, config, processor, gpu, reuse, size) for group in groups]
-    return 1000 * sum(sum(part.values()) for part in parts) / len(done)
+    for name in settings.benchmarks:
+        rows = settings.workload(name, settings.rows)
+        measured = settings.time(latency.jobs(dict.fromkeys(latency.TIMED_SYSTEMS, model), processor, rows, budgets))
+        yield "times.csv", measured.times.assign(benchmark=name)
+        counts = latency.count_table(measured.played, model.config, processor, size)
+        table = latency.time_table(measured.times).merge(counts, on="system")
+        least = []
+        for line in table.itertuples():
+            done, reuse = measured.played[line.system], line.system != "awares_naive"
+            groups = [[one] for one in done] if line.batch == "1" else [done]
+            parts = [costs.roofline_seconds(one, model.config, processor, gpu, reuse, size) for one in groups if gpu]
+            least.append(1000 * sum(parts) / len(done) if parts else float("nan"))
+        table["roofline_ms"] = least
+        yield "latency.csv", _placed(table, benchmark=name, image="{}x{}".format(*rows.images[0].size))
 
 
 def find_gpu(settings: Settings) -> costs.Gpu | None:
@@ -178,58 +171,34 @@ def find_gpu(settings: Settings) -> costs.Gpu | None:
     return costs.GPUS[known[0]] if known else None
 
 
-# Pruners
-
-
-def pruners(settings: Settings) -> Iterator[Tables]:
-    """Per benchmark and budget: ms per row of every pruner, ratio to ``full`` within a repetition, peak memory.
-
-    Further columns, equal for all rows: RTR as the mean over layers, counted FLOPs, and the largest difference of a
-    first logit from ``full``'s.
-    """
+def pruners(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Per benchmark and token budget the time, FLOPs and peak memory of every pruner, against the full image."""
     model, processor = settings.build()
-    names = ["full", *(f"{name}_{percent}" for name in PRUNERS for percent in PERCENTS)]
-    models = dict.fromkeys(names, model)
+    models = dict.fromkeys(["full", *(f"{name}_{percent}" for name in PRUNERS for percent in PERCENTS)], model)
     for name in settings.benchmarks:
-        one, work = (
-            configs.workload(name, count, settings.image_size(name))._replace(scripts={})
-            for count in (1, settings.rows)
-        )
-        limits = {"max_new_tokens": configs.answer_tokens(configs.BENCHMARKS[name].awares)}
-        single = latency.jobs(models, processor, one, [LOOP], **limits)
-        counted = latency.flops_table(single)
-        first = {job.system: _first_logits(job, model) for job in single}
-        counted["logits_gap"] = [float((first[system] - first["full"]).abs().max()) for system in names]
+        length = configs.answer_tokens(configs.BENCHMARKS[name].awares)
         for budget in (LOOP, settings.batch_tokens[0]):
-            jobs = latency.jobs(models, processor, work, [budget], **limits)
-            times, done, _ = latency.time_jobs(jobs, settings.repetitions, settings.seed, settings.device)
-            table = latency.ratio_table(times, names)
-            kept = {system: sum(one.layer_rtr for one in some) / len(some) for system, some in done.items()}
-            table.insert(1, "layer_rtr", table.system.map(kept))
-            table["peak_memory_mb"] = table.system.map(times.groupby("system").peak_memory.first() / 1e6)
-            table.insert(0, "token_budget", budget)
-            table.insert(0, "image", "{}x{}".format(*work.images[0].size))
-            table.insert(0, "benchmark", name)
-            yield {"pruners.csv": table.merge(counted, on="system")}
+            timed, counted = (
+                latency.jobs(models, processor, rows._replace(scripts={}), [budget], max_new_tokens=length)
+                for rows in (settings.workload(name, settings.rows), settings.workload(name, 1))
+            )
+            table = latency.ratio_table(settings.time(timed).times, [*models])
+            table = table.merge(latency.flops_table(counted), on="system")
+            image = "{}x{}".format(*settings.image_size(name))
+            yield "pruners.csv", _placed(table, benchmark=name, image=image, token_budget=budget)
 
 
-def _first_logits(job: latency.TimedJob, model: Any) -> torch.Tensor:
-    """Logits (rows, vocabulary) of the first token that ``job`` writes, before any processor."""
-    seen: list[torch.Tensor] = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, output: seen.append(output[:, -1].float()))
-    job.work(None)
-    hook.remove()
-    return seen[0]
+def _placed(table: pd.DataFrame, **first: Any) -> pd.DataFrame:
+    """``table`` with constant columns in front."""
+    return pd.DataFrame(first, index=table.index).join(table)
 
 
 # Training steps
 
 
-def training_steps(settings: Settings) -> Iterator[Tables]:
+def training_steps(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
     """One SFT and one GRPO step: batch layout, tokens, seconds, tokens/s, peak memory (MB)."""
-    table = pd.DataFrame([_time_sft(settings), _time_grpo(settings)])
-    table.insert(4, "tokens_per_second", table.tokens / table.seconds)
-    yield {"training.csv": table}
+    yield "training.csv", pd.DataFrame([_time_step(step, settings) for step in ("sft", "grpo")])
 
 
 def training_rows(count: int, image_size: Callable[[str], tuple[int, int]]) -> datasets.Dataset:
@@ -244,30 +213,6 @@ def training_rows(count: int, image_size: Callable[[str], tuple[int, int]]) -> d
     return datasets.Dataset.from_list(records)  # the first row has target_crops, so their type is known
 
 
-def _time_sft(settings: Settings) -> dict[str, Any]:
-    params, (model, processor) = settings.training_params(), settings.build()
-    size = params.sft.batch_size
-    rows = training_rows(size, settings.image_size)
-    samples = sft.plan_samples(rows, processor, params)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = sft.build_sft_trainer(params, rows, samples, model, processor, Path(folder))
-        measured = _second_step(trainer, settings.device)
-    layout = f"{size} samples, {params.sft.per_device_batch_size} at a time"
-    return {"step": "sft", "layout": layout, "tokens": sum(sample.length for sample in samples[size:]), **measured}
-
-
-def _time_grpo(settings: Settings) -> dict[str, Any]:
-    params, (model, processor) = settings.training_params(), settings.build()
-    section = params.grpo
-    rows = training_rows(2 * section.batch_size // section.generations, settings.image_size)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = grpo.build_grpo_trainer(params, rows, model, processor, Path(folder))
-        measured = _second_step(trainer, settings.device)
-    seen = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
-    layout = f"{section.batch_size} completions, G {section.generations}, {section.per_device_batch_size} at a time"
-    return {"step": "grpo", "layout": layout, "tokens": seen[1] - seen[0], **measured}
-
-
 class StepClock(TrainerCallback, latency.Stopwatch):
     """Records the time at the end of every optimiser step."""
 
@@ -278,12 +223,31 @@ class StepClock(TrainerCallback, latency.Stopwatch):
         self.ends = *self.ends, self.now()
 
 
-def _second_step(trainer: Any, device: str) -> dict[str, float]:
-    """Train two steps; seconds of the second one and peak memory (MB)."""
-    clock, memory = StepClock(device), latency.PeakMemory(device)
-    trainer.add_callback(clock)
-    trainer.args.save_strategy = "no"
-    trainer.train()
+def _time_step(step: str, settings: Settings) -> dict[str, Any]:
+    """Train two steps; layout, tokens and seconds of the second one."""
+    params, (model, processor) = settings.training_params(), settings.build()
+    section: Any = getattr(params, step)
+    size = section.batch_size
+    trainer: Any
+    with tempfile.TemporaryDirectory() as folder:
+        if step == "sft":
+            rows = training_rows(size, settings.image_size)
+            samples = sft.plan_samples(rows, processor, params)
+            trainer = sft.build_sft_trainer(params, rows, samples, model, processor, Path(folder))
+        else:
+            rows = training_rows(2 * size // section.generations, settings.image_size)
+            trainer = grpo.build_grpo_trainer(params, rows, model, processor, Path(folder))
+        clock = StepClock(settings.device)
+        trainer.add_callback(clock)
+        trainer.args.save_strategy = "no"
+        trainer.train()
     if len(clock.ends) != 2:
         raise AwaresValueError(f"training ran {len(clock.ends)} steps instead of 2: check --overrides")
-    return {"seconds": clock.ends[1] - clock.ends[0], "peak_memory_mb": memory.read() / 1e6}
+    if step == "sft":
+        layout, tokens = f"{size} samples", sum(sample.length for sample in samples[size:])
+    else:
+        seen = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+        layout, tokens = f"{size} completions, G {section.generations}", seen[1] - seen[0]
+    layout, seconds = f"{layout}, {section.per_device_batch_size} at a time", clock.ends[1] - clock.ends[0]
+    record = {"step": step, "layout": layout, "tokens": tokens, "seconds": seconds}
+    return {**record, "tokens_per_second": tokens / seconds, "peak_memory_mb": clock.peak_memory() / 1e6}

@@ -5,7 +5,6 @@ are scripted token by token (`scripted.Script`). Accuracy cannot be measured thi
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +15,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from awares.bench.latency import TWO_TURN_SYSTEMS, Workload
 from awares.bench.scripted import Script
-from awares.engine.chat_format import END_OF_TURN
 from awares.engine.model import ImageOnlyProcessor, load_config, load_processor, make_processor
-from awares.method.protocol import OURS
 
 
 class Shape(NamedTuple):
@@ -88,19 +85,21 @@ def build(shape: str, scale: float, dtype: str, device: str, seed: int = 0) -> t
 def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
     """The published sizes times the cube root of ``scale``, with the ids of ``tokenizer``."""
     full, factor = PUBLISHED[shape], math.cbrt(scale)
-    key_heads = max(1, round(full.key_heads * factor))
+
+    def scaled(count: int, least: int = 1) -> int:
+        return max(least, round(count * factor))
+
+    key_heads, vision_heads, depth = scaled(full.key_heads), scaled(full.vision_heads), scaled(full.vision_depth, 2)
     heads = key_heads * max(1, round(full.heads * factor / key_heads))
-    vision_heads, depth = max(1, round(full.vision_heads * factor)), max(2, round(full.vision_depth * factor))
     hidden, width = HEAD_WIDTH * heads, full.vision_width // full.vision_heads * vision_heads
     text = {
-        "vocab_size": max(len(tokenizer), round(full.vocabulary * factor)),
+        "vocab_size": scaled(full.vocabulary, len(tokenizer)),
         "hidden_size": hidden,
         "intermediate_size": round(full.mlp / full.width * hidden),
-        "num_hidden_layers": max(2, round(full.layers * factor)),
+        "num_hidden_layers": scaled(full.layers, 2),
         "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        "rms_norm_eps": 1e-6,
         "tie_word_embeddings": full.tied,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
@@ -112,8 +111,7 @@ def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
         "intermediate_size": round(full.vision_mlp / full.vision_width * width),
         "num_heads": vision_heads,
         "out_hidden_size": hidden,
-        "fullatt_block_indexes": sorted({max(0, (part + 1) * depth // 4 - 1) for part in range(4)}),
-        "window_size": 112,
+        "fullatt_block_indexes": sorted({max(0, part * depth // 4 - 1) for part in (1, 2, 3, 4)}),
     }
     tokens = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{word}|>") for name, word in tokens.items()}
@@ -140,22 +138,9 @@ def workload(benchmark: str, rows: int, size: tuple[int, int]) -> Workload:
     terse, wordy = answer_tokens(BENCHMARKS[benchmark].awares), answer_tokens(BENCHMARKS[benchmark].visionthink)
     scripts = dict.fromkeys(("full", "half"), [Script((), terse)] * rows)
     for system in TWO_TURN_SYSTEMS:
-        length = wordy if system == "escalate_full" else terse
-        scripts[system] = [Script(crops, length) for crops in _calls(system, rows)]
+        calls, length = ((("all",),), wordy) if system == "escalate_full" else (CALLS, terse)
+        made = [math.ceil(CALL_RATES[system] * row - 1e-9) for row in range(rows + 1)]  # calls before each row
+        called = [calls[before % len(calls)] if after > before else () for before, after in pairwise(made)]
+        scripts[system] = [Script(crops, length) for crops in called]
     ids = [f"{benchmark}-{index}" for index in range(rows)]
     return Workload([Image.new("RGB", size, "white")] * rows, [QUESTION] * rows, ids, scripts)
-
-
-def _calls(system: str, rows: int) -> list[tuple[str, ...]]:
-    """The first-turn call of every row, () for none: the first of every ``1 / rate`` rows calls."""
-    made = [math.ceil(CALL_RATES[system] * row - 1e-9) for row in range(rows + 1)]  # calls before each row
-    calls = (("all",),) if system == "escalate_full" else CALLS
-    return [calls[before % len(calls)] if after > before else () for before, after in pairwise(made)]
-
-
-def longest_turn(work: Sequence[Workload], processor: ImageOnlyProcessor) -> int:
-    """Tokens of the longest scripted turn: the least ``max_new_tokens`` of an engine."""
-    scripts = {script for one in work for rows in one.scripts.values() for script in rows}
-    calls = [OURS.render_call(script.crops) + END_OF_TURN for script in scripts if script.crops]
-    written = [len(processor.tokenizer(text)["input_ids"]) for text in calls]
-    return max([*written, *(script.answer_tokens or 0 for script in scripts)])

@@ -41,26 +41,18 @@ GPUS = {  # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM
 }
 
 
-def window_sizes(grid: Grid, config: Any) -> list[int]:
-    """Patches of every attention window of an image; windows at the right and lower edge may be smaller."""
-    vision = config.vision_config
-    merge = vision.spatial_merge_size
-    side = vision.window_size // vision.patch_size // merge  # in merge groups
-    heights, widths = ([min(side, n // merge - at) for at in range(0, n // merge, side)] for n in grid)
-    return [height * width * merge**2 for height in heights for width in widths]
-
-
 def vision_flops(grid: Grid, config: Any) -> float:
     """The vision tower on one image of ``grid`` patches, patch embedding and mergers included."""
-    vision, patches = config.vision_config, grid[0] * grid[1]
+    vision, patches, merge = config.vision_config, grid[0] * grid[1], config.vision_config.spatial_merge_size
     embedding, block, mergers = _vision_weights(vision)
-    full = vision.depth
+    full, squares = vision.depth, 0
     if not hasattr(vision, "deepstack_visual_indexes"):
-        full = sum(index in vision.fullatt_block_indexes for index in range(vision.depth))
-    squares = full * patches**2
-    if full < vision.depth:
-        squares += (vision.depth - full) * sum(size**2 for size in window_sizes(grid, config))
-    groups = patches // vision.spatial_merge_size**2
+        full = len(set(vision.fullatt_block_indexes))
+        side = vision.window_size // vision.patch_size // merge  # of a window; those at an edge may be smaller
+        heights, widths = ([min(side, n // merge - at) for at in range(0, n // merge, side)] for n in grid)
+        squares = sum((height * width * merge**2) ** 2 for height in heights for width in widths)
+    squares = full * patches**2 + (vision.depth - full) * squares
+    groups = patches // merge**2
     return 2 * patches * (embedding + vision.depth * block) + 2 * groups * mergers + 4 * vision.hidden_size * squares
 
 
@@ -82,23 +74,17 @@ def trajectory_flops(
 ) -> dict[str, tuple[float, float]]:
     """FLOPs in (first turn, second turn) of an interaction run alone, by part: vision, prefill, decode.
 
-    ``reuse=False``: the second turn prefills everything again.
-
-    A batch that shares the system prompt needs less, padding needs more. The last token of a turn is not fed in that
-    turn: with reuse, the second turn's prefill begins with it.
+    ``reuse=False``: the second turn prefills everything again. With reuse its prefill begins with the last token of the
+    first turn. A batch that shares the system prompt needs less, padding needs more.
     """
-    turns = trajectory.turns
-    views = [sum(vision_flops(patch_grid(size, processor), config) for size in turn.images) for turn in turns]
-    user, first, *rest = (turn.visual_tokens + turn.text_tokens for turn in turns)
+    views = [sum(vision_flops(patch_grid(size, processor), config) for size in one.images) for one in trajectory.turns]
+    user, first, *rest = (turn.visual_tokens + turn.text_tokens for turn in trajectory.turns)
     vision, prefill, decode = 0.0, 0.0, 0.0
     if rest:
-        tool, answer = rest
-        known = user + first - 1 if reuse else 0
+        known, total = user + first - 1 if reuse else 0, user + first + rest[0]
         vision = views[2] if reuse else views[0] + views[2]
-        prefill = prefill_flops(user + first + tool - known, known, config)
-        decode = decode_flops(answer - 1, user + first + tool, config)
-    first_decode = decode_flops(first - 1, user, config)
-    first_prefill = prefill_flops(user, 0, config)
+        prefill, decode = prefill_flops(total - known, known, config), decode_flops(rest[1] - 1, total, config)
+    first_prefill, first_decode = prefill_flops(user, 0, config), decode_flops(first - 1, user, config)
     return {"vision": (views[0], vision), "prefill": (first_prefill, prefill), "decode": (first_decode, decode)}
 
 
@@ -116,32 +102,26 @@ def parameters(config: Any) -> tuple[int, int]:
 
 
 def roofline_seconds(
-    trajectories: Sequence[Trajectory],
-    config: Any,
-    processor: ImageOnlyProcessor,
-    gpu: Gpu,
-    reuse: bool = True,
-    bytes_per_value: int = 2,
-) -> dict[str, float]:
-    """Least seconds of ``gpu`` for these interactions *as one batch*, by part: vision, prefill, decode.
+    batch: Sequence[Trajectory], config: Any, processor: ImageOnlyProcessor, gpu: Gpu, reuse: bool, bytes_per_value: int
+) -> float:
+    """Least seconds of ``gpu`` for these interactions as one batch.
 
-    A part takes the longer of its FLOPs at peak and its bytes at peak. Bytes are the weights, once per pass, and the
-    caches that the pass reads. A batch decodes as many steps as its longest row.
+    Each part of each turn takes the longer of its FLOPs and its bytes at peak. Bytes are the weights, once per pass,
+    and the caches that the pass reads. A batch decodes as many steps as its longest row.
     """
-    found = [trajectory_flops(one, config, processor, reuse) for one in trajectories]
+    found = [trajectory_flops(one, config, processor, reuse) for one in batch]
     tower, language = (bytes_per_value * count for count in parameters(config))
-    seconds = dict.fromkeys(found[0], 0.0)
+    seconds = 0.0
     for turn in (0, 1):
         longest = read = 0
-        for turns in (one.turns for one in trajectories if len(one.turns) > 2 * turn):
+        for turns in (one.turns for one in batch if len(one.turns) > 2 * turn):
             steps = turns[2 * turn + 1].text_tokens - 1
             known = sum(one.visual_tokens + one.text_tokens for one in turns[: 2 * turn + 1])
             read += cache_bytes(steps * (known + steps // 2), config, bytes_per_value)
             longest = max(longest, steps)
-        moved = {"vision": tower, "prefill": language, "decode": longest * language + read}
-        for part in seconds:
+        for part, moved in (("vision", tower), ("prefill", language), ("decode", longest * language + read)):
             flops = sum(one[part][turn] for one in found)
-            seconds[part] += max(flops / gpu.flops, moved[part] / gpu.bandwidth) if flops else 0.0
+            seconds += max(flops / gpu.flops, moved / gpu.bandwidth) if flops else 0.0
     return seconds
 
 

@@ -4,12 +4,9 @@ Every repetition runs all jobs in a new random order, so that a slowdown of the 
 ratios within a repetition. `awares bench` and notebooks/07_latency use this module.
 """
 
-import contextlib
-import ctypes
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +29,6 @@ from awares.method.rollout import Engine, Trajectory
 TWO_TURN_SYSTEMS = ("awares", "awares_naive", "escalate_full")
 TIMED_SYSTEMS = ("full", "half", *TWO_TURN_SYSTEMS)
 LOOP = 1  # token budget under which every row runs alone
-_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class TimedJob(NamedTuple):
@@ -49,7 +45,7 @@ class Workload(NamedTuple):
     images: Sequence[Image]
     questions: Sequence[str]
     row_ids: Sequence[str]
-    scripts: Mapping[str, Sequence[Script]]
+    scripts: Mapping[str, Sequence[Script]] = {}
     call_bias: float = 0.0
 
 
@@ -62,10 +58,12 @@ class Measured(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds by (phase, turn), for `ScriptedEngine`; on a GPU every reading waits for the queued work."""
+    """Seconds by (phase, turn) and peak memory, from now on; on a GPU every reading waits for the queued work."""
 
     def __init__(self, device: str) -> None:
         self.gpu = device.startswith("cuda")
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
         self.seconds = {(phase, turn): 0.0 for turn in (1, 2) for phase in PHASES}
         self.last = self.now()
 
@@ -80,28 +78,9 @@ class Stopwatch:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-
-class PeakMemory:
-    """Peak memory since the start, in bytes: tensors on a GPU, else the process (Linux; nan elsewhere)."""
-
-    def __init__(self, device: str) -> None:
-        self.gpu = device.startswith("cuda")
-        gc.collect()
-        if self.gpu:
-            torch.cuda.reset_peak_memory_stats()
-        elif _CLEAR_REFS.exists():
-            with contextlib.suppress(
-                OSError, AttributeError
-            ):  # glibc keeps freed memory; other libraries lack the call
-                ctypes.CDLL(None).malloc_trim(0)
-            _CLEAR_REFS.write_text("5")  # resets the process's peak
-
-    def read(self) -> float:
-        """Bytes."""
-        if self.gpu:
-            return float(torch.cuda.max_memory_allocated())
-        status = Path("/proc/self/status").read_text() if _CLEAR_REFS.exists() else "VmHWM: nan"
-        return 1024 * float(status.partition("VmHWM:")[2].split()[0])
+    def peak_memory(self) -> float:
+        """Peak of the GPU's tensors in bytes; nan on a CPU."""
+        return float(torch.cuda.max_memory_allocated()) if self.gpu else float("nan")
 
 
 def spread(benchmarks: Sequence[str], count: int) -> list[int]:
@@ -122,22 +101,19 @@ def jobs(
     """
     images, questions, ids, scripts, call_bias = workload
 
-    def job(system: str, budget: int) -> TimedJob:
-        def work(on_phase_end: PhaseEnd | None) -> list[Trajectory]:
-            if system not in TIMED_SYSTEMS:
-                engine = Engine(models[system], processor, token_budget=budget, **limits)
-                rows = {"id": ids, "image": images, "question": questions}
-                return baselines.answer(system, baselines.SystemJob(engine, rows))
-            options = {"reuse": system != "awares_naive", "on_phase_end": on_phase_end, **limits}
-            scripted = ScriptedEngine(models[system], processor, token_budget=budget, **options)
-            if system in TWO_TURN_SYSTEMS and system not in scripts:
-                return scripted.run(images, questions, call_bias=call_bias, row_ids=ids)
-            view = "" if system in TWO_TURN_SYSTEMS else system
-            return scripted.run_scripts(images, questions, ids, scripts.get(system, [Script()] * len(ids)), view)
+    def play(system: str, budget: int, on_phase_end: PhaseEnd | None) -> list[Trajectory]:
+        options = {"token_budget": budget, **limits}
+        if system not in TIMED_SYSTEMS:
+            rows = {"id": ids, "image": images, "question": questions}
+            return baselines.answer(system, baselines.SystemJob(Engine(models[system], processor, **options), rows))
+        engine = ScriptedEngine(models[system], processor, reuse=system != "awares_naive", **options)
+        engine.decoder.on_phase_end = on_phase_end
+        if system in TWO_TURN_SYSTEMS and system not in scripts:
+            return engine.run(images, questions, call_bias=call_bias, row_ids=ids)
+        view = "" if system in TWO_TURN_SYSTEMS else system
+        return engine.run_scripts(images, questions, ids, scripts.get(system, [Script()] * len(ids)), view)
 
-        return TimedJob(system, budget, work)
-
-    return [job(system, budget) for budget in budgets for system in models]
+    return [TimedJob(system, budget, partial(play, system, budget)) for budget in budgets for system in models]
 
 
 def escalations(trajectories: Sequence[Trajectory]) -> list[Script]:
@@ -159,30 +135,26 @@ def escalated(engine: ScriptedEngine, rows: Any, trajectories: Sequence[Trajecto
 
 
 def time_jobs(work: Sequence[TimedJob], repetitions: int, seed: int, device: str) -> Measured:
-    """Run every job once to warm up (which gives its peak memory), then ``repetitions`` times in shuffled order.
+    """Run every job once to warm up, then ``repetitions`` times in shuffled order.
 
     Columns of ``times``: system, token_budget, repetition, rows, seconds, peak_memory in bytes, and the seconds of
     every phase and turn, e.g. prefill_2.
     """
-    records, peaks = [], []
-    done: dict[str, list[Trajectory]] = {}
-    alone: dict[str, list[list[float]]] = {}
+    records, done, alone = [], dict[str, list[Trajectory]](), dict[str, list[list[float]]]()
     for job in work:
-        memory = PeakMemory(device)
         done.setdefault(job.system, job.work(None))
-        peaks.append(memory.read())
     rng = np.random.default_rng(seed)
     for repetition in range(repetitions):
         for index in rng.permutation(len(work)):
             job, watch = work[index], Stopwatch(device)
             begun = watch.last
             answered = job.work(watch)
-            seconds, rows = watch.now() - begun, len(answered)
+            seconds = watch.now() - begun
             if job.token_budget == LOOP:
                 alone.setdefault(job.system, []).append([one.seconds for one in answered])
-            parts = {f"{phase}_{turn}": value for (phase, turn), value in watch.seconds.items()}
-            record = {"system": job.system, "token_budget": job.token_budget, "repetition": repetition, "rows": rows}
-            records.append({**record, "seconds": seconds, "peak_memory": peaks[index], **parts})
+            record = {"system": job.system, "token_budget": job.token_budget, "repetition": repetition}
+            record |= {"rows": len(answered), "seconds": seconds, "peak_memory": watch.peak_memory()}
+            records.append({**record, **{f"{phase}_{turn}": spent for (phase, turn), spent in watch.seconds.items()}})
     return Measured(pd.DataFrame(records), done, {system: np.array(seconds) for system, seconds in alone.items()})
 
 
@@ -196,39 +168,36 @@ def matmul_rate(device: str, dtype: str, size: int = 1024, repetitions: int = 20
     return 2 * size**3 / float(np.diff(ends).min()) / 1e9
 
 
-def best_budgets(times: pd.DataFrame) -> dict[str, int]:
-    """The token budget at which each system is fastest, except rows alone."""
-    batched = times[times.token_budget != LOOP]
-    middle = batched.pivot_table("seconds", "token_budget", "system", aggfunc="median").idxmin()
-    return {system: int(middle[system]) for system in TIMED_SYSTEMS if system in middle}
-
-
-def time_table(times: pd.DataFrame, reference: str = "full") -> pd.DataFrame:
-    """Milliseconds per row at batch 1 and at each system's best budget, and the ratio to ``reference`` at the same.
-
-    Medians over repetitions with quartiles (``_low``, ``_high``); ``ratio`` is taken within a repetition; ``speedup``:
-    rows per second relative to batch 1. Phases are medians over both turns, ``prefill_2`` of the second turn.
-    """
-    tables = []
-    alone = next(_batches(times))[2]
-    times = times.assign(**{phase: times[f"{phase}_1"] + times[f"{phase}_2"] for phase in PHASES})
-    for batch, budgets, seconds in _batches(times):
-        systems = times[times.token_budget == times.system.map(budgets)].groupby("system")
-        rows = systems.rows.first()
-        table = pd.DataFrame({"batch": batch, "token_budget": budgets, "rows": rows})
-        table = table.join(quartiles("ms", 1000 * seconds / rows))
-        table = table.join(quartiles("ratio", seconds.div(seconds[reference], axis=0)))
-        table = table.join(quartiles("speedup", alone / seconds))
-        table = table.join(1000 * systems[[*PHASES, "prefill_2"]].median().div(rows, axis=0))
-        tables.append(table.assign(peak_memory_mb=systems.peak_memory.first() / 1e6).loc[list(budgets)])
-    return pd.concat(tables).rename_axis("system").reset_index()
+# Tables of times
 
 
 def ratio_table(times: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Milliseconds per row of the systems ``names``, at one token budget, and their ratio to the first of them."""
-    seconds = times.pivot(index="repetition", columns="system", values="seconds")[list(names)]
-    row_times = quartiles("ms", 1000 * seconds / times.groupby("system").rows.first())
-    return row_times.join(quartiles("ratio", seconds.div(seconds[names[0]], axis=0))).loc[list(names)].reset_index()
+    """Milliseconds per row of the systems ``names``, at one budget each, their ratio to the first, and peak memory.
+
+    Medians over repetitions with quartiles (``_low``, ``_high``); ``ratio`` is taken within a repetition.
+    """
+    systems, seconds = times.groupby("system"), _seconds(times)[list(names)]
+    table = _quartiles("ms", 1000 * seconds / systems.rows.first())
+    table = table.join(_quartiles("ratio", seconds.div(seconds[names[0]], axis=0)))
+    return table.assign(peak_memory_mb=systems.peak_memory.max() / 1e6).loc[list(names)].reset_index()
+
+
+def time_table(times: pd.DataFrame) -> pd.DataFrame:
+    """`ratio_table` at batch 1 and at each system's best budget, relative to ``full`` at the same.
+
+    ``speedup``: rows per second relative to batch 1, with quartiles. Phases are medians over both turns, ``prefill_2``
+    of the second turn, in ms per row.
+    """
+    tables, alone = [], _seconds(times[times.token_budget == LOOP])
+    times = times.assign(**{phase: times[f"{phase}_1"] + times[f"{phase}_2"] for phase in PHASES})
+    for batch, budgets, chosen in _batches(times):
+        systems = chosen.groupby("system")
+        rows = systems.rows.first()
+        table = pd.DataFrame({"batch": batch, "token_budget": budgets, "rows": rows})
+        table = table.join(ratio_table(chosen, list(budgets)).set_index("system"))
+        table = table.join(_quartiles("speedup", alone / _seconds(chosen)))
+        tables.append(table.join(1000 * systems[[*PHASES, "prefill_2"]].median().div(rows, axis=0)).loc[list(budgets)])
+    return pd.concat(tables).rename_axis("system").reset_index()
 
 
 def pair_table(times: pd.DataFrame, overs: Sequence[str], level: float) -> pd.DataFrame:
@@ -238,10 +207,11 @@ def pair_table(times: pd.DataFrame, overs: Sequence[str], level: float) -> pd.Da
     one, with the ``level`` interval of Student's t for its logarithm. It covers repetitions on this machine and rows.
     """
     records = []
-    for batch, budgets, seconds in _batches(times):
+    for batch, budgets, chosen in _batches(times):
+        logs = np.log(_seconds(chosen))
         for over in overs:
             for system in (name for name in budgets if name != over):
-                steps = (np.log(seconds[system]) - np.log(seconds[over])).to_numpy()
+                steps = (logs[system] - logs[over]).to_numpy()
                 half = steps.std(ddof=1) / len(steps) ** 0.5 * scipy.stats.t.ppf((1 + level) / 2, len(steps) - 1)
                 ends = np.exp([steps.mean(), steps.mean() - half, steps.mean() + half])
                 records.append((system, over, batch, *ends))
@@ -253,39 +223,51 @@ def benchmark_table(alone: Mapping[str, np.ndarray], benchmarks: Sequence[str]) 
 
     Columns system, benchmark, ms (median over repetitions of the mean over rows) with quartiles, n rows.
     """
-    names, tables = np.array(benchmarks), []
-    counts = {name: int((names == name).sum()) for name in dict.fromkeys(benchmarks)}
+    tables = []
     for system, seconds in alone.items():
-        parts = pd.DataFrame({name: 1000 * seconds[:, names == name].mean(axis=1) for name in counts})
-        table = quartiles("ms", parts.assign(**{AVERAGE: parts.mean(axis=1)})).rename_axis("benchmark").reset_index()
+        rows = pd.DataFrame(1000 * seconds.T).groupby(list(benchmarks), sort=False)
+        means = rows.mean().T  # repetitions x benchmarks
+        table = _quartiles("ms", means.assign(**{AVERAGE: means.mean(axis=1)})).rename_axis("benchmark").reset_index()
         table.insert(0, "system", system)
-        tables.append(table.assign(n=[*counts.values(), len(names)]))
+        tables.append(table.assign(n=[*rows.size(), len(benchmarks)]))
     return pd.concat(tables, ignore_index=True)
 
 
-def flops_table(work: Sequence[TimedJob], reference: str = "full") -> pd.DataFrame:
-    """GFLOPs per row of each job by torch's counter, padding included; ``gflops_ratio`` to ``reference``."""
+def flops_table(work: Sequence[TimedJob]) -> pd.DataFrame:
+    """GFLOPs per row of each job by torch's counter, padding included; ``gflops_ratio`` to full's."""
     records = []
     for job in work:
         # torch does not count a CPU's fused attention kernel
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             rows = len(job.work(None))
         records.append({"system": job.system, "gflops": counter.get_total_flops() / rows / 1e9})
-    return _with_ratio(pd.DataFrame(records), reference)
+    return _with_ratio(pd.DataFrame(records))
 
 
-def quartiles(name: str, values: pd.DataFrame) -> pd.DataFrame:
+def _seconds(times: pd.DataFrame) -> pd.DataFrame:
+    """Repetitions x systems, each at one budget."""
+    return times.pivot(index="repetition", columns="system", values="seconds")
+
+
+def _quartiles(name: str, values: pd.DataFrame) -> pd.DataFrame:
     """Per column of ``values`` (repetitions x systems): ``name``, its median, and its quartiles, _low and _high."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
     return pd.DataFrame({name: middle, f"{name}_low": low, f"{name}_high": high}, index=values.columns)
 
 
 def _batches(times: pd.DataFrame) -> Iterator[tuple[str, dict[str, int], pd.DataFrame]]:
-    """Batch 1, then the best: its name, each system's token budget, and seconds (repetitions x systems)."""
-    best = best_budgets(times)
+    """Batch 1, then the best: its name, each system's token budget, and its times.
+
+    The best budget of a system is the fastest one, except rows alone.
+    """
+    batched = times[times.token_budget != LOOP]
+    middle = batched.pivot_table("seconds", "token_budget", "system", aggfunc="median").idxmin()
+    best = {system: int(middle[system]) for system in TIMED_SYSTEMS if system in middle}
     for batch, budgets in (("1", dict.fromkeys(best, LOOP)), ("best", best)):
-        chosen = times[times.token_budget == times.system.map(budgets)]
-        yield batch, budgets, chosen.pivot(index="repetition", columns="system", values="seconds")
+        yield batch, budgets, times[times.token_budget == times.system.map(budgets)]
+
+
+# Tables of counts
 
 
 def count_table(
@@ -311,11 +293,11 @@ def count_table(
             "cache_mb": costs.cache_bytes(1, config, bytes_per_value) * np.mean(tokens) / 1e6,
         }
         records.append(record)
-    return _with_ratio(pd.DataFrame(records), "full")
+    return _with_ratio(pd.DataFrame(records))
 
 
-def _with_ratio(table: pd.DataFrame, reference: str) -> pd.DataFrame:
-    return table.assign(gflops_ratio=table.gflops / table.gflops[table.system == reference].iloc[0])
+def _with_ratio(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(gflops_ratio=table.gflops / table.gflops[table.system == "full"].iloc[0])
 
 
 def response_table(done: Mapping[str, Sequence[Trajectory]], benchmarks: Sequence[str]) -> pd.DataFrame:

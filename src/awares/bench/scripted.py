@@ -1,7 +1,6 @@
 """An engine for timing: rows write the tokens of a script, and the end of every phase is reported."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +15,14 @@ from awares.method.protocol import Call
 from awares.method.rollout import Conversation, Engine, ImageSource, Trajectory
 
 PHASES = ("preprocess", "vision", "prefill", "decode")
+FREE = -1  # in a script of token ids: the model decides
 PhaseEnd = Callable[[str, int], None]  # called with a phase of `PHASES` that has just ended, and its turn: 1 or 2
-FREE, NOT_END = -1, -2  # in a script of token ids: the model decides; it may not end its turn
 
 
 class Script(NamedTuple):
-    """The behaviour of a row: the model writes its call token by token and gets a second turn, as after a free call.
+    """What a row writes, at the cost of writing it: its first turn's call, () = it answers at once, and its answer.
 
-    ``crops``: the first turn's call, () = it answers at once. ``answer_tokens``: tokens of the last turn with its
-    end-of-turn token; None = the model decides.
+    ``answer_tokens``: length of the last turn with its end-of-turn token; None = the model decides.
     """
 
     crops: tuple[str, ...] = ()
@@ -32,30 +30,24 @@ class Script(NamedTuple):
 
 
 class ForcedTokens(LogitsProcessor):
-    """Makes B rows write ``scripts`` (ids, FREE, NOT_END) at the cost of writing them, with random weights, too.
+    """Makes B rows write ``scripts`` (token ids); ``first_step`` is called at the first step."""
 
-    ``first_step`` is called at the first step.
-    """
-
-    def __init__(self, scripts: Sequence[Sequence[int]], decoder: Decoder, first_step: Callable[[], None]) -> None:
-        limit, longest = decoder.max_new_tokens, max(map(len, scripts))
-        if longest > limit:
-            raise AwaresValueError(f"{longest} tokens scripted, max_new_tokens is {limit}: raise it")
-        padded = [[*script, *[FREE] * (limit - len(script))] for script in scripts]
-        self.tokens = torch.tensor(padded, device=decoder.model.device)  # (B, max_new_tokens)
-        self.free, self.end, self.first_step, self.step = longest == 0, decoder.end, first_step, 0
+    def __init__(self, scripts: Sequence[Sequence[int]], device: Any, first_step: Callable[[], None]) -> None:
+        longest = max(map(len, scripts))
+        padded = [[*script, *[FREE] * (longest - len(script))] for script in scripts]
+        self.tokens = torch.tensor(padded, device=device)  # (B, longest)
+        self.first_step, self.step = first_step, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.step == 0:
+        step, self.step = self.step, self.step + 1
+        if step == 0:
             self.first_step()
-        must = self.tokens[:, self.step, None]  # (B, 1)
-        self.step += 1
-        if self.free:
+        if step >= self.tokens.shape[1]:
             return scores
+        must = self.tokens[:, step, None]  # (B, 1)
         token = torch.arange(scores.shape[1], device=scores.device)
-        barred = ((must >= 0) & (token != must)) | ((must == NOT_END) & (token == self.end))
         # a forced token gets 0, because the model may not be allowed to write it
-        return scores.masked_fill(barred, float("-inf")).masked_fill(token == must, 0.0)
+        return scores.masked_fill(must != FREE, float("-inf")).masked_fill(token == must, 0.0)
 
 
 class ScriptedDecoder(Decoder):
@@ -64,11 +56,10 @@ class ScriptedDecoder(Decoder):
     scripts: tuple[Mapping[str, list[int]], Mapping[str, list[int]]] = ({}, {})
     on_phase_end: PhaseEnd | None = None
     turn = 1
-    names: Sequence[str] = ()  # of the rows of the last `start`
 
-    def start(self, rows: Any, images: Any, call_bias: Any = None, names: Sequence[str] | None = None) -> Output:
-        self.names = names or [str(index) for index in range(len(rows))]
-        self._force(1, self.names)
+    def start(self, rows: Any, images: Any, call_bias: Any = None, names: Any = None) -> Output:
+        self.names = names
+        self._force(1, names)
         return super().start(rows, images, call_bias, names)
 
     def extend(self, state: State, picked: Sequence[int], *arguments: Any) -> Output:
@@ -77,7 +68,8 @@ class ScriptedDecoder(Decoder):
 
     def _force(self, turn: int, names: Sequence[str]) -> None:
         self.turn, scripts = turn, [self.scripts[turn - 1].get(name, []) for name in names]
-        self.processors = LogitsProcessorList([ForcedTokens(scripts, self, lambda: self._report("prefill"))])
+        forced = ForcedTokens(scripts, self.model.device, lambda: self._report("prefill"))
+        self.processors = LogitsProcessorList([forced])
 
     def _pixels(self, images: list[Image]) -> Any:
         pixels = super()._pixels(images)
@@ -89,8 +81,8 @@ class ScriptedDecoder(Decoder):
         self._report("vision" if any(images) else "preprocess")
         return encoded
 
-    def _generate(self, state: State, features: list[Tensor], call_bias: Sequence[float] | None) -> Output:
-        output = super()._generate(state, features, call_bias)
+    def _generate(self, *arguments: Any) -> Output:
+        output = super()._generate(*arguments)
         self._report("decode")
         return output
 
@@ -100,15 +92,11 @@ class ScriptedDecoder(Decoder):
 
 
 class ScriptedEngine(Engine):
-    """An engine whose rows can follow scripts; ``on_phase_end`` is called at the end of every phase of a batch."""
+    """An engine whose rows can follow scripts; a batch reports its phases to ``decoder.on_phase_end``."""
 
     decoder_type = ScriptedDecoder
     decoder: ScriptedDecoder
-
-    def __init__(self, *arguments: Any, on_phase_end: PhaseEnd | None = None, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.decoder.on_phase_end = on_phase_end
-        self.calls: dict[str, tuple[str, ...]] = {}
+    calls: Mapping[str, tuple[str, ...]] = {}
 
     def run_scripts(
         self,
@@ -120,17 +108,19 @@ class ScriptedEngine(Engine):
     ) -> list[Trajectory]:
         """`run`, or `answer` from a ``view``, with one script per row; a scripted call has ``call_status`` forced."""
         decoder, by_id = self.decoder, dict(zip(row_ids, scripts, strict=True))
-        self.calls = {row_id: script.crops for row_id, script in by_id.items() if script.crops}
-        lengths = {row_id: script.answer_tokens for row_id, script in by_id.items() if script.answer_tokens}
-        answers = {row_id: [NOT_END] * (length - 1) + [decoder.end] for row_id, length in lengths.items()}
-        texts = {row_id: self.protocol.render_call(crops) + END_OF_TURN for row_id, crops in self.calls.items()}
-        decoder.scripts = {**answers, **{row_id: decoder.tokenize(text) for row_id, text in texts.items()}}, answers
+        self.calls = {name: script.crops for name, script in by_id.items() if script.crops}
+        lengths = {name: script.answer_tokens for name, script in by_id.items() if script.answer_tokens}
+        answers = {name: decoder.tokenize("x") * (length - 1) + [decoder.end] for name, length in lengths.items()}
+        texts = {name: self.protocol.render_call(crops) + END_OF_TURN for name, crops in self.calls.items()}
+        first = {**answers, **{name: decoder.tokenize(text) for name, text in texts.items()}}
+        longest = max(map(len, [*first.values(), *answers.values()]), default=0)
+        if longest > decoder.max_new_tokens:
+            raise AwaresValueError(f"{longest} tokens scripted, max_new_tokens is {decoder.max_new_tokens}: raise it")
+        decoder.scripts = first, answers
         try:
             if view:
                 return self.answer(images, questions, view, row_ids=row_ids)
-            forced = [None if script.crops else () for script in scripts]
-            played = self.run(images, questions, forced, float("-inf"), row_ids)
-            return [replace(trajectory, call_logprob=None, call_gap=None) for trajectory in played]
+            return self.run(images, questions, [None if one.crops else () for one in scripts], float("-inf"), row_ids)
         finally:
             self.calls, decoder.scripts = {}, ({}, {})
 
