@@ -48,12 +48,22 @@ def style(dpi: int) -> None:
 def show(figure: Figure, alt: str | None = None) -> Picture:
     """``figure`` as a PNG for the notebook, the same bytes for the same content; the figure is closed.
 
-    ``alt``: the alternative text of the picture in HTML.
+    ``alt``: the alternative text of the picture in HTML; by default the titles, axes and legends of its panels.
     """
-    buffer = io.BytesIO()
+    alt, buffer = alt or _described(figure), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     plt.close(figure)
     return Picture(data=buffer.getvalue(), alt=alt)
+
+
+def _described(figure: Figure) -> str:
+    panels: dict[str, None] = {}
+    for axes in figure.axes:
+        drawn = f"{axes.get_ylabel()} over {axes.get_xlabel()}" if axes.get_xlabel() else axes.get_ylabel()
+        panels[": ".join(text for text in (axes.get_title() or axes.get_title("left"), drawn) if text)] = None
+    legends = [legend for legend in (*figure.legends, *(axes.get_legend() for axes in figure.axes)) if legend]
+    names = dict.fromkeys(text.get_text() for legend in legends for text in legend.get_texts())
+    return ". ".join(filter(None, ["; ".join(filter(None, panels)), ", ".join(names)])).replace("\n", " ")
 
 
 def save_figure(figure: Figure, path: Path, alt: str | None = None) -> Picture:
