@@ -1,7 +1,7 @@
 """Fixtures: a random tiny Qwen2.5-VL with a byte-level tokenizer, built in a second, so no test needs a checkpoint."""
 
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 from awares.data.rows import make_dataset
 from awares.engine import chat_format
-from awares.engine.model import ImageOnlyProcessor, make_processor
+from awares.engine.model import make_processor
 from awares.method.crops import CROPS
 from awares.settings import Task
 
@@ -21,43 +21,40 @@ TASKS = get_args(Task)  # the benchmarks
 TOOL_TOKENS = (*chat_format.TOOL_TOKENS, "<tool_response>", "</tool_response>")
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges (256 bytes), Qwen's special tokens, and long ones so that a call is ten tokens."""
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+LONG = ('{"name": "crop", "arguments": {"regions": ["', '", "', '"]}}', *CROPS)  # a call is ten tokens
+
+
+def tiny_tokenizer(tools=TOOL_TOKENS, long=LONG, core: Tokenizer | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges (256 bytes) or ``core``, with Qwen's special tokens, and ``tools`` and ``long``."""
+    if core is None:
+        vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in chat_format.SPECIAL_TOKENS])
-    common = ['{"name": "crop", "arguments": {"regions": ["', '", "', '"]}}', *CROPS]
-    core.add_tokens([AddedToken(token, normalized=False, special=False) for token in (*TOOL_TOKENS, *common)])
+    core.add_tokens([AddedToken(token, normalized=False, special=False) for token in (*tools, *long)])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def tiny_model(processor: ImageOnlyProcessor, seed: int = 0, layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
-    """Two ``layers``, width 32, vision tower of two blocks; weights large enough that logits differ clearly."""
+QWEN2_5 = (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+
+
+def tiny_model(processor, seed=0, layers=2, kind=QWEN2_5, mrope=(1, 1, 2), vision=None, tied=False, **text) -> Any:
+    """Width 32, vision tower of two blocks; weights large enough that logits differ clearly. ``text``: other sizes."""
     token_id = processor.tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*mrope]}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192}
     ends = {"bos_token_id": None, "eos_token_id": token_id("<|im_end|>"), "pad_token_id": token_id("<|endoftext|>")}
-    sizes = {"vocab_size": len(processor.tokenizer), "hidden_size": 32, "intermediate_size": 64}
-    text = {
-        **sizes,
-        **heads,
-        **ends,
-        "num_hidden_layers": layers,
-        "rope_parameters": rope,
-        "tie_word_embeddings": False,
-    }
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    sizes: dict[str, Any] = {"vocab_size": len(processor.tokenizer), "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {**heads, **ends, "num_hidden_layers": layers, "tie_word_embeddings": False, **text}
+    tower: dict[str, Any] = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "window_size": 112}
+    tower |= {"out_hidden_size": sizes["hidden_size"], "fullatt_block_indexes": [1], **(vision or {})}
     marks = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config={**vision, "fullatt_block_indexes": [1], "window_size": 112},
-        tie_word_embeddings=False,
-        **{f"{name}_token_id": token_id(f"<|{token}|>") for name, token in marks.items()},
-    )
+    ids = {f"{name}_token_id": token_id(f"<|{token}|>") for name, token in marks.items()}
+    text_config = {**sizes, "rope_parameters": rope}
+    config = kind[0](text_config=text_config, vision_config=tower, tie_word_embeddings=tied, **ids)
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    model = kind[1](config).eval()
     with torch.no_grad():  # the default spread of 0.02 leaves a random model almost blind to its input
         for name, weight in model.named_parameters():
             if weight.dim() > 1:

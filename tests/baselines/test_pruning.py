@@ -50,30 +50,6 @@ def test_received_is_mean_over_heads_and_sum_over_the_queries_of_the_same_segmen
     assert torch.allclose(pruning.received(query, key, lengths, 0.5), torch.cat(expected), atol=1e-5)
 
 
-def test_visionzip_targets_are_at_even_stride_and_take_in_the_most_similar() -> None:
-    scores = torch.tensor([float(n < 36) for n in range(80)])  # 36 dominant, 4 contextual, 44 in the rest
-    keys = torch.zeros(80, 4)
-    for n in range(36, 80):
-        keys[n, (n * 7) % 4] = 1.0 + n  # the length must not count
-    targets = [36, 47, 58, 69]
-    found = pruning.visionzip_tokens(scores, keys, features := rand(80, 5), 0.5)
-    assert found.kept.tolist() == [*range(36), *targets]
-    assert torch.equal(found.vectors[:36], features[:36])  # dominant tokens stay as they were
-    for place, target in zip(range(36, 40), targets, strict=True):
-        group = [n for n in range(36, 80) if n % 4 == target % 4]
-        assert len(group) == 11
-        assert torch.allclose(found.vectors[place], features[group].mean(dim=0), atol=1e-5)
-
-
-def test_visionzip_gives_equal_similarities_to_the_lowest_target_and_a_target_to_itself() -> None:
-    found = pruning.visionzip_tokens(torch.zeros(60), torch.ones(60, 4), features := rand(60, 5), 0.5)
-    dominant, targets = list(range(27)), [27, 38, 49]
-    assert found.kept.tolist() == [*dominant, *targets]
-    first = [27, *(n for n in range(28, 60) if n not in targets)]
-    assert torch.allclose(found.vectors[27], features[first].mean(dim=0), atol=1e-5)
-    assert torch.allclose(found.vectors[28:], features[[38, 49]], atol=1e-6)
-
-
 def test_quotas_are_proportional_and_overflow_goes_to_the_others() -> None:
     assert pruning.quotas([1, 1, 2], [10, 10, 10], 12) == [3, 3, 6]
     assert pruning.quotas([1, 2, 8], [10, 3, 4], 12) == [5, 3, 4]  # the overflow overflows again
@@ -143,24 +119,7 @@ def test_sparsevlm_listens_to_the_raters_alone_and_recycles_the_best_of_the_prun
     assert torch.equal(found.vectors[1:], hidden[9:20])
 
 
-def test_clusters_of_two_clouds_are_the_clouds() -> None:
-    points = torch.cat([0.1 * rand(6, 3), 5 + 0.1 * rand(5, 3, seed=1)])
-    centres, labels = pruning.cluster(points, 2)
-    assert centres[0] < 6 <= centres[1]
-    assert labels.tolist() == [0] * 6 + [1] * 5
-    same, labels = pruning.cluster(torch.ones(4, 3), 2)  # no cluster may stay empty
-    assert same.tolist() == [0, 1] and set(labels.tolist()) == {0, 1}
-
-
-def test_layers_scale_with_the_depth() -> None:
-    assert pruning.scaled_layers((2, 6, 15), 28) == [2, 6, 15]
-    assert pruning.scaled_layers((2, 6, 15), 36) == [3, 8, 19]
-    assert pruning.scaled_layers((2, 6, 15), 6) == [1, 2, 3] and pruning.scaled_layers((2,), 2) == [1]
-    with pytest.raises(AwaresError, match="two or more"):
-        pruning.scaled_layers((2,), 1)
-
-
-@pytest.mark.parametrize("depth, layers", [(28, (2, 6, 15)), (6, (1, 2, 3)), (7, (1, 2, 4))])
+@pytest.mark.parametrize("depth, layers", [(28, (2, 6, 15)), (36, (3, 8, 19)), (6, (1, 2, 3)), (7, (1, 2, 4))])
 @pytest.mark.parametrize("ratio", [0.36, 0.5, 0.7, 1.0])
 def test_the_schedule_meets_the_ratio_in_the_mean_over_layers(
     depth: int, layers: tuple[int, ...], ratio: float
@@ -168,7 +127,10 @@ def test_the_schedule_meets_the_ratio_in_the_mean_over_layers(
     shares = pruning.geometric_schedule(ratio, layers, depth)
     held = [1.0 if layer < layers[0] else shares[max(s for s in layers if s <= layer)] for layer in range(depth)]
     assert np.mean(held) == pytest.approx(ratio, abs=1e-9)
+    with pytest.raises(AwaresError, match="two or more"):
+        pruning.scaled_layers((2,), 1)
     assert list(shares) == list(layers) and held == sorted(held, reverse=True)
+    assert pruning.scaled_layers((2, 6, 15), depth) == list(layers)
     with pytest.raises(AwaresError, match="above"):  # less than the share of the full layers
         pruning.geometric_schedule(0.9 * layers[0] / depth, layers, depth)
 

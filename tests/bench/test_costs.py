@@ -5,15 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_bases import qwen3
+from test_bases import build
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from awares.bench import costs
 from awares.bench.scripted import Script, ScriptedEngine
 from awares.engine.decode import Decoder
-from awares.engine.model import ImageOnlyProcessor, patch_grid, visual_tokens
+from awares.engine.model import patch_grid, visual_tokens
 from awares.method import protocol
 from awares.method.rollout import Trajectory
 
@@ -29,11 +28,8 @@ def family(request: pytest.FixtureRequest, tiny: SimpleNamespace) -> SimpleNames
     """A tiny model of either family."""
     if request.param == "qwen2.5-vl":
         return tiny
-    torch.manual_seed(0)
-    model, patch = qwen3(tiny.processor.tokenizer)
-    size = {"shortest_edge": 4 * patch * patch, "longest_edge": 2000 * 2000}
-    processor = ImageOnlyProcessor(Qwen2VLImageProcessorPil(patch_size=patch, size=size), tiny.processor.tokenizer)
-    return SimpleNamespace(model=model.eval(), processor=processor, noise=tiny.noise)
+    model, processor = build("qwen3-vl", tiny.processor.tokenizer)
+    return SimpleNamespace(model=model, processor=processor, noise=tiny.noise)
 
 
 @pytest.fixture

@@ -32,10 +32,12 @@ def test_same_meaning(pair, expected):
 
 
 def test_number_words_from_zero_to_ninety_nine():
-    ones = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-    words = [*ones.split(), "seventeen", "eighteen", "nineteen"]
-    for tens in "twenty thirty forty fifty sixty seventy eighty ninety".split():
-        words += [tens, *(f"{tens}-{one}" for one in ones.split()[1:10])]
+    tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    ones = (
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+    )
+    ones += ["seventeen", "eighteen", "nineteen"]
+    words = ones + [f"{ten}-{one}".removesuffix("-zero") for ten in tens for one in ones[:10]]
     for value, word in enumerate(words):
         assert same_meaning(word, str(value)) and not same_meaning(word, str(value + 1))
 

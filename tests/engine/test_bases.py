@@ -7,15 +7,10 @@ import pytest
 import test_grpo
 import test_sft
 import torch
+from conftest import TOOL_TOKENS, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from awares.baselines import registry as baselines
@@ -26,96 +21,45 @@ from awares.method import protocol, sft
 from awares.method.rollout import Engine
 from awares.training import prompt_sharing as sharing
 
-# The added tokens of the published tokenizers, in the order of their ids; those without bars are not special
-MARKS = "object_ref_start object_ref_end box_start box_end quad_start quad_end".split()
-MARKS += "vision_start vision_end vision_pad image_pad video_pad".split()
-CODE = "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep".split()
-QWEN2_5 = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", *MARKS)] + ["<tool_call>", "</tool_call>"]
-QWEN2_5 += [f"<|{name}|>" for name in CODE]
-QWEN3 = [*QWEN2_5, "<tool_response>", "</tool_response>", "<think>", "</think>"]
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def published(added):
-    """A tokenizer like the published ones: byte-level BPE with merges, the same split into words and added tokens."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+def published(tools):
+    """A tokenizer like the published ones: byte-level BPE with merges, the same split into words and tool tokens."""
+    core, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])
     texts = [protocol.SYSTEM, "<tool_response>\n</tool_response>", "what is the word?", "user assistant system"] * 4
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-    for token in added:
-        kind = AddedToken(token, normalized=False, special="|" in token)
-        (core.add_special_tokens if kind.special else core.add_tokens)([kind])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return tiny_tokenizer(tools, (), core)
 
 
-TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 8192}
-
-
-def ids(tokenizer):
-    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
-
-
-def qwen2_5(tokenizer, heads, key_heads, tied):
-    """3B ties its embeddings and has 16 heads on 2; 72B has 64 on 8."""
-    text = dict(
-        **TEXT, vocab_size=len(tokenizer), num_attention_heads=heads, num_key_value_heads=key_heads,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [64 // heads // 2 - 2, 1, 1]},
-    )  # fmt: skip
-    vision = dict(
-        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[1],
-        window_size=112,
-    )  # fmt: skip
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids(tokenizer))
-    return Qwen2_5_VLForConditionalGeneration(config), 14
-
-
-def qwen3(tokenizer):
-    """Patches of 16 px, and vision features for the first layers of the language model."""
-    text = dict(
-        **TEXT, vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]},
-    )  # fmt: skip
-    vision = dict(
-        depth=3, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, patch_size=16,
-        num_position_embeddings=256, deepstack_visual_indexes=[0, 1],
-    )  # fmt: skip
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids(tokenizer))
-    return Qwen3VLForConditionalGeneration(config), 16
-
-
-BASES = {
-    "qwen2.5-vl-3b": lambda tokenizer: qwen2_5(tokenizer, 16, 2, True),
-    "qwen2.5-vl-72b": lambda tokenizer: qwen2_5(tokenizer, 8, 1, False),
-    "qwen3-vl": qwen3,
+QWEN3 = {"kind": (Qwen3VLConfig, Qwen3VLForConditionalGeneration), "head_dim": 16, "mrope": [4, 2, 2]}
+QWEN3["vision"] = {"depth": 3, "patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]}
+BASES = {  # 3B ties its embeddings and has 16 heads on 2; 72B has 64 on 8; Qwen3's tower feeds the first layers, too
+    "qwen2.5-vl-3b": {"num_attention_heads": 16, "mrope": [0, 1, 1], "tied": True},
+    "qwen2.5-vl-72b": {"num_attention_heads": 8, "num_key_value_heads": 1, "mrope": [2, 1, 1]},
+    "qwen3-vl": QWEN3,
 }
+
+
+def build(name, tokenizer):
+    """Model and processor of BASES."""
+    chat_format.install(tokenizer)
+    patch = 16 if name == "qwen3-vl" else 14
+    size = {"shortest_edge": 4 * patch * patch, "longest_edge": 2000 * 2000}
+    processor = ImageOnlyProcessor(Qwen2VLImageProcessorPil(patch_size=patch, size=size), tokenizer)
+    return tiny_model(processor, layers=3, hidden_size=64, **BASES[name]), processor
 
 
 @pytest.fixture(scope="module", params=BASES)
 def base(request, tmp_path_factory):
     """The folder of a saved model."""
-    torch.manual_seed(0)
-    tokenizer = published(QWEN3 if request.param == "qwen3-vl" else QWEN2_5)
-    chat_format.install(tokenizer)
-    model, patch = BASES[request.param](tokenizer)
-    with torch.no_grad():  # at 0.02 a random model is almost blind to its input
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                weight.normal_(0.0, 0.6 if "embed_tokens" in name else weight[0].numel() ** -0.5)
-    pictures = Qwen2VLImageProcessorPil(
-        patch_size=patch, size={"shortest_edge": 4 * patch * patch, "longest_edge": 2000 * 2000}
-    )
     folder = tmp_path_factory.mktemp("bases") / request.param
-    save_model(model, ImageOnlyProcessor(pictures, tokenizer), folder)
+    tools = TOOL_TOKENS if request.param == "qwen3-vl" else chat_format.TOOL_TOKENS
+    save_model(*build(request.param, published(tools)), folder)
     return folder
 
 

@@ -11,7 +11,7 @@ from test_sft import ROOT, checkpoints_of, finished, run, settings, trainer_for,
 from awares.engine import keys as work_keys
 from awares.engine.jsonl import exclusive_lock, read_records
 from awares.engine.model import load_model, save_model
-from awares.engine.rows import FEATURES, share_of
+from awares.engine.rows import FEATURES
 from awares.errors import AwaresError
 from awares.method.sft import Sample
 from awares.training import checkpoints as training
@@ -42,21 +42,6 @@ def test_a_model_of_the_hub_is_keyed_by_its_commit(monkeypatch):
         monkeypatch.setattr(work_keys, "hf_hub_download", lambda *_, at=commit: f"hub/snapshots/{at}/config.json")
         found.add(work_keys.folder_digest("Owner/Model"))
     assert len(found) == 2
-
-
-def test_a_torn_checkpoint_is_skipped(finished, tmp_path):
-    folder = checkpoints_of(finished, tmp_path)
-    assert [training.step_of(path) for path in training.checkpoints(folder)] == [1, 2, 3]
-    (folder / "checkpoint-3" / "trainer_state.json").write_text("{")
-    (folder / "checkpoint-2" / "optimizer.pt").unlink()
-    assert [training.step_of(path) for path in training.checkpoints(folder)] == [1]
-    assert training.checkpoints(folder, 2) == []  # one process wrote it, two cannot go on from it
-
-
-def test_the_share_of_rows_is_the_first_of_every_source(world):
-    rows = world.rows.remove_columns("source").add_column("source", ["a", "a", "b"] * 4)
-    assert share_of(rows, 0.5)["id"][:] == ["r0", "r1", "r2", "r3", "r4", "r5"]
-    assert share_of(rows, 1.0)["id"][:] == rows["id"][:]
 
 
 def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):
