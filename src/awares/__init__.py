@@ -5,13 +5,13 @@ trajectory = AwaRes.from_pretrained().ask("page.png", "what is the total?")
 """
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from awares.policy import AwaRes
+    from awares.policy import AwaRes as AwaRes
 
 __version__ = "0.1.0"
-__all__ = ["AwaRes", "__version__"]
 
 # OpenMP threads spin while they wait, and slow down every other process. libgomp reads this when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -20,8 +20,6 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 def __getattr__(name: str) -> Any:
     """Import `AwaRes` on first use: torch takes seconds, and crops or metrics do not need it."""
-    if name != "AwaRes":
-        raise AttributeError(f"module 'awares' has no attribute {name!r}")
-    from awares.policy import AwaRes
-
-    return AwaRes
+    if name == "AwaRes":
+        return import_module("awares.policy").AwaRes
+    raise AttributeError(f"module 'awares' has no attribute {name!r}")

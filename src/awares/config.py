@@ -1,114 +1,15 @@
 """Read params.yaml into `Params`: the keys at the top and of a profile, the changes of a variant, overrides."""
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import StrictBool, ValidationError
+from pydantic import ValidationError
 
 from awares import registry
 from awares.errors import AwaresFileError, AwaresValueError, first_fault
-from awares.settings import (
-    CROP_NAMES,
-    FREE_BOX,
-    Base,
-    ComparedSystems,
-    Count,
-    CropSettings,
-    Curation,
-    Data,
-    Distinct,
-    Evaluation,
-    Grpo,
-    Latency,
-    Listed,
-    Paths,
-    Plan,
-    ProtocolSettings,
-    Report,
-    Section,
-    Sft,
-    Whole,
-)  # fmt: skip
-
-MAIN_SYSTEMS = ("full", "half", "no_image", "sft", "awares")  # the rows of Table 1 that the main line fills
-# The sections that decide what a stage writes: a variant that changes none of them shares the main line's run.
-DECIDES = {"data": {"data"}, "curation": {"data", "crops", "protocol", "curation", "base"}}
-DECIDES["sft"] = DECIDES["curation"] | {"sft"}
-DECIDES["grpo"] = DECIDES["sft"] | {"grpo"}
-SEEDED_STAGES = ("sft", "grpo", "evaluation", "operating_curve", "latency")  # their run folders name the training seed
-
-
-class Params(Section):
-    """All settings of a run.
-
-    ``root``: the folder of params.yaml. ``changed``: the sections that the variant changes. ``unseen``: whether
-    ``evaluation.seed`` was changed, so that evaluation draws rows that no stage has seen.
-    """
-
-    root: Path
-    profile: str
-    variant: str
-    changed: frozenset[str]
-    unseen: StrictBool
-    seed: Whole
-    seeds: Listed[Whole]
-    threads: Count
-    paths: Paths
-    data: Data
-    crops: CropSettings
-    protocol: ProtocolSettings
-    curation: Curation
-    sft: Sft
-    grpo: Grpo
-    evaluation: Evaluation
-    comparison: ComparedSystems
-    latency: Latency
-    base: Base
-    plan: Plan
-    report: Report
-    ablations: dict[str, Distinct[str]] = field(hash=False)
-
-    def path(self, name: str) -> Path:
-        """``name`` relative to the repository root; an absolute path is returned unchanged."""
-        return self.root / name
-
-    def run_dir(self, stage: str) -> Path:
-        """runs/<profile>/<stage>; below it <variant> (data, curation) or <variant>-s<seed> (SEEDED_STAGES).
-
-        A stage before the first one that the variant changes has the main line's folder. Evaluation on an unseen seed
-        has unseen/<variant>-s<seed>-e<evaluation seed>, its operating curve the same name in operating_curve.
-        """
-        folder = self.path(self.paths.runs) / self.profile / stage
-        if stage not in DECIDES and stage not in SEEDED_STAGES:
-            return folder
-        name = "main" if stage in DECIDES and not self.changed & DECIDES[stage] else self.variant
-        if stage in SEEDED_STAGES:
-            name = f"{name}-s{self.seed}"
-        if stage in ("evaluation", "operating_curve") and self.unseen:
-            name = f"{name}-e{self.evaluation.seed}"
-            folder = folder.with_name("unseen") if stage == "evaluation" else folder
-        return folder / name
-
-    def report_dir(self) -> Path:
-        """reports/<profile>: the published results."""
-        return self.path(self.paths.reports) / self.profile
-
-    def model_path(self) -> Path | str:
-        """The base model: a folder of this repository, else the model id."""
-        local = self.path(self.base.model)
-        return local if local.parent.is_dir() else self.base.model
-
-    def launch(self, stage: str) -> str:
-        """The accelerate configuration for training ``stage`` (sft or grpo); "" = train in the notebook's process."""
-        return (self.sft.launch if stage == "sft" else "") or self.base.launch
-
-    def as_dict(self) -> dict[str, Any]:
-        """All values that a result depends on as a plain dict: for logs and for the keys of checkpoints."""
-        return {key: value for key, value in asdict(self).items() if key not in ("root", "changed", "ablations")}
+from awares.settings import CROP_NAMES, DECIDES, FREE_BOX, Params
 
 
 def load_params(
@@ -128,7 +29,7 @@ def load_params(
     values = read_yaml(file)
     own_profile, profiles, variants = (values.pop(name, None) for name in ("profile", "profiles", "variants"))
     profile = profile or own_profile
-    method, sizes = dict(_flat(values)), dict(_flat(_entry("profile", profile, profiles)))
+    method, sizes = _flat(values), _flat(_entry("profile", profile, profiles))
     if twice := method.keys() & sizes.keys():
         raise AwaresValueError(f"{min(twice)} is at the top and under profiles.{profile}: remove one of them")
     stored = method | sizes
@@ -152,15 +53,16 @@ def load_params(
 def differences(before: Params, after: Params) -> list[tuple[str, Any, Any]]:
     """The parameters in which two settings differ: (dotted key, before, after), a section in params.yaml's order."""
     written = read_yaml(before.path("params.yaml"))
-    places = [key for part in (written, written["profiles"][before.profile]) for key, _ in _flat(part)]
-    sections, new = [*before.as_dict()], dict(_flat(after.as_dict()))
-    found = [(key, old, new[key]) for key, old in _flat(before.as_dict()) if old != new[key] and key != "variant"]
-    return sorted(found, key=lambda one: (sections.index(one[0].partition(".")[0]), [*places, one[0]].index(one[0])))
+    places = [*_flat(written), *_flat(written["profiles"][before.profile])]
+    sections, old, new = [*before.as_dict()], _flat(before.as_dict()), _flat(after.as_dict())
+    changed = [key for key in old if old[key] != new[key] and key != "variant"]
+    changed.sort(key=lambda key: (sections.index(_section_of(key)), [*places, key].index(key)))
+    return [(key, old[key], new[key]) for key in changed]
 
 
 def parse_overrides(overrides: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """Dotted key -> value, from a mapping or its YAML text; no text means no override."""
-    return _parse("overrides", overrides) if isinstance(overrides, str) else _mapping("overrides", overrides or {})
+    return _mapping("overrides", overrides or {})
 
 
 def find_file(path: Path) -> Path:
@@ -175,19 +77,17 @@ def read_yaml(file: Path, named_by: str = "") -> dict[str, Any]:
     """The mapping in a YAML file, or AwaresError. ``named_by``: the parameter that names the file, for the message."""
     if not file.is_file():
         raise AwaresFileError(f"{file}: no such file{f'; {named_by} names it' if named_by else ''}")
-    return _parse(file.name, file.read_text(encoding="utf-8"))
+    return _mapping(file.name, file.read_text(encoding="utf-8"))
 
 
-def _parse(name: str, text: str) -> dict[str, Any]:
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    """A mapping, or the one that a YAML text holds."""
     try:
-        return _mapping(name, yaml.safe_load(text) or {})
+        value = (yaml.safe_load(value) or {}) if isinstance(value, str) else value
     except yaml.YAMLError as error:
         raise AwaresValueError(f"{name}: not YAML, a mapping such as {{seed: 2, grpo.beta: 0.0}}: {error}") from error
-
-
-def _mapping(key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise AwaresValueError(f"{key} must be a mapping of keys to values, not {value!r}")
+        raise AwaresValueError(f"{name} must be a mapping of keys to values, not {value!r}")
     return dict(value)
 
 
@@ -198,9 +98,11 @@ def _entry(kind: str, name: Any, table: Any) -> dict[str, Any]:
     return _mapping(f"{kind}s.{name}", known[name] or {})
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +119,8 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section_of(dotted: str) -> str:
-    return re.sub(r"^profiles\.\w+\.", "", dotted).partition(".")[0]
+    parts = dotted.split(".")
+    return parts[2 if parts[0] == "profiles" else 0]
 
 
 def _conflicts(params: Params) -> Iterator[str]:

@@ -24,11 +24,11 @@ class AwaresFileError(AwaresError, FileNotFoundError):
 
 @dataclass(frozen=True)
 class Failure:
-    """A row without a reply, and why. ``silent``: the server did not answer at all and may answer another time."""
+    """A row without a reply."""
 
     row_id: str
     reason: str
-    silent: bool = False
+    silent: bool = False  # the server did not answer at all and may answer another time
 
 
 class AwaresRequestError(AwaresError, RuntimeError):
@@ -57,12 +57,9 @@ def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[_R
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first fault of a pydantic validation: ``key.path: message, not value``.
-
-    An unknown key goes first: of a misspelt key, the right spelling is missing, too.
-    """
+    """The first fault of a pydantic validation: ``key.path: message, not value``."""
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
-    fault = min(error.errors(include_url=False), key=lambda one: one["type"] not in unknown)
+    fault = min(error.errors(), key=lambda one: one["type"] not in unknown)  # a misspelt key is missing, too
     key = ".".join(map(str, fault["loc"]))
     if fault["type"] in unknown:
         return f"unknown key {key}"

@@ -15,13 +15,12 @@ from awares.method.rollout import Engine, ImageSource, Trajectory
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A policy on disk: its name to show, a model folder or hub name, the adapters to merge into it, in order, and the
-    ``form`` of interaction that it was trained on, if known."""
+    """A policy on disk."""
 
-    name: str
-    path: Path | str
-    adapters: tuple[Path, ...] = ()
-    form: Protocol | None = None
+    name: str  # to show
+    path: Path | str  # a model folder or hub name
+    adapters: tuple[Path, ...] = ()  # to merge into it, in order
+    form: Protocol | None = None  # the interaction that it was trained on, if known
 
 
 def shipped(root: Path | None = None) -> Checkpoint:
@@ -37,13 +36,12 @@ def shipped(root: Path | None = None) -> Checkpoint:
 def of_run(name: str) -> Checkpoint:
     """The policy of a pipeline run: ``profile``, ``profile/stage`` or ``profile/stage/variant-sN``.
 
-    The stage is sft or grpo (default); the default of the third part is main with the seed of params.yaml. AwaresError
-    for a run that does not exist.
+    The stage is sft or grpo (default); without the third part it is the main line's run. AwaresError for no such run.
     """
-    profile, _, rest = name.strip("/").partition("/")
-    stage, _, which = (rest or "grpo").partition("/")
-    folder = load_params(profile).run_dir(stage)
-    folder = folder.parent / which if which else folder
+    profile, stage, which = [*name.strip("/").split("/", 2), "", ""][:3]
+    stage = stage or "grpo"
+    main = load_params(profile).run_dir(stage)
+    folder = main.parent / (which or main.name)
     if stage not in ("sft", "grpo") or not (folder / "merged" / "config.json").is_file():
         fix = "run `make repro`, or give profile, profile/stage or profile/stage/variant-sN of another"
         raise AwaresFileError(f"{folder / 'merged'}: no policy of run {name!r}: {fix}")
@@ -68,10 +66,9 @@ class AwaRes:
     ) -> "AwaRes":
         """Load the shipped policy (no ``path``), a merged model folder, or a base model with adapters, merged in order.
 
-        ``path`` may also be an adapter (folder or hub name): its adapter_config.json names the model or adapter that it
-        was trained on, relative to that folder or to the working folder, or on the hub. ``options`` go to the engine
-        (``max_new_tokens``, ``token_budget``, ...); ``protocol="released"`` is for the paper's checkpoint, which calls
-        in plain text (PAPER §7). AwaresError for a missing, foreign or truncated checkpoint.
+        ``path`` may also be an adapter (folder or hub name), whose adapter_config.json names what it was trained on.
+        ``options`` go to the engine: ``max_new_tokens``, ``token_budget``, or ``protocol="released"`` for the paper's
+        checkpoint, which calls in plain text (PAPER §7). AwaresError for a missing, foreign or truncated checkpoint.
         """
         if path is None:
             path, adapter = shipped().path, shipped().adapters
@@ -85,10 +82,9 @@ class AwaRes:
         return cls(Engine(model, load_processor(path), **options))
 
     def ask(self, image: ImageSource, question: str, call_bias: float = 0.0) -> Trajectory:
-        """Answer ``question`` about ``image`` (a path or a PIL image).
+        """Answer ``question`` about ``image`` (a path or a PIL image); the result has ``.answer``, ``.crops``, ``.rtr``.
 
-        The trajectory has ``.answer``, ``.crops``, ``.visual_tokens``, ``.full_visual_tokens``, ``.rtr``, ``.turns``. A
-        positive ``call_bias`` makes the policy call for crops more often, a negative one less often.
+        A positive ``call_bias`` (in logits) makes the policy call for crops more often, a negative one less often.
         """
         return self.engine.run([image], [question], call_bias=call_bias)[0]
 

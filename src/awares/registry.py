@@ -15,17 +15,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Registry:
-    """The functions of one extension point. ``kind``: its noun; ``builtin``: name -> module that defines it."""
+    """The functions of one extension point, a ``kind``; ``builtin``: name -> module that defines it."""
 
     def __init__(self, kind: str, builtin: dict[str, str]) -> None:
         self.kind, self.builtin = kind, builtin
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, name: str, **attributes: Any) -> Callable[[_Function], _Function]:
-        """The decorator: ``@reward("mine")``. A later definition of the same name replaces the earlier one.
-
-        ``attributes`` become those of the function: ``@system("mine", model="awares")`` runs on the trained policy.
-        """
+        """The decorator, such as ``@system("mine", model="awares")``: ``attributes`` become those of the function."""
 
         def register(function: _Function) -> _Function:
             self._functions[name] = function
@@ -41,19 +38,17 @@ class Registry:
         """The function for a name, or ``wanted`` itself if it is a function; AwaresValueError for an unknown name."""
         if not isinstance(wanted, str):
             return wanted
-        if wanted not in self._functions and wanted in self.builtin:
-            importlib.import_module(self.builtin[wanted])
-        if wanted in self._functions:
-            return self._functions[wanted]
         module, _, name = wanted.partition(":")
         try:
-            return getattr(importlib.import_module(module), name)
+            if wanted not in self._functions:
+                found = importlib.import_module(self.builtin.get(wanted, module))
+            return self._functions[wanted] if wanted in self._functions else getattr(found, name)
         except (ImportError, AttributeError) as error:
             choices = f"choose from {', '.join(self)} or write module:function"
             raise AwaresValueError(f"unknown {self.kind} {wanted!r} ({error}): {choices}") from error
 
     def check(self, name: str) -> str:
-        """``name`` if `find` finds it, else AwaresValueError. A built-in function is not imported for that."""
+        """``name`` if `find` finds it (a built-in function is not imported for that), else AwaresValueError."""
         if name not in self.builtin:
             self.find(name)
         return name

@@ -1,23 +1,27 @@
-"""The sections of params.yaml, which explains each value: here are the types and limits.
+"""`Params`, the types and limits of params.yaml, which explains each value. No key has a default."""
 
-There are no defaults: a missing key is an error. A section holds the keys of the *method* (at the top of the file) and
-of the *size* of a run (under ``profiles.<name>``).
-"""
-
-from typing import Annotated, Literal, TypeVar, dataclass_transform, get_args
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt
 from pydantic.dataclasses import dataclass
 
 from awares import registry
 
-FREE_BOX = "box"
 Crop = Literal[
     "top-left", "top-right", "bottom-left", "bottom-right", "center", "top", "bottom", "left", "right", "all"
 ]
 Task = Literal["chartqa", "docvqa", "ocrbench", "pope", "realworldqa", "vstar"]
 LoraModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CROP_NAMES: tuple[Crop, ...] = get_args(Crop)
+FREE_BOX = "box"
+MAIN_SYSTEMS = ("full", "half", "no_image", "sft", "awares")  # the rows of Table 1 that the main line fills
+# The sections that decide what a stage writes: a variant that changes none of them shares the main line's run.
+DECIDES = {"data": {"data"}, "curation": {"data", "crops", "protocol", "curation", "base"}}
+DECIDES["sft"] = DECIDES["curation"] | {"sft"}
+DECIDES["grpo"] = DECIDES["sft"] | {"grpo"}
+_SEEDED = ("sft", "grpo", "evaluation", "operating_curve", "latency")  # stages whose run folders name the training seed
 
 _Item = TypeVar("_Item")
 
@@ -207,3 +211,68 @@ class Plan(Section):
 class Report(Section):
     dpi: Annotated[StrictInt, Field(ge=30)]
     gallery: Count
+
+
+class Params(Section):
+    """All settings of a run."""
+
+    root: Path  # the folder of params.yaml
+    profile: str
+    variant: str
+    changed: frozenset[str]  # the sections that the variant changes
+    unseen: StrictBool  # evaluation.seed was changed: evaluation draws rows that no stage has seen
+    seed: Whole
+    seeds: Listed[Whole]
+    threads: Count
+    paths: Paths
+    data: Data
+    crops: CropSettings
+    protocol: ProtocolSettings
+    curation: Curation
+    sft: Sft
+    grpo: Grpo
+    evaluation: Evaluation
+    comparison: ComparedSystems
+    latency: Latency
+    base: Base
+    plan: Plan
+    report: Report
+    ablations: dict[str, Distinct[str]] = field(hash=False)
+
+    def path(self, name: str) -> Path:
+        """``name`` relative to the repository root; an absolute path is returned unchanged."""
+        return self.root / name
+
+    def run_dir(self, stage: str) -> Path:
+        """runs/<profile>/<stage>; below it <variant> (data, curation) or <variant>-s<seed> (_SEEDED).
+
+        A stage before the first one that the variant changes has the main line's folder. Evaluation on an unseen seed
+        has unseen/<variant>-s<seed>-e<evaluation seed>, its operating curve the same name in operating_curve.
+        """
+        folder = self.path(self.paths.runs) / self.profile / stage
+        if stage not in DECIDES and stage not in _SEEDED:
+            return folder
+        name = "main" if stage in DECIDES and not self.changed & DECIDES[stage] else self.variant
+        if stage in _SEEDED:
+            name = f"{name}-s{self.seed}"
+        if stage in ("evaluation", "operating_curve") and self.unseen:
+            name = f"{name}-e{self.evaluation.seed}"
+            folder = folder.with_name("unseen") if stage == "evaluation" else folder
+        return folder / name
+
+    def report_dir(self) -> Path:
+        """reports/<profile>: the published results."""
+        return self.path(self.paths.reports) / self.profile
+
+    def model_path(self) -> Path | str:
+        """The base model: a folder of this repository, else the model id."""
+        local = self.path(self.base.model)
+        return local if local.parent.is_dir() else self.base.model
+
+    def launch(self, stage: str) -> str:
+        """The accelerate configuration for training ``stage`` (sft or grpo); "" = train in the notebook's process."""
+        return (self.sft.launch if stage == "sft" else "") or self.base.launch
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values that a result depends on: for logs and for the keys of checkpoints."""
+        return {key: value for key, value in asdict(self).items() if key not in ("root", "changed", "ablations")}

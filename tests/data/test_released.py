@@ -10,7 +10,7 @@ import published
 import pytest
 
 from awares import AwaRes
-from awares.config import CROP_NAMES, load_params
+from awares.config import load_params
 from awares.data import released
 from awares.engine.model import save_model
 from awares.engine.rows import load_rows
@@ -19,6 +19,7 @@ from awares.method import protocol, sft
 from awares.method.crops import CROPS
 from awares.method.grpo import build_grpo_trainer
 from awares.method.rollout import Engine, Trajectory
+from awares.settings import CROP_NAMES
 from awares.study import curation_tables
 
 ROOT = Path(__file__).parents[2]

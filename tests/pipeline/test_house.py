@@ -35,7 +35,6 @@ def test_packages_import_downwards_only() -> None:
     assert wrong == []
 
 
-@pytest.mark.xfail(strict=False, reason="36 names are defined in several modules")
 def test_no_public_name_is_defined_twice() -> None:
     places = defaultdict(set)
     for module, tree in TREES.items():

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from chat_server import ServerProcess
 from conftest import TASKS
-from test_notebooks import ROOT, SMOKE, Line, records
+from line import ROOT, SMOKE, Line, records
 
-from awares.config import MAIN_SYSTEMS
 from awares.engine.model import save_model
 from awares.engine.rows import load_rows
 from awares.method.evaluation import AVERAGE
+from awares.settings import MAIN_SYSTEMS
 from awares.study import publish
 
 KEYS = {"AWARES_API_KEY": "sk-planted-paper-0b7d", "HF_TOKEN": "hf_planted_paper_4e8c"}
@@ -69,20 +69,7 @@ def servers(folder):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("AWARES_API_KEY", None)
     base = str(folder / "base")
-    command = [
-        sys.executable,
-        "-m",
-        "awares",
-        "serve",
-        "--mode",
-        "chat",
-        "--model",
-        base,
-        "--port",
-        "0",
-        "--name",
-        base,
-    ]
+    command = [sys.executable, "-m", "awares", *"serve --mode chat --port 0".split(), "--model", base, "--name", base]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     judging = ServerProcess(folder / "server.jsonl", "rigged")
     assert process.stdout is not None
@@ -98,13 +85,10 @@ def line(folder, servers):
     """The whole main line, once for all tests of this file, on this checkout's own code."""
     places = {"data.hub_root": folder / "hub", "curation.served_file": folder / "served.yaml"}
     places |= {"evaluation.lmms_eval": folder / "lmms_eval"}
-    made = Line(folder, {**VALUES, **{key: str(path) for key, path in places.items()}}, "paper")
-    settings = {"PYTHONPATH": str(ROOT / "src"), "HF_DATASETS_CACHE": str(folder / "cache"), "NO_PROXY": "127.0.0.1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**settings, **servers, **KEYS}.items():
-            patch.setenv(name, value)
-        made.run_main_line()
-        yield made
+    values = {**VALUES, **{key: str(path) for key, path in places.items()}}
+    made = Line(folder, values, "paper", NO_PROXY="127.0.0.1", **servers, **KEYS)
+    made.run_main_line()
+    return made
 
 
 def test_data(line):
@@ -147,7 +131,7 @@ def test_lmms_eval_scores_both_policies(line):
 
 
 def test_plan_finds_what_is_there_and_what_is_not(line, servers, monkeypatch):
-    monkeypatch.setenv("AWARES_DEEPSEEK_URL", servers["AWARES_BASE_URL"])  # where another model is served
+    monkeypatch.setitem(line.environment, "AWARES_DEEPSEEK_URL", servers["AWARES_BASE_URL"])  # another model
     missing = {"base.device": "cuda", "base.launch": "data/launch/8gpu.yaml", "evaluation.lmms_eval": "nowhere/python"}
     cells = nbformat.read(line.run("08_plan", "plan", **missing), as_version=4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]

@@ -5,7 +5,6 @@ Labels come from the ANLS judge without a threshold, so that both kinds of row e
 """
 
 import ast
-import importlib
 import itertools
 import json
 import shutil
@@ -13,32 +12,21 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-import papermill
 import published
 import pytest
 import yaml
 from conftest import TASKS
+from line import NOTEBOOKS, ROOT, SMOKE, Line, records
 
 from awares.bench.latency import TIMED_SYSTEMS
-from awares.config import MAIN_SYSTEMS, load_params
 from awares.engine.model import save_model
 from awares.engine.rows import load_rows
 from awares.method.evaluation import AVERAGE
+from awares.settings import MAIN_SYSTEMS
 from awares.study import publish
 from awares.study.comparison import judged_by
 
-ROOT = Path(__file__).parents[2]
-NOTEBOOKS = ROOT / "notebooks"
-# The sizes of a smoke run. A random model never calls by itself, so the call has a bias
-SMOKE = yaml.safe_load("""
-{threads: 1, data.train_rows: 8, data.validation_rows: 4, curation.judge: anls, curation.anls_threshold: 0.0,
- curation.max_new_tokens: 12, protocol.max_new_tokens: 12, sft.batch_size: 8, sft.per_device_batch_size: 4,
- sft.epochs: 1, sft.checkpoints: 2, sft.selection_rows: 4, grpo.batch_size: 8, grpo.per_device_batch_size: 4,
- grpo.generations: 4,
- grpo.max_steps: 2, grpo.max_completion_length: 16, grpo.save_steps: 1, evaluation.rows: 2, evaluation.frontier_rows: 2,
- evaluation.bootstrap: 50, evaluation.call_bias: 30.0, evaluation.dial_biases: [-30.0, 0.0], evaluation.dial_rows: 8,
- latency.rows: 6, latency.repetitions: 2, latency.batch_tokens: [4096], report.gallery: 2}
-""")
+pytestmark = pytest.mark.notebooks
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
@@ -58,11 +46,6 @@ def test_source_is_stripped_and_reads_like_an_article(path):
         listed = {line for node in shown for line in range(node.lineno, (node.end_lineno or 0) + 1)}
         assert len(cell.source.splitlines()) - len(listed) <= 16, f"long cell:\n{cell.source}"
         assert not [node for node in nodes if isinstance(node, (ast.ClassDef, ast.Lambda))], cell.source
-        for node in nodes:
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("awares."):
-                module, names = importlib.import_module(node.module), {alias.name for alias in node.names}
-                files = {file.stem for folder in getattr(module, "__path__", ()) for file in Path(folder).glob("*.py")}
-                assert names <= {*dir(module), *files}, f"{node.module} lacks {names - {*dir(module), *files}}"
         functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]  # the idea of a chapter, no plumbing
         assert all(len(ast.unparse(node).splitlines()) <= 10 for node in functions) and len(functions) < 2, cell.source
         assert "dvc" not in cell.source.lower() and not cell.source.startswith(("!", "%"))
@@ -70,71 +53,13 @@ def test_source_is_stripped_and_reads_like_an_article(path):
     assert [node.targets[0].id for node in ast.parse(tagged.source).body] == ["profile", "variant", "overrides"]
 
 
-class Line:
-    """The stages' notebooks under ``profile``, executed into ``folder``, which has the base model in ``base``."""
-
-    def __init__(self, folder: Path, values: dict, profile: str = "mini") -> None:
-        places = {"paths.runs": folder / "runs", "paths.reports": folder / "reports", "base.model": folder / "base"}
-        self.values = {**values, **{key: str(path) for key, path in places.items()}}
-        self.profile, self.params = profile, load_params(profile, "main", self.values, ROOT / "params.yaml")
-        self.printed = folder / "printed.txt"  # what the notebooks print: the pipeline shows it
-        self.written: dict[str, set] = {}  # stage -> its files as it left them
-
-    def with_values(self, variant: str = "main", **more):
-        return load_params(self.profile, variant, {**self.values, **more}, ROOT / "params.yaml")
-
-    def run(self, name: str | Path, stage: str, variant: str = "main", **more) -> Path:
-        """Execute notebook ``name`` (or an edited copy, by its path) as the pipeline does; the executed copy."""
-        executed = self.with_values(variant, **more).run_dir(stage) / "notebook.ipynb"
-        executed.parent.mkdir(parents=True, exist_ok=True)
-        overrides = yaml.safe_dump({**self.values, **more}, default_flow_style=True, width=10**6).strip()
-        parameters = {"profile": self.profile, "variant": variant, "overrides": overrides}
-        source = name if isinstance(name, Path) else NOTEBOOKS / f"{name}.ipynb"
-        options = {"kernel_name": "python3", "progress_bar": False, "cwd": NOTEBOOKS}
-        with self.printed.open("a") as shown:
-            papermill.execute_notebook(source, executed, parameters, **options, stdout_file=shown, stderr_file=shown)
-        return executed
-
-    def run_main_line(self) -> None:
-        for name, stage in publish.STAGES.items():
-            self.run(name, stage)
-            self.written[stage] = self.files(stage)
-
-    def run_edited(self, name: str, stage: str, cell: str, source: str, folder: Path) -> Path:
-        """Run notebook ``name`` with the code cell that contains ``cell`` replaced, on a copy of the runs."""
-        notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-        next(one for one in notebook.cells if one.cell_type == "code" and cell in one.source).source = source
-        nbformat.write(notebook, folder / "mine.ipynb")
-        shutil.copytree(self.params.path(self.params.paths.runs), folder / "runs")
-        return self.run(folder / "mine.ipynb", stage, **{"paths.runs": str(folder / "runs")}).parent
-
-    def files(self, stage: str) -> set[tuple[str, int]]:
-        return {(str(path), path.stat().st_size) for path in self.params.run_dir(stage).rglob("*") if path.is_file()}
-
-    def table(self, stage: str, name: str) -> pd.DataFrame:
-        return pd.read_csv(self.params.run_dir(stage) / "tables" / f"{name}.csv")
-
-    def metrics(self, stage: str) -> dict:
-        return json.loads((self.params.run_dir(stage) / "metrics.json").read_text())
-
-
-def records(path):
-    return [json.loads(text) for text in path.read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def line(tmp_path_factory, tiny):
     """The whole main line, once for all tests of this file, on this checkout's own code."""
-    folder = tmp_path_factory.mktemp("line")
-    save_model(tiny.model, tiny.processor, folder / "base")
-    made = Line(folder, SMOKE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT / "src"))
-        made.run_main_line()
-        yield made
-
-
-pytestmark = pytest.mark.notebooks
+    made = Line(tmp_path_factory.mktemp("line"), SMOKE)
+    save_model(tiny.model, tiny.processor, made.folder / "base")
+    made.run_main_line()
+    return made
 
 
 def test_no_stage_writes_where_another_has_written(line):
@@ -254,15 +179,13 @@ def test_executed_notebooks_are_byte_stable(line):
     assert once == again and str(ROOT) not in once
 
 
-def test_released_rows_take_the_place_of_curation(tiny, tmp_path, monkeypatch):
+def test_released_rows_take_the_place_of_curation(tiny, tmp_path):
     """SFT goes on from what 01 makes of the released dataset; base model, judge and oracle are not used."""
     save_model(tiny.model, tiny.processor, tmp_path / "base")
     published.released(tmp_path / "hub", 32, 80_000)
     published.benchmarks(tmp_path / "hub", 2, 90_000)
     places = {"data.hub_root": str(tmp_path / "hub"), "curation.released": "awares"}
     made = Line(tmp_path, {**SMOKE, **places, "data.validation_rows": 2})
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     made.run("01_released", "curation")  # own rows are not read: stage data has not run
     rows = {split: load_rows(made.params.run_dir("curation") / split / "dataset") for split in ("train", "validation")}
     assert {split: len(part) for split, part in rows.items()} == {"train": 22, "validation": 10}

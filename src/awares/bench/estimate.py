@@ -16,11 +16,11 @@ from PIL import Image as PilImage
 
 from awares.bench import configs, costs
 from awares.clients.judges import get_model, read_served
-from awares.config import MAIN_SYSTEMS, Params
 from awares.data import sources
 from awares.engine.images import cap
 from awares.engine.model import load_config, load_processor
 from awares.errors import AwaresFileError, AwaresValueError
+from awares.settings import MAIN_SYSTEMS, Params
 
 TEXT = 300  # tokens of system prompt, tool schema and question: assumed
 ANSWER, CALL = 4, 30  # tokens of an answer (§5) and of a call, with the end of the turn

@@ -18,11 +18,11 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
-from awares.config import CropSettings, Params
 from awares.engine.images import MIN_SIDE, check_image
 from awares.engine.rows import FEATURES, load_rows
 from awares.errors import AwaresFileError, AwaresValueError, validated
 from awares.method.crops import boxes_to_crops
+from awares.settings import CropSettings, Params
 
 
 def _check_box(box: list[int]) -> list[int]:

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from awares import registry
-from awares.config import FREE_BOX, CropSettings
 from awares.engine.images import resize
 from awares.errors import AwaresValueError
+from awares.settings import FREE_BOX, CropSettings
 
 Box = Sequence[float]
 CropRule = str | Callable[[Sequence[Box], CropSettings], Iterable[str]]

@@ -8,13 +8,13 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from awares.config import Evaluation, Params
 from awares.engine.jsonl import read_records, write_records
 from awares.errors import AwaresFileError, AwaresValueError
 from awares.method.crops import boxes_to_crops, union_area
 from awares.method.judges import HR, LR, build_judge, label
 from awares.method.metrics import bootstrap_interval, paired_bootstrap, score
 from awares.method.rollout import Trajectory
+from awares.settings import Evaluation, Params
 
 CropSets = Sequence[Collection[str]]  # one set of crop names per row
 AVERAGE = "average"  # the benchmark name of the mean over benchmarks

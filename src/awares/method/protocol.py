@@ -15,10 +15,10 @@ from typing import Any
 
 from PIL.Image import Image
 
-from awares.config import FREE_BOX, Params
 from awares.engine.chat_format import END_OF_TURN, SPECIAL_TOKENS, TOOL_CALL, TOOL_TOKENS, answer_text
 from awares.errors import AwaresFileError, AwaresValueError
 from awares.method.crops import CROPS, allowed, is_free
+from awares.settings import FREE_BOX, Params
 
 TOOL_NAME = "crop"
 PLAIN_SYSTEM = "You are a helpful assistant."

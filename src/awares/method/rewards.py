@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from awares.config import Grpo, Params
 from awares.engine.embedding import load_encoder
 from awares.engine.model import load_model, load_processor
 from awares.errors import AwaresValueError
@@ -30,6 +29,7 @@ from awares.method.judges import HR, LR, semantic
 from awares.method.metrics import anls
 from awares.method.rollout import Engine
 from awares.registry import reward
+from awares.settings import Grpo, Params
 from awares.training import distributed
 
 

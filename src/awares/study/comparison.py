@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from awares.config import DECIDES, MAIN_SYSTEMS, Evaluation, Params, differences
+from awares.config import differences
 from awares.data.rows import evaluation_rows
 from awares.errors import AwaresFileError, AwaresValueError
 from awares.method import evaluation
 from awares.method.evaluation import AVERAGE
+from awares.settings import DECIDES, MAIN_SYSTEMS, Evaluation, Params
 from awares.study.scores import EVALUATION, Runs, trained
 
 MAIN = "main"  # the main line's name in the tables of a variant

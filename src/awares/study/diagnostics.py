@@ -8,12 +8,12 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from awares.config import FREE_BOX, Evaluation
 from awares.method.crops import CROPS, Box, coverage
 from awares.method.evaluation import CALL_STATUSES, decision_parts, scored
 from awares.method.judges import HR
 from awares.method.metrics import percentiles, resampled_means
 from awares.method.rollout import Trajectory
+from awares.settings import FREE_BOX, Evaluation
 
 NO_CALL, SEVERAL = "no call", "several"
 OUTCOMES = (NO_CALL, *CROPS, SEVERAL, FREE_BOX)  # of a first turn: no region, one of the ten, several, one free box

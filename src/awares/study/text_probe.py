@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from awares.config import CropSettings
 from awares.data.rows import evidence_crops, rows_of_source
+from awares.settings import CropSettings
 
 
 def text_probe() -> Pipeline:

@@ -20,12 +20,12 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
-from awares.config import Grpo, Params, Sft
 from awares.engine.jsonl import exclusive_lock, write_records
 from awares.engine.keys import LIBRARIES, checkpoint_folder, code_of, folder_digest
 from awares.engine.model import load_model, load_processor, save_model, set_threads
 from awares.engine.rows import rows_digest
 from awares.errors import AwaresValueError
+from awares.settings import Grpo, Params, Sft
 from awares.training import distributed
 
 huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer to its makers
