@@ -82,7 +82,7 @@ class AwaRes:
         return cls(Engine(model, load_processor(path), **options))
 
     def ask(self, image: ImageSource, question: str, call_bias: float = 0.0) -> Trajectory:
-        """Answer ``question`` about ``image`` (a path or a PIL image); the result has ``.answer``, ``.crops``, ``.rtr``.
+        """Answer ``question`` about ``image`` (a path or a PIL image). The result has ``answer``, ``crops``, ``rtr``.
 
         A positive ``call_bias`` (in logits) makes the policy call for crops more often, a negative one less often.
         """

@@ -22,7 +22,6 @@ import yaml
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from papermill.engines import Engine, papermill_engines
-from traitlets.config import Config
 
 from awares.config import load_params
 from awares.study import publish
@@ -48,7 +47,7 @@ class Line:
         places = {"paths.runs": folder / "runs", "paths.reports": folder / "reports", "base.model": folder / "base"}
         self.values = {**values, **{key: str(path) for key, path in places.items()}}
         self.folder, self.profile, self.params = folder, profile, load_params(profile, "main", self.values)
-        self.environment = {**environment, "PYTHONPATH": str(ROOT / "src")}  # for training in further processes, too
+        self.environment = {"PYTHONPATH": str(ROOT / "src"), "IPYTHONDIR": str(folder / "ipython"), **environment}
         self.printed = folder / "printed.txt"  # what the notebooks print: the pipeline shows it
         self.written = {}  # stage -> its files as it left them
 
@@ -101,7 +100,7 @@ class InProcess(Engine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, stdout_file, **options):
-        shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+        shell = InteractiveShell.instance()
         try:
             with isolated(stdout_file):
                 for cell in [cell for cell in nb_man.nb.cells if cell.cell_type == "code"]:
@@ -109,7 +108,8 @@ class InProcess(Engine):
                     cls.run_cell(shell, cell, stdout_file)
                     nb_man.cell_complete(cell)
         finally:
-            shell.restore_sys_module_state()
+            shell.reset(new_session=False)  # frees the notebook's models
+            shell.cleanup()
             InteractiveShell.clear_instance()
 
     @staticmethod
