@@ -78,8 +78,9 @@ def example(rng: Generator, stage: Stage) -> Example:
     if stage.asks and rng.random() < TEXT_SHARE:
         return text_example(rng)
     painter = _draw(rng, stage.painters)
-    paint = scenes.draw if stage.trains == "language" else scenes.paint  # symbolic pages need no camera
-    scene = paint(painter, rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
+    size = scenes.SIZES[int(rng.integers(len(scenes.SIZES)))]
+    captured = stage.trains != "language"  # symbolic pages need no camera
+    scene = scenes.paint(painter, rng, size) if captured else scenes.PAINTERS[painter](rng, size)
     kind = _draw(rng, stage.views)
     if painter == "ledger" and kind == "half":  # its keys may be small
         kind = "full"

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from awares.mini.vocabulary import COLOURS, SHAPES
 
+Size = tuple[int, int]  # width, height in px
 PixelBox = tuple[float, float, float, float]  # left, top, right, bottom in px
 SMALL_TEXT, LARGE_TEXT = (15, 18), (32, 37)  # px, half-open
-SMALL_OBJECT, LARGE_OBJECT = (16, 20), (36, 44)
-FONTS = {"sans": "DejaVuSans.ttf", "serif": "DejaVuSerif.ttf"}
+OBJECT_PX = {True: (16, 20), False: (36, 44)}  # small or not
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Mark:
 
 @lru_cache(maxsize=256)
 def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / FONTS[face]), size)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVu{face}.ttf"), size)
 
 
 @lru_cache(maxsize=65536)
@@ -63,7 +64,7 @@ class Pen:
     def small(self) -> bool:
         return self.size < LARGE_TEXT[0]
 
-    def shrunk(self, rng: np.random.Generator) -> "Pen":
+    def shrunk(self, rng: Generator) -> "Pen":
         """A pen of small text that is not larger than this one."""
         return replace(self, size=int(rng.integers(SMALL_TEXT[0], min(SMALL_TEXT[1], self.size + 1))))
 
@@ -82,9 +83,7 @@ class Pen:
 class Canvas:
     """A picture of ``size`` (width, height) px with its marks, on textured ground near the colour ``base``."""
 
-    def __init__(
-        self, size: tuple[int, int], rng: np.random.Generator, base: Sequence[int], spread: int, texture: float
-    ) -> None:
+    def __init__(self, size: Size, rng: Generator, base: Sequence[int], spread: int, texture: float) -> None:
         self.width, self.height = size
         self.image = Image.fromarray(_ground(size, tint(base, rng, spread), rng, texture))
         self.draw = ImageDraw.Draw(self.image)
@@ -104,7 +103,7 @@ class Canvas:
             start = round(right + _advance(pen.face, pen.size, " "))
         return (x, y, right, y + bottom - top)
 
-    def object(self, x: int, y: int, side: int, shape: str, colour: str, rng: np.random.Generator) -> Mark:
+    def object(self, x: int, y: int, side: int, shape: str, colour: str, rng: Generator) -> Mark:
         """Draw a shape with its top left corner at (x, y); white without ``colour``."""
         mask = _shape_mask(shape, side)
         self.image.paste(tint(COLOURS.get(colour, (245, 245, 245)), rng, 10), (x, y), mask)
@@ -112,7 +111,7 @@ class Canvas:
         return self.marks[-1]
 
 
-def tint(colour: Sequence[int], rng: np.random.Generator, spread: int) -> tuple[int, int, int]:
+def tint(colour: Sequence[int], rng: Generator, spread: int) -> tuple[int, int, int]:
     """``colour`` with each channel shifted by up to ``spread``."""
     r, g, b = np.clip(np.asarray(colour) + rng.integers(-spread, spread + 1, 3), 0, 255).tolist()
     return r, g, b
@@ -132,7 +131,7 @@ def _shape_mask(shape: str, side: int) -> Image.Image:
     return mask.resize((side, side), Image.Resampling.BOX)
 
 
-def _ground(size: tuple[int, int], base: Sequence[int], rng: np.random.Generator, texture: float) -> np.ndarray:
+def _ground(size: Size, base: Sequence[int], rng: Generator, texture: float) -> np.ndarray:
     """A ground of colour ``base`` with a soft gradient and a coarse texture: (height, width, 3) uint8."""
     width, height = size
     coarse = rng.normal(0, texture, (height // 14 + 2, width // 14 + 2)).astype(np.float32)
@@ -142,7 +141,7 @@ def _ground(size: tuple[int, int], base: Sequence[int], rng: np.random.Generator
     return np.clip(np.asarray(base, np.float32) + (cloud + ramp)[..., None], 0, 255).astype(np.uint8)
 
 
-def capture(image: Image.Image, rng: np.random.Generator) -> bytes:
+def capture(image: Image.Image, rng: Generator) -> bytes:
     """The picture as a camera or scanner captures it, a JPEG file: blur, exposure, sensor noise, compression."""
     if rng.random() < 0.4:
         image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.2, 0.45))))
@@ -153,22 +152,15 @@ def capture(image: Image.Image, rng: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def random_pen(rng: np.random.Generator, small: bool, dark: bool = True) -> Pen:
+def random_pen(rng: Generator, small: bool, dark: bool = True) -> Pen:
     """A pen of small or large text, dark or light."""
     size = int(rng.integers(*(SMALL_TEXT if small else LARGE_TEXT)))
-    face = str(rng.choice(["sans", "serif"]))
+    face = str(rng.choice(["Sans", "Serif"]))
     fill = tint((30, 30, 40) if dark else (240, 240, 235), rng, 25)
     return Pen(face, size, fill, str(rng.choice(["lower", "title"])))
 
 
-def object_px(rng: np.random.Generator, small: bool) -> int:
-    """The side of a small or large object, px."""
-    return int(rng.integers(*(SMALL_OBJECT if small else LARGE_OBJECT)))
-
-
-def free_spot(
-    rng: np.random.Generator, taken: list[PixelBox], width: float, height: float, size: tuple[int, int]
-) -> tuple[int, int] | None:
+def free_spot(rng: Generator, taken: list[PixelBox], width: float, height: float, size: Size) -> tuple[int, int] | None:
     """A random corner where a box touches none of ``taken``, which gets it; None after 20 tries."""
     for _ in range(20):
         if width + 4 >= size[0] or height + 4 >= size[1]:
@@ -180,7 +172,7 @@ def free_spot(
     return None
 
 
-def text_lines(canvas: Canvas, rng: np.random.Generator) -> Iterator[tuple[float, float, Pen]]:
+def text_lines(canvas: Canvas, rng: Generator) -> Iterator[tuple[float, float, Pen]]:
     """Start (x, y) and pen of lines down the page: mostly small and dark, some light on a coloured bar."""
     y = float(rng.integers(0, 8))
     while True:

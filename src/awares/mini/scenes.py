@@ -6,15 +6,18 @@ and cannot reveal whether a crop is needed.
 """
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image
 
+from awares.mini import drawing
 from awares.mini import vocabulary as lex
-from awares.mini.drawing import Canvas, Mark, Pen, PixelBox, capture, free_spot, object_px, random_pen, text_lines, tint
+from awares.mini.drawing import Canvas, Mark, Pen, PixelBox, Size, capture, free_spot, random_pen, text_lines, tint
 
 SIZES = ((224, 336), (336, 224), (280, 280), (280, 336), (336, 280), (336, 336), (224, 448), (448, 224),
          (280, 392), (392, 280))  # fmt: skip
@@ -42,7 +45,19 @@ class Scene:
     marks: list[Mark] = field(default_factory=list)
     qas: list[QA] = field(default_factory=list)
     ambiguous: list[QA] = field(default_factory=list)  # never asked: the subject occurs twice
-    jpeg: bytes = b""  # the captured picture as a file
+
+    def moved(self, dx: int, dy: int) -> "Scene":
+        """The scene as a part of a larger picture, with its top left corner at (dx, dy)."""
+
+        def move(boxes: tuple[PixelBox, ...]) -> tuple[PixelBox, ...]:
+            return tuple((left + dx, top + dy, right + dx, bottom + dy) for left, top, right, bottom in boxes)
+
+        def move_qa(qa: QA) -> QA:
+            return replace(qa, question_boxes=move(qa.question_boxes), answer_boxes=move(qa.answer_boxes))
+
+        chars = [tuple((char, x + dx) for char, x in mark.chars) for mark in self.marks]
+        marks = [replace(mark, box=move((mark.box,))[0], chars=c) for mark, c in zip(self.marks, chars, strict=True)]
+        return Scene(self.image, marks, list(map(move_qa, self.qas)), list(map(move_qa, self.ambiguous)))
 
 
 class Entry(NamedTuple):
@@ -55,52 +70,39 @@ class Entry(NamedTuple):
     small: bool
 
 
-def draw(name: str, rng: np.random.Generator, size: tuple[int, int]) -> Scene:
-    """Scene `name` of PAINTERS on `size` px, before capture."""
-    return PAINTERS[name](rng, size)
-
-
-def paint(name: str, rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+def paint(name: str, rng: Generator, size: Size) -> Scene:
     """Scene `name` of PAINTERS on `size` px, as captured by a camera or scanner."""
-    scene = draw(name, rng, size)
-    scene.jpeg = capture(scene.image, rng)
-    scene.image = Image.open(io.BytesIO(scene.jpeg)).convert("RGB")
+    scene = PAINTERS[name](rng, size)
+    scene.image = Image.open(io.BytesIO(capture(scene.image, rng))).convert("RGB")
     return scene
 
 
-def page(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+def page(rng: Generator, size: Size) -> Scene:
     """A filled form, price list or roster: lines of `key: value` entries, values large or small (mirrors DocVQA)."""
     canvas = Canvas(size, rng, (242, 240, 232), 10, 2.0)
     entries: list[Entry] = []
-    keys = lex.Deck(rng)
-    theme, y = keys.theme(), float(rng.integers(3, 12))
+    keys = lex.shuffled_keys(rng)
+    theme, y = str(rng.choice(list(keys))), float(rng.integers(3, 12))
     key_pen = random_pen(rng, False)
     while y + key_pen.height + 2 <= size[1]:
         x = float(rng.integers(4, 14))
-        while entry := _field(canvas, keys, theme, x, y, key_pen, rng):
+        while entry := _field(canvas, keys[theme], lex.THEME_VALUES[theme], x, y, key_pen, rng):
             entries.append(entry)
             x = entry.value_box[2] + float(rng.integers(10, 26))
         y += key_pen.height + int(rng.integers(3, 8))
         if rng.random() < 0.3:
-            theme, key_pen = keys.theme(), random_pen(rng, False)
+            theme, key_pen = str(rng.choice(list(keys))), random_pen(rng, False)
     return _ask_entries(rng, canvas, entries, ("field", "pair"))
 
 
 def _field(
-    canvas: Canvas,
-    keys: lex.Deck,
-    theme: str,
-    x: float,
-    y: float,
-    key_pen: Pen,
-    rng: np.random.Generator,
-    unit: str = "",
+    canvas: Canvas, keys: list[str], kinds: Sequence[str], x: float, y: float, key_pen: Pen, rng: Generator
 ) -> Entry | None:
-    """One entry on a line, its value somewhere within the key's height; None if no key fits."""
+    """One entry on a line, its value (of one of ``kinds``) within the key's height; None if none of ``keys`` fits."""
     pen = random_pen(rng, bool(rng.random() < 0.55))
-    value = lex.forms(unit, rng) if unit else lex.value(theme, rng)
+    value = lex.forms(kinds[0] if len(kinds) == 1 else str(rng.choice(kinds)), rng)
     value_x = x + pen.size * rng.uniform(0.5, 1.0)
-    key = keys.fitting(theme, lambda key: value_x + key_pen.width(f"{key}:") + pen.width(value[0]) + 4 <= canvas.width)
+    key = lex.take(keys, lambda key: value_x + key_pen.width(f"{key}:") + pen.width(value[0]) + 4 <= canvas.width)
     if key is None:
         return None
     key_box = canvas.text(x, y, key + ":", key_pen)
@@ -109,75 +111,65 @@ def _field(
     return Entry(key, key_box, value, value_box, pen.small)
 
 
-def _ask_entries(rng: np.random.Generator, canvas: Canvas, entries: list[Entry], kinds: tuple[str, str]) -> Scene:
-    """Questions of kind ``kinds[0]`` about each entry, of ``kinds[1]`` about pairs, and where each value is."""
+def _ask_entries(rng: Generator, canvas: Canvas, entries: list[Entry], kinds: tuple[str, str]) -> Scene:
+    """Questions of kind ``kinds[0]`` about each entry, of ``kinds[1]`` about pairs, and where each value is.
+
+    Two entries may be far apart: the evidence of a pair spans a half or the whole picture.
+    """
     qas = []
     for key, key_box, value, value_box, small in entries:
-        question, form = _ask(rng, kinds[0], value, k=key)
-        qas.append(QA(kinds[0], question, value, (key_box,), (value_box,), small, key, form))
+        qas.append(_ask(rng, QA(kinds[0], "", value, (key_box,), (value_box,), small, key), k=key))
         qas.append(_where(rng, key, key, key_box, value_box, canvas))
-    for group in (False, True):
-        qas += _pairs(rng, [entry for entry in entries if entry.small == group], kinds[1])
+    for small in (False, True):
+        alike = [entry for entry in entries if entry.small == small]
+        for _ in range(3 if len(alike) > 1 else 0):
+            a, b = (alike[i] for i in rng.choice(len(alike), 2, replace=False))
+            answers = f"{a.value[0]} and {b.value[0]}", f"{a.value[:2][-1]} and {b.value[:2][-1]}"
+            boxes = (a.key_box, b.key_box), (a.value_box, b.value_box)
+            qas.append(_ask(rng, QA(kinds[1], "", answers, *boxes, small, f"{a.key}+{b.key}"), a=a.key, b=b.key))
     return Scene(canvas.image, canvas.marks, qas)
 
 
-def _ask(rng: np.random.Generator, kind: str, answers: Sequence[str], **slots: str) -> tuple[str, int]:
-    """A phrasing of `kind`; the last third of the phrasings asks for the answer's second surface form."""
-    phrasings = lex.PHRASINGS[kind]
+def _ask(rng: Generator, qa: QA, **slots: str) -> QA:
+    """``qa`` in a random phrasing; the last third of the phrasings asks for the answer's second surface form."""
+    phrasings = lex.PHRASINGS[qa.kind]
     index = int(rng.integers(len(phrasings)))
-    form = min(len(answers) - 1, 1) if index >= len(phrasings) * 2 // 3 else 0
-    return phrasings[index].format(**slots), form
+    form = min(len(qa.answers) - 1, 1) if index >= len(phrasings) * 2 // 3 else 0
+    return replace(qa, question=phrasings[index].format(**slots), form=form)
 
 
-def _where(rng: np.random.Generator, subject: str, shown: str, named: PixelBox, found: PixelBox, canvas: Canvas) -> QA:
+def _where(rng: Generator, subject: str, shown: str, named: PixelBox, found: PixelBox, canvas: Canvas) -> QA:
     """Where something is, which half resolution shows (base training only)."""
     place = lex.place((found[0] + found[2]) / 2 / canvas.width, (found[1] + found[3]) / 2 / canvas.height)
-    question, form = _ask(rng, "place", place, s=shown)
-    return QA("place", question, place, (named,), (found,), False, subject, form)
+    return _ask(rng, QA("place", "", place, (named,), (found,), False, subject), s=shown)
 
 
-def _pairs(rng: np.random.Generator, entries: list[Entry], kind: str, count: int = 3) -> list[QA]:
-    """Questions about two entries, which may be far apart: their evidence spans a half or the whole picture."""
-    qas = []
-    for _ in range(count if len(entries) > 1 else 0):
-        first, second = (entries[i] for i in rng.choice(len(entries), 2, replace=False))
-        forms = ((entry.value[0], entry.value[min(1, len(entry.value) - 1)]) for entry in (first, second))
-        answers = tuple(f"{a} and {b}" for a, b in zip(*forms, strict=True))
-        question, form = _ask(rng, kind, answers, a=first.key, b=second.key)
-        boxes = (first.key_box, second.key_box), (first.value_box, second.value_box)
-        qas.append(QA(kind, question, answers, *boxes, first.small, f"{first.key}+{second.key}", form))
-    return qas
-
-
-def chart(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+def chart(rng: Generator, size: Size) -> Scene:
     """Horizontal or vertical bars, each with its category and its value (mirrors ChartQA)."""
     canvas = Canvas(size, rng, (250, 250, 250), 5, 1.0)
-    keys = lex.Deck(rng)
-    theme = keys.theme()
+    keys = lex.shuffled_keys(rng)
+    theme = str(rng.choice(list(keys)))
     unit = str(rng.choice(["number", "percent", "money"]))
     bars = _horizontal_bars if rng.random() < 0.6 else _vertical_bars
-    return _ask_entries(rng, canvas, bars(canvas, keys, theme, unit, rng), ("bar", "bars"))
+    return _ask_entries(rng, canvas, bars(canvas, keys[theme], unit, rng), ("bar", "bars"))
 
 
-def _horizontal_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: np.random.Generator) -> list[Entry]:
+def _horizontal_bars(canvas: Canvas, keys: list[str], unit: str, rng: Generator) -> list[Entry]:
     """Each line: the category, its value, its bar."""
     entries, y = [], float(rng.integers(4, 12))
     colour = tint(lex.COLOURS[str(rng.choice(list(lex.COLOURS)))], rng, 20)
     key_pen = random_pen(rng, False)
     height = key_pen.height + int(rng.integers(3, 7))
-    while y + height <= canvas.height - 2:
-        entry = _field(canvas, keys, theme, 4, y + 2, key_pen, rng, unit)
-        if entry is None:
-            break
+    while y + height <= canvas.height - 2 and (entry := _field(canvas, keys, [unit], 4, y + 2, key_pen, rng)):
         left = entry.value_box[2] + 8
-        length = max(3.0, (canvas.width - left - 6) * lex.amount(entry.value[0]) / 100)
+        length = max(3.0, (canvas.width - left - 6) * int(entry.value[0].strip("$%")) / 100)
         canvas.draw.rectangle((left, y + 1, left + length, y + height - 2), fill=colour)
         entries.append(entry)
         y += height + int(rng.integers(1, 6))
     return entries
 
 
-def _vertical_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: np.random.Generator) -> list[Entry]:
+def _vertical_bars(canvas: Canvas, keys: list[str], unit: str, rng: Generator) -> list[Entry]:
     """Under each bar its category, and below that its value."""
     entries: list[Entry] = []
     x = float(rng.integers(4, 10))
@@ -186,14 +178,12 @@ def _vertical_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: n
     key_pen = random_pen(rng, False)
     while True:
         pen, value = random_pen(rng, bool(rng.random() < 0.55)), lex.forms(unit, rng)
-        room = canvas.width - 2 - x - 4
-        if pen.width(value[0]) > room:
-            return entries
-        key = keys.fitting(theme, lambda word: key_pen.width(word) <= room)  # noqa: B023 (called at once)
+        least, room = pen.width(value[0]), canvas.width - 2 - x - 4
+        key = lex.take(keys, lambda word: max(key_pen.width(word), least) <= room)  # noqa: B023 (called at once)
         if key is None:
             return entries
-        width = max(key_pen.width(key), pen.width(value[0])) + 4
-        height = max(3.0, (floor - 20) * lex.amount(value[0]) / 100)
+        width = max(key_pen.width(key), least) + 4
+        height = max(3.0, (floor - 20) * int(value[0].strip("$%")) / 100)
         canvas.draw.rectangle((x + 2, floor - height, x + width - 6, floor), fill=colour)
         key_box = canvas.text(x, floor + 4, key, key_pen)
         value_box = canvas.text(x, floor + 4 + key_pen.height + int(rng.integers(2, 5)), value[0], pen)
@@ -201,7 +191,7 @@ def _vertical_bars(canvas: Canvas, keys: lex.Deck, theme: str, unit: str, rng: n
         x += width + int(rng.integers(3, 10))
 
 
-def signs(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+def signs(rng: Generator, size: Size) -> Scene:
     """Coloured signs with words and numbers in front of a textured wall (mirrors TextVQA and OCRBench)."""
     canvas = Canvas(size, rng, (135, 135, 130), 35, 10.0)
     taken: list[PixelBox] = []
@@ -213,22 +203,20 @@ def signs(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
         text = lex.sign(rng)
         line = pen.width(text[0])
         width, height = line + int(rng.integers(8, 60)), float(pen.height + int(rng.integers(8, 50)))
-        spot = free_spot(rng, taken, width, height, size)
-        if spot is None:
+        if (spot := free_spot(rng, taken, width, height, size)) is None:
             continue
         x, y = spot
         canvas.draw.rounded_rectangle((x, y, x + width, y + height), radius=int(rng.integers(0, 7)), fill=panel)
         text_x, text_y = x + rng.uniform(3, width - line - 3), y + rng.uniform(3, height - pen.height - 3)
         box = canvas.text(text_x, text_y, text[0], pen)
-        panel_mark = Mark("sign", (x, y, x + width, y + height), min(width, height), colour)
-        canvas.marks.append(panel_mark)
-        question, form = _ask(rng, "sign", text, c=colour)
-        qas.append(QA("sign", question, text, (panel_mark.box,), (box,), small, colour, form))
-        qas.append(_where(rng, colour, f"the {colour} sign", panel_mark.box, box, canvas))
+        board = (x, y, x + width, y + height)
+        canvas.marks.append(Mark("sign", board, min(width, height), colour))
+        qas.append(_ask(rng, QA("sign", "", text, (board,), (box,), small, colour), c=colour))
+        qas.append(_where(rng, colour, f"the {colour} sign", board, box, canvas))
     return Scene(canvas.image, canvas.marks, qas)
 
 
-def objects(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+def objects(rng: Generator, size: Size) -> Scene:
     """Objects, each colour near (large, some with a plate or badge) or far (mirrors POPE, RealWorldQA, V*Bench)."""
     canvas = Canvas(size, rng, (205, 205, 195), 30, 9.0)
     taken: list[PixelBox] = []
@@ -239,15 +227,14 @@ def objects(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     shapes = {colour: rng.choice(list(lex.SHAPES), 3, replace=False).tolist() for colour in colours}
     for _ in range(int(rng.integers(9, 15))):
         colour = str(rng.choice(colours))
-        side = object_px(rng, far[colour])
+        side = int(rng.integers(*drawing.OBJECT_PX[far[colour]]))
         load = "" if far[colour] else str(rng.choice(["plate", "badge", ""], p=[0.35, 0.35, 0.3]))
         small = bool(rng.random() < 0.5)
         pen, number = random_pen(rng, small), lex.forms("number", rng)
-        badge = object_px(rng, small)
+        badge = int(rng.integers(*drawing.OBJECT_PX[small]))
         width = max(side, {"plate": pen.width(number[0]), "badge": badge + 6, "": 0}[load])
         height = side + {"plate": pen.height + 3, "badge": badge + 8, "": 0}[load]
-        spot = free_spot(rng, taken, width, height, size)
-        if spot is None:
+        if (spot := free_spot(rng, taken, width, height, size)) is None:
             continue
         x, y = spot
         placed.append(canvas.object(x, y, side, str(rng.choice(shapes[colour])), colour, rng))
@@ -262,8 +249,7 @@ def objects(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     scene = Scene(canvas.image, canvas.marks, _groups(rng, placed, far))
     for carrier, kind, answers, box, small in carried:
         subject = f"{carrier.colour} {carrier.text}"
-        question, form = _ask(rng, kind, answers, o=subject)
-        qa = QA(kind, question, answers, (carrier.box,), (box,), small, subject, form)
+        qa = _ask(rng, QA(kind, "", answers, (carrier.box,), (box,), small, subject), o=subject)
         (scene.qas if names.count(subject) == 1 else scene.ambiguous).append(qa)
     for mark, name in zip(placed, names, strict=True):
         if names.count(name) == 1 and not far[mark.colour]:
@@ -271,7 +257,7 @@ def objects(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     return scene
 
 
-def _groups(rng: np.random.Generator, placed: list[Mark], far: dict[str, bool]) -> list[QA]:
+def _groups(rng: Generator, placed: list[Mark], far: dict[str, bool]) -> list[QA]:
     """Is there a red star, and how many? The evidence is every object of that colour, often a half or the whole."""
     qas = []
     for colour in dict.fromkeys(mark.colour for mark in placed):
@@ -281,59 +267,39 @@ def _groups(rng: np.random.Generator, placed: list[Mark], far: dict[str, bool]) 
         absent = str(rng.choice([shape for shape in lex.SHAPES if all(mark.text != shape for mark in alike)]))
         for shape, answer, found in ((present, "yes", boxes), (absent, "no", ())):
             name = f"{colour} {shape}"
-            question, form = _ask(rng, "presence", (answer,), o=name)
-            qas.append(QA("presence", question, (answer,), boxes, found, far[colour], name, form))
+            qas.append(_ask(rng, QA("presence", "", (answer,), boxes, found, far[colour], name), o=name))
         for shape in dict.fromkeys(mark.text for mark in alike):
             name, count = f"{colour} {shape}", sum(mark.text == shape for mark in alike)
             answers = (str(count), lex.NUMBER_WORDS[count])
-            question, form = _ask(rng, "count", answers, o=name)
-            qas.append(QA("count", question, answers, boxes, boxes, far[colour], name, form))
+            qas.append(_ask(rng, QA("count", "", answers, boxes, boxes, far[colour], name), o=name))
     return qas
 
 
-def collage(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+def collage(rng: Generator, size: Size) -> Scene:
     """Two or four pictures in one (mirrors LLaVA-Multi); a question names what only one of them shows."""
     columns, rows = (2, 2) if min(size) >= 280 and rng.random() < 0.3 else ((2, 1) if size[0] >= size[1] else (1, 2))
+    inner = (size[0] // columns - 2, size[1] // rows - 2)
     whole = Scene(Image.new("RGB", size, (128, 128, 128)))
     found: list[QA] = []
-    for row in range(rows):
-        for column in range(columns):
-            inner = (size[0] // columns - 2, size[1] // rows - 2)
-            scene = PAINTERS[str(rng.choice(["page", "chart", "signs", "objects"]))](rng, inner)
-            dx, dy = column * size[0] // columns + 1, row * size[1] // rows + 1
-            whole.image.paste(scene.image, (dx, dy))
-            whole.marks += [_shift_mark(mark, dx, dy) for mark in scene.marks]
-            named = [qa for qa in scene.qas if qa.kind in ("field", "bar", "sign", "badge", "plate")]
-            found += [_shift_qa(qa, dx, dy) for qa in named]
-            whole.ambiguous += [_shift_qa(qa, dx, dy) for qa in scene.ambiguous]
-    subjects = [qa.subject for qa in found]
-    words = [mark.text.rstrip(":") for mark in whole.marks]
-    by_word = ("field", "bar")  # the subject is a word, which another picture may show, too
-    unique = [
-        subjects.count(qa.subject) == 1 and (qa.kind not in by_word or words.count(qa.subject) == 1) for qa in found
-    ]
-    whole.qas = [qa for qa, named_once in zip(found, unique, strict=True) if named_once]
-    whole.ambiguous += [qa for qa in found if qa not in whole.qas]
+    for row, column in np.ndindex(rows, columns):
+        corner = column * size[0] // columns + 1, row * size[1] // rows + 1
+        part = PAINTERS[str(rng.choice(["page", "chart", "signs", "objects"]))](rng, inner).moved(*corner)
+        whole.image.paste(part.image, corner)
+        whole.marks += part.marks
+        whole.ambiguous += part.ambiguous
+        found += [qa for qa in part.qas if qa.kind in ("field", "bar", "sign", "badge", "plate")]
+    subjects = Counter(qa.subject for qa in found)
+    words = Counter(mark.text.rstrip(":") for mark in whole.marks)
+    for qa in found:
+        printed = words[qa.subject] if qa.kind in ("field", "bar") else 1  # another picture may show the same word
+        (whole.qas if subjects[qa.subject] == printed == 1 else whole.ambiguous).append(qa)
     return whole
-
-
-def _shift(box: PixelBox, dx: float, dy: float) -> PixelBox:
-    return box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy
-
-
-def _shift_mark(mark: Mark, dx: float, dy: float) -> Mark:
-    return replace(mark, box=_shift(mark.box, dx, dy), chars=tuple((char, x + dx) for char, x in mark.chars))
-
-
-def _shift_qa(qa: QA, dx: float, dy: float) -> QA:
-    boxes = [tuple(_shift(box, dx, dy) for box in boxes) for boxes in (qa.question_boxes, qa.answer_boxes)]
-    return replace(qa, question_boxes=boxes[0], answer_boxes=boxes[1])
 
 
 # Pages of base training
 
 
-def wall(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+def wall(rng: Generator, size: Size) -> Scene:
     """Lines of words without questions, from which the vision tower learns to read (base training only)."""
     canvas = Canvas(size, rng, (242, 240, 232), 10, 2.0)
     for x, y, pen in text_lines(canvas, rng):
@@ -342,7 +308,7 @@ def wall(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     return Scene(canvas.image, canvas.marks)
 
 
-def ledger(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+def ledger(rng: Generator, size: Size) -> Scene:
     """Lines of `key: value`, which teach the base model which value belongs to a key (base training only)."""
     canvas = Canvas(size, rng, (242, 240, 232), 10, 2.0)
     keys = [word for theme in lex.THEMES.values() for word in theme]
@@ -369,7 +335,7 @@ _PRINTED = [
 ]
 
 
-def _word_or_number(rng: np.random.Generator) -> str:
+def _word_or_number(rng: Generator) -> str:
     dice = rng.random()
     if rng.random() < 0.25:
         number = str(rng.integers(100))

@@ -51,7 +51,7 @@ def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
     share = SMALL_SHARE_EVALUATION if split == "evaluation" else SMALL_SHARE
     small = bool(rng.random() < share)  # drawn before the question, so that no phrasing depends on it
     for _ in range(TRIES):
-        scene = scenes.draw(painter, rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
+        scene = scenes.PAINTERS[painter](rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
         fitting = [qa for qa in scene.qas if qa.kind == kind and qa.small == small]
         if fitting:
             qa = fitting[int(rng.integers(len(fitting)))]
@@ -70,7 +70,7 @@ def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
     }
 
 
-def _thousandths(box: scenes.PixelBox, size: tuple[int, int]) -> list[int]:
+def _thousandths(box: scenes.PixelBox, size: scenes.Size) -> list[int]:
     """Box in px -> box in 1/1000 of the sides, rounded outwards."""
     low = [math.floor(v * 1000 / s) for v, s in zip(box[:2], size, strict=True)]
     high = [math.ceil(v * 1000 / s) for v, s in zip(box[2:], size, strict=True)]

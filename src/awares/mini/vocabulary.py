@@ -23,23 +23,19 @@ COLOURS = {
 }  # fmt: skip
 
 
-def _star(points: int, inner: float) -> list[tuple[float, float]]:
-    angles = [math.pi * (i / points - 0.5) for i in range(2 * points)]
-    return [(0.5 + (0.5 if i % 2 == 0 else inner) * math.cos(a), 0.5 + (0.5 if i % 2 == 0 else inner) * math.sin(a))
-            for i, a in enumerate(angles)]  # fmt: skip
-
-
 def _box(left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
+_TIPS = [(0.5 if i % 2 == 0 else 0.2, math.pi * (i / 5 - 0.5)) for i in range(10)]  # of a star: radius, angle
+_STAR = [(0.5 + radius * math.cos(angle), 0.5 + radius * math.sin(angle)) for radius, angle in _TIPS]
 _FULL, _GONE = 255, 0
 # name -> layers of (polygon, or two corners of an ellipse; in the unit square) with a mask value
 SHAPES: dict[str, list[tuple[list[tuple[float, float]], int]]] = {
     "circle": [([(0, 0), (1, 1)], _FULL)],
     "square": [(_box(0.04, 0.04, 0.96, 0.96), _FULL)],
     "triangle": [([(0.5, 0), (1, 1), (0, 1)], _FULL)],
-    "star": [(_star(5, 0.2), _FULL)],
+    "star": [(_STAR, _FULL)],
     "cross": [(_box(0.34, 0, 0.66, 1), _FULL), (_box(0, 0.34, 1, 0.66), _FULL)],
     "diamond": [([(0.5, 0), (0.9, 0.5), (0.5, 1), (0.1, 0.5)], _FULL)],
     "ring": [([(0, 0), (1, 1)], _FULL), ([(0.26, 0.26), (0.74, 0.74)], _GONE)],
@@ -143,16 +139,6 @@ def forms(kind: str, rng: np.random.Generator) -> tuple[str, ...]:
     }[kind]
 
 
-def value(theme: str, rng: np.random.Generator) -> tuple[str, ...]:
-    """A random value of a theme with its surface forms."""
-    return forms(str(rng.choice(THEME_VALUES[theme])), rng)
-
-
-def amount(text: str) -> int:
-    """The number in a printed value."""
-    return int("".join(c for c in text if c.isdigit()))
-
-
 def sign(rng: np.random.Generator) -> tuple[str, ...]:
     """The text of a sign: a word, two words, or a word and a number."""
     word = str(rng.choice(SHOP + ANIMALS + ITEMS))
@@ -172,19 +158,14 @@ def place(x: float, y: float) -> tuple[str, str]:
     return name, _PLACE_FORMS[name]
 
 
-class Deck:
-    """The keys of a page, each dealt once, so that a key names one entry."""
+def shuffled_keys(rng: np.random.Generator) -> dict[str, list[str]]:
+    """The keys of a page by theme, in random order."""
+    return {theme: rng.permutation(words).tolist() for theme, words in THEMES.items()}
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self._cards: dict[str, list[str]] = {theme: rng.permutation(words).tolist() for theme, words in THEMES.items()}
-        self._rng = rng
 
-    def theme(self) -> str:
-        return str(self._rng.choice(list(self._cards)))
-
-    def fitting(self, theme: str, fits: Callable[[str], bool]) -> str | None:
-        """Deal the first key of `theme` that fits, or None."""
-        word = next((word for word in self._cards[theme] if fits(word)), None)
-        if word is not None:
-            self._cards[theme].remove(word)
-        return word
+def take(keys: list[str], fits: Callable[[str], bool]) -> str | None:
+    """Remove and return the first of ``keys`` that fits, so that a key names one entry; None if none fits."""
+    key = next(filter(fits, keys), None)
+    if key is not None:
+        keys.remove(key)
+    return key
