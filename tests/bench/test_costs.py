@@ -61,10 +61,9 @@ def test_prefill_extension_and_decoding_exactly(eager: SimpleNamespace) -> None:
 
 
 def interactions(tiny: SimpleNamespace, reuse: bool = True) -> list[Trajectory]:
-    scripts = Script(("top-left",), 4), Script((), 6), Script(("right", "center"), 3)
+    scripts = {"0": Script(("top-left",), 4), "1": Script((), 6), "2": Script(("right", "center"), 3)}
     engine = ScriptedEngine(tiny.model, tiny.processor, max_new_tokens=16, token_budget=1, reuse=reuse)
-    images = [tiny.noise(336, 224 + 56 * index, index) for index in range(3)]
-    return engine.run_scripts(images, ["what is it?"] * 3, ["0", "1", "2"], scripts)
+    return engine.run_scripts([tiny.noise(336, 224 + 56 * index, index) for index in range(3)], ["q?"] * 3, scripts)
 
 
 def total(done: list[Trajectory], used: SimpleNamespace, reuse: bool = True) -> float:
@@ -81,8 +80,7 @@ def test_whole_interactions_of_the_engine_exactly(eager: SimpleNamespace, reuse:
 
 def test_cache_bytes(family: SimpleNamespace) -> None:
     decoder, image = Decoder(family.model, family.processor, max_new_tokens=2), family.noise(112, 112, 0)
-    messages = protocol.messages("q", None)
-    text = family.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = family.processor.apply_chat_template(protocol.messages("q", None), tokenize=False)
     cache: Any = decoder.start([decoder.tokenize(text, [image.size])], [[image]]).state.cache
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert costs.cache_bytes(cache.get_seq_length(), family.model.config, 4) == held

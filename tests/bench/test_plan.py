@@ -11,7 +11,6 @@ from hub_server import Gate, gate  # noqa: F401  (a fixture)
 from transformers import Qwen3VLConfig
 
 from awares.bench import costs, estimate, preflight
-from awares.bench.configs import BENCHMARKS, image_size
 from awares.cli import main as cli
 from awares.config import load_params
 from awares.errors import AwaresError
@@ -47,8 +46,6 @@ def test_the_paper_profile_stage_by_stage():
     assert (table.gpu_hours[["sft", "grpo", "evaluation", "operating_curve"]] > 0.5).all()
     assert table.gpu_hours["grpo"] > 5 * table.gpu_hours["sft"]
     assert 17 < table.gpu_memory_gb["evaluation"] < 80 and table.gpu_memory_gb["sft"] > 17
-    released = forecast(curation__released="awares")  # without judges and oracle
-    assert list(released.index) == ["data", "sft", "grpo", "evaluation", "operating_curve"]
 
 
 def test_disk_holds_every_copy():
@@ -60,9 +57,6 @@ def test_disk_holds_every_copy():
     assert tied == pytest.approx(2.2 * 3.75e9 * 2 / 1e9, rel=0.01)
     stored = table.disk_gb["data"] / 6 / 52_000  # each of its copies of a training image
     assert table.disk_gb["evaluation"] == pytest.approx(4 * 18_805 * stored)
-    sizes = [image_size(name, "paper", 1.0) for name in BENCHMARKS]
-    pixels = [width * height * min(1, 2000 / max(width, height)) ** 2 for width, height in sizes]  # crops.max_side
-    assert stored == pytest.approx(sum(pixels) / len(sizes) / 2 / 1e9, rel=1e-3)  # half a byte a pixel
 
 
 def test_flops_are_two_a_weight_and_token():
@@ -82,8 +76,6 @@ def test_the_forecast_follows_the_parameters():
     stored = forecast(sft__gradient_checkpointing=False)
     assert stored.gpu_memory_gb["sft"] > table.gpu_memory_gb["sft"] and stored.pflop["sft"] < table.pflop["sft"]
     assert forecast(crops__max_side=1000).pflop["sft"] < 0.7 * table.pflop["sft"]
-    curve = forecast(evaluation__frontier_rows=500).pflop["operating_curve"]
-    assert curve == pytest.approx(table.pflop["operating_curve"] * (18_805 + 11 * 500) / (18_805 + 11 * 1000))
     mini = forecast("mini")
     assert list(mini.index) == ["data", "curation", "sft", "grpo", "evaluation", "operating_curve"]
     assert mini.requests.sum() == 0 and mini.pflop.sum() < table.pflop.sum() / 1000
@@ -91,9 +83,8 @@ def test_the_forecast_follows_the_parameters():
 
 def test_lmms_eval_scores_all_six_benchmarks_whatever_the_tasks_are():
     def outside(tasks):
-        some = [forecast(data__tasks=tasks, evaluation__lmms_eval=python).loc["evaluation"] for python in ("p", "")]
-        assert some[0].rows == {1: 191, 2: 9191}[len(tasks)]
-        return some[0].tokens - some[1].tokens
+        some = [forecast(data__tasks=tasks, evaluation__lmms_eval=python).tokens["evaluation"] for python in ("p", "")]
+        return some[0] - some[1]
 
     assert outside(["vstar"]) == pytest.approx(outside(["vstar", "pope"]), rel=1e-6) and outside(["vstar"]) > 0
 
@@ -181,21 +172,17 @@ def test_preflight_names_what_is_missing_and_the_fix(server, tmp_path, monkeypat
         ("8gpu", 8, 8, []),
         ("8gpu", 4, 4, ["name another file in base.launch", "set plan.gpus to 8"]),
         ("2x8gpu", 8, 16, []),  # eight on each machine
-        ("2x8gpu", 8, 8, ["set plan.gpus to 16"]),
         ("", 0, 2, ["name another file in base.launch", "set plan.gpus to 1"]),
     ],
 )
-def test_gpus_of_this_machine_and_of_all(monkeypatch, launch, seen, planned, missing):
+def test_gpus_of_this_machine_and_of_all(tmp_path, monkeypatch, launch, seen, planned, missing):
     monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(total_memory=1e12, name="H"))
     found = list(preflight._gpus(load(base__launch=launch and f"data/launch/{launch}.yaml", plan__gpus=planned), 80.0))
     assert len(found) == 2 + seen and [one.fix for one in found if not one.there] == missing
-
-
-def test_a_training_with_its_own_launch_is_checked(tmp_path):
     (tmp_path / "four.yaml").write_text("num_processes: 4\nnum_machines: 1\n")
-    found = list(preflight._gpus(load(sft__launch=str(tmp_path / "four.yaml")), 80.0))
-    assert [one.what.split()[0] for one in found] == ["4", "8", "8"] and "sft.launch" in found[0].fix
+    apart = list(preflight._gpus(load(sft__launch=str(tmp_path / "four.yaml")), 80.0))  # a training with its own file
+    assert [one.what.split()[0] for one in apart[:3]] == ["4", "8", "8"] and "sft.launch" in apart[0].fix
 
 
 MODEL = "me/Gated-Qwen2.5-VL-3B"

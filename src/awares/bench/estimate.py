@@ -1,15 +1,13 @@
-"""Cost estimate of the pipeline from params.yaml, stage by stage, before hours or money are spent.
+"""Cost estimate of the pipeline from params.yaml, stage by stage; the hours are good to a factor of two.
 
 FLOPs are counted by `costs` and divided by an assumed fraction of the GPU's peak; decoding runs at its memory
 bandwidth. Tokens per second and peak memory of the training steps come from `awares bench --train` if it measured them.
-The hours are good to a factor of two.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from PIL import Image as PilImage
@@ -37,8 +35,7 @@ SERVED_VISUAL_TOKENS = 1500  # of a full image, mean over the paper's sources: a
 HR_FRACTION = 0.192  # of rows that reach the oracle (Fig. 5: 80.8 % LR)
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One line of the forecast: requests to servers, tokens through the model, hours of one GPU and their ``basis``."""
 
     stage: str
@@ -54,7 +51,7 @@ class Stage:
 
 def forecast(params: Params) -> pd.DataFrame:
     """One line per stage of the main line, with the columns of `Stage`."""
-    return pd.DataFrame(list(_Forecast(params).stages()))
+    return pd.DataFrame(_Forecast(params).stages(), columns=Stage._fields)
 
 
 def wall_hours(table: pd.DataFrame, params: Params) -> float:
@@ -70,19 +67,17 @@ def labelling(rows: int, params: Params) -> pd.DataFrame:
     counted: retries, the check of repaired answers (about 6 % more), savings by recorded replies.
     """
     section, served = params.curation, read_served(params)
-    prompts = (served.prompts[role] for role in ("judge", "oracle"))
-    judge, oracle = (len(prompt.system) + len(prompt.user) for prompt in prompts)
+    judge, oracle = (len(served.prompts[role].system + served.prompts[role].user) for role in ("judge", "oracle"))
     # role, name, rows, requests per row, characters of the prompt, visual tokens, tokens of the reply
     roles = [("judge", name, rows, 2, judge, 0, 20) for name in section.all_judges]
     roles.append(("oracle", section.oracle, math.ceil(HR_FRACTION * rows), 1, oracle, SERVED_VISUAL_TOKENS, 60))
     roles.append(("base", section.engine, rows, 2, 0, SERVED_VISUAL_TOKENS * 5 // 8, 20))  # full and half resolution
     records = []
-    for role, name, count, each, characters, visual, reply in roles:
-        if name in served.models:
-            model, requests = get_model(name, params), count * each
-            tokens = requests * (visual + (characters + 120) // CHARACTERS), requests * reply
-            dollars = sum(amount * price / 1e6 for amount, price in zip(tokens, model.dollars, strict=True))
-            records.append((role, model.model, requests, *tokens, dollars, count / model.rows_per_hour))
+    for role, name, count, each, characters, visual, reply in (one for one in roles if one[1] in served.models):
+        model, requests = get_model(name, params), count * each
+        tokens = requests * (visual + (characters + 120) // CHARACTERS), requests * reply
+        dollars = sum(amount * price / 1e6 for amount, price in zip(tokens, model.dollars, strict=True))
+        records.append((role, model.model, requests, *tokens, dollars, count / model.rows_per_hour))
     columns = ["role", "model", "requests", "prompt_tokens", "completion_tokens", "dollars", "hours"]
     return pd.DataFrame(records, columns=columns)
 
@@ -92,13 +87,26 @@ def model_config(params: Params) -> Any:
     path = params.model_path()
     if isinstance(path, Path):
         return load_config(path)
-    shape = next((name for name in configs.PUBLISHED if name in path.lower()), None)
-    if shape is None:
+    shape = next((name for name in configs.PUBLISHED if name in path.lower()), "")
+    if not shape:
         raise AwaresValueError(
             f"base.model {path}: sizes are known for {', '.join(configs.PUBLISHED)}, and for folders, Qwen3-VL's too: "
             f"run `hf download {path} config.json --local-dir FOLDER` and plan with base.model FOLDER"
         )
     return configs.config_of(shape, 1.0, load_processor(configs.EMBEDDED_BASE).tokenizer)
+
+
+class Work(NamedTuple):
+    """Tokens of an average row, and its FLOPs in the vision tower and in the language model."""
+
+    tokens: float
+    vision: float
+    language: float
+
+    @property
+    def flops(self) -> float:
+        """Of both."""
+        return self.vision + self.language
 
 
 class _Forecast:
@@ -113,7 +121,7 @@ class _Forecast:
         self.inference_gb = self.weights_gb + cache / GB + RUNTIME_GB
         pixels, self.visual_tokens, self.vision_flops = _typical_image(params, self.config)
         self.stored_gb = pixels * BYTES_PER_PIXEL / GB
-        self.policy = self._policy()
+        self.policy = self._work(HALF, configs.CALL_RATES["awares"])
         self.assumed = f"{params.plan.utilisation:.0%} of the peak of {params.plan.gpu}"
 
     def stages(self) -> Iterator[Stage]:
@@ -127,17 +135,14 @@ class _Forecast:
         prompts = grpo.share * train_rows * grpo.epochs
         if grpo.max_steps > 0:
             prompts = min(prompts, grpo.max_steps * grpo.batch_size / grpo.generations)
-        _, vision, language = self.policy
         written = ANSWER + configs.CALL_RATES["awares"] * CALL
-        # beside the update: the rollout, and the reference
-        yield self._training("grpo", grpo, round(prompts * grpo.generations), 2 * (vision + language), written)
+        # besides the update: the rollout, and the reference
+        yield self._training("grpo", grpo, round(prompts * grpo.generations), 2 * self.policy.flops, written)
         yield from self._evaluation()
 
     def _curation(self, rows: int) -> Iterator[Stage]:
         if self.params.curation.engine == "local":
-            views = self._answer(1.0), self._answer(HALF)
-            tokens, flops = (rows * sum(part) for part in zip(*views, strict=True))
-            yield self._inference("curation", rows, (tokens, flops), rows * len(views), models=1)
+            yield self._inference("curation", rows, [(rows, [self._work(1.0), self._work(HALF)])], models=1)
         for one in labelling(rows, self.params).itertuples():
             name, hours = f"curation: {one.role} {one.model}", f"{one.hours:.1f} h of its server"
             tokens = one.prompt_tokens + one.completion_tokens
@@ -170,34 +175,29 @@ class _Forecast:
             disk = EVALUATION_COPIES * rows * self.stored_gb
         if section.lmms_eval:  # scores its six benchmarks completely with both policies, whatever the tasks are
             outside = 2 * sum(one.rows for one in sources.read_sources(self.params, "evaluation").values())
-        tokens, vision, language = self.policy
-        policy, areas = (tokens, vision + language), {"full": 1.0, "half": HALF, "no_image": 0.0}
-        done = [self._answer(areas[name]) if name in areas else policy for name in MAIN_SYSTEMS]
-        tokens, flops = (rows * sum(part) + outside * part[-1] for part in zip(*done, strict=True))
-        yield self._inference("evaluation", rows, (tokens, flops), rows * len(done) + outside, models=3, disk=disk)
+        areas = {"full": 1.0, "half": HALF, "no_image": 0.0}
+        systems = [self._work(areas[name]) if name in areas else self.policy for name in MAIN_SYSTEMS]
+        yield self._inference("evaluation", rows, [(rows, systems), (outside, [self.policy])], models=3, disk=disk)
         again = 2 * (min(section.dial_rows, rows) + 11 * min(section.frontier_rows, rows))
         curve = min(max(section.dial_rows, section.frontier_rows), rows)
-        yield self._inference("operating_curve", curve, (again * policy[0], again * policy[1]), again, models=2)
+        yield self._inference("operating_curve", curve, [(again, [self.policy])], models=2)
 
     def _inference(
-        self, stage: str, rows: int, cost: tuple[float, float], answers: int, models: int, disk: float = 0.0
+        self, stage: str, rows: int, parts: list[tuple[int, list[Work]]], models: int, disk: float = 0.0
     ) -> Stage:
-        (tokens, flops), memory = cost, self.inference_gb + (models - 1) * self.weights_gb
-        hours = self._hours(flops, answers * ANSWER)
+        """Answers on ``parts``: a number of rows, and the work of every system on each of them."""
+        tokens = sum(count * sum(one.tokens for one in systems) for count, systems in parts)
+        flops = sum(count * sum(one.flops for one in systems) for count, systems in parts)
+        hours = self._hours(flops, sum(count * len(systems) for count, systems in parts) * ANSWER)
+        memory = self.inference_gb + (models - 1) * self.weights_gb
         return Stage(stage, rows, 0, round(tokens), flops / 1e15, hours, memory, disk, self.assumed)
 
-    def _answer(self, area: float) -> tuple[float, float]:
-        """(tokens, FLOPs) of one turn on a view with this fraction of the pixels; attention is taken as linear, too."""
-        tokens = self.visual_tokens * area + TEXT + ANSWER
-        return tokens, costs.prefill_flops(round(tokens), 0, self.config) + self.vision_flops * area
-
-    def _policy(self) -> tuple[float, float, float]:
-        """Tokens, vision FLOPs and language FLOPs of an average interaction of the policy, with cache reuse."""
-        rate = configs.CALL_RATES["awares"]
-        first, more = self.visual_tokens * HALF + TEXT + ANSWER, self.visual_tokens * CROP_AREA + CALL + ANSWER
+    def _work(self, area: float, calls: float = 0.0) -> Work:
+        """A row that sees ``area`` of the image's pixels and calls with probability ``calls``; its cache is reused."""
+        first, more = self.visual_tokens * area + TEXT + ANSWER, self.visual_tokens * CROP_AREA + CALL + ANSWER
         language = costs.prefill_flops(round(first), 0, self.config)
-        language += rate * costs.prefill_flops(round(more), round(first), self.config)
-        return first + rate * more, self.vision_flops * (HALF + rate * CROP_AREA), language
+        language += calls * costs.prefill_flops(round(more), round(first), self.config)
+        return Work(first + calls * more, self.vision_flops * (area + calls * CROP_AREA), language)
 
     def _hours(self, flops: float, written: float) -> float:
         seconds = flops / (self.gpu.flops * self.params.plan.utilisation)
@@ -214,8 +214,7 @@ class _Forecast:
 def _typical_image(params: Params, config: Any) -> tuple[float, float, float]:
     """Pixels, visual tokens, vision FLOPs: means over the benchmarks' common sizes, also assumed for the training."""
     shape, merge = "paper" if params.data.origin == "hub" else configs.MINI, config.vision_config.spatial_merge_size
-    side = merge * config.vision_config.patch_size
-    found = []
+    side, found = merge * config.vision_config.patch_size, []
     for name in configs.BENCHMARKS:
         blank = PilImage.new("1", configs.image_size(name, shape, 1.0))
         width, height = cap(blank, params.crops.max_side).size

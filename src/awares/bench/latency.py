@@ -107,11 +107,12 @@ def jobs(
             rows = {"id": ids, "image": images, "question": questions}
             return baselines.answer(system, baselines.SystemJob(Engine(models[system], processor, **options), rows))
         engine = ScriptedEngine(models[system], processor, reuse=system != "awares_naive", **options)
-        engine.decoder.on_phase_end = on_phase_end
+        engine.decoder.on_phase_end = on_phase_end or engine.decoder.on_phase_end
         if system in TWO_TURN_SYSTEMS and system not in scripts:
             return engine.run(images, questions, call_bias=call_bias, row_ids=ids)
         view = "" if system in TWO_TURN_SYSTEMS else system
-        return engine.run_scripts(images, questions, ids, scripts.get(system, [Script()] * len(ids)), view)
+        chosen = scripts.get(system, [Script()] * len(ids))
+        return engine.run_scripts(images, questions, dict(zip(ids, chosen, strict=True)), view)
 
     return [TimedJob(system, budget, partial(play, system, budget)) for budget in budgets for system in models]
 
@@ -123,12 +124,12 @@ def escalations(trajectories: Sequence[Trajectory]) -> list[Script]:
 
 def escalated(engine: ScriptedEngine, rows: Any, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """``trajectories`` of a policy on ``rows``; rows that called run again with the whole image as the crop."""
-    scripts = escalations(trajectories)
-    callers = [index for index, script in enumerate(scripts) if script.crops]
+    scripts = dict(zip(rows["id"], escalations(trajectories), strict=True))
+    callers = [index for index, script in enumerate(scripts.values()) if script.crops]
     some = rows.select(callers)
-    again = engine.run_scripts(some["image"], some["question"], some["id"], [scripts[index] for index in callers])
-    found = dict(zip(callers, again, strict=True))
-    return [found.get(index, one) for index, one in enumerate(trajectories)]
+    again = engine.run_scripts(some["image"], some["question"], {name: scripts[name] for name in some["id"]})
+    found = {one.row_id: one for one in again}
+    return [found.get(one.row_id, one) for one in trajectories]
 
 
 # Measuring
@@ -278,22 +279,16 @@ def count_table(
     ``prefill_2_gflops`` is a mean over the rows with a second turn, nan without any.
     """
     records = []
-    for system, trajectories in done.items():
-        found = [costs.trajectory_flops(one, config, processor, system != "awares_naive") for one in trajectories]
-        tokens = [sum(turn.visual_tokens + turn.text_tokens for turn in one.turns) - 1 for one in trajectories]
-        second = [one["prefill"][1] for one in found if one["prefill"][1]]
-        record = {
-            "system": system,
-            "visual_tokens": np.mean([one.visual_tokens for one in trajectories]),
-            "rtr": np.mean([one.rtr for one in trajectories]),
-            "calls": np.mean([one.call_status != "none" for one in trajectories]),
-            **{f"{part}_gflops": np.mean([sum(one[part]) for one in found]) / 1e9 for part in PHASES[1:]},
-            "prefill_2_gflops": np.mean(second) / 1e9 if second else float("nan"),
-            "gflops": np.mean([sum(map(sum, one.values())) for one in found]) / 1e9,
-            "cache_mb": costs.cache_bytes(1, config, bytes_per_value) * np.mean(tokens) / 1e6,
-        }
-        records.append(record)
-    return _with_ratio(pd.DataFrame(records))
+    for system, one in ((system, one) for system, trajectories in done.items() for one in trajectories):
+        flops = costs.trajectory_flops(one, config, processor, system != "awares_naive")
+        tokens = sum(turn.visual_tokens + turn.text_tokens for turn in one.turns) - 1
+        record = {"system": system, "visual_tokens": one.visual_tokens, "rtr": one.rtr}
+        record |= {"calls": one.call_status != "none", **{f"{part}_gflops": sum(flops[part]) for part in PHASES[1:]}}
+        record |= {"prefill_2_gflops": flops["prefill"][1] or float("nan"), "gflops": sum(map(sum, flops.values()))}
+        records.append({**record, "cache_mb": costs.cache_bytes(1, config, bytes_per_value) * tokens / 1e6})
+    table = pd.DataFrame(records).groupby("system", sort=False).mean().reset_index()
+    gflops = table.columns.str.endswith("gflops")
+    return _with_ratio(table.assign(**table.loc[:, gflops] / 1e9))
 
 
 def _with_ratio(table: pd.DataFrame) -> pd.DataFrame:

@@ -32,26 +32,30 @@ def preflight(params: Params) -> list[Finding]:
     section, stages = params.curation, forecast(params)
     served = [] if section.released else [*section.all_judges, section.oracle, section.engine]
     found = [*_gpus(params, float(stages.gpu_memory_gb.max()))] if params.base.device == "cuda" else []
-    found += [_disk(params, float(stages.disk_gb.sum())), *servers(params, served)]
-    return [*found, *_files(params), *_hub(params)]
+    return [
+        *found,
+        *_disk(params, float(stages.disk_gb.sum())),
+        *servers(params, served),
+        *_files(params),
+        *_hub(params),
+    ]
 
 
 def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
     """One finding for each of ``names`` that is a model of data/served.yaml."""
     for name in (name for name in names if name in read_served(params).models):
-        model = get_model(name, params)
-        what = f"{name}: {model.model} at {model.url}"
+        model, there = get_model(name, params), False
         try:
             with model.connect() as api:
                 served = [one.id for one in api.with_options(max_retries=1, timeout=20.0).models.list()]
-        except openai.AuthenticationError:
-            yield Finding(what, False, "refuses the key", f"set the environment variable {model.key_variable} to it")
-        except openai.OpenAIError as error:
-            fix = f"start it (data/launch/README.md), or give its address in AWARES_{name.upper()}_URL"
-            yield Finding(what, False, f"no answer: {type(error).__name__}", fix)
-        else:
+            there, found = model.model in served, f"serves {', '.join(served)}"
             fix = f"start it with --served-model-name {model.model}, or write the served name into data/served.yaml"
-            yield Finding(what, model.model in served, f"serves {', '.join(served)}", fix)
+        except openai.AuthenticationError:
+            found, fix = "refuses the key", f"set the environment variable {model.key_variable} to it"
+        except openai.OpenAIError as error:
+            found = f"no answer: {type(error).__name__}"
+            fix = f"start it (data/launch/README.md), or give its address in AWARES_{name.upper()}_URL"
+        yield Finding(f"{name}: {model.model} at {model.url}", there, found, fix)
 
 
 def require_servers(params: Params, names: Sequence[str]) -> None:
@@ -61,14 +65,13 @@ def require_servers(params: Params, names: Sequence[str]) -> None:
 
 
 def _gpus(params: Params, need: float) -> Iterator[Finding]:
-    count = torch.cuda.device_count()
+    count, planned = torch.cuda.device_count(), params.plan.gpus
     for name in dict.fromkeys(map(params.launch, ("sft", "grpo"))):
         processes, machines = _launched(params, name)
         here, by = processes // machines, name or "a training in one process"
         key = "base.launch" if name == params.base.launch else "sft.launch"
         yield Finding(f"{here} GPUs here, for {by}", count >= here, str(count), f"name another file in {key}")
     total, _ = _launched(params, params.base.launch)
-    planned = params.plan.gpus
     yield Finding(f"{total} GPUs planned", planned == total, f"plan.gpus {planned}", f"set plan.gpus to {total}")
     for index in range(count):
         seen = torch.cuda.get_device_properties(index)
@@ -79,30 +82,26 @@ def _gpus(params: Params, need: float) -> Iterator[Finding]:
 
 def _launched(params: Params, name: str) -> tuple[int, int]:
     """Processes (of one GPU each) and machines of an accelerate configuration; one process without a configuration."""
-    if not name:
-        return 1, 1
     path = params.path(name)
-    settings = read_yaml(path, "base.launch or sft.launch")
+    settings = read_yaml(path, "base.launch or sft.launch") if name else {"num_processes": 1, "num_machines": 1}
     try:
         return int(settings["num_processes"]), int(settings["num_machines"])
     except KeyError as error:
         raise AwaresValueError(f"{path}: {error} missing: use an accelerate configuration as in data/launch") from error
 
 
-def _disk(params: Params, need: float) -> Finding:
+def _disk(params: Params, need: float) -> Iterator[Finding]:
     folder = params.path(params.paths.runs)
     free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free / GB
     fix = "set paths.runs to a larger disk, or DVC's cache"
-    return Finding(f"{need:.0f} GB of disk", free >= need, f"{free:.0f} GB", fix)
+    yield Finding(f"{need:.0f} GB of disk", free >= need, f"{free:.0f} GB", fix)
 
 
 def _files(params: Params) -> Iterator[Finding]:
-    """Rows of the user's own, and programs."""
-    found = [
-        (f"rows {name}", params.path(name).is_file(), "correct its path in data.sources")
-        for name in params.data.sources
-        if name.endswith(".jsonl")
-    ]
+    """Rows of the user's own, programs, and copies of data sets."""
+    found = []
+    for name in (name for name in params.data.sources if name.endswith(".jsonl")):
+        found.append((f"rows {name}", params.path(name).is_file(), "correct its path in data.sources"))
     if params.evaluation.lmms_eval:
         python = params.path(params.evaluation.lmms_eval)
         fix = 'make that environment (data/launch/README.md), or set evaluation.lmms_eval to ""'
@@ -124,27 +123,24 @@ def _hub(params: Params) -> Iterator[Finding]:
         if params.curation.released:
             used.append(sources.get_source(params, "curated", params.curation.released))
     for name in dict.fromkeys(one.hub for one in used):
-        if params.data.hub_root:
-            folder = params.path(params.data.hub_root) / name
-            fix = "copy it there, or leave data.hub_root empty"
-            yield Finding(f"dataset {name}", folder.is_dir(), str(folder), fix)
-        else:
-            yield _access(name, "dataset")
+        folder = params.path(params.data.hub_root) / name
+        copied = Finding(f"dataset {name}", folder.is_dir(), str(folder), "copy it there, or leave data.hub_root empty")
+        yield copied if params.data.hub_root else _access(name, "dataset")
     if isinstance(params.model_path(), str):
         yield _access(params.base.model, "model")
 
 
 def _access(name: str, kind: str) -> Finding:
-    what, token = f"{kind} {name}", "it is set" if os.environ.get("HF_TOKEN") else "it is not"
+    token, found, fix = "it is set" if os.environ.get("HF_TOKEN") else "it is not", "readable", ""
     try:
         HfApi().auth_check(name, repo_type=kind)  # anybody may read the description of a gated repository
     except GatedRepoError:
-        return Finding(what, False, "gated", f"accept its licence on its page and set HF_TOKEN ({token})")
+        found, fix = "gated", f"accept its licence on its page and set HF_TOKEN ({token})"
     except RepositoryNotFoundError:
-        return Finding(what, False, "not found, or private", f"check the id, set HF_TOKEN ({token})")
+        found, fix = "not found, or private", f"check the id, set HF_TOKEN ({token})"
     except Exception as error:  # any failure of the network
-        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
-            return Finding(what, False, "refuses the token", "set HF_TOKEN to a valid one, or unset it")
+        found = f"unreachable: {type(error).__name__}"
         fix = "check the network, or set data.hub_root to a folder of copies (base.model to a folder)"
-        return Finding(what, False, f"unreachable: {type(error).__name__}", fix)
-    return Finding(what, True, "readable", "")
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+            found, fix = "refuses the token", "set HF_TOKEN to a valid one, or unset it"
+    return Finding(f"{kind} {name}", not fix, found, fix)

@@ -54,7 +54,7 @@ class ScriptedDecoder(Decoder):
     """A decoder that forces tokens by row id, in the first and in the second turn, and reports the end of phases."""
 
     scripts: tuple[Mapping[str, list[int]], Mapping[str, list[int]]] = ({}, {})
-    on_phase_end: PhaseEnd | None = None
+    on_phase_end: PhaseEnd = staticmethod(lambda phase, turn: None)
     turn = 1
 
     def start(self, rows: Any, images: Any, call_bias: Any = None, names: Any = None) -> Output:
@@ -68,27 +68,23 @@ class ScriptedDecoder(Decoder):
 
     def _force(self, turn: int, names: Sequence[str]) -> None:
         self.turn, scripts = turn, [self.scripts[turn - 1].get(name, []) for name in names]
-        forced = ForcedTokens(scripts, self.model.device, lambda: self._report("prefill"))
+        forced = ForcedTokens(scripts, self.model.device, lambda: self.on_phase_end("prefill", turn))
         self.processors = LogitsProcessorList([forced])
 
     def _pixels(self, images: list[Image]) -> Any:
         pixels = super()._pixels(images)
-        self._report("preprocess")
+        self.on_phase_end("preprocess", self.turn)
         return pixels
 
     def _encode(self, images: Sequence[list[Image]]) -> tuple[list[Tensor], list[Tensor]]:
         encoded = super()._encode(images)
-        self._report("vision" if any(images) else "preprocess")
+        self.on_phase_end("vision", self.turn)
         return encoded
 
     def _generate(self, *arguments: Any) -> Output:
         output = super()._generate(*arguments)
-        self._report("decode")
+        self.on_phase_end("decode", self.turn)
         return output
-
-    def _report(self, phase: str) -> None:
-        if self.on_phase_end:
-            self.on_phase_end(phase, self.turn)
 
 
 class ScriptedEngine(Engine):
@@ -99,17 +95,12 @@ class ScriptedEngine(Engine):
     calls: Mapping[str, tuple[str, ...]] = {}
 
     def run_scripts(
-        self,
-        images: Sequence[ImageSource],
-        questions: Sequence[str],
-        row_ids: Sequence[str],
-        scripts: Sequence[Script],
-        view: str = "",
+        self, images: Sequence[ImageSource], questions: Sequence[str], scripts: Mapping[str, Script], view: str = ""
     ) -> list[Trajectory]:
-        """`run`, or `answer` from a ``view``, with one script per row; a scripted call has ``call_status`` forced."""
-        decoder, by_id = self.decoder, dict(zip(row_ids, scripts, strict=True))
-        self.calls = {name: script.crops for name, script in by_id.items() if script.crops}
-        lengths = {name: script.answer_tokens for name, script in by_id.items() if script.answer_tokens}
+        """`run`, or `answer` from a ``view``, with a script per row id; a scripted call has ``call_status`` forced."""
+        decoder, row_ids = self.decoder, [*scripts]
+        self.calls = {name: script.crops for name, script in scripts.items() if script.crops}
+        lengths = {name: script.answer_tokens for name, script in scripts.items() if script.answer_tokens}
         answers = {name: decoder.tokenize("x") * (length - 1) + [decoder.end] for name, length in lengths.items()}
         texts = {name: self.protocol.render_call(crops) + END_OF_TURN for name, crops in self.calls.items()}
         first = {**answers, **{name: decoder.tokenize(text) for name, text in texts.items()}}
@@ -120,7 +111,8 @@ class ScriptedEngine(Engine):
         try:
             if view:
                 return self.answer(images, questions, view, row_ids=row_ids)
-            return self.run(images, questions, [None if one.crops else () for one in scripts], float("-inf"), row_ids)
+            forced = [None if script.crops else () for script in scripts.values()]
+            return self.run(images, questions, forced, float("-inf"), row_ids)
         finally:
             self.calls, decoder.scripts = {}, ({}, {})
 
