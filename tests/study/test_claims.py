@@ -237,21 +237,14 @@ def test_measures_are_the_diagnostics(world):
         assert world.decide(f"{name}(awares) > 0").effect == pytest.approx(100 * share) and share < 1
     assert world.decide("hr(oracle) > 0").effect == pytest.approx(100 * labels.count("HR") / 60)
     assert "has no valid" in world.decide("valid(oracle) > 0").note
+    distance = 100 * abs(len(calls) - labels.count("HR")) / 60
+    assert world.decide("abs(call_rate(awares) - call_rate(oracle)) > -1").effect == pytest.approx(distance)
 
     call, hr = np.array([bool(names) for names in requests]), np.array([name == "HR" for name in labels])
     found = world.decide('correlation(awares, "call_rate", "hr") > 0')
     assert found.effect == pytest.approx(np.corrcoef(call, hr)[0, 1]) and found.verdict == "undecided"
     perfect = world.decide('correlation(oracle, "call_rate", "hr") > 0')
     assert (perfect.effect, perfect.verdict) == (pytest.approx(1), "holds") and perfect.high <= 1
-
-
-def test_distance(world):
-    world.curated("validation", ["HR"] * 8 + ["LR"] * 32, calling(8, 40))
-    world.turns("sft/main-s1", calling(30, 40))
-    world.turns("grpo/main-s1", calling(12, 40))
-    distances = [f"abs(call_rate({name}) - call_rate(oracle))" for name in ("sft", "awares")]
-    assert world.decide(f"{distances[0]} - {distances[1]} > 0").effect == pytest.approx(55 - 10)
-    assert world.decide(f"{distances[1]} - {distances[0]} > 0").verdict == "does not hold"
 
 
 def test_agreement_of_judges(world):
@@ -301,10 +294,8 @@ def test_time_ratios_come_from_the_latency_page(world):
     [
         lambda table: table.drop(columns="rtr"),
         lambda table: table.assign(score=2.0),
-        lambda table: table.assign(rtr=np.nan),
         lambda table: table.assign(rtr="much"),
         lambda table: table.iloc[::-1],
-        lambda table: table.head(3),
         lambda table: pd.DataFrame(),
     ],
 )

@@ -10,19 +10,6 @@ import pytest
 from awares.study import curation_tables, diagnostics, figures
 
 
-def test_error_kind():
-    evidence = [[100, 100, 200, 200], [700, 100, 800, 200]]
-    rows = [
-        (True, "HR", ()),
-        (False, "HR", ()),
-        (False, "HR", ("top-left",)),
-        (False, "HR", ("top",)),
-        (False, "LR", ()),
-    ]
-    kinds = [diagnostics.error_kind(*row, evidence) for row in rows]
-    assert kinds == ["correct", "when", "where", "reading", "reading"]  # top-left shows one of the two boxes
-
-
 def test_frontier_is_the_cheapest_best_option_of_each_row():
     rng = np.random.default_rng(0)
     scores = (rng.random((60, 11)) < 0.3).astype(float)

@@ -64,10 +64,11 @@ def test_first_turns_have_intervals_around_the_tables_values():
 
 
 def test_error_table_tells_when_where_and_reading_apart():
-    labelled = rows(4, ["HR", "HR", "HR", "LR"], [["top-left"]] * 3 + [[]])
-    done = [trajectory(f"row-{n}", "?", names) for n, names in enumerate([[], ["bottom"], ["top"], []])]
+    labelled = rows(6, ["HR", "HR", "HR", "HR", "HR", "LR"], [["top-left"]] * 5 + [[]])
+    requests = [[], ["bottom"], ["left"], ["top"], [], []]
+    done = [trajectory(f"row-{n}", "12" if n == 4 else "?", names) for n, names in enumerate(requests)]
     errors = diagnostics.error_table(evaluation.scored("awares", labelled, done), labelled, 0.95).set_index("kind").rows
-    assert errors.to_dict() == {"correct": 0, "when": 1, "where": 1, "reading": 2}
+    assert errors.to_dict() == {"correct": 1, "when": 1, "where": 1, "reading": 3}
 
 
 def test_curated_tables():

@@ -76,28 +76,19 @@ def shows(crops: Sequence[str], boxes: Sequence[Box], threshold: float = 0.95) -
     return all(coverage(box, crops) >= threshold for box in boxes)
 
 
-def error_kind(
-    correct: bool, label: str, crops: Sequence[str], evidence: Sequence[Box], threshold: float = 0.95
-) -> str:
-    """Why a row failed. ``when``: HR, but no crop was requested. ``where``: HR, and the requested crops do not show
-    some box of ``evidence``. ``reading``: the evidence was in view; a call without known evidence cannot miss.
-    """
-    if correct:
-        return "correct"
-    if label == HR and not crops:
-        return "when"
-    return "reading" if label != HR or shows(crops, evidence, threshold) else "where"
-
-
 def error_table(scores: pd.DataFrame, labelled: datasets.Dataset, threshold: float) -> pd.DataFrame:
-    """The kinds of error in percent of a system's rows. Columns system, kind, share, rows.
+    """Why rows failed, in percent of a system's rows. Columns system, kind, share, rows.
 
-    ``scores``: of `evaluation.scored`, systems on the rows ``labelled``. A score of at least 0.5 counts as correct.
+    ``correct``: a score of at least 0.5. ``when``: HR, but no crop was requested. ``where``: HR, and the crops do not
+    show all evidence. ``reading``: the evidence was in view; a call without known evidence cannot miss.
+    ``scores``: of `evaluation.scored`, systems on the rows ``labelled``.
     """
-    labels, evidence, records = labelled["label"][:], evidence_boxes(labelled), []
+    hr, evidence, records = np.array(labelled["label"][:]) == HR, evidence_boxes(labelled), []
     for system, part in scores.groupby("system", sort=False):
-        rows = zip(part.score >= 0.5, labels, part.crops, evidence, strict=True)
-        kinds = [error_kind(*row, threshold) for row in rows]
+        called = part.crops.map(len).gt(0).to_numpy()
+        seen = np.array([shows(crops, boxes, threshold) for crops, boxes in zip(part.crops, evidence, strict=True)])
+        reasons = [part.score.to_numpy() >= 0.5, hr & ~called, hr & ~seen]
+        kinds = np.select(reasons, ERROR_KINDS[:3], ERROR_KINDS[3]).tolist()
         records += [(system, kind, 100 * kinds.count(kind) / len(kinds), kinds.count(kind)) for kind in ERROR_KINDS]
     return pd.DataFrame(records, columns=["system", "kind", "share", "rows"])
 

@@ -3,7 +3,6 @@
 A figure of one notebook is a seaborn expression there.
 """
 
-import html
 import io
 import itertools
 import warnings
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from IPython.display import HTML
 from IPython.display import Image as Picture
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -168,17 +166,6 @@ def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step")
     return figure
 
 
-def weighted_tokens(tokens: Sequence[str], weights: Sequence[float]) -> HTML:
-    """The text of ``tokens``, coloured by weight: none for 0, darkest for the largest. Repeated tokens are counted."""
-    most, parts = max(*weights, 1e-9), []
-    for (token, weight), run in itertools.groupby(zip(tokens, weights, strict=True)):
-        count = len(list(run))
-        text = html.escape(token if count == 1 else f"{token} x {count} ").replace("\n", "↵<br>")
-        look = f"background: rgba(222, 143, 5, {0.15 + 0.65 * weight / most:.2f})" if weight else "color: #666"
-        parts.append(f'<span style="{look}" title="weight {weight:g}">{text}</span>')
-    return HTML(f'<div style="font-family: monospace; line-height: 1.6; max-width: 100ch">{"".join(parts)}</div>')
-
-
 # Rows
 
 
@@ -212,11 +199,11 @@ def gallery(
     return figure
 
 
-def _panels(count: int, width: float, height: float, columns: int = 3, **shared: Any) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
     """A grid of ``count`` panels of that size (inches), at least one; their axes are off until something is drawn."""
     columns = min(columns, max(1, count))
     lines = max(1, -(-count // columns))
-    figure, grid = plt.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False, **shared)
+    figure, grid = plt.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     return figure, list(grid.flat)
