@@ -80,18 +80,6 @@ def test_curated_tables():
     assert curation_tables.missed_evidence(labelled, 0.95) == 0
     assert curation_tables.missed_evidence(rows(1, ["HR"], [["bottom"]]), 0.95) == 100
     assert tables.first_rows(labelled, 1, label="LR")["id"][:] == ["row-2"]
-    majority = curation_tables.majority_table(labelled)
-    assert majority.to_dict("records") == [{"benchmark": "chartqa", "answer": "12", "accuracy": 100.0}]
-
-
-def test_accuracy_by_size_orders_by_evidence():
-    marks = {"label": ["HR"] * 4 + ["LR"] * 4, "half": [False] * 4 + [True] * 4, "full": True}
-    evidence = pd.DataFrame({"height": range(8), **marks})
-    table = curation_tables.accuracy_by_size(evidence, parts=2)
-    assert table.half.tolist() == [0, 100] and table.full.tolist() == [100, 100] and table.n.tolist() == [4, 4]
-    for nothing in (evidence[:4], evidence.drop(columns=["half", "full"])):  # of HR rows alone, of released rows
-        empty = curation_tables.accuracy_by_size(nothing, parts=2)
-        assert list(empty) == list(table) and empty.empty
 
 
 def test_checks_and_metrics_are_written_with_nan(tmp_path):

@@ -11,10 +11,11 @@ import pandas as pd
 
 from awares.config import differences
 from awares.data.rows import evaluation_rows
-from awares.errors import AwaresFileError, AwaresValueError
+from awares.errors import AwaresValueError
 from awares.method import evaluation
 from awares.method.evaluation import AVERAGE
 from awares.settings import DECIDES, MAIN_SYSTEMS, Evaluation, Params
+from awares.study.publish import require
 from awares.study.scores import EVALUATION, Runs, trained
 
 MAIN = "main"  # the main line's name in the tables of a variant
@@ -107,10 +108,7 @@ def judged_by(params: Params) -> tuple[str, str]:
 
 def gather(folders: Mapping[str, Path], name: str) -> pd.DataFrame:
     """The tables ``name`` of all variants (variant -> folder of its tables) in one, with a first column variant."""
-    files = {variant: folder / f"{name}.csv" for variant, folder in folders.items()}
-    for variant, file in files.items():
-        if not file.is_file():
-            raise AwaresFileError(f"{file}: variant {variant} has not been run; run `dvc repro ablations`")
+    files = {variant: require(folder / f"{name}.csv", "ablations") for variant, folder in folders.items()}
     tables = {variant: pd.read_csv(file) for variant, file in files.items()}
     return pd.concat(tables, names=["variant"]).reset_index("variant").reset_index(drop=True)
 
@@ -143,9 +141,9 @@ def sweep_table(
     """Numbers that variants change alone, the main line's included: parameter, value, then as `recipe_table`."""
     found: dict[str, dict[str, float]] = {}
     for name, params in runs.items():
-        (parameter, before, after), *more = differences(main, params)
-        if not more and {type(before), type(after)} <= {int, float}:
-            found.setdefault(parameter, {MAIN: before})[name] = after
+        changes = differences(main, params)
+        if len(changes) == 1 and {type(value) for value in changes[0][1:]} <= {int, float}:
+            found.setdefault(changes[0][0], {MAIN: changes[0][1]})[name] = changes[0][2]
     parts = []
     for values in found.values():
         table = recipe_table(results, decisions, sorted(values, key=values.__getitem__), MAIN)
@@ -155,11 +153,11 @@ def sweep_table(
 
 
 def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
-    """Effect of each variant's change on mean accuracy (points) and RTR: a line against the main line, then one against
-    each variant whose changes are a part of its own (not of the trained systems of Table 1).
+    """Effect of each variant's change on mean accuracy (points) and RTR, with intervals over rows and training.
 
-    ``system``: the policy of Table 1 that is compared; ``change``: the parameters that differ. The intervals cover the
-    variance of rows and training (`scores`). Raises AwaresFileError for a variant that has not been run.
+    A line against the main line, then one against each variant whose changes are a part of its own (not of the trained
+    systems of Table 1). ``system``: the policy of Table 1 that is compared; ``change``: the parameters that differ.
+    Raises AwaresFileError for a variant that has not been run.
     """
     system = {name: judged_by(params)[0] for name, params in runs.items()}
     changes = {name: {key: str(new) for key, _, new in differences(main, params)} for name, params in runs.items()}

@@ -1,8 +1,7 @@
-"""Tables about curated rows: labels, target crops, judges (Tables 2 and 10), margins, evidence, majority answers."""
+"""Tables about curated rows: labels, target crops, judges (Tables 2 and 10), evidence and whether it was read."""
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 import datasets
@@ -15,19 +14,11 @@ from awares.config import Params
 from awares.engine.jsonl import Record
 from awares.errors import Failure
 from awares.method.crops import Box, union_area
-from awares.method.curation import answer_margin
 from awares.method.judges import HIGH_BETTER, HR, LOW_BETTER, LR, Judge, build_judge, label
-from awares.method.metrics import score
 from awares.method.rollout import Trajectory
 from awares.study.diagnostics import NO_CALL, evidence_boxes, outcome_shares, shows
 
 LEGIBLE_AT_HALF = 24.0  # px of the full image: the suite's large evidence is higher, its small evidence lower
-
-
-def correct_threshold(name: str, params: Params) -> float:
-    """The score from which judge ``name`` calls an answer correct; 1 for served judges and for released labels."""
-    local = name in registry.judge and registry.judge.builtin.get(name) != registry.SERVED
-    return build_judge(name, params).correct_threshold if local else Judge.correct_threshold
 
 
 def judge_names(curated: datasets.Dataset) -> list[str]:
@@ -81,30 +72,13 @@ def label_shares(curated: datasets.Dataset) -> pd.DataFrame:
     return pd.DataFrame(records, columns=["judge", "tie", "low_better", "high_better", "lr", "hr", "n"])
 
 
-def luck_table(
-    answers: Sequence[Record], curated: datasets.Dataset, edges: Sequence[float], params: Params
-) -> pd.DataFrame:
-    """Whether a small logit margin signals a lucky answer: one line per range of the half-resolution answer's margin.
-
-    ``answers``: the raw records of `curate`; ``edges``: lower ends of the ranges, in nats. Columns at_least, below,
-    half and full (percent correct by the deciding judge), hr (percent labelled HR), n.
-    """
-    columns = ["at_least", "below", "half", "full", "hr", "n"]
-    if not edges:
-        return pd.DataFrame(columns=columns)
-    margins = {record["id"]: answer_margin(record, "low") for record in answers if "reason" not in record}
-    ranges = pd.cut([margins[row_id] for row_id in curated["id"]], [*edges, math.inf], right=False)
-    marks = _correct(curated, params).assign(hr=np.array(curated["label"][:]) == HR)
-    groups, ends = marks.groupby(ranges, observed=False), ranges.categories
-    table = (100 * groups.mean()).assign(at_least=ends.left, below=ends.right, n=groups.size())
-    return table[columns].reset_index(drop=True)
-
-
-def _correct(curated: datasets.Dataset, params: Params) -> pd.DataFrame:
-    """Whether the deciding judge accepts the base model's answers: columns half, full."""
+def answers_correct(curated: datasets.Dataset, params: Params) -> pd.DataFrame:
+    """Whether the deciding judge accepts the base model's answers (served judges: a score of 1). Columns half, full."""
     judge, sides = params.curation.judge, {"half": "low", "full": "high"}
+    local = judge in registry.judge and registry.judge.builtin.get(judge) != registry.SERVED
+    threshold = build_judge(judge, params).correct_threshold if local else Judge.correct_threshold
     scores = {view: np.array(curated[f"{side}_score_{judge}"][:], float) for view, side in sides.items()}
-    return pd.DataFrame(scores) >= correct_threshold(judge, params)
+    return pd.DataFrame(scores) >= threshold
 
 
 def label_metrics(rows: datasets.Dataset) -> dict[str, float]:
@@ -144,20 +118,7 @@ def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
         spans = [min((box[2] - box[0]) * width, (box[3] - box[1]) * height) / 1000 for box in boxes]
         records.append((row["source"], row["label"], width, height, min(spans, default=math.nan)))
     table = pd.DataFrame(records, columns=["source", "label", "image width", "image height", "height"])
-    return table if params.curation.released else table.join(_correct(rows, params))
-
-
-def accuracy_by_size(evidence: pd.DataFrame, parts: int = 4) -> pd.DataFrame:
-    """Percent right at half and full resolution in equal parts of the rows with boxes, the smallest evidence first.
-
-    Empty without answers of a base model and where only HR rows have boxes: their label says which answers are right.
-    """
-    evidence = evidence.dropna(subset="height")
-    if "half" not in evidence or not (evidence.label == LR).any():
-        return pd.DataFrame(columns=["height min", "height max", "n", "half", "full"])
-    groups = evidence.groupby(pd.qcut(evidence.height.rank(method="first"), min(parts, len(evidence)), labels=False))
-    sizes = groups.height.agg(["min", "max", "size"]).set_axis(["height min", "height max", "n"], axis=1)
-    return sizes.join(100 * groups[["half", "full"]].mean()).reset_index(drop=True)
+    return table if params.curation.released else table.join(answers_correct(rows, params))
 
 
 def repair_table(rows: datasets.Dataset, repaired: Sequence[Trajectory | Failure], judge: Judge) -> pd.DataFrame:
@@ -186,18 +147,6 @@ def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
     pairs = zip(rows["target_crops"], evidence_boxes(rows), strict=True)
     missed = [not shows(crops, boxes, threshold) for crops, boxes in pairs if crops and boxes]
     return 100 * float(np.mean(missed)) if missed else math.nan
-
-
-def majority_table(rows: datasets.Dataset) -> pd.DataFrame:
-    """Accuracy (percent) of each benchmark's most frequently accepted answer. Columns benchmark, answer, accuracy."""
-    records = []
-    pairs = pd.DataFrame({"benchmark": rows["source"][:], "accepted": rows["answers"][:]})
-    for benchmark, part in pairs.groupby("benchmark", sort=False):
-        counts = Counter(answer for accepted in part.accepted for answer in dict.fromkeys(accepted))
-        answer = counts.most_common(1)[0][0]
-        accuracy = 100 * float(np.mean([score(str(benchmark), answer, accepted) for accepted in part.accepted]))
-        records.append({"benchmark": benchmark, "answer": answer, "accuracy": accuracy})
-    return pd.DataFrame(records)
 
 
 def reading_table(scores: pd.DataFrame, rows: datasets.Dataset) -> pd.DataFrame:

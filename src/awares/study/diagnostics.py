@@ -135,15 +135,3 @@ def run_frontier(policy: str, engine: Any, rows: datasets.Dataset) -> Frontier:
         done = engine.run(rows["image"], rows["question"], forced=[option] * len(rows), row_ids=rows["id"])
         found.append(scored(policy, rows, done))
     return oracle_frontier(*(np.stack([one[column] for one in found], axis=1) for column in ("score", "rtr")))
-
-
-def frontier_row(policy: str, best: Frontier, own: pd.DataFrame) -> dict[str, Any]:
-    """How far ``policy`` is from its frontier ``best``; accuracies in percent.
-
-    ``own``: `evaluation.scored` of the policy's own choices on the rows of ``best``. ``rtr_at_accuracy``: the RTR at
-    which the frontier reaches the policy's accuracy.
-    """
-    accuracy, cost = own.score.mean(), own.rtr.mean()
-    cheaper = float(np.interp(accuracy, best.accuracy_curve, best.rtr_curve))
-    possible = {"frontier_accuracy": 100 * best.accuracy, "frontier_rtr": best.rtr, "rtr_at_accuracy": cheaper}
-    return {"policy": policy, "accuracy": 100 * accuracy, "rtr": cost, **possible, "n": len(own)}

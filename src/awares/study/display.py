@@ -14,7 +14,6 @@ HEADS = {"rtr": "RTR", "n": "rows", "lr": "LR", "hr": "HR", "f1": "F1", "fpr": "
          "peak_memory_mb": "peak memory (MB)", "cache_mb": "cache (MB)", "rtr_at_accuracy": "RTR at equal accuracy",
          "prefill_2": "second prefill", "prefill_2_gflops": "second prefill (GFLOPs)",
          "seconds": "time (s)"}  # fmt: skip
-VERDICTS = {"holds": ("holds", "does not hold")}
 
 
 def show_table(frame: pd.DataFrame, digits: int = 2) -> HTML:
@@ -48,7 +47,7 @@ def _interval_columns(columns: list[str]) -> dict[str, tuple[str, str]]:
 
 def _texts(cells: pd.Series, column: str, digits: int) -> list[str]:
     decimals = max(digits, 3) if "rtr" in column else digits
-    yes, no = VERDICTS.get(column, ("yes", "no"))
+    yes, no = ("holds", "does not hold") if column == "holds" else ("yes", "no")
 
     def text(cell: object) -> str:
         if isinstance(cell, str | list | tuple | dict):

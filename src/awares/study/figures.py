@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill, shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -22,11 +22,9 @@ from PIL import Image
 
 from awares.method.crops import crop_box, cut, low_resolution
 from awares.method.evaluation import AVERAGE
+from awares.method.rollout import Trajectory
 from awares.study.diagnostics import OUTCOMES, outcome
 from awares.study.display import SYSTEM_WORDS
-
-if TYPE_CHECKING:
-    from awares.method.rollout import Trajectory
 
 PALETTE = sns.color_palette("colorblind")
 SYSTEM_COLOURS = dict(zip(SYSTEM_WORDS.values(), PALETTE, strict=False))
@@ -118,9 +116,7 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
         shown = dial[dial.rows == part]
         trained = shown[shown.call_bias == 0]
         sns.lineplot(shown, **look, marker="o", ax=axes)
-        for system, rows in shown.groupby("system"):
-            band = {"color": SYSTEM_COLOURS[system], "alpha": 0.12, "linewidth": 0}
-            axes.fill_between(rows.rtr, rows.accuracy_low, rows.accuracy_high, **band)
+        whiskers("rtr", data=shown, axes=axes)
         axes.plot(trained.rtr, trained.accuracy, "o", color="black", markersize=11, markerfacecolor="none")
         axes.set(xlabel=RTR, ylabel="accuracy (%), average over tasks", title=title.format(shown.n.iloc[0]))
     sns.scatterplot(ends, **look, marker="s", s=60, ax=left)
@@ -170,7 +166,7 @@ def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step")
 
 
 def gallery(
-    rows: Iterable[Mapping[str, Any]], done: Sequence["Trajectory"] = (), notes: Sequence[str] | None = None
+    rows: Iterable[Mapping[str, Any]], done: Sequence[Trajectory] = (), notes: Sequence[str] | None = None
 ) -> Figure:
     """One line per row: low-resolution view with boxes, then the crops. Without any crops three views to a line.
 

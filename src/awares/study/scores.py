@@ -1,10 +1,10 @@
 """Row-by-row measures of a policy, read from the runs, and their bootstrap samples: what claims are decided by.
 
-A policy has up to three kinds of rows: ``evaluation`` (answers to the benchmark rows), ``validation`` (first turns on
-curated validation rows, compared with labels and oracle crops) and ``curation`` (labels of the training rows).
+Kinds of rows: ``evaluation`` (answers to the benchmark rows), ``validation`` (first turns on curated validation rows,
+compared with labels and oracle crops), ``curation`` (labels of the training rows).
 
-Intervals cover two sources of variance. Rows are resampled inside each benchmark, the same rows for every policy. The
-few training seeds follow Student's t. At n > 1 seeds a resample of their mean moves by the policy's deviations from it,
+Intervals cover rows and training. Rows are resampled inside each benchmark, the same ones for every policy. The few
+training seeds follow Student's t. At n > 1 seeds a resample of their mean moves by the policy's deviations from it,
 with the same random numbers for every policy (paired by seed). At one seed it moves by the standard deviation over
 seeds of the main line's policy that it is ``like``, drawn independently: rather too wide than too narrow.
 """
@@ -150,8 +150,7 @@ class Runs:
 
         A share that is equal at every seed is known to half a row: its deviation is that of rounding.
         """
-        kind, factor = MEASURES[measure]
-        like = self.policies[policy].get("like") or policy
+        (kind, factor), like = MEASURES[measure], self.policies[policy].get("like") or policy
         seeds = self._seeds_of(like, kind)
         if not self._trained(policy, kind) or len(seeds) < 2:
             return 0.0, 1
@@ -179,8 +178,7 @@ class Runs:
 
     def _bootstrap(self, policy: str, seed: int, measure: str, benchmarks: tuple[str, ...]) -> tuple[float, np.ndarray]:
         rows = self.rows(policy, MEASURES[measure][0], seed)
-        values, wholes = rows.of(measure)
-        groups = np.array(rows.groups)
+        (values, wholes), groups = rows.of(measure), np.array(rows.groups)
         if benchmarks:
             if lacking := sorted(set(benchmarks) - set(rows.groups)):
                 raise MissingRows(f"{rows.place} has no rows of {', '.join(lacking)}")
@@ -223,7 +221,6 @@ class Runs:
         return tuple(seed for seed, path in paths.items() if path.is_file() or (path / "state.json").is_file())
 
     def _load(self, policy: str, kind: str, seed: int) -> RowSet:
-        """The rows of one policy."""
         path = self._path(policy, kind, seed)
         place, read = self._name(path), {EVALUATION: self._scores, VALIDATION: self._decisions, CURATION: self._labels}
         try:

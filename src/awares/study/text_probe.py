@@ -20,7 +20,6 @@ from awares.settings import CropSettings
 
 
 def text_probe() -> Pipeline:
-    """The probe, to be fitted on texts and labels."""
     words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True)
     return make_pipeline(words, LogisticRegression(max_iter=2000, C=1.0))
 
@@ -57,9 +56,9 @@ def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: CropS
         labels = {"answer": [[answers[0] for answers in rows["answers"]] for rows in parts]}
         crops = [evidence_crops(rows, section) for rows in parts]
         labels |= {"crop": crops} if all(any(names) for names in crops) else {}
-        known, tested = (list(rows["question"]) for rows in parts)
-        for guessed, (given, wanted) in labels.items() if tested else ():
-            words, majority = question_accuracy(known, given, tested, wanted)
+        known, asked = (rows["question"][:] for rows in parts)
+        for guessed, (given, wanted) in labels.items() if asked else ():
+            words, majority = question_accuracy(known, given, asked, wanted)
             records.append((source, guessed, 100 * words, 100 * majority, 100 * (words - majority), len(wanted)))
     return pd.DataFrame(records, columns=["source", "guessed", "words", "majority", "gain", "n"])
 
@@ -67,8 +66,8 @@ def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: CropS
 def label_leaks(train: datasets.Dataset, test: datasets.Dataset) -> pd.DataFrame:
     """What the probe predicts of curated rows: columns check, value, bound, n; empty without LR and HR rows.
 
-    ``when``: area under the ROC curve for LR/HR, bound 0.70. ``where``: cross-validated accuracy (percent) for the
-    crops of all HR rows, bound 10 points above the most frequent crops.
+    ``when``: area under the ROC curve, bound 0.70. ``where``: cross-validated accuracy (percent) for the crops of all
+    HR rows, bound 10 points above the most frequent crops.
     """
     records: list[tuple[str, float, float, int]] = []
     if set(train["label"]) == set(test["label"]) == {"LR", "HR"}:
