@@ -62,15 +62,6 @@ def test_averages_are_means_of_their_cells_but_for_the_noted_ones():
     assert found == noted("the mean of the cells") and len(found) == 4
 
 
-def test_rtr_is_between_the_half_view_and_two_images_but_for_the_noted_ones():
-    found = set()
-    for key in OVER_BENCHMARKS:
-        rtr = published(key).set_index(published(key).columns[0]).filter(like=" rtr").stack()
-        assert rtr.between(0, 1.25).all()  # the half view and the whole image after it
-        found |= {(key, row, column) for row, column in rtr[rtr < 0.25].index}
-    assert found == noted("below what the half-resolution view costs") and len(found) == 2
-
-
 def test_numbers_that_follow_from_others_agree():
     judges = published("table2").groupby("judge")[["llama_lr", "llama_hr"]].sum().sum(axis=1)
     assert judges.to_numpy() == pytest.approx(100, abs=4 * 0.005 + 1e-9)

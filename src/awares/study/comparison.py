@@ -24,8 +24,6 @@ ANSWER_COLUMNS = ["answer", "written", "crops", "call_status", "call_gap", "visu
 
 File = tuple[str, int, Path]  # system or variant, training seed, its trajectories
 
-# Answers
-
 
 def all_scores(params: Params) -> pd.DataFrame:
     """`answered` of the systems of Table 1 (every seed that was run), ``comparison`` and ``ablations.systems``."""
@@ -90,9 +88,6 @@ def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
     table = evaluation.main_table(means, settings)
     inside = evaluation.main_table(means.assign(rtr=means.layer_rtr), settings)
     return table.assign(layer_rtr=inside.rtr, seeds=table.system.map(seeds))
-
-
-# Variants
 
 
 def judged_by(params: Params) -> tuple[str, str]:

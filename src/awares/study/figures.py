@@ -1,7 +1,4 @@
-"""Figures of several notebooks (the paper's Figs. 3, 5, 9-15 and ours), drawn from data frames and rows.
-
-A figure of one notebook is a seaborn expression there.
-"""
+"""Figures of several notebooks, from data frames and rows. A figure of one notebook is a seaborn cell there."""
 
 import io
 import itertools
@@ -29,7 +26,6 @@ from awares.study.display import SYSTEM_WORDS
 PALETTE = sns.color_palette("colorblind")
 SYSTEM_COLOURS = dict(zip(SYSTEM_WORDS.values(), PALETTE, strict=False))
 MARKERS = dict(zip(SYSTEM_WORDS.values(), "svX^oP*D", strict=True))
-CURVE_POINTS = 24  # a longer training curve is smoothed
 RTR = "retain token ratio (visual tokens / tokens of the full image)"
 OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}  # a legend on the right
 
@@ -147,13 +143,13 @@ def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]], rows: str) -> F
 def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step") -> Figure:
     """Training curves: one small panel per logged column of ``labels`` (column -> axis label, with unit).
 
-    A long log is shown as points under its running mean over an eighth of it.
+    A log of more than 24 points is shown under its running mean over an eighth of it.
     """
     columns = [name for name in labels if name in log and log[name].notna().any()]
     figure, grid = _panels(len(columns), 3.6, 2.6)
     for axes, name in zip(grid, columns, strict=False):
         points = log.dropna(subset=[name])
-        long = len(points) > CURVE_POINTS
+        long = len(points) > 24
         mean = points[name].rolling(len(points) // 8 if long else 1, center=True, min_periods=1).mean()
         axes.set_axis_on()
         axes.plot(points[x], points[name], "o", markersize=3 if long else 4, alpha=0.3 if long else 1)

@@ -196,9 +196,8 @@ class Runs:
     def _correlate(self, rows: RowSet, x: str, y: str) -> tuple[float, np.ndarray]:
         """From the means of x, y, x*y, x*x, y*y; nan where one of the two does not vary."""
         a, b = rows.of(x)[0], rows.of(y)[0]
-        products = (a, b, a * b, a * a, b * b)
-        found = [resampled_means(values, self.settings.seed, self.settings.bootstrap) for values in products]
-        of_x, of_y, xy, xx, yy = (np.concatenate([[mean], draws]) for mean, draws in found)
+        drawn = (resampled_means(z, self.settings.seed, self.settings.bootstrap) for z in (a, b, a * b, a * a, b * b))
+        of_x, of_y, xy, xx, yy = (np.concatenate([[mean], draws]) for mean, draws in drawn)
         spread = (xx - of_x * of_x).clip(0) * (yy - of_y * of_y).clip(0)
         both = np.where(spread > 1e-12, (xy - of_x * of_y) / np.sqrt(np.maximum(spread, 1e-12)), np.nan)
         return float(both[0]), both[1:]

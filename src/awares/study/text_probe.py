@@ -1,7 +1,4 @@
-"""Text-only probe: how well the words of a question predict the answer, the label or the crop without the image.
-
-The synthetic rows must not reveal them. The probe is a logistic regression on words and word pairs.
-"""
+"""What a question's words alone, through a logistic regression, say of the answer, the label and the crop."""
 
 from collections import Counter
 from collections.abc import Sequence
