@@ -66,9 +66,6 @@ def save_figure(figure: Figure, path: Path, alt: str | None = None) -> Picture:
     return picture
 
 
-# Systems and policies
-
-
 def whiskers(x: str, y: str = "accuracy", *, data: pd.DataFrame, axes: Axes | None = None, **_: Any) -> None:
     """Intervals of the points (``x``, ``y``) of ``data``, where it has columns with ``_low`` and ``_high``.
 
@@ -156,9 +153,6 @@ def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step")
         axes.plot(points[x], mean, color="C0")
         axes.set(xlabel=x, ylabel=labels[name])
     return figure
-
-
-# Rows
 
 
 def gallery(

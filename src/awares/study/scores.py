@@ -76,7 +76,6 @@ class Estimate:
         return Estimate(abs(self.value), np.abs(self.draws), least=0.0)
 
     def interval(self, level: float) -> tuple[float, float]:
-        """The ``level`` percentile interval."""
         return percentiles(self.draws, level)
 
 
