@@ -3,11 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import openai
 import pytest
@@ -22,13 +18,12 @@ from awares.engine import chat_format
 from awares.engine.model import make_processor
 from awares.errors import AwaresError, AwaresRequestError
 from awares.method import crops, protocol
-from awares.method.rollout import Trajectory
 
 NOWHERE = "http://127.0.0.1:9/v1"
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(tmp_path_factory):
     """Address of a server process with the very model of the fixture ``tiny``."""
     server = ServerProcess(tmp_path_factory.mktemp("engine") / "log.jsonl", "engine")
     yield server.url
@@ -36,36 +31,39 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def faulty(tmp_path: Path) -> Iterator[ServerProcess]:
+def faulty(tmp_path):
     server = ServerProcess(tmp_path / "log.jsonl", "faulty")
     yield server
     server.stop()
 
 
 @pytest.fixture
-def remote(url: str, tiny: SimpleNamespace, tmp_path: Path, monkeypatch) -> Callable[..., RemoteEngine]:
+def remote(url, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
 
-    def make(url: str = url, processor: Any = tiny.processor, **options: Any) -> RemoteEngine:
+    def make(url=url, processor=tiny.processor, **options):
         client = ChatClient(Server(url=url, model="tiny", attempts=2), tmp_path / "replies.jsonl")
         return RemoteEngine(client, processor, **{"max_new_tokens": 16, **options})
 
     return make
 
 
-def assert_same(found: list[Trajectory], expected: list[Trajectory]) -> None:
+def assert_same(found, expected):
     """Equal in all that a server can tell, but for rows in which rounding may choose a token."""
-    untold: dict[str, Any] = {"seconds": 0.0, "margin": 0.0, "call_logprob": None, "call_gap": None}
+    untold = {"seconds": 0.0, "margin": 0.0, "call_logprob": None, "call_gap": None}
     for one, other in zip(found, expected, strict=True):
         assert replace(one, **untold) == replace(other, **untold) or other.margin < TIE
     assert sum(other.margin < TIE for other in expected) <= len(expected) // 4
 
 
-def test_trajectories_equal_the_in_process_engines(rigged: SimpleNamespace, remote) -> None:  # noqa: F811
+def test_trajectories_equal_the_in_process_engines_and_a_second_run_needs_no_server(rigged, remote):  # noqa: F811
     images = rows_of(rigged, ORDERS)
     found = remote().run(images, ORDERS)
     assert_same(found, engine(rigged).run(images, ORDERS))
+    assert remote(NOWHERE).run(images, ORDERS) == found
+    with pytest.raises(AwaresRequestError, match="7 of 7 rows"):
+        remote(NOWHERE).run(images, [*ORDERS[1:], "new"])
     forced = [("center", "bottom"), (), None, ("all",), ("left",), *[None] * (len(ORDERS) - 5)]
     assert_same(remote().run(images, ORDERS, forced), engine(rigged).run(images, ORDERS, forced))
     assert {trajectory.call_status for trajectory in found} == {"none", "valid", "malformed"}
@@ -75,10 +73,11 @@ def test_trajectories_equal_the_in_process_engines(rigged: SimpleNamespace, remo
     found = remote(max_new_tokens=5).run(images, orders)
     assert found[0].call_status == "recovered"
     assert_same(found, engine(rigged, max_new_tokens=5).run(images, orders))
+    assert remote().run([], []) == []
 
 
 @pytest.mark.parametrize("view", ["full", "half", "none", "half+crops"])
-def test_single_turns_equal_the_in_process_engines(rigged: SimpleNamespace, remote, view: str) -> None:  # noqa: F811
+def test_single_turns_equal_the_in_process_engines(rigged, remote, view):  # noqa: F811
     questions = [f"what is {number}?" for number in range(4)]
     images = rows_of(rigged, questions)
     chosen = [tuple(NAMES[index : index + 2]) for index in range(4)] if view == "half+crops" else None
@@ -86,23 +85,16 @@ def test_single_turns_equal_the_in_process_engines(rigged: SimpleNamespace, remo
     assert_same(found, engine(rigged, max_side=160).answer(images, questions, view=view, crops=chosen))
 
 
-def test_a_second_run_needs_no_server(rigged: SimpleNamespace, remote) -> None:  # noqa: F811
-    images = rows_of(rigged, ORDERS)
-    first = remote().run(images, ORDERS)
-    assert remote(NOWHERE).run(images, ORDERS) == first
-    with pytest.raises(AwaresRequestError, match="7 of 7 rows"):
-        remote(NOWHERE).run(images, [*ORDERS[1:], "new"])
-    assert remote().run([], []) == []
-
-
-def say(text: str) -> str:
+def say(text):
     """The step that makes the faulty server answer ``text``."""
     return "say=" + base64.b64encode(text.encode()).decode()
 
 
-def test_turn_two_resends_turn_one_byte_for_byte_and_crops_without_loss(
-    tiny: SimpleNamespace, remote, faulty: ServerProcess
-) -> None:
+def sent_image(part):
+    return Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2]))).tobytes()
+
+
+def test_turn_two_resends_turn_one_byte_for_byte_and_crops_without_loss(tiny, remote, faulty):
     image, call = tiny.noise(224, 168, 3), protocol.OURS.render_call(["right", "top-left"])
     (found,) = remote(faulty.url, check=False).run([image], [f"where?|{say(call)}"])
     remote(faulty.url, check=False).run([image], ["where?"], forced=[()])
@@ -116,19 +108,13 @@ def test_turn_two_resends_turn_one_byte_for_byte_and_crops_without_loss(
     assert [message["role"] for message in both] == ["system", "user", "assistant", "user"]
     assert both[2]["content"] == call
     assert [part["type"] for part in both[3]["content"]] == ["text", "image_url", "image_url", "text"]
-    sent = [read_url(part["image_url"]["url"]) for part in both[3]["content"][1:3]]
-    assert [piece.tobytes() for piece in sent] == [crops.cut(image, name).tobytes() for name in found.crops]
-    assert read_url(both[1]["content"][0]["image_url"]["url"]).tobytes() == crops.low_resolution(image).tobytes()
+    pieces = [crops.cut(image, name).tobytes() for name in found.crops]
+    assert [sent_image(part) for part in both[3]["content"][1:3]] == pieces
+    assert sent_image(both[1]["content"][0]) == crops.low_resolution(image).tobytes()
     assert (first["skip_special_tokens"], first["repetition_penalty"], first["temperature"]) == (False, 1.0, 0.0)
 
 
-def read_url(url: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-
-
-def test_a_server_with_another_prompt_or_image_limit_is_refused_before_a_reply_is_recorded(
-    tiny: SimpleNamespace, remote, tmp_path: Path
-) -> None:
+def test_a_server_with_another_prompt_or_image_limit_is_refused_before_a_reply_is_recorded(tiny, remote, tmp_path):
     tokenizer = tiny_tokenizer()
     other = make_processor(tokenizer)
     swapped = chat_format.CHAT_TEMPLATE.replace("</tool_response>", "X").replace("<tool_response>", "</tool_response>")
@@ -140,9 +126,7 @@ def test_a_server_with_another_prompt_or_image_limit_is_refused_before_a_reply_i
     assert not (tmp_path / "replies.jsonl").exists()
 
 
-def test_a_server_that_reports_no_tokens_must_be_trusted_and_failed_rows_are_named(
-    tiny: SimpleNamespace, remote, faulty: ServerProcess
-) -> None:
+def test_a_server_that_reports_no_tokens_must_be_trusted_and_failed_rows_are_named(tiny, remote, faulty):
     image, questions = tiny.noise(112, 112, 0), ["a", "b|500", f"c|{say('<|image_pad|>')}", "d"]
     with pytest.raises(AwaresRequestError, match="check=False"):
         remote(faulty.url).run([image], ["q"])
@@ -154,7 +138,7 @@ def test_a_server_that_reports_no_tokens_must_be_trusted_and_failed_rows_are_nam
     assert found.turns[1].text_tokens == len(tiny.processor.tokenizer("reply to a<|im_end|>")["input_ids"])
 
 
-def test_bad_input_is_named_before_anything_is_sent(tiny: SimpleNamespace, remote) -> None:
+def test_bad_input_is_named_before_anything_is_sent(tiny, remote):
     good, small, nowhere = tiny.noise(56, 56, 0), Image.new("RGB", (20, 56)), remote(NOWHERE, check=False)
     for options, fault in (
         ({"images": [good], "call_bias": 2.0}, "call_bias 2.0"),

@@ -21,8 +21,6 @@ from awares.study import curation_tables
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
-# Judges
-
 fixed = Judge("fixed", lambda questions, predictions, answers: list(map(float, predictions)), 0.5, 0.1)
 
 
@@ -63,9 +61,6 @@ def test_embedding_judge_takes_the_best_answer_and_encodes_once(monkeypatch):
     assert verdicts(*row)[0] == verdict
 
 
-# The oracle
-
-
 def locate(oracle, question, answer=(), row_ids=("r",)):
     boxes = {"question_boxes": list(map(list, question)), "answer_boxes": list(map(list, answer))}
     return oracle.locate([{"id": row_id, **boxes} for row_id in row_ids])
@@ -84,9 +79,6 @@ def test_oracle_error_belongs_to_the_row_and_has_the_requested_size():
     for record in locate(AnnotationOracle(3, 300, 7), ((0, 0, 3, 3),), ((997, 0, 1000, 1000),), ids):
         for box in [*record["question_boxes"], *record["answer_boxes"]]:
             assert 0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000
-
-
-# The pipeline
 
 
 def make_rows(count=11):
@@ -194,23 +186,20 @@ def test_crop_rule_and_judge_of_a_notebook_cell(params, tmp_path):
     assert len({build_judge("registered", params).key(), *keys}) == 4
 
 
-@pytest.mark.parametrize(
-    ("value", "both_wrong", "low", "high", "expected"),
-    [
+def test_rows_that_half_resolution_gets_right_by_luck_need_a_crop(params, tmp_path):
+    for value, both_wrong, low, high, expected in (
         (0, False, 1.4, 1.5, "HR"),
         (0, False, 1.5, 9.0, "LR"),  # sure enough
         (0, False, 0.1, 1.4, "LR"),  # full resolution is no surer
         (0, True, 0.1, 9.0, "LR"),  # a crop does not help a row that is wrong at both resolutions
         (None, None, 0.1, 9.0, ""),
-    ],
-)
-def test_a_row_that_half_resolution_gets_right_by_luck_needs_a_crop(value, both_wrong, low, high, expected):
-    answers, verdict = {"low": {"margin": low}, "high": {"margin": high}}, {"value": value, "both_wrong": both_wrong}
-    assert curation.row_label(answers, verdict, 1.5) == expected
-    assert curation.row_label(answers, verdict, 0.0) == {0: "LR", 1: "LR", 2: "HR", None: ""}[value]  # the paper's rule
-
-
-def test_lucky_rows_are_located(params, tmp_path):
+    ):
+        margins, verdict = (
+            {"low": {"margin": low}, "high": {"margin": high}},
+            {"value": value, "both_wrong": both_wrong},
+        )
+        assert curation.row_label(margins, verdict, 1.5) == expected
+        assert curation.row_label(margins, verdict, 0.0) == ("" if value is None else "LR")  # the paper's rule
     unsure = [(4, "half")]
     rows = run(params, tmp_path / "out", FakeEngine(unsure=unsure))
     assert (rows[4]["label"], rows[4]["verdict"], rows[4]["low_answer"]) == ("HR", 0, "4 KG")
@@ -218,8 +207,6 @@ def test_lucky_rows_are_located(params, tmp_path):
     assert curation_tables.answers_correct(rows, params).sum().to_dict() == {"half": 3, "full": 9}
     paper = run(changed(lucky_margin=0.0), tmp_path / "out", FakeEngine(dies_at=0))  # the answers are reused
     assert paper["label"][4] == "LR"
-    with pytest.raises(AwaresError, match=r"curation\.lucky_margin"):  # a server gives no logits
-        load_params(path=PARAMS, overrides={"curation.engine": "base", "curation.lucky_margin": 1.5})
 
 
 def test_rows_that_the_base_models_server_refuses_are_lost_and_no_others(params, tmp_path):
