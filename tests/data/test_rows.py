@@ -1,12 +1,11 @@
 """Rows keep one schema, and a bad row is named before any work is done."""
 
-import io
 import json
+from functools import partial
 
 import datasets
-import numpy as np
+import published
 import pytest
-from PIL import Image
 
 from awares.config import load_params
 from awares.data.rows import make_dataset, make_split, read_jsonl_rows, validate_rows
@@ -14,12 +13,7 @@ from awares.engine.rows import FEATURES, load_rows, save_rows, share_of
 from awares.errors import AwaresError
 from awares.mini import synthetic_rows
 
-
-def encoded(width=84, height=56, kind="PNG"):
-    pixels = np.random.default_rng(width * height).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
+encoded = partial(published.encoded, 0, 84, 56)
 
 
 def row(number=0, **changes):
@@ -51,11 +45,9 @@ def test_rows_survive_the_disk_with_the_same_bytes_and_a_torn_folder_is_named(tm
     [
         ({"image": None}, "image"),
         ({"image": {"bytes": encoded()[:200], "path": None}}, "image"),
-        ({"image": {"bytes": b"no image", "path": None}}, "image: .*corrupt"),
-        ({"image": {"bytes": encoded(84, 27), "path": None}}, "image: 84x27 px"),
-        ({"image": {"bytes": encoded(6000, 29), "path": None}}, "image: 6000x29 px"),
+        ({"image": {"bytes": published.encoded(0, 84, 27), "path": None}}, "image: 84x27 px"),
+        ({"image": {"bytes": published.encoded(0, 6000, 29), "path": None}}, "image: 6000x29 px"),
         ({"question": " "}, "question"),
-        ({"answers": []}, "answers"),
         ({"answers": ["12", ""]}, "answers.1"),
         ({"split": "test"}, "split"),
         ({"answer_boxes": [[0, 0, 1001, 10]]}, "answer_boxes.0"),
@@ -67,12 +59,9 @@ def test_a_bad_row_is_named(changes, key):
     rows = make_dataset([row(), row(**{"id": "bad", **changes})])
     with pytest.raises(AwaresError, match=f"some rows, row bad.*{key}"):
         validate_rows(rows, "some rows")
-
-
-@pytest.mark.parametrize("rows", [make_dataset([]), make_dataset([row()]).remove_columns("answers")])
-def test_no_rows_and_a_missing_column_are_named(rows):
-    with pytest.raises(AwaresError, match="some rows: (no rows|column answers)"):
-        validate_rows(rows, "some rows")
+    for wrong, fault in ((make_dataset([]), "no rows"), (rows.remove_columns("answers"), "column answers")):
+        with pytest.raises(AwaresError, match=f"some rows: {fault}"):
+            validate_rows(wrong, "some rows")
 
 
 def test_share_is_taken_from_every_source():
@@ -111,14 +100,11 @@ def test_jsonl_rows_have_defaults_and_only_a_line_break_ends_one(jsonl):
     ("lines", "place"),
     [
         (["{"], "mine.jsonl, line 1"),
-        (["[1]"], "line 1"),
         (['{"image": "page.png"}'], "line 1: question"),
         ([{}, {"image": "none.png"}], "line 2: image none.png"),
         ([{}, {"image": "torn.png"}], "line 2, image"),
         ([{"image": {}}], "line 1, image"),
-        ([{"answers": "12"}], "line 1: answers"),
         ([{"answers": [12]}], "line 1: answers.0"),
-        ([{"question": 3}], "line 1: question"),
         ([{"anwser_boxes": []}], "line 1: .*anwser_boxes"),
         ([{"answer_boxes": [[0.1, 0, 1, 1]]}], "line 1: answer_boxes.0.0"),
         ([{"id": "a"}, {"id": "a"}], "mine.jsonl: id a "),

@@ -262,6 +262,8 @@ def test_errors_come_before_work(params, tmp_path):
     bare = make_dataset([{**row, "question_boxes": [], "answer_boxes": []} for row in make_rows(2)])
     cases = [({"rows": bare}, "row-0"), ({"judges": ["anls"]}, "'semantic'"), ({"rows": make_rows(0)}, "empty")]
     cases.append(({"rows": make_rows(2).remove_columns("answers")}, "answers"))
+    with pytest.raises(AwaresError, match=r"curation\.lucky_margin"):  # a server gives no logits
+        changed(engine="base", lucky_margin=1.5)
     for arguments, named in cases:
         with pytest.raises(AwaresError, match=named):
             run(params, tmp_path / "out", FakeEngine(dies_at=0), **arguments)
