@@ -1,6 +1,7 @@
 """The reward holds Eq. 5 and 6 of PAPER §4, term by term."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,5 +63,6 @@ def test_the_reward_is_the_weighted_answer_less_the_cost(monkeypatch):
 
 def test_answer_rewards_of_the_ablations():
     predictions, answers = ["forty-one percent", "opem", "no"], [["41%"], ["open"], ["yes"]]
-    assert rewards.answer_anls(PARAMS.grpo, predictions, answers) == pytest.approx([0, 0.75, 0])  # letters, not meaning
-    assert rewards.answer_judge(PARAMS.grpo, predictions, answers) == [1, 0, 0]
+    for name, scores in (("anls", [0, 0.75, 0]), ("judge", [1, 0, 0])):  # letters, or meaning
+        section = replace(PARAMS.grpo, answer_reward=name)
+        assert rewards.score_answers(section, predictions, answers) == pytest.approx(scores)

@@ -53,7 +53,8 @@ def _curated(opened: OpenSource, records: Sequence[Record], split: str, params: 
         verdict = {"value": 2 if crops else 0, "low": None, "high": None, "both_wrong": False}
         answers.append({"id": record["id"], "low": {"answer": ""}, "high": {"answer": ""}})
         verdicts.append({"id": record["id"], RELEASED_JUDGE: verdict})
-    rows = curation.assemble(build_rows(params, opened, records, split), answers, verdicts, [], params, RELEASED_JUDGE)
+    opened_rows = build_rows(params, opened, records, split)
+    rows = curation.assemble(opened_rows, (answers, verdicts, []), params, RELEASED_JUDGE)
     feature = rows.features["target_crops"]
     return rows.remove_columns("target_crops").add_column("target_crops", targets, feature=feature)
 

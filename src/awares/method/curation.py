@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from awares.config import Params
 from awares.engine import answer_match, decode, images, model
@@ -32,11 +32,11 @@ RAW_FILES = ("answers.jsonl", "verdicts.jsonl", "oracle.jsonl")
 LOST_FILE = "lost.jsonl"  # rows without a label: id, step, reason
 ROWS_FOLDER = "dataset"  # the curated rows, next to the raw files
 
-Records = Sequence[Record]
+Records = Sequence[Sequence[Record]]  # those of the three steps
 
 
 def curate(
-    dataset: datasets.Dataset,
+    dataset: Dataset,
     engine: Any,
     judges: Sequence[str | Callable[..., Any] | Judge],
     oracle: Oracle,
@@ -46,7 +46,7 @@ def curate(
     ready: Callable[[tuple[str, ...]], None] = lambda names: None,
     judge: str | Callable[..., Any] | Judge | None = None,
     rule: CropRule | None = None,
-) -> datasets.Dataset:
+) -> Dataset:
     """Label and locate every row of ``dataset``; write raw outputs and curated rows to ``out_dir``; return the rows.
 
     ``engine``: the base model's `rollout.Engine`. ``judges``: names, functions or `Judge` objects; all verdicts are
@@ -71,14 +71,14 @@ def curate(
     answers = _answer(steps, engine)
     verdicts = _judge(steps, answers, list(built.values()))
     located = _locate(steps, answers, verdicts, oracle, decides)
-    lost = lost_rows(answers, verdicts, located, decides)
-    for name, records in zip((*RAW_FILES, LOST_FILE), (answers, verdicts, located, lost), strict=True):
-        write_records(Path(out_dir) / name, records)
-    save_rows(assemble(dataset, answers, verdicts, located, params, decides, rule), Path(out_dir) / ROWS_FOLDER)
+    records = answers, verdicts, located
+    for name, found in zip((*RAW_FILES, LOST_FILE), (*records, lost_rows(records, decides)), strict=True):
+        write_records(Path(out_dir) / name, found)
+    save_rows(assemble(dataset, records, params, decides, rule), Path(out_dir) / ROWS_FOLDER)
     return load_rows(Path(out_dir) / ROWS_FOLDER)
 
 
-def base_answers(rows: datasets.Dataset, engine: Any, view: str) -> list[Any]:
+def base_answers(rows: Dataset, engine: Any, view: str) -> list[Any]:
     """The base model's answers from ``view`` (half, full, half+crops: with target crops); `Failure` for a lost row."""
 
     def ask(places: list[int]) -> list[Any]:
@@ -92,9 +92,7 @@ def base_answers(rows: datasets.Dataset, engine: Any, view: str) -> list[Any]:
 class _Steps:
     """Runs steps on chunks of rows; the records of a step are keyed by its inputs and those of the steps before it."""
 
-    def __init__(
-        self, dataset: datasets.Dataset, params: Params, home: Path, models: Sequence[str], ready: Any
-    ) -> None:
+    def __init__(self, dataset: Dataset, params: Params, home: Path, models: Sequence[str], ready: Any) -> None:
         self.dataset, self.params, self.home, self.ready = dataset, params, home, cache(ready)
         self.models = dict(zip(RAW_FILES, (models, models[1:], models[-1:]), strict=True))  # needed from a step on
         self.place = {row_id: index for index, row_id in enumerate(dataset["id"])}
@@ -126,7 +124,7 @@ def _answer(steps: _Steps, engine: Any) -> list[Record]:
         low, high = ({k: v for k, v in side.to_dict().items() if k != "seconds"} for side in sides)
         return {"low": low, "high": high}
 
-    def work(chunk: datasets.Dataset) -> list[Record]:
+    def work(chunk: Dataset) -> list[Record]:
         return list(map(record, base_answers(chunk, engine, "half"), base_answers(chunk, engine, "full")))
 
     key = {"engine": engine_key(engine), "code": _code(rollout, decode, protocol, crops, images, model)}
@@ -137,7 +135,7 @@ def _judge(steps: _Steps, answers: list[Record], built: Sequence[Judge]) -> list
     """Step 2: every judge on every answered row, with raw scores."""
     answered = {record["id"]: record for record in answers if "reason" not in record}
 
-    def work(chunk: datasets.Dataset) -> list[Record]:
+    def work(chunk: Dataset) -> list[Record]:
         lows, highs = ([answered[row_id][side]["answer"] for row_id in chunk["id"]] for side in ("low", "high"))
         rows = list(chunk["question"]), lows, highs, list(chunk["answers"]), list(chunk["id"])
         verdicts = {judge.name: judge.judge(*rows) for judge in built}
@@ -157,30 +155,23 @@ def _locate(steps: _Steps, answers: list[Record], verdicts: list[Record], oracle
     return steps.step(RAW_FILES[2], wanted, key, lambda chunk: oracle.locate(list(chunk)), images=oracle.looks)
 
 
-def lost_rows(answers: Records, verdicts: Records, located: Records, judge: str) -> list[Record]:
+def lost_rows(records: Records, judge: str) -> list[Record]:
     """Rows without both answers, a verdict of ``judge`` or a box: id, step (base, judge or oracle), reason."""
+    answers, verdicts, located = records
     lost = [("base", record["id"], record["reason"]) for record in answers if "reason" in record]
     lost += [("judge", one["id"], one[judge]["reason"]) for one in verdicts if one[judge]["value"] is None]
     lost += [("oracle", record["id"], record["reason"]) for record in located if record.get("reason")]
     return [{"id": row_id, "step": step, "reason": reason} for step, row_id, reason in lost]
 
 
-def assemble(
-    dataset: datasets.Dataset,
-    answers: Records,
-    verdicts: Records,
-    located: Records,
-    params: Params,
-    judge: str,
-    rule: CropRule | None = None,
-) -> datasets.Dataset:
+def assemble(dataset: Dataset, records: Records, params: Params, judge: str, rule: CropRule | None = None) -> Dataset:
     """The curated rows from the records of the three steps, columns as in `curate`; ``judge`` decides the labels."""
-    lost = {record["id"] for record in lost_rows(answers, verdicts, located, judge)}
-    answered, boxes = ({record["id"]: record for record in records} for records in (answers, located))
+    lost = {record["id"] for record in lost_rows(records, judge)}
+    answered, verdicts, boxes = ({record["id"]: record for record in found} for found in records)
     empty: Record = {"question_boxes": [], "answer_boxes": []}
     columns = {}
-    for verdict in verdicts:
-        row_id, decided = verdict["id"], verdict[judge]
+    for row_id, verdict in verdicts.items():
+        decided = verdict[judge]
         if row_id in lost or (params.curation.drop_both_wrong and decided["both_wrong"]):
             continue
         answer, found = answered[row_id], boxes.get(row_id, empty)
@@ -199,19 +190,17 @@ def assemble(
             f"curation leaves no row: {len(lost)} of {len(dataset)} lost (see {LOST_FILE}), {dropped}"
         )
     kept = dataset.select([place for place, row_id in enumerate(dataset["id"]) if row_id in columns])
-    added = datasets.Dataset.from_list(list(columns.values()), features=_features(next(iter(columns.values()))))
-    return datasets.concatenate_datasets([kept.select_columns(list(FEATURES)), added], axis=1)
+    added = Dataset.from_list(list(columns.values()), features=_features(next(iter(columns.values()))))
+    return concatenate_datasets([kept.select_columns(list(FEATURES)), added], axis=1)
 
 
-def _features(names: Iterable[str]) -> datasets.Features:
+def _features(names: Iterable[str]) -> Features:
     """Types by column name, because inference fails on empty lists and on scores that are whole numbers."""
-    text, boxes = datasets.Value("string"), FEATURES["question_boxes"]
-    types: Record = {"low_answer": text, "high_answer": text, "label": text, "both_wrong": datasets.Value("bool")}
-    types |= {"oracle_question_boxes": boxes, "oracle_answer_boxes": boxes, "target_crops": datasets.List(text)}
-    verdict, score = datasets.Value("int8"), datasets.Value("float64")
-    return datasets.Features(
-        {name: types.get(name, verdict if name.startswith("verdict") else score) for name in names}
-    )
+    text, boxes = Value("string"), FEATURES["question_boxes"]
+    types: Record = {"low_answer": text, "high_answer": text, "label": text, "both_wrong": Value("bool")}
+    types |= {"oracle_question_boxes": boxes, "oracle_answer_boxes": boxes, "target_crops": List(text)}
+    verdict, score = Value("int8"), Value("float64")
+    return Features({name: types.get(name, verdict if name.startswith("verdict") else score) for name in names})
 
 
 def row_label(answers: Record, verdict: Record, lucky_margin: float) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pandas as pd
+from datasets import Dataset
 
 from awares.engine.jsonl import read_records, write_records
 from awares.errors import AwaresFileError, AwaresValueError
@@ -23,7 +23,7 @@ CALL_STATUSES = ("valid", "recovered", "malformed")  # of attempted calls
 FORCING_BIAS = 1e9  # logits; finite: -inf would ban the call token at every position, not only at the first
 
 
-def scored(system: str, rows: datasets.Dataset, trajectories: Sequence[Trajectory]) -> pd.DataFrame:
+def scored(system: str, rows: Dataset, trajectories: Sequence[Trajectory]) -> pd.DataFrame:
     """One line per row: system, benchmark, row_id, score (0 to 1), rtr, answer, crops, call_status.
 
     Raises AwaresError unless ``trajectories`` belong to ``rows``, in the same order.
@@ -79,9 +79,7 @@ def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], evaluation: 
 # First turns: Tables 7 and 9
 
 
-def label_rows(
-    rows: datasets.Dataset, half: Sequence[Trajectory], full: Sequence[Trajectory], params: Params
-) -> datasets.Dataset:
+def label_rows(rows: Dataset, half: Sequence[Trajectory], full: Sequence[Trajectory], params: Params) -> Dataset:
     """Evaluation rows with ``label`` and ``target_crops`` by the paper's rule (§2.1), from the base model's answers.
 
     For diagnosis only: no system sees them. The judge is ``evaluation.judge``, also if another judge labelled the
@@ -152,7 +150,7 @@ def _ratio(part: float, whole: float) -> float:
     return float(part) / float(whole) if whole else float("nan")
 
 
-def cdp_table(policies: Mapping[str, Sequence[Trajectory]], rows: datasets.Dataset, relaxed_iou: float) -> pd.DataFrame:
+def cdp_table(policies: Mapping[str, Sequence[Trajectory]], rows: Dataset, relaxed_iou: float) -> pd.DataFrame:
     """Table 7: each policy's first turn against the labels and target crops of ``rows``; percent, area 0 to 1."""
     records = []
     for policy, trajectories in policies.items():
@@ -180,7 +178,7 @@ def format_table(policies: Mapping[str, Sequence[Trajectory]]) -> pd.DataFrame:
 
 
 def sweep_call_bias(
-    engine: Any, rows: datasets.Dataset, own: Sequence[Trajectory], call_bias: float, biases: Sequence[float]
+    engine: Any, rows: Dataset, own: Sequence[Trajectory], call_bias: float, biases: Sequence[float]
 ) -> dict[float, list[Trajectory]]:
     """The trajectories of a policy on ``rows`` at each of ``biases``, equal to those of `Engine.run`.
 
@@ -207,7 +205,7 @@ def _calls(done: Trajectory, bias: float) -> bool:
 
 
 def operating_curve(
-    system: str, rows: datasets.Dataset, runs: Mapping[float, Sequence[Trajectory]], evaluation: Evaluation
+    system: str, rows: Dataset, runs: Mapping[float, Sequence[Trajectory]], evaluation: Evaluation
 ) -> pd.DataFrame:
     """Accuracy and tokens of the ``runs`` of `sweep_call_bias`, one line per bias, ascending.
 

@@ -66,9 +66,8 @@ class RewardContext:
 
         If a row accepts several answers, the best one counts; with one answer it is the paper's reward.
         """
-        section, answers = self.params.grpo, [one.answers for one in rollouts]
         given = [one.answer for one in rollouts] if predictions is None else predictions
-        return ANSWER_REWARDS[section.answer_reward](section, given, answers)
+        return score_answers(self.params.grpo, given, [one.answers for one in rollouts])
 
     @functools.cached_property
     def base(self) -> Engine:
@@ -142,22 +141,13 @@ def tool_cost(label: str, crops: Sequence[str], alpha_miss: float, alpha_use: fl
     return ToolCost(miss=alpha_miss if label == HR else 0.0)
 
 
-# R_ans of predictions, each with its accepted answers. `grpo.answer_reward` names one; Table 4 compares them.
+def score_answers(grpo: Grpo, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+    """R_ans of each prediction, given its accepted answers, by ``grpo.answer_reward``; Table 4 compares the three.
 
-
-def answer_similarity(grpo: Grpo, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-    """The paper's R_ans: cosine of sentence embeddings, -1 to 1, not clipped."""
-    return load_encoder(grpo.embedder).similarity(predictions, answers)
-
-
-def answer_anls(grpo: Grpo, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-    """Edit-distance similarity, 0 to 1."""
-    return [anls(prediction, accepted) for prediction, accepted in zip(predictions, answers, strict=True)]
-
-
-def answer_judge(grpo: Grpo, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-    """1 where the semantic judge calls the answer right, else 0."""
-    return [semantic("", *row) for row in zip(predictions, answers, strict=True)]
-
-
-ANSWER_REWARDS = {"similarity": answer_similarity, "anls": answer_anls, "judge": answer_judge}
+    ``similarity`` (the paper's): cosine of sentence embeddings, -1 to 1, not clipped. ``anls``: edit-distance
+    similarity, 0 to 1. ``judge``: 1 where the semantic judge calls the answer right, else 0.
+    """
+    if grpo.answer_reward == "similarity":
+        return load_encoder(grpo.embedder).similarity(predictions, answers)
+    measure = anls if grpo.answer_reward == "anls" else functools.partial(semantic, "")
+    return [measure(*row) for row in zip(predictions, answers, strict=True)]

@@ -43,10 +43,8 @@ from awares.training import distributed
 from awares.training.checkpoints import TrainedPolicy
 from awares.training.prompt_sharing import vision_memo, without_prefix
 
-# TRL's name -> ours
-LOGGED_SFT = dict(
-    step="step", loss="loss", learning_rate="lr", grad_norm="grad_norm", mean_token_accuracy="token_accuracy"
-)
+LOGGED_SFT = {"step": "step", "loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}  # TRL's name -> ours
+LOGGED_SFT |= {"mean_token_accuracy": "token_accuracy"}
 
 
 @dataclass(frozen=True)
@@ -184,8 +182,8 @@ def conversation(
 
 def turn_weights(kind: str, tool_turn_weight: float) -> list[float]:
     """w_t of Eq. 4 for each assistant turn of a sample, in order; 0 removes a turn from the loss."""
-    call = tool_turn_weight
-    return {"direct": [1.0], "trajectory": [call, 1.0], "call": [call], "answer": [0.0, 1.0]}[kind]
+    weights = {"direct": [1.0], "trajectory": [tool_turn_weight, 1.0], "call": [tool_turn_weight], "answer": [0.0, 1.0]}
+    return weights[kind]
 
 
 # Trainer
