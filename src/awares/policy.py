@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from awares.config import load_params
+from awares.engine.images import ImageSource
 from awares.engine.model import adapter_folder, load_model, load_processor
 from awares.errors import AwaresFileError
 from awares.method.protocol import Protocol, from_params
-from awares.method.rollout import Engine, ImageSource, Trajectory
+from awares.method.rollout import Engine, Trajectory
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class AwaRes:
         return cls(Engine(model, load_processor(path), **options))
 
     def ask(self, image: ImageSource, question: str, call_bias: float = 0.0) -> Trajectory:
-        """Answer ``question`` about ``image`` (a path or a PIL image). The result has ``answer``, ``crops``, ``rtr``.
+        """Answer ``question`` about ``image`` (path, file content or PIL image): ``answer``, ``crops``, ``rtr``.
 
         A positive ``call_bias`` (in logits) makes the policy call for crops more often, a negative one less often.
         """

@@ -9,7 +9,7 @@ from awares.method import crops
 def test_images_that_cannot_be_used(tmp_path) -> None:
     for size in ((27, 100), (28, 5601)):
         with pytest.raises(AwaresError, match=f"row 7.*{size[0]}x{size[1]}"):
-            images.check_image(Image.new("RGB", size), "row 7")
+            images.open_image(Image.new("RGB", size), "row 7")
     (tmp_path / "text.png").write_text("no image")
     Image.effect_noise((200, 200), 50).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
@@ -34,6 +34,6 @@ def test_sizes_that_the_image_processor_takes() -> None:
     assert images.cap(Image.new("RGB", (4000, 1000))).size == (2000, 500)
     small = Image.new("RGB", (2000, 28))
     assert images.cap(small) is small
-    strip = images.check_image(Image.new("RGB", (28, 5600)), "strip")
+    strip = images.open_image(Image.new("RGB", (28, 5600)), "strip")
     for piece in [crops.cut(strip, "left"), crops.low_resolution(strip), images.cap(strip)]:
         assert max(piece.size) <= 200 * min(piece.size)

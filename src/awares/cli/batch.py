@@ -15,13 +15,12 @@ from tqdm import tqdm
 
 from awares.data.rows import NonBlank, parse_line
 from awares.engine import jsonl
-from awares.engine.images import cap, open_image
+from awares.engine.images import IMAGE_SUFFIXES, cap, notes, open_image
 from awares.engine.jsonl import Record
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError, Failure, validated, with_failures
 from awares.method.protocol import check_question
 from awares.method.rollout import Trajectory
 
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # taken from a folder, case aside
 ROWS_PER_WRITE = 64
 
 
@@ -42,7 +41,9 @@ def read_batch(source: Path, question: str | None = None) -> list[Record]:
     if source.is_dir():
         if question is None:
             raise AwaresValueError(f"{source}: a folder of images needs a question")
-        names = sorted(path.name for path in source.iterdir() if path.suffix.lower() in IMAGES and path.is_file())
+        names = sorted(
+            path.name for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        )
         rows = [{"row_id": name, "image": name, "question": question} for name in names]
     elif source.is_file():
         lines = enumerate(source.read_bytes().split(b"\n"), start=1)
@@ -126,4 +127,5 @@ def _answers(engine: Any, rows: Sequence[Record], folder: Path, settings: dict[s
 
     for row_id, done in zip(ready, with_failures(ready, answer), strict=True):
         found[row_id] = {"error": done.reason} if isinstance(done, Failure) else done.to_dict()
+        found[row_id] |= {"note": note} if (note := notes(images[row_id])) else {}
     return [{**row, "settings": settings, **found[row["row_id"]]} for row in rows]

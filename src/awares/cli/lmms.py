@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import Image
 
 from awares import policy
 from awares.config import Params
 from awares.data import sources
 from awares.engine import jsonl
+from awares.engine.images import open_image
 from awares.engine.jsonl import Record
 from awares.engine.keys import checkpoint_folder, folder_digest
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
@@ -155,7 +155,7 @@ class AwaresChat(Model):
         images, *others = chat.extract_media()
         if not images or any(others):
             raise AwaresValueError(f"{name}: awares needs an image, and reads no video and no sound")
-        pictures = [one if isinstance(one, Image.Image) else Image.open(one) for one in images]
+        pictures = [open_image(one, name, min_side=1) for one in images]
         parts = [part for one in chat.messages if one.role == "user" for part in one.content if part.type == "text"]
         question = "\n".join(part.text for part in parts).strip()
         return pictures[0] if len(pictures) == 1 else sources.join_strip(pictures), question

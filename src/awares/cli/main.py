@@ -114,9 +114,11 @@ class Ask(PolicyOptions):
         return 1 if counts["errors"] else 0
 
     def _ask_one(self, question: str) -> int:
-        from awares.engine.images import open_image
+        from awares.engine.images import notes, open_image
 
         image = open_image(self.image)
+        if note := notes(image):
+            _say(f"{self.image}: {note}")
         done = self.load()[0].ask(image, question, call_bias=self.call_bias or 0.0)
         if self.show:
             import matplotlib
@@ -128,6 +130,7 @@ class Ask(PolicyOptions):
             figures.save_figure(figures.gallery([{"image": image, "question": question}], [done]), self.show)
         if self.as_json:
             about = {"image": str(self.image), "question": question, **done.to_dict(), "rtr": done.rtr}
+            about |= {"note": note} if note else {}
             print(json.dumps(about, ensure_ascii=False))
             return 0
         malformed = " (malformed call)" if done.call_status == "malformed" else ""

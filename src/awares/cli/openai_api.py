@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal
 
 from openai.types.chat import ChatCompletionContentPartImageParam as ImagePart
 from openai.types.chat import ChatCompletionContentPartTextParam as TextPart
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from awares.cli.options import Limits
-from awares.engine.images import MIN_SIDE, check_image
+from awares.engine.images import MIN_SIDE, open_image
 from awares.errors import AwaresError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers are not for bytes from strangers
@@ -115,7 +115,7 @@ def read_image(url: str, most_bytes: int, most_pixels: int, min_side: int) -> Im
         raw = base64.b64decode(data, validate=True)
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:  # reads the header, unpacks nothing
             if len(raw) <= most_bytes and image.width * image.height <= most_pixels:
-                return check_image(ImageOps.exif_transpose(image), "image", min_side)
+                return open_image(image, "image", min_side)
             size = f"{len(raw)} bytes, {image.width}x{image.height} px"
     except Exception as error:  # Pillow's decoders raise a dozen types on hostile bytes
         reason = error if isinstance(error, AwaresError) else type(error).__name__

@@ -19,7 +19,7 @@ from awares import registry
 from awares.clients.chat import ChatClient, Request, RowFailed, Send, Server
 from awares.clients.engine import RemoteEngine, image_part
 from awares.config import Params, read_yaml
-from awares.engine.images import to_rgb
+from awares.engine.images import open_image
 from awares.engine.jsonl import Record
 from awares.engine.keys import code_of
 from awares.engine.model import ImageOnlyProcessor
@@ -236,7 +236,7 @@ class ServedOracle(Oracle):
         def talk(index: int, send: Send) -> Record:
             row = rows[index]
             values = {"question": row["question"], "answers": " | ".join(dict.fromkeys(row["answers"]))}
-            found, text = self.asker.ask(send, row["id"], values, to_rgb(row["image"], f"row {row['id']}"))
+            found, text = self.asker.ask(send, row["id"], values, open_image(row["image"], f"row {row['id']}"))
             found = found.model_dump()
             how = "strict" if re.sub(r"\s", "", text) == json.dumps(found, separators=(",", ":")) else "tolerant"
             return {**found, **self.asker.source, "reply": text, "read": how, "reason": ""}

@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import datasets
 from huggingface_hub import HfApi, HfFileSystem
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel
 
 from awares.config import Params, read_yaml
-from awares.engine.images import MAX_ASPECT, MIN_SIDE, cap, check_image, to_rgb
+from awares.engine.images import MAX_ASPECT, MIN_SIDE, cap, check_size, is_plain, open_image
 from awares.engine.jsonl import Record
 from awares.errors import AwaresFileError, AwaresValueError, validated
 from awares.method.protocol import check_question
@@ -145,7 +145,13 @@ class OpenSource:
         files = [self._file(picture) for picture in draft.pictures]
         encoded = files[0] if len(files) == 1 else None
         answers = list(dict.fromkeys(answers))
-        return Draft([_decode(file) for file in files], question + source.suffix, answers, draft.call, encoded)
+        return Draft(
+            [open_image(file, "the image", min_side=1) for file in files],
+            question + source.suffix,
+            answers,
+            draft.call,
+            encoded,
+        )
 
     def _file(self, picture: Any) -> bytes:
         """The file of a published picture: bytes, a member of the archive, or a local file."""
@@ -287,25 +293,13 @@ READERS = {"plain": _plain, "votes": _votes, "options": _options, "conversation"
 READERS["trajectory"] = _trajectory
 
 
-def _decode(encoded: bytes) -> Image.Image:
-    """Decoded and upright; AwaresValueError if corrupt."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.load()
-            turned = ImageOps.exif_transpose(image)
-            turned.format = image.format
-            return turned
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise AwaresValueError(f"the image is corrupt ({error})") from error
-
-
 def join_strip(images: list[Image.Image]) -> Image.Image:
     """The pictures in one strip from left to right, aligned at the top, STRIP_GAP px apart, not resized."""
     width = sum(image.width for image in images) + STRIP_GAP * (len(images) - 1)
     strip = Image.new("RGB", (width, max(image.height for image in images)), "white")
     left = 0
     for image in images:
-        strip.paste(to_rgb(image, "image"), (left, 0))
+        strip.paste(image, (left, 0))
         left += image.width + STRIP_GAP
     return strip
 
@@ -313,19 +307,21 @@ def join_strip(images: list[Image.Image]) -> Image.Image:
 def fit_image(draft: Draft, max_side: int) -> tuple[bytes, Image.Image]:
     """File and RGB picture of a draft: no side above ``max_side`` px (PAPER §1) or below one visual token.
 
-    A file that fits is kept byte for byte. Others are encoded again, JPEG (quality 95) as JPEG, the rest as PNG. Small
-    pictures (OCRBench has 25 x 16 px) are enlarged, as by the image processor.
+    A file that fits and that `datasets` reads as we do is kept byte for byte. Others are encoded again, JPEG (quality
+    95) as JPEG, the rest as PNG. Small pictures (OCRBench has 25 x 16 px) are enlarged, as by the image processor.
     """
     image = draft.pictures[0] if draft.encoded else join_strip(draft.pictures)
     if min(image.size) < MIN_SIDE and max(image.size) <= MAX_ASPECT * min(image.size):
         factor = MIN_SIDE / min(image.size)
         size = (max(MIN_SIDE, round(image.width * factor)), max(MIN_SIDE, round(image.height * factor)))
-        picture = to_rgb(image, "image").resize(size, Image.Resampling.BICUBIC)
+        picture = image.resize(size, Image.Resampling.BICUBIC)
     else:
-        picture = cap(check_image(image, "image"), max_side)
-    if draft.encoded and picture.size == image.size:
+        check_size(image.size, "image")
+        picture = cap(image, max_side)
+    if draft.encoded and picture.size == image.size and is_plain(draft.encoded):
         return draft.encoded, picture
     buffer = io.BytesIO()
-    options: dict[str, Any] = {"format": "JPEG", "quality": 95} if image.format == "JPEG" else {"format": "PNG"}
+    jpeg = (draft.encoded or b"").startswith(b"\xff\xd8")
+    options: dict[str, Any] = {"format": "JPEG", "quality": 95} if jpeg else {"format": "PNG"}
     picture.save(buffer, **options)
     return buffer.getvalue(), picture

@@ -1,55 +1,159 @@
-"""Images: opening, checking, converting to RGB, resizing."""
+"""Images: the one way from a file to upright 8-bit RGB, the size limits, resizing."""
 
+import io
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
-from awares.errors import AwaresFileError, AwaresValueError
+from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 
+ImageSource = str | Path | bytes | Image.Image
 MIN_SIDE = 28  # px of one visual token
 MAX_ASPECT = 200  # Qwen2.5-VL's image processor refuses longer strips
+BAND = 256  # rows that are laid on white at a time: a large picture has no second copy with transparency
+SHOWN = 200  # characters of a user's value in a message
+# Files that count as images in a folder, case aside. Pillow cannot read those of the second line: the user is told so.
+IMAGE_SUFFIXES = tuple(".apng .avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif".split())
+IMAGE_SUFFIXES += (".tiff", ".webp", ".heic", ".heif", ".jxl", ".svg", ".dng")
+TURNS = (None, None, *(Image.Transpose(turn) for turn in (0, 3, 1, 5, 4, 6, 2)))  # by EXIF orientation, 1 to 8
+_ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow keeps the orientation
+_DEEP = (None, "JPEG2000", "PNG", "PPM", "TIFF")  # formats whose mode I;16 has the range 0 to 65535
+
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB, for metadata of image generators; not 1 MB
 
 
-def open_image(source: str | Path | Image.Image, name: str = "image") -> Image.Image:
-    """An upright RGB image from a path or a PIL image, transparency on white; AwaresError names ``name``."""
-    if isinstance(source, Image.Image):
-        return check_image(ImageOps.exif_transpose(source), name)
-    if not isinstance(source, str | Path):
-        raise AwaresValueError(f"{name}: {type(source).__name__} is no image: give a path or a PIL image")
-    if not Path(source).is_file():
-        raise AwaresFileError(f"{name}: no image file {source}")
+def open_image(source: ImageSource, name: str = "image", min_side: int = MIN_SIDE) -> Image.Image:
+    """An upright RGB image from a path, the content of a file or a PIL image: the first frame, transparency on white.
+
+    16-bit grey is scaled to 8 bit. AwaresError names ``name`` for a file that is missing, unreadable or cut off, for
+    sides below ``min_side`` px, a strip longer than 200:1, and numbers without a fixed range (32 bit, signed, float).
+    """
+    if isinstance(source, str | Path):
+        name = f"{name} ({str(source)[:SHOWN]})"
     try:
-        with Image.open(source) as image:
-            return check_image(ImageOps.exif_transpose(image), f"{name} ({source})")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise AwaresValueError(f"{name}: {source} is not a readable image ({error})") from error
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source, name, min_side)
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            raise AwaresFileError(f"{name}: no such image file")
+        # not by its path: Pillow maps such files into memory and scrambles a turned TIFF
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file, Image.open(file) as image:
+            return _upright_rgb(image, name, min_side)
+    except AwaresError:
+        raise
+    except UnidentifiedImageError as error:
+        fix = "corrupt, or of a format that Pillow does not read: convert it to PNG or JPEG"
+        raise AwaresValueError(f"{name}: not a readable image: {fix}") from error
+    except Exception as error:  # Pillow's decoders raise a dozen types
+        reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"[:SHOWN]
+        raise AwaresValueError(f"{name}: not a readable image ({reason})") from error
 
 
-def check_image(image: Image.Image, name: str, min_side: int = MIN_SIDE) -> Image.Image:
-    """``image`` in RGB; AwaresValueError naming ``name`` if it is too small, too long a strip, or cannot be decoded."""
-    width, height = image.size
-    if min(width, height) < min_side:
+def check_size(size: tuple[int, int], name: str, min_side: int = MIN_SIDE) -> None:
+    """AwaresValueError naming ``name`` for a (width, height) that is too small, or too long a strip."""
+    width, height = size
+    if min(size) < min_side:
         raise AwaresValueError(f"{name}: {width}x{height} px, but each side must have at least {min_side} px")
-    if max(width, height) > MAX_ASPECT * min(width, height):
+    if max(size) > MAX_ASPECT * min(size):
         raise AwaresValueError(f"{name}: {width}x{height} px, longer than {MAX_ASPECT}:1")
-    return to_rgb(image, name)
 
 
-def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """``image`` in RGB, on white where it is transparent; AwaresValueError naming ``name`` if it cannot be decoded."""
+def notes(image: Image.Image) -> str:
+    """What the user should know about an opened image: "first of 12 frames", or ""."""
+    return str(image.info.get("note", ""))
+
+
+def upright_size(content: bytes) -> tuple[int, int]:
+    """(width, height) in px of the upright image, from the header of its file."""
+    with Image.open(io.BytesIO(content)) as image:
+        turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns a TIFF itself
+        return image.size[::-1] if turned else image.size
+
+
+def is_plain(content: bytes) -> bool:
+    """Whether `datasets`, too, reads this file as `open_image` does: 8 bits per number and valid EXIF tags."""
     try:
-        if image.mode in ("RGBA", "LA") or "transparency" in image.info:
-            layer = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise AwaresValueError(f"{name}: not a readable image ({error})") from error
+        with Image.open(io.BytesIO(content)) as image:
+            image.getexif().tobytes()
+            return not _is_deep(image)
+    except Exception:  # Pillow raises many types for broken tags
+        return False
+
+
+def as_png(image: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def _upright_rgb(image: Image.Image, name: str, min_side: int) -> Image.Image:
+    check_size(image.size, name, min_side)
+    frames = getattr(image, "n_frames", 1)
+    note = f"first of {frames} frames" if frames > 1 and image.tell() == 0 else notes(image)
+    image.load()
+    turn = TURNS[_orientation(image)]
+    if _is_deep(image):
+        image = _deep_to_grey(image, name)
+    if turn is not None:
+        image = image.transpose(turn)
+    image = _on_white(image) if image.has_transparency_data else image.convert("RGB")
+    for key in _ORIENTED:  # of the turned image they are wrong
+        image.info.pop(key, None)
+    if note:
+        image.info["note"] = note
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 if its tag cannot be read. The other tags may be broken."""
+    try:
+        found = int(image.getexif()[ExifTags.Base.Orientation])
+        return found if found in range(1, 9) else 1
+    except Exception:
+        return 1
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode[0] in "IF" or 2 in _tiff_tag(image, ExifTags.Base.SampleFormat)  # 2: signed
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> tuple[Any, ...]:
+    values = getattr(image, "tag_v2", {}).get(tag, ())
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _deep_to_grey(image: Image.Image, name: str) -> Image.Image:
+    """Unsigned grey of 9 to 16 bits as mode L, its whole range scaled to 0 to 255."""
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not sixteen or image.format not in _DEEP or 2 in _tiff_tag(image, ExifTags.Base.SampleFormat):
+        fault = f"numbers of mode {image.mode} have no fixed range"
+        raise AwaresValueError(f"{name}: {fault}: convert it to 8 bits per channel")
+    [bits] = _tiff_tag(image, ExifTags.Base.BitsPerSample) or (16,)
+    levels = np.rint(np.arange(2**16) * (255 / (2**bits - 1))).clip(0, 255).astype(np.uint8)
+    if _tiff_tag(image, ExifTags.Base.PhotometricInterpretation) == (0,):  # white is zero
+        levels = 255 - levels
+    if isinstance(clear := image.info.get("transparency"), int):
+        levels[clear] = 255
+    return Image.fromarray(levels[np.asarray(image)])
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    flat = Image.new("RGB", image.size)
+    for top in range(0, image.height, BAND):
+        layer = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        flat.paste(Image.alpha_composite(white, layer).convert("RGB"), (0, top))
+    return flat
 
 
 def cap(image: Image.Image, side: int = 2000) -> Image.Image:
-    """The image shrunk, aspect kept, so that neither side exceeds ``side`` px (PAPER §1)."""
+    """The image shrunk, aspect kept, so that neither side exceeds ``side`` px (PAPER §1); no side below MIN_SIDE."""
     scale = side / max(image.size)
-    return image if scale >= 1 else resize(image, round(image.width * scale), round(image.height * scale))
+    if scale >= 1:
+        return image
+    return resize(image, *(max(round(length * scale), min(length, MIN_SIDE)) for length in image.size))
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -4,7 +4,6 @@ The first of the ``answers`` is the canonical one; boxes are in 1/1000 of the im
 """
 
 import hashlib
-import io
 import json
 import shutil
 from collections import Counter
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import ExifTags, Image
+from PIL import Image
 
-from awares.engine.images import cap, check_image
+from awares.engine.images import cap, open_image, upright_size
 from awares.errors import AwaresFileError
 
 datasets.disable_progress_bars()
@@ -78,18 +77,12 @@ def rows_digest(rows: datasets.Dataset) -> str:
 
 def picture(row: dict[str, Any], max_side: int) -> Image.Image:
     """The image of a row as the interaction sees it (PAPER §1): upright RGB, sides of at most ``max_side`` px."""
-    return cap(check_image(row["image"], f"row {row['id']}"), max_side)
+    return cap(open_image(row["image"], f"row {row['id']}"), max_side)
 
 
 def picture_sizes(rows: datasets.Dataset, max_side: int) -> list[tuple[int, int]]:
     """(width, height) in px of every `picture`, from the headers of the files, without decoding a pixel."""
-    sizes = []
-    for stored in _stored_images(rows):
-        with Image.open(io.BytesIO(stored)) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # `datasets` turns such images upright
-            size = image.size[::-1] if turned else image.size
-        sizes.append(cap(Image.new("1", size), max_side).size)
-    return sizes
+    return [cap(Image.new("1", upright_size(stored)), max_side).size for stored in _stored_images(rows)]
 
 
 def _stored_images(rows: datasets.Dataset) -> Iterator[bytes]:

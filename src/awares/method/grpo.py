@@ -255,14 +255,14 @@ def read_rollout(completion: Sequence[dict[str, Any]], form: protocol.Protocol, 
 
 
 def read_calls(functions: Sequence[dict[str, Any]], form: protocol.Protocol) -> protocol.Call:
-    """Calls that TRL has parsed, read as the engine reads them; a call with other arguments is malformed."""
-    arguments = [(one, one.get("arguments")) for one in functions]
-    served = [one for one, given in arguments if isinstance(given, dict) and set(given) == {"regions"}]
+    """Calls that TRL has parsed, read as the engine reads them; one that TRL does not serve is malformed."""
+    tool = [(one, one.get("arguments")) for one in functions if one.get("name") == protocol.TOOL_NAME]
+    served = [one for one, given in tool if isinstance(given, dict) and set(given) == {"regions"}]
     return protocol.parse_call(_rendered(served) or TOOL_CALL, form)  # a bare opening is a malformed call
 
 
 def _rendered(functions: Sequence[dict[str, Any]]) -> str:
-    return "\n".join(f"<tool_call>\n{json.dumps(one)}\n</tool_call>" for one in functions)
+    return "\n".join(f"<tool_call>\n{json.dumps(one, ensure_ascii=False)}\n</tool_call>" for one in functions)
 
 
 def _text(message: dict[str, Any]) -> str:

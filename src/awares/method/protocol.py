@@ -9,6 +9,7 @@ Calls are rendered in one form; the parser reads both. No other module renders o
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -207,8 +208,14 @@ _CALL_LIKE = re.compile(
 )
 # The released code's prompt and parser also accept GET_CROPS without the colon.
 _KEY = re.compile(r"(?:(?:regions?|crops?)[\"']?\s*[:=]|GET_CROPS[\"']?\s*[:=]?)\s*(.*)", re.DOTALL | re.IGNORECASE)
-_BOX = re.compile(r"(?<!\d)(\d{1,4})" + r"[\s,;]+(\d{1,4})" * 3 + r"(?!\d)")
-_QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'")
+_OBJECT = re.compile(r"(?=\{\s*[\"'](?:name|arguments)[\"']\s*:)")  # where one of several calls in a tag begins
+_NUMBER = re.compile(r"-?(?:\d{1,6}(?:\.\d*)?|\.\d+)")
+# Signs that Unicode's compatibility forms leave as they are
+_SIGNS = str.maketrans("“”„«»「」‘’‚−–‑、【】", '"' * 7 + "'" * 3 + "---" + ",[]")
+_TAGS = (  # an XML call, and the JSON for it
+    (re.compile(r"<(?:function|invoke)(?:=| name=)[\"']?(\w+)[\"']?>"), r'{"name": "\1", '),
+    (re.compile(r"<parameter(?:=| name=)[\"']?(\w+)[\"']?>"), r'"\1": '),
+)
 _NAME = re.compile(r"[\"']name[\"']\s*:\s*[\"']([^\"']*)[\"']")
 
 
@@ -219,19 +226,30 @@ def parse_call(text: str, protocol: Protocol = OURS) -> Call:
     not offer counts as unknown.
     """
     text = answer_text(text)
-    if not _CALL_LIKE.search(text):
+    plain = _plain(text)
+    if not _CALL_LIKE.search(plain):
         return Call((), "none", text)
     strict = _parse_strict(text) if protocol.name == "ours" else _parse_released(text)
     if strict and all(allowed(name, protocol.offered) for name in strict):
         return Call(strict, "valid", text)
     found: list[str] = []
-    for block in text.split(TOOL_CALL)[1:] or [text]:
+    tags = plain.split(TOOL_CALL)[1:] or [plain]
+    for block in (block for tag in tags for block in _OBJECT.split(tag)[1:] or [tag]):
         tool = _NAME.search(block)
-        if tool and tool.group(1) != TOOL_NAME:
+        if tool and tool.group(1).strip().lower() != TOOL_NAME:
             continue
         names = _free_boxes(block) if FREE_BOX in protocol.offered else _crop_names(block)
         found += [name for name in names if name not in found and allowed(name, protocol.offered)]
     return Call(tuple(found), "recovered" if found else "malformed", text)
+
+
+def _plain(text: str) -> str:
+    """``text`` in ASCII punctuation, with the quotes of nested JSON unescaped and XML calls as JSON."""
+    text = unicodedata.normalize("NFKC", text.translate(_SIGNS))
+    text = re.sub(r"\\+[nt]", " ", text).replace("\\", "")
+    for tag, as_json in _TAGS:
+        text = tag.sub(as_json, text)
+    return text
 
 
 def _parse_strict(text: str) -> tuple[str, ...]:
@@ -261,7 +279,8 @@ def _crop_names(block: str) -> tuple[str, ...]:
     tail = (key.group(1) if key else block.split("</tool_call>")[0]).strip()
     if tail.startswith("["):
         tail = tail[1:].split("]", 1)[0]
-        if "[" in tail or any(is_free(one or other) for one, other in _QUOTED.findall(tail)):
+        numbers = re.findall(r"\d+", tail)
+        if "[" in tail or re.search(r"\d\.\d", tail) or (len(numbers) > 3 and max(map(len, numbers)) > 1):
             return ()  # [[0, 0, 500, 500]] and ["0,0,500,500"] are boxes: their numbers are not crop ids
     elif key:
         tail = re.split(r"[}<\n]", tail, maxsplit=1)[0]
@@ -270,8 +289,17 @@ def _crop_names(block: str) -> tuple[str, ...]:
 
 
 def _free_boxes(block: str) -> tuple[str, ...]:
-    """Free boxes from one call-like piece of text: any four whole numbers in a row that form one."""
-    boxes = (",".join(map(str, map(int, match))) for match in _BOX.findall(block))
+    """Free boxes from one call-like piece of text: four numbers alone between brackets or quotes, rounded.
+
+    Five numbers, one below 0, or fractions of a side form no box: a guess would show another place.
+    """
+    boxes = []
+    for part in re.split(r"[\[\](){}<>\"'`:=]", block)[:-1]:  # the last part has no end: its number may be cut off
+        items = re.split(r"\s*[,;]\s*|\s+", re.sub(r"^(?:\s*[a-z]+\s)+", "", part, flags=re.IGNORECASE).strip())
+        if len(items) == 4 and all(map(_NUMBER.fullmatch, items)):
+            edges = [float(item) for item in items]
+            if max(edges) > 1 or all(edge.is_integer() for edge in edges):
+                boxes.append(",".join(str(round(edge)) for edge in edges))
     return tuple(dict.fromkeys(box for box in boxes if is_free(box)))
 
 

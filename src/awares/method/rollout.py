@@ -9,7 +9,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 from PIL.Image import Image
@@ -19,14 +18,13 @@ from awares.config import Params
 from awares.engine.batches import token_groups, windows
 from awares.engine.chat_format import END_OF_TURN, answer_text
 from awares.engine.decode import Codec, Decoder, Output, call_scores
-from awares.engine.images import cap, open_image
+from awares.engine.images import ImageSource, cap, open_image
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
 from awares.errors import AwaresValueError
 from awares.method import protocol
 from awares.method.crops import cut, low_resolution
 from awares.method.protocol import OURS, Call, Protocol, get_protocol
 
-ImageSource = str | Path | Image
 VIEWS = ("full", "half", "none", "half+crops")
 MAX_NEW_TOKENS = 64  # default per turn: a call with two free boxes fits
 
