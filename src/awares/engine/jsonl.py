@@ -51,10 +51,7 @@ def in_chunks(
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records of a JSONL file, [] if it does not exist, without a last line that a kill tore (no line break).
-
-    AwaresError names file and line of another broken line.
-    """
+    """The records of a JSONL file, [] if it is missing, without a torn last line. AwaresError names a broken one."""
     file = Path(path)
     if not file.is_file():
         return []

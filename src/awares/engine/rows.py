@@ -21,18 +21,10 @@ datasets.disable_progress_bars()
 datasets.disable_caching()  # cache files next to stored rows would change what DVC hashes
 
 TRAINED_ON = ("id", "question", "answers", "label", "target_crops")  # and the image: what a training reads of a row
-_BOXES = datasets.List(datasets.List(datasets.Value("int32")))
+_TEXT, _BOXES = datasets.Value("string"), datasets.List(datasets.List(datasets.Value("int32")))
 FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "image": datasets.Image(),
-        "question": datasets.Value("string"),
-        "answers": datasets.List(datasets.Value("string")),
-        "source": datasets.Value("string"),
-        "question_boxes": _BOXES,
-        "answer_boxes": _BOXES,
-        "split": datasets.Value("string"),
-    }
+    {"id": _TEXT, "image": datasets.Image(), "question": _TEXT, "answers": datasets.List(_TEXT), "source": _TEXT}
+    | {"question_boxes": _BOXES, "answer_boxes": _BOXES, "split": _TEXT}
 )
 
 

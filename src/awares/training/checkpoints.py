@@ -31,9 +31,9 @@ from awares.training import distributed
 huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer to its makers
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns of environments each time; its version is pinned
 
-# Files of a complete checkpoint, next to its state and one `rng_state*.pth` per process; the optimizer's, or FSDP's
-COMPLETE = ("adapter_model.safetensors", "scheduler.pt")
-OPTIMIZER = (("optimizer.pt",), ("optimizer.bin", "pytorch_model_fsdp.bin"))
+# A complete checkpoint also has its state and one `rng_state*.pth` per process. The second line: FSDP's
+COMPLETE = (("adapter_model.safetensors", "scheduler.pt", "optimizer.pt"),
+            ("adapter_model.safetensors", "scheduler.pt", "optimizer.bin", "pytorch_model_fsdp.bin"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def run_training(
 ) -> Path:
     """Train ``stage`` (sft or grpo) to its last checkpoint; returns the folder of its checkpoints.
 
-    ``fit`` takes params, rows, model_path, folder and log, builds the trainer and calls `train`, in this process or in
-    those of the stage's accelerate configuration. ``inputs``: what else determines the result. ``prepared``: more
-    arguments of ``fit``, which launched processes prepare themselves.
+    ``fit`` takes params, rows, model_path, folder and log and calls `train`, in this process or in those of the stage's
+    accelerate configuration. ``inputs``: what else determines the result. ``prepared``: arguments of ``fit`` that
+    launched processes prepare themselves.
     """
     set_threads(params.threads)
     folder = checkpoint_folder(out_dir, {**describe_inputs(stage, params, [rows], model_path), **inputs})
@@ -138,7 +138,7 @@ def _is_complete(checkpoint: Path, processes: int) -> bool:
         step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     except (OSError, ValueError, KeyError):
         return False
-    written = any(all((checkpoint / name).is_file() for name in (*COMPLETE, *kind)) for kind in OPTIMIZER)
+    written = any(all((checkpoint / name).is_file() for name in kind) for kind in COMPLETE)
     return written and step == step_of(checkpoint) and len(list(checkpoint.glob("rng_state*.pth"))) >= processes
 
 
@@ -147,23 +147,15 @@ def trainer_arguments(stage: str, params: Params, folder: Path) -> dict[str, Any
     section, gpu = getattr(params, stage), params.base.device != "cpu"
     size, steps = distributed.layout(stage, section.batch_size, section.per_device_batch_size)
     same = ("learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing")
-    batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-    return (
-        {name: getattr(section, name) for name in same}
-        | batch
-        | dict(
-            output_dir=str(folder),
-            lr_scheduler_type=section.scheduler,
-            warmup_steps=section.warmup_ratio,  # below 1 it is a share of the steps
-            seed=params.seed,
-            bf16=gpu and params.base.dtype == "bfloat16",  # TRL's default is True, on a CPU too
-            use_cpu=not gpu,
-            remove_unused_columns=False,
-            logging_steps=1,
-            disable_tqdm=True,  # `Log` shows the bar
-            report_to="none",
-        )
-    )
+    return {
+        **{name: getattr(section, name) for name in same},
+        **{"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "output_dir": str(folder)},
+        **{"lr_scheduler_type": section.scheduler, "seed": params.seed, "use_cpu": not gpu, "report_to": "none"},
+        **{"logging_steps": 1, "remove_unused_columns": False},
+        "warmup_steps": section.warmup_ratio,  # below 1 it is a share of the steps
+        "bf16": gpu and params.base.dtype == "bfloat16",  # TRL's default is True, on a CPU too
+        "disable_tqdm": True,  # `Log` shows the bar
+    }
 
 
 def lora_on(model: Any, section: Sft | Grpo) -> dict[str, Any]:
@@ -189,11 +181,7 @@ class SpareVision(TrainerCallback):
 
 
 class Log(TrainerCallback):
-    """Writes the log of a training as JSONL, and shows a bar with the last value of ``shown``.
-
-    ``rename`` maps an entry of the trainer's log to ours, {} = leave it out. Every step writes the whole history: a
-    resumed run leaves no gap and no repeat.
-    """
+    """Writes the log as JSONL, every entry through ``rename`` ({} = leave it out); a bar with the last ``shown``."""
 
     def __init__(self, path: Path, rename: Callable[[dict[str, Any]], dict[str, Any]], shown: str) -> None:
         self.path, self.rename, self.shown = path, rename, shown
@@ -212,7 +200,7 @@ class Log(TrainerCallback):
     def write(self, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Write a trainer's ``log_history``; returns the entries."""
         entries = [entry for entry in map(self.rename, history) if entry]
-        write_records(self.path, entries)
+        write_records(self.path, entries)  # all of them: a resumed run leaves no gap and no repeat
         return entries
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

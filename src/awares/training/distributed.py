@@ -47,15 +47,12 @@ def processes() -> int:
 
 
 def device(params: Params) -> str:
-    """Where this process loads the model: ``base.device``; its own GPU among several; the host's memory under FSDP.
-
-    AwaresError when one process sees several GPUs, which the trainers refuse.
-    """
+    """Where this process loads the model: ``base.device``; its own GPU among several; the host's memory under FSDP."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "cpu"
     if params.base.device != "cuda":
         return params.base.device
-    if processes() == 1 and (seen := torch.cuda.device_count()) > 1:
+    if processes() == 1 and (seen := torch.cuda.device_count()) > 1:  # the trainers refuse that
         fix = "set CUDA_VISIBLE_DEVICES=0, or base.launch to a file of data/launch"
         raise AwaresError(f"{seen} GPUs are visible to a training in one process: {fix}")
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if processes() > 1 else "cuda"
@@ -71,10 +68,7 @@ def layout(stage: str, batch_size: int, per_device: int) -> tuple[int, int]:
 
 
 def launch(stage: str, fit: Callable[..., None], rows: Dataset, given: dict[str, Any]) -> None:
-    """Call ``fit(rows=rows, **given)`` in every process of the stage's configuration and wait for the end.
-
-    ``given``: params, model_path, folder, log. AwaresError when a process fails; the same call then resumes.
-    """
+    """Call ``fit(rows=rows, **given)`` in every process and wait. AwaresError if one fails; a new call then resumes."""
     job, stored = given["log"].with_name("launch.job"), given["log"].with_name("launch.rows")
     save_rows(rows, stored)
     training = LaunchedTraining(stage=stage, fit=f"{fit.__module__}:{fit.__name__}", rows=stored, **given)

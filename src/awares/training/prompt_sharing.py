@@ -5,7 +5,7 @@ pictures (`vision_memo`) and the beginning of a micro-batch's samples (`without_
 overrides private methods of TRL's trainer, so an upgrade of TRL may break it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
@@ -17,7 +17,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from trl import GRPOTrainer
 
 from awares.engine.decode import prefix_cache, vision_output
-from awares.errors import AwaresValueError
 
 
 class SharedPromptTrainer(GRPOTrainer):
@@ -75,8 +74,7 @@ def shared_prefill(model: Any, copies: int) -> Iterator[None]:
 
     def run(**inputs: Any) -> Any:
         ids, grids, pixels = inputs["input_ids"], inputs["image_grid_thw"], inputs.pop("pixel_values")
-        if not torch.equal(ids, ids[::copies].repeat_interleave(copies, dim=0)):
-            raise AwaresValueError(f"prompts are not {copies} times in a row: set grpo.share_prompts: false")
+        assert torch.equal(ids, ids[::copies].repeat_interleave(copies, dim=0))
         images = grids.view(len(ids), -1, 3)  # (rows, images of a prompt, 3)
         pieces = pixels.split(images.prod(-1).sum(-1).tolist())[::copies]
         cache = DynamicCache(config=model.config)
@@ -88,16 +86,18 @@ def shared_prefill(model: Any, copies: int) -> Iterator[None]:
         model.model.rope_deltas = model.model.rope_deltas.repeat_interleave(copies, dim=0)  # (rows, 1), the prefill's
         return generate(**inputs, past_key_values=cache)
 
-    with _replaced(model, "generate", run):
+    model.generate = run  # hides the method of its class
+    try:
         yield
+    finally:
+        del model.generate
 
 
 @contextmanager
 def vision_memo(model: Any) -> Iterator[None]:
-    """Within the block the vision tower of ``model``, which must be frozen, passes every picture through once."""
+    """Within the block every picture passes once through the vision tower of ``model``, which must be frozen."""
     tower, known = model.model.visual, dict[Any, Tensor]()
-    if any(weight.requires_grad for weight in tower.parameters()):
-        raise AwaresValueError("the vision tower is trained: set grpo.share_prompts and sft.share_computation to false")
+    assert not any(weight.requires_grad for weight in tower.parameters())
     forward, area = tower.forward, tower.spatial_merge_size**2
 
     def run(hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -114,8 +114,11 @@ def vision_memo(model: Any) -> Iterator[None]:
         pooled, *deep = torch.cat([known[key] for key in seen]).split(model.config.text_config.hidden_size, dim=-1)
         return vision_output(pooled, deep)
 
-    with _replaced(tower, "forward", run):
+    tower.forward = run  # hides the method of its class
+    try:
         yield
+    finally:
+        del tower.forward
 
 
 def packed_log_probs(
@@ -125,10 +128,9 @@ def packed_log_probs(
 
         [prompt without its last token | last token, completion 1 | last token, completion 2 | ...]
 
-    Each branch sees the prompt and itself, at the positions it would have alone. The prompt's last token is in every
-    branch, because it predicts the branch's first token. ``model`` has TRL's fused head; ``core`` is in it.
-    ``ids``, ``mask`` (B, P + C): prompts padded left, C = ``completion`` tokens padded right. ``images``: TRL's
-    ``pixel_values``, ``image_grid_thw``, ``num_images`` (of each row) and ``mm_token_type_ids`` (B, P + C).
+    Each branch sees the prompt and itself, at the positions it would have alone. The prompt's last token predicts each
+    branch's first one. ``model`` has TRL's fused head; ``core`` is in it. ``ids``, ``mask`` (B, P + C): prompts padded
+    left, C = ``completion`` tokens padded right. ``images``: TRL's further inputs of the model, and ``num_images``.
     """
     types, grids, counts = images["mm_token_type_ids"], images["image_grid_thw"], images["num_images"]
     positions, _ = core.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask)
@@ -183,9 +185,8 @@ def without_prefix(core: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     shared = int(same.int().cumprod(0).sum()) - 1
     if shared < 1:
         return inputs
-    positions, _ = core.model.get_rope_index(
-        ids, mm_token_type_ids=types, image_grid_thw=inputs["image_grid_thw"], attention_mask=inputs["attention_mask"]
-    )
+    mask = inputs["attention_mask"]
+    positions, _ = core.model.get_rope_index(ids, types, inputs["image_grid_thw"], attention_mask=mask)
     return {
         **{name: value for name, value in inputs.items() if name != "mm_token_type_ids"},
         **{name: inputs[name][:, shared:] for name in ("input_ids", "labels", "loss_weights")},
@@ -194,16 +195,5 @@ def without_prefix(core: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _replaced(module: Any, method: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Within the block ``function`` hides the method of the module's class."""
-    setattr(module, method, function)
-    try:
-        yield
-    finally:
-        delattr(module, method)
-
-
 def _digest(piece: Tensor) -> int:
-    """Hash of a picture's pixels."""
     return hash(piece.float().cpu().numpy().tobytes())  # numpy knows no bfloat16
