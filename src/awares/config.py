@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from awares import registry
-from awares.errors import AwaresFileError, AwaresValueError, first_fault
+from awares.errors import AwaresFileError, AwaresValueError, validated
 from awares.settings import CROP_NAMES, DECIDES, FREE_BOX, Params
 
 
@@ -38,11 +37,8 @@ def load_params(
     final = stored | changes | parse_overrides(overrides)
     about = {"root": file.parent, "profile": profile, "variant": variant, "changed": {*map(_section_of, changes)}}
     about["unseen"] = final.get("evaluation.seed") != stored.get("evaluation.seed")
-    try:
-        params = Params(**{**_nested(final), **about})
-    except ValidationError as error:
-        place = f"{file.name} (profile {profile}, variant {variant}{', overrides' if overrides else ''})"
-        raise AwaresValueError(f"{place}: {first_fault(error)}") from error
+    place = f"{file.name} (profile {profile}, variant {variant}{', overrides' if overrides else ''})"
+    params = validated(Params, {**_nested(final), **about}, place)
     if stored["seed"] in params.seeds:
         raise AwaresValueError(f"seeds {[*params.seeds]} are further training seeds: remove seed {stored['seed']}")
     for problem in (*_conflicts(params), *_misplaced(params.ablations, variants)):

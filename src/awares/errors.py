@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 _Reply = TypeVar("_Reply")
-_Model = TypeVar("_Model", bound=BaseModel)
+_Model = TypeVar("_Model")
 
 
 class AwaresError(Exception):
@@ -71,6 +71,6 @@ def first_fault(error: ValidationError) -> str:
 def validated(model: type[_Model], values: Any, place: str) -> _Model:
     """``values`` as ``model``; AwaresValueError with ``place`` and the first fault."""
     try:
-        return model.model_validate(values)
+        return TypeAdapter(model).validate_python(values)
     except ValidationError as error:
         raise AwaresValueError(f"{place}: {first_fault(error)}") from error

@@ -76,11 +76,8 @@ BUDGETS = {
 
 
 OPEN = {  # not met yet, with the number when this was written: delete each line as it is met
-    "lines of src/awares": 13_995,
-    "columns of the longest line": 148,
-    "lines of tests": 12_443,
-    "lines of data/base/training": 1_598,
-    "lines of README.md": 218,
+    "lines of src/awares": 12_700,
+    "lines of tests": 10_200,
 }
 
 

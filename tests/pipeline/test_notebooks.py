@@ -1,7 +1,6 @@
-"""Every notebook is a tidy source, and runs end to end through papermill at smoke scale, on what the last one wrote.
+"""Every notebook is a tidy source, and runs end to end at smoke scale, on what the last one wrote.
 
 The base model is random: the numbers mean nothing, but they must exist, add up, and agree with what the stages kept.
-Labels come from the ANLS judge without a threshold, so that both kinds of row exist.
 """
 
 import ast
@@ -81,15 +80,12 @@ def test_rows_and_labels(line):
     assert labels.hr["all sources"] == pytest.approx(hr, abs=0.01)
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_trainings_keep_policy_curves_and_answers(line, stage):
-    folder = line.params.run_dir(stage)
-    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    assert (folder / "merged" / "config.json").is_file() and len(records(folder / "validation.jsonl")) == 20
-    curves = pd.read_csv(folder / "curves.csv")
-    assert curves.step.tolist() == list(range(1, len(curves) + 1))
-    if stage == "grpo":
-        assert {"reward", "answer", "tool_cost", "call_rate", "kl", "malformed"} <= set(curves) and len(curves) == 2
+def test_trainings_keep_curves_and_answers(line):
+    for stage in ("sft", "grpo"):
+        curves = pd.read_csv(line.params.run_dir(stage) / "curves.csv")
+        assert curves.step.tolist() == list(range(1, len(curves) + 1))
+        assert len(records(line.params.run_dir(stage) / "validation.jsonl")) == 20
+    assert {"reward", "answer", "tool_cost", "call_rate", "kl", "malformed"} <= set(curves) and len(curves) == 2
 
 
 def test_a_reward_written_in_a_cell_trains_another_policy(line, tmp_path):
@@ -101,23 +97,19 @@ def test_a_reward_written_in_a_cell_trains_another_policy(line, tmp_path):
     assert (log.reward < 0).all() and "answer" not in log
 
 
-MY_RULE = '''
+MY_RULE = """
 def half_of_widest(boxes, section):
-    """The half of the image that contains the centre of the widest box, and the centre of the image."""
     left, top, right, bottom = max(boxes, key=lambda box: box[2] - box[0])
     return ["left" if left + right < 1000 else "right", "center"]
 
-
 rule = half_of_widest
-'''
+"""
 
 
 def test_a_crop_rule_in_a_cell_gives_other_target_crops(line, tmp_path):
     """Labels and boxes remain as they are."""
-    folders = (
-        line.params.run_dir("curation"),
-        line.run_edited("01_curation", "curation", "rule = None", MY_RULE, tmp_path),
-    )
+    edited = line.run_edited("01_curation", "curation", "rule = None", MY_RULE, tmp_path)
+    folders = line.params.run_dir("curation"), edited
     own, mine = (load_rows(folder / "train" / "dataset").to_pandas() for folder in folders)
     assert own.label.tolist() == mine.label.tolist() and "HR" in mine.label.tolist()
     targets, chosen = own.target_crops.map(tuple), mine[mine.label == "HR"].target_crops.map(tuple)
@@ -168,15 +160,6 @@ def test_report_publishes_what_the_pipeline_declares(line):
     assert set(json.loads((folder / "metrics.json").read_text())) >= {"curation", "sft", "grpo", "evaluation"}
     page = (folder / "html" / "05_evaluation.html").read_text()
     assert "<script" not in page and "data:image/png;base64" in page and 'src="http' not in page
-
-
-def test_executed_notebooks_are_byte_stable(line):
-    """Running again with the same inputs publishes the same bytes, and none of them names this machine."""
-    executed = line.params.run_dir("crop_distribution") / "notebook.ipynb"
-    once = nbformat.writes(publish.stable_copy(nbformat.read(executed, as_version=4), ROOT))
-    line.run("02_crop_distribution", "crop_distribution")
-    again = nbformat.writes(publish.stable_copy(nbformat.read(executed, as_version=4), ROOT))
-    assert once == again and str(ROOT) not in once
 
 
 def test_released_rows_take_the_place_of_curation(tiny, tmp_path):
