@@ -10,14 +10,11 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import chdir
 from pathlib import Path
-from unittest import mock
 
 import nbformat
 import pytest
 import yaml
-from dvc.cli import main as dvc_main
 
 ROOT = Path(__file__).parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -165,16 +162,12 @@ def repository(tmp_path_factory):
     return folder
 
 
-def settings(folder):
-    """The stand-ins first on PATH, and keys in the environment."""
-    path = os.pathsep.join([str(folder.parent / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {"PATH": path, "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(folder.parent / "site"), **KEYS}
-
-
 def call(folder, *command):
-    """Run a command in ``folder``; returns its output."""
+    """Run a command in ``folder`` with the stand-ins first on PATH and keys in the environment; returns its output."""
+    path = os.pathsep.join([str(folder.parent / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     program = [sys.executable, "-m", "dvc", *command[1:]] if command[0] == "dvc" else list(command)
-    done = subprocess.run(program, cwd=folder, env={**os.environ, **settings(folder)}, capture_output=True, text=True)
+    settings = {"PATH": path, "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(folder.parent / "site")}
+    done = subprocess.run(program, cwd=folder, env={**os.environ, **settings, **KEYS}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not [name for name, key in KEYS.items() if key in done.stdout + done.stderr]
     return done.stdout
@@ -186,11 +179,10 @@ def commit(folder, message):
 
 
 def reproduce(folder, *targets):
-    """Run dvc repro, in this process because its import takes longer; returns the runs whose commands were executed."""
+    """Run dvc repro; returns the runs whose commands were executed."""
     log = folder / "ran.txt"
     log.unlink(missing_ok=True)
-    with mock.patch.dict(os.environ, settings(folder)), chdir(folder):
-        assert dvc_main(["repro", *(targets or ("report",))]) == 0
+    call(folder, "dvc", "repro", *(targets or ("report",)))
     return [line.removeprefix("runs/") for line in log.read_text().splitlines()] if log.exists() else []
 
 
