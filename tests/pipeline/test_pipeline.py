@@ -102,28 +102,29 @@ def test_runs_are_cached_and_published_files_are_in_git():
 
 
 KEYS = {"AWARES_API_KEY": "sk-planted-pipeline-51fe", "HF_TOKEN": "hf_planted_pipeline_92ab"}
-STAND_IN = '''#!{python}
-"""papermill, or python -m awares.study.publish: writes what the stage writes, and notes that it ran."""
-import os, sys
-from pathlib import Path
-import yaml
-assert {{"AWARES_API_KEY", "HF_TOKEN"}} <= {{*os.environ}}
-beta = yaml.load(open("params.yaml"), yaml.CSafeLoader)["grpo"]["beta"]
-if sys.argv[1] == "-m":
-    profile, stage = sys.argv[3], (sys.argv[4:] or ["report"])[0]
-    outs = yaml.load(open("dvc.yaml"), yaml.CSafeLoader)["stages"][stage]["outs"]
-    paths = [next(iter(out)).replace("${{profile}}", profile) for out in outs if isinstance(out, dict)]
-else:
-    run = Path(sys.argv[2]).parent
-    open("ran.txt", "a").write(f"{{run}}\\n")
-    folders = ["train", "validation", "evaluation", "adapter", "merged", "trajectories", "tables"]
-    paths = [run / name for name in [*folders, "metrics.json", "curves.csv", "notebook.ipynb"]]
-for path in map(Path, paths):
-    file = path if path.suffix else path / "file"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = f"step,reward,call_rate,kl,loss\\n0,{{beta}},1,1,1\\n"
-    file.write_text('{{"value": 1}}' if path.suffix == ".json" else rows)
-'''
+STAND_IN = r"""#!/bin/sh
+# papermill, or python -m awares.study.publish: writes what the stage writes, and notes that it ran.
+test "$AWARES_API_KEY" && test "$HF_TOKEN" || exit 9
+beta=$(sed -n 's/^  beta: \([0-9.]*\).*/\1/p' params.yaml)
+if test "$1" = -m; then
+  paths=$(sed -n "s|^${4:-report} ||p" "$(dirname "$0")/published.txt" | sed "s|\${profile}|$3|g")
+else
+  run=$(dirname "$2")
+  echo "$run" >> ran.txt
+  paths=$(for name in FILES; do echo "$run/$name"; done)
+fi
+for path in $paths; do
+  case $path in
+    *.json) text='{"value": 1}' ;;
+    *) text="step,reward,call_rate,kl,loss\n0,$beta,1,1,1" ;;
+  esac
+  case ${path##*/} in *.*) ;; *) path=$path/file ;; esac
+  mkdir -p "${path%/*}" && printf "$text\n" > "$path"
+done
+"""
+FILES = "train validation evaluation adapter merged trajectories tables metrics.json curves.csv notebook.ipynb"
+OUTS = [(name, out) for name, stage in STAGES.items() for out in stage["outs"] if isinstance(out, dict)]
+PUBLISHED = [f"{name} {next(iter(out))}\n" for name, out in OUTS]
 FEW = {  # a few variants and systems represent all
     r"  curation: \[[^]]*\]": "  curation: [labels_anls]",
     r"  sft: \[[^]]*\]": "  sft: [weight_1]",
@@ -149,8 +150,9 @@ def repository(tmp_path_factory):
     (folder / "params.yaml").write_text(text)
     (folder / ".gitignore").write_text("/runs/\nran.txt\n")
     (folder.parent / "bin").mkdir()
+    (folder.parent / "bin" / "published.txt").write_text("".join(PUBLISHED))
     for name in ("papermill", "python"):
-        (folder.parent / "bin" / name).write_text(STAND_IN.format(python=sys.executable))
+        (folder.parent / "bin" / name).write_text(STAND_IN.replace("FILES", FILES))
         (folder.parent / "bin" / name).chmod(0o700)
     call(folder, "git", "init", "-q")
     call(folder, "git", "config", "user.email", "test@example.org")
