@@ -1,0 +1,149 @@
+"""Hard images, made here, each with the picture that every entry point must see, or none if it must be refused."""
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, PngImagePlugin, features
+
+WIDTH, HEIGHT = 96, 64
+RAMP = np.add.outer(8 * np.arange(HEIGHT), 16 * np.arange(WIDTH)) * 31  # grey levels 0 to 62,744 of 16 bits
+GREY = Image.fromarray(np.rint(RAMP * 255 / 65535).astype(np.uint8)).convert("RGB")
+TURNED = GREY.getchannel(0).transpose(Image.Transpose.ROTATE_180)
+COLOURS = Image.merge("RGB", (GREY.getchannel(0), TURNED, Image.new("L", GREY.size, 90)))
+
+
+@dataclass(frozen=True)
+class ImageCase:
+    """``right``: the picture to see, within ``tolerance`` grey levels; None: a clear refusal."""
+
+    content: bytes
+    suffix: str
+    right: Image.Image | None
+    note: str = ""
+    tolerance: int = 0
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def tiff(samples: np.ndarray, bits: int, number: int = 1, photometric: int = 1, order: str = "<") -> bytes:
+    """A grey TIFF of one strip; ``number``: 1 unsigned, 2 signed, 3 float. 12-bit samples are packed."""
+    if bits == 12:
+        pairs = samples.reshape(-1, 2).astype(np.uint32)
+        packed = (pairs[:, 0] << 12) | pairs[:, 1]
+        data = np.stack([packed >> 16, packed >> 8, packed], axis=1).astype(np.uint8).tobytes()
+    else:
+        data = samples.astype(f"{order}{'.uif'[number]}{bits // 8}").tobytes()
+    tags = {256: WIDTH, 257: HEIGHT, 258: bits, 259: 1, 262: photometric, 273: 200, 277: 1, 278: HEIGHT, 279: len(data)}
+    entries = [struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in sorted({**tags, 339: number}.items())]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    return (head + b"".join(entries) + bytes(4)).ljust(200, b"\0") + data
+
+
+def broken_exif(orientation: int) -> bytes:
+    """EXIF whose resolution is a text of odd length instead of a fraction."""
+    entries = struct.pack("<HHIHH", 274, 3, 1, orientation, 0) + struct.pack("<HHI4s", 282, 2, 3, b"72\0\0")
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+
+
+def image_cases() -> dict[str, ImageCase]:
+    found = {"colour": ImageCase(encoded(COLOURS, "PNG"), ".png", COLOURS)}
+
+    def add(name: str, content: bytes, suffix: str, right: Image.Image | None = None, **more) -> None:
+        found[name] = ImageCase(content, suffix, right, **more)
+
+    jpeg, exif = encoded(COLOURS, "JPEG", quality=100, subsampling=0), Image.Exif()
+    plain = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    for number, turn in enumerate([None, 0, 3, 1, 5, 4, 6, 2], start=1):
+        upright = plain if turn is None else plain.transpose(Image.Transpose(turn))
+        exif[274] = number
+        for name, tags in (("exif", exif.tobytes()), ("broken_exif", broken_exif(number))):
+            add(f"{name}{number}", encoded(COLOURS, "JPEG", quality=100, subsampling=0, exif=tags), ".jpg", upright)
+    add("jfif", jpeg, ".jfif", plain)
+    if features.check("avif"):
+        add("avif", encoded(COLOURS, "AVIF", quality=100), ".avif", COLOURS, tolerance=6)
+    # Numbers of more than 8 bits
+    deep = Image.fromarray(RAMP.astype(np.uint16))
+    add("grey16", encoded(deep, "PNG"), ".png", GREY)
+    clear = GREY.copy()
+    clear.putpixel((0, 0), (255, 255, 255))
+    add("grey16_transparent", encoded(deep, "PNG", transparency=0), ".png", clear)
+    add("pgm16", b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + RAMP.astype(">u2").tobytes(), ".pgm", GREY)
+    add("tiff16", tiff(RAMP, 16), ".tif", GREY)
+    add("tiff16_big_endian", tiff(RAMP, 16, order=">"), ".tiff", GREY)
+    add("tiff16_white_is_zero", tiff(65535 - RAMP, 16, photometric=0), ".tif", GREY)
+    add("tiff12", tiff(RAMP // 16, 12), ".tif", GREY, tolerance=1)
+    for name, bits, number in (("int8", 8, 2), ("int16", 16, 2), ("int32", 32, 2), ("uint32", 32, 1), ("float", 32, 3)):
+        add(name, tiff(RAMP // 2 ** max(0, 16 - bits) // 2, bits, number), ".tif")
+    # Transparency
+    veil = COLOURS.convert("RGBA")
+    veil.putalpha(0)
+    for name, kind in (("rgba", "PNG"), ("rgba_webp", "WEBP"), ("rgba_tiff", "TIFF")):
+        add(name, encoded(veil, kind), f".{name[5:] or 'png'}", Image.new("RGB", veil.size, "white"))
+    levels = np.arange(WIDTH * HEIGHT, dtype=np.uint8).reshape(HEIGHT, WIDTH)
+    on_white = Image.fromarray(np.where(levels == 7, 255, levels)).convert("RGB")
+    add("palette", encoded(Image.fromarray(levels).convert("P"), "PNG", transparency=7), ".png", on_white)
+    # Metadata, frames
+    text = PngImagePlugin.PngInfo()
+    text.add_text("prompt", "word " * 600_000, zip=True)
+    add("metadata", encoded(COLOURS, "PNG", pnginfo=text), ".png", COLOURS)
+    frames = [COLOURS, *(Image.new("RGB", COLOURS.size, (9 * n, 0, 0)) for n in range(11))]
+    for kind, lossless in (("TIFF", {}), ("PNG", {}), ("WEBP", {"lossless": True})):
+        content = encoded(COLOURS, kind, save_all=True, append_images=frames[1:], **lossless)
+        add(f"frames_{kind.lower()}", content, f".{kind.lower()}", COLOURS, note="first of 12 frames")
+    # Sides
+    strip = COLOURS.resize((2200, 30))
+    add("strip", encoded(strip, "PNG"), ".png", strip)
+    for width, height in ((27, 100), (28, 5601), (1, 1)):
+        add(f"size{width}x{height}", encoded(Image.new("RGB", (width, height)), "PNG"), ".png")
+    # Broken files
+    whole = found["colour"].content
+    header = whole[12:16] + struct.pack(">II", 20_000, 20_000) + whole[24:29]
+    add("bomb", whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:], ".png")
+    broken = {
+        "cut_png": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"no image",
+        "crc": whole.replace(b"IHDR", b"IHDX"),
+    }
+    for name, content in broken.items():
+        add(name, content, ".png")
+    add("cut_jpeg", jpeg[: len(jpeg) // 2], ".jpg")
+    add("heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64), ".heic")
+    return found
+
+
+IMAGES = image_cases()
+
+# What the policy writes, and the regions that it means
+TOP = '{"name": "crop", "arguments": {"regions": ["top"]}}'
+LEFT = TOP.replace("top", "left")
+SWAPPED = '{"arguments": {"regions": ["top"]}, "name": "crop"}'
+CALLS = {
+    '{"name": "crop", "arguments": "{\\"regions\\": [\\"top\\"]}"}': ("top",),
+    '{"type": "function", "function": {"name": "crop", "arguments": "{\\"regions\\": [\\"top\\"]}"}}': ("top",),
+    '{"name": "crop", "arguments": "{\'regions\': [\'top\']}"}': ("top",),
+    "{“name”: “crop”, “arguments”: {“regions”: [“top”]}}": ("top",),
+    "{‘name’: ‘crop’, ‘arguments’: {‘regions’: [‘top-left’]}}": ("top-left",),
+    TOP.replace('"top"', '"“top”"'): ("top",),
+    '｛"name"： "crop"， "arguments"： ｛"regions"： ［"top"、 "left"］｝｝': ("top", "left"),
+    TOP.replace("crop", "Crop"): ("top",),
+    '<function=crop>\n<parameter=regions>\n["top"]\n</parameter>\n</function>': ("top",),
+    '<invoke name="crop"><parameter name="regions">top, left</parameter></invoke>': ("top", "left"),
+    f"{TOP}\n{LEFT}": ("top", "left"),
+    f"[{TOP}, {LEFT}]": ("top", "left"),
+    TOP.replace("crop", "zoom") + LEFT: ("left",),
+    SWAPPED + SWAPPED.replace("top", "left"): ("top", "left"),
+}
+NO_REGIONS = "0, 0, 500, 500|'0.5,0,5,7'|'0,0,500,500,3'|'-1,0,500,5'|5.5"
+CALLS |= dict.fromkeys((TOP.replace('"top"', bad) for bad in NO_REGIONS.split("|")), ())
+BOX = "150,400,600,700"
+BOXES = f"{BOX}|150 400 600 700|150; 400; 600; 700|150.0,400,600,700|150.4, 399.6, 600.2, 700|box {BOX}|１５０，４００,600,700"
+NO_BOXES = f"-{BOX}|−{BOX}|- 150, 400, 600, 700|{BOX},800|{BOX},.5|.5,{BOX}|nan,{BOX}|0.15,0.4,0.6,0.7|150,400,600,1700"
+NO_BOXES += "|150,400,600,99999999999|1e2,400,600,700,800|150,400,600,1,000|150-400-600-700|600,400,150,700|150,400,600"
