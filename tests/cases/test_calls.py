@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from cases.inputs import BOX, BOXES, CALLS, NO_BOXES, TOP
+from inputs import BOX, BOXES, CALLS, NO_BOXES, TOP
 
 from awares.config import load_params
 from awares.method import protocol

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cases.inputs import COLOURS, IMAGES, ImageCase, encoded
+from inputs import COLOURS, IMAGES, ImageCase, encoded
 from PIL import Image
 
 from awares.cli import batch
