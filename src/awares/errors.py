@@ -1,6 +1,7 @@
 """The exceptions for user mistakes and for rows without a reply."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,6 +38,20 @@ class AwaresRequestError(AwaresError, RuntimeError):
     def __init__(self, message: str, failures: Sequence[Failure] = ()) -> None:
         super().__init__(message)
         self.failures = failures
+
+
+@contextmanager
+def faults_of(place: str) -> Iterator[None]:
+    """Turns any exception inside into an AwaresError that names ``place``: a bad row must not end the others.
+
+    Image and JSON libraries raise whatever a broken file makes them raise.
+    """
+    try:
+        yield
+    except AwaresError:
+        raise
+    except Exception as error:
+        raise AwaresValueError(f"{place}: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[_Reply]]) -> list[_Reply | Failure]:

@@ -13,11 +13,20 @@ from PIL.Image import Image
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from awares.data.rows import NonBlank, parse_line
+from awares.data.rows import NonBlank, RowId, parse_line
 from awares.engine import jsonl
 from awares.engine.images import IMAGE_SUFFIXES, cap, notes, open_image
 from awares.engine.jsonl import Record
-from awares.errors import AwaresError, AwaresFileError, AwaresValueError, Failure, validated, with_failures
+from awares.errors import (
+    AwaresError,
+    AwaresFileError,
+    AwaresRequestError,
+    AwaresValueError,
+    Failure,
+    faults_of,
+    validated,
+    with_failures,
+)
 from awares.method.protocol import check_question
 from awares.method.rollout import Trajectory
 
@@ -27,7 +36,7 @@ ROWS_PER_WRITE = 64
 class Line(BaseModel, strict=True):
     """What a line of a JSONL file needs; other keys, such as those of the row schema, are ignored."""
 
-    id: NonBlank
+    id: RowId
     image: NonBlank
     question: NonBlank
 
@@ -62,8 +71,9 @@ def _read_row(file: Path, number: int, line: bytes, question: str | None) -> Rec
     place, error = f"{file.name}, line {number}", {}
     row = {"id": f"{file.stem}-{number}", "question": question}
     try:
-        row |= parse_line(line, place)
-        validated(Line, row, place)
+        with faults_of(place):
+            row |= parse_line(line, place)
+            validated(Line, row, place)
     except AwaresError as fault:
         error = {"error": str(fault)}
     row_id, image, text = (str(row.get(key) or "") for key in ("id", "image", "question"))
@@ -113,19 +123,37 @@ def _answers(engine: Any, rows: Sequence[Record], folder: Path, settings: dict[s
     questions = {row["row_id"]: row["question"] for row in rows if "error" not in row}
     for row_id, question in questions.items():
         try:
-            check_question(question)
-            image = open_image(folder / found[row_id]["image"], f"row {row_id}")
-            images[row_id] = cap(image, engine.max_side)  # at once: many large ones do not fit in memory
+            with faults_of(f"row {row_id}"):
+                check_question(question)
+                image = open_image(folder / found[row_id]["image"], f"row {row_id}")
+                images[row_id] = cap(image, engine.max_side)  # at once: many large ones do not fit in memory
         except AwaresError as error:
             found[row_id] = {"error": str(error)}
     ready = list(images)
-
-    def answer(places: list[int]) -> list[Trajectory]:
-        ids = [ready[place] for place in places]
-        given = [images[row_id] for row_id in ids], [questions[row_id] for row_id in ids]
-        return engine.run(*given, call_bias=settings["call_bias"], row_ids=ids)
-
-    for row_id, done in zip(ready, with_failures(ready, answer), strict=True):
+    given = list(images.values()), [questions[row_id] for row_id in ready]
+    for row_id, done in zip(ready, run_rows(engine, *given, ready, settings["call_bias"]), strict=True):
         found[row_id] = {"error": done.reason} if isinstance(done, Failure) else done.to_dict()
         found[row_id] |= {"note": note} if (note := notes(images[row_id])) else {}
     return [{**row, "settings": settings, **found[row["row_id"]]} for row in rows]
+
+
+def run_rows(
+    engine: Any, images: Sequence[Any], questions: Sequence[str], row_ids: Sequence[str], call_bias: float
+) -> list[Trajectory | Failure]:
+    """``engine.run``, with a `Failure` for each row that cannot be run. After an error the rows run one by one."""
+
+    def run(places: list[int]) -> list[Trajectory]:
+        given = [images[place] for place in places], [questions[place] for place in places]
+        ids = [row_ids[place] for place in places]
+        with faults_of(f"row {ids[0]}"):
+            return engine.run(*given, call_bias=call_bias, row_ids=ids)
+
+    try:
+        return with_failures(row_ids, run)
+    except AwaresRequestError:  # of the server, not of a row
+        raise
+    except AwaresError as error:
+        if len(row_ids) == 1:
+            return [Failure(row_ids[0], str(error))]
+    alone = [([images[place]], [questions[place]], [row_ids[place]]) for place in range(len(row_ids))]
+    return [one for row in alone for one in run_rows(engine, *row, call_bias)]

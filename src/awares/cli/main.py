@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from awares import __version__
 from awares.cli.options import Bias, Json, Limits, PolicyOptions, Profile, refuse_if
-from awares.errors import AwaresError
+from awares.errors import AwaresError, AwaresValueError, Failure
 
 
 def _run(command: Any, **_: Any) -> None:
@@ -146,7 +146,8 @@ class Eval(PolicyOptions):
     """Score a policy on the evaluation rows or on your own: Table 1's numbers.
 
     Accuracy (percent, by each benchmark's own metric, with its interval) and retain token ratio (RTR), per benchmark
-    and on average. FILE.jsonl has image, question, answers, and source for the metric.
+    and on average. FILE.jsonl has image, question, answers, and source for the metric. Rows that cannot be read or
+    answered are listed and not scored; the exit code is then 1.
     """
 
     file: Annotated[Path | None, Argument(metavar="FILE.jsonl", help="your own rows (default: the tasks')")] = None
@@ -157,6 +158,7 @@ class Eval(PolicyOptions):
     call_bias: Bias = None
 
     def __call__(self) -> int:
+        from awares.cli.batch import run_rows
         from awares.config import load_params
         from awares.data.rows import make_split, read_jsonl_rows
         from awares.engine.model import set_threads
@@ -167,20 +169,28 @@ class Eval(PolicyOptions):
         given = {"rows": self.rows, "seed": self.seed, "call_bias": self.call_bias}
         overrides = {f"evaluation.{key}": value for key, value in given.items() if value is not None}
         params = load_params(self.profile, overrides=overrides)
-        table = read_jsonl_rows(self.file) if self.file else make_split(params, "evaluation")
+        faults: list[str] = []
+        table = read_jsonl_rows(self.file, faults) if self.file else make_split(params, "evaluation")
         set_threads(params.threads)
         how: dict[str, Any] = {"max_side": params.crops.max_side, "protocol": protocol.from_params(params)}
         how |= {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
         policy, name = self.load(**how)
         policy.engine.progress = sys.stderr.isatty()
         bias = params.evaluation.call_bias
-        done = policy.engine.run(table["image"], table["question"], call_bias=bias, row_ids=table["id"])
-        scores = evaluation.main_table(evaluation.scored(name, table, done), params.evaluation).drop(columns="system")
+        found = run_rows(policy.engine, table["image"], table["question"], table["id"], bias)
+        done = {place: one for place, one in enumerate(found) if not isinstance(one, Failure)}
+        faults += [one.reason for one in found if isinstance(one, Failure)]
+        for fault in faults:
+            _say(fault)
+        if not done:
+            raise AwaresValueError("no row could be answered")
+        scored = evaluation.scored(name, table.select([*done]), [*done.values()])
+        scores = evaluation.main_table(scored, params.evaluation).drop(columns="system")
         if self.as_json:
             print(json.dumps({"policy": name, "call_bias": bias, "table": scores.to_dict("records")}))
         else:
             print(scores.to_string(index=False, float_format="{:.2f}".format))
-        return 0
+        return 1 if faults else 0
 
 
 @app.command("serve")

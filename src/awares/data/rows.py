@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 import datasets
 import numpy as np
 import pandas as pd
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints
 
 from awares.engine.images import MIN_SIDE, as_png, is_plain, open_image
 from awares.engine.rows import FEATURES, load_rows
-from awares.errors import AwaresFileError, AwaresValueError, validated
+from awares.errors import AwaresError, AwaresFileError, AwaresValueError, faults_of, validated
 from awares.method.crops import boxes_to_crops
 from awares.settings import CropSettings, Params
 
@@ -30,13 +30,16 @@ def _check_box(box: list[int]) -> list[int]:
 
 
 NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
+RowId = Annotated[NonBlank, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 BoxList = list[Annotated[list[int], AfterValidator(_check_box)]]
+
+MOST_FAULTS = 20  # of a file, named in one error
 
 
 class Row(BaseModel, extra="forbid", strict=True):
     """One row. ``image`` is encoded: {"bytes": content of the file or None, "path": the file or None}."""
 
-    id: NonBlank
+    id: RowId
     image: dict[str, Any]
     question: NonBlank
     answers: Annotated[list[NonBlank], Field(min_length=1)]
@@ -72,7 +75,13 @@ def _load_source(params: Params, name: str, n: int, seed: int, split: str) -> da
         rows = read_jsonl_rows(file).filter(lambda row_split: row_split == split, input_columns="split")
         if not len(rows):
             raise AwaresValueError(f'{file}: no row has split "{split}": add rows or remove the file from data.sources')
-        return rows.select(range(min(n, len(rows))))
+        rows = rows.select(range(min(n, len(rows))))
+        boxes = zip(rows["id"], rows["question_boxes"], rows["answer_boxes"], strict=True)
+        bare = [row_id for row_id, *found in boxes if not any(found)]
+        if bare and split != "evaluation" and params.curation.oracle == "annotation":
+            fix = "give question_boxes or answer_boxes, or set curation.oracle to a served one (qwen3_vl)"
+            raise AwaresValueError(f"{file}: {len(bare)} rows have no boxes, such as {', '.join(bare[:10])}: {fix}")
+        return rows
     origin = params.data.origin
     if origin == "suite":
         from awares.mini import synthetic_rows
@@ -98,18 +107,30 @@ def make_dataset(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({key: [row[key] for row in listed] for key in FEATURES}, features=FEATURES)
 
 
-def read_jsonl_rows(path: str | Path) -> datasets.Dataset:
-    """Rows from a file with one JSON object per line, ``image`` relative to the file; AwaresError names file and line.
+def read_jsonl_rows(path: str | Path, faults: list[str] | None = None) -> datasets.Dataset:
+    """Rows from a file with one JSON object per line, ``image`` relative to the file.
 
-    Defaults: ``id`` <file>-<line>, ``source`` the file's name, ``split`` "train", no boxes.
+    Defaults: ``id`` <file>-<line>, ``source`` the file's name, ``split`` "train", no boxes. Raises AwaresError with the
+    faults of all bad lines; with a list ``faults`` they are added to it and the other rows returned.
     """
     file = Path(path)
     if not file.is_file():
         raise AwaresFileError(f"{file}: no such file; data.sources names it")
-    lines = enumerate(file.read_bytes().split(b"\n"), start=1)
-    rows = [_read_line(file, number, line) for number, line in lines if line.strip()]
+    rows, wrong = [], list[str]()
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        try:
+            with faults_of(f"{file}, line {number}"):
+                rows += [_read_line(file, number, line)] if line.strip() else []
+        except AwaresError as error:
+            wrong.append(str(error))
+    if wrong and (faults is None or not rows):
+        raise AwaresValueError(
+            "\n".join(wrong[:MOST_FAULTS] + [f"and {len(wrong) - MOST_FAULTS} more"] * (len(wrong) > MOST_FAULTS))
+        )
     if not rows:
         raise AwaresValueError(f"{file} holds no rows")
+    if faults is not None:
+        faults += wrong
     return _check_ids(make_dataset(rows), str(file))
 
 
@@ -127,9 +148,12 @@ def _read_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
 def parse_line(line: bytes, place: str) -> dict[str, Any]:
     """The JSON object of one line; AwaresValueError with ``place`` for something else."""
     try:
-        return dict(**json.loads(line))
+        row = dict(**json.loads(line))
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return row
     except (ValueError, TypeError, RecursionError) as error:
-        raise AwaresValueError(f"{place}: not a JSON object ({error}); write one row per line") from error
+        fault = str(error)[:200]
+        raise AwaresValueError(f"{place}: not a JSON object of text ({fault}); write one row per line") from error
 
 
 def validate_rows(dataset: datasets.Dataset, name: str, pixels: bool = True) -> datasets.Dataset:

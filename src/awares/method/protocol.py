@@ -175,6 +175,8 @@ def check_question(question: str) -> None:
     """AwaresValueError if a question is empty or contains a control token of the chat format."""
     if not question or not question.strip():
         raise AwaresValueError("question is empty: write one")
+    if any("\ud800" <= letter <= "\udfff" for letter in question):
+        raise AwaresValueError("question has half of a surrogate pair, which is no text: write it in UTF-8")
     held = [token for token in (*SPECIAL_TOKENS, *TOOL_TOKENS) if token in question]
     if held:
         raise AwaresValueError(f"question {question[:60]!r} contains the control token {held[0]}: remove it")

@@ -105,6 +105,7 @@ class Interaction(ABC):
     def __init__(self, codec: Codec, max_side: int, protocol: Protocol = OURS) -> None:
         self.codec, self.processor = codec, codec.processor
         self.max_side, self.protocol = max_side, protocol
+        self.longest_prompt: int | None = None  # tokens; None: the server checks it
 
     def run(
         self,
@@ -192,6 +193,9 @@ class Interaction(ABC):
         row.turns.append(Turn(role, text, sizes, visual, len(ids) - visual))
         row.images += pictures
         row.ids += ids
+        if self.longest_prompt is not None and len(row.ids) > self.longest_prompt:
+            held = f"the prompt has {len(row.ids)} tokens, visual ones included, and may have {self.longest_prompt}"
+            raise AwaresValueError(f"row {row.row_id}: {held}: shorten the question or shrink the image")
         return ids
 
     def _write(self, row: Conversation, tokens: list[int], margin: float = float("inf")) -> None:
@@ -257,6 +261,7 @@ class Engine(Interaction):
         chosen = get_protocol(protocol) if isinstance(protocol, str) else protocol
         self.decoder = self.decoder_type(model, processor, max_new_tokens, chosen.opening)
         super().__init__(self.decoder, max_side, chosen)
+        self.longest_prompt = model.config.get_text_config().max_position_embeddings - max_new_tokens
         self.token_budget, self.reuse, self.progress = token_budget, reuse, progress
 
     @classmethod
