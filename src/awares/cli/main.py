@@ -78,7 +78,7 @@ class Ask(PolicyOptions):
     reason in "error", and the exit code is then 1. The same call again runs only the rows without an answer.
     """
 
-    image: Annotated[Path, Argument(help="an image; for a batch a folder or a .jsonl file")]
+    image: Annotated[str, Argument(help="an image file, or - for stdin; for a batch a folder or a .jsonl file")]
     question: Annotated[str | None, Argument(show_default=False)] = None
     common: Annotated[str | None, Option("--question", help="the same; in a batch for rows without their own")] = None
     as_json: Json = False
@@ -89,7 +89,9 @@ class Ask(PolicyOptions):
     def __call__(self) -> int:
         refuse_if(self.question is not None and self.common is not None, "two questions: QUESTION and --question")
         question = self.common if self.question is None else self.question
-        if self.image.is_dir() or self.image.suffix.lower() == ".jsonl":
+        if "://" in self.image or self.image.startswith("data:"):
+            raise AwaresValueError(f"{self.image[:200]}: give a file: awares fetches no address")
+        if Path(self.image).is_dir() or self.image.lower().endswith(".jsonl"):
             refuse_if(self.show is not None, "--show draws one image, not a batch")
             if self.out is None:
                 raise typer.BadParameter("a batch needs --out, the file for its results")
@@ -103,10 +105,10 @@ class Ask(PolicyOptions):
     def _ask_many(self, question: str | None, out: Path) -> int:
         from awares.cli import batch
 
-        batch.read_batch(self.image, question)  # before the model is loaded: a wrong path should not cost seconds
+        batch.read_batch(Path(self.image), question)  # before the model is loaded: a wrong path should not cost seconds
         policy, name = self.load(out)
         settings = self.settings(policy, name, self.call_bias or 0.0)
-        counts = batch.run_batch(self.image, question, out, policy.engine, settings)
+        counts = batch.run_batch(Path(self.image), question, out, policy.engine, settings)
         if self.as_json:
             print(json.dumps({"out": str(out), **counts}))
         numbers = "{rows} rows, {ran} run now, {done_before} done before, {errors} with an error"
@@ -116,7 +118,7 @@ class Ask(PolicyOptions):
     def _ask_one(self, question: str) -> int:
         from awares.engine.images import notes, open_image
 
-        image = open_image(self.image)
+        image = open_image(sys.stdin.buffer.read() if self.image == "-" else self.image)
         if note := notes(image):
             _say(f"{self.image}: {note}")
         done = self.load()[0].ask(image, question, call_bias=self.call_bias or 0.0)
@@ -129,7 +131,7 @@ class Ask(PolicyOptions):
             figures.style(110)
             figures.save_figure(figures.gallery([{"image": image, "question": question}], [done]), self.show)
         if self.as_json:
-            about = {"image": str(self.image), "question": question, **done.to_dict(), "rtr": done.rtr}
+            about = {"image": self.image, "question": question, **done.to_dict(), "rtr": done.rtr}
             about |= {"note": note} if note else {}
             print(json.dumps(about, ensure_ascii=False))
             return 0
