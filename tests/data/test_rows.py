@@ -121,7 +121,8 @@ def test_jsonl_is_a_source_like_the_others(jsonl, monkeypatch):
         return [row(id=f"{name}-{seed}-{number}", split=split) for number in range(n)]
 
     monkeypatch.setattr(synthetic_rows, "make_source", made)
-    file = jsonl({}, {}, {"split": "validation"})
+    boxes = {"answer_boxes": [[0, 0, 500, 500]]}
+    file = jsonl(boxes, boxes, {"split": "validation", **boxes})
     params = load_params("mini", overrides={"data.sources": ["chartqa", str(file)], "data.train_rows": 5})
     train = make_split(params, "train")["id"][:]
     assert train[:4] == ["chartqa-101-0", "mine-1", "chartqa-101-1", "mine-2"]  # sources take turns
