@@ -1,5 +1,6 @@
 """The main line at smoke scale: its notebooks run through papermill, in this process or in a kernel."""
 
+import atexit
 import json
 import logging
 import os
@@ -108,7 +109,8 @@ class InProcess(Engine):
                     cls.run_cell(shell, cell, stdout_file)
                     nb_man.cell_complete(cell)
         finally:
-            shell.reset(new_session=False)  # frees the notebook's models
+            shell.atexit_operations()  # frees the notebook's models and closes the history, whose folder pytest removes
+            atexit.unregister(shell.atexit_operations)
             shell.cleanup()
             InteractiveShell.clear_instance()
 
