@@ -26,6 +26,8 @@ def load_params(
     """
     file = find_file(Path(path))
     values = read_yaml(file)
+    if "profiles" not in values:
+        raise AwaresValueError(f"{file} is no params.yaml of awares: run from inside the repository")
     own_profile, profiles, variants = (values.pop(name, None) for name in ("profile", "profiles", "variants"))
     profile = profile or own_profile
     method, sizes = _flat(values), _flat(_entry("profile", profile, profiles))
@@ -73,13 +75,24 @@ def read_yaml(file: Path, named_by: str = "") -> dict[str, Any]:
     """The mapping in a YAML file, or AwaresError. ``named_by``: the parameter that names the file, for the message."""
     if not file.is_file():
         raise AwaresFileError(f"{file}: no such file{f'; {named_by} names it' if named_by else ''}")
-    return _mapping(file.name, file.read_text(encoding="utf-8"))
+    return _mapping(str(file), file.read_text(encoding="utf-8"))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice: YAML would silently take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for number, (key, _) in enumerate(node.value):
+            if key.value in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} occurs twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     """A mapping, or the one that a YAML text holds."""
     try:
-        value = (yaml.safe_load(value) or {}) if isinstance(value, str) else value
+        value = (yaml.load(value, Loader=_UniqueKeys) or {}) if isinstance(value, str) else value
     except yaml.YAMLError as error:
         raise AwaresValueError(f"{name}: not YAML, a mapping such as {{seed: 2, grpo.beta: 0.0}}: {error}") from error
     if not isinstance(value, Mapping):

@@ -165,3 +165,21 @@ def test_registry_finds_builtin_and_imported_names():
     for wanted in ("nosuch", "posixpath:nosuch", "nosuch:split"):
         with pytest.raises(AwaresError, match=wanted):
             paths.check(wanted)
+
+
+def test_a_key_that_occurs_twice_is_refused_with_its_line(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(PARAMS.read_text() + "\nseed: 5\n")
+    lines = file.read_text().count("\n")
+    with pytest.raises(AwaresError, match=rf"params.yaml.*seed occurs twice(.|\n)*line {lines}"):
+        load_params(path=file)
+    with pytest.raises(AwaresError, match="sft.epochs"):
+        load_params(overrides="{sft.epochs: 1, sft.epochs: 2}", path=PARAMS)
+
+
+def test_a_params_yaml_of_another_project_is_named(tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text("train: {epochs: 3}\n")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    with pytest.raises(AwaresError, match=str(tmp_path / "params.yaml")):
+        load_params()
