@@ -4,23 +4,26 @@ Images are base64 data URLs: the server fetches no URL and opens no file.
 """
 
 import base64
+import binascii
 import io
 import json
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from openai.types.chat import ChatCompletionContentPartImageParam as ImagePart
 from openai.types.chat import ChatCompletionContentPartTextParam as TextPart
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 
 from awares.cli.options import Limits
-from awares.engine.images import MIN_SIDE, open_image
+from awares.engine.images import cap, open_image
 from awares.errors import AwaresError
 
+SHOWN = 200  # characters of a client's value in a message
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers are not for bytes from strangers
 
 
@@ -28,56 +31,85 @@ class ApiError(HTTPException):
     """A refusal; the client gets it as OpenAI's error object."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(status, message, {"Retry-After": "1"} if status == 429 else None)
+        headers = {408: {"Connection": "close"}, 429: {"Retry-After": "1"}}
+        super().__init__(status, message, headers.get(status))
         kind = "server_error" if status >= 500 else "invalid_request_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+# Fields of a request, accepted with any value, and those accepted with the values that change nothing
+IGNORED = frozenset(
+    """metadata name parallel_tool_calls prediction prompt_cache_key prompt_cache_retention
+    safety_identifier seed top_k top_p user""".split()
+)
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("temperature", "frequency_penalty", "presence_penalty", "top_logprobs"), (0,)),
+    **dict.fromkeys(("logprobs", "store", "skip_special_tokens", "spaces_between_special_tokens"), (False,)),
+    **dict.fromkeys(("tool_choice", "function_call", "reasoning_effort"), ("none", "auto")),
+    **dict.fromkeys(("stop", "tools", "functions", "annotations"), ([],)),
+    **{"n": (1,), "repetition_penalty": (1,), "logit_bias": ({},), "modalities": (["text"],)},
+    **{"response_format": ({"type": "text"},), "service_tier": ("auto", "default"), "verbosity": ("medium",)},
+}
+
+
 class Strict(BaseModel, extra="forbid", strict=True):
     """An unknown field is refused, not ignored; null stands for the default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_effect(cls, fields: Any) -> Any:
+        if type(fields) is not dict:
+            return fields
+        kept = {key: value for key, value in fields.items() if value is not None and key not in IGNORED}
+        return {key: value for key, value in kept.items() if value not in NEUTRAL.get(key, ())}
 
 
 def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+def _as_system(role: Any) -> Any:
+    return "system" if role == "developer" else role
+
+
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(Strict):
-    role: Literal["system", "user", "assistant"]
+    """``developer`` is the newer name of the role ``system``."""
+
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_as_system)]
     content: Annotated[list[ContentPart], BeforeValidator(_as_parts)]
 
 
 class ChatRequest(Strict):
-    """The body of POST /v1/chat/completions. Without effect: top_p, seed, user, detail."""
+    """The body of POST /v1/chat/completions; src/awares/README.md lists what is ignored, bounded or refused."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None
-    stream_options: dict[Literal["include_usage"], bool] | None = None
-    temperature: float | None = Field(None, ge=0, le=0)
-    n: Literal[1] | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    user: str | None = None
+    stream_options: dict[Literal["include_usage", "include_obfuscation"], bool] | None = None
 
     def limit(self, default: int, most: int) -> int:
         """Tokens that the answer may have, at most ``most``."""
         return min(self.max_completion_tokens or self.max_tokens or default, most)
 
-    def images(self, limits: Limits, min_side: int = MIN_SIDE) -> list[Image.Image]:
-        """Upright RGB images in the order of the messages; ApiError for bad ones or too many."""
+    def files(self, limits: Limits) -> list[Image.Image]:
+        """The images in the order of the messages, opened but not decoded; ApiError for bad ones or too many."""
         parts = [part for message in self.messages for part in message.content]
         urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
         if len(urls) > limits.images:
             raise ApiError(400, f"{len(urls)} images: a request may have {limits.images}", param="messages")
-        images, left = list[Image.Image](), limits.image_pixels
-        for url in urls:
-            images.append(read_image(url, limits.image_bytes, left, min_side))
-            left -= images[-1].width * images[-1].height
+        with _readable():
+            files = [data_of(url) for url in urls]
+            if max(map(len, files), default=0) > limits.image_bytes:
+                raise ApiError(413, f"an image has more than {limits.image_bytes} bytes", "image_too_large", "messages")
+            images: list[Image.Image] = [Image.open(io.BytesIO(file), formats=FORMATS) for file in files]
+        if sum(image.width * image.height for image in images) > limits.image_pixels:
+            message = f"the images have more than {limits.image_pixels} px"
+            raise ApiError(413, message, "image_too_large", "messages")
         return images
 
 
@@ -86,11 +118,8 @@ class PolicyRequest(ChatRequest):
 
 
 class RawRequest(ChatRequest):  # with the fields that `RemoteEngine` sends to vLLM
-    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[Annotated[int, Field(ge=0, strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     return_token_ids: bool | None = None
-    skip_special_tokens: Literal[False] | None = None
-    spaces_between_special_tokens: Literal[False] | None = None
-    repetition_penalty: float | None = Field(None, ge=1, le=1)
 
 
 def read_request(body: bytearray, kind: type[ChatRequest], model: str) -> Any:
@@ -99,30 +128,55 @@ def read_request(body: bytearray, kind: type[ChatRequest], model: str) -> Any:
         request = kind.model_validate_json(body)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(map(str, fault["loc"])) or None
-        raise ApiError(400, f"{param or 'body'}: {fault['msg']}", param=param) from error
-    if request.model != model:
-        raise ApiError(404, f"no model {request.model!r}: this is {model!r}", "model_not_found", "model")
+        key, message = ".".join(map(str, fault["loc"]))[:SHOWN], fault["msg"]
+        if key in NEUTRAL:
+            message = f"only {' or '.join(map(repr, NEUTRAL[key]))} has no effect here"
+        raise ApiError(400, f"{key or 'body'}: {message}", param=key or None) from error
+    check_model(request.model, model)
     return request
 
 
-def read_image(url: str, most_bytes: int, most_pixels: int, min_side: int) -> Image.Image:
-    """The image of a base64 data URL; ApiError 400 for an unreadable one, 413 for too many bytes or pixels."""
-    header, _, data = url.partition(";base64,")
+def check_model(name: str, model: str) -> None:
+    """ApiError 404 for another ``name`` than that of our ``model``."""
+    if name != model:
+        raise ApiError(404, f"no model {name[:SHOWN]!r}: this is {model!r}", "model_not_found", "model")
+
+
+def decode(image: Image.Image, min_side: int, max_side: int) -> Image.Image:
+    """An opened image upright, in RGB, shrunk to ``max_side`` px; ApiError 400 for an unreadable one."""
+    with _readable():
+        return cap(open_image(image, "image", min_side), max_side)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
     try:
-        if not header.startswith("data:image/"):
-            raise AwaresError(f"{url[:40]!r} is no data URL, data:image/png;base64,...; nothing else is fetched")
-        raw = base64.b64decode(data, validate=True)
-        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:  # reads the header, unpacks nothing
-            if len(raw) <= most_bytes and image.width * image.height <= most_pixels:
-                return open_image(image, "image", min_side)
-            size = f"{len(raw)} bytes, {image.width}x{image.height} px"
+        yield
+    except ApiError:
+        raise
     except Exception as error:  # Pillow's decoders raise a dozen types on hostile bytes
         reason = error if isinstance(error, AwaresError) else type(error).__name__
-        message = f"image_url: not a readable {', '.join(FORMATS)} image in base64 ({reason})"
+        message = f"image_url: not a readable {', '.join(FORMATS)} image in a data URL ({reason})"
         raise ApiError(400, message, "invalid_image", "messages") from error
-    message = f"an image of {size}: at most {most_bytes} bytes and, of this request, {most_pixels} px are left"
-    raise ApiError(413, message, "image_too_large", "messages")
+
+
+def data_of(url: str) -> bytes:
+    """The content of a data URL (RFC 2397), percent-encoded or in base64, white space and missing padding included.
+
+    AwaresError for another URL or for a media type that is no image's.
+    """
+    header, comma, data = url.partition(",")
+    scheme, _, media = header.strip().lower().partition(":")
+    kind, *parameters = (part.strip() for part in media.split(";"))
+    if scheme != "data" or not comma or not (kind.startswith("image/") or kind in ("", "application/octet-stream")):
+        raise AwaresError(f"{url[:40]!r} is no data URL, data:image/png;base64,...; nothing else is fetched")
+    raw = data.partition("#")[0].encode("ascii")
+    if b"%" in raw:  # read as quoted-printable, which C decodes: urllib makes an object of every escape
+        raw = binascii.a2b_qp(raw.replace(b"=", b"=3D").replace(b"%", b"="))
+    if parameters[-1:] != ["base64"]:
+        return raw
+    raw = raw.translate(None, b" \t\n\f\r")
+    return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
 
 
 def completion(model: str, text: str, cut: bool, prompt: int, written: int, **more: Any) -> dict[str, Any]:

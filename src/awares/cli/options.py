@@ -99,6 +99,8 @@ class Limits:
     max_tokens: Annotated[int, Option(min=1, help="tokens of one answer")] = 1024
     queue: Annotated[int, Option(min=1, help="requests held at a time; more are refused with 429")] = 128
     timeout: Annotated[float, Option(min=0.001, help="seconds from a request's head to its answer")] = 120.0
+    patience: Annotated[int, Option(min=1, help="seconds for a request's head, and for each 256 KiB of its body")] = 5
+    connections: Annotated[int, Option(min=16, help="at a time; above, the oldest idle one is closed")] = 512
     shutdown: Annotated[float, Option(min=0.001, help="seconds for the requests under way at SIGTERM")] = 30.0
 
 

@@ -3,6 +3,9 @@
 POST /v1/chat/completions, GET /v1/models, GET /health. The engine is a `rollout.Engine`, which gets one request at a
 time, or a `RemoteEngine`, whose server (vLLM) does the batching. A stream gets its answer in one piece: a turn may be
 a call until it ends. Clients send the key in the environment variable AWARES_API_KEY, if it is set.
+
+Slow and greedy clients take nothing from the others: heads and bodies have a time limit, the bodies that wait a limit
+of their sum, large images are decoded one at a time, and above the limit of connections the oldest idle one is closed.
 """
 
 import asyncio
@@ -15,24 +18,30 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
-import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import LogitsProcessorList, MaxTimeCriteria, SequenceBiasLogitsProcessor, StoppingCriteriaList
 
-from awares.cli import openai_api
+from awares.cli import connections, openai_api
 from awares.cli.openai_api import ApiError, PolicyRequest, RawRequest, completion
 from awares.cli.options import Limits
 from awares.clients.chat import ChatClient
 from awares.engine.decode import Decoder
-from awares.engine.images import cap
+from awares.engine.images import MIN_SIDE, notes
 from awares.errors import AwaresError, AwaresRequestError, AwaresValueError
 
 API_KEY = "AWARES_API_KEY"
+PIECE = 2**18  # bytes of a body that must arrive within `Limits.patience`
+LARGE = 4_000_000  # pixels of a request that waits for other large ones
+ALL_BODIES = 2**27  # bytes of all bodies that wait
+TOO_MUCH = (429, "too many bytes wait, and most of them are this request's: try again later", "queue_full")
 
 
 def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> FastAPI:
@@ -41,42 +50,56 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     if key is not None and not key.strip():
         raise AwaresValueError(f"{API_KEY} is empty: set a key, or unset the variable to serve without one")
     kind, answer = (RawRequest, answer_chat) if mode == "chat" else (PolicyRequest, answer_policy)
+    min_side, max_side = (1, sys.maxsize) if mode == "chat" else (MIN_SIDE, engine.max_side)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
-    pool, free = ThreadPoolExecutor(threads), asyncio.Semaphore(threads)
-    count = {"requests": 0}
+    pool, free, large = ThreadPoolExecutor(threads), asyncio.Semaphore(threads), asyncio.Semaphore(1)
+    held, waiting = dict[asyncio.Timeout, int](), set[asyncio.Timeout]()  # bytes of bodies; whole requests
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     async def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if key is not None and not hmac.compare_digest(given, b"Bearer " + key.strip().encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        token = given.strip().encode() if scheme.lower() == "bearer" else b""
+        if key is not None and not hmac.compare_digest(token, key.strip().encode()):
             raise ApiError(401, "wrong or missing API key: send Authorization: Bearer <key>", "invalid_api_key")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ready", "model": model, **count}
+        return {"status": "ready", "model": model, "requests": len(waiting)}
 
     @app.get("/v1/models", dependencies=[Depends(check_key)])
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": model, "object": "model", "created": 0, "owned_by": "awares"}]}
+        return {"object": "list", "data": [await retrieve(model)]}
+
+    @app.get("/v1/models/{name:path}", dependencies=[Depends(check_key)])
+    async def retrieve(name: str) -> dict[str, Any]:
+        openai_api.check_model(name, model)
+        return {"id": model, "object": "model", "created": 0, "owned_by": "awares"}
 
     @app.post("/v1/chat/completions", dependencies=[Depends(check_key)])
     async def complete(request: Request) -> Response:
-        if count["requests"] >= limits.queue:
-            raise ApiError(429, f"{count['requests']} requests are waiting: try again later", "queue_full")
-        count["requests"] += 1
         deadline = time.time() + limits.timeout
         try:
-            async with asyncio.timeout(limits.timeout):
-                wanted = openai_api.read_request(await _body(request, limits.body_bytes), kind, model)
-                async with free:
-                    if await request.is_disconnected():
-                        raise ClientDisconnect
-                    run = asyncio.get_running_loop().run_in_executor
-                    reply = await run(pool, answer, engine, wanted, limits, deadline)
+            async with asyncio.timeout(limits.timeout) as clock:
+                wanted = openai_api.read_request(await _body(request, clock, held, limits), kind, model)
+                if len(waiting) >= limits.queue:
+                    raise ApiError(429, f"{len(waiting)} requests are waiting: try again later", "queue_full")
+                waiting.add(clock)
+                files = await asyncio.to_thread(wanted.files, limits)
+                async with large if sum(file.width * file.height for file in files) > LARGE else nullcontext():
+                    images = [await asyncio.to_thread(openai_api.decode, file, min_side, max_side) for file in files]
+                    async with free:
+                        if await request.is_disconnected():
+                            raise ClientDisconnect
+                        held[clock] = 0  # nobody ends it any more
+                        run = asyncio.get_running_loop().run_in_executor
+                        reply = await run(pool, answer, engine, wanted, images, limits, deadline)
         except TimeoutError:
+            if clock not in held:
+                raise ApiError(*TOO_MUCH) from None
             raise ApiError(504, f"no answer within {limits.timeout:g} s", "timeout") from None
         finally:
-            count["requests"] -= 1
+            held.pop(clock, None)
+            waiting.discard(clock)
         if not wanted.stream:
             return JSONResponse(reply)
         events = openai_api.as_events(reply, (wanted.stream_options or {}).get("include_usage", False))
@@ -87,12 +110,29 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     return app
 
 
-async def _body(request: Request, most: int) -> bytearray:
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > most:
-            raise ApiError(413, f"the request has more than {most} bytes", "request_too_large")
+async def _body(
+    request: Request, clock: asyncio.Timeout, held: dict[asyncio.Timeout, int], limits: Limits
+) -> bytearray:
+    """The body. ``held`` has the bytes of all requests that wait: above the limit, the largest request is ended."""
+    held[clock], body, now = 0, bytearray(), asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(limits.patience) as patience:
+            async for piece in request.stream():
+                if len(body) // PIECE < (len(body) + len(piece)) // PIECE:
+                    patience.reschedule(now() + limits.patience)
+                body += piece
+                if len(body) > limits.body_bytes:
+                    raise ApiError(413, f"the request has more than {limits.body_bytes} bytes", "request_too_large")
+                held[clock] = len(body)
+                while sum(held.values()) > max(ALL_BODIES, limits.body_bytes):
+                    largest = max(held, key=held.__getitem__)
+                    del held[largest]
+                    if largest is clock:
+                        raise ApiError(*TOO_MUCH)
+                    if not largest.expired():
+                        largest.reschedule(now())
+    except TimeoutError:
+        raise ApiError(408, f"{PIECE // 1024} KiB of a body may take {limits.patience} s", "timeout") from None
     return body
 
 
@@ -107,15 +147,19 @@ async def _refuse(request: Request, error: Any) -> Response:
     return JSONResponse(error.body, error.status_code, error.headers)
 
 
-def answer_policy(engine: Any, request: PolicyRequest, limits: Limits, deadline: float) -> dict[str, Any]:
+def answer_policy(
+    engine: Any, request: PolicyRequest, images: list[Image.Image], limits: Limits, deadline: float
+) -> dict[str, Any]:
     """Runs the interaction. ``max_tokens`` bounds the answer alone: a call that is cut short would be no call."""
-    message, images = request.messages[0], request.images(limits)
-    if len(request.messages) != 1 or message.role != "user" or len(images) != 1:
+    *instructions, user = request.messages
+    if {message.role for message in instructions} - {"system"} or user.role != "user" or len(images) != 1:
         raise ApiError(400, "send one user message with one image and a question", param="messages")
-    local, image = hasattr(engine, "decoder"), cap(images[0], engine.max_side)
+    local, image = hasattr(engine, "decoder"), images[0]
     longest = engine.decoder.max_new_tokens if local else engine.max_new_tokens
     limit = request.limit(longest, min(limits.max_tokens, longest))
-    question = "\n".join(part["text"] for part in message.content if part["type"] == "text")
+    question = "\n".join(
+        part["text"] for message in request.messages for part in message.content if part["type"] == "text"
+    )
     _check_length(engine, engine.prompt_length(image, question), longest, limits)
     if local:
         engine.decoder.criteria = _until(deadline)
@@ -131,16 +175,19 @@ def answer_policy(engine: Any, request: PolicyRequest, limits: Limits, deadline:
     spent: dict[str, Any] = {"visual_tokens": done.visual_tokens, "full_visual_tokens": done.full_visual_tokens}
     spent |= {"visual_tokens_saved": done.full_visual_tokens - done.visual_tokens, "rtr": done.rtr}
     spent |= {"crops": list(done.crops), "call_status": done.call_status}
+    spent |= {"note": note} if (note := notes(image)) else {}
     cut = len(tokens) > limit or len(tokens) >= longest
     return completion(request.model, text, cut, prompt, sum(written), awares=spent)
 
 
-def answer_chat(engine: Any, request: RawRequest, limits: Limits, deadline: float) -> dict[str, Any]:
+def answer_chat(
+    engine: Any, request: RawRequest, images: list[Image.Image], limits: Limits, deadline: float
+) -> dict[str, Any]:
     """One greedy completion of the bare model, for any messages with images."""
-    images, processor, biases = request.images(limits, min_side=1), engine.processor, request.logit_bias or {}
+    processor, biases = engine.processor, request.logit_bias or {}
     if any(token >= len(processor.tokenizer) for token in biases):
         raise ApiError(400, f"logit_bias: there are {len(processor.tokenizer)} tokens", param="logit_bias")
-    messages = [message.model_dump() for message in request.messages]
+    messages = [message.model_dump(include={"role", "content"}) for message in request.messages]
     rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if rendered.count(processor.image_token) != len(images) or processor.video_token in rendered:
         raise ApiError(400, f"a text holds {processor.image_token}: send the image itself", param="messages")
@@ -185,13 +232,13 @@ def run_server(load: Callable[[], Any], host: str, port: int, model: str, limits
     except OSError as error:
         raise AwaresValueError(f"cannot listen at {host}:{port} ({error}): choose another host or port") from error
     with listener:
-        app = make_app(load(), model, limits, mode)
+        engine = load()
+        most = connections.limit(limits.connections)
+        app = make_app(engine, model, replace(limits, queue=min(limits.queue, most // 2)), mode)
         if host not in ("127.0.0.1", "::1", "localhost") and API_KEY not in os.environ:
             print(f"warning: {host} is reachable from outside and {API_KEY} is not set", file=sys.stderr)
         for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn ends what is under way and raises the signal again
             signal.signal(name, lambda *_: None)
         shown = f"[{host}]" if ":" in host else host
         print(f"{model} at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
-        config = uvicorn.Config(app, http="h11", ws="none", log_level="warning", access_log=False)
-        config.timeout_graceful_shutdown = int(limits.shutdown)
-        uvicorn.Server(config).run([listener])
+        connections.serve(app, listener, most, limits)
