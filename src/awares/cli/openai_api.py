@@ -10,7 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Annotated, Any, Literal
 
 from openai.types.chat import ChatCompletionContentPartImageParam as ImagePart
@@ -144,7 +144,7 @@ def check_model(name: str, model: str) -> None:
 
 def decode(image: Image.Image, min_side: int, max_side: int) -> Image.Image:
     """An opened image upright, in RGB, shrunk to ``max_side`` px; ApiError 400 for an unreadable one."""
-    with _readable():
+    with _readable(), closing(image):
         return cap(open_image(image, "image", min_side), max_side)
 
 

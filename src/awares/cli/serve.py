@@ -39,7 +39,7 @@ from awares.errors import AwaresError, AwaresRequestError, AwaresValueError
 
 API_KEY = "AWARES_API_KEY"
 PIECE = 2**18  # bytes of a body that must arrive within `Limits.patience`
-LARGE = 4_000_000  # pixels of a request that waits for other large ones
+LARGE = 2_000_000  # pixels of a request that waits for other large ones
 ALL_BODIES = 2**27  # bytes of all bodies that wait
 TOO_MUCH = (429, "too many bytes wait, and most of them are this request's: try again later", "queue_full")
 
@@ -52,7 +52,8 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     kind, answer = (RawRequest, answer_chat) if mode == "chat" else (PolicyRequest, answer_policy)
     min_side, max_side = (1, sys.maxsize) if mode == "chat" else (MIN_SIDE, engine.max_side)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
-    pool, free, large = ThreadPoolExecutor(threads), asyncio.Semaphore(threads), asyncio.Semaphore(1)
+    pool, free, large = ThreadPoolExecutor(threads), asyncio.Semaphore(threads), asyncio.Semaphore(threads)
+    one_thread = ThreadPoolExecutor(1)  # for large images: malloc keeps the memory of each thread
     held, waiting = dict[asyncio.Timeout, int](), set[asyncio.Timeout]()  # bytes of bodies; whole requests
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -84,14 +85,16 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
                 if len(waiting) >= limits.queue:
                     raise ApiError(429, f"{len(waiting)} requests are waiting: try again later", "queue_full")
                 waiting.add(clock)
-                files = await asyncio.to_thread(wanted.files, limits)
-                async with large if sum(file.width * file.height for file in files) > LARGE else nullcontext():
-                    images = [await asyncio.to_thread(openai_api.decode, file, min_side, max_side) for file in files]
+                run = asyncio.get_running_loop().run_in_executor
+                files = await run(None, wanted.files, limits)
+                is_large = sum(file.width * file.height for file in files) > LARGE
+                async with large if is_large else nullcontext():
+                    decoder = one_thread if is_large else None
+                    images = [await run(decoder, openai_api.decode, file, min_side, max_side) for file in files]
                     async with free:
                         if await request.is_disconnected():
                             raise ClientDisconnect
                         held[clock] = 0  # nobody ends it any more
-                        run = asyncio.get_running_loop().run_in_executor
                         reply = await run(pool, answer, engine, wanted, images, limits, deadline)
         except TimeoutError:
             if clock not in held:
