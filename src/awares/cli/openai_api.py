@@ -20,10 +20,9 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from starlette.exceptions import HTTPException
 
 from awares.cli.options import Limits
-from awares.engine.images import cap, open_image
+from awares.engine.images import SHOWN, cap, open_image
 from awares.errors import AwaresError
 
-SHOWN = 200  # characters of a client's value in a message
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers are not for bytes from strangers
 
 

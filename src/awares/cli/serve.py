@@ -4,8 +4,7 @@ POST /v1/chat/completions, GET /v1/models, GET /health. The engine is a `rollout
 time, or a `RemoteEngine`, whose server (vLLM) does the batching. A stream gets its answer in one piece: a turn may be
 a call until it ends. Clients send the key in the environment variable AWARES_API_KEY, if it is set.
 
-Slow and greedy clients take nothing from the others: heads and bodies have a time limit, the bodies that wait a limit
-of their sum, large images are decoded one at a time, and above the limit of connections the oldest idle one is closed.
+Slow and greedy clients take nothing from others: heads, bodies, the sum of bodies and large images have limits.
 """
 
 import asyncio
@@ -16,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -46,9 +45,7 @@ TOO_MUCH = (429, "too many bytes wait, and most of them are this request's: try 
 
 def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> FastAPI:
     """The application; ``model`` is the name that clients give. AwaresValueError for an empty AWARES_API_KEY."""
-    key = os.environ.get(API_KEY)
-    if key is not None and not key.strip():
-        raise AwaresValueError(f"{API_KEY} is empty: set a key, or unset the variable to serve without one")
+    check_key = _key_check()
     kind, answer = (RawRequest, answer_chat) if mode == "chat" else (PolicyRequest, answer_policy)
     min_side, max_side = (1, sys.maxsize) if mode == "chat" else (MIN_SIDE, engine.max_side)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
@@ -56,12 +53,6 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     one_thread = ThreadPoolExecutor(1)  # for large images: malloc keeps the memory of each thread
     held, waiting = dict[asyncio.Timeout, int](), set[asyncio.Timeout]()  # bytes of bodies; whole requests
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-
-    async def check_key(request: Request) -> None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        token = given.strip().encode() if scheme.lower() == "bearer" else b""
-        if key is not None and not hmac.compare_digest(token, key.strip().encode()):
-            raise ApiError(401, "wrong or missing API key: send Authorization: Bearer <key>", "invalid_api_key")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -87,10 +78,9 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
                 waiting.add(clock)
                 run = asyncio.get_running_loop().run_in_executor
                 files = await run(None, wanted.files, limits)
-                is_large = sum(file.width * file.height for file in files) > LARGE
-                async with large if is_large else nullcontext():
-                    decoder = one_thread if is_large else None
-                    images = [await run(decoder, openai_api.decode, file, min_side, max_side) for file in files]
+                thread = one_thread if sum(file.width * file.height for file in files) > LARGE else None
+                async with large if thread else nullcontext():
+                    images = [await run(thread, openai_api.decode, file, min_side, max_side) for file in files]
                     async with free:
                         if await request.is_disconnected():
                             raise ClientDisconnect
@@ -111,6 +101,20 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     for kind_of_error in (HTTPException, AwaresError, ClientDisconnect, Exception):
         app.add_exception_handler(kind_of_error, _refuse)
     return app
+
+
+def _key_check() -> Callable[[Request], Awaitable[None]]:
+    key = os.environ.get(API_KEY)
+    if key is not None and not key.strip():
+        raise AwaresValueError(f"{API_KEY} is empty: set a key, or unset the variable to serve without one")
+
+    async def check_key(request: Request) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        token = given.strip().encode() if scheme.lower() == "bearer" else b""
+        if key is not None and not hmac.compare_digest(token, key.strip().encode()):
+            raise ApiError(401, "wrong or missing API key: send Authorization: Bearer <key>", "invalid_api_key")
+
+    return check_key
 
 
 async def _body(
@@ -235,8 +239,7 @@ def run_server(load: Callable[[], Any], host: str, port: int, model: str, limits
     except OSError as error:
         raise AwaresValueError(f"cannot listen at {host}:{port} ({error}): choose another host or port") from error
     with listener:
-        engine = load()
-        most = connections.limit(limits.connections)
+        engine, most = load(), connections.limit(limits.connections)
         app = make_app(engine, model, replace(limits, queue=min(limits.queue, most // 2)), mode)
         if host not in ("127.0.0.1", "::1", "localhost") and API_KEY not in os.environ:
             print(f"warning: {host} is reachable from outside and {API_KEY} is not set", file=sys.stderr)
