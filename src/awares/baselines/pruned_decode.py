@@ -1,8 +1,8 @@
-"""Decoding with fewer visual tokens: really shorter sequences, with transformers' Qwen2.5-VL as it is.
+"""Decoding with fewer visual tokens: the sequences get shorter; transformers' Qwen2.5-VL is unmodified.
 
 `VisionPruned` removes tokens before the language model, `LayerPruned` between its layers. Positions are computed on the
 full sequence and gathered, so a kept token stays where it was. Rows that keep different numbers of tokens are padded on
-the left again. Torch's module hooks read and replace what is needed, so every attention implementation works.
+the left again. Torch's module hooks read and replace tensors, so every attention implementation works.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +61,7 @@ class VisionFeatures:
 class VisionPruned(Pruned):
     """Keeps the tokens that ``select`` chooses of each image, before the language model.
 
-    ``attention=False``: ``select`` does not read scores and keys, which then cost nothing.
+    ``attention=False``: ``select`` does not read scores and keys; they are not computed.
     """
 
     def __init__(self, *given: Any, select: Callable[[VisionFeatures], Selection], attention: bool = True) -> None:
@@ -175,7 +175,7 @@ class LayerPruned(Pruned):
 
 
 class Dropping:
-    """Hooks on the decoder layers for one generation: from a stage (a layer of the plan) on sequences are shorter.
+    """Hooks on the decoder layers for one generation: each stage (a layer of the plan) shortens the sequences.
 
     During the prefill a stage picks tokens and gathers hidden states and rotary angles. Each layer's cache then has its
     own length, for which `create_causal_mask` has ``layer_idx``.
@@ -184,13 +184,13 @@ class Dropping:
     def __init__(self, language_model: Any, plan: PruningPlan, state: State) -> None:
         self.model, self.plan = language_model, plan
         self.mask, self.visual = state.mask, state.types.bool()  # (B, T) of the tokens that are left
-        self.number = self.visual.cumsum(dim=1) - 1  # (B, T): which of its row's visual tokens a visual token is
+        self.number = self.visual.cumsum(dim=1) - 1  # (B, T): index of a visual token among those of its row
         self.total = self.visual.sum(dim=1)
         self.masks: dict[int, Tensor] = {}  # of each stage, after its drop
         self.counts: dict[int, Tensor] = {0: self.total}  # of each stage: visual tokens (B,)
         self.queries: dict[int, Tensor] = {}  # of each stage, from the layer before it
         self.rotary: tuple[Tensor, Tensor] | None = None
-        self.causal: Any = None  # the mask of the stage under way
+        self.causal: Any = None  # the mask of the current stage
 
     def hooks(self) -> Iterator[Any]:
         """Register the hooks."""
@@ -213,7 +213,7 @@ class Dropping:
         return [Kept(int(n), mean) for n, mean in zip(nominal.tolist(), means.tolist(), strict=True)]
 
     def left(self) -> list[list[int]]:
-        """The numbers of each row's visual tokens that are there at the end, after the generation."""
+        """The indices of each row's visual tokens that are left at the end, after the generation."""
         return [number[flags].tolist() for number, flags in zip(self.number, self.visual, strict=True)]
 
     def _before(self, index: int, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:

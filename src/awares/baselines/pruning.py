@@ -68,7 +68,7 @@ def received(query: Tensor, key: Tensor, lengths: Sequence[int], scale: float) -
 
 
 def visionzip_tokens(scores: Tensor, keys: Tensor, features: Tensor, ratio: float) -> Selection:
-    """VisionZip: (r - 0.05) N dominant tokens by ``scores`` (N,), 0.05 N contextual ones that take in all others.
+    """VisionZip: (r - 0.05) N dominant tokens by ``scores`` (N,), 0.05 N contextual ones that merge the others.
 
     Contextual targets are at even stride in the rest; each other token joins the target of the largest cosine between
     ``keys`` (N, head_dim), and a target becomes the mean of the ``features`` (N, width) of its group.
@@ -128,7 +128,7 @@ def quotas(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[i
 
 
 def random_tokens(features: Tensor, ratio: float, name: str, seed: int = 0) -> Selection:
-    """The control: r N tokens drawn without replacement; ``name`` (the row's id) and ``seed`` alone decide which."""
+    """The control: r N tokens drawn without replacement; ``name`` (the row's id) and ``seed`` alone determine them."""
     count, digest = len(features), hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
     kept = torch.randperm(count, generator=generator)[: budget(count, ratio)].sort().values.to(features.device)
@@ -163,8 +163,8 @@ def raters(attention: Tensor) -> Tensor:
 def sparsevlm_tokens(attention: Tensor, hidden: Tensor, count: int) -> Selection:
     """SparseVLM: keep the best of N visual tokens by the raters' mean attention, and recycle some of the others.
 
-    The best 30 % of the others are clustered, one cluster for ten and one more, and each cluster's mean takes its
-    centre's place. ``count`` includes these. ``attention`` (Q, N), ``hidden`` (N, width).
+    The best 30 % of the others are clustered, one cluster per ten tokens plus one, and each cluster's mean replaces
+    its centre. ``count`` includes these. ``attention`` (Q, N), ``hidden`` (N, width).
     """
     scores = attention[raters(attention)].mean(dim=0)
     lost = len(scores) - count
@@ -216,7 +216,7 @@ def geometric_schedule(ratio: float, layers: Sequence[int], depth: int) -> dict[
     """Shares kept from each of ``layers`` on, q, q^2, ..., so that the mean over all ``depth`` layers is ``ratio``.
 
     With n_j layers between the j-th and the next pruning: sum_j n_j q^j = r depth, solved by bisection.
-    AwaresValueError unless r exceeds the share of the layers before the first one, which hold everything.
+    AwaresValueError unless r exceeds the share of the layers before the first one, which keep all tokens.
     """
     spans = [end - begin for begin, end in zip([0, *layers], [*layers, depth], strict=True)]
     least = spans[0] / depth

@@ -9,7 +9,7 @@ notebook cell or in ``src/awares/baselines/systems/low_contrast.py`` ::
         pale = [ImageEnhance.Contrast(image).enhance(0.5) for image in job.rows["image"]]
         return job.engine.answer(pale, job.rows["question"], row_ids=job.rows["id"])
 
-Score it as all others: ``evaluation.scored(name, rows, answer(name, SystemJob(engine, rows)))``.
+Score it like the others: ``evaluation.scored(name, rows, answer(name, SystemJob(engine, rows)))``.
 """
 
 import copy
@@ -153,7 +153,7 @@ def random_token(job: SystemJob, ratio: float) -> list[Trajectory]:
 
 @system("fastv")
 def fastv(job: SystemJob, ratio: float) -> list[Trajectory]:
-    """FastV: from layer 2 of 28 (scaled to depth) on, a fraction r is left, by the last text token's attention there.
+    """FastV: keep a fraction r from layer 2 of 28 (scaled to depth) on, by the last text token's attention there.
 
     `Trajectory.layer_rtr` is larger than r, since the first layers have every token.
     """
@@ -243,5 +243,5 @@ def oracle_crop(job: SystemJob) -> list[Trajectory]:
         raise AwaresValueError(f"oracle_crop: rows lack the column {error}: use evaluation.label_rows") from error
     wanted = [tuple(crops) if label == "HR" else () for label, crops in zip(labels, targets, strict=True)]
     if "HR" in labels[:] and not any(wanted):
-        raise AwaresValueError("oracle_crop: no row has evidence boxes: take it out of comparison.systems")
+        raise AwaresValueError("oracle_crop: no row has evidence boxes: remove it from comparison.systems")
     return _two_turns(job, wanted)

@@ -1,4 +1,4 @@
-"""Rivals that are trained through our own path (PAPER §6): the rewards of VisionThink and ERGO, and ERGO's judge."""
+"""Compared systems that we train ourselves (PAPER §6): the rewards of VisionThink and ERGO, and ERGO's judge."""
 
 from collections.abc import Sequence
 
@@ -28,11 +28,11 @@ def visionthink_reward(rollouts: Sequence[Rollout], context: RewardContext) -> S
 def escalation_discounts(marks: Sequence[float], called: Sequence[bool], group: int) -> list[float]:
     """VisionThink's accuracy reward from ``marks`` of 0 or 1, in runs of ``group`` completions of one prompt.
 
-    A completion that called keeps 0.9 of its mark. So does one that was right without a call, if fewer than one in five
-    of the group's right completions were: it was probably lucky.
+    A completion that called keeps 0.9 of its mark. So does a right one without a call, if fewer than one in five of the
+    group's right completions made no call: it was probably lucky.
     """
     if group < 2 or len(marks) % group:
-        raise AwaresValueError(f"{len(marks)} rewards cannot be split into groups of {group}: 2 or more, all full")
+        raise AwaresValueError(f"{len(marks)} rewards cannot be split into groups of {group}: give full ones, 2 or more")
     discounted = []
     for start in range(0, len(marks), group):
         part = list(zip(marks[start : start + group], called[start : start + group], strict=True))
