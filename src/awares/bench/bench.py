@@ -48,7 +48,7 @@ class Settings(NamedTuple):
     """The options of ``awares bench``."""
 
     shape: Annotated[ShapeName, Option(help="architecture, random weights")] = "qwen2.5-vl-7b"
-    scale: Annotated[float, Option(min=1e-6, max=1, help="fraction of the shape's parameters that is left")] = 1.0
+    scale: Annotated[float, Option(min=1e-6, max=1, help="fraction of the shape's parameters to keep")] = 1.0
     dtype: Annotated[Literal["", "bfloat16", "float32"], Option(help="default: bfloat16 on cuda, else float32")] = ""
     device: Annotated[Literal["cuda", "cpu"], Option()] = "cuda" if torch.cuda.is_available() else "cpu"
     benchmarks: Annotated[list[str], Option(help="may be repeated")] = [*configs.BENCHMARKS]
@@ -56,8 +56,8 @@ class Settings(NamedTuple):
     rows: Annotated[int, Option(min=1, help="rows of a benchmark")] = 8
     repetitions: Annotated[int, Option(min=1)] = 5
     batch_tokens: Annotated[list[int], Option(min=2, help="token budgets next to batch 1")] = [32768]
-    seed: Annotated[int, Option(min=0, help="of the weights and the order of the jobs")] = 1
-    gpu: Annotated[Literal["", "a100", "h100", "h200"], Option(help="of the roofline; default: by name")] = ""
+    seed: Annotated[int, Option(min=0, help="decides the weights and the order of the jobs")] = 1
+    gpu: Annotated[Literal["", "a100", "h100", "h200"], Option(help="for the roofline; default: by name")] = ""
     interactions: Annotated[bool, Option(help="time AwaRes and the systems that it replaces")] = True
     train: Annotated[bool, Option("--train", help="also time an SFT and a GRPO step")] = False
     pruners: Annotated[bool, Option("--pruners", help="also time the pruners of visual tokens")] = False
@@ -145,7 +145,7 @@ def machine(settings: Settings) -> dict[str, str]:
 
 
 def interactions(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Per benchmark the single times, and the table (time, ratios, phases, counts, roofline)."""
+    """The single times per benchmark, and the table (time, ratios, phases, counts, roofline)."""
     (model, processor), gpu = settings.build(), find_gpu(settings)
     budgets, size = [LOOP, *dict.fromkeys(settings.batch_tokens)], model.dtype.itemsize
     for name in settings.benchmarks:
@@ -172,7 +172,7 @@ def find_gpu(settings: Settings) -> costs.Gpu | None:
 
 
 def pruners(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Per benchmark and token budget the time, FLOPs and peak memory of every pruner, against the full image."""
+    """Time, FLOPs and peak memory of every pruner against the full image, per benchmark and token budget."""
     model, processor = settings.build()
     models = dict.fromkeys(["full", *(f"{name}_{percent}" for name in PRUNERS for percent in PERCENTS)], model)
     for name in settings.benchmarks:
@@ -205,7 +205,7 @@ def training_rows(count: int, image_size: Callable[[str], tuple[int, int]]) -> d
     """Curated rows of the sources' typical sizes; one in five is HR, as with the oracle (Fig. 5: 80.8 % LR)."""
     records = []
     for index in range(count):
-        call, fifth = index % 5 == 0, index // 5  # sizes shift with every fifth row, so that calls meet all of them
+        call, fifth = index % 5 == 0, index // 5  # sizes shift with every fifth row, so that calls occur at all sizes
         image = Image.new("RGB", image_size(SOURCE_ROWS[(index + fifth) % len(SOURCE_ROWS)]), "white")
         record = {"id": str(index), "image": image, "question": configs.QUESTION, "answers": ["forty-two"]}
         target = [configs.CALLS[fifth % len(configs.CALLS)][0]] if call else []

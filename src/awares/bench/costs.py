@@ -104,7 +104,7 @@ def parameters(config: Any) -> tuple[int, int]:
 def roofline_seconds(
     batch: Sequence[Trajectory], config: Any, processor: ImageOnlyProcessor, gpu: Gpu, reuse: bool, bytes_per_value: int
 ) -> float:
-    """Least seconds of ``gpu`` for these interactions as one batch.
+    """Lower bound of the seconds of ``gpu`` for these interactions as one batch.
 
     Each part of each turn takes the longer of its FLOPs and its bytes at peak. Bytes are the weights, once per pass,
     and the caches that the pass reads. A batch decodes as many steps as its longest row.

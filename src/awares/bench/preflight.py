@@ -1,4 +1,4 @@
-"""Whether this machine has what a profile needs: GPUs, disk, servers, keys, model, data sets. Changes nothing."""
+"""Whether this machine meets a profile's requirements: GPUs, disk, servers, keys, model, data sets. Changes nothing."""
 
 import importlib.util
 import os
@@ -98,7 +98,7 @@ def _disk(params: Params, need: float) -> Iterator[Finding]:
 
 
 def _files(params: Params) -> Iterator[Finding]:
-    """Rows of the user's own, programs, and copies of data sets."""
+    """The user's rows, programs, and copies of data sets."""
     found = []
     for name in (name for name in params.data.sources if name.endswith(".jsonl")):
         found.append((f"rows {name}", params.path(name).is_file(), "correct its path in data.sources"))

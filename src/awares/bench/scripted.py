@@ -20,7 +20,7 @@ PhaseEnd = Callable[[str, int], None]  # called with a phase of `PHASES` that ha
 
 
 class Script(NamedTuple):
-    """What a row writes, at the cost of writing it: its first turn's call, () = it answers at once, and its answer.
+    """The output of a row, generated at its full cost: the call of turn 1, () = a direct answer, and the answer.
 
     ``answer_tokens``: length of the last turn with its end-of-turn token; None = the model decides.
     """
