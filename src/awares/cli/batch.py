@@ -34,7 +34,7 @@ ROWS_PER_WRITE = 64
 
 
 class Line(BaseModel, strict=True):
-    """What a line of a JSONL file needs; other keys, such as those of the row schema, are ignored."""
+    """The required keys of a line of a JSONL file; other keys, such as those of the row schema, are ignored."""
 
     id: RowId
     image: NonBlank
@@ -84,8 +84,8 @@ def run_batch(source: Path, question: str | None, out: Path, engine: Any, settin
     """Run every row of ``source`` that has no answer in ``out`` yet and append the results to it.
 
     Returns numbers of rows: rows, ran, done_before, errors. ``settings``: plain values that decide the answers,
-    ``call_bias`` among them. AwaresError for a file with answers of other settings, images or questions, for one of
-    something else, and for one that another process writes.
+    ``call_bias`` included. AwaresError if ``out`` has answers for other settings, images or questions, or other
+    content, or if another process writes it.
     """
     rows, folder = read_batch(source, question), source if source.is_dir() else source.parent
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def _done(rows: Sequence[Record], out: Path, settings: dict[str, Any]) -> dict[s
 
 
 def _answers(engine: Any, rows: Sequence[Record], folder: Path, settings: dict[str, Any]) -> list[Record]:
-    """One record for each row, in order; the fault of a row goes into its record and costs no other row."""
+    """One record for each row, in order; the fault of a row goes into its record and affects no other row."""
     images: dict[str, Image] = {}
     found: dict[str, Record] = {row["row_id"]: row for row in rows}  # a bad row has its error already
     questions = {row["row_id"]: row["question"] for row in rows if "error" not in row}
@@ -126,7 +126,7 @@ def _answers(engine: Any, rows: Sequence[Record], folder: Path, settings: dict[s
             with faults_of(f"row {row_id}"):
                 check_question(question)
                 image = open_image(folder / found[row_id]["image"], f"row {row_id}")
-                images[row_id] = cap(image, engine.max_side)  # at once: many large ones do not fit in memory
+                images[row_id] = cap(image, engine.max_side)  # immediately: many large ones do not fit in memory
         except AwaresError as error:
             found[row_id] = {"error": str(error)}
     ready = list(images)

@@ -15,7 +15,7 @@ SPARE_FILES = 32  # file descriptors that connections leave to the rest of the p
 
 
 def limit(most: int) -> int:
-    """At most ``most`` connections, and no more than this process can have files."""
+    """At most ``most`` connections, and no more than this process can open files."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     left = files - len(os.listdir("/dev/fd")) - SPARE_FILES
     return most if files == resource.RLIM_INFINITY else max(16, min(most, left))
@@ -30,7 +30,7 @@ def serve(app: Any, listener: socket.socket, most: int, limits: Limits) -> None:
 
 
 class Listener(socket.socket):
-    """Without files, asyncio logs as many errors a second as its backlog, which is 1 here."""
+    """Out of file descriptors, asyncio logs as many errors a second as its backlog, which is 1 here."""
 
     def listen(self, _: int = 1) -> None:
         super().listen(1024)
@@ -56,7 +56,7 @@ class Connection(H11Protocol):
         super().data_received(data)
         self._watch()
 
-    def _is_idle(self) -> bool:  # a client that reads no answers, too
+    def _is_idle(self) -> bool:  # also a client that reads no answers
         waits = self.cycle and not (self.cycle.more_body or self.cycle.response_complete or self.flow.write_paused)
         return not (waits or self.transport.is_closing())
 

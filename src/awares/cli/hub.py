@@ -24,7 +24,7 @@ APACHE = ("data/base", "Qwen/Qwen2.5-VL-7B-Instruct")  # base models under Apach
 def policy_folder(params: Params) -> Path:
     """The policy ready to upload: the merged model, its adapters in ``adapters/``, a card with Table 1's accuracies.
 
-    AwaresError where a training or the evaluation has not run.
+    AwaresError if a training or the evaluation has not run.
     """
     config = publish.require(params.run_dir("grpo") / "merged" / "config.json", "grpo")
     table = publish.require(params.run_dir("evaluation") / "tables" / "table1_main.csv", "evaluation")
@@ -39,8 +39,8 @@ def policy_folder(params: Params) -> Path:
 def dataset_folder(params: Params, images: bool = False) -> Path:
     """The curated rows ready to upload: a Parquet file per split, raw labels, a card with the sources' licences.
 
-    ``images``: with the pictures; without them a row is found by its id. AwaresError where curation has not run, and
-    for released rows, which are others' work.
+    ``images``: with the pictures; without them a row is found by its id. AwaresError if curation has not run, and
+    for released rows, which others curated.
     """
     if params.curation.released:
         raise AwaresValueError("curation.released: these rows are published already, and were not curated here")
@@ -78,12 +78,12 @@ def _write_card(folder: Path, template: str, params: Params, **values: Any) -> N
 def upload(folder: Path, repo: str, kind: str, private: bool = True) -> str:
     """Upload ``folder`` to ``repo`` (OWNER/NAME), a model or a dataset, created if need be; the address of the commit.
 
-    The token is HF_TOKEN's. AwaresError for whatever the hub or the network refuses.
+    The token is in HF_TOKEN. AwaresError for every failure of the hub or the network.
     """
     api = HfApi(token=os.environ.get("HF_TOKEN"))
     try:
         api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo, repo_type=kind, commit_message="From awares"))
-    except Exception as error:  # whatever the hub or the network does
+    except Exception as error:  # many types, from the hub or the network
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise AwaresError(f"push to {repo} failed: {reason}. A write token goes into HF_TOKEN") from error
+        raise AwaresError(f"push to {repo} failed: {reason}. Set HF_TOKEN to a write token") from error

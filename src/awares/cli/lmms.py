@@ -1,6 +1,6 @@
 """The six benchmarks through lmms-eval: the call of its command, and the chat model ``awares`` that it loads.
 
-lmms-eval needs another build of torch, so it runs in an environment of its own, whose Python is
+lmms-eval needs another build of torch, so it runs in a separate environment, whose Python is
 ``evaluation.lmms_eval``. Rows, prompts and metrics are lmms-eval's, the interaction is ours.
 """
 
@@ -64,7 +64,7 @@ def through_lmms_eval(
     command += ["--batch_size", str(LOG_EVERY), "--output_path", str(folder / "results"), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # its progress goes to stderr
     written = sorted(folder.glob("results/**/*results.json"))
-    if done.returncode or not written:  # it ends with 0 after most errors, too
+    if done.returncode or not written:  # its exit code is 0 after most errors, too
         end = f"with {done.returncode}, {len(written)} results; the end of its output:\n{done.stdout[-2000:]}"
         raise AwaresError(f"lmms-eval ended on {system} {end}")
     results = json.loads(written[-1].read_text())["results"]
@@ -142,7 +142,7 @@ class AwaresChat(Model):
         return [_until(texts[name], rows[name][2].get("until") or []) for name in names]
 
     def loglikelihood(self, requests: list[Any]) -> Any:
-        """Not supported, like several rounds: the policy decides what to see while it writes."""
+        """Not supported, like several rounds: the policy decides which crops to see while it writes."""
         raise NotImplementedError("awares answers by generation in one round: take a generate_until task")
 
     generate_until_multi_round = loglikelihood

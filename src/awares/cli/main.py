@@ -21,7 +21,7 @@ from awares.errors import AwaresError, AwaresValueError, Failure
 
 def _run(command: Any, **_: Any) -> None:
     code = command() if callable(command) else command
-    sys.stdout.flush()  # here typer expects that the reader of our output may have gone
+    sys.stdout.flush()  # here, because typer handles a closed pipe
     raise typer.Exit(code)
 
 
@@ -73,9 +73,9 @@ def awares(
 class Ask(PolicyOptions):
     """Ask a policy about an image, or about many.
 
-    In a batch, IMAGE is a folder (every image in it, one question) or a .jsonl file with one row a line: image (a
-    path relative to the file), question and optionally id. --out gets one line a row. A row that cannot be run has its
-    reason in "error", and the exit code is then 1. The same call again runs only the rows without an answer.
+    In a batch, IMAGE is a folder (every image in it, one question) or a .jsonl file with one row per line: image (a
+    path relative to the file), question and optionally id. --out gets one line per row. A row that cannot be run has
+    its reason in "error", and the exit code is then 1. The same call again runs only the rows without an answer.
     """
 
     image: Annotated[str, Argument(help="an image file, or - for stdin; for a batch a folder or a .jsonl file")]
@@ -90,7 +90,7 @@ class Ask(PolicyOptions):
         refuse_if(self.question is not None and self.common is not None, "two questions: QUESTION and --question")
         question = self.common if self.question is None else self.question
         if "://" in self.image or self.image.startswith("data:"):
-            raise AwaresValueError(f"{self.image[:200]}: give a file: awares fetches no address")
+            raise AwaresValueError(f"{self.image[:200]}: give a file: awares does not fetch addresses")
         if Path(self.image).is_dir() or self.image.lower().endswith(".jsonl"):
             refuse_if(self.show is not None, "--show draws one image, not a batch")
             if self.out is None:

@@ -129,14 +129,14 @@ def read_request(body: bytearray, kind: type[ChatRequest], model: str) -> Any:
         fault = error.errors(include_url=False, include_input=False)[0]
         key, message = ".".join(map(str, fault["loc"]))[:SHOWN], fault["msg"]
         if key in NEUTRAL:
-            message = f"only {' or '.join(map(repr, NEUTRAL[key]))} has no effect here"
+            message = f"only {' or '.join(map(repr, NEUTRAL[key]))} is accepted here"
         raise ApiError(400, f"{key or 'body'}: {message}", param=key or None) from error
     check_model(request.model, model)
     return request
 
 
 def check_model(name: str, model: str) -> None:
-    """ApiError 404 for another ``name`` than that of our ``model``."""
+    """ApiError 404 if ``name`` is not that of our ``model``."""
     if name != model:
         raise ApiError(404, f"no model {name[:SHOWN]!r}: this is {model!r}", "model_not_found", "model")
 
@@ -162,15 +162,15 @@ def _readable() -> Iterator[None]:
 def data_of(url: str) -> bytes:
     """The content of a data URL (RFC 2397), percent-encoded or in base64, white space and missing padding included.
 
-    AwaresError for another URL or for a media type that is no image's.
+    AwaresError for another URL or for a media type that is not an image.
     """
     header, comma, data = url.partition(",")
     scheme, _, media = header.strip().lower().partition(":")
     kind, *parameters = (part.strip() for part in media.split(";"))
     if scheme != "data" or not comma or not (kind.startswith("image/") or kind in ("", "application/octet-stream")):
-        raise AwaresError(f"{url[:40]!r} is no data URL, data:image/png;base64,...; nothing else is fetched")
+        raise AwaresError(f"{url[:40]!r} is not a data URL (data:image/png;base64,...); others are not fetched")
     raw = data.partition("#")[0].encode("ascii")
-    if b"%" in raw:  # read as quoted-printable, which C decodes: urllib makes an object of every escape
+    if b"%" in raw:  # decoded as quoted-printable, in C: urllib makes an object of every escape
         raw = binascii.a2b_qp(raw.replace(b"=", b"=3D").replace(b"%", b"="))
     if parameters[-1:] != ["base64"]:
         return raw

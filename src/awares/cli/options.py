@@ -75,11 +75,11 @@ class PolicyOptions:
         return AwaRes(engine), f"{name} behind a server"
 
     def settings(self, policy: "AwaRes", name: str, call_bias: float) -> dict[str, Any]:
-        """What decides the answers of a batch; a file of results is never continued with other settings."""
+        """The settings that determine a batch's answers; a file of results is never continued with other ones."""
         from awares.engine.keys import folder_digest
 
         engine, found = policy.engine, self.checkpoint()
-        parts = () if self.server else (found.path, *found.adapters)  # trained again, they have the same names
+        parts = () if self.server else (found.path, *found.adapters)  # a new training has the same names
         weights = "-".join(folder_digest(part)[:16] for part in parts)
         prompt = hashlib.sha256(repr(engine.protocol).encode()).hexdigest()[:8]
         about = {"policy": name, "weights": weights, "dtype": self.dtype, "prompt": prompt, "max_side": engine.max_side}
@@ -100,7 +100,7 @@ class Limits:
     queue: Annotated[int, Option(min=1, help="requests held at a time; more are refused with 429")] = 128
     timeout: Annotated[float, Option(min=0.001, help="seconds from a request's head to its answer")] = 120.0
     patience: Annotated[int, Option(min=1, help="seconds for a request's head, and for each 256 KiB of its body")] = 5
-    connections: Annotated[int, Option(min=16, help="at a time; above, the oldest idle one is closed")] = 512
+    connections: Annotated[int, Option(min=16, help="at a time; above that, the oldest idle one is closed")] = 512
     shutdown: Annotated[float, Option(min=0.001, help="seconds for the requests under way at SIGTERM")] = 30.0
 
 

@@ -4,7 +4,7 @@ POST /v1/chat/completions, GET /v1/models, GET /health. The engine is a `rollout
 time, or a `RemoteEngine`, whose server (vLLM) does the batching. A stream gets its answer in one piece: a turn may be
 a call until it ends. Clients send the key in the environment variable AWARES_API_KEY, if it is set.
 
-Slow and greedy clients take nothing from others: heads, bodies, the sum of bodies and large images have limits.
+Heads, bodies, the sum of bodies and large images have limits, so that slow and greedy clients do not affect others.
 """
 
 import asyncio
@@ -84,7 +84,7 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
                     async with free:
                         if await request.is_disconnected():
                             raise ClientDisconnect
-                        held[clock] = 0  # nobody ends it any more
+                        held[clock] = 0  # no other request can end it now
                         reply = await run(pool, answer, engine, wanted, images, limits, deadline)
         except TimeoutError:
             if clock not in held:
@@ -157,7 +157,7 @@ async def _refuse(request: Request, error: Any) -> Response:
 def answer_policy(
     engine: Any, request: PolicyRequest, images: list[Image.Image], limits: Limits, deadline: float
 ) -> dict[str, Any]:
-    """Runs the interaction. ``max_tokens`` bounds the answer alone: a call that is cut short would be no call."""
+    """Runs the interaction. ``max_tokens`` bounds the answer alone: a call that is cut short cannot be read."""
     *instructions, user = request.messages
     if {message.role for message in instructions} - {"system"} or user.role != "user" or len(images) != 1:
         raise ApiError(400, "send one user message with one image and a question", param="messages")
@@ -193,7 +193,7 @@ def answer_chat(
     """One greedy completion of the bare model, for any messages with images."""
     processor, biases = engine.processor, request.logit_bias or {}
     if any(token >= len(processor.tokenizer) for token in biases):
-        raise ApiError(400, f"logit_bias: there are {len(processor.tokenizer)} tokens", param="logit_bias")
+        raise ApiError(400, f"logit_bias: the vocabulary has {len(processor.tokenizer)} tokens", param="logit_bias")
     messages = [message.model_dump(include={"role", "content"}) for message in request.messages]
     rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if rendered.count(processor.image_token) != len(images) or processor.video_token in rendered:
@@ -231,7 +231,7 @@ def _until(deadline: float) -> StoppingCriteriaList:
 def run_server(load: Callable[[], Any], host: str, port: int, model: str, limits: Limits, mode: str) -> None:
     """Serves the engine that ``load`` gives until SIGTERM or SIGINT; prints one line with the URL when it is ready.
 
-    ``port`` 0 takes a free one. AwaresValueError when the address cannot be had.
+    ``port`` 0 takes a free one. AwaresValueError if the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:  # before the model is loaded: a taken port should not cost minutes
