@@ -28,7 +28,7 @@ _Result = TypeVar("_Result")
 
 
 class RowFailed(Exception):
-    """A row without a result; raised in a ``talk`` it stops no other row. ``silent``: a later run asks again."""
+    """A row without a result; raised in a ``talk`` it stops no other row. ``silent``: a later run retries it."""
 
     def __init__(self, reason: str, silent: bool = False) -> None:
         super().__init__(reason)
@@ -48,7 +48,7 @@ class Server(BaseModel, extra="forbid", frozen=True):
     concurrency: int = Field(16, gt=0)
     timeout: float = Field(300.0, gt=0)
     attempts: int = Field(12, gt=0)
-    stop_after: int = Field(16, gt=0)  # rows in a row without a reply that end the call
+    stop_after: int = Field(16, gt=0)  # consecutive rows without a reply that end the call
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -82,7 +82,7 @@ class Reply(BaseModel):
 class Request:
     """One chat completion; ``messages`` and ``settings`` (temperature, max_tokens, extra_body, ...) as in the API.
 
-    The same request gets the same recorded reply. ``check`` sees a fresh one first: it may raise, or change ``raw``.
+    The same request gets the same recorded reply. ``check`` gets a fresh one first: it may raise, or change ``raw``.
     """
 
     row_id: str
@@ -137,7 +137,7 @@ class ChatClient:
             return [on_failure(result) if isinstance(result, Failure) else result for result in results]
         if failures := [result for result in results if isinstance(result, Failure)]:
             shown = "".join(f"\n  row {failure.row_id}: {failure.reason}" for failure in failures[:20])
-            count = f"{len(failures)} of {len(results)} rows have no reply; run again for them"
+            count = f"{len(failures)} of {len(results)} rows have no reply; run again to retry them"
             raise AwaresRequestError(f"{self.server.url}: {count}. The first:{shown}", failures)
         return results
 
@@ -200,7 +200,7 @@ class ChatClient:
         return AwaresRequestError(f"{self.server.url} refuses every request, {reason}. Check {fix}")
 
     def _failure(self, row_id: str, error: RowFailed) -> Failure:
-        """The row's result; AwaresRequestError for one too many. After a first reply a 4xx is the row's own fault."""
+        """The row's result; AwaresRequestError for one too many. After a first reply a 4xx concerns its row only."""
         status = getattr(error.__cause__, "status_code", 500)
         with self._lock:
             self._silent += error.silent and (status >= 500 or status == 429 or not self.replies)

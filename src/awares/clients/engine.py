@@ -54,7 +54,7 @@ class RemoteEngine(Interaction):
         self._lock = threading.Lock()  # images and tokenizers are not safe in several threads
 
     def key(self) -> str:
-        """Everything known that decides the answers, as the key of stored ones; the weights by the model's name."""
+        """Everything known that determines the answers, as the key of stored ones; the weights by the model's name."""
         size = dict(self.processor.image_processor.size)
         return f"remote:{self.client.server.model}:{self.max_new_tokens}:{self.max_side}:{size}:{self.protocol}"
 
@@ -81,7 +81,7 @@ class RemoteEngine(Interaction):
         text = str(reply.text).removesuffix(END_OF_TURN)
         with self._lock:
             self._write(row, self.codec.tokenize(text + END_OF_TURN * (reply.finish == "stop")))
-        if reply.completion_tokens is not None:  # the text, tokenized again, may be shorter
+        if reply.completion_tokens is not None:  # tokenizing the text again may give fewer tokens
             row.turns[-1] = replace(row.turns[-1], text_tokens=reply.completion_tokens)
 
     def _request(self, row: Conversation) -> Request:
@@ -99,7 +99,7 @@ class RemoteEngine(Interaction):
         if self.check and ids is None and count is None:
             raise AwaresRequestError("the server reports no prompt tokens: pass check=False to trust it")
         if ids not in (None, prompt) or count not in (None, len(prompt)):
-            fix = "give us its own processor; vLLM needs --chat-template-content-format openai"
+            fix = "pass its own processor; vLLM needs --chat-template-content-format openai"
             raise AwaresRequestError(f"the server's prompt ({count} tokens) is not ours ({len(prompt)}): {fix}")
         if reply.finish not in ("stop", "length"):
             raise RowFailed(f"the reply ended with finish_reason {reply.finish!r}, not stop or length")

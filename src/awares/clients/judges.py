@@ -1,7 +1,7 @@
 """Judges and oracle behind OpenAI-compatible servers such as vLLM (PAPER §2, steps 1 and 2).
 
-data/served.yaml declares the models and the prompts. A row without a usable reply after several attempts is lost; where
-the server did not reply at all, the next run asks again.
+data/served.yaml declares the models and the prompts. A row without a usable reply after several attempts is lost; if
+the server did not reply at all, the next run retries it.
 """
 
 import json
@@ -118,7 +118,7 @@ class PairReply(ModelReply):
 
 
 class Evidence(ModelReply):
-    """Boxes [x1, y1, x2, y2] in 1/1000 of the image sides, at least one. One bad box spoils the reply."""
+    """Boxes [x1, y1, x2, y2] in 1/1000 of the image sides, at least one. One bad box makes the reply unusable."""
 
     question_boxes: list[EvidenceBox]
     answer_boxes: list[EvidenceBox]
@@ -131,7 +131,7 @@ class Evidence(ModelReply):
 
 
 class Asker:
-    """A served model with one of the prompts: asks until a reply can be read as ``reply``."""
+    """A served model with one of the prompts: requests replies until one can be read as ``reply``."""
 
     def __init__(self, name: str, params: Params, prompt: Literal["judge", "oracle"], reply: type[ModelReply]) -> None:
         self.model, self.client, self.reply = get_model(name, params), make_client(name, params), reply
@@ -176,7 +176,7 @@ class ServedVerdict(Verdict):
 
 
 class ServedJudge(Judge):
-    """Compares two answers in both orders (PAPER §2): a tie if these disagree. Scores: the share that says right."""
+    """Compares two answers in both orders (PAPER §2): a tie if these disagree. Scores: the share of "right"."""
 
     def __init__(self, name: str, params: Params) -> None:
         self.asker = Asker(name, params, "judge", PairReply)
