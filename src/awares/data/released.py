@@ -36,7 +36,7 @@ def curate_released(params: Params, out_dir: str | Path) -> dict[str, datasets.D
     train = ranked(far_from(clean, all_hashes(held), limit), data.train_seed)
     if not train:
         fault = f"{len(clean)} usable rows, and data.validation_rows takes {len(held)}: lower it"
-        raise AwaresValueError(f"{place}: none is left to train on of {fault}")
+        raise AwaresValueError(f"{place}: no row is left to train on: {fault}")
     splits = {}
     for split, records in {"train": train, "validation": held}.items():
         folder = Path(out_dir) / split / curation.ROWS_FOLDER

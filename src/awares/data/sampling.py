@@ -1,4 +1,4 @@
-"""Rows of ``data.origin: hub``: a seeded draw over whole sources, without benchmark images, unchanged by any kill.
+"""Rows of ``data.origin: hub``: a seeded draw over whole sources, without benchmark images, the same after any kill.
 
 1. *Collect*: read the drawn rows of a source once and keep image files by hash and one JSON line per row, in chunks.
 2. *Select*: drop rows whose image is near a benchmark's, take validation rows, then training rows without their images.
@@ -82,7 +82,7 @@ def collect(params: Params, opened: OpenSource) -> list[Record]:
 
 
 def _image_folder(params: Params, opened: OpenSource) -> Path:
-    """The folder of a source's images by all that decides how a row is read: not by ``skip`` and the number of rows."""
+    """The folder of a source's images, named by all that determines how a row is read, not by ``skip`` or counts."""
     source, code = opened.source, code_of(__file__, *(str(module.__file__) for module in (sources, images, protocol)))
     declared = source.model_dump(exclude={"skip", "place"})
     key = {"source": declared, "commit": opened.commit, "code": code, "max_side": params.crops.max_side}
@@ -145,7 +145,7 @@ def select_rows(params: Params) -> tuple[Drawn, pd.DataFrame]:
 
 @functools.lru_cache(maxsize=1)  # called once per split
 def _select(params: Params, declared: str) -> tuple[Drawn, pd.DataFrame]:
-    """:func:`select_rows`; ``declared``, the text of the sources file, makes an edited file count."""
+    """:func:`select_rows`; ``declared``: the text of the sources file, so that an edit is noticed."""
     data, limit = params.data, params.data.duplicate_distance
     training = {name: opened for (kind, name), opened in open_all(params).items() if kind == "training"}
     tested = benchmark_hashes(params)

@@ -77,7 +77,7 @@ def get_source(params: Params, kind: str, name: str) -> Source:
 
 
 def open_source(params: Params, kind: str, name: str, check: bool = True) -> "OpenSource":
-    """Open a declared source; ``check``: and read its first row, so that faults are found before hours of work."""
+    """Open a declared source; ``check``: also read its first row, so that faults are found before hours of work."""
     source = get_source(params, kind, name)
     opened = OpenSource(source, params.path(params.data.hub_root) if params.data.hub_root else None)
     if check:
@@ -119,7 +119,7 @@ class OpenSource:
         self._zip: zipfile.ZipFile | None = None
 
     def count(self) -> int:
-        """Draft rows: of the table, else of the dataset card, else counted by reading the whole stream."""
+        """The number of rows: of the table, else of the dataset card, else by reading the whole stream."""
         if isinstance(self.rows, datasets.Dataset):
             return len(self.rows)
         card = (self.rows.info.splits or {}).get(self.source.split)
@@ -287,8 +287,8 @@ def _trajectory(row: Record, row_id: str) -> Draft:
     return Draft(row["images"][:1], turns[0][1], [replies[-1]], replies[0] if len(replies) > 1 else "")
 
 
-NOTHING = Draft([], "", [])  # a row that asks nothing of an image
-# Readers, one for each way of publishing: (row under our column names, its id) -> Draft
+NOTHING = Draft([], "", [])  # a row without a question about an image
+# Readers, one per published format: (row under our column names, its id) -> Draft
 READERS = {"plain": _plain, "votes": _votes, "options": _options, "conversation": _conversation}
 READERS["trajectory"] = _trajectory
 
