@@ -11,7 +11,7 @@ import numpy as np
 from awares.errors import AwaresFileError
 
 _PACKAGED = "all-MiniLM-L6-v2"
-# Of sentence-transformers/all-MiniLM-L6-v2: the package that carries these weights is unofficial
+# Hash of the weights of sentence-transformers/all-MiniLM-L6-v2; the package with these weights is unofficial
 _PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _ROWS = 16
 _LENGTHS = (8, 16, 32, 64, 128, 256)
@@ -20,7 +20,7 @@ _LENGTHS = (8, 16, 32, 64, 128, 256)
 class SentenceEncoder:
     """Unit-length sentence embeddings with a cache.
 
-    Every batch has one of six shapes, filled up with empty rows: a string has the same bits whichever share its batch.
+    Every batch has one of six shapes, padded with empty rows, so that a string has the same bits in any batch.
     """
 
     def __init__(self, model: Any, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Images: the one way from a file to upright 8-bit RGB, the size limits, resizing."""
+"""Images: reading a file as upright 8-bit RGB, the size limits, resizing."""
 
 import io
 from pathlib import Path
@@ -14,7 +14,7 @@ MIN_SIDE = 28  # px of one visual token
 MAX_ASPECT = 200  # Qwen2.5-VL's image processor refuses longer strips
 BAND = 256  # rows that are laid on white at a time: a large picture has no second copy with transparency
 SHOWN = 200  # characters of a user's value in a message
-# Files that count as images in a folder, case aside. Pillow cannot read those of the second line: the user is told so.
+# Files that count as images in a folder, in any case. Pillow cannot read those of the second line: the user is told so.
 IMAGE_SUFFIXES = tuple(".apng .avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif".split())
 IMAGE_SUFFIXES += (".tiff", ".webp", ".heic", ".heif", ".jxl", ".svg", ".dng")
 TURNS = (None, None, *(Image.Transpose(turn) for turn in (0, 3, 1, 5, 4, 6, 2)))  # by EXIF orientation, 1 to 8
@@ -99,7 +99,7 @@ def _upright_rgb(image: Image.Image, name: str, min_side: int) -> Image.Image:
     if turn is not None:
         image = image.transpose(turn)
     image = _on_white(image) if image.has_transparency_data else image.convert("RGB")
-    for key in _ORIENTED:  # of the turned image they are wrong
+    for key in _ORIENTED:  # they are wrong for the turned image
         image.info.pop(key, None)
     if note:
         image.info["note"] = note

@@ -174,7 +174,7 @@ def visual_tokens(size: tuple[int, int], processor: ImageOnlyProcessor) -> int:
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of torch. The number is a parameter, because sums of floats, and so ties, depend on it."""
+    """CPU threads of torch. The number is a parameter, because sums of floats, and therefore ties, depend on it."""
     torch.set_num_threads(threads)
 
 
@@ -216,7 +216,7 @@ def _reading(path: str | Path, fault: str = "") -> Iterator[None]:
         if Path(path).is_dir():
             usual = "no readable safetensors checkpoint: fetch it again"
             raise AwaresValueError(f"{path}: {fault or usual} ({reason})") from error
-        usual = "no such model folder, nor to be had from the hub"
+        usual = "no such model folder, and not available from the hub"
         raise AwaresFileError(f"{path}: {fault or usual} ({reason})") from error
 
 
