@@ -55,7 +55,7 @@ def curate(
     judge; ``verdict_<judge>``, ``low_score_<judge>``, ``high_score_<judge>``; ``oracle_question_boxes``,
     ``oracle_answer_boxes`` and ``target_crops``, empty on LR rows. Lost rows are dropped, and so are rows with two
     wrong answers if ``curation.drop_both_wrong``. Unfinished work is in ``work_dir`` (default: next to ``out_dir``),
-    keyed by its inputs: the same call resumes after a kill and retries rows whose server did not answer.
+    keyed by its inputs: the same call resumes after a kill and retries rows without a server's answer.
     ``ready`` is called before a step with the names of the models still needed, and may raise. AwaresError before any
     work for unusable rows, judges or boxes.
     """

@@ -82,7 +82,7 @@ def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], evaluation: 
 def label_rows(rows: Dataset, half: Sequence[Trajectory], full: Sequence[Trajectory], params: Params) -> Dataset:
     """Evaluation rows with ``label`` and ``target_crops`` by the paper's rule (§2.1), from the base model's answers.
 
-    For diagnosis only: no system sees them. The judge is ``evaluation.judge``, also if another judge labelled the
+    For diagnosis only: no system sees them. The judge is ``evaluation.judge``, even if another judge labelled the
     training rows. Crops come from the annotated boxes, without ``curation.lucky_margin`` and ``oracle_margin``.
     """
     judge = build_judge(params.evaluation.judge, params)
