@@ -1,4 +1,4 @@
-"""Drawing on a picture: pens, text, shapes, textured grounds, and what a camera makes of the picture.
+"""Drawing on a picture: pens, text, shapes, textured grounds, and the effects of a camera.
 
 Evidence has one of two sizes. *Small* (text of 15 to 17 px, objects of 16 to 19 px) is legible at full resolution only;
 *large* (text of 32 to 36 px, objects of 36 to 43 px) also at half resolution.

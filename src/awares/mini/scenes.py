@@ -1,6 +1,6 @@
 """Scenes of the synthetic rows: pages, charts, signs, objects and collages, with every question they can answer.
 
-What a question names (a key, a coloured sign, a carrier, a colour) is large; its answer is small or large. So half
+A question names something large (a key, a coloured sign, a carrier, a colour); its answer is small or large. So half
 resolution shows where to look, but often not the answer. The question is drawn independently of the size of the answer
 and cannot reveal whether a crop is needed.
 """
@@ -44,7 +44,7 @@ class Scene:
     image: Image.Image
     marks: list[Mark] = field(default_factory=list)
     qas: list[QA] = field(default_factory=list)
-    ambiguous: list[QA] = field(default_factory=list)  # never asked: the subject occurs twice
+    ambiguous: list[QA] = field(default_factory=list)  # not used: the subject occurs twice
 
     def moved(self, dx: int, dy: int) -> "Scene":
         """The scene as a part of a larger picture, with its top left corner at (dx, dy)."""
@@ -139,7 +139,7 @@ def _ask(rng: Generator, qa: QA, **slots: str) -> QA:
 
 
 def _where(rng: Generator, subject: str, shown: str, named: PixelBox, found: PixelBox, canvas: Canvas) -> QA:
-    """Where something is, which half resolution shows (base training only)."""
+    """A question about the place of something; half resolution shows the place (base training only)."""
     place = lex.place((found[0] + found[2]) / 2 / canvas.width, (found[1] + found[3]) / 2 / canvas.height)
     return _ask(rng, QA("place", "", place, (named,), (found,), False, subject), s=shown)
 

@@ -1,6 +1,6 @@
 """Synthetic rows: five training sources and six evaluation tasks, drawn from seeds, in the schema of real rows.
 
-Each imitates the questions of the dataset of that name, without its rows. Name, seed, split and index decide a row.
+Each imitates the questions of the dataset of that name, without its rows. Name, seed, split and index determine a row.
 """
 
 import math

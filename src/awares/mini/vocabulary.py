@@ -1,4 +1,4 @@
-"""The closed vocabulary of the synthetic rows: words that are printed, drawn, asked and answered.
+"""The closed vocabulary of the synthetic rows: words that are printed, drawn, and used in questions and answers.
 
 It is small enough for a tiny model, but varied enough for judges: numbers with units and as words, many phrasings.
 """
