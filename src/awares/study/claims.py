@@ -2,7 +2,7 @@
 
 data/paper/claims.csv has a line per claim: its section and tables in the paper, the wording, the quantity with its unit
 and the ``expression`` that computes it, the side of the ``margin`` on which it ``holds`` (above, below, or within plus
-and minus it; 0 where the paper claims no more than a direction), how we read the margin, and why the claim fails here.
+and minus it; 0 where the paper claims only a direction), how we read the margin, and why the claim fails here.
 A claim *holds* if the whole interval is on that side, *does not hold* if it is wholly on the other side, and is
 *undecided* otherwise, also without its runs.
 """
@@ -87,7 +87,7 @@ def hardest(estimates: Sequence[Estimate], side: str, level: float) -> tuple[flo
 def decide(expression: str, side: str, margin: float, runs: Runs) -> dict[str, Any]:
     """Effect, interval, seeds, verdict and note (what is missing) of a claim.
 
-    Raises AwaresError for inputs that are there and are wrong.
+    Raises AwaresError for existing inputs that are wrong.
     """
     found = dict.fromkeys(("effect", "low", "high"), math.nan) | {"seeds": 0, "verdict": UNDECIDED, "note": ""}
     try:

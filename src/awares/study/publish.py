@@ -103,7 +103,7 @@ def stable_copy(notebook: nbformat.NotebookNode, root: Path) -> nbformat.Noteboo
             kept = [output for output in cell.outputs if "<progress" not in output.get("data", {}).get("text/html", "")]
             cell.outputs = [output for output in kept if output.get("name") != "stderr"]
             for output in cell.outputs:
-                if "data" in output:  # alone the alternative texts of pictures remain
+                if "data" in output:  # only the alternative texts of pictures remain
                     alt = output.metadata.get("image/png", {}).get("alt")
                     output.metadata = {"image/png": {"alt": alt}} if alt else {}
     return clean

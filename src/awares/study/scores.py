@@ -1,4 +1,4 @@
-"""Row-by-row measures of a policy, read from the runs, and their bootstrap samples: what claims are decided by.
+"""Row-by-row measures of a policy, read from the runs, and their bootstrap samples; they decide the claims.
 
 Kinds of rows: ``evaluation`` (answers to the benchmark rows), ``validation`` (first turns on curated validation rows,
 compared with labels and oracle crops), ``curation`` (labels of the training rows).
@@ -56,7 +56,7 @@ class MissingRows(AwaresFileError):
 class Estimate:
     """A statistic over rows and seeds, and its resamples ``draws`` (n,). Draw k has the same rows for every policy.
 
-    ``least``, ``most``: what it can be at all; Student's noise may go beyond.
+    ``least``, ``most``: its range; Student's noise may exceed it.
     """
 
     value: float
@@ -103,7 +103,7 @@ def trained(variant: str, stage: str, like: str = "") -> PolicyFiles:
 class Runs:
     """The rows and resamples of ``policies``, each computed once. Paths have "{seed}", a training seed, or "{main}".
 
-    Raises `MissingRows` for what has not been run yet, another AwaresError for files that are there and are wrong.
+    Raises `MissingRows` for what has not been run yet, another AwaresError for existing files that are wrong.
     """
 
     def __init__(self, params: Params, policies: Mapping[str, PolicyFiles]) -> None:

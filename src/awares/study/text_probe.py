@@ -1,4 +1,4 @@
-"""What a question's words alone, through a logistic regression, say of the answer, the label and the crop."""
+"""Logistic regression from a question's words alone to the answer, the label and the crop."""
 
 from collections import Counter
 from collections.abc import Sequence
