@@ -94,7 +94,7 @@ def save_policy(
     processor = load_processor(model_path)
     model = load_model(model_path, params.base.dtype, params.base.device, checkpoint, trainable=True)
     save_model(model, processor, adapter)
-    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with a path of this machine
+    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty template, with a path of this machine
     file = adapter / "adapter_config.json"
     inside = path.is_absolute() and path.is_relative_to(params.root)
     base = path.relative_to(params.root).as_posix() if inside else str(model_path)

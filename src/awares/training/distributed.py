@@ -94,7 +94,7 @@ def join(job: Path) -> None:
     node = [part for name, flag in NODE.items() if os.environ.get(name) for part in (flag, os.environ[name])]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings), *node]
     command += ["-m", "awares.training.distributed", str(job), "--worker"]
-    source = str(Path(__file__).parents[2])  # the workers import this very awares
+    source = str(Path(__file__).parents[2])  # the workers import the same awares
     search = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     code = subprocess.run(command, cwd=params.root, env={**os.environ, "PYTHONPATH": search}, check=False).returncode
     if code:
