@@ -1,4 +1,4 @@
-"""AwaRes: a vision-language model that looks at half resolution and asks for high-resolution crops where it needs them.
+"""AwaRes: a vision-language model that looks at half resolution and requests high-resolution crops where it needs them.
 
 from awares import AwaRes
 trajectory = AwaRes.from_pretrained().ask("page.png", "what is the total?")

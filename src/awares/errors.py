@@ -44,7 +44,7 @@ class AwaresRequestError(AwaresError, RuntimeError):
 def faults_of(place: str) -> Iterator[None]:
     """Turns any exception inside into an AwaresError that names ``place``: a bad row must not end the others.
 
-    Image and JSON libraries raise whatever a broken file makes them raise.
+    Image and JSON libraries raise many types of exception for a broken file.
     """
     try:
         yield

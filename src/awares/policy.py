@@ -51,7 +51,7 @@ def of_run(name: str) -> Checkpoint:
 
 
 class AwaRes:
-    """A trained policy that looks at a half-resolution image first and asks for the crops it needs (PAPER §1)."""
+    """A trained policy that looks at a half-resolution image first and requests the crops it needs (PAPER §1)."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -32,7 +32,7 @@ def escalation_discounts(marks: Sequence[float], called: Sequence[bool], group: 
     group's right completions made no call: it was probably lucky.
     """
     if group < 2 or len(marks) % group:
-        raise AwaresValueError(f"{len(marks)} rewards cannot be split into groups of {group}: give full ones, 2 or more")
+        raise AwaresValueError(f"{len(marks)} rewards do not fill groups of {group}: give full groups of 2 or more")
     discounted = []
     for start in range(0, len(marks), group):
         part = list(zip(marks[start : start + group], called[start : start + group], strict=True))

@@ -52,7 +52,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class Strict(BaseModel, extra="forbid", strict=True):
-    """An unknown field is refused, not ignored; null stands for the default."""
+    """An unknown field is refused, not ignored; null means the default."""
 
     @model_validator(mode="before")
     @classmethod
