@@ -190,7 +190,7 @@ def _pruned(job: SystemJob, decoder: Callable[..., Pruned], **how: Any) -> list[
 
 
 def shares_left(job: SystemJob) -> pd.DataFrame:
-    """What a pruner left at the end of each row of ``job``, as fractions.
+    """The tokens that a pruner left at the end of each row of ``job``, as fractions.
 
     Columns ``left``: of all visual tokens; ``evidence``: of those that touch a question or answer box, nan if none.
     """

@@ -50,7 +50,7 @@ def through_lmms_eval(
         raise AwaresFileError(f"evaluation.lmms_eval: no Python at {python}; see data/launch/README.md")
     if protocol.from_params(params) != protocol.get_protocol(params.protocol.name):
         fix = "leave protocol.system_file, crops.offered and crops.region_budget as they are"
-        raise AwaresValueError(f"evaluation.lmms_eval runs the interaction of protocol.name alone: {fix}")
+        raise AwaresValueError(f"evaluation.lmms_eval runs only the interaction of protocol.name: {fix}")
     code = [__file__, str(policy.__file__), str(sources.__file__)]
     inputs = checkpoints.describe_inputs("evaluation", params, [], model_path, code)
     folder = checkpoint_folder(out_dir, {**inputs, "tasks": [*tasks.values()], "options": [*options]}).resolve()

@@ -157,7 +157,7 @@ async def _refuse(request: Request, error: Any) -> Response:
 def answer_policy(
     engine: Any, request: PolicyRequest, images: list[Image.Image], limits: Limits, deadline: float
 ) -> dict[str, Any]:
-    """Runs the interaction. ``max_tokens`` bounds the answer alone: a call that is cut short cannot be read."""
+    """Runs the interaction. ``max_tokens`` bounds only the answer: a call that is cut short cannot be read."""
     *instructions, user = request.messages
     if {message.role for message in instructions} - {"system"} or user.role != "user" or len(images) != 1:
         raise ApiError(400, "send one user message with one image and a question", param="messages")

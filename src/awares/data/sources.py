@@ -257,7 +257,7 @@ def _options(row: Record, row_id: str) -> Draft:
 def _conversation(row: Record, row_id: str) -> Draft:
     """LLaVA-Multi (Mantis): one of the questions of a conversation about several pictures, drawn by a hash of the id.
 
-    Its pictures become a strip from left to right: "the left image" and "image 2" in a question stay true. Where each
+    Its pictures become a strip from left to right: "the left image" and "image 2" in a question stay true. If each
     picture has a placeholder in front of its own questions, only the picture of the drawn question is taken.
     """
     turns = [(turn["role"], turn["content"] or "") for turn in row["conversation"]]

@@ -60,7 +60,7 @@ def check_size(size: tuple[int, int], name: str, min_side: int = MIN_SIDE) -> No
 
 
 def notes(image: Image.Image) -> str:
-    """What the user should know about an opened image: "first of 12 frames", or ""."""
+    """A note for the user about an opened image: "first of 12 frames", or ""."""
     return str(image.info.get("note", ""))
 
 

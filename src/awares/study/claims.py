@@ -63,7 +63,7 @@ def evaluate(expression: str, runs: Runs) -> tuple[list[Estimate], int]:
     names |= {"correlation": lambda policy, x, y: runs.correlation(x, y, policy, seeds)}
     for measure in MEASURES:
         names[measure] = lambda policy, *tasks, of=measure: runs.estimate(of, policy, seeds, tasks)
-    try:  # of a file of this repository, without Python's own functions
+    try:  # text of a file of this repository, without Python's builtins
         found = eval(expression, {"__builtins__": {}, **names})
     except (SyntaxError, NameError, TypeError, ZeroDivisionError) as error:
         raise AwaresValueError(f"{CLAIMS_FILE}: {expression!r} cannot be computed ({error})") from error

@@ -133,7 +133,7 @@ def recipe_table(results: pd.DataFrame, decisions: pd.DataFrame, wanted: Sequenc
 def sweep_table(
     results: pd.DataFrame, decisions: pd.DataFrame, main: Params, runs: Mapping[str, Params]
 ) -> pd.DataFrame:
-    """Numbers that variants change alone, the main line's included: parameter, value, then as `recipe_table`."""
+    """Numbers that are a variant's only change, the main line's included: parameter, value, then as `recipe_table`."""
     found: dict[str, dict[str, float]] = {}
     for name, params in runs.items():
         changes = differences(main, params)

@@ -64,7 +64,7 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
         notebook = stable_copy(nbformat.read(source, as_version=4), params.root)
         files.append(notebooks / f"{name}.ipynb")
         nbformat.write(notebook, files[-1])
-        if name in runs:  # those alone get a page
+        if name in runs:  # only those get a page
             files.append(web_pages / f"{name}.html")
             files[-1].write_text(to_html(notebook, name), encoding="utf-8")
     return files

@@ -61,7 +61,7 @@ def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: CropS
 
 
 def label_leaks(train: datasets.Dataset, test: datasets.Dataset) -> pd.DataFrame:
-    """What the probe predicts of curated rows: columns check, value, bound, n; empty without LR and HR rows.
+    """How well the probe predicts curated rows: columns check, value, bound, n; empty without LR and HR rows.
 
     ``when``: area under the ROC curve, bound 0.70. ``where``: cross-validated accuracy (percent) for the crops of all
     HR rows, bound 10 points above the most frequent crops.

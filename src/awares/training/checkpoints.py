@@ -1,4 +1,4 @@
-"""What both trainings share: checkpoints keyed by their inputs, resuming, LoRA, trainer settings, the log, saving.
+"""Shared by both trainings: checkpoints keyed by their inputs, resuming, LoRA, trainer settings, the log, saving.
 
 A training may be killed at any moment. A rerun with the same inputs (`describe_inputs`) resumes from the checkpoints in
 ``.checkpoints/<key>`` next to the stage's output; other inputs have another folder.
@@ -38,7 +38,7 @@ COMPLETE = (("adapter_model.safetensors", "scheduler.pt", "optimizer.pt"),
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """What a training wrote, the step of the checkpoint that was saved, and its validation accuracy (SFT)."""
+    """The outputs of a training, the step of the checkpoint that was saved, and its validation accuracy (SFT)."""
 
     adapter: Path
     merged: Path
