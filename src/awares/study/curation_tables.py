@@ -30,7 +30,7 @@ def judge_agreement(curated: datasets.Dataset) -> pd.DataFrame:
     """Table 2 for every pair of judges: agreement and confusion matrix of their labels, in percent of rows.
 
     Columns judge_a, judge_b, agreement, lr_lr, lr_hr, hr_lr, hr_hr (a's label first), kappa (Cohen's, -1 to 1; nan
-    if both judges give only one label), n.
+    if both judges give the same single label), n.
     """
     records = []
     for a, b in itertools.combinations(judge_names(curated), 2):
