@@ -76,8 +76,8 @@ BUDGETS = {
 
 
 OPEN = {  # not met yet, with the number when this was written: delete each line as it is met
-    "lines of src/awares": 12_000,
-    "lines of tests": 9_440,
+    "lines of src/awares": 12333,
+    "lines of tests": 10153,
 }
 
 
