@@ -131,7 +131,7 @@ def test_eval_scores_the_good_rows_and_names_the_others(folder, tiny, capsys, mo
 
 
 class Fragile:
-    """An engine that fails, with an error of its own, on one row."""
+    """An engine that fails on one row, with an exception that is no AwaresError."""
 
     max_side = 2000
 

@@ -22,7 +22,7 @@ REQUESTS = ("top-left", "center,bottom", "oops", "all")
 
 
 class Spelling(decode.FirstToken):
-    """A row that begins with the call token writes a call of its own. The call token is lifted by ``lift``."""
+    """A row that begins with the call token writes its call freely. The call token is lifted by ``lift``."""
 
     tokenizer: Any = None
     lift = 0.0

@@ -1,6 +1,6 @@
 """dvc.yaml: what it names exists, and the pipeline reruns what the README promises and nothing else.
 
-The second half works on a copy of dvc.yaml in a repository of its own, where papermill and the publisher are stand-ins
+The second half works on a copy of dvc.yaml in a separate repository, where papermill and the publisher are stand-ins
 that write every output in no time. What reruns, what is restored and what a remote carries is real DVC.
 """
 

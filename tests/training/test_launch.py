@@ -145,7 +145,7 @@ def test_grpo_in_two_processes_resumes_and_finds_the_reward_by_name(grpo_world, 
 
 
 def test_two_machines_of_one_process_train_as_one_does(world, alone, tmp_path, monkeypatch):  # noqa: F811
-    """Two launchers, each as on a machine of its own; the second joins by the file that the first has written."""
+    """Two launchers, each as on a separate machine; the second joins by the file that the first has written."""
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({**CONFIGURATIONS["2cpu"], "num_machines": 2}))
     machines = {"base.launch": str(tmp_path / "two.yaml")}
     for name in distributed.NODE:

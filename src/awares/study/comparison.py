@@ -150,7 +150,7 @@ def sweep_table(
 def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
     """Effect of each variant's change on mean accuracy (points) and RTR, with intervals over rows and training.
 
-    A line against the main line, then one against each variant whose changes are a part of its own (not of the trained
+    A line against the main line, then one against each variant with a subset of its changes (not for the trained
     systems of Table 1). ``system``: the policy of Table 1 that is compared; ``change``: the parameters that differ.
     Raises AwaresFileError for a variant that has not been run.
     """

@@ -20,7 +20,7 @@ def show_table(frame: pd.DataFrame, digits: int = 2) -> HTML:
     """``frame`` as HTML, for reading: words as column heads, names of systems, and no index.
 
     Three columns ``x``, ``x_low``, ``x_high`` (or ``x``, ``low``, ``high``) become one, ``x [95 % interval]``. Numbers
-    have ``digits`` decimals, those of RTR three.
+    have ``digits`` decimals, RTR and p values three.
     """
     shown: dict[str, list[str]] = {}
     ends = _interval_columns(list(frame.columns))
@@ -46,7 +46,7 @@ def _interval_columns(columns: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def _texts(cells: pd.Series, column: str, digits: int) -> list[str]:
-    decimals = max(digits, 3) if "rtr" in column else digits
+    decimals = max(digits, 3) if "rtr" in column or column == "p" else digits
     yes, no = ("holds", "does not hold") if column == "holds" else ("yes", "no")
 
     def text(cell: object) -> str:

@@ -90,7 +90,7 @@ def accuracy_figure(table: pd.DataFrame, panel: str = "benchmark", x: str = "rtr
     panels = {"col": panel, "col_order": names, "col_wrap": min(4, len(names)), "height": 2.8}
     grid = sns.relplot(shown, x=x, y="accuracy", **look, **panels, facet_kws={"sharex": panel == "benchmark"})
     grid.map_dataframe(whiskers, x).set(xlim=(-0.05 * table[x].max(), None)).set_axis_labels("", "accuracy (%)")
-    grid.figure.supxlabel(label)
+    grid.set_titles("{col_name}").figure.supxlabel(label)
     return grid.figure
 
 
