@@ -19,6 +19,10 @@ class AwaresValueError(AwaresError, ValueError):
     """A value that cannot be used."""
 
 
+class AwaresLengthError(AwaresValueError):
+    """A prompt that is longer than the context."""
+
+
 class AwaresFileError(AwaresError, FileNotFoundError):
     """A file or folder that is missing or cannot be read."""
 

@@ -34,7 +34,7 @@ from awares.cli.options import Limits
 from awares.clients.chat import ChatClient
 from awares.engine.decode import Decoder
 from awares.engine.images import MIN_SIDE, notes
-from awares.errors import AwaresError, AwaresRequestError, AwaresValueError
+from awares.errors import AwaresError, AwaresLengthError, AwaresRequestError, AwaresValueError
 
 API_KEY = "AWARES_API_KEY"
 PIECE = 2**18  # bytes of a body that must arrive within `Limits.patience`
@@ -44,8 +44,12 @@ TOO_MUCH = (429, "too many bytes wait, and most of them are this request's: try 
 
 
 def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> FastAPI:
-    """The application; ``model`` is the name that clients give. AwaresValueError for an empty AWARES_API_KEY."""
+    """The application; ``model`` is the name that clients give. AwaresValueError for an empty AWARES_API_KEY.
+
+    From then on ``limits.prompt_tokens`` bounds every prompt of ``engine``, too.
+    """
     check_key = _key_check()
+    engine.longest_prompt = min(engine.longest_prompt or limits.prompt_tokens, limits.prompt_tokens)
     kind, answer = (RawRequest, answer_chat) if mode == "chat" else (PolicyRequest, answer_policy)
     min_side, max_side = (1, sys.maxsize) if mode == "chat" else (MIN_SIDE, engine.max_side)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
@@ -148,7 +152,8 @@ async def _refuse(request: Request, error: Any) -> Response:
     if isinstance(error, AwaresRequestError):
         error = ApiError(502, str(error), "upstream_error")
     elif isinstance(error, AwaresError):
-        error = ApiError(400, str(error).removeprefix("row 0: "), param="messages")
+        code = "context_length_exceeded" if isinstance(error, AwaresLengthError) else None
+        error = ApiError(400, str(error).removeprefix("row 0: "), code, "messages")
     elif not isinstance(error, ApiError):
         error = ApiError(getattr(error, "status_code", 500), getattr(error, "detail", "the server failed"))
     return JSONResponse(error.body, error.status_code, error.headers)
@@ -167,7 +172,6 @@ def answer_policy(
     question = "\n".join(
         part["text"] for message in request.messages for part in message.content if part["type"] == "text"
     )
-    _check_length(engine, engine.prompt_length(image, question), longest, limits)
     if local:
         engine.decoder.criteria = _until(deadline)
     else:  # with a client for this request's time limit
@@ -198,10 +202,11 @@ def answer_chat(
     rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if rendered.count(processor.image_token) != len(images) or processor.video_token in rendered:
         raise ApiError(400, f"a text holds {processor.image_token}: send the image itself", param="messages")
-    limit = request.limit(engine.decoder.max_new_tokens, limits.max_tokens)
-    decoder = Decoder(engine.decoder.model.eval(), processor, limit)
-    ids = decoder.tokenize(rendered, [image.size for image in images])
-    _check_length(engine, len(ids), limit, limits)
+    model = engine.decoder.model.eval()
+    ids = engine.decoder.tokenize(rendered, [image.size for image in images])
+    engine.check_length(len(ids), "0")
+    left = model.config.get_text_config().max_position_embeddings - len(ids)  # in the context
+    decoder = Decoder(model, processor, request.limit(engine.decoder.max_new_tokens, min(limits.max_tokens, left)))
     decoder.criteria = _until(deadline)
     if biases:
         listed: Any = [[[token], bias] for token, bias in biases.items()]
@@ -211,16 +216,6 @@ def answer_chat(
     text = decoder.text(tokens[:-1] if ended else tokens)
     reply = completion(request.model, text, not ended, len(ids), len(tokens))
     return {**reply, "prompt_token_ids": ids} if request.return_token_ids else reply
-
-
-def _check_length(engine: Any, prompt: int, room: int, limits: Limits) -> None:
-    """ApiError for a prompt above the server's limit or, with ``room`` for its answer, above the model's context."""
-    most = limits.prompt_tokens
-    if hasattr(engine, "decoder"):
-        most = min(most, engine.decoder.model.config.get_text_config().max_position_embeddings - room)
-    if prompt > most:
-        message = f"the prompt has {prompt} tokens, visual ones included; here it may have {most}"
-        raise ApiError(400, message, "context_length_exceeded", "messages")
 
 
 def _until(deadline: float) -> StoppingCriteriaList:

@@ -20,7 +20,7 @@ from awares.engine.chat_format import END_OF_TURN, answer_text
 from awares.engine.decode import Codec, Decoder, Output, call_scores
 from awares.engine.images import ImageSource, cap, open_image
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
-from awares.errors import AwaresValueError
+from awares.errors import AwaresLengthError, AwaresValueError
 from awares.method import protocol
 from awares.method.crops import cut, low_resolution
 from awares.method.protocol import OURS, Call, Protocol, get_protocol
@@ -134,10 +134,6 @@ class Interaction(ABC):
 
         return self._all(names, prepare)
 
-    def prompt_length(self, image: ImageSource, question: str) -> int:
-        """Tokens of the first turn, visual ones included; AwaresError for a bad image or question."""
-        return len(self._open(image, question, "0", "half", (), self.protocol.system).ids)
-
     def answer(
         self,
         images: Sequence[ImageSource],
@@ -161,6 +157,12 @@ class Interaction(ABC):
             return self._open(images[index], questions[index], names[index], *seen, protocol.PLAIN_SYSTEM)
 
         return self._all(names, prepare)
+
+    def check_length(self, tokens: int, row_id: str) -> None:
+        """AwaresLengthError for a prompt with more ``tokens`` than ``longest_prompt``."""
+        if self.longest_prompt is not None and tokens > self.longest_prompt:
+            held = f"the prompt has {tokens} tokens, visual ones included, and may have {self.longest_prompt}"
+            raise AwaresLengthError(f"row {row_id}: {held}: shorten the question or shrink the image")
 
     # Rows
 
@@ -193,9 +195,7 @@ class Interaction(ABC):
         row.turns.append(Turn(role, text, sizes, visual, len(ids) - visual))
         row.images += pictures
         row.ids += ids
-        if self.longest_prompt is not None and len(row.ids) > self.longest_prompt:
-            held = f"the prompt has {len(row.ids)} tokens, visual ones included, and may have {self.longest_prompt}"
-            raise AwaresValueError(f"row {row.row_id}: {held}: shorten the question or shrink the image")
+        self.check_length(len(row.ids), row.row_id)
         return ids
 
     def _write(self, row: Conversation, tokens: list[int], margin: float = float("inf")) -> None:
