@@ -1,7 +1,4 @@
-"""The requests and replies of OpenAI's chat completions, as far as ``awares serve`` supports them.
-
-Images are base64 data URLs: the server fetches no URL and opens no file.
-"""
+"""The requests and replies of OpenAI's chat completions that ``awares serve`` supports; it fetches no URL."""
 
 import base64
 import binascii
@@ -63,22 +60,14 @@ class Strict(BaseModel, extra="forbid", strict=True):
         return {key: value for key, value in kept.items() if value not in NEUTRAL.get(key, ())}
 
 
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _as_system(role: Any) -> Any:
-    return "system" if role == "developer" else role
-
-
+Role = Literal["system", "user", "assistant"]
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+_as_parts = BeforeValidator(lambda given: [{"type": "text", "text": given}] if isinstance(given, str) else given)
 
 
 class Message(Strict):
-    """``developer`` is the newer name of the role ``system``."""
-
-    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_as_system)]
-    content: Annotated[list[ContentPart], BeforeValidator(_as_parts)]
+    role: Annotated[Role, BeforeValidator(lambda name: "system" if name == "developer" else name)]  # its newer name
+    content: Annotated[list[ContentPart], _as_parts]
 
 
 class ChatRequest(Strict):
@@ -160,10 +149,7 @@ def _readable() -> Iterator[None]:
 
 
 def data_of(url: str) -> bytes:
-    """The content of a data URL (RFC 2397), percent-encoded or in base64, white space and missing padding included.
-
-    AwaresError for another URL or for a media type that is not an image.
-    """
+    """The content of a data URL (RFC 2397) in any legal spelling; AwaresError for another URL or media type."""
     header, comma, data = url.partition(",")
     scheme, _, media = header.strip().lower().partition(":")
     kind, *parameters = (part.strip() for part in media.split(";"))
@@ -192,9 +178,7 @@ def as_events(reply: dict[str, Any], include_usage: bool) -> Iterator[str]:
     [choice], usage = reply["choices"], reply.pop("usage")
     whole = {"index": 0, "delta": choice["message"], "finish_reason": None, "logprobs": None}
     last = {**whole, "delta": {}, "finish_reason": choice["finish_reason"]}
-    chunks: list[dict[str, Any]] = [{"choices": [whole]}, {"choices": [last]}]
-    if include_usage:
-        chunks.append({"choices": [], "usage": usage})
-    for chunk in chunks:
+    more: list[dict[str, Any]] = [{"choices": [], "usage": usage}] if include_usage else []
+    for chunk in ({"choices": [whole]}, {"choices": [last]}, *more):
         yield f"data: {json.dumps({**reply, 'object': 'chat.completion.chunk', **chunk})}\n\n"
     yield "data: [DONE]\n\n"

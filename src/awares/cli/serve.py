@@ -1,10 +1,7 @@
 """``awares serve``: the two-turn interaction, or in mode chat the bare model, behind an OpenAI-compatible API.
 
-POST /v1/chat/completions, GET /v1/models, GET /health. The engine is a `rollout.Engine`, which gets one request at a
-time, or a `RemoteEngine`, whose server (vLLM) does the batching. A stream gets its answer in one piece: a turn may be
-a call until it ends. Clients send the key in the environment variable AWARES_API_KEY, if it is set.
-
-Heads, bodies, the sum of bodies and large images have limits, so that slow and greedy clients do not affect others.
+The engine is a `rollout.Engine`, which gets one request at a time, or a `RemoteEngine`, whose server (vLLM) does the
+batching. A stream gets its answer in one piece: a turn may be a call until it ends. Heads, bodies, the sum of bodies and large images have limits, so that slow and greedy clients do not affect others.
 """
 
 import asyncio
@@ -56,7 +53,8 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     pool, free, large = ThreadPoolExecutor(threads), asyncio.Semaphore(threads), asyncio.Semaphore(threads)
     one_thread = ThreadPoolExecutor(1)  # for large images: malloc keeps the memory of each thread
     held, waiting = dict[asyncio.Timeout, int](), set[asyncio.Timeout]()  # bytes of bodies; whole requests
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    handlers: Any = dict.fromkeys((HTTPException, AwaresError, ClientDisconnect, Exception), _refuse)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -102,8 +100,6 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
         events = openai_api.as_events(reply, (wanted.stream_options or {}).get("include_usage", False))
         return StreamingResponse(events, media_type="text/event-stream")
 
-    for kind_of_error in (HTTPException, AwaresError, ClientDisconnect, Exception):
-        app.add_exception_handler(kind_of_error, _refuse)
     return app
 
 
@@ -166,27 +162,24 @@ def answer_policy(
     *instructions, user = request.messages
     if {message.role for message in instructions} - {"system"} or user.role != "user" or len(images) != 1:
         raise ApiError(400, "send one user message with one image and a question", param="messages")
-    local, image = hasattr(engine, "decoder"), images[0]
-    longest = engine.decoder.max_new_tokens if local else engine.max_new_tokens
+    local = hasattr(engine, "decoder")
+    longest = (engine.decoder if local else engine).max_new_tokens
     limit = request.limit(longest, min(limits.max_tokens, longest))
-    question = "\n".join(
-        part["text"] for message in request.messages for part in message.content if part["type"] == "text"
-    )
+    texts = [part["text"] for message in request.messages for part in message.content if part["type"] == "text"]
     if local:
         engine.decoder.criteria = _until(deadline)
     else:  # with a client for this request's time limit
         left = {"timeout": max(1.0, deadline - time.time()), "attempts": 2}
-        server, engine = engine.client.server.model_copy(update=left), copy.copy(engine)
-        engine.client = ChatClient(server, None)
-    done = engine.run([image], [question], call_bias=request.call_bias or 0.0)[0]
+        engine = copy.copy(engine)
+        engine.client = ChatClient(engine.client.server.model_copy(update=left), None)
+    done = engine.run(images, ["\n".join(texts)], call_bias=request.call_bias or 0.0)[0]
     written = [turn.text_tokens for turn in done.turns if turn.role == "assistant"]
+    prompt = sum(turn.visual_tokens + turn.text_tokens for turn in done.turns) - sum(written)
     tokens = engine.codec.tokenize(done.answer)[: written[-1]]
     text = engine.codec.text(tokens[:limit]) if len(tokens) > limit else done.answer
-    prompt = sum(turn.visual_tokens + turn.text_tokens for turn in done.turns if turn.role != "assistant")
-    spent: dict[str, Any] = {"visual_tokens": done.visual_tokens, "full_visual_tokens": done.full_visual_tokens}
-    spent |= {"visual_tokens_saved": done.full_visual_tokens - done.visual_tokens, "rtr": done.rtr}
-    spent |= {"crops": list(done.crops), "call_status": done.call_status}
-    spent |= {"note": note} if (note := notes(image)) else {}
+    shown = ("visual_tokens", "full_visual_tokens", "rtr", "crops", "call_status")
+    spent = {name: getattr(done, name) for name in shown} | ({"note": note} if (note := notes(images[0])) else {})
+    spent["visual_tokens_saved"] = done.full_visual_tokens - done.visual_tokens
     cut = len(tokens) > limit or len(tokens) >= longest
     return completion(request.model, text, cut, prompt, sum(written), awares=spent)
 
@@ -219,7 +212,7 @@ def answer_chat(
 
 
 def _until(deadline: float) -> StoppingCriteriaList:
-    """Ends the turn at ``deadline``, in seconds since the epoch: the client then has its error 504."""
+    """Ends a turn at ``deadline`` (seconds since the epoch), when the client has its error 504."""
     return StoppingCriteriaList([MaxTimeCriteria(0.0, initial_timestamp=deadline)])
 
 
