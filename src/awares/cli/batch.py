@@ -4,7 +4,6 @@ A line of the results is a `Trajectory` with ``image``, ``question`` and the ``s
 cannot be run has ``error`` instead. The file alone says which rows are done: after a kill the same call resumes.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,11 @@ from PIL.Image import Image
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from awares.data.rows import NonBlank, RowId, parse_line
+from awares.data.rows import NonBlank, RowId, check_ids, parse_line
 from awares.engine import jsonl
 from awares.engine.images import IMAGE_SUFFIXES, cap, notes, open_image
 from awares.engine.jsonl import Record
-from awares.errors import (
-    AwaresError,
-    AwaresFileError,
-    AwaresRequestError,
-    AwaresValueError,
-    Failure,
-    faults_of,
-    validated,
-    with_failures,
-)
+from awares.errors import AwaresError, AwaresRequestError, Failure, faults_of, validated, with_failures
 from awares.method.protocol import check_question
 from awares.method.rollout import Trajectory
 
@@ -49,21 +39,17 @@ def read_batch(source: Path, question: str | None = None) -> list[Record]:
     """
     if source.is_dir():
         if question is None:
-            raise AwaresValueError(f"{source}: a folder of images needs a question")
-        names = sorted(
-            path.name for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        )
-        rows = [{"row_id": name, "image": name, "question": question} for name in names]
+            raise AwaresError(f"{source}: a folder of images needs a question")
+        files = [path for path in sorted(source.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+        rows = [{"row_id": file.name, "image": file.name, "question": question} for file in files]
     elif source.is_file():
         lines = enumerate(source.read_bytes().split(b"\n"), start=1)
         rows = [_read_row(source, number, line, question) for number, line in lines if line.strip()]
     else:
-        raise AwaresFileError(f"{source}: no such file")
+        raise AwaresError(f"{source}: no such file")
     if not rows:
-        raise AwaresValueError(f"{source}: no image or row in it")
-    row_id, count = Counter(row["row_id"] for row in rows).most_common(1)[0]
-    if count > 1:
-        raise AwaresValueError(f"{source}: id {row_id} occurs {count} times; every row needs its own")
+        raise AwaresError(f"{source}: no image or row in it")
+    check_ids([row["row_id"] for row in rows], str(source))
     return rows
 
 
@@ -110,7 +96,7 @@ def _done(rows: Sequence[Record], out: Path, settings: dict[str, Any]) -> dict[s
     for row_id, record in answers.items():
         about, held = {**wanted.get(row_id, {}), **settings}, {**record, **record["settings"]}
         if changed := [key for key in about if held.get(key) != about[key]]:
-            raise AwaresFileError(f"{out}: row {row_id} has another {', '.join(changed)}: give another file")
+            raise AwaresError(f"{out}: row {row_id} has another {', '.join(changed)}: give another file")
     if len(answers) < len(records):
         jsonl.write_records(out, [*answers.values()])
     return answers
@@ -119,20 +105,21 @@ def _done(rows: Sequence[Record], out: Path, settings: dict[str, Any]) -> dict[s
 def _answers(engine: Any, rows: Sequence[Record], folder: Path, settings: dict[str, Any]) -> list[Record]:
     """One record for each row, in order; the fault of a row goes into its record and affects no other row."""
     images: dict[str, Image] = {}
-    found: dict[str, Record] = {row["row_id"]: row for row in rows}  # a bad row has its error already
-    questions = {row["row_id"]: row["question"] for row in rows if "error" not in row}
-    for row_id, question in questions.items():
+    questions = {row["row_id"]: row["question"] for row in rows}
+    found: dict[str, Record] = {row["row_id"]: row for row in rows}
+    for row_id, row in found.items():
         try:
             with faults_of(f"row {row_id}"):
-                check_question(question)
-                image = open_image(folder / found[row_id]["image"], f"row {row_id}")
-                images[row_id] = cap(image, engine.max_side)  # immediately: many large ones do not fit in memory
+                if "error" not in row:
+                    check_question(row["question"])
+                    image = open_image(folder / row["image"], f"row {row_id}")
+                    images[row_id] = cap(image, engine.max_side)  # immediately: many large ones do not fit in memory
         except AwaresError as error:
             found[row_id] = {"error": str(error)}
-    ready = list(images)
-    given = list(images.values()), [questions[row_id] for row_id in ready]
-    for row_id, done in zip(ready, run_rows(engine, *given, ready, settings["call_bias"]), strict=True):
-        found[row_id] = {"error": done.reason} if isinstance(done, Failure) else done.to_dict()
+    ready = [*images]
+    done = run_rows(engine, [*images.values()], [questions[row_id] for row_id in ready], ready, settings["call_bias"])
+    for row_id, one in zip(ready, done, strict=True):
+        found[row_id] = {"error": one.reason} if isinstance(one, Failure) else one.to_dict()
         found[row_id] |= {"note": note} if (note := notes(images[row_id])) else {}
     return [{**row, "settings": settings, **found[row["row_id"]]} for row in rows]
 
@@ -143,10 +130,9 @@ def run_rows(
     """``engine.run``, with a `Failure` for each row that cannot be run. After an error the rows run one by one."""
 
     def run(places: list[int]) -> list[Trajectory]:
-        given = [images[place] for place in places], [questions[place] for place in places]
-        ids = [row_ids[place] for place in places]
+        part, texts, ids = ([given[place] for place in places] for given in (images, questions, row_ids))
         with faults_of(f"row {ids[0]}"):
-            return engine.run(*given, call_bias=call_bias, row_ids=ids)
+            return engine.run(part, texts, call_bias=call_bias, row_ids=ids)
 
     try:
         return with_failures(row_ids, run)
@@ -155,5 +141,5 @@ def run_rows(
     except AwaresError as error:
         if len(row_ids) == 1:
             return [Failure(row_ids[0], str(error))]
-    alone = [([images[place]], [questions[place]], [row_ids[place]]) for place in range(len(row_ids))]
-    return [one for row in alone for one in run_rows(engine, *row, call_bias)]
+    alone = zip(images, questions, row_ids, strict=True)
+    return [one for row in alone for one in run_rows(engine, *([value] for value in row), call_bias)]

@@ -65,7 +65,9 @@ def make_split(params: Params, split: str) -> datasets.Dataset:
     starts = np.cumsum([0, *map(len, parts)])
     turns = [(index, start + index) for part, start in zip(parts, starts, strict=False) for index in range(len(part))]
     order = [int(place) for _, place in sorted(turns)]
-    return _check_ids(datasets.concatenate_datasets(parts).select(order).flatten_indices(), split)
+    rows = datasets.concatenate_datasets(parts).select(order).flatten_indices()
+    check_ids(rows["id"], split)
+    return rows
 
 
 def _load_source(params: Params, name: str, n: int, seed: int, split: str) -> datasets.Dataset:
@@ -131,7 +133,8 @@ def read_jsonl_rows(path: str | Path, faults: list[str] | None = None) -> datase
         raise AwaresValueError(f"{file} holds no rows")
     if faults is not None:
         faults += wrong
-    return _check_ids(make_dataset(rows), str(file))
+    check_ids([row["id"] for row in rows], str(file))
+    return make_dataset(rows)
 
 
 def _read_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -181,11 +184,11 @@ def _content(image: dict[str, Any]) -> bytes:
     return image.get("bytes") or Path(image.get("path") or "").read_bytes()
 
 
-def _check_ids(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
-    [(row_id, count)] = Counter(dataset["id"]).most_common(1)
+def check_ids(row_ids: Iterable[str], name: str) -> None:
+    """AwaresValueError for an id that occurs twice."""
+    [(row_id, count)] = Counter(row_ids).most_common(1)
     if count > 1:
         raise AwaresValueError(f"{name}: id {row_id} occurs {count} times; every row needs its own")
-    return dataset
 
 
 def rows_of_source(dataset: datasets.Dataset, source: str) -> datasets.Dataset:
