@@ -1,7 +1,7 @@
 """The six benchmarks through lmms-eval: the call of its command, and the chat model ``awares`` that it loads.
 
-lmms-eval needs another build of torch, so it runs in a separate environment, whose Python is
-``evaluation.lmms_eval``. Rows, prompts and metrics are lmms-eval's, the interaction is ours.
+lmms-eval needs another build of torch, so it runs with the Python ``evaluation.lmms_eval``. Rows, prompts and metrics
+are lmms-eval's, the interaction is ours.
 """
 
 import importlib.util
@@ -22,7 +22,8 @@ from awares.engine.images import open_image
 from awares.engine.jsonl import Record
 from awares.engine.keys import checkpoint_folder, folder_digest
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
-from awares.method import protocol
+from awares.method.protocol import get_protocol
+from awares.method.rollout import limits_of
 from awares.training import checkpoints
 
 LMMS_TASKS = {"chartqa": "chartqa", "docvqa": "docvqa_val", "ocrbench": "ocrbench", "pope": "pope",
@@ -48,17 +49,17 @@ def through_lmms_eval(
     python = params.path(params.evaluation.lmms_eval)
     if not python.is_file():
         raise AwaresFileError(f"evaluation.lmms_eval: no Python at {python}; see data/launch/README.md")
-    if protocol.from_params(params) != protocol.get_protocol(params.protocol.name):
+    limits, form = limits_of(params), params.protocol.name
+    if limits["protocol"] != get_protocol(form):
         fix = "leave protocol.system_file, crops.offered and crops.region_budget as they are"
         raise AwaresValueError(f"evaluation.lmms_eval runs only the interaction of protocol.name: {fix}")
     code = [__file__, str(policy.__file__), str(sources.__file__)]
     inputs = checkpoints.describe_inputs("evaluation", params, [], model_path, code)
     folder = checkpoint_folder(out_dir, {**inputs, "tasks": [*tasks.values()], "options": [*options]}).resolve()
     shutil.rmtree(folder / "results", ignore_errors=True)  # of an earlier call
-    arguments: dict[str, Any] = {"pretrained": model_path.resolve(), "log": folder / "samples.jsonl"}
-    arguments |= {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
-    arguments |= {"max_side": params.crops.max_side, "call_bias": params.evaluation.call_bias}
-    arguments |= {"dtype": params.base.dtype, "device": params.base.device, "protocol": params.protocol.name}
+    arguments = {**limits, "protocol": form, "dtype": params.base.dtype, "device": params.base.device}
+    arguments |= {"pretrained": model_path.resolve(), "log": folder / "samples.jsonl"}
+    arguments |= {"call_bias": params.evaluation.call_bias}
     command = [str(python), "-m", "lmms_eval", "--model", "awares", "--tasks", ",".join(tasks.values())]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())]
     command += ["--batch_size", str(LOG_EVERY), "--output_path", str(folder / "results"), *options]
@@ -72,10 +73,10 @@ def through_lmms_eval(
     rows = []
     for benchmark, task in tasks.items():
         part = samples[samples["id"].str.startswith(f"{task}/")]
+        means = part["rtr"].mean(), part["seconds"].mean(), len(part)
         for key, value in results[task].items():  # "metric,filter", and some that are no metrics
-            metric = key.split(",")[0]
-            if isinstance(value, int | float) and "," in key and not metric.endswith("_stderr"):
-                means = part["rtr"].mean(), part["seconds"].mean(), len(part)
+            metric, comma, _ = key.partition(",")
+            if isinstance(value, int | float) and comma and not metric.endswith("_stderr"):
                 rows.append((system, benchmark, task, metric, float(value), *means))
     return pd.DataFrame(rows, columns=LMMS_COLUMNS)
 
@@ -99,8 +100,8 @@ class AwaresChat(Model):
     """The policy as a chat model of lmms-eval, in one process: chat messages in, texts out.
 
     ``pretrained``: a merged model or an adapter. ``log``: a JSONL file with the trajectory of every sample, from which
-    the same call resumes (lmms-eval writes its own cache only at the end). A task's limit on new tokens is for the
-    answer and would cut calls off, so ``max_new_tokens`` applies instead.
+    the same call resumes (lmms-eval writes its own cache only at the end). ``max_new_tokens`` replaces a task's limit,
+    which is for the answer and would cut calls off.
     """
 
     is_simple = False
@@ -131,10 +132,8 @@ class AwaresChat(Model):
             images, questions = zip(*[self._read(name, *rows[name]) for name in ids], strict=True)
             done = self.engine.run(images, questions, call_bias=self.settings["call_bias"], row_ids=ids)
             more = [{"settings": self.settings, "rtr": one.rtr, **one.to_dict()} for one in done]
-            return [
-                {"id": name, "question": question, **one}
-                for name, question, one in zip(ids, questions, more, strict=True)
-            ]
+            heads = [{"id": name, "question": question} for name, question in zip(ids, questions, strict=True)]
+            return [head | one for head, one in zip(heads, more, strict=True)]
 
         jsonl.refuse_foreign(self.log, b'{"id": ', "samples")
         found = jsonl.in_chunks(self.log, [*rows], LOG_EVERY, answer, lambda one: one["settings"] != self.settings)

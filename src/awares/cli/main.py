@@ -5,6 +5,7 @@ help is fast.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,26 +94,26 @@ class Ask(PolicyOptions):
             raise AwaresValueError(f"{self.image[:200]}: give a file: awares does not fetch addresses")
         if Path(self.image).is_dir() or self.image.lower().endswith(".jsonl"):
             refuse_if(self.show is not None, "--show draws one image, not a batch")
-            if self.out is None:
-                raise typer.BadParameter("a batch needs --out, the file for its results")
-            return self._ask_many(question, self.out)
+            return self._ask_many(question)
         refuse_if(self.out is not None, "--out is for a batch: a folder or a .jsonl file")
         refuse_if(self.show is not None and self.show.suffix.lower() != ".png", "--show: the name must end in .png")
         if question is None:
             raise typer.BadParameter("no question: write it after the image")
         return self._ask_one(question)
 
-    def _ask_many(self, question: str | None, out: Path) -> int:
+    def _ask_many(self, question: str | None) -> int:
         from awares.cli import batch
 
+        if self.out is None:
+            raise typer.BadParameter("a batch needs --out, the file for its results")
         batch.read_batch(Path(self.image), question)  # before the model is loaded: a wrong path should not cost seconds
-        policy, name = self.load(out)
+        policy, name = self.load(self.out)
         settings = self.settings(policy, name, self.call_bias or 0.0)
-        counts = batch.run_batch(Path(self.image), question, out, policy.engine, settings)
+        counts = batch.run_batch(Path(self.image), question, self.out, policy.engine, settings)
         if self.as_json:
-            print(json.dumps({"out": str(out), **counts}))
+            print(json.dumps({"out": str(self.out), **counts}))
         numbers = "{rows} rows, {ran} run now, {done_before} done before, {errors} with an error"
-        _say(f"{numbers.format(**counts)}: {out}")
+        _say(f"{numbers.format(**counts)}: {self.out}")
         return 1 if counts["errors"] else 0
 
     def _ask_one(self, question: str) -> int:
@@ -123,17 +124,14 @@ class Ask(PolicyOptions):
             _say(f"{self.image}: {note}")
         done = self.load()[0].ask(image, question, call_bias=self.call_bias or 0.0)
         if self.show:
-            import matplotlib
-
-            matplotlib.use("Agg")  # opens no window
+            os.environ.setdefault("MPLBACKEND", "agg")  # opens no window
             from awares.study import figures
 
             figures.style(110)
             figures.save_figure(figures.gallery([{"image": image, "question": question}], [done]), self.show)
         if self.as_json:
             about = {"image": self.image, "question": question, **done.to_dict(), "rtr": done.rtr}
-            about |= {"note": note} if note else {}
-            print(json.dumps(about, ensure_ascii=False))
+            print(json.dumps(about | ({"note": note} if note else {}), ensure_ascii=False))
             return 0
         malformed = " (malformed call)" if done.call_status == "malformed" else ""
         print(f"{done.answer}\ncrops   {', '.join(done.crops) or 'none'}{malformed}")
@@ -164,25 +162,23 @@ class Eval(PolicyOptions):
         from awares.config import load_params
         from awares.data.rows import make_split, read_jsonl_rows
         from awares.engine.model import set_threads
-        from awares.method import evaluation, protocol
+        from awares.method import evaluation
+        from awares.method.rollout import limits_of
 
-        drawn = self.rows or self.seed is not None
-        refuse_if(bool(self.file and drawn), "--rows and --seed draw the tasks' rows, not those of a file")
         given = {"rows": self.rows, "seed": self.seed, "call_bias": self.call_bias}
         overrides = {f"evaluation.{key}": value for key, value in given.items() if value is not None}
+        drawn = {"evaluation.rows", "evaluation.seed"} & overrides.keys()
+        refuse_if(bool(self.file and drawn), "--rows and --seed draw the tasks' rows, not those of a file")
         params = load_params(self.profile, overrides=overrides)
         faults: list[str] = []
         table = read_jsonl_rows(self.file, faults) if self.file else make_split(params, "evaluation")
         set_threads(params.threads)
-        how: dict[str, Any] = {"max_side": params.crops.max_side, "protocol": protocol.from_params(params)}
-        how |= {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
-        policy, name = self.load(**how)
+        policy, name = self.load(**limits_of(params))
         policy.engine.progress = sys.stderr.isatty()
         bias = params.evaluation.call_bias
         found = run_rows(policy.engine, table["image"], table["question"], table["id"], bias)
         done = {place: one for place, one in enumerate(found) if not isinstance(one, Failure)}
-        faults += [one.reason for one in found if isinstance(one, Failure)]
-        for fault in faults:
+        for fault in faults + [one.reason for one in found if isinstance(one, Failure)]:
             _say(fault)
         if not done:
             raise AwaresValueError("no row could be answered")
@@ -192,7 +188,7 @@ class Eval(PolicyOptions):
             print(json.dumps({"policy": name, "call_bias": bias, "table": scores.to_dict("records")}))
         else:
             print(scores.to_string(index=False, float_format="{:.2f}".format))
-        return 1 if faults else 0
+        return 1 if faults or len(done) < len(found) else 0
 
 
 @app.command("serve")

@@ -1,7 +1,4 @@
-"""Options that several commands share: single ones, the policy, and the limits of the server.
-
-A command is a dataclass: its fields are its options, and calling the object runs it.
-"""
+"""Options that several commands share. A command is a dataclass: its fields are its options, calling it runs it."""
 
 import hashlib
 import re

@@ -267,10 +267,7 @@ class Engine(Interaction):
     @classmethod
     def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> Self:
         """An engine with the limits of params.yaml and a progress bar; ``options`` override them."""
-        section, form = params.protocol, protocol.from_params(params)
-        limits: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "token_budget": section.token_budget}
-        limits |= {"max_side": params.crops.max_side, "protocol": form, "progress": True}
-        return cls(model, processor, **{**limits, **options})
+        return cls(model, processor, **{**limits_of(params), "progress": True, **options})
 
     # Batches
 
@@ -326,6 +323,12 @@ class Engine(Interaction):
             extended = self.decoder.extend(output.state, picked, suffixes, images, self.reuse)
             for index, tokens, margin in zip(picked, extended.tokens, extended.margins, strict=True):
                 self._write(rows[index], tokens, margin)
+
+
+def limits_of(params: Params) -> dict[str, Any]:
+    """The options of `Engine` that params.yaml has."""
+    turns = {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
+    return {**turns, "max_side": params.crops.max_side, "protocol": protocol.from_params(params)}
 
 
 def _names(questions: Sequence[str], row_ids: Sequence[str] | None, **others: Sequence[Any] | None) -> list[str]:
