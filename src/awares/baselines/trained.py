@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from awares.config import Params
-from awares.engine.images import enlarge
+from awares.engine.images import MIN_SIDE, resize
 from awares.errors import AwaresValueError
 from awares.method.crops import cut, union_area
 from awares.method.judges import HIGH_BETTER, Judge, Verdict, build_judge
@@ -53,7 +53,8 @@ def ergo_reward(rollouts: Sequence[Rollout], context: RewardContext) -> Sequence
     places = [index for index, one in enumerate(rollouts) if one.crops]
     callers = [rollouts[index] for index in places]
     budget = context.params.crops.region_budget
-    pieces = [enlarge(cut(one.full_image, one.crops[0], budget)) for one in callers]
+    pieces = [cut(one.full_image, one.crops[0], budget) for one in callers]  # enlarged as by the image processor
+    pieces = [resize(piece, max(piece.width, MIN_SIDE), max(piece.height, MIN_SIDE)) for piece in pieces]
     read = context.base.answer(pieces, [one.question for one in callers]) if callers else []
     enough = context.answer_reward(callers, [one.answer for one in read])
     for index, one, mark in zip(places, callers, enough, strict=True):

@@ -5,7 +5,6 @@ because vLLM refuses images in tool messages; it renders to exactly the text of 
 """
 
 import base64
-import io
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from PIL import Image
 from awares.clients.chat import ChatClient, Reply, Request, RowFailed, Send
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.decode import Codec
+from awares.engine.images import as_png
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresRequestError, AwaresValueError
 from awares.method import protocol
@@ -121,7 +121,5 @@ def as_sent(messages: Iterable[dict[str, Any]], images: Iterable[Image.Image]) -
 
 def image_part(image: Image.Image) -> dict[str, Any]:
     """The image for the API, as PNG: lossless, and the same bytes for the same pixels. Fast rather than small."""
-    file = io.BytesIO()
-    image.save(file, format="PNG", compress_level=1)
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    url = "data:image/png;base64," + base64.b64encode(as_png(image, compress_level=1)).decode()
     return {"type": "image_url", "image_url": {"url": url}}

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin
 
-from awares.errors import AwaresError, AwaresFileError, AwaresValueError
+from awares.errors import AwaresFileError, AwaresValueError, faults_of
 
 ImageSource = str | Path | bytes | Image.Image
 MIN_SIDE = 28  # px of one visual token
@@ -18,7 +18,6 @@ SHOWN = 200  # characters of a user's value in a message
 IMAGE_SUFFIXES = tuple(".apng .avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif".split())
 IMAGE_SUFFIXES += (".tiff", ".webp", ".heic", ".heif", ".jxl", ".svg", ".dng")
 TURNS = (None, None, *(Image.Transpose(turn) for turn in (0, 3, 1, 5, 4, 6, 2)))  # by EXIF orientation, 1 to 8
-_ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow keeps the orientation
 _DEEP = (None, "JPEG2000", "PNG", "PPM", "TIFF")  # formats whose mode I;16 has the range 0 to 65535
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB, for metadata of image generators; not 1 MB
@@ -32,7 +31,7 @@ def open_image(source: ImageSource, name: str = "image", min_side: int = MIN_SID
     """
     if isinstance(source, str | Path):
         name = f"{name} ({str(source)[:SHOWN]})"
-    try:
+    with faults_of(f"{name}: not a readable image, convert it to PNG or JPEG"):
         if isinstance(source, Image.Image):
             return _upright_rgb(source, name, min_side)
         if not isinstance(source, bytes) and not Path(source).is_file():
@@ -40,14 +39,6 @@ def open_image(source: ImageSource, name: str = "image", min_side: int = MIN_SID
         # not by its path: Pillow maps such files into memory and scrambles a turned TIFF
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file, Image.open(file) as image:
             return _upright_rgb(image, name, min_side)
-    except AwaresError:
-        raise
-    except UnidentifiedImageError as error:
-        fix = "corrupt, or of a format that Pillow does not read: convert it to PNG or JPEG"
-        raise AwaresValueError(f"{name}: not a readable image: {fix}") from error
-    except Exception as error:  # Pillow's decoders raise a dozen types
-        reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"[:SHOWN]
-        raise AwaresValueError(f"{name}: not a readable image ({reason})") from error
 
 
 def check_size(size: tuple[int, int], name: str, min_side: int = MIN_SIDE) -> None:
@@ -81,10 +72,10 @@ def is_plain(content: bytes) -> bool:
         return False
 
 
-def as_png(image: Image.Image) -> bytes:
-    """The content of a PNG file."""
+def as_png(image: Image.Image, **options: Any) -> bytes:
+    """The content of a PNG file; ``options`` of Pillow's writer."""
     file = io.BytesIO()
-    image.save(file, format="PNG")
+    image.save(file, format="PNG", **options)
     return file.getvalue()
 
 
@@ -99,10 +90,7 @@ def _upright_rgb(image: Image.Image, name: str, min_side: int) -> Image.Image:
     if turn is not None:
         image = image.transpose(turn)
     image = _on_white(image) if image.has_transparency_data else image.convert("RGB")
-    for key in _ORIENTED:  # they are wrong for the turned image
-        image.info.pop(key, None)
-    if note:
-        image.info["note"] = note
+    image.info = {"note": note} if note else {}  # without the orientation, which is wrong now
     return image
 
 
@@ -128,8 +116,7 @@ def _deep_to_grey(image: Image.Image, name: str) -> Image.Image:
     """Unsigned grey of 9 to 16 bits as mode L, its whole range scaled to 0 to 255."""
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not sixteen or image.format not in _DEEP or 2 in _tiff_tag(image, ExifTags.Base.SampleFormat):
-        fault = f"numbers of mode {image.mode} have no fixed range"
-        raise AwaresValueError(f"{name}: {fault}: convert it to 8 bits per channel")
+        raise AwaresValueError(f"{name}: mode {image.mode} has no fixed range: convert it to 8 bits per channel")
     [bits] = _tiff_tag(image, ExifTags.Base.BitsPerSample) or (16,)
     levels = np.rint(np.arange(2**16) * (255 / (2**bits - 1))).clip(0, 255).astype(np.uint8)
     if _tiff_tag(image, ExifTags.Base.PhotometricInterpretation) == (0,):  # white is zero
@@ -161,8 +148,3 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     thinnest = -(-max(width, height) // MAX_ASPECT)
     size = (max(width, thinnest), max(height, thinnest))
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-
-
-def enlarge(image: Image.Image) -> Image.Image:
-    """A small crop with each side enlarged to at least MIN_SIDE, as the image processor would."""
-    return resize(image, max(image.width, MIN_SIDE), max(image.height, MIN_SIDE))
