@@ -17,12 +17,11 @@ def load_params(
     overrides: str | Mapping[str, Any] | None = None,
     path: str | Path = "params.yaml",
 ) -> Params:
-    """Read params.yaml into `Params`.
+    """Read params.yaml, in the working folder or one above, into `Params`; AwaresError names the dotted key.
 
     ``profile`` None or "": the file's own. ``variant``: an entry of ``variants:``, dotted keys to values (a key that
     begins with `profiles.mini.` counts for that profile only). ``overrides``: the same, or its YAML text, e.g.
-    ``"{seed: 2, grpo.beta: 0.0}"``; they are applied last. A relative ``path`` is searched in the working folder and
-    the folders above. Raises AwaresError that names the dotted key.
+    ``"{seed: 2, grpo.beta: 0.0}"``; they are applied last.
     """
     file = find_file(Path(path))
     values = read_yaml(file)

@@ -1,7 +1,8 @@
 """``awares serve``: the two-turn interaction, or in mode chat the bare model, behind an OpenAI-compatible API.
 
 The engine is a `rollout.Engine`, which gets one request at a time, or a `RemoteEngine`, whose server (vLLM) does the
-batching. A stream gets its answer in one piece: a turn may be a call until it ends. Heads, bodies, the sum of bodies and large images have limits, so that slow and greedy clients do not affect others.
+batching. A stream gets its answer in one piece: a turn may be a call until it ends. Heads, bodies, the sum of bodies
+and large images have limits, so that slow and greedy clients do not affect others.
 """
 
 import asyncio
@@ -41,10 +42,7 @@ TOO_MUCH = (429, "too many bytes wait, and most of them are this request's: try 
 
 
 def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> FastAPI:
-    """The application; ``model`` is the name that clients give. AwaresValueError for an empty AWARES_API_KEY.
-
-    From then on ``limits.prompt_tokens`` bounds every prompt of ``engine``, too.
-    """
+    """The application, ``model`` to its clients. It limits ``engine``'s prompts. AwaresValueError for an empty key."""
     check_key = _key_check()
     engine.longest_prompt = min(engine.longest_prompt or limits.prompt_tokens, limits.prompt_tokens)
     kind, answer = (RawRequest, answer_chat) if mode == "chat" else (PolicyRequest, answer_policy)
