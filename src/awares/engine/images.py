@@ -1,6 +1,7 @@
 """Images: reading a file as upright 8-bit RGB, the size limits, resizing."""
 
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,10 @@ def upright_size(content: bytes) -> tuple[int, int]:
 
 def is_plain(content: bytes) -> bool:
     """Whether `datasets`, too, reads this file as `open_image` does: 8 bits per number and valid EXIF tags."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.getexif().tobytes()
-            return not _is_deep(image)
-    except Exception:  # Pillow raises many types for broken tags
-        return False
+    with suppress(Exception), Image.open(io.BytesIO(content)) as image:  # Pillow raises many types for broken tags
+        image.getexif().tobytes()
+        return not _is_deep(image)
+    return False
 
 
 def as_png(image: Image.Image, **options: Any) -> bytes:
@@ -96,11 +95,10 @@ def _upright_rgb(image: Image.Image, name: str, min_side: int) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 if its tag cannot be read. The other tags may be broken."""
-    try:
+    found = 1
+    with suppress(Exception):
         found = int(image.getexif()[ExifTags.Base.Orientation])
-        return found if found in range(1, 9) else 1
-    except Exception:
-        return 1
+    return found if found in range(1, 9) else 1
 
 
 def _is_deep(image: Image.Image) -> bool:
