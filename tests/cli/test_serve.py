@@ -327,6 +327,7 @@ def test_a_request_that_cannot_be_heeded_is_refused_with_the_fields_name(tiny, p
         for change, param in cases:
             error = refused(app, **{**good, **change})
             assert (error.status_code, error.param) == (400, param), (change, error.message)
+            assert (error.code == "context_length_exceeded") == ("q" * 9000 in str(change))
     assert refused(policy, **{**good, "model": "gpt-4"}).status_code == 404
 
 
