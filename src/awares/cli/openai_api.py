@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Annotated, Any, Literal
 
 from openai.types.chat import ChatCompletionContentPartImageParam as ImagePart
@@ -90,11 +90,15 @@ class ChatRequest(Strict):
         urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
         if len(urls) > limits.images:
             raise ApiError(400, f"{len(urls)} images: a request may have {limits.images}", param="messages")
-        with _readable():
+        try:
             files = [data_of(url) for url in urls]
-            if max(map(len, files), default=0) > limits.image_bytes:
-                raise ApiError(413, f"an image has more than {limits.image_bytes} bytes", "image_too_large", "messages")
             images: list[Image.Image] = [Image.open(io.BytesIO(file), formats=FORMATS) for file in files]
+        except Exception as error:  # Pillow raises a dozen types on hostile bytes
+            reason = error if isinstance(error, AwaresError) else type(error).__name__
+            message = f"image_url: not a readable {', '.join(FORMATS)} image in a data URL ({reason})"
+            raise ApiError(400, message, "invalid_image", "messages") from error
+        if max(map(len, files), default=0) > limits.image_bytes:
+            raise ApiError(413, f"an image has more than {limits.image_bytes} bytes", "image_too_large", "messages")
         if sum(image.width * image.height for image in images) > limits.image_pixels:
             message = f"the images have more than {limits.image_pixels} px"
             raise ApiError(413, message, "image_too_large", "messages")
@@ -131,21 +135,9 @@ def check_model(name: str, model: str) -> None:
 
 
 def decode(image: Image.Image, min_side: int, max_side: int) -> Image.Image:
-    """An opened image upright, in RGB, shrunk to ``max_side`` px; ApiError 400 for an unreadable one."""
-    with _readable(), closing(image):
-        return cap(open_image(image, "image", min_side), max_side)
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except ApiError:
-        raise
-    except Exception as error:  # Pillow's decoders raise a dozen types on hostile bytes
-        reason = error if isinstance(error, AwaresError) else type(error).__name__
-        message = f"image_url: not a readable {', '.join(FORMATS)} image in a data URL ({reason})"
-        raise ApiError(400, message, "invalid_image", "messages") from error
+    """An opened image upright, in RGB, shrunk to ``max_side`` px; AwaresError for an unreadable one."""
+    with closing(image):
+        return cap(open_image(image, "image_url", min_side), max_side)
 
 
 def data_of(url: str) -> bytes:
