@@ -142,4 +142,4 @@ def run_rows(
         if len(row_ids) == 1:
             return [Failure(row_ids[0], str(error))]
     alone = zip(images, questions, row_ids, strict=True)
-    return [one for row in alone for one in run_rows(engine, *([value] for value in row), call_bias)]
+    return [run_rows(engine, [image], [text], [row_id], call_bias)[0] for image, text, row_id in alone]
