@@ -1,5 +1,6 @@
 """The exceptions for user mistakes and for rows without a reply."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ def faults_of(place: str) -> Iterator[None]:
     except AwaresError:
         raise
     except Exception as error:
-        raise AwaresValueError(f"{place}: {type(error).__name__}: {str(error)[:200]}") from error
+        fault = re.sub(r" <\S+ object at \w+>", "", str(error))  # an address in memory
+        raise AwaresValueError(f"{place}: {type(error).__name__}: {fault[:200]}") from error
 
 
 def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[_Reply]]) -> list[_Reply | Failure]:

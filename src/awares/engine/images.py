@@ -32,7 +32,7 @@ def open_image(source: ImageSource, name: str = "image", min_side: int = MIN_SID
     """
     if isinstance(source, str | Path):
         name = f"{name} ({str(source)[:SHOWN]})"
-    with faults_of(f"{name}: not a readable image, convert it to PNG or JPEG"):
+    with faults_of(f"{name}: corrupt or not an image, convert it to PNG or JPEG"):
         if isinstance(source, Image.Image):
             return _upright_rgb(source, name, min_side)
         if not isinstance(source, bytes) and not Path(source).is_file():
