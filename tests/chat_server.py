@@ -23,6 +23,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,22 @@ class ServerProcess:
 
     def counts(self) -> Counter[str]:
         return Counter(arrival["text"] for arrival in self.arrivals())
+
+
+@contextmanager
+def serving(folder: Path, *options: Any, name: str = "tiny", **given: Any) -> Iterator[tuple[str, Any]]:
+    """URL and process of ``awares serve`` with the model in ``folder``; ``given``: of the process."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("AWARES_API_KEY", None)
+    line = ["serve", "--model", str(folder), "--name", name, "--port", "0", *map(str, options)]
+    command = [sys.executable, "-m", "awares", *line]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, **given)
+    assert process.stdout
+    try:
+        yield process.stdout.readline().split()[-1], process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def completion(text: str | None) -> dict[str, Any]:

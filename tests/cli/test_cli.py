@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from chat_server import serving
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
@@ -295,11 +296,8 @@ def test_after_a_kill_at_any_byte_every_row_is_there_once(scans, engine, tmp_pat
 @pytest.fixture(scope="module")
 def served(model):
     """Address of `awares serve --mode chat` around the very model of the fixture ``model``."""
-    command = [sys.executable, "-m", "awares", "serve", "--mode", "chat", "--model", str(model), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    yield process.stdout.readline().split()[-1]
-    process.terminate()
-    process.wait()
+    with serving(model, "--mode", "chat") as (url, _):
+        yield url
 
 
 def test_a_second_process_is_refused_and_an_interrupt_is_130(scans, engine, tmp_path, monkeypatch):

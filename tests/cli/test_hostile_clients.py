@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from chat_server import serving
 from PIL import Image
-from test_serve import client, health, question, serving
+from test_serve import client, health, question
 
 from awares.engine.model import save_model
 

@@ -4,22 +4,18 @@ import base64
 import copy
 import io
 import json
-import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import openai
 import pytest
+from chat_server import serving
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -33,7 +29,6 @@ from awares.errors import AwaresError
 from awares.method.protocol import OURS
 from awares.method.rollout import Engine
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY = "sesame-5c1f"
 END, CALL = "<|im_end|>", "<tool_call>"
 LIMITS = Limits(image_bytes=150_000, image_pixels=300_000, body_bytes=300_000, prompt_tokens=4000)
@@ -391,26 +386,6 @@ def test_logit_bias_counts_at_every_position_and_control_tokens_are_kept(tiny, c
 
 
 # Processes
-
-
-@contextmanager
-def serving(folder, *options, **process_options):
-    """URL and process of ``awares serve``."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("AWARES_API_KEY", None)
-    line = ["serve", "--model", str(folder), "--name", "tiny", "--port", "0", *map(str, options)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "awares", *line],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        **process_options,
-    )
-    try:
-        yield process.stdout.readline().split()[-1], process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def health(url):

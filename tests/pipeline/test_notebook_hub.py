@@ -1,9 +1,7 @@
 """The main line under profile paper: hub ids with local copies in the published schemas, judges, oracle and base model
 behind real local servers, both trainings in two processes. CUDA, vLLM and the hub itself are not covered here."""
 
-import os
 import re
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -13,7 +11,7 @@ import pandas as pd
 import published
 import pytest
 import yaml
-from chat_server import ServerProcess
+from chat_server import ServerProcess, serving
 from conftest import TASKS
 from line import ROOT, SMOKE, Line, records
 
@@ -66,18 +64,11 @@ def folder(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def servers(folder):
     """The base model behind our own server, and one that plays both judges and the oracle: variable -> address."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("AWARES_API_KEY", None)
-    base = str(folder / "base")
-    command = [sys.executable, "-m", "awares", *"serve --mode chat --port 0".split(), "--model", base, "--name", base]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    judging = ServerProcess(folder / "server.jsonl", "rigged")
-    assert process.stdout is not None
+    base, judging = folder / "base", ServerProcess(folder / "server.jsonl", "rigged")
     urls = {f"AWARES_{name}_URL": judging.url for name in ("LLAMA", "DEEPSEEK", "QWEN3_VL")}
-    yield urls | {"AWARES_BASE_URL": process.stdout.readline().split()[-1]}
+    with serving(base, "--mode", "chat", name=str(base)) as (url, _):
+        yield urls | {"AWARES_BASE_URL": url}
     judging.stop()
-    process.terminate()
-    process.wait()
 
 
 @pytest.fixture(scope="module")
