@@ -211,26 +211,6 @@ def test_raters_and_last_token_are_those_of_the_whole_attention_map(deep, monkey
 # Counts
 
 
-@pytest.mark.parametrize("name", ["holov_50", "fastv_50", "sparsevlm_50"])
-def test_every_layer_gets_a_sequence_that_is_really_shorter(deep, name) -> None:
-    seen, held = dict[int, list[int]](), []
-    for number, layer in enumerate(deep.model.model.language_model.layers):
-        noted = seen.setdefault(number, [])
-
-        def note(_: Any, __: Any, options: Any, noted: list[int] = noted) -> None:
-            noted.append(options["hidden_states"].shape[1])
-
-        held.append(layer.self_attn.register_forward_pre_hook(note, with_kwargs=True))
-    (done,) = baselines.answer(name, job(deep, count=1))
-    for hook in held:
-        hook.remove()
-    plan = {"holov_50": {0: 0.5}, "fastv_50": {1: 0.5}}.get(name) or baselines.sparsevlm_plan(0.5, 7).shares
-    shares = [next((plan[stage] for stage in sorted(plan, reverse=True) if stage <= n), 1.0) for n in range(7)]
-    counts = [lengths[0] - done.turns[0].text_tokens for lengths in seen.values()]
-    assert counts == [pruning.budget(48, share) for share in shares]
-    assert all(step == 1 for lengths in seen.values() for step in lengths[1:])
-
-
 @pytest.mark.parametrize("name", PRUNERS)
 def test_tokens_are_counted_by_row_whatever_the_batch(deep, name) -> None:
     of, single = job(deep, count=8), job(deep, count=8, token_budget=1)

@@ -97,25 +97,6 @@ def test_a_reward_written_in_a_cell_trains_another_policy(line, tmp_path):
     assert (log.reward < 0).all() and "answer" not in log
 
 
-MY_RULE = """
-def half_of_widest(boxes, section):
-    left, top, right, bottom = max(boxes, key=lambda box: box[2] - box[0])
-    return ["left" if left + right < 1000 else "right", "center"]
-
-rule = half_of_widest
-"""
-
-
-def test_a_crop_rule_in_a_cell_gives_other_target_crops(line, tmp_path):
-    """Labels and boxes remain as they are."""
-    edited = line.run_edited("01_curation", "curation", "rule = None", MY_RULE, tmp_path)
-    folders = line.params.run_dir("curation"), edited
-    own, mine = (load_rows(folder / "train" / "dataset").to_pandas() for folder in folders)
-    assert own.label.tolist() == mine.label.tolist() and "HR" in mine.label.tolist()
-    targets, chosen = own.target_crops.map(tuple), mine[mine.label == "HR"].target_crops.map(tuple)
-    assert {*chosen} <= {("left", "center"), ("right", "center")} and not {*chosen} & {*targets}
-
-
 def test_tables_of_the_evaluation(line):
     main = line.table("evaluation", "table1_main")
     pairs = list(zip(main.system, main.benchmark, strict=True))

@@ -1,13 +1,10 @@
 """Kinds of errors, the oracle frontier and the agreement of judges, by hand."""
 
-import itertools
-
 import datasets
 import numpy as np
-import pandas as pd
 import pytest
 
-from awares.study import curation_tables, diagnostics, figures
+from awares.study import curation_tables, diagnostics
 
 
 def test_frontier_is_the_cheapest_best_option_of_each_row():
@@ -46,17 +43,3 @@ def test_shares_of_outcomes():
     assert table.groupby("policy").sum().tolist() == [100, 100] and ("sft", "box") not in table
     boxes = diagnostics.outcome_shares({"p": [(), ("0,0,500,500",)]}).set_index("outcome").share
     assert boxes["box"] == boxes["no call"] == 50 and boxes.sum() == 100
-
-
-def test_figure_draws_both_sets_of_rows():
-    line = {"accuracy": 50.0, "accuracy_low": 40.0, "accuracy_high": 70.0, "call_rate": 10.0, "n": 9}
-    points = itertools.product(("sft", "awares"), ("all", "frontier"), (-2, 0))
-    dial = pd.DataFrame(
-        {"system": system, "rows": part, "call_bias": bias, "rtr": 0.4 + bias / 20, **line}
-        for system, part, bias in points
-    )
-    frontier = pd.DataFrame({"system": "sft", "rtr": [0.25, 0.3], "accuracy": [50.0, 80.0]})
-    main = pd.DataFrame({"system": ["full", "half"], "benchmark": "average", "rtr": [1.0, 0.25], **line})
-    left, right = figures.dial_figure(dial, frontier, main).axes
-    assert left.get_legend_handles_labels()[1] == ["SFT", "AwaRes", "full resolution", "half resolution"]
-    assert any(np.array_equal(drawn.get_ydata(), [50, 80]) for drawn in right.get_lines())
