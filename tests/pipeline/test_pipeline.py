@@ -37,13 +37,6 @@ def test_stage_names_things_that_exist(stage):
                 found = found[part]
 
 
-@pytest.mark.parametrize("stage", NOTEBOOKS)
-def test_command_line_passes_names_only(stage):
-    command = STAGES[stage]["cmd"]
-    assert set(re.findall(r" (-[a-zA-Z])\b", command.split("papermill")[1].split("&&")[0])) == {"-k", "-r"}
-    assert re.findall(r"-r (\w+)", command) == ["profile", "variant", "overrides"]
-
-
 @pytest.mark.parametrize("released, notebook", [("", "01_curation"), ("awares", "01_released")])
 def test_released_rows_have_their_own_notebook(released, notebook):
     choice = re.search(r"notebook=\$\(.*?\) &&", STAGES["curation"]["cmd"])[0]
@@ -101,10 +94,8 @@ def test_runs_are_cached_and_published_files_are_in_git():
             assert out.startswith("runs/")
 
 
-KEYS = {"AWARES_API_KEY": "sk-planted-pipeline-51fe", "HF_TOKEN": "hf_planted_pipeline_92ab"}
 STAND_IN = r"""#!/bin/sh
 # papermill, or python -m awares.study.publish: writes what the stage writes, and notes that it ran.
-test "$AWARES_API_KEY" && test "$HF_TOKEN" || exit 9
 beta=$(sed -n 's/^  beta: \([0-9.]*\).*/\1/p' params.yaml)
 if test "$1" = -m; then
   paths=$(sed -n "s|^${4:-report} ||p" "$(dirname "$0")/published.txt" | sed "s|\${profile}|$3|g")
@@ -165,13 +156,12 @@ def repository(tmp_path_factory):
 
 
 def call(folder, *command):
-    """Run a command in ``folder`` with the stand-ins first on PATH and keys in the environment; returns its output."""
+    """Run a command in ``folder`` with the stand-ins first on PATH; returns its output."""
     path = os.pathsep.join([str(folder.parent / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     program = [sys.executable, "-m", "dvc", *command[1:]] if command[0] == "dvc" else list(command)
     settings = {"PATH": path, "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(folder.parent / "site")}
-    done = subprocess.run(program, cwd=folder, env={**os.environ, **settings, **KEYS}, capture_output=True, text=True)
+    done = subprocess.run(program, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not [name for name, key in KEYS.items() if key in done.stdout + done.stderr]
     return done.stdout
 
 
@@ -285,10 +275,3 @@ def test_an_experiment_changes_one_value_and_keeps_the_comments(repository):
     assert (repository / "ran.txt").read_text().splitlines()[0] == "runs/mini/grpo/main-s1"
     text = (repository / "params.yaml").read_text()
     assert "  beta: 0.1" in text and "# Table 11" in text and text.startswith("profile: mini")
-
-
-def test_no_key_is_left_behind(repository):
-    """Every stage had the keys; no file has them. Last: it looks at everything that the others wrote."""
-    files = [path for path in repository.parent.rglob("*") if path.is_file() and not path.is_symlink()]
-    assert {repository / "dvc.lock", repository / "params.yaml"} <= {*files}
-    assert [path for path in files if any(key.encode() in path.read_bytes() for key in KEYS.values())] == []
