@@ -131,8 +131,6 @@ def test_figures_draw_and_repeat(tmp_path):
     main = pd.DataFrame({"system": ("full", "half", "awares"), "rtr": [1.0, 0.3, 0.4], "accuracy": 50.0})
     main = main.assign(accuracy_low=40.0, accuracy_high=[51.0, 60.0, 70.0])
     main = pd.concat([main.assign(benchmark=name) for name in ("pope", "average")])
-    times = main.assign(batch="1", ms=3.0, ms_low=2.0, ms_high=5.0)
-    curves = pd.DataFrame({"step": [1, 2], "reward": [0.1, 0.2], "kl": [None, None]})
     accuracy = figures.accuracy_figure(main)
     first, second = accuracy.axes
     assert ("average" in first.get_title(), "pope" in second.get_title()) == (True, True)
@@ -141,8 +139,6 @@ def test_figures_draw_and_repeat(tmp_path):
     assert ends == [(1, 40, 51), (0.3, 40, 60), (0.4, 40, 70)]
     for figure in (
         accuracy,
-        figures.accuracy_figure(times, "batch", "ms", "ms"),
-        figures.curves_figure(curves, {"reward": "reward", "kl": "KL", "absent": "?"}),
         figures.gallery(rows(2), [trajectory("row-0", "$12$ \x00 \t", ["top", "right"]), trajectory("row-1", "")]),
         figures.gallery([]),
     ):
