@@ -258,22 +258,15 @@ def test_a_model_is_found_by_its_name_and_bearer_has_any_case(policy):
 def spellings(raw):
     """Data URLs of one image."""
     code = base64.b64encode(raw).decode()
-    lines = "\n".join(code[start : start + 76] for start in range(0, len(code), 76))
-    for head in ("image/png", "IMAGE/PNG", "image/png;charset=utf-8", "image/png;a=b;name=x%2Cy", "", ";charset=utf-8"):
+    lines = [code[start : start + 76] for start in range(0, len(code), 76)]
+    for head in ("image/png", "IMAGE/PNG", "image/jpg", "image/png;charset=utf-8", "image/png;a=b;name=x%2Cy", ""):
         yield f"data:{head};base64,{code}"
-    for head in ("DATA:image/png;base64", "Data:Image/Png;BASE64", " data:image/png ; base64", "data:image/jpg;base64"):
+    for head in ("Data:Image/Png;BASE64", " data:image/png ; base64"):
         yield f"{head},{code}"
-    for data in (
-        lines,
-        lines.replace("\n", "\r\n"),
-        lines.replace("\n", "%0A"),
-        quote(code, safe=""),
-        code.rstrip("="),
-    ):
+    for data in (*(end.join(lines) for end in ("\n", "\r\n", "%0A")), quote(code, safe=""), code.rstrip("=")):
         yield f"data:image/png;base64,{data}"
     yield f"data:image/png;base64,{code}#top"
     yield f"data:image/png,{quote(raw)}"
-    yield "data:image/png," + "".join(f"%{byte:02x}" for byte in raw)
 
 
 def test_every_legal_spelling_of_a_data_url_is_read(tiny):
