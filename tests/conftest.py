@@ -14,6 +14,7 @@ from awares.data.rows import make_dataset
 from awares.engine import chat_format
 from awares.engine.model import make_processor
 from awares.method.crops import CROPS
+from awares.method.rollout import Trajectory, Turn
 from awares.settings import Task
 
 TASKS = get_args(Task)  # the benchmarks
@@ -82,6 +83,14 @@ def curated_rows(sizes, crops, answers=()):
     )
     labelled = rows.add_column("label", ["HR" if names else "LR" for names in crops])
     return labelled.add_column("target_crops", list(crops))
+
+
+def trajectory(row_id="row-0", answer="12", crops=(), status="", tokens=16, text=None) -> Trajectory:
+    """What a system did with a row of 64 visual tokens; ``text``: what it wrote, if not the ``answer`` alone."""
+    written = Turn("assistant", answer if text is None else text, (), 0, 2)
+    turns = Turn("user", "q", ((112, 112),), tokens, 9), written
+    status = status or ("valid" if crops else "none")
+    return Trajectory(row_id, answer, tuple(crops), status, turns, tokens, 64, 0.1, 1.0)
 
 
 @pytest.fixture(scope="session")

@@ -4,20 +4,15 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from conftest import trajectory
 from PIL import Image
 
 from awares.config import load_params
 from awares.data.rows import make_dataset
 from awares.errors import AwaresError
 from awares.method import evaluation
-from awares.method.rollout import Trajectory, Turn
 
 PARAMS = load_params("mini", overrides={"evaluation.bootstrap": 200})
-
-
-def trajectory(row_id="row-0", answer="12", tokens=16, crops=()):
-    turns = (Turn("user", "q", ((112, 112),), tokens, 9), Turn("assistant", answer, (), 0, 2))
-    return Trajectory(row_id, answer, crops, "valid" if crops else "none", turns, tokens, 64, 0.1, 1.0)
 
 
 def rows(count):

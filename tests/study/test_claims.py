@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from conftest import TASKS
+from conftest import TASKS, trajectory
 from PIL import Image
 
 from awares.config import load_params
@@ -17,7 +17,6 @@ from awares.engine import jsonl
 from awares.engine.rows import save_rows
 from awares.errors import AwaresError
 from awares.method import evaluation
-from awares.method.rollout import Trajectory, Turn
 from awares.study import claims, comparison, scores
 from awares.study.scores import Estimate, trained
 
@@ -40,11 +39,6 @@ def row(name, source, split):
     return {"id": name, "image": image, "question": "q?", "answers": ["yes"], "source": source, **boxes, "split": split}
 
 
-def trajectory(name, right, crops=(), status="none", tokens=16, text="yes", answer=None):
-    turns = (Turn("user", "q", ((28, 28),), tokens, 9), Turn("assistant", text, (), 0, 2))
-    return Trajectory(name, answer or ("yes" if right else "no"), tuple(crops), status, turns, tokens, 64, 0.1, 1.0)
-
-
 class World:
     """Runs in a folder, as the stages leave them."""
 
@@ -55,9 +49,10 @@ class World:
         self.rows = make_dataset([row(f"{task}-{n}", task, "evaluation") for n in range(PER_TASK) for task in TASKS])
         save_rows(self.rows, self.runs / "data" / "main" / "evaluation")
 
-    def policy(self, path, marks, **more):
+    def policy(self, path, marks, answer="", **more):
         """Answers to the evaluation rows; ``marks``: right or wrong, one per row."""
-        done = [trajectory(name, mark, **more) for name, mark in zip(self.rows["id"], marks, strict=True)]
+        said = [answer or ("yes" if mark else "no") for mark in marks]
+        done = [trajectory(*one, **more) for one in zip(self.rows["id"], said, strict=True)]
         jsonl.write_records(self.runs / path, [one.to_dict() for one in done])
         return done
 
@@ -81,7 +76,7 @@ class World:
     def turns(self, path, requests, statuses=None):
         statuses = statuses or ["valid" if crops else "none" for crops in requests]
         done = enumerate(zip(requests, statuses, strict=True))
-        made = [trajectory(f"validation-{n}", True, crops, status).to_dict() for n, (crops, status) in done]
+        made = [trajectory(f"validation-{n}", "yes", crops, status).to_dict() for n, (crops, status) in done]
         jsonl.write_records(self.runs / path / "validation.jsonl", made)
 
     def decide(self, predicate):
@@ -308,7 +303,7 @@ def test_malformed_scores_are_errors(world, change):
 
 def test_malformed_trajectories_are_errors(world):
     place = world.runs / "evaluation" / "main-s1" / "trajectories" / "full.jsonl"
-    for line in ({"row_id": "chartqa-0"}, trajectory("other", True).to_dict()):
+    for line in ({"row_id": "chartqa-0"}, trajectory("other", "yes").to_dict()):
         jsonl.write_records(place, [line])
         with pytest.raises(AwaresError, match="main-s1/trajectories/full.jsonl"):
             world.decide("rtr(full) > 0")

@@ -7,6 +7,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import trajectory
 from matplotlib.collections import LineCollection
 from nbformat import v4
 from PIL import Image
@@ -16,15 +17,9 @@ from awares.data.rows import make_dataset
 from awares.errors import AwaresError, Failure
 from awares.method import evaluation
 from awares.method.judges import build_judge, semantic
-from awares.method.rollout import Trajectory, Turn
 from awares.study import curation_tables, diagnostics, figures, publish, tables, text_probe
 
 PARAMS = load_params("mini", overrides={"evaluation.bootstrap": 200})
-
-
-def trajectory(row_id="a", answer="12", crops=(), status="none", tokens=16):
-    turns = (Turn("user", "q", ((112, 112),), tokens, 9), Turn("assistant", answer, (), 0, 2))
-    return Trajectory(row_id, answer, tuple(crops), status, turns, tokens, 64, 0.1, 1.0)
 
 
 def rows(count=4, label=None, target=None):
