@@ -81,14 +81,6 @@ def test_the_forecast_follows_the_parameters():
     assert mini.requests.sum() == 0 and mini.pflop.sum() < table.pflop.sum() / 1000
 
 
-def test_lmms_eval_scores_all_six_benchmarks_whatever_the_tasks_are():
-    def outside(tasks):
-        some = [forecast(data__tasks=tasks, evaluation__lmms_eval=python).tokens["evaluation"] for python in ("p", "")]
-        return some[0] - some[1]
-
-    assert outside(["vstar"]) == pytest.approx(outside(["vstar", "pope"]), rel=1e-6) and outside(["vstar"]) > 0
-
-
 def test_measured_rates_take_the_place_of_the_count(tmp_path):
     rates = {"step": ["sft", "grpo"], "tokens_per_second": [1000.0, 500.0], "peak_memory_mb": [30e3, 43e3]}
     pd.DataFrame(rates).assign(device="NVIDIA H100").to_csv(tmp_path / "training.csv", index=False)

@@ -64,7 +64,7 @@ def test_a_policy_goes_up_whole_with_the_numbers_of_its_own_table(params):
     assert card.data.license == "apache-2.0" and card.data.base_model is None
     other = replace(params, base=replace(params.base, model="Qwen/Qwen2.5-VL-3B-Instruct"))
     card = huggingface_hub.ModelCard.load(hub.policy_folder(other) / "README.md")
-    assert (card.data.license, card.data.base_model) == ("other", other.base.model) and other.base.model in card.text
+    assert (card.data.license, card.data.base_model) == ("other", other.base.model)
     (params.run_dir("evaluation") / "tables" / "table1_main.csv").unlink()
     with pytest.raises(AwaresError, match="table1_main.csv.*dvc repro evaluation"):
         hub.policy_folder(params)

@@ -4,7 +4,6 @@ behind real local servers, both trainings in two processes. CUDA, vLLM and the h
 import re
 import sys
 from itertools import product
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -127,10 +126,6 @@ def test_plan_finds_what_is_there_and_what_is_not(line, servers, monkeypatch):
     cells = nbformat.read(line.run("08_plan", "plan", **missing), as_version=4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     text = "\n".join(str(output.get("data", output.get("text", ""))) for output in outputs)
-    hub = [f"dataset {path.parent.name}/{path.name}" for path in Path(line.params.data.hub_root).glob("*/*")]
-    assert len(hub) == 11 and all(name in text for name in hub)
-    assert f"base: {line.params.base.model}" in text and "llama: meta-llama/Llama-3.3-70B-Instruct" in text
-    assert "8 GPUs here, for data/launch/8gpu.yaml" in text and "deepseek-ai/DeepSeek-V3.2" in text
     assert re.search(r"\*\*3 of \d+ missing\*\*", text)
     assert "248 requests to servers" in text  # 40 rows: two views, two judges in both orders, boxes for about a fifth
 
