@@ -6,9 +6,7 @@ import io
 import json
 import signal
 import socket
-import struct
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
@@ -20,7 +18,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from awares.cli import main as cli
-from awares.cli.openai_api import ApiError, ChatRequest, decode
+from awares.cli.openai_api import ChatRequest, decode
 from awares.cli.options import Limits
 from awares.cli.serve import make_app
 from awares.engine.decode import Decoder
@@ -160,11 +158,9 @@ def test_without_the_key_only_health_answers(tiny, policy, engine, monkeypatch):
 
 def test_a_bad_image_is_refused(tiny, policy):
     rng, good = np.random.default_rng(0), encode(tiny.noise(112, 112, 0))
-    bomb = b"IHDR" + struct.pack(">II", 60000, 60000) + good[24:29]
     for image, status in (
         (good[: len(good) // 2], 400),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", 400),  # Pillow would run a program for it
-        (good[:12] + bomb + struct.pack(">I", zlib.crc32(bomb)) + good[33:], 400),  # declares more than it has
         ("data:image/png;base64,@@@@", 400),
         ("file:///etc/hostname", 400),
         ("data:text/html;base64,PGI+", 400),
@@ -175,24 +171,6 @@ def test_a_bad_image_is_refused(tiny, policy):
     ):
         error = refused(policy, **question(image))
         assert (error.status_code, error.param) == (status, "messages"), error.message
-
-
-def test_an_image_is_upright_on_white_and_a_damaged_one_is_read_or_refused(tiny):
-    rng = np.random.default_rng(0)
-    for kind in ("PNG", "JPEG", "WEBP", "GIF"):
-        good = encode(tiny.noise(56, 84, 0), kind)
-        for _ in range(40):
-            data = np.frombuffer(good, dtype=np.uint8).copy()
-            data[rng.integers(len(data), size=3)] = rng.integers(256, size=3)
-            try:
-                assert read_image(picture(data.tobytes()[: rng.integers(20, 2 * len(data))])).mode == "RGB"
-            except (ApiError, AwaresError) as error:
-                assert getattr(error, "status_code", 400) in (400, 413)
-    file, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    tiny.noise(112, 56, 0).save(file, "JPEG", exif=exif)
-    upright, white = map(read_image, map(picture, (file.getvalue(), Image.new("RGBA", (56, 56), (0, 0, 0, 0)))))
-    assert upright.size == (56, 112) and white.getpixel((5, 5)) == (255, 255, 255)
 
 
 WITH_EFFECT = [
