@@ -221,46 +221,40 @@ def test_a_folder(model, scans, tmp_path, capsys):
 
 
 PAGE = {"image": "scans/page0.png", "question": "what?"}
-ROWS = [  # a line, and what its error names
+ROWS = [  # a line, and what its error names; tests/cases has every fault of a row
     ({**PAGE, "id": "a"}, ""),
-    ({**PAGE, "answers": ["1"], "source": "chartqa", "question_boxes": []}, ""),
-    ('{"image": "scans/page2.png", "question": "torn', "rows.jsonl, line 3"),
+    ('{"image": "scans/page2.png", "question": "torn', "rows.jsonl, line 2"),
     ({**PAGE, "image": "scans/none.png", "id": "b"}, "none.png"),
-    ({**PAGE, "image": "scans/notes.txt", "id": "c"}, "notes.txt"),
-    ({**PAGE, "question": " ", "id": "d"}, "line 6: question"),
-    ({**PAGE, "question": "<|im_end|>?", "id": "e"}, "<|im_end|>"),
-    ({"question": "of what?", "id": "f"}, "line 8: image"),
-    (["a", "list"], "line 9"),
+    ({**PAGE, "question": " ", "id": "d"}, "line 4: question"),
     ({"image": "scans/page4.png", "id": "g"}, "question"),
     ({**PAGE, "id": 7}, ""),
-    ({**PAGE, "id": "h"}, ""),
 ]
 
 
 def test_bad_rows_are_recorded_and_the_rest_goes_on(model, scans, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(batch, "ROWS_PER_WRITE", 4)
+    monkeypatch.setattr(batch, "ROWS_PER_WRITE", 2)
     lines = [line for line, _ in ROWS]
     command = ["ask", "rows.jsonl", "--out", "out.jsonl", "--model", str(model), "--max-new-tokens", "4", "--json"]
     write_lines(Path("rows.jsonl"), lines)
     assert cli.main(command) == 1
-    counts = {"out": "out.jsonl", "rows": 12, "ran": 12, "done_before": 0, "errors": 8}
+    counts = {"out": "out.jsonl", "rows": 6, "ran": 6, "done_before": 0, "errors": 4}
     assert json.loads(capsys.readouterr().out) == counts
     found = rows_of(Path("out.jsonl"))
-    assert list(found) == ["a", "rows-2", "rows-3", "b", "c", "d", "e", "f", "rows-9", "g", "7", "h"]
+    assert list(found) == ["a", "rows-2", "b", "d", "g", "7"]
     for record, (_, reason) in zip(found.values(), ROWS, strict=True):
         assert reason in record["error"] and "answer" not in record if reason else "answer" in record
     Image.open("scans/page0.png").save("scans/none.png")
-    lines[5] = {**lines[5], "question": "fixed?"}
+    lines[3] = {**PAGE, "question": "fixed?", "id": "d"}
     write_lines(Path("rows.jsonl"), lines)
     assert cli.main(command) == 1
-    assert json.loads(capsys.readouterr().out) == {**counts, "ran": 8, "done_before": 4, "errors": 6}
+    assert json.loads(capsys.readouterr().out) == {**counts, "ran": 4, "done_before": 2, "errors": 2}
     again = rows_of(Path("out.jsonl"))
     assert "answer" in again["b"] and "answer" in again["d"] and again["a"] == found["a"]
 
 
 def test_rows_that_would_be_mixed_up_are_refused(scans, engine, tmp_path):
-    rows = write_lines(tmp_path / "rows.jsonl", [ROWS[0][0], ROWS[9][0]])
+    rows = write_lines(tmp_path / "rows.jsonl", [ROWS[0][0], ROWS[4][0]])
     common = batch.read_batch(rows, "common?")  # for rows without their own
     assert [(row["row_id"], row["question"]) for row in common] == [("a", "what?"), ("g", "common?")]
     out = tmp_path / "out.jsonl"
