@@ -109,12 +109,6 @@ def test_time_by_benchmark_is_that_of_rows_alone() -> None:
     assert table.ms_low["pope"] == pytest.approx(150) and table.ms_high["vstar"] == pytest.approx(900)
 
 
-def test_rate_of_a_matrix_product(monkeypatch: Any) -> None:
-    times = iter([0.0, 1.0, 6.0, 8.0, 18.0])  # the start, the first product, 5 s later the next one, ...
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(times))
-    assert latency.matmul_rate("cpu", "float32", size=100, repetitions=3) == pytest.approx(2 * 100**3 / 2.0 / 1e9)
-
-
 # Scripts, phases, systems
 
 

@@ -159,16 +159,6 @@ def time_jobs(work: Sequence[TimedJob], repetitions: int, seed: int, device: str
     return Measured(pd.DataFrame(records), done, {system: np.array(seconds) for system, seconds in alone.items()})
 
 
-def matmul_rate(device: str, dtype: str, size: int = 1024, repetitions: int = 20) -> float:
-    """GFLOP/s of a square matrix product on ``device``, the best of ``repetitions``: a bound for any batching."""
-    square = torch.rand(size, size, device=device, dtype=getattr(torch, dtype))
-    watch, ends = Stopwatch(device), []
-    for _ in range(repetitions + 1):
-        _ = square @ square
-        ends.append(watch.now())
-    return 2 * size**3 / float(np.diff(ends).min()) / 1e9
-
-
 # Tables of times
 
 
