@@ -91,14 +91,6 @@ class Settings(NamedTuple):
         """(width, height) px: ``image``, else the typical size of ``benchmark`` at this shape and scale."""
         return self.image or configs.image_size(benchmark, self.shape, self.scale)
 
-    def workload(self, benchmark: str, rows: int) -> latency.Workload:
-        """Blank rows of ``benchmark`` with scripts."""
-        return configs.workload(benchmark, rows, self.image_size(benchmark))
-
-    def time(self, jobs: Sequence[latency.TimedJob]) -> latency.Measured:
-        """`latency.time_jobs`."""
-        return latency.time_jobs(jobs, self.repetitions, self.seed, self.device)
-
     def training_params(self) -> Params:
         """Profile ``paper`` with two steps of each training, then ``overrides``; AwaresError for a wrong value."""
         fixed = {"base.device": self.device, "base.dtype": self.precision, "sft.epochs": 2, "sft.checkpoints": 1}
@@ -149,8 +141,9 @@ def interactions(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
     (model, processor), gpu = settings.build(), find_gpu(settings)
     budgets, size = [LOOP, *dict.fromkeys(settings.batch_tokens)], model.dtype.itemsize
     for name in settings.benchmarks:
-        rows = settings.workload(name, settings.rows)
-        measured = settings.time(latency.jobs(dict.fromkeys(latency.TIMED_SYSTEMS, model), processor, rows, budgets))
+        rows = configs.workload(name, settings.rows, settings.image_size(name))
+        jobs = latency.jobs(dict.fromkeys(latency.TIMED_SYSTEMS, model), processor, rows, budgets)
+        measured = latency.time_jobs(jobs, settings.repetitions, settings.seed, settings.device)
         yield "times.csv", measured.times.assign(benchmark=name)
         counts = latency.count_table(measured.played, model.config, processor, size)
         table = latency.time_table(measured.times).merge(counts, on="system")
@@ -176,16 +169,15 @@ def pruners(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
     model, processor = settings.build()
     models = dict.fromkeys(["full", *(f"{name}_{percent}" for name in PRUNERS for percent in PERCENTS)], model)
     for name in settings.benchmarks:
-        length = configs.answer_tokens(configs.BENCHMARKS[name].awares)
+        length, size = configs.answer_tokens(configs.BENCHMARKS[name].awares), settings.image_size(name)
         for budget in (LOOP, settings.batch_tokens[0]):
             timed, counted = (
                 latency.jobs(models, processor, rows._replace(scripts={}), [budget], max_new_tokens=length)
-                for rows in (settings.workload(name, settings.rows), settings.workload(name, 1))
+                for rows in (configs.workload(name, count, size) for count in (settings.rows, 1))
             )
-            table = latency.ratio_table(settings.time(timed).times, [*models])
-            table = table.merge(latency.flops_table(counted), on="system")
-            image = "{}x{}".format(*settings.image_size(name))
-            yield "pruners.csv", _placed(table, benchmark=name, image=image, token_budget=budget)
+            times = latency.time_jobs(timed, settings.repetitions, settings.seed, settings.device).times
+            table = latency.ratio_table(times, [*models]).merge(latency.flops_table(counted), on="system")
+            yield "pruners.csv", _placed(table, benchmark=name, image="{}x{}".format(*size), token_budget=budget)
 
 
 def _placed(table: pd.DataFrame, **first: Any) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from awares.engine.model import ImageOnlyProcessor, load_config, load_processor,
 
 
 class Shape(NamedTuple):
-    """Sizes of a Qwen2.5-VL, from its published config.json."""
+    """Sizes of a Qwen2.5-VL, from its published config.json; the vision towers differ in their MLP alone."""
 
     width: int
     mlp: int
@@ -28,10 +28,7 @@ class Shape(NamedTuple):
     key_heads: int
     vocabulary: int
     tied: bool
-    vision_depth: int = 32
-    vision_width: int = 1280
     vision_mlp: int = 3420
-    vision_heads: int = 16
 
 
 PUBLISHED = {
@@ -40,6 +37,7 @@ PUBLISHED = {
     "qwen2.5-vl-72b": Shape(8192, 29568, 80, 64, 8, 152064, False, vision_mlp=3456),
 }
 HEAD_WIDTH = 128  # of the language model, at every scale: the sections of the positions add up to it
+VISION_DEPTH, VISION_HEADS, VISION_HEAD_WIDTH = 32, 16, 80
 EMBEDDED_BASE = Path(__file__).parents[3] / "data" / "base"  # every size uses its tokenizer
 MINI = "mini"  # the embedded base model's architecture
 SMALLEST_SIDE = 112  # px of an image, so that half of it and its crops still have a few tokens
@@ -89,9 +87,9 @@ def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
     def scaled(count: int, least: int = 1) -> int:
         return max(least, round(count * factor))
 
-    key_heads, vision_heads, depth = scaled(full.key_heads), scaled(full.vision_heads), scaled(full.vision_depth, 2)
+    key_heads, vision_heads, depth = scaled(full.key_heads), scaled(VISION_HEADS), scaled(VISION_DEPTH, 2)
     heads = key_heads * max(1, round(full.heads * factor / key_heads))
-    hidden, width = HEAD_WIDTH * heads, full.vision_width // full.vision_heads * vision_heads
+    hidden, width = HEAD_WIDTH * heads, VISION_HEAD_WIDTH * vision_heads
     text = {
         "vocab_size": scaled(full.vocabulary, len(tokenizer)),
         "hidden_size": hidden,
@@ -108,7 +106,7 @@ def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
     vision = {
         "depth": depth,
         "hidden_size": width,
-        "intermediate_size": round(full.vision_mlp / full.vision_width * width),
+        "intermediate_size": round(full.vision_mlp / (VISION_HEADS * VISION_HEAD_WIDTH) * width),
         "num_heads": vision_heads,
         "out_hidden_size": hidden,
         "fullatt_block_indexes": sorted({max(0, part * depth // 4 - 1) for part in (1, 2, 3, 4)}),

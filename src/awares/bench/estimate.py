@@ -103,11 +103,6 @@ class Work(NamedTuple):
     vision: float
     language: float
 
-    @property
-    def flops(self) -> float:
-        """Of both."""
-        return self.vision + self.language
-
 
 class _Forecast:
     def __init__(self, params: Params) -> None:
@@ -136,8 +131,8 @@ class _Forecast:
         if grpo.max_steps > 0:
             prompts = min(prompts, grpo.max_steps * grpo.batch_size / grpo.generations)
         written = ANSWER + configs.CALL_RATES["awares"] * CALL
-        # besides the update: the rollout, and the reference
-        yield self._training("grpo", grpo, round(prompts * grpo.generations), 2 * self.policy.flops, written)
+        more_flops = 2 * (self.policy.vision + self.policy.language)  # the rollout, and the reference
+        yield self._training("grpo", grpo, round(prompts * grpo.generations), more_flops, written)
         yield from self._evaluation()
 
     def _curation(self, rows: int) -> Iterator[Stage]:
@@ -187,7 +182,7 @@ class _Forecast:
     ) -> Stage:
         """Answers on ``parts``: a number of rows, and the work of every system on each of them."""
         tokens = sum(count * sum(one.tokens for one in systems) for count, systems in parts)
-        flops = sum(count * sum(one.flops for one in systems) for count, systems in parts)
+        flops = sum(count * sum(one.vision + one.language for one in systems) for count, systems in parts)
         hours = self._hours(flops, sum(count * len(systems) for count, systems in parts) * ANSWER)
         memory = self.inference_gb + (models - 1) * self.weights_gb
         return Stage(stage, rows, 0, round(tokens), flops / 1e15, hours, memory, disk, self.assumed)
