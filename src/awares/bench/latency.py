@@ -283,16 +283,3 @@ def count_table(
 
 def _with_ratio(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(gflops_ratio=table.gflops / table.gflops[table.system == "full"].iloc[0])
-
-
-def response_table(done: Mapping[str, Sequence[Trajectory]], benchmarks: Sequence[str]) -> pd.DataFrame:
-    """Response length per system and benchmark: characters of the answer (mean, sd), tokens written in all turns."""
-    records = [
-        (system, benchmark, len(one.answer), sum(turn.text_tokens for turn in one.turns[1::2]))
-        for system, trajectories in done.items()
-        for one, benchmark in zip(trajectories, benchmarks, strict=True)
-    ]
-    lengths = pd.DataFrame(records, columns=["system", "benchmark", "characters", "tokens"])
-    parts = lengths.groupby(["system", "benchmark"], sort=False)
-    table = parts.characters.agg(characters="mean", characters_sd="std")
-    return table.assign(tokens=parts.tokens.mean(), n=parts.size()).reset_index()
