@@ -93,18 +93,3 @@ def test_parameters_are_the_models_matrices(family: SimpleNamespace) -> None:
     assert tower == sum(count for name, count in matrices.items() if ".visual." in name)
     rest = [count for name, count in matrices.items() if ".visual." not in name and "embed_tokens" not in name]
     assert language == sum(rest)
-
-
-def test_roofline(tiny: SimpleNamespace) -> None:
-    config, done = tiny.model.config, interactions(tiny)
-    by_flops, by_bytes = (
-        costs.roofline_seconds(done, config, tiny.processor, costs.Gpu(*peaks), True, 2)
-        for peaks in ((1e9, 1e30), (1e30, 1e9))
-    )
-    assert by_flops == pytest.approx(total(done, tiny) / 1e9)
-    tower, language = costs.parameters(config)
-    steps = max(one.turns[1].text_tokens for one in done) - 1 + 4 - 1
-    weights = 2 * 2 * tower + 2 * 2 * language + steps * 2 * language  # two turns, two bytes a weight
-    cache = max(sum(turn.visual_tokens + turn.text_tokens for turn in one.turns) for one in done)
-    most = len(done) * steps * costs.cache_bytes(cache, config, 2)
-    assert weights / 1e9 < by_bytes < (weights + most) / 1e9

@@ -219,15 +219,13 @@ def test_bench_measures_counts_and_compares_and_a_kill_loses_one_benchmark(tmp_p
         return measure(*given)
 
     monkeypatch.setattr(latency, "time_jobs", killed)
-    line = "--device cpu --rows 2 --repetitions 2 --batch-tokens 4096 --shape qwen2.5-vl-7b --scale 0.0001 --gpu h200"
+    line = "--device cpu --rows 2 --repetitions 2 --batch-tokens 4096 --shape qwen2.5-vl-7b --scale 0.0001"
     with pytest.raises(KeyboardInterrupt):
         bench.main(f"{line} --benchmarks pope --benchmarks vstar --image 140x112 --out {tmp_path}".split())
     table = pd.read_csv(tmp_path / "latency.csv", dtype={"batch": str})
     assert set(table.system) == set(latency.TIMED_SYSTEMS) and set(table.batch) == {"1", "best"} and len(table) == 10
     assert (table.image == "140x112").all() and (table[table.system == "full"].visual_tokens == 5 * 4).all()
     assert (table.benchmark == "pope").all() and (table.ms > 0).all() and (table.gflops > 0).all()
-    floor = table.pivot(index="system", columns="batch", values="roofline_ms")
-    assert (floor > 0).all(axis=None) and (floor.best < floor["1"]).all()  # a batch reads the weights once
     named = json.loads((tmp_path / "machine.json").read_text())
     assert named["torch"] == torch.__version__ and (table.torch == torch.__version__).all()
     assert {"device", "scale", "dtype", "transformers"} <= set(table) and str(ROOT) not in json.dumps(named)
@@ -254,14 +252,6 @@ def test_bench_times_training_steps_and_pruners(tmp_path: Path, monkeypatch: pyt
     for name in bench.PRUNERS:
         gflops = once.gflops[[f"{name}_{percent}" for percent in bench.PERCENTS]]
         assert gflops.is_monotonic_decreasing and once.gflops["full"] <= gflops.iloc[0] < 1.1 * once.gflops["full"]
-
-
-@pytest.mark.parametrize(
-    ("name", "gpu"), [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA RTX A1000", None), ("NVIDIA H100 PCIe", None)]
-)
-def test_only_a_gpu_of_the_data_sheets_has_a_roofline(monkeypatch: Any, name: str, gpu: str | None) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert bench.find_gpu(bench.Settings(device="cuda")) == (costs.GPUS[gpu] if gpu else None)
 
 
 @pytest.mark.parametrize(

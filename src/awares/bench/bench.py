@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from typer import Option
 
-from awares.bench import configs, costs, latency
+from awares.bench import configs, latency
 from awares.bench.latency import LOOP
 from awares.config import Params, load_params, parse_overrides
 from awares.errors import AwaresValueError
@@ -57,7 +57,6 @@ class Settings(NamedTuple):
     repetitions: Annotated[int, Option(min=1)] = 5
     batch_tokens: Annotated[list[int], Option(min=2, help="token budgets next to batch 1")] = [32768]
     seed: Annotated[int, Option(min=0, help="decides the weights and the order of the jobs")] = 1
-    gpu: Annotated[Literal["", "a100", "h100", "h200"], Option(help="for the roofline; default: by name")] = ""
     interactions: Annotated[bool, Option(help="time AwaRes and the systems that it replaces")] = True
     train: Annotated[bool, Option("--train", help="also time an SFT and a GRPO step")] = False
     pruners: Annotated[bool, Option("--pruners", help="also time the pruners of visual tokens")] = False
@@ -137,31 +136,17 @@ def machine(settings: Settings) -> dict[str, str]:
 
 
 def interactions(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The single times per benchmark, and the table (time, ratios, phases, counts, roofline)."""
-    (model, processor), gpu = settings.build(), find_gpu(settings)
-    budgets, size = [LOOP, *dict.fromkeys(settings.batch_tokens)], model.dtype.itemsize
+    """The single times per benchmark, and the table (time, ratios, phases, counts)."""
+    model, processor = settings.build()
+    budgets = [LOOP, *dict.fromkeys(settings.batch_tokens)]
     for name in settings.benchmarks:
         rows = configs.workload(name, settings.rows, settings.image_size(name))
         jobs = latency.jobs(dict.fromkeys(latency.TIMED_SYSTEMS, model), processor, rows, budgets)
         measured = latency.time_jobs(jobs, settings.repetitions, settings.seed, settings.device)
         yield "times.csv", measured.times.assign(benchmark=name)
-        counts = latency.count_table(measured.played, model.config, processor, size)
+        counts = latency.count_table(measured.played, model.config, processor, model.dtype.itemsize)
         table = latency.time_table(measured.times).merge(counts, on="system")
-        least = []
-        for line in table.itertuples():
-            done, reuse = measured.played[line.system], line.system != "awares_naive"
-            groups = [[one] for one in done] if line.batch == "1" else [done]
-            parts = [costs.roofline_seconds(one, model.config, processor, gpu, reuse, size) for one in groups if gpu]
-            least.append(1000 * sum(parts) / len(done) if parts else float("nan"))
-        table["roofline_ms"] = least
         yield "latency.csv", _placed(table, benchmark=name, image="{}x{}".format(*rows.images[0].size))
-
-
-def find_gpu(settings: Settings) -> costs.Gpu | None:
-    """``settings.gpu``, else the known GPU in the device's name; None for other GPUs and on a CPU."""
-    name = settings.gpu or (torch.cuda.get_device_name().lower() if settings.device == "cuda" else "")
-    known = [key for key in costs.GPUS if re.search(rf"\b{key}\b", name) and "pcie" not in name]  # data of SXM modules
-    return costs.GPUS[known[0]] if known else None
 
 
 def pruners(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -1,4 +1,4 @@
-"""Counted costs of a Qwen2.5-VL or Qwen3-VL: FLOPs of every part of a forward pass, cache bytes, time on a roofline.
+"""Counted costs of a Qwen2.5-VL or Qwen3-VL: FLOPs of every part of a forward pass, bytes of the cache.
 
 A multiply-add is 2 FLOPs. Only matrix products count, as in `torch.utils.flop_counter`; norms, rotations and
 activations are of lower order. Attention counts all queries x keys, as kernels without a causal shortcut and torch do.
@@ -20,7 +20,6 @@ width K, MLP width J, L layers:
     language-model head, for each position whose logits are computed (one per step): 2 H V
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from awares.engine.model import Grid, ImageOnlyProcessor, patch_grid
@@ -99,30 +98,6 @@ def parameters(config: Any) -> tuple[int, int]:
     text = config.text_config
     language = text.num_hidden_layers * _layer_sizes(text)[2] + text.hidden_size * text.vocab_size
     return embedding + config.vision_config.depth * block + mergers, language
-
-
-def roofline_seconds(
-    batch: Sequence[Trajectory], config: Any, processor: ImageOnlyProcessor, gpu: Gpu, reuse: bool, bytes_per_value: int
-) -> float:
-    """Lower bound of the seconds of ``gpu`` for these interactions as one batch.
-
-    Each part of each turn takes the longer of its FLOPs and its bytes at peak. Bytes are the weights, once per pass,
-    and the caches that the pass reads. A batch decodes as many steps as its longest row.
-    """
-    found = [trajectory_flops(one, config, processor, reuse) for one in batch]
-    tower, language = (bytes_per_value * count for count in parameters(config))
-    seconds = 0.0
-    for turn in (0, 1):
-        longest = read = 0
-        for turns in (one.turns for one in batch if len(one.turns) > 2 * turn):
-            steps = turns[2 * turn + 1].text_tokens - 1
-            known = sum(one.visual_tokens + one.text_tokens for one in turns[: 2 * turn + 1])
-            read += cache_bytes(steps * (known + steps // 2), config, bytes_per_value)
-            longest = max(longest, steps)
-        for part, moved in (("vision", tower), ("prefill", language), ("decode", longest * language + read)):
-            flops = sum(one[part][turn] for one in found)
-            seconds += max(flops / gpu.flops, moved / gpu.bandwidth) if flops else 0.0
-    return seconds
 
 
 def _vision_weights(vision: Any) -> tuple[int, int, int]:
