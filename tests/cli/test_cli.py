@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from chat_server import serving
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
@@ -287,13 +286,6 @@ def test_after_a_kill_at_any_byte_every_row_is_there_once(scans, engine, tmp_pat
         assert all(row["answer"] == expected[key]["answer"] for key, row in rows_of(out).items())
 
 
-@pytest.fixture(scope="module")
-def served(model):
-    """Address of `awares serve --mode chat` around the very model of the fixture ``model``."""
-    with serving(model, "--mode", "chat") as (url, _):
-        yield url
-
-
 def test_a_second_process_is_refused_and_an_interrupt_is_130(scans, engine, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     with exclusive_lock(out), pytest.raises(AwaresError, match="out.jsonl"):
@@ -304,19 +296,6 @@ def test_a_second_process_is_refused_and_an_interrupt_is_130(scans, engine, tmp_
 
     monkeypatch.setattr(batch, "read_batch", interrupt)
     assert cli.main(["ask", str(scans), "what?", "--out", str(out)]) == 130
-
-
-def test_answers_over_http_equal_those_in_the_process(served, model, scans, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("AWARES_API_KEY", raising=False)
-    ask = ["ask", str(scans / "page0.png"), "what is it?", "--model", str(model), "--json"]
-    assert cli.main(ask) == cli.main([*ask, "--server", served]) == 0
-    here, there = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert (here["answer"], here["rtr"]) == (there["answer"], there["rtr"])
-    out = tmp_path / "out.jsonl"
-    line = ["ask", str(scans), "what is it?", "--model", str(model), "--out", str(out), "--server", served]
-    assert cli.main(line) == 0 and len(rows_of(out)) == 9 and (tmp_path / "out.jsonl.replies").is_file()
-    assert cli.main([*ask, "--server", served, "--call-bias", "2"]) == 1
 
 
 # eval
