@@ -72,6 +72,7 @@ class Data(Section):
 class CropSettings(Section):
     offered: Listed[Literal[Crop, "box"]]
     region_budget: Share
+    margin: Whole
     rule: Annotated[str, AfterValidator(registry.crop_rule.check)]
     iou_threshold: Fraction
     coverage_threshold: Fraction

@@ -106,6 +106,25 @@ def test_crops_are_cut_at_native_density_and_the_low_view_is_halved() -> None:
     assert crops.low_resolution(image).size == (42, 28)
 
 
+@pytest.mark.parametrize(
+    ("name", "margin", "box"),  # in px of an image of 84 x 56
+    [
+        ("bottom-right", 0, (42, 28, 84, 56)),
+        ("bottom-right", 14, (28, 14, 84, 56)),  # the inner edges alone
+        ("center", 7, (14, 7, 70, 49)),
+        ("top", 28, (0, 0, 84, 56)),  # not beyond the image
+        ("all", 28, (0, 0, 84, 56)),
+        ("500,0,1000,500", 14, (28, 0, 84, 42)),
+        ("999,999,1000,1000", 2, (82, 54, 85, 57)),  # a box that begins behind the last px
+    ],
+)
+def test_a_margin_moves_the_edges_inside_the_image(name: str, margin: int, box: Any) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8))
+    assert crops.cut(image, name, margin=margin).tobytes() == image.crop(box).tobytes()
+    shrunk = crops.cut(image, name, crops.area(name) / 4, margin)
+    assert shrunk.size == (round((box[2] - box[0]) / 2), round((box[3] - box[1]) / 2))
+
+
 def test_free_boxes() -> None:
     assert crops.crop_box("150,400,600,700") == (150, 400, 600, 700)
     assert crops.area("150,400,600,700") == pytest.approx(0.135)

@@ -14,8 +14,9 @@ from awares.engine.chat_format import END_OF_TURN
 from awares.engine.jsonl import read_records
 from awares.engine.model import load_model, load_processor, save_model, visual_tokens
 from awares.errors import AwaresError
-from awares.method import crops, grpo, protocol, rewards
+from awares.method import crops, grpo, protocol, rewards, sft
 from awares.method.metrics import anls
+from awares.method.rollout import Engine
 from awares.training import checkpoints as training
 
 ROOT = Path(__file__).parents[2]
@@ -249,10 +250,19 @@ def test_a_reward_must_be_one_finite_number_for_each_rollout(values):
         rewards.RewardContext(settings()).score(broken, [read([said("7")])] * 8)
 
 
-def test_the_tool_returns_the_crops_in_order_or_an_error_message(world):
-    environment, image = grpo.CropEnvironment(), world.rows[0]["image"]
+@pytest.mark.parametrize("margin", [0, 28])
+def test_the_tool_returns_the_crops_in_order_or_an_error_message(world, margin):
+    form = protocol.from_params(settings(**{"crops.margin": margin}))
+    row = {**world.rows[0], "target_crops": ["top", "left"]}
+    environment, image = grpo.CropEnvironment(form), row["image"]
     environment.reset(full_image=image, label="HR", answers=["x"])
-    two = [crops.cut(image, name).tobytes() for name in ("top", "left")]
+    pictures = [crops.cut(image, name, margin=margin) for name in row["target_crops"]]
+    two = [picture.tobytes() for picture in pictures]
+    learned = sft.conversation(row, "trajectory", image, form)[3]["content"]  # SFT and the engine show the same
+    assert [part["image"].tobytes() for part in learned] == two
+    played = Engine(load_model(world.policy), world.processor, protocol=form).run([image], ["q"], [("top", "left")])[0]
+    assert played.turns[2].images == tuple(picture.size for picture in pictures)
+    assert played.turns[2].visual_tokens == sum(visual_tokens(picture.size, world.processor) for picture in pictures)
     for regions in (["top", "left"], ["top and left"], ["top", "nowhere", "left"], ["upper", "left", "top"]):
         assert [part["image"].tobytes() for part in environment.crop(regions)] == two
     for bad in (["nowhere"], [], "", [[0, 0, 5, 5]], ["0,0,500,500"], None, {}, [True], 3.0):

@@ -52,8 +52,8 @@ def ergo_reward(rollouts: Sequence[Rollout], context: RewardContext) -> Sequence
     answer = context.answer_reward(rollouts)
     places = [index for index, one in enumerate(rollouts) if one.crops]
     callers = [rollouts[index] for index in places]
-    budget = context.params.crops.region_budget
-    pieces = [cut(one.full_image, one.crops[0], budget) for one in callers]  # enlarged as by the image processor
+    section = context.params.crops  # pieces are enlarged as by the image processor
+    pieces = [cut(one.full_image, one.crops[0], section.region_budget, section.margin) for one in callers]
     pieces = [resize(piece, max(piece.width, MIN_SIDE), max(piece.height, MIN_SIDE)) for piece in pieces]
     read = context.base.answer(pieces, [one.question for one in callers]) if callers else []
     enough = context.answer_reward(callers, [one.answer for one in read])

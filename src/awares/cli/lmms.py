@@ -51,7 +51,7 @@ def through_lmms_eval(
         raise AwaresFileError(f"evaluation.lmms_eval: no Python at {python}; see data/launch/README.md")
     limits, form = limits_of(params), params.protocol.name
     if limits["protocol"] != get_protocol(form):
-        fix = "leave protocol.system_file, crops.offered and crops.region_budget as they are"
+        fix = "leave protocol.system_file, crops.offered, crops.region_budget and crops.margin as they are"
         raise AwaresValueError(f"evaluation.lmms_eval runs only the interaction of protocol.name: {fix}")
     code = [__file__, str(policy.__file__), str(sources.__file__)]
     inputs = checkpoints.describe_inputs("evaluation", params, [], model_path, code)

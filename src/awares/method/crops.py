@@ -1,7 +1,8 @@
 """The candidate crops (PAPER §1), the rule from evidence boxes to target crops C* (§2.2, Eq. 3), cutting an image.
 
 A region is one of the paper's ten crops, by name, or a free box (the paper's future work) named ``"150,400,600,700"``.
-Boxes are ``(x1, y1, x2, y2)`` in 1/1000 of the image's width and height, origin top left.
+Boxes are ``(x1, y1, x2, y2)`` in 1/1000 of the image's width and height, origin top left. ``crops.margin`` widens
+only what a crop shows and costs in tokens; the rules, the areas and ``‖C‖`` know crops without it.
 """
 
 import re
@@ -147,17 +148,25 @@ def low_resolution(image: Image.Image) -> Image.Image:
     return resize(image, round(image.width / 2), round(image.height / 2))
 
 
-def cut(image: Image.Image, name: str, budget: float = 1.0) -> Image.Image:
+def cut(image: Image.Image, name: str, budget: float = 1.0, margin: int = 0) -> Image.Image:
     """The crop ``name`` of ``image``, edges rounded to whole pixels, at native density.
 
-    A crop that covers more than the fraction ``budget`` of the image is shrunk to as many pixels as that fraction has.
+    Its edges inside the image are moved outwards by ``margin`` px. A crop that covers, without margin, more than the
+    fraction ``budget`` of the image is shrunk by the factor that brings it to that fraction.
     """
-    left, top, right, bottom = (edge / 1000 for edge in crop_box(name))
-    width, height = image.size
-    edges = round(left * width), round(top * height), round(right * width), round(bottom * height)
-    piece = image.crop((*edges[:2], max(edges[2], edges[0] + 1), max(edges[3], edges[1] + 1)))
+    left, top, right, bottom = crop_box(name)
+    x1, x2 = _pixels(left, right, image.width, margin)
+    y1, y2 = _pixels(top, bottom, image.height, margin)
+    piece = image.crop((x1, y1, x2, y2))
     scale = min(1.0, (budget / area(name)) ** 0.5)
     return resize(piece, round(scale * piece.width), round(scale * piece.height))
+
+
+def _pixels(low: float, high: float, side: int, margin: int) -> tuple[int, int]:
+    """Two opposite edges in 1/1000 of ``side``, as px, at least one px apart, with the margin inside the image."""
+    start = round(low / 1000 * side)
+    end = max(round(high / 1000 * side), start + 1)
+    return max(0, start - margin), min(end + margin, max(side, end))
 
 
 def _distance(box: Box, names: Sequence[str]) -> float:

@@ -198,7 +198,7 @@ class CropEnvironment:
             regions: Names of the regions to see.
         """
         names = read_calls([{"name": protocol.TOOL_NAME, "arguments": {"regions": regions}}], self._form).crops
-        pictures = [crops.cut(self._image, name, self._form.region_budget) for name in names]
+        pictures = [self._form.cut(self._image, name) for name in names]
         return self._form.reply(pictures, None if pictures else protocol.TOOL_ERROR)["content"]
 
 

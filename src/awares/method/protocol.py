@@ -18,7 +18,7 @@ from PIL.Image import Image
 
 from awares.engine.chat_format import END_OF_TURN, SPECIAL_TOKENS, TOOL_CALL, TOOL_TOKENS, answer_text
 from awares.errors import AwaresFileError, AwaresValueError
-from awares.method.crops import CROPS, allowed, is_free
+from awares.method.crops import CROPS, allowed, cut, is_free
 from awares.settings import FREE_BOX, Params
 
 TOOL_NAME = "crop"
@@ -64,7 +64,8 @@ class Protocol:
     """The text form of an interaction.
 
     ``system``: the prompt; ``opening``: the text that every call begins with; ``offered``: the regions of the tool;
-    ``region_budget``: a region that covers a larger fraction of the image is shown at lower density (`crops.cut`).
+    ``region_budget``: a region that covers a larger fraction of the image is shown at lower density; ``margin``: px by
+    which a region is widened (`crops.cut`).
     """
 
     name: str
@@ -72,6 +73,11 @@ class Protocol:
     opening: str
     offered: tuple[str, ...] = tuple(CROPS)
     region_budget: float = 1.0
+    margin: int = 0
+
+    def cut(self, image: Image, name: str) -> Image:
+        """The picture that the tool returns for region ``name``."""
+        return cut(image, name, self.region_budget, self.margin)
 
     def call_message(self, crops: Iterable[str]) -> dict[str, Any]:
         """The assistant message that requests ``crops``; AwaresValueError for an unknown, repeated or missing name."""
@@ -120,7 +126,7 @@ def from_params(params: Params) -> Protocol:
     elif offered != tuple(CROPS):
         system = system_prompt(offered)
     known = get_protocol(params.protocol.name, system)
-    return replace(known, offered=offered, region_budget=params.crops.region_budget)
+    return replace(known, offered=offered, region_budget=params.crops.region_budget, margin=params.crops.margin)
 
 
 # Rendering

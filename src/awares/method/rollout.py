@@ -22,7 +22,7 @@ from awares.engine.images import ImageSource, cap, open_image
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
 from awares.errors import AwaresLengthError, AwaresValueError
 from awares.method import protocol
-from awares.method.crops import cut, low_resolution
+from awares.method.crops import low_resolution
 from awares.method.protocol import OURS, Call, Protocol, get_protocol
 
 VIEWS = ("full", "half", "none", "half+crops")
@@ -185,7 +185,7 @@ class Interaction(ABC):
         return row
 
     def _cut(self, full: Image, crops: Sequence[str]) -> list[Image]:
-        return [cut(full, name, self.protocol.region_budget) for name in crops]
+        return [self.protocol.cut(full, name) for name in crops]
 
     def _append(self, row: Conversation, role: str, text: str, rendered: str, pictures: list[Image]) -> list[int]:
         """Add a turn that the model does not write; return its ids."""

@@ -150,7 +150,7 @@ def _length(
 ) -> int:
     """Tokens of a sample, visual ones included; AwaresError above ``limit``, where TRL would split an image."""
     messages = conversation(row, kind, None, form)
-    images = _view_sizes(size, () if kind in ("direct", "call") else tuple(row["target_crops"]), form.region_budget)
+    images = _view_sizes(size, () if kind in ("direct", "call") else tuple(row["target_crops"]), form)
     text = processor.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     length = len(text) + sum(visual_tokens(view, processor) - 1 for view in images)
     if length > limit:
@@ -161,10 +161,10 @@ def _length(
 
 
 @functools.lru_cache(maxsize=4096)
-def _view_sizes(size: tuple[int, int], names: tuple[str, ...], budget: float) -> list[tuple[int, int]]:
+def _view_sizes(size: tuple[int, int], names: tuple[str, ...], form: Protocol) -> list[tuple[int, int]]:
     """Pixel sizes of I_low and of the crops, measured on a blank image."""
     blank = Image.new("1", size)
-    return [crops.low_resolution(blank).size, *(crops.cut(blank, name, budget).size for name in names)]
+    return [crops.low_resolution(blank).size, *(form.cut(blank, name).size for name in names)]
 
 
 def conversation(
@@ -175,7 +175,7 @@ def conversation(
     if kind == "direct":
         return protocol.messages(row["question"], low, answer=row["answers"][0], protocol=form)
     names = row["target_crops"]
-    pictures = None if image is None else [crops.cut(image, name, form.region_budget) for name in names]
+    pictures = None if image is None else [form.cut(image, name) for name in names]
     messages = protocol.messages(row["question"], low, names, pictures, row["answers"][0], form)
     return messages[:3] if kind == "call" else messages  # system, user, call
 
