@@ -111,8 +111,11 @@ async def judge(text: str, body: dict[str, Any], arrival: int, key: str | None) 
     number, compares = int(re.findall(r"\d+", text)[0]), "First answer" in text
     if number % 20 == 3:
         return JSONResponse(completion("the second one, I think"))
-    wanted = body["response_format"]["json_schema"]
-    if not wanted["strict"] or (compares and wanted["schema"]["properties"]["better"]["enum"] != [0, 1, 2]):
+    wanted = body.get("response_format", {}).get("json_schema")  # none: a number alone, curation.judge_order once
+    if not wanted and not compares:
+        return refusal(400, "boxes must be constrained")
+    known = wanted and (wanted["strict"], compares and wanted["schema"]["properties"]["better"]["enum"])
+    if known and known != (True, compares and [0, 1, 2]):
         return refusal(400, "a verdict must be constrained to 0, 1 and 2")
     if (sys.argv[2] == "mute" and number == (10 if compares else 9)) or (arrival == 1 and number % 20 == 7):
         await asyncio.sleep(SILENCE)
@@ -129,7 +132,8 @@ async def judge(text: str, body: dict[str, Any], arrival: int, key: str | None) 
     else:
         answer = [300, 50, 400, 100] if number % 2 else [800, 850, 900, 900]
         said = {"question_boxes": [[50, 50, 150, 100]], "answer_boxes": [answer]}
-    return JSONResponse(completion(f"```json\n{json.dumps(said)}\n```" if number % 3 == 0 else json.dumps(said)))
+    shown = json.dumps(said if wanted else said["better"])
+    return JSONResponse(completion(f"```json\n{shown}\n```" if number % 3 == 0 else shown))
 
 
 async def rigged(text: str, body: dict[str, Any], arrival: int, key: str | None) -> Response:
@@ -141,7 +145,7 @@ async def rigged(text: str, body: dict[str, Any], arrival: int, key: str | None)
     else:
         place = BOXES[sum(lines.get("Question", "").encode()) % len(BOXES)]
         said = {"question_boxes": [place], "answer_boxes": [place]}
-    return JSONResponse(completion(json.dumps(said)))
+    return JSONResponse(completion(json.dumps(said if "response_format" in body else said["better"])))
 
 
 def make_app(log: Path, mode: str) -> FastAPI:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import huggingface_hub.constants as hub_constants
 import pytest
+from huggingface_hub import HfFileSystem
 
 
 class Gate(http.server.BaseHTTPRequestHandler):
@@ -38,12 +39,35 @@ class Gate(http.server.BaseHTTPRequestHandler):
 
 
 class Commits(Gate):
-    """A hub whose every dataset has a commit for each revision."""
+    """A hub whose every dataset, but one that has moved, has a commit for each revision."""
 
     def do_GET(self):
         repository, revision = self.path.removeprefix("/api/datasets/").split("/revision/")
+        if repository == "lmms-lab-encoder/POPE":
+            return self.reply(404, "RepoNotFound", "Repository not found")
         self.reply(200)
         self.wfile.write(json.dumps({"id": repository, "sha": commit_of(repository, revision)}).encode())
+
+
+class Archive(Commits):
+    """A hub whose every folder holds one file, `train_images.zip`, sent in ranges; ``sent``: bytes of each range."""
+
+    content: bytes
+    sent: list[int]
+
+    def do_GET(self):
+        if "/revision/" in self.path:
+            return super().do_GET()
+        if "/resolve/" in self.path:
+            first, last = map(int, re.findall(r"\d+", self.headers["Range"]))
+            part = self.content[first : last + 1]
+            self.sent.append(len(part))
+        else:
+            folder = self.path.partition("/tree/")[2].partition("?")[0].partition("/")[2]
+            file = {"type": "file", "path": f"{folder}/train_images.zip", "size": len(self.content), "oid": "0" * 40}
+            part = json.dumps([file]).encode()
+        self.reply(206)
+        self.wfile.write(part)
 
 
 def commit_of(repository, revision):
@@ -55,9 +79,13 @@ def serving(handler):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub_constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        url = f"http://127.0.0.1:{server.server_port}"
+        patch.setattr(hub_constants, "ENDPOINT", url)
+        patch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
         yield
+    HfFileSystem.clear_instance_cache()  # its instances know the address
     server.shutdown()
 
 

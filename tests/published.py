@@ -84,7 +84,7 @@ def textvqa(root: Path, count: int, seed: int) -> None:
         | {"image": picture(seed + i, kind="JPEG")}
         for i in range(count)
     ]
-    publish(root, "lmms-lab/textvqa", table(rows, answers=TEXTS))
+    publish(root, "lmms-lab-encoder/textvqa", table(rows, answers=TEXTS))
 
 
 def llava_multi(root: Path, count: int, seed: int) -> None:
@@ -112,7 +112,8 @@ def llava_multi(root: Path, count: int, seed: int) -> None:
 def visionthink_smart(root: Path, count: int, seed: int) -> None:
     """Published as what save_to_disk wrote: `load_dataset` refuses that on disk and passes over it on the hub."""
     rows = [
-        {"images": picture(seed + i), "problem": f"<image>Who wrote book {i}?", "solution": f"Author {i}"}
+        {"images": picture(seed + i), "problem": f"<image>Who wrote book {i}?", "solution": f"It is Author {i}."}
+        | {"original_answer": f"Author {i}"}
         for i in range(count)
     ]
     table(rows, images=Image()).save_to_disk(root / "Senqiao/VisionThink-Smart-Train", num_shards=2)
@@ -138,7 +139,7 @@ def benchmarks(root: Path, count: int, seed: int) -> None:
         if name == "OCRBench":  # has such small ones
             shown[0]["image"] = picture(seed + 9999, width=25, height=16)
         where = {"split": "validation", "folder": name} if name == "DocVQA" else {"split": "test"}
-        owner = "echo840" if name == "OCRBench" else "lmms-lab"
+        owner = "echo840" if name == "OCRBench" else "lmms-lab-encoder"
         publish(root, f"{owner}/{name}", table(shown, **types.get(name, {})), **where)
 
 

@@ -140,6 +140,10 @@ def _conflicts(params: Params) -> Iterator[str]:
         yield "crops.offered must be [box], or named regions with `all`: some evidence spans the whole image"
     if params.protocol.name != "ours" and crops.offered != CROP_NAMES:
         yield f"protocol.name {params.protocol.name} has fixed regions: crops.offered must be all ten"
+    if crops.geometry == "released" and FREE_BOX in crops.offered:
+        yield "crops.geometry released has no free boxes: offer named regions, or use geometry ours"
+    if 0 < crops.max_pixels < crops.min_pixels:
+        yield f"crops.max_pixels {crops.max_pixels} must be at least crops.min_pixels {crops.min_pixels}"
     for name, section in (("sft", params.sft), ("grpo", grpo)):
         if section.batch_size % section.per_device_batch_size:
             yield f"{name}.batch_size must be a multiple of per_device_batch_size {section.per_device_batch_size}"

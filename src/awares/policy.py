@@ -63,13 +63,15 @@ class AwaRes:
         adapter: str | Path | Sequence[str | Path] | None = None,
         dtype: str = "float32",
         device: str = "cpu",
+        pixels: tuple[int, int] = (0, 0),
         **options: Any,
     ) -> "AwaRes":
         """Load the shipped policy (no ``path``), a merged model folder, or a base model with adapters, merged in order.
 
         ``path`` may also be an adapter (folder or hub name), whose adapter_config.json names what it was trained on.
-        ``options`` go to the engine: ``max_new_tokens``, ``token_budget``, or ``protocol="released"`` for the paper's
-        checkpoint, which calls in plain text (PAPER §7). AwaresError for a missing, foreign or truncated checkpoint.
+        ``pixels``: as in `load_processor`. ``options`` go to the engine: ``max_new_tokens``, ``token_budget``, or
+        ``protocol="released"`` for the paper's checkpoint, which calls in plain text (PAPER §7). AwaresError for a
+        missing, foreign or truncated checkpoint.
         """
         if path is None:
             path, adapter = shipped().path, shipped().adapters
@@ -80,7 +82,7 @@ class AwaRes:
             chain.insert(0, folder)
             path = _base_of(folder)
         model = load_model(path, dtype=dtype, device=device, adapter=chain or adapter)
-        return cls(Engine(model, load_processor(path), **options))
+        return cls(Engine(model, load_processor(path, pixels), **options))
 
     def ask(self, image: ImageSource, question: str, call_bias: float = 0.0) -> Trajectory:
         """Answer ``question`` about ``image`` (path, file content or PIL image): ``answer``, ``crops``, ``rtr``.

@@ -77,6 +77,14 @@ class CropSettings(Section):
     iou_threshold: Fraction
     coverage_threshold: Fraction
     max_side: Annotated[StrictInt, Field(ge=28)]
+    min_pixels: Whole
+    max_pixels: Whole
+    geometry: Literal["ours", "released"]
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """The least and the most pixels of an image after the image processor; 0 = the checkpoint's."""
+        return self.min_pixels, self.max_pixels
 
 
 class ProtocolSettings(Section):
@@ -91,6 +99,7 @@ class Curation(Section):
     embedder: str
     embedding_threshold: Fraction
     anls_threshold: Fraction
+    judge_order: Literal["once", "both"]
     oracle_seed: Whole
     served_file: str
     released: str
@@ -200,6 +209,7 @@ class Base(Section):
     dtype: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"]
     launch: str
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"]
 
 
 class Plan(Section):

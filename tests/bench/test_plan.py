@@ -35,8 +35,8 @@ def check(**changes):
 def test_the_paper_profile_stage_by_stage():
     table = forecast()
     requests = {
-        "curation: judge meta-llama/Llama-3.3-70B-Instruct": 104_000,  # 52k rows, in both orders
-        "curation: judge deepseek-ai/DeepSeek-V3.2": 104_000,
+        "curation: judge meta-llama/Llama-3.3-70B-Instruct": 52_000,
+        "curation: judge deepseek-ai/DeepSeek-V3.2": 52_000,
         "curation: oracle Qwen/Qwen3-VL-235B-A22B-Instruct": 9_984,
         "curation: base Qwen/Qwen2.5-VL-7B-Instruct": 104_000,  # at both resolutions
     }
@@ -199,7 +199,7 @@ def test_a_gated_model_and_dataset_by_token(monkeypatch, token, found, fix):
     checks = check(**SMALL)
     for name in (f"model {MODEL}", "dataset HuggingFaceM4/ChartQA"):
         assert checks[name][1:] == (found == "readable", found, fix)
-    assert not checks["dataset lmms-lab/POPE"].there
+    assert not checks["dataset lmms-lab-encoder/POPE"].there
     assert not token or token not in str(checks)
 
 
@@ -213,7 +213,7 @@ def test_the_command_prints_the_table_and_its_code_says_whether_all_is_there(mon
     line = ["plan", "--profile", "paper", "--overrides", json.dumps(SMALL)]
     assert cli.main([*line, "--check"]) == 1
     shown = capsys.readouterr().out
-    assert f"there   model {MODEL} (readable)" in shown and "MISSING dataset lmms-lab/POPE" in shown
+    assert f"there   model {MODEL} (readable)" in shown and "MISSING dataset lmms-lab-encoder/POPE" in shown
     assert cli.main([*line, "--check", "--json"]) == 1
     printed = json.loads(capsys.readouterr().out)
     assert {one["there"] for one in printed["checks"]} == {True, False} and printed["profile"] == "paper"

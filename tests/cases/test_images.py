@@ -13,7 +13,7 @@ from PIL import Image
 
 from awares.cli import batch
 from awares.data.rows import read_jsonl_rows
-from awares.data.sources import Draft, fit_image
+from awares.data.sources import fit_image
 from awares.engine import images
 from awares.engine.rows import picture, picture_sizes
 from awares.errors import AwaresError
@@ -102,7 +102,7 @@ def test_training_rows_see_the_right_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["colour", "exif6", "broken_exif6", "grey16", "strip"])
 def test_rows_of_the_hub_are_stored_as_any_reader_shows_them(name: str) -> None:
     case = IMAGES[name]
-    stored, shown = fit_image(Draft([images.open_image(case.content)], "q", ["a"], encoded=case.content), 2000)
+    stored, (shown,) = fit_image([case.content], 2000)
     assert images.is_plain(stored) and images.open_image(stored).size == shown.size
     assert_right(shown, case, images.cap(case.right))  # type: ignore[arg-type]
 

@@ -52,7 +52,8 @@ def settings(folder, change=lambda raw: None, attempts=3, **values):
         model.update(timeout=1.0, retries=1, concurrency=8, attempts=attempts)
     change(declared)
     (folder / "served.yaml").write_text(yaml.safe_dump(declared))
-    values = {"judge": "llama", "judges": ["llama", "semantic"], "oracle": "qwen3_vl", "chunk_rows": 20, **values}
+    values = {"judge": "llama", "judges": ["llama", "semantic"], "oracle": "qwen3_vl", "chunk_rows": 20} | values
+    values = {"judge_order": "both"} | values
     values |= {"served_file": str(folder / "served.yaml"), "lucky_margin": 0.0}
     overrides = {f"curation.{key}": value for key, value in values.items()} | {"paths.runs": str(folder / "runs")}
     return load_params(overrides=overrides, path=ROOT / "params.yaml")
@@ -121,6 +122,38 @@ def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(s
         low_first, low_second = (served.PairReply(first=right, second=right, better=better) for better in (2, 1))
         one = judge.combine((low_first, "low first"), (low_second, "high first"))
         assert (one.value, one.forward, one.swapped, one.both_wrong) == (value, 2, 2, not right)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("2", 2), (" 0\n", 0), ("```json\n1\n```", 1), ("Answer: 2.", 2)]
+    + [(no, None) for no in ("3", "12", "1 or 2", "")],
+)
+def test_one_number_is_read_or_refused(text, found):
+    reply = served.OneNumber.read(text)
+    assert (reply and reply.better) == found
+
+
+def test_the_judge_in_the_papers_order_is_asked_once_with_the_low_answer_first(start, tmp_path):
+    server, params = start(), settings(tmp_path, judge_order="once")
+    judge = served.ServedJudge("llama", params)
+    questions = ["what is 2?", "what is 4?", "what is 8?", "biased 5?", "what is 3?"]
+    lows, highs, answers = ["2", "no", "no", "5", "3"], ["two", "4", "9", "5", "4"], [["2"], ["4"], ["8"], ["5"], ["3"]]
+    found = judge.judge(questions, lows, highs, answers, [*"abcde"])
+    assert [one.value for one in found] == [1, 2, 0, 1, None]  # the bias shows; the server talks garbage about 3
+    assert [(one.forward, one.swapped, len(one.replies)) for one in found[:4]] == [
+        (1, None, 1), (2, None, 1), (0, None, 1), (1, None, 1)]  # fmt: skip
+    # scores are those of evaluation.judge, to which "two" is 2
+    assert [(one.low, one.high, one.both_wrong) for one in found[:3]] == [(1, 1, False), (0, 1, False), (0, 0, True)]
+    sent = {arrival["text"].splitlines()[0]: arrival for arrival in server.arrivals()}
+    assert "First answer: no\nSecond answer: 4" in sent["Question: what is 4?"]["text"]
+    assert all("response_format" not in arrival["body"] for arrival in sent.values())
+    assert judge.scores(questions[:3], lows[:3], answers[:3]) == [1, 0, 0]
+    assert judge.key() != served.ServedJudge("llama", settings(tmp_path)).key()
+    records = [{"id": str(i), "llama": dataclasses.asdict(one)} for i, one in enumerate(found)]
+    assert curation_tables.order_effects(records).empty
+    rows = curate(params, tmp_path / "out", rows=20)
+    assert rows["label"] == ["HR" if n % 4 in (1, 2) else "LR" for n in range(20) if n != 3]
 
 
 def test_a_failing_server_costs_only_the_rows_that_it_fails_on_and_the_silent_ones_are_asked_about_again(

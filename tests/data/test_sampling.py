@@ -1,8 +1,10 @@
 """Published datasets are read in their own schema; the draw is seeded, clean, disjoint, and the same after a kill."""
 
 import hashlib
+import io
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -12,7 +14,7 @@ import published
 import pytest
 import yaml
 from conftest import TASKS, noise
-from hub_server import Commits, Gate, commit_of, serving
+from hub_server import Archive, Gate, commit_of, serving
 from PIL import Image
 from published import encoded, file_of
 
@@ -20,6 +22,7 @@ from awares.config import load_params
 from awares.data import sampling, sources
 from awares.data.rows import image_digests, make_split, rows_of_source
 from awares.data.sources import OpenSource, open_source, read_sources
+from awares.engine.images import STRIP_GAP
 from awares.engine.rows import FEATURES
 from awares.errors import AwaresError, AwaresValueError
 
@@ -27,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 DECLARED = yaml.safe_load((ROOT / "data/sources.yaml").read_text())
 COUNT, TESTS = 12, 2
 SPLITS = ("train", "validation", "evaluation")
+WORD = "\nAnswer the question with a single word."
 SINGLE = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 ALL_DRAWN = {"data.reserve": 1.0}
@@ -92,12 +96,12 @@ def rewrite(root, hub, column, changes):
 @pytest.mark.parametrize(
     ("kind", "name", "question", "answers"),
     [
-        ("training", "chartqa", "What is bar 3?" + SINGLE, "3"),
+        ("training", "chartqa", "What is bar 3?" + WORD, "3"),
         ("training", "docvqa", "What is field 3?" + SINGLE, "Value 3,value 3"),
         ("training", "textvqa", "what does sign 3 say?" + SINGLE, "exit 3,stop,stop it,a,b,c,d"),
         ("training", "visionthink_smart", "Who wrote book 3?", "Author 3"),
         ("training", "llava_multi", "For image 3, what is thing 3?", "third 3"),
-        ("evaluation", "chartqa", "How many 1?" + SINGLE, "1"),
+        ("evaluation", "chartqa", "How many 1?" + WORD, "1"),
         ("evaluation", "docvqa", "Who?" + SINGLE, "Ann,ann"),
         ("evaluation", "ocrbench", "what is written in the image?", "CHAIN"),
         ("evaluation", "pope", "Is there a dog in the image?" + SINGLE, "no"),
@@ -110,7 +114,7 @@ def test_every_source_is_read_in_its_published_schema(hub, tmp_path, kind, name,
     params = settings(hub, tmp_path)
     draft = opened(params, kind, name).draft(3 if kind == "training" else 1)
     assert (draft.question, draft.answers) == (question, answers.split(","))
-    assert name == "llava_multi" or (draft.pictures[0].size == (168, 112) and draft.encoded)
+    assert name == "llava_multi" or published.opened(*draft.pictures).size == (168, 112)
     assert set(read_sources(params, "training")) == set(params.data.sources)
     assert set(read_sources(params, "evaluation")) == set(TASKS)
 
@@ -122,22 +126,22 @@ def test_pictures_of_a_conversation_are_joined_from_left_to_right(hub, tmp_path)
         files = [encoded(40_000 + 10 * index + k, 112, 84 + 28 * k, "JPEG") for k in range(3)]
         assert "<image>" not in draft.question
         if index % 4 in (0, 2):  # one picture, or each in front of its own question: that one as it was published
-            assert draft.encoded == files[1 if "second" in draft.question else 0]
+            assert draft.pictures == [files[1 if "second" in draft.question else 0]]
             continue
         count = 2 if index % 4 == 1 else 3
-        _, strip = sources.fit_image(draft, 2000)
-        assert draft.encoded is None and draft.answers == [f"right {index}" if count == 2 else f"third {index}"]
-        assert strip.size == (112 * count + sources.STRIP_GAP * (count - 1), 84 + 28 * (count - 1))
+        _, (strip, *parts) = sources.fit_image(draft.pictures, 2000)
+        assert len(parts) == count and draft.answers == [f"right {index}" if count == 2 else f"third {index}"]
+        assert strip.size == (112 * count + STRIP_GAP * (count - 1), 84 + 28 * (count - 1))
         for k in range(count):
-            left = k * (112 + sources.STRIP_GAP)
+            left = k * (112 + STRIP_GAP)
             assert np.array_equal(strip.crop((left, 0, left + 112, 84 + 28 * k)), published.opened(files[k]))
 
 
 def test_large_pictures_are_capped_and_others_kept_as_published():
     def fitted(width, height, kind="PNG"):
         content = encoded(1, width, height, kind)
-        draft = sources.Draft([published.opened(content)], "q", ["a"], encoded=content)
-        return content, *sources.fit_image(draft, 2000)
+        kept, (picture,) = sources.fit_image([content], 2000)
+        return content, kept, picture
 
     content, kept, _ = fitted(300, 200, "JPEG")
     assert kept == content
@@ -212,8 +216,8 @@ def test_images_of_a_benchmark_are_left_out(own_hub, tmp_path):
     strip = [{"bytes": file_of(one), "path": None} for one in (noise(112, 84, 1), brighter, noise(112, 84, 2))]
     rewrite(own_hub, "TIGER-Lab/Mantis-Instruct", "images", {7: strip})
     published.llava_multi(tmp_path / "made", 4, 70_000)
-    shutil.move(tmp_path / "made/TIGER-Lab/Mantis-Instruct", own_hub / "lmms-lab/Strips")
-    strips = {**DECLARED["training"]["llava_multi"], "hub": "lmms-lab/Strips"}
+    shutil.move(tmp_path / "made/TIGER-Lab/Mantis-Instruct", own_hub / "lmms-lab-encoder/Strips")
+    strips = {**DECLARED["training"]["llava_multi"], "hub": "lmms-lab-encoder/Strips"}
     params = settings(own_hub, tmp_path, evaluation__vstar=strips, **ALL_DRAWN)
     counts = sampling.provenance(params).set_index("source")
     dropped = {"chartqa": 3, "docvqa": 1, "textvqa": 0, "llava_multi": 1, "visionthink_smart": 0}
@@ -239,9 +243,9 @@ def test_distances_are_bits_to_the_nearest_hash():
 def test_unusable_rows_are_listed_at_once_and_can_be_skipped(own_hub, tmp_path, monkeypatch):
     """Rows without an answer are passed over in training and refused in a benchmark."""
     rewrite(own_hub, "HuggingFaceM4/ChartQA", "label", {2: [""], 5: []})
-    rewrite(own_hub, "lmms-lab/ChartQA", "answer", {1: " "})
+    rewrite(own_hub, "lmms-lab-encoder/ChartQA", "answer", {1: " "})
     rewrite(own_hub, "TIGER-Lab/Mantis-Instruct", "images", {4: [{"bytes": None, "path": "coco/none.jpg"}]})
-    rewrite(own_hub, "lmms-lab/textvqa", "image", {0: b"no image", 4: b"no image", 7: encoded(1)[:300]})
+    rewrite(own_hub, "lmms-lab-encoder/textvqa", "image", {0: b"no image", 4: b"no image", 7: encoded(1)[:300]})
     params = settings(own_hub, tmp_path, **ALL_DRAWN)
     assert row_numbers(collect(params, "training", "chartqa")) == {*range(COUNT)} - {2, 5}
     with pytest.raises(AwaresError, match=r"evaluation.chartqa: 1 rows.*row 1: .*skip: \[1\]"):
@@ -290,23 +294,71 @@ def test_faults_of_declarations_and_numbers_are_named(hub, tmp_path, changes, pl
 
 
 def test_rows_of_the_hub_are_read_at_the_commit_that_the_manifest_keeps(own_hub, tmp_path, monkeypatch, drawn):
-    """The hub's answers are real, its files are the copies, VisionThink's streamed from arrow files as there."""
+    """The hub's answers are real, its files are the copies, VisionThink's streamed from arrow files as there.
+
+    POPE has not moved on this hub. A check of all sources streams: no table is downloaded before the last is checked.
+    """
     (own_hub / "Senqiao/VisionThink-Smart-Train/state.json").unlink()
-    load, requested = datasets.load_dataset, {}
+    shutil.move(own_hub / "lmms-lab-encoder/POPE", own_hub / "lmms-lab/POPE")
+    load, requested = datasets.load_dataset, []
 
     def from_copy(path, revision, **how):
-        requested[path] = (revision, how["streaming"])
+        requested.append((path, revision, how["streaming"]))
         return load(str(own_hub / path), **how)
 
     monkeypatch.setattr(datasets, "load_dataset", from_copy)
     params = settings("", tmp_path)
-    with serving(Commits):
+    named = {name: one for kind in ("evaluation", "training") for name, one in DECLARED[kind].items()}
+    places = [(one["hub"], commit_of(one["hub"], one["revision"])) for one in DECLARED["evaluation"].values()]
+    places += [(one["hub"], commit_of(one["hub"], one["revision"])) for one in DECLARED["training"].values()]
+    ((old, pinned),) = named["pope"]["fallback"].items()
+    places[3] = old, commit_of(old, pinned)
+    Archive.content, Archive.sent = (
+        (own_hub / "TIGER-Lab/Mantis-Instruct/llava_665k_multi/train_images.zip").read_bytes(),
+        [],
+    )
+    with serving(Archive):
+        sampling.open_all(params)
+        assert requested[: len(places)] == [(*place, True) for place in places]
         records = sampling.row_manifest(params, drawn[1])
         streamed = collect(params, "training", "visionthink_smart")
-    named = [one for kind in ("training", "evaluation") for one in DECLARED[kind].values()]
-    assert requested == {one["hub"]: (commit_of(one["hub"], one["revision"]), one["streaming"]) for one in named}
-    assert all(record["commit"] == requested[record["hub"]][0] for record in records)
+    assert {(record["hub"], record["commit"]) for record in records} == set(places)
     assert streamed == collect(drawn[0], "training", "visionthink_smart")  # by load_from_disk
+
+
+def test_a_dataset_that_moved_is_found_under_its_older_id(own_hub, tmp_path, caplog):
+    (own_hub / "lmms-lab").mkdir()
+    (own_hub / "lmms-lab-encoder/vstar-bench").rename(own_hub / "lmms-lab/vstar-bench")
+    params = settings(own_hub, tmp_path)
+    assert len(collect(params, "evaluation", "vstar")) == TESTS
+    assert "evaluation.vstar: reading lmms-lab/vstar-bench, because lmms-lab-encoder/vstar-bench" in caplog.text
+    shutil.rmtree(own_hub / "lmms-lab")
+    with pytest.raises(AwaresError, match="evaluation.vstar: cannot .*, nor lmms-lab/vstar-bench"):
+        open_source(params, "evaluation", "vstar")
+
+
+def test_a_picture_of_an_archive_on_the_hub_costs_little_more_than_its_bytes(tmp_path):
+    file, size = io.BytesIO(), 150_000
+    with zipfile.ZipFile(file, "w") as archive:
+        for number in range(100):
+            archive.writestr(f"coco/{number}.jpg", np.random.default_rng(number).bytes(size))
+    Archive.content, Archive.sent = file.getvalue(), []
+    with serving(Archive):
+        source = opened(settings("", tmp_path), "training", "llava_multi")
+        for number in (3, 97, 40, 41, 12):
+            assert source._member(f"coco/{number}.jpg") == np.random.default_rng(number).bytes(size)
+        assert sum(Archive.sent) < 5 * (size + sources.ARCHIVE_BLOCK) + 20_000 and len(Archive.sent) < 10
+    with serving(Archive), pytest.raises(AwaresError, match="does not hold coco/none.jpg"):
+        opened(settings("", tmp_path), "training", "llava_multi")._member("coco/none.jpg")
+
+
+def test_processes_share_the_work_and_give_the_same_rows(hub, tmp_path, monkeypatch):
+    alone = collect(settings(hub, tmp_path / "alone"), "training", "llava_multi")
+    monkeypatch.setattr(sampling, "PARALLEL_FROM", 2)
+    monkeypatch.setattr(sampling, "perceptual_hash", None)  # in this process; the others import their own
+    params = settings(hub, tmp_path, threads=2)
+    assert collect(params, "training", "llava_multi") == alone
+    assert len(list((tmp_path / "paper").glob("**/images/*"))) == len({one["image"] for one in alone})
 
 
 def test_gated_missing_and_unreachable_datasets_say_what_to_do(tmp_path, monkeypatch):

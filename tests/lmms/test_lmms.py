@@ -15,10 +15,11 @@ pytest.importorskip("lmms_eval", reason="lives in its own environment: make lmms
 from awares.cli import lmms as benchmarks
 from awares.config import load_params
 from awares.data.rows import make_split
-from awares.data.sources import join_strip
+from awares.engine.images import join_strip
 from awares.engine.model import load_model, load_processor
 from awares.errors import AwaresError
 from awares.method import metrics
+from awares.method.protocol import PLAIN_SYSTEM, get_protocol
 from awares.method.rollout import Engine
 
 HERE = Path(__file__).parent
@@ -49,7 +50,8 @@ def rows(tmp_path_factory):
 def test_lmms_eval_runs_the_policy_on_an_offline_task(rows):
     folder, records = rows
     arguments = f"pretrained={ROOT / 'data' / 'base'},dtype=float32,device=cpu,max_new_tokens=32,log=samples.jsonl"
-    arguments += ",token_budget=8192"
+    (folder / "prompt.txt").write_text(PLAIN_SYSTEM)
+    arguments += ",token_budget=8192,system=prompt.txt,geometry=released,min_pixels=784,max_pixels=47040"
     command = [sys.executable, "-m", "lmms_eval", "--model", "awares", "--tasks", "awares_offline"]
     command += ["--model_args", arguments]
     command += ["--include_path", str(HERE / "tasks"), "--batch_size", "4", "--output_path", "out", "--log_samples"]
@@ -60,10 +62,14 @@ def test_lmms_eval_runs_the_policy_on_an_offline_task(rows):
     assert [one["id"] for one in logged] == [f"awares_offline/test/{n}" for n in range(6)]
     assert all(0 < one["rtr"] <= 1.1 and one["seconds"] > 0 for one in logged)
     model = load_model(ROOT / "data" / "base")
-    engine = Engine(model, load_processor(ROOT / "data" / "base"), max_new_tokens=32, token_budget=8192)
+    form = get_protocol("ours", PLAIN_SYSTEM, geometry="released")
+    processor = load_processor(ROOT / "data" / "base", (784, 47040))  # at most 60 visual tokens
+    engine = Engine(model, processor, max_new_tokens=32, token_budget=8192, protocol=form)
     pictures = [one["images"][0] if len(one["images"]) == 1 else join_strip(one["images"]) for one in records]
     own = engine.run(pictures, [one["question"] for one in records])
     assert [one["answer"] for one in logged] == [one.answer for one in own]
+    assert [one["full_visual_tokens"] for one in logged] == [one.full_visual_tokens for one in own]
+    assert max(one.full_visual_tokens for one in own) <= 60
     log = folder / "samples.jsonl"
     log.write_bytes(log.read_bytes()[:-9])  # as a kill leaves it
     again = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

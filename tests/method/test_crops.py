@@ -9,6 +9,7 @@ from awares import config
 from awares.errors import AwaresError
 from awares.method import crops
 from awares.method.crops import CROPS, boxes_to_crops
+from awares.method.protocol import Protocol
 
 
 def section(**changes: Any) -> Any:
@@ -123,6 +124,32 @@ def test_a_margin_moves_the_edges_inside_the_image(name: str, margin: int, box: 
     assert crops.cut(image, name, margin=margin).tobytes() == image.crop(box).tobytes()
     shrunk = crops.cut(image, name, crops.area(name) / 4, margin)
     assert shrunk.size == (round((box[2] - box[0]) / 2), round((box[3] - box[1]) / 2))
+
+
+CORNERS = "top-left", "bottom-right", "center", "top", "right"
+
+
+@pytest.mark.parametrize(
+    ("size", "low", "edges"),  # edges: left, top, right, bottom of CORNERS, by hand
+    [
+        ((301, 203), (150, 101), [(0, 0, 150, 101), (151, 102, 301, 203), (75, 51, 225, 152), (0, 0, 301, 101),
+                                  (151, 0, 301, 203)]),
+        ((150, 400), (75, 200), [(0, 0, 100, 200), (50, 200, 150, 400), (25, 100, 125, 300), (0, 0, 150, 200),
+                                 (50, 0, 150, 400)]),  # half of 150 px is below 100 px
+        ((2001, 1999), (1000, 999), [(0, 0, 1000, 999), (1001, 1000, 2001, 1999), (500, 500, 1500, 1499),
+                                     (0, 0, 2001, 999), (1001, 0, 2001, 1999)]),
+        ((101, 100), (50, 50), [(0, 0, 100, 100), (1, 0, 101, 100), (0, 0, 100, 100), (0, 0, 101, 100),
+                                (1, 0, 101, 100)]),
+        ((99, 500), (49, 250), [(0, 0, 99, 500)] * 5),  # below 100 px: the whole image
+    ],
+)  # fmt: skip
+def test_the_released_geometry(size: Any, low: Any, edges: Any) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image, form = Image.fromarray(pixels), Protocol("released", "", "", geometry="released")
+    for name, (left, top, right, bottom) in zip(CORNERS, edges, strict=True):
+        assert np.array_equal(np.asarray(form.cut(image, name)), pixels[top:bottom, left:right])
+    assert form.cut(image, "all").size == size
+    assert np.array_equal(np.asarray(form.low(image)), np.asarray(image.resize(low, Image.Resampling.LANCZOS)))
 
 
 def test_free_boxes() -> None:

@@ -304,6 +304,15 @@ def weights(result):
     return load_file(result.adapter / "adapter_model.safetensors")
 
 
+def test_pictures_of_rollouts_are_in_tensorboards_log(world, tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(world, tmp_path / "out", **{"base.report_to": "tensorboard", "grpo.save_steps": 2})
+    (file,) = tmp_path.glob(".checkpoints/*/runs/**/events*")
+    log = accumulators.EventAccumulator(str(file), size_guidance={"images": 0, "tensors": 0}).Reload()
+    assert [one.step for one in log.Images("rollouts/3")] == [0, 2]  # the whole group, at each checkpoint
+    assert "reward" in str(log.Tags()) and "rollouts/0" in str(log.Tags()["tensors"])
+
+
 def run(world, out, reward=None, **overrides):
     params = settings(**{"grpo.max_completion_length": 6, **overrides})
     return grpo.train_grpo(params, world.rows, world.policy, out, reward)

@@ -141,3 +141,18 @@ def test_a_tool_may_offer_fewer_regions():
     for wrong in ({"crops.offered": ["top"]}, {"crops.offered": ["box", "all"]}, released):
         with pytest.raises(AwaresError, match=r"crops\.offered|protocol\.name"):
             load_params("mini", overrides=wrong)
+
+
+def test_the_prompt_may_come_from_a_file_and_the_images_are_the_released_ones(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text(" Look.\n")
+    form = protocol.from_params(load_params("mini", "released_eval", {"protocol.system_file": str(file)}))
+    assert (form.name, form.system, form.geometry, form.offered) == ("released", "Look.", "released", tuple(CROPS))
+    file.write_text("\n")
+    for wrong, named in (
+        ({"protocol.system_file": str(file)}, "prompt.txt"),
+        ({"crops.offered": ["box"], "crops.geometry": "released"}, r"crops\.geometry released"),
+        ({"crops.min_pixels": 4000, "crops.max_pixels": 3000}, r"crops\.max_pixels 3000 .* 4000"),
+    ):
+        with pytest.raises(AwaresError, match=named):
+            protocol.from_params(load_params("mini", overrides=wrong))

@@ -95,8 +95,7 @@ def test_curation(line, folder):
     curated = load_rows(line.params.run_dir("curation") / "train" / "dataset")
     assert {"verdict_llama", "verdict_deepseek", "verdict_anls"} <= set(curated.column_names)
     assert {"LR", "HR"} == set(curated["label"])
-    order = line.table("curation", "judge_order").set_index("judge")
-    assert order.loc["llama", "same"] == 100 and order.loc["llama", "n"] == len(curated)
+    assert line.table("curation", "judge_order").empty  # each judge is asked once
     kept = sorted(path.name for path in (folder / "runs" / "paper" / ".replies").glob("*.jsonl"))
     assert kept == ["base.jsonl", "deepseek.jsonl", "llama.jsonl", "qwen3_vl.jsonl"]
 
@@ -127,7 +126,7 @@ def test_plan_finds_what_is_there_and_what_is_not(line, servers, monkeypatch):
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     text = "\n".join(str(output.get("data", output.get("text", ""))) for output in outputs)
     assert re.search(r"\*\*3 of \d+ missing\*\*", text)
-    assert "248 requests to servers" in text  # 40 rows: two views, two judges in both orders, boxes for about a fifth
+    assert "168 requests to servers" in text  # 40 rows: two views, two judges, boxes for about a fifth
 
 
 def test_no_key_is_left_behind(line, folder):

@@ -13,7 +13,7 @@ from awares.engine.jsonl import exclusive_lock, read_records
 from awares.engine.model import load_model, save_model
 from awares.engine.rows import FEATURES
 from awares.errors import AwaresError
-from awares.method.sft import Sample
+from awares.method.sft import Sample, train_sft
 from awares.training import checkpoints as training
 
 PACKAGES = ("engine", "method", "training")
@@ -42,6 +42,18 @@ def test_a_model_of_the_hub_is_keyed_by_its_commit(monkeypatch):
         monkeypatch.setattr(work_keys, "hf_hub_download", lambda *_, at=commit: f"hub/snapshots/{at}/config.json")
         found.add(work_keys.folder_digest("Owner/Model"))
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named_before_any_work(world, tmp_path, monkeypatch, name):
+    find = training.importlib.util.find_spec
+    monkeypatch.setattr(
+        training.importlib.util, "find_spec", lambda one, *more: None if one == name else find(one, *more)
+    )
+    params = settings(**{"base.report_to": name})
+    with pytest.raises(AwaresError, match=f"base.report_to {name}: .*pip install {name}"):
+        train_sft(params, world.rows, world.rows, world.base, tmp_path / "out")
+    assert not (tmp_path / ".checkpoints").exists()
 
 
 def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):

@@ -27,8 +27,8 @@ LOCATED_SHARE = 0.85  # of those conversations: the argument is the part of the 
 TIGHT_SHARE = 0.5  # of the questions behind a call: the part is a smallest one that holds the evidence
 SMALL_SHARE = 0.6  # of the questions behind a call: about print too small for half resolution, if there is any
 CROP_SETTINGS = CropSettings(
-    offered=CROP_NAMES, region_budget=1.0, margin=0,
-    rule="coverage", iou_threshold=0.5, coverage_threshold=0.95, max_side=2000,
+    offered=CROP_NAMES, region_budget=1.0, margin=0, rule="coverage", iou_threshold=0.5, coverage_threshold=0.95,
+    max_side=2000, min_pixels=0, max_pixels=0, geometry="ours",
 )  # fmt: skip
 VERBS = "open search move play paint order find send book light crop mark save print see call".split()
 ARGUMENTS = "regions places items names target colour city day count arguments".split()

@@ -67,9 +67,11 @@ def labelling(rows: int, params: Params) -> pd.DataFrame:
     counted: retries, the check of repaired answers (about 6 % more), savings by recorded replies.
     """
     section, served = params.curation, read_served(params)
-    judge, oracle = (len(served.prompts[role].system + served.prompts[role].user) for role in ("judge", "oracle"))
+    once = section.judge_order == "once"
+    prompts = (served.prompts[role] for role in ("judge_once" if once else "judge", "oracle"))
+    judge, oracle = (len(prompt.system + prompt.user) for prompt in prompts)
     # role, name, rows, requests per row, characters of the prompt, visual tokens, tokens of the reply
-    roles = [("judge", name, rows, 2, judge, 0, 20) for name in section.all_judges]
+    roles = [("judge", name, rows, 1 if once else 2, judge, 0, 2 if once else 20) for name in section.all_judges]
     roles.append(("oracle", section.oracle, math.ceil(HR_FRACTION * rows), 1, oracle, SERVED_VISUAL_TOKENS, 60))
     roles.append(("base", section.engine, rows, 2, 0, SERVED_VISUAL_TOKENS * 5 // 8, 20))  # full and half resolution
     records = []
@@ -213,6 +215,9 @@ def _typical_image(params: Params, config: Any) -> tuple[float, float, float]:
     for name in configs.BENCHMARKS:
         blank = PilImage.new("1", configs.image_size(name, shape, 1.0))
         width, height = cap(blank, params.crops.max_side).size
+        if 0 < params.crops.max_pixels < width * height:
+            scale = math.sqrt(params.crops.max_pixels / (width * height))
+            width, height = round(width * scale), round(height * scale)
         grid = merge * round(height / side), merge * round(width / side)
         found.append((width * height, grid[0] * grid[1] / merge**2, costs.vision_flops(grid, config)))
     pixels, tokens, flops = (sum(part) / len(found) for part in zip(*found, strict=True))

@@ -109,6 +109,9 @@ def _files(params: Params) -> Iterator[Finding]:
     if params.grpo.rollouts == "vllm":
         fix = 'pip install "trl[vllm]" here, or set grpo.rollouts to local'
         found.append(("vLLM for GRPO's rollouts", importlib.util.find_spec("vllm") is not None, fix))
+    if (library := params.base.report_to) != "none":
+        fix = f"pip install {library} here, or set base.report_to to none"
+        found.append((f"{library} for the logs of both trainings", importlib.util.find_spec(library) is not None, fix))
     for what, there, fix in found:
         yield Finding(what, there, "found" if there else "missing", fix)
 
@@ -122,12 +125,16 @@ def _hub(params: Params) -> Iterator[Finding]:
         used += sources.read_sources(params, "evaluation").values()
         if params.curation.released:
             used.append(sources.get_source(params, "curated", params.curation.released))
-    for name in dict.fromkeys(one.hub for one in used):
-        folder = params.path(params.data.hub_root) / name
-        copied = Finding(f"dataset {name}", folder.is_dir(), str(folder), "copy it there, or leave data.hub_root empty")
-        yield copied if params.data.hub_root else _access(name, "dataset")
+    for names in dict.fromkeys(tuple(one.places) for one in used):
+        found = [_copied(params, name) if params.data.hub_root else _access(name, "dataset") for name in names]
+        yield next((one for one in found if one.there), found[0])
     if isinstance(params.model_path(), str):
         yield _access(params.base.model, "model")
+
+
+def _copied(params: Params, name: str) -> Finding:
+    folder = params.path(params.data.hub_root) / name
+    return Finding(f"dataset {name}", folder.is_dir(), str(folder), "copy it there, or leave data.hub_root empty")
 
 
 def _access(name: str, kind: str) -> Finding:

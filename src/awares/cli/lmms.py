@@ -4,6 +4,7 @@ lmms-eval needs another build of torch, so it runs with the Python ``evaluation.
 are lmms-eval's, the interaction is ours.
 """
 
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -16,19 +17,20 @@ import pandas as pd
 
 from awares import policy
 from awares.config import Params
-from awares.data import sources
 from awares.engine import jsonl
-from awares.engine.images import open_image
+from awares.engine.images import join_strip, open_image
 from awares.engine.jsonl import Record
 from awares.engine.keys import checkpoint_folder, folder_digest
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
-from awares.method.protocol import get_protocol
+from awares.method.protocol import get_protocol, read_system
 from awares.method.rollout import limits_of
 from awares.training import checkpoints
 
 LMMS_TASKS = {"chartqa": "chartqa", "docvqa": "docvqa_val", "ocrbench": "ocrbench", "pope": "pope",
               "realworldqa": "realworldqa", "vstar": "vstar_bench"}  # fmt: skip
 LMMS_COLUMNS = ["system", "benchmark", "task", "metric", "value", "rtr", "seconds", "n"]
+LMMS_DEFAULTS = {"protocol": "ours", "system": "", "geometry": "ours", "max_new_tokens": 512, "token_budget": 65536,
+                 "max_side": 2000, "min_pixels": 0, "max_pixels": 0}  # fmt: skip
 LOG_EVERY = 64  # samples between two writes of the log; so many images are held at a time
 
 
@@ -49,16 +51,20 @@ def through_lmms_eval(
     python = params.path(params.evaluation.lmms_eval)
     if not python.is_file():
         raise AwaresFileError(f"evaluation.lmms_eval: no Python at {python}; see data/launch/README.md")
-    limits, form = limits_of(params), params.protocol.name
-    if limits["protocol"] != get_protocol(form):
-        fix = "leave protocol.system_file, crops.offered, crops.region_budget and crops.margin as they are"
+    limits, name, section = limits_of(params), params.protocol.name, params.crops
+    form = limits["protocol"]
+    if form != get_protocol(name, form.system, geometry=form.geometry):
+        fix = "leave crops.offered, crops.region_budget and crops.margin as they are"
         raise AwaresValueError(f"evaluation.lmms_eval runs only the interaction of protocol.name: {fix}")
-    code = [__file__, str(policy.__file__), str(sources.__file__)]
+    code = [__file__, str(policy.__file__)]
     inputs = checkpoints.describe_inputs("evaluation", params, [], model_path, code)
-    folder = checkpoint_folder(out_dir, {**inputs, "tasks": [*tasks.values()], "options": [*options]}).resolve()
+    inputs |= {"tasks": [*tasks.values()], "options": [*options], "system": form.system}
+    folder = checkpoint_folder(out_dir, inputs).resolve()
     shutil.rmtree(folder / "results", ignore_errors=True)  # of an earlier call
-    arguments = {**limits, "protocol": form, "dtype": params.base.dtype, "device": params.base.device}
+    arguments = {**limits, "protocol": name, "dtype": params.base.dtype, "device": params.base.device}
     arguments |= {"pretrained": model_path.resolve(), "log": folder / "samples.jsonl"}
+    arguments |= {"geometry": form.geometry, "min_pixels": section.min_pixels, "max_pixels": section.max_pixels}
+    arguments |= {"system": params.path(file)} if (file := params.protocol.system_file) else {}
     arguments |= {"call_bias": params.evaluation.call_bias}
     command = [str(python), "-m", "lmms_eval", "--model", "awares", "--tasks", ",".join(tasks.values())]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())]
@@ -100,8 +106,8 @@ class AwaresChat(Model):
     """The policy as a chat model of lmms-eval, in one process: chat messages in, texts out.
 
     ``pretrained``: a merged model or an adapter. ``log``: a JSONL file with the trajectory of every sample, from which
-    the same call resumes (lmms-eval writes its own cache only at the end). ``max_new_tokens`` replaces a task's limit,
-    which is for the answer and would cut calls off.
+    the same call resumes (lmms-eval writes its own cache only at the end). LMMS_DEFAULTS: further arguments, such as
+    ``system``, a file with another prompt; ``max_new_tokens`` replaces a task's limit, which would cut calls off.
     """
 
     is_simple = False
@@ -116,11 +122,14 @@ class AwaresChat(Model):
         **given: Any,  # lmms-eval passes its own options to every model
     ) -> None:
         super().__init__()
-        defaults = {"protocol": "ours", "max_new_tokens": 512, "token_budget": 65536, "max_side": 2000}
-        options: dict[str, Any] = {name: given.get(name, value) for name, value in defaults.items()}
-        self.engine = policy.AwaRes.from_pretrained(pretrained, None, dtype, device, **options).engine
+        options: dict[str, Any] = {name: given.get(name, value) for name, value in LMMS_DEFAULTS.items()}
         self.settings = {**options, "dtype": dtype, "call_bias": float(call_bias)}
         self.settings["weights"] = folder_digest(pretrained)[:16]
+        system = read_system(Path(name)) if (name := options.pop("system")) else None
+        form = get_protocol(options.pop("protocol"), system, geometry=options.pop("geometry"))
+        self.settings["prompt"] = hashlib.sha256(form.system.encode()).hexdigest()[:16]
+        options |= {"protocol": form, "pixels": (options.pop("min_pixels"), options.pop("max_pixels"))}
+        self.engine = policy.AwaRes.from_pretrained(pretrained, None, dtype, device, **options).engine
         self.log = Path(log)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
@@ -157,7 +166,7 @@ class AwaresChat(Model):
         pictures = [open_image(one, name, min_side=1) for one in images]
         parts = [part for one in chat.messages if one.role == "user" for part in one.content if part.type == "text"]
         question = "\n".join(part.text for part in parts).strip()
-        return pictures[0] if len(pictures) == 1 else sources.join_strip(pictures), question
+        return pictures[0] if len(pictures) == 1 else join_strip(pictures), question
 
 
 def _until(text: str, stops: str | Sequence[str]) -> str:

@@ -152,6 +152,7 @@ class Eval(PolicyOptions):
 
     file: Annotated[Path | None, Argument(metavar="FILE.jsonl", help="your own rows (default: the tasks')")] = None
     profile: Profile = ""
+    variant: Annotated[str, Option(help="of params.yaml, such as released_eval")] = "main"
     rows: Annotated[int | None, Option(min=1, help="rows of each task (default: evaluation.rows)")] = None
     seed: Annotated[int | None, Option(help="draws the rows (default: evaluation.seed)")] = None
     as_json: Json = False
@@ -169,11 +170,11 @@ class Eval(PolicyOptions):
         overrides = {f"evaluation.{key}": value for key, value in given.items() if value is not None}
         drawn = {"evaluation.rows", "evaluation.seed"} & overrides.keys()
         refuse_if(bool(self.file and drawn), "--rows and --seed draw the tasks' rows, not those of a file")
-        params = load_params(self.profile, overrides=overrides)
+        params = load_params(self.profile, self.variant, overrides)
         faults: list[str] = []
         table = read_jsonl_rows(self.file, faults) if self.file else make_split(params, "evaluation")
         set_threads(params.threads)
-        policy, name = self.load(**limits_of(params))
+        policy, name = self.load(**limits_of(params), pixels=params.crops.pixels)
         policy.engine.progress = sys.stderr.isatty()
         bias = params.evaluation.call_bias
         found = run_rows(policy.engine, table["image"], table["question"], table["id"], bias)

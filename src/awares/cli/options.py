@@ -68,7 +68,7 @@ class PolicyOptions:
         server = Server(url=self.server, model=name, attempts=12 if out else 3)  # somebody waits for a single answer
         replies = out.with_name(f"{out.name}.replies") if out else None
         client = ChatClient(server, replies, progress=sys.stderr.isatty() and out is not None)
-        engine: Any = RemoteEngine(client, load_processor(found.path), **options)
+        engine: Any = RemoteEngine(client, load_processor(found.path, options.pop("pixels", (0, 0))), **options)
         return AwaRes(engine), f"{name} behind a server"
 
     def settings(self, policy: "AwaRes", name: str, call_bias: float) -> dict[str, Any]:

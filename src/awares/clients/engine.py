@@ -99,7 +99,7 @@ class RemoteEngine(Interaction):
         if self.check and ids is None and count is None:
             raise AwaresRequestError("the server reports no prompt tokens: pass check=False to trust it")
         if ids not in (None, prompt) or count not in (None, len(prompt)):
-            fix = "pass its own processor; vLLM needs --chat-template-content-format openai"
+            fix = "pass its processor; vLLM needs --chat-template-content-format openai and --mm-processor-kwargs"
             raise AwaresRequestError(f"the server's prompt ({count} tokens) is not ours ({len(prompt)}): {fix}")
         if reply.finish not in ("stop", "length"):
             raise RowFailed(f"the reply ended with finish_reason {reply.finish!r}, not stop or length")

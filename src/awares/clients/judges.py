@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, WithJsonSchema, model_validator
@@ -24,8 +24,10 @@ from awares.engine.jsonl import Record
 from awares.engine.keys import code_of
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresValueError, Failure, validated
-from awares.method import protocol
+from awares.method import judges, protocol
 from awares.method.judges import HIGH_BETTER, LOW_BETTER, TIE, AnnotationOracle, Judge, Oracle, Texts, Verdict
+
+PromptName = Literal["judge", "judge_once", "oracle"]
 
 
 class Prompt(BaseModel, extra="forbid"):
@@ -53,7 +55,7 @@ class Served(BaseModel, extra="forbid"):
     """The file data/served.yaml, whose comments explain the fields."""
 
     models: dict[str, ServedModel]
-    prompts: dict[Literal["judge", "oracle"], Prompt] = Field(min_length=2)
+    prompts: dict[PromptName, Prompt] = Field(min_length=3)
 
 
 def read_served(params: Params) -> Served:
@@ -79,6 +81,8 @@ def make_client(name: str, params: Params) -> ChatClient:
 
 class ModelReply(BaseModel, extra="forbid", strict=True, json_schema_extra=lambda schema: schema.pop("description")):
     """A JSON object that a model must reply with. Its schema goes to the server, without these docstrings."""
+
+    constrained: ClassVar[bool] = True  # by the server
 
     @classmethod
     def read(cls, text: str) -> Self | None:
@@ -117,6 +121,19 @@ class PairReply(ModelReply):
         return self
 
 
+class OneNumber(ModelReply):
+    """The paper's reply, a number alone: ``better`` of `PairReply`."""
+
+    better: Literal[0, 1, 2]
+    constrained = False
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        """The only number in ``text``; None for several, or none."""
+        found = re.fullmatch(r"\D*([012])\D*", text)
+        return super().read(f'{{"better": {found[1]}}}') if found else None
+
+
 class Evidence(ModelReply):
     """Boxes [x1, y1, x2, y2] in 1/1000 of the image sides, at least one. One bad box makes the reply unusable."""
 
@@ -133,7 +150,7 @@ class Evidence(ModelReply):
 class Asker:
     """A served model with one of the prompts: requests replies until one can be read as ``reply``."""
 
-    def __init__(self, name: str, params: Params, prompt: Literal["judge", "oracle"], reply: type[ModelReply]) -> None:
+    def __init__(self, name: str, params: Params, prompt: PromptName, reply: type[ModelReply]) -> None:
         self.model, self.client, self.reply = get_model(name, params), make_client(name, params), reply
         self.prompt = read_served(params).prompts[prompt]
         self.source: dict[str, Any] = {"model": self.model.model, "version": self.prompt.version}
@@ -144,7 +161,8 @@ class Asker:
         """The first usable reply and its raw text; RowFailed after ``retries`` further attempts without one."""
         messages, reasons = self.prompt.messages(values, image), []
         schema = {"name": "reply", "strict": True, "schema": self.reply.model_json_schema()}
-        settings: Record = {"response_format": {"type": "json_schema", "json_schema": schema}}
+        form = {"response_format": {"type": "json_schema", "json_schema": schema}}
+        settings: Record = form if self.reply.constrained else {}
         for seed in range(self.model.retries + 1):
             settings |= {"temperature": 0.7 if seed else 0.0, "seed": seed, "max_tokens": self.model.max_tokens}
             try:
@@ -163,6 +181,7 @@ class Asker:
 class ServedVerdict(Verdict):
     """``forward``, ``swapped``: with the low answer first and second, both in the paper's terms (1 = low better).
 
+    ``swapped`` is None where ``curation.judge_order`` is once.
     ``replies``: raw, in that order; ``reason``: why there is no verdict; ``silent``: the server gave no reply.
     """
 
@@ -176,11 +195,20 @@ class ServedVerdict(Verdict):
 
 
 class ServedJudge(Judge):
-    """Compares two answers in both orders (PAPER §2): a tie if these disagree. Scores: the share of "right"."""
+    """Compares two answers once, or in both orders: a tie if these disagree (``curation.judge_order``).
+
+    Scores: with both orders the share of "right", with one 1 or 0 from ``evaluation.judge``, as the reply has none.
+    """
 
     def __init__(self, name: str, params: Params) -> None:
-        self.asker = Asker(name, params, "judge", PairReply)
+        self.once = params.curation.judge_order == "once"
+        kind: Any = ("judge_once", OneNumber) if self.once else ("judge", PairReply)
+        self.asker = Asker(name, params, *kind)
         super().__init__(name, self.grades, source=self.asker.key)
+        if self.once:
+            local = judges.build_judge(params.evaluation.judge, params)
+            self.score = lambda *rows: [float(score >= local.correct_threshold) for score in local.scores(*rows)]
+            self.source += local.key()
 
     def grades(self, questions: Texts, predictions: Texts, answers: Sequence[Texts]) -> list[float]:
         """Scores by a comparison of each answer with itself, which is one request; nan without a usable reply."""
@@ -192,11 +220,15 @@ class ServedJudge(Judge):
     ) -> list[Verdict]:
         """One `ServedVerdict` per row; its values are None without two usable replies."""
         names = [*map(str, range(len(questions)))] if row_ids is None else row_ids
+        graded = [self.scores(questions, side, answers) for side in (lows, highs)] if self.once else []
 
         def talk(index: int, send: Send) -> Verdict:
             shared = {"question": questions[index], "answers": " | ".join(dict.fromkeys(answers[index]))}
             orders = (lows[index], highs[index]), (highs[index], lows[index])
-            pairs = (shared | {"first": first, "second": second} for first, second in orders)
+            pairs = [shared | {"first": first, "second": second} for first, second in orders]
+            if self.once:
+                low, high = (part[index] for part in graded)
+                return self.combine_once(low, high, *self.asker.ask(send, names[index], pairs[0]))
             return self.combine(*(self.asker.ask(send, names[index], values) for values in pairs))
 
         def lost(failure: Failure) -> Verdict:
@@ -204,6 +236,11 @@ class ServedJudge(Judge):
             return ServedVerdict(None, None, None, None, None, None, replies=(), **values)
 
         return self.asker.client.converse(names, talk, lost)
+
+    def combine_once(self, low: float, high: float, reply: OneNumber, text: str) -> ServedVerdict:
+        """The verdict from the scores and the only reply."""
+        found = reply.better, low, high, max(low, high) < self.correct_threshold, reply.better, None
+        return ServedVerdict(*found, **self.asker.source, replies=(text,))
 
     def combine(self, low_first: tuple[PairReply, str], low_second: tuple[PairReply, str]) -> ServedVerdict:
         """The verdict from the two replies and their raw texts."""

@@ -6,6 +6,7 @@ the answer's evidence in 1/1000 of the image sides, its source and its split. `e
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import pandas as pd
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints
 
 from awares.engine.images import MIN_SIDE, as_png, is_plain, open_image
-from awares.engine.rows import FEATURES, load_rows
+from awares.engine.rows import FEATURES, load_rows, picture_sizes
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError, faults_of, validated
 from awares.method.crops import boxes_to_crops
 from awares.settings import CropSettings, Params
@@ -95,7 +96,7 @@ def _load_source(params: Params, name: str, n: int, seed: int, split: str) -> da
         rows = sampling.load_split(params, name, split)
     else:
         raise AwaresValueError(f"data.origin: unknown {origin!r}, choose from suite, hub")
-    return validate_rows(rows, f"{origin}:{name}")
+    return validate_rows(rows, f"{origin}:{name}", pixels=origin != "hub")  # whose files `sampling` has decoded
 
 
 def evaluation_rows(params: Params) -> datasets.Dataset:
@@ -214,15 +215,17 @@ def evidence_crops(dataset: datasets.Dataset, section: CropSettings) -> list[str
     return ["+".join(boxes_to_crops([*question, *answer], section)) for question, answer in boxes]
 
 
-def describe_splits(splits: Mapping[str, datasets.Dataset]) -> pd.DataFrame:
+def describe_splits(splits: Mapping[str, datasets.Dataset], section: CropSettings) -> pd.DataFrame:
     """Per split and source: rows, distinct questions and answers, sides (px), visual tokens at full resolution."""
+    most = section.max_pixels // MIN_SIDE**2 or math.inf  # tokens of an image
     records = []
     for split, dataset in splits.items():
         for source in dict.fromkeys(dataset["source"]):
             rows = rows_of_source(dataset, source)
-            sides = np.array([image.size for image in rows["image"]])
+            sides = np.array(picture_sizes(rows, section.max_side))
             record = {"split": split, "source": source, "rows": len(rows), "questions": len(set(rows["question"]))}
             record["answers"] = len({frozenset(answers) for answers in rows["answers"]})
             record |= {"side min": int(sides.min()), "side max": int(sides.max())}
-            records.append({**record, "tokens mean": float((sides // MIN_SIDE).prod(axis=1).mean())})
+            tokens = (sides // MIN_SIDE).prod(axis=1)
+            records.append({**record, "tokens mean": float(np.minimum(tokens, most).mean())})
     return pd.DataFrame(records)

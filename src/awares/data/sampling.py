@@ -9,10 +9,12 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
+import joblib
 import numpy as np
 import pandas as pd
 import scipy.fft
@@ -21,7 +23,7 @@ from PIL import Image
 from awares.config import Params
 from awares.data import sources
 from awares.data.rows import image_digests
-from awares.data.sources import OpenSource
+from awares.data.sources import Draft, OpenSource
 from awares.engine import images
 from awares.engine.jsonl import Record, in_chunks, read_records
 from awares.engine.keys import checkpoint_folder, code_of
@@ -30,6 +32,7 @@ from awares.errors import AwaresValueError
 from awares.method import protocol
 
 READ_CHUNK = 64  # rows between two writes, which a kill can lose
+PARALLEL_FROM = 32  # rows of a chunk from which starting processes pays
 HASH_SIDE = 64  # px: size of the grey picture that is transformed
 HASH_BITS = 16  # lowest frequencies kept per direction
 
@@ -69,7 +72,12 @@ def collect(params: Params, opened: OpenSource) -> list[Record]:
     positions = {opened.source.row_id(index): index for index in wanted}
 
     def work(chunk: list[str]) -> list[Record]:
-        return [read.get(row_id) or _read(opened, positions[row_id], folder, params.crops.max_side) for row_id in chunk]
+        drafts = [_read(opened, positions[row_id]) for row_id in chunk if row_id not in read]
+        processes = min(params.threads, os.cpu_count() or 1) if len(drafts) >= PARALLEL_FROM else 1
+        keep = joblib.delayed(_keep)
+        kept = joblib.Parallel(processes)(keep(*draft, folder, params.crops.max_side) for draft in drafts)
+        found = {record["id"]: record for record in kept}
+        return [read.get(row_id) or found[row_id] for row_id in chunk]
 
     file = folder.with_name(f"rows-{_sha256(json.dumps(wanted))[:16]}.jsonl")
     records = in_chunks(file, list(positions), READ_CHUNK, work)
@@ -84,7 +92,7 @@ def collect(params: Params, opened: OpenSource) -> list[Record]:
 def _image_folder(params: Params, opened: OpenSource) -> Path:
     """The folder of a source's images, named by all that determines how a row is read, not by ``skip`` or counts."""
     source, code = opened.source, code_of(__file__, *(str(module.__file__) for module in (sources, images, protocol)))
-    declared = source.model_dump(exclude={"skip", "place"})
+    declared = source.model_dump(exclude={"skip", "place", "fallback"})
     key = {"source": declared, "commit": opened.commit, "code": code, "max_side": params.crops.max_side}
     work = checkpoint_folder(params.run_dir("data"), {"stage": f"data {source.kind}.{source.name}", **key})
     (work / "images").mkdir(exist_ok=True)
@@ -109,25 +117,32 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(opened: OpenSource, index: int, folder: Path, max_side: int) -> Record:
-    """The record of one row, its image stored in ``folder``. A fault is recorded, not raised."""
+def _read(opened: OpenSource, index: int) -> tuple[Record, Draft | None]:
+    """One row and the beginning of its record. A fault is recorded, not raised."""
     record: Record = {"id": opened.source.row_id(index), "row": index}
     try:
         draft = opened.draft(index)
-        if draft is None:
-            return {**record, "state": "empty", "fault": "no question, answer or image"}
-        encoded, picture = sources.fit_image(draft, max_side)
+    except AwaresValueError as error:
+        return {**record, "state": "fault", "fault": str(error)}, None
+    return (record if draft else {**record, "state": "empty", "fault": "no question, answer or image"}), draft
+
+
+def _keep(record: Record, draft: Draft | None, folder: Path, max_side: int) -> Record:
+    """The whole record of one row, its image stored in ``folder``."""
+    if not draft:
+        return record
+    try:
+        encoded, shown = sources.fit_image(draft.pictures, max_side)
     except AwaresValueError as error:
         return {**record, "state": "fault", "fault": str(error)}
     digest = hashlib.sha256(encoded).hexdigest()
     file = folder / digest
     if not file.is_file():
-        partial = file.with_name(f".{file.name}.partial")
+        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
         partial.write_bytes(encoded)
         partial.replace(file)
     text = {"question": draft.question, "answers": draft.answers, "call": draft.call}
-    phashes = [perceptual_hash(one) for one in (picture, *(draft.pictures if len(draft.pictures) > 1 else ()))]
-    return {**record, "state": "row", **text, "image": digest, "phashes": phashes}
+    return {**record, "state": "row", **text, "image": digest, "phashes": [*map(perceptual_hash, shown)]}
 
 
 Drawn = dict[tuple[str, str], tuple[OpenSource, list[Record]]]  # (split, source) -> its rows in the order of the draw

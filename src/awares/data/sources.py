@@ -3,29 +3,34 @@
 The YAML maps columns. A reader here does what a column mapping cannot express. `sampling` draws the rows.
 """
 
+import copy
 import hashlib
 import io
 import itertools
+import logging
 import re
 import zipfile
 import zlib
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
 from huggingface_hub import HfApi, HfFileSystem
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image
 from pydantic import BaseModel
 
 from awares.config import Params, read_yaml
-from awares.engine.images import MAX_ASPECT, MIN_SIDE, cap, check_size, is_plain, open_image
+from awares.engine.images import MAX_ASPECT, MIN_SIDE, cap, check_size, is_plain, join_strip, open_image
 from awares.engine.jsonl import Record
 from awares.errors import AwaresFileError, AwaresValueError, validated
 from awares.method.protocol import check_question
 
 NAMED_BY = {"training": "data.sources", "evaluation": "data.tasks", "curated": "curation.released"}
-STRIP_GAP = 28  # px of white between the pictures of a strip
+NOT_FOUND = RepositoryNotFoundError, RevisionNotFoundError, FileNotFoundError
+ARCHIVE_BLOCK = 2**18  # bytes that a read from an archive on the hub fetches at least; fsspec's default is 5 MB
 HASHED_EDGE = 2**16  # bytes at both ends of a local file that are hashed: tables and archives keep their indices there
 
 
@@ -48,6 +53,12 @@ class Source(BaseModel, extra="forbid", strict=True, frozen=True):
     rows: int
     archive: str = ""
     skip: list[int] = []
+    fallback: dict[str, str] = {}
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Hub id -> revision, in the order in which they are tried."""
+        return {self.hub: self.revision, **self.fallback}
 
     def row_id(self, index: int) -> str:
         """Id of the published row ``index``, which does not depend on the draw."""
@@ -78,45 +89,64 @@ def get_source(params: Params, kind: str, name: str) -> Source:
 
 def open_source(params: Params, kind: str, name: str, check: bool = True) -> "OpenSource":
     """Open a declared source; ``check``: also read its first row, so that faults are found before hours of work."""
-    source = get_source(params, kind, name)
-    opened = OpenSource(source, params.path(params.data.hub_root) if params.data.hub_root else None)
+    root = params.path(params.data.hub_root) if params.data.hub_root else None
+    opened = OpenSource(get_source(params, kind, name), root)
     if check:
-        first = next(index for index in itertools.count() if index not in source.skip)
-        try:
-            opened.draft(first)
-        except AwaresValueError as error:
-            raise AwaresValueError(f"{source.place}, row {first}: {error}") from error
+        opened.check()
     return opened
 
 
 class Draft(NamedTuple):
-    """A published row in our terms. ``pictures``: files as a reader finds them, then decoded images."""
+    """A published row in our terms. ``pictures``: as a reader finds them, then the contents of their files."""
 
     pictures: list[Any]
     question: str
     answers: list[Any]
     call: str = ""  # first turn of a released trajectory
-    encoded: bytes | None = None  # the file of a single picture; several become a strip
 
 
 class OpenSource:
     """A source to read by position, in ascending order if it streams; AwaresError if it is not available.
 
-    ``commit``: that of the revision, or a digest of the files of a local copy.
+    ``source.hub`` is the first of its places that exists. ``commit``: that of the revision, or a digest of the files of
+    a local copy. Nothing is downloaded before a row is read.
     """
 
     def __init__(self, source: Source, hub_root: Path | None) -> None:
-        self.source = source
-        self.local = hub_root / source.hub if hub_root else None
-        try:
-            commit = None if self.local else HfApi().dataset_info(source.hub, revision=source.revision).sha
-            self.commit = _digest(self.local) if self.local else str(commit)
-            self.rows = self._open()
-        except Exception as error:  # datasets and the hub's client raise many types
-            raise self._unavailable(error) from error
+        missing = []
+        for hub, revision in source.places.items():
+            self.source = source.model_copy(update={"hub": hub, "revision": revision})
+            self.local = hub_root / hub if hub_root else None
+            try:
+                commit = None if self.local else HfApi().dataset_info(hub, revision=revision).sha
+                self.commit = _digest(self.local) if self.local else str(commit)
+                break
+            except NOT_FOUND as error:
+                missing.append(self._unavailable(error))
+            except Exception as error:  # the hub's client raises many types
+                raise self._unavailable(error) from error
+        else:
+            raise missing[0]
+        if missing:
+            logging.warning(f"{source.place}: reading {self.source.hub}, because {source.hub} was not found")
         self._stream: Any = None
         self._position = 0
         self._zip: zipfile.ZipFile | None = None
+
+    @cached_property
+    def rows(self) -> Any:
+        """As `_open` gives them; a table that does not stream is downloaded."""
+        return self._open(self.source.streaming)
+
+    def check(self) -> None:
+        """Read the first row without downloading a table, and its pictures; AwaresError for a wrong declaration."""
+        first, other = next(index for index in itertools.count() if index not in self.source.skip), copy.copy(self)
+        other.rows = self._open(streaming=True)
+        try:
+            for file in draft.pictures if (draft := other.draft(first)) else ():
+                open_image(file, "the image", min_side=1)
+        except AwaresValueError as error:
+            raise AwaresValueError(f"{self.source.place}, row {first}: {error}") from error
 
     def count(self) -> int:
         """The number of rows: of the table, else of the dataset card, else by reading the whole stream."""
@@ -143,15 +173,7 @@ class OpenSource:
             return None
         check_question(question)
         files = [self._file(picture) for picture in draft.pictures]
-        encoded = files[0] if len(files) == 1 else None
-        answers = list(dict.fromkeys(answers))
-        return Draft(
-            [open_image(file, "the image", min_side=1) for file in files],
-            question + source.suffix,
-            answers,
-            draft.call,
-            encoded,
-        )
+        return Draft(files, question + source.suffix, list(dict.fromkeys(answers)), draft.call)
 
     def _file(self, picture: Any) -> bytes:
         """The file of a published picture: bytes, a member of the archive, or a local file."""
@@ -171,12 +193,13 @@ class OpenSource:
         raise AwaresValueError("the image is missing: neither bytes nor a file")
 
     def _member(self, name: str) -> bytes:
-        """A file of the archive. Over the network only this file's bytes are fetched."""
+        """A file of the archive. Over the network its bytes and at most ARCHIVE_BLOCK more are fetched."""
         archive = self.source.archive
         if self._zip is None:
             path = f"{self.local or f'datasets/{self.source.hub}@{self.commit}'}/{archive}"
             try:
-                self._zip = zipfile.ZipFile(path if self.local else HfFileSystem().open(path, "rb"))
+                remote: Any = path if self.local else HfFileSystem().open(path, "rb", block_size=ARCHIVE_BLOCK)
+                self._zip = zipfile.ZipFile(remote)
             except (OSError, zipfile.BadZipFile) as error:
                 raise AwaresFileError(f"{self.source.place}.archive: cannot open {path} ({error})") from error
         try:
@@ -184,18 +207,21 @@ class OpenSource:
         except (KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise AwaresValueError(f"{archive} does not hold {name}, or only a corrupt one ({error})") from error
 
-    def _open(self) -> Any:
+    def _open(self, streaming: bool) -> Any:
         """A Dataset that gives Arrow tables, or an IterableDataset; both with undecoded images."""
         source, folder = self.source, self.local
-        if folder and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            saved = datasets.load_from_disk(str(folder))  # published by save_to_disk
-            return (saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved).with_format("arrow")
         place: dict[str, Any] = {"path": source.hub, "revision": self.commit}
         if folder:  # the library's cache distinguishes local folders by name only, ours by content
             cache = Path(datasets.config.HF_DATASETS_CACHE) / self.commit.replace(":", "-")
             place = {"path": str(folder), "cache_dir": str(cache)}
-        rows = datasets.load_dataset(**place, name=source.config, split=source.split, streaming=source.streaming)
-        return rows.decode(False) if source.streaming else rows.with_format("arrow")
+        try:
+            if folder and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+                saved = datasets.load_from_disk(str(folder))  # published by save_to_disk
+                return (saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved).with_format("arrow")
+            rows = datasets.load_dataset(**place, name=source.config, split=source.split, streaming=streaming)
+        except Exception as error:
+            raise self._unavailable(error) from error
+        return rows.decode(False) if streaming else rows.with_format("arrow")
 
     def _unavailable(self, error: Exception) -> AwaresFileError:
         source, folder = self.source, self.local
@@ -204,7 +230,8 @@ class OpenSource:
         else:
             page = f"https://huggingface.co/datasets/{source.hub}"
             fix = f"correct config and split; or accept its terms at {page}, set HF_TOKEN; or set data.hub_root"
-        what = f"{source.hub}, config {source.config}, split {source.split}, revision {source.revision}"
+        others = "".join(f", nor {name}" for name in source.fallback if name != source.hub)
+        what = f"{source.hub}{others}, config {source.config}, split {source.split}, revision {source.revision}"
         reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
         return AwaresFileError(f"{source.place}: cannot open {what} ({reason}): {fix}")
 
@@ -224,6 +251,8 @@ class OpenSource:
 
 def _digest(folder: Path) -> str:
     """Digest of every file's name, size and both ends."""
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts):
         size = path.stat().st_size
@@ -293,24 +322,15 @@ READERS = {"plain": _plain, "votes": _votes, "options": _options, "conversation"
 READERS["trajectory"] = _trajectory
 
 
-def join_strip(images: list[Image.Image]) -> Image.Image:
-    """The pictures in one strip from left to right, aligned at the top, STRIP_GAP px apart, not resized."""
-    width = sum(image.width for image in images) + STRIP_GAP * (len(images) - 1)
-    strip = Image.new("RGB", (width, max(image.height for image in images)), "white")
-    left = 0
-    for image in images:
-        strip.paste(image, (left, 0))
-        left += image.width + STRIP_GAP
-    return strip
+def fit_image(files: list[bytes], max_side: int) -> tuple[bytes, list[Image.Image]]:
+    """The file of a row's image, and its RGB picture, before the parts if it is a strip of several ``files``.
 
-
-def fit_image(draft: Draft, max_side: int) -> tuple[bytes, Image.Image]:
-    """File and RGB picture of a draft: no side above ``max_side`` px (PAPER §1) or below one visual token.
-
-    A file that fits and that `datasets` reads as we do is kept byte for byte. Others are encoded again, JPEG (quality
-    95) as JPEG, the rest as PNG. Small pictures (OCRBench has 25 x 16 px) are enlarged, as by the image processor.
+    No side is above ``max_side`` px (PAPER §1) or below one visual token: small pictures (OCRBench has 25 x 16 px) are
+    enlarged, as by the image processor. A file that fits and that `datasets` reads as we do is kept byte for byte.
+    Others are encoded again, JPEG (quality 95) as JPEG, the rest as PNG.
     """
-    image = draft.pictures[0] if draft.encoded else join_strip(draft.pictures)
+    parts = [open_image(file, "the image", min_side=1) for file in files]
+    image = parts[0] if len(parts) == 1 else join_strip(parts)
     if min(image.size) < MIN_SIDE and max(image.size) <= MAX_ASPECT * min(image.size):
         factor = MIN_SIDE / min(image.size)
         size = (max(MIN_SIDE, round(image.width * factor)), max(MIN_SIDE, round(image.height * factor)))
@@ -318,10 +338,11 @@ def fit_image(draft: Draft, max_side: int) -> tuple[bytes, Image.Image]:
     else:
         check_size(image.size, "image")
         picture = cap(image, max_side)
-    if draft.encoded and picture.size == image.size and is_plain(draft.encoded):
-        return draft.encoded, picture
+    shown = [picture, *(parts if len(parts) > 1 else ())]
+    if len(parts) == 1 and picture.size == image.size and is_plain(files[0]):
+        return files[0], shown
     buffer = io.BytesIO()
-    jpeg = (draft.encoded or b"").startswith(b"\xff\xd8")
-    options: dict[str, Any] = {"format": "JPEG", "quality": 95} if jpeg else {"format": "PNG"}
+    jpeg = len(parts) == 1 and files[0].startswith(b"\xff\xd8")
+    options: dict[str, Any] = {"format": "JPEG", "quality": 95} if jpeg else {"format": "PNG", "compress_level": 3}
     picture.save(buffer, **options)
-    return buffer.getvalue(), picture
+    return buffer.getvalue(), shown

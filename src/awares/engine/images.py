@@ -1,6 +1,7 @@
 """Images: reading a file as upright 8-bit RGB, the size limits, resizing."""
 
 import io
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ ImageSource = str | Path | bytes | Image.Image
 MIN_SIDE = 28  # px of one visual token
 MAX_ASPECT = 200  # Qwen2.5-VL's image processor refuses longer strips
 BAND = 256  # rows that are laid on white at a time: a large picture has no second copy with transparency
+STRIP_GAP = 28  # px of white between the pictures of a strip
 SHOWN = 200  # characters of a user's value in a message
 # Files that count as images in a folder, in any case. Pillow cannot read those of the second line: the user is told so.
 IMAGE_SUFFIXES = tuple(".apng .avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif".split())
@@ -138,11 +140,25 @@ def cap(image: Image.Image, side: int = 2000) -> Image.Image:
     scale = side / max(image.size)
     if scale >= 1:
         return image
-    return resize(image, *(max(round(length * scale), min(length, MIN_SIDE)) for length in image.size))
+    width, height = (max(round(length * scale), min(length, MIN_SIDE)) for length in image.size)
+    return resize(image, width, height)
 
 
-def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Bicubic. A side below 1/200 of the other is enlarged: the image processor would refuse it."""
+def resize(
+    image: Image.Image, width: int, height: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """The resampled image. A side below 1/200 of the other is enlarged: the image processor would refuse it."""
     thinnest = -(-max(width, height) // MAX_ASPECT)
     size = (max(width, thinnest), max(height, thinnest))
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    return image if size == image.size else image.resize(size, resample)
+
+
+def join_strip(images: Sequence[Image.Image]) -> Image.Image:
+    """The pictures in one strip from left to right, aligned at the top, STRIP_GAP px apart, not resized."""
+    width = sum(image.width for image in images) + STRIP_GAP * (len(images) - 1)
+    strip = Image.new("RGB", (width, max(image.height for image in images)), "white")
+    left = 0
+    for image in images:
+        strip.paste(image, (left, 0))
+        left += image.width + STRIP_GAP
+    return strip

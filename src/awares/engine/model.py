@@ -21,6 +21,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import logging as transformers_logging
 
@@ -33,6 +34,7 @@ STOCK = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor")}
 STOCK["qwen3_vl"] = ("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NO_WEIGHTS = f"no {ADAPTER_WEIGHTS} there, and only safetensors are read"
+PIXEL_LIMITS = ("shortest_edge", "longest_edge")  # names of areas, least and most, in the image processor's ``size``
 Grid = tuple[int, int]  # patches in height and width
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,12 +69,15 @@ class ImageOnlyProcessor(ProcessorMixin):
 def make_processor(tokenizer: Any, min_pixels: int = 56 * 56, max_pixels: int = 2000 * 2000) -> ImageOnlyProcessor:
     """A processor around ``tokenizer``; images are resized to between ``min_pixels`` and ``max_pixels`` (areas)."""
     chat_format.install(tokenizer)
-    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    size = dict(zip(PIXEL_LIMITS, (min_pixels, max_pixels), strict=True))
     return ImageOnlyProcessor(Qwen2VLImageProcessorPil(size=size), tokenizer)
 
 
-def load_processor(path: str | Path) -> ImageOnlyProcessor:
-    """Tokenizer and image processor of a checkpoint folder (or hub name), with this project's chat template."""
+def load_processor(path: str | Path, pixels: tuple[int, int] = (0, 0)) -> ImageOnlyProcessor:
+    """Tokenizer and image processor of a checkpoint folder (or hub name), with this project's chat template.
+
+    ``pixels``: the least and the most pixels of a resized image (`crops.pixels`); 0 = the checkpoint's.
+    """
     source = _source(path)
     with _reading(path, "cannot read tokenizer and image processor"):
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -81,6 +86,10 @@ def load_processor(path: str | Path) -> ImageOnlyProcessor:
     if missing:
         raise AwaresValueError(f"{path}: the tokenizer lacks {missing}: use that of a Qwen2.5-VL or Qwen3-VL")
     chat_format.install(tokenizer)
+    if any(pixels):
+        limits = zip(PIXEL_LIMITS, pixels, strict=True)
+        size: Any = SizeDict(**{side: own or image_processor.size[side] for side, own in limits})
+        image_processor.size = size
     return ImageOnlyProcessor(image_processor, tokenizer)
 
 

@@ -33,6 +33,7 @@ CROPS: dict[str, tuple[float, float, float, float]] = {
     "right": (0.5, 0.0, 1.0, 1.0),
     "all": (0.0, 0.0, 1.0, 1.0),
 }
+RELEASED_SIDE = 100  # px: the least side of a crop in the released code, which shows a smaller image whole
 GRID = 50  # 1/1000 of a side: the edges of a free box made from evidence are multiples of this
 
 
@@ -143,29 +144,37 @@ def iou_rule(boxes: Sequence[Box], section: CropSettings) -> tuple[str, ...]:
     return chosen or (max(scores, key=lambda name: (scores[name], -_distance(box, (name,)))),)
 
 
-def low_resolution(image: Image.Image) -> Image.Image:
-    """I_low: width and height halved, about a quarter of the visual tokens."""
+def low_resolution(image: Image.Image, geometry: str = "ours") -> Image.Image:
+    """I_low: width and height halved, about a quarter of the visual tokens. ``geometry``: `crops.geometry`."""
+    if geometry == "released":
+        return resize(image, image.width // 2, image.height // 2, Image.Resampling.LANCZOS)
     return resize(image, round(image.width / 2), round(image.height / 2))
 
 
-def cut(image: Image.Image, name: str, budget: float = 1.0, margin: int = 0) -> Image.Image:
-    """The crop ``name`` of ``image``, edges rounded to whole pixels, at native density.
+def cut(image: Image.Image, name: str, budget: float = 1.0, margin: int = 0, geometry: str = "ours") -> Image.Image:
+    """The crop ``name`` of ``image`` at native density; edges rounded to whole pixels, or the released code's.
 
     Its edges inside the image are moved outwards by ``margin`` px. A crop that covers, without margin, more than the
     fraction ``budget`` of the image is shrunk by the factor that brings it to that fraction.
     """
-    left, top, right, bottom = crop_box(name)
-    x1, x2 = _pixels(left, right, image.width, margin)
-    y1, y2 = _pixels(top, bottom, image.height, margin)
+    whole = geometry == "released" and min(image.size) < RELEASED_SIDE
+    left, top, right, bottom = (edge / 1000 for edge in crop_box("all" if whole else name))
+    x1, x2 = _pixels(left, right, image.width, margin, geometry)
+    y1, y2 = _pixels(top, bottom, image.height, margin, geometry)
     piece = image.crop((x1, y1, x2, y2))
     scale = min(1.0, (budget / area(name)) ** 0.5)
     return resize(piece, round(scale * piece.width), round(scale * piece.height))
 
 
-def _pixels(low: float, high: float, side: int, margin: int) -> tuple[int, int]:
-    """Two opposite edges in 1/1000 of ``side``, as px, at least one px apart, with the margin inside the image."""
-    start = round(low / 1000 * side)
-    end = max(round(high / 1000 * side), start + 1)
+def _pixels(low: float, high: float, side: int, margin: int, geometry: str) -> tuple[int, int]:
+    """Two opposite edges, in fractions of ``side``, as px, at least one px apart, with the margin inside the image."""
+    if geometry == "released":  # half of a side rounded down, at least RELEASED_SIDE, from the same corner
+        part = side if high - low == 1 else max(RELEASED_SIDE, side // 2)
+        start = int(2 * low * (side - part))
+        end = start + part
+    else:
+        start = round(low * side)
+        end = max(round(high * side), start + 1)
     return max(0, start - margin), min(end + margin, max(side, end))
 
 

@@ -230,7 +230,8 @@ def engine_key(engine: Any) -> str:
     for name, weight in sorted(weights.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-    limits = (engine.decoder.max_new_tokens, engine.token_budget, engine.max_side)
+    size = dict(engine.processor.image_processor.size)
+    limits = engine.decoder.max_new_tokens, engine.token_budget, engine.max_side, size, engine.protocol.geometry
     numbers = (str(weights.dtype), weights.device.type, torch.get_num_threads())
     versions = tuple(importlib.metadata.version(name) for name in LIBRARIES)
     return f"{digest.hexdigest()}:{limits}:{numbers}:{versions}"

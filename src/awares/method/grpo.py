@@ -23,6 +23,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from trl import GRPOConfig
 from awares import registry
 from awares.config import Params
 from awares.engine.chat_format import TOOL_CALL, answer_text
+from awares.engine.images import join_strip
 from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, visual_tokens
 from awares.engine.rows import picture, picture_sizes, share_of
 from awares.errors import AwaresValueError
@@ -69,7 +71,7 @@ def train_grpo(
     interruption the same call resumes from the last checkpoint. AwaresError for bad inputs, before any training.
     """
     rows = share_of(dataset, params.grpo.share)
-    check_budget(rows, load_processor(model_path), params)
+    check_budget(rows, load_processor(model_path, params.crops.pixels), params)
     chosen = registry.reward.find(reward or params.grpo.reward)
     if params.launch("grpo"):  # its processes find the reward by this name
         if chosen.__module__ == "__main__" or "<locals>" in chosen.__qualname__:
@@ -89,7 +91,8 @@ def fit_grpo(
 ) -> None:
     """Train to the last checkpoint in ``folder``; every process of the training runs this."""
     model = load_model(model_path, params.base.dtype, distributed.device(params))
-    trainer = build_grpo_trainer(params, rows, model, load_processor(model_path), folder, reward)
+    processor = load_processor(model_path, params.crops.pixels)
+    trainer = build_grpo_trainer(params, rows, model, processor, folder, reward)
     training.train(trainer, folder, training.Log(log, _log_entry, "reward"))
 
 
@@ -148,7 +151,8 @@ def sample_rollouts(params: Params, rows: Dataset, model_path: str | Path) -> li
 
     model = load_model(model_path, params.base.dtype, distributed.device(params))
     with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = build_grpo_trainer(params, rows, model, load_processor(model_path), Path(folder), keep)
+        processor = load_processor(model_path, params.crops.pixels)
+        trainer: Any = build_grpo_trainer(params, rows, model, processor, Path(folder), keep)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # set by a training
     for row in trainer.train_dataset:
@@ -225,7 +229,7 @@ def rollout_dataset(rows: Dataset, params: Params) -> Dataset:
     def view(index: int) -> dict[str, Any]:
         row = rows[index]
         image = picture(row, params.crops.max_side)
-        prompt = protocol.messages(row["question"], crops.low_resolution(image), protocol=form)
+        prompt = protocol.messages(row["question"], form.low(image), protocol=form)
         return {"prompt": prompt, **row, "full_image": image, "row_id": row["id"]}
 
     def read(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
@@ -290,12 +294,19 @@ class CropTrainer(SharedPromptTrainer):
             for value in values:  # one by one: the mean over processes is then that over completions
                 self._log_metric(name, value)
         rewards = self.context.score(self.reward, rollouts)
+        training.report_pictures(self, lambda: map(_shown, rollouts[: self.num_generations], rewards, repeat(form)))
         terms = self.context.logged
         columns = torch.tensor(list(zip(rewards, *terms.values(), strict=True)), device=self.accelerator.device)
         columns = gather(columns)  # (B, 1 + terms)
         for name, column in zip(terms, columns.T[1:], strict=True):
             self._metrics["train"][f"terms/{name}"].append(torch.nanmean(column).item())
         return columns[:, :1]
+
+
+def _shown(rollout: Rollout, reward: float, form: protocol.Protocol) -> tuple[Image.Image, str]:
+    """What a rollout saw, as one picture, and what it wrote."""
+    views = [form.low(rollout.full_image), *(form.cut(rollout.full_image, name) for name in rollout.crops)]
+    return join_strip(views), f"{rollout.question} | {rollout.text} | {rollout.label}, reward {reward:.2f}"
 
 
 def call_metrics(rollouts: Sequence[Rollout]) -> dict[str, list[float]]:

@@ -12,13 +12,14 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
 
 from awares.engine.chat_format import END_OF_TURN, SPECIAL_TOKENS, TOOL_CALL, TOOL_TOKENS, answer_text
 from awares.errors import AwaresFileError, AwaresValueError
-from awares.method.crops import CROPS, allowed, cut, is_free
+from awares.method.crops import CROPS, allowed, cut, is_free, low_resolution
 from awares.settings import FREE_BOX, Params
 
 TOOL_NAME = "crop"
@@ -65,7 +66,7 @@ class Protocol:
 
     ``system``: the prompt; ``opening``: the text that every call begins with; ``offered``: the regions of the tool;
     ``region_budget``: a region that covers a larger fraction of the image is shown at lower density; ``margin``: px by
-    which a region is widened (`crops.cut`).
+    which a region is widened (`crops.cut`); ``geometry``: the way of halving and cropping, ours or released.
     """
 
     name: str
@@ -74,10 +75,15 @@ class Protocol:
     offered: tuple[str, ...] = tuple(CROPS)
     region_budget: float = 1.0
     margin: int = 0
+    geometry: str = "ours"
+
+    def low(self, image: Image) -> Image:
+        """I_low, the view of turn 1."""
+        return low_resolution(image, self.geometry)
 
     def cut(self, image: Image, name: str) -> Image:
         """The picture that the tool returns for region ``name``."""
-        return cut(image, name, self.region_budget, self.margin)
+        return cut(image, name, self.region_budget, self.margin, self.geometry)
 
     def call_message(self, crops: Iterable[str]) -> dict[str, Any]:
         """The assistant message that requests ``crops``; AwaresValueError for an unknown, repeated or missing name."""
@@ -104,29 +110,36 @@ OURS = Protocol("ours", SYSTEM, TOOL_CALL)
 RELEASED = Protocol("released", RELEASED_SYSTEM, RELEASED_CALL)
 
 
-def get_protocol(name: str, system: str | None = None) -> Protocol:
-    """The protocol ours or released, with ``system`` as its prompt if given; AwaresValueError for another name.
+def get_protocol(name: str, system: str | None = None, **fields: Any) -> Protocol:
+    """The protocol ours or released, with ``system`` as its prompt if given, and ``fields`` of `Protocol`.
+
+    AwaresValueError for another name.
 
     The released checkpoint was trained with the prompt on its model card: give that one to reproduce its numbers.
     """
     known = {protocol.name: protocol for protocol in (OURS, RELEASED)}
     if name not in known:
         raise AwaresValueError(f"protocol.name: unknown {name!r}, choose from {', '.join(known)}")
-    return replace(known[name], system=system) if system else known[name]
+    return replace(known[name], **fields, system=system or known[name].system)
 
 
 def from_params(params: Params) -> Protocol:
     """The protocol ``protocol.name`` for ``crops.offered``, with the prompt of ``protocol.system_file`` if set."""
     offered, system = params.crops.offered, None
     if params.protocol.system_file:
-        file = params.path(params.protocol.system_file)
-        system = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-        if not system:
-            raise AwaresFileError(f"{file}: no system prompt there; protocol.system_file names it")
+        system = read_system(params.path(params.protocol.system_file))
     elif offered != tuple(CROPS):
         system = system_prompt(offered)
-    known = get_protocol(params.protocol.name, system)
-    return replace(known, offered=offered, region_budget=params.crops.region_budget, margin=params.crops.margin)
+    section = params.crops
+    shown = {"region_budget": section.region_budget, "margin": section.margin, "geometry": section.geometry}
+    return get_protocol(params.protocol.name, system, offered=offered, **shown)
+
+
+def read_system(file: Path) -> str:
+    """The system prompt in a text file; AwaresFileError without one."""
+    if not (text := file.read_text(encoding="utf-8").strip() if file.is_file() else ""):
+        raise AwaresFileError(f"{file}: no system prompt there; protocol.system_file or system= names it")
+    return text
 
 
 # Rendering
@@ -210,7 +223,6 @@ _WORDS = {"upper": "top", "lower": "bottom", "centre": "center", "middle": "cent
 _WORDS |= {"full": "all", "whole": "all", "entire": "all"}
 _NOISE = {"half", "quadrant", "corner", "image", "region", "side", "the", "part"}
 _STRICT = re.compile(r"\s*<tool_call>\s*(\{.*\})\s*</tool_call>\s*", re.DOTALL)
-_RELEASED = re.compile(r"GET_CROPS: \[('(?:[0-8]|all)'(?:, '(?:[0-8]|all)')*)\]")
 _CALL_LIKE = re.compile(
     r"</?tool_call>|(?i:GET_CROPS)|[\"']arguments[\"']\s*:|\bregions[\"']?\s*[:=]\s*\[|\{\s*[\"']name[\"']\s*:"
 )
@@ -237,7 +249,7 @@ def parse_call(text: str, protocol: Protocol = OURS) -> Call:
     plain = _plain(text)
     if not _CALL_LIKE.search(plain):
         return Call((), "none", text)
-    strict = _parse_strict(text) if protocol.name == "ours" else _parse_released(text)
+    strict = _parse_strict(text) if protocol.name == "ours" else ()
     if strict and all(allowed(name, protocol.offered) for name in strict):
         return Call(strict, "valid", text)
     found: list[str] = []
@@ -248,6 +260,8 @@ def parse_call(text: str, protocol: Protocol = OURS) -> Call:
             continue
         names = _free_boxes(block) if FREE_BOX in protocol.offered else _crop_names(block)
         found += [name for name in names if name not in found and allowed(name, protocol.offered)]
+    if protocol.name != "ours" and found and protocol.render_call(found) == text:
+        return Call(tuple(found), "valid", text)
     return Call(tuple(found), "recovered" if found else "malformed", text)
 
 
@@ -272,13 +286,6 @@ def _parse_strict(text: str) -> tuple[str, ...]:
             if name == TOOL_NAME and not more and not others and all(isinstance(one, str) for one in regions):
                 return tuple(regions) if len(set(regions)) == len(regions) else ()
     return ()
-
-
-def _parse_released(text: str) -> tuple[str, ...]:
-    """``GET_CROPS: ['0', '5']`` exactly: known ids, quoted, none twice."""
-    match = _RELEASED.fullmatch(text)
-    ids = [item.strip()[1:-1] for item in match.group(1).split(",")] if match else []
-    return tuple(_IDS.get(number, number) for number in ids) if len(set(ids)) == len(ids) else ()
 
 
 def _crop_names(block: str) -> tuple[str, ...]:

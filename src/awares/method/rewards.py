@@ -75,7 +75,8 @@ class RewardContext:
         path, device = self.params.model_path(), distributed.device(self.params)
         with torch.random.fork_rng():  # loading must not change what the policy samples
             model = load_model(path, self.params.base.dtype, device)
-        return Engine.from_params(model, load_processor(path), self.params, progress=False)
+        processor = load_processor(path, self.params.crops.pixels)
+        return Engine.from_params(model, processor, self.params, progress=False)
 
     def log(self, **terms: Sequence[float]) -> None:
         """Terms of the reward, one number per rollout; the training log has their means."""

@@ -22,7 +22,6 @@ from awares.engine.images import ImageSource, cap, open_image
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
 from awares.errors import AwaresLengthError, AwaresValueError
 from awares.method import protocol
-from awares.method.crops import low_resolution
 from awares.method.protocol import OURS, Call, Protocol, get_protocol
 
 VIEWS = ("full", "half", "none", "half+crops")
@@ -174,7 +173,7 @@ class Interaction(ABC):
         if view in ("full", "none"):
             pictures = [full] * (view == "full")
         else:
-            pictures = [low_resolution(full), *self._cut(full, crops)]
+            pictures = [self.protocol.low(full), *(self.protocol.cut(full, name) for name in crops)]
         try:
             conversation = protocol.user_messages(question, [None] * len(pictures), system)
         except AwaresValueError as error:
@@ -183,9 +182,6 @@ class Interaction(ABC):
         row = Conversation(row_id, full, [], [], [], conversation)
         self._append(row, "user", question, text, pictures)
         return row
-
-    def _cut(self, full: Image, crops: Sequence[str]) -> list[Image]:
-        return [self.protocol.cut(full, name) for name in crops]
 
     def _append(self, row: Conversation, role: str, text: str, rendered: str, pictures: list[Image]) -> list[int]:
         """Add a turn that the model does not write; return its ids."""
@@ -208,7 +204,7 @@ class Interaction(ABC):
 
     def _respond(self, row: Conversation) -> tuple[list[int], list[Image]]:
         """Add the tool's turn for ``row.call``; return its ids and images."""
-        pictures = self._cut(row.full, row.call.crops)
+        pictures = [self.protocol.cut(row.full, name) for name in row.call.crops]
         error = None if pictures else protocol.TOOL_ERROR
         row.messages.append(self.protocol.reply([None] * len(pictures), error))
         suffix = protocol.tool_suffix(self.processor, row.messages[-1])

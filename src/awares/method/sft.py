@@ -34,7 +34,7 @@ from awares.engine.jsonl import read_records, write_records
 from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, visual_tokens
 from awares.engine.rows import picture, picture_sizes, rows_digest, share_of
 from awares.errors import AwaresValueError
-from awares.method import crops, protocol
+from awares.method import protocol
 from awares.method.judges import HR, LR, semantic
 from awares.method.protocol import Protocol
 from awares.method.rollout import Engine
@@ -71,7 +71,7 @@ def train_sft(
     """
     rows = share_of(dataset, params.sft.share)
     chosen = validation.select(range(min(params.sft.selection_rows, len(validation))))
-    samples = plan_samples(rows, load_processor(model_path), params)
+    samples = plan_samples(rows, load_processor(model_path, params.crops.pixels), params)
     inputs = {"prompt": protocol.from_params(params).system, "selection": rows_digest(chosen)}
     folder = training.run_training("sft", fit_sft, params, rows, model_path, out_dir, inputs, samples=samples)
     scores = [candidate_score(path, params, chosen, model_path) for path in training.checkpoints(folder)]
@@ -86,7 +86,8 @@ def fit_sft(
     params: Params, rows: Dataset, model_path: Path, folder: Path, log: Path, samples: list[Sample] | None = None
 ) -> None:
     """Train to the last checkpoint in ``folder``; every process runs this. ``samples``: `plan_samples`."""
-    model, processor = load_model(model_path, params.base.dtype, distributed.device(params)), load_processor(model_path)
+    model = load_model(model_path, params.base.dtype, distributed.device(params))
+    processor = load_processor(model_path, params.crops.pixels)
     samples = samples or plan_samples(rows, processor, params)
     trainer = build_sft_trainer(params, rows, samples, model, processor, folder)
     with vision_memo(model) if params.sft.share_computation else contextlib.nullcontext():
@@ -164,14 +165,14 @@ def _length(
 def _view_sizes(size: tuple[int, int], names: tuple[str, ...], form: Protocol) -> list[tuple[int, int]]:
     """Pixel sizes of I_low and of the crops, measured on a blank image."""
     blank = Image.new("1", size)
-    return [crops.low_resolution(blank).size, *(form.cut(blank, name).size for name in names)]
+    return [form.low(blank).size, *(form.cut(blank, name).size for name in names)]
 
 
 def conversation(
     row: dict[str, Any], kind: str, image: Image.Image | None, form: Protocol = protocol.OURS
 ) -> list[dict[str, Any]]:
     """The messages of a sample, with crops of ``image`` (already capped), or placeholders for None."""
-    low = None if image is None else crops.low_resolution(image)
+    low = None if image is None else form.low(image)
     if kind == "direct":
         return protocol.messages(row["question"], low, answer=row["answers"][0], protocol=form)
     names = row["target_crops"]
@@ -304,7 +305,8 @@ def candidate_score(checkpoint: Path, params: Params, rows: Dataset, model_path:
     note = checkpoint / "validation.json"
     if not note.is_file():
         model = load_model(model_path, params.base.dtype, params.base.device, adapter=checkpoint)
-        engine, questions = Engine.from_params(model, load_processor(model_path), params), list(rows["question"])
+        processor, questions = load_processor(model_path, params.crops.pixels), list(rows["question"])
+        engine = Engine.from_params(model, processor, params)
         trajectories = engine.run(list(rows["image"]), questions, row_ids=list(rows["id"]))
         correct = list(map(semantic, questions, [one.answer for one in trajectories], rows["answers"]))
         accuracy, calls = float(np.mean(correct)), float(np.mean([bool(one.crops) for one in trajectories]))

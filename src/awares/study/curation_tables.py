@@ -54,7 +54,7 @@ def order_effects(verdicts: Sequence[Record]) -> pd.DataFrame:
     for name in [key for key in (verdicts[0] if verdicts else {}) if key != "id"]:
         found = [record[name] for record in verdicts if "forward" in record[name]]
         pairs = [(one["forward"], one["swapped"]) for one in found if one["value"] is not None]
-        if found:
+        if any(one["swapped"] is not None for one in found):  # compared in both orders
             leaning = np.array([lean.get(forward, 0) - lean.get(swapped, 0) for forward, swapped in pairs])
             same = np.array([forward == swapped for forward, swapped in pairs])
             shares = (100 * marks.mean() for marks in (same, leaning > 0, leaning < 0))

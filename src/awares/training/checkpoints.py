@@ -5,10 +5,11 @@ A training may be killed at any moment. A rerun with the same inputs (`describe_
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 
 import datasets
 import huggingface_hub.constants
+import numpy as np
 from peft import LoraConfig
+from PIL.Image import Image
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
@@ -63,6 +66,8 @@ def run_training(
     accelerate configuration. ``inputs``: what else determines the result. ``prepared``: arguments of ``fit`` that
     launched processes prepare themselves.
     """
+    if (library := params.base.report_to) != "none" and not importlib.util.find_spec(library):
+        raise AwaresValueError(f"base.report_to {library}: not here: pip install {library}, or set it to none")
     set_threads(params.threads)
     folder = checkpoint_folder(out_dir, {**describe_inputs(stage, params, [rows], model_path), **inputs})
     given = {"params": params, "model_path": Path(model_path), "folder": folder, "log": Path(out_dir) / "log.jsonl"}
@@ -91,7 +96,7 @@ def save_policy(
 ) -> TrainedPolicy:
     """Write ``out_dir/adapter`` (LoRA of ``checkpoint``, made for ``model_path``) and ``out_dir/merged`` (plain)."""
     adapter, merged, path = Path(out_dir) / "adapter", Path(out_dir) / "merged", Path(model_path)
-    processor = load_processor(model_path)
+    processor = load_processor(model_path, params.crops.pixels)
     model = load_model(model_path, params.base.dtype, params.base.device, checkpoint, trainable=True)
     save_model(model, processor, adapter)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty template, with a path of this machine
@@ -150,7 +155,8 @@ def trainer_arguments(stage: str, params: Params, folder: Path) -> dict[str, Any
     return {
         **{name: getattr(section, name) for name in same},
         **{"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "output_dir": str(folder)},
-        **{"lr_scheduler_type": section.scheduler, "seed": params.seed, "use_cpu": not gpu, "report_to": "none"},
+        **{"lr_scheduler_type": section.scheduler, "seed": params.seed, "use_cpu": not gpu},
+        **{"report_to": params.base.report_to, "project": "awares", "run_name": f"{stage}-{folder.name}"},
         **{"logging_steps": 1, "remove_unused_columns": False},
         "warmup_steps": section.warmup_ratio,  # below 1 it is a share of the steps
         "bf16": gpu and params.base.dtype == "bfloat16",  # TRL's default is True, on a CPU too
@@ -169,6 +175,22 @@ def lora_on(model: Any, section: Sft | Grpo) -> dict[str, Any]:
     config = LoraConfig(r=section.lora_rank, target_modules=modules, task_type="CAUSAL_LM")
     config.lora_alpha, config.lora_dropout = section.lora_alpha, section.lora_dropout
     return {"model": model, "peft_config": config, "callbacks": [SpareVision()]}
+
+
+def report_pictures(trainer: Any, pictures: Callable[[], Iterable[tuple[Image, str]]]) -> None:
+    """Send ``pictures`` with captions to ``base.report_to``, if there is one, whenever a checkpoint is due."""
+    args, step = trainer.args, trainer.state.global_step
+    if not (args.report_to and trainer.is_in_train and args.process_index == 0) or step % args.save_steps:
+        return
+    for number, (picture, caption) in enumerate(pictures()):
+        tag = f"rollouts/{number}"
+        if args.report_to == ["tensorboard"]:
+            writer: Any = next(one.tb_writer for one in trainer.callback_handler.callbacks if hasattr(one, "tb_writer"))
+            writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+            writer.add_text(tag, caption, step)
+        else:  # wandb and trackio have the same functions
+            library = importlib.import_module(args.report_to[0])
+            library.log({tag: library.Image(picture, caption=caption), "train/global_step": step})
 
 
 class SpareVision(TrainerCallback):
