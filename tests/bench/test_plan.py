@@ -13,6 +13,7 @@ from transformers import Qwen3VLConfig
 from awares.bench import costs, estimate, preflight
 from awares.cli import main as cli
 from awares.config import load_params
+from awares.engine.model import GPU_FIX
 from awares.errors import AwaresError
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
@@ -151,7 +152,7 @@ def test_preflight_names_what_is_missing_and_the_fix(server, tmp_path, monkeypat
     for name, fix in missing.items():
         assert not found[name].there and fix in found[name].fix
     released = check(**local, curation__released="awares", grpo__rollouts="vllm", grpo__share_prompts=False)
-    assert "trl[vllm]" in released["vLLM for GRPO's rollouts"].fix
+    assert ".[vllm]" in released["vLLM for GRPO's rollouts"].fix
     assert not set(released) & {*there, "base: Qwen/Qwen2.5-VL-7B-Instruct"}  # released rows need no server
     monkeypatch.setenv("AWARES_API_KEY", "wrong")
     refused = check(**local)[there[0]]
@@ -164,7 +165,7 @@ def test_preflight_names_what_is_missing_and_the_fix(server, tmp_path, monkeypat
         ("8gpu", 8, 8, []),
         ("8gpu", 4, 4, ["name another file in base.launch", "set plan.gpus to 8"]),
         ("2x8gpu", 8, 16, []),  # eight on each machine
-        ("", 0, 2, ["name another file in base.launch", "set plan.gpus to 1"]),
+        ("", 0, 2, [f"{GPU_FIX}, or name another file in base.launch", "set plan.gpus to 1"]),
     ],
 )
 def test_gpus_of_this_machine_and_of_all(tmp_path, monkeypatch, launch, seen, planned, missing):

@@ -20,6 +20,7 @@ from awares.errors import AwaresError, AwaresRequestError
 from awares.method import crops, protocol
 
 NOWHERE = "http://127.0.0.1:9/v1"
+UNTOLD = {"seconds": 0.0, "margin": 0.0, "call_logprob": None, "call_gap": None}
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +52,8 @@ def remote(url, tiny, tmp_path, monkeypatch):
 
 def assert_same(found, expected):
     """Equal in all that a server can tell, but for rows in which rounding may choose a token."""
-    untold = {"seconds": 0.0, "margin": 0.0, "call_logprob": None, "call_gap": None}
     for one, other in zip(found, expected, strict=True):
-        assert replace(one, **untold) == replace(other, **untold) or other.margin < TIE
+        assert replace(one, **UNTOLD) == replace(other, **UNTOLD) or other.margin < TIE
     assert sum(other.margin < TIE for other in expected) <= len(expected) // 4
 
 

@@ -284,8 +284,6 @@ def test_bad_settings_and_inputs_are_refused(world, tmp_path, monkeypatch):
         build(world.rows.remove_columns("label"))
     with pytest.raises(AwaresError, match="adapter"):
         build(model=build().model)
-    with pytest.raises(AwaresError, match="grpo.share_prompts"):
-        build(**{"grpo.rollouts": "vllm", "grpo.share_prompts": True})
     with pytest.raises(AwaresError, match="grpo.reward.*module:function"):
         launched = settings(**{"base.launch": "data/launch/2cpu.yaml"})
         grpo.train_grpo(launched, world.rows, world.policy, tmp_path, lambda played, context: [0.0] * len(played))
@@ -293,8 +291,9 @@ def test_bad_settings_and_inputs_are_refused(world, tmp_path, monkeypatch):
         grpo.check_budget(world.rows, world.processor, settings(**{"grpo.crop_token_budget": 20}))
     grpo.check_budget(world.rows, world.processor, settings(**{"grpo.crop_token_budget": 90}))
     monkeypatch.setenv("WORLD_SIZE", "4")  # two completions per process, groups of four
-    with pytest.raises(AwaresError, match="grpo.reward visionthink.* 2 completions"):
-        build(**WHOLE)
+    for fault, changes in (("share_prompts", {}), ("reward visionthink", {**WHOLE, "grpo.share_prompts": False})):
+        with pytest.raises(AwaresError, match=f"grpo.{fault}.* 2 completions"):
+            build(**changes)
 
 
 # The whole training
@@ -370,11 +369,23 @@ def test_what_is_logged_and_saved(world, tmp_path):
 
 
 def test_rollouts_by_vllm_have_the_same_limits(world, tmp_path):
-    params = settings(**{"grpo.rollouts": "vllm", "grpo.share_prompts": False})
-    found = grpo._config(params, tmp_path, world.processor)
+    found = grpo._config(settings(**{"grpo.rollouts": "vllm"}), tmp_path, world.processor)
     assert found.use_vllm and found.vllm_mode == "colocate" and found.generation_kwargs["max_tokens"] == 48
     placeholders = {world.processor.image_token_id, world.processor.video_token_id}
     assert set(found.generation_kwargs["logit_bias"]) == placeholders
     view = visual_tokens((1000, 1000), world.processor)  # the largest image at half resolution
     assert found.vllm_max_model_length == found.max_completion_length + view + grpo.PROMPT
     assert grpo._config(settings(), tmp_path, world.processor).vllm_max_model_length is None
+
+
+def test_vllm_gets_one_placeholder_for_each_image_and_must_read_our_prompts():
+    ours, given = [[1, 9, 9, 9, 2, 9, 3], [9, 9, 4, 9, 9], [5]], []
+
+    def generate(prompts, images, read):
+        given.append(prompts)
+        return read, "completions", "log-probabilities", None
+
+    assert grpo.expanded_once(generate, 9, ours, None, read=ours) == (ours, "completions", "log-probabilities", None)
+    assert given == [[[1, 9, 2, 9, 3], [9, 4, 9], [5]]]
+    with pytest.raises(AwaresError, match="grpo.rollouts vllm: .*7 tokens.* of 5"):
+        grpo.expanded_once(generate, 9, ours, None, read=given[0])

@@ -15,6 +15,7 @@ from awares.bench.estimate import GB, forecast
 from awares.clients.judges import get_model, read_served
 from awares.config import Params, read_yaml
 from awares.data import sources
+from awares.engine.model import GPU_FIX
 from awares.errors import AwaresRequestError, AwaresValueError
 
 
@@ -70,7 +71,8 @@ def _gpus(params: Params, need: float) -> Iterator[Finding]:
         processes, machines = _launched(params, name)
         here, by = processes // machines, name or "a training in one process"
         key = "base.launch" if name == params.base.launch else "sft.launch"
-        yield Finding(f"{here} GPUs here, for {by}", count >= here, str(count), f"name another file in {key}")
+        fix = f"name another file in {key}" if count else f"{GPU_FIX}, or name another file in {key}"
+        yield Finding(f"{here} GPUs here, for {by}", count >= here, str(count), fix)
     total, _ = _launched(params, params.base.launch)
     yield Finding(f"{total} GPUs planned", planned == total, f"plan.gpus {planned}", f"set plan.gpus to {total}")
     for index in range(count):
@@ -107,7 +109,7 @@ def _files(params: Params) -> Iterator[Finding]:
         fix = 'make that environment (data/launch/README.md), or set evaluation.lmms_eval to ""'
         found.append((f"lmms-eval at {python}", python.is_file(), fix))
     if params.grpo.rollouts == "vllm":
-        fix = 'pip install "trl[vllm]" here, or set grpo.rollouts to local'
+        fix = "pip install -c constraints.txt -e '.[vllm]', or set grpo.rollouts to local"
         found.append(("vLLM for GRPO's rollouts", importlib.util.find_spec("vllm") is not None, fix))
     if (library := params.base.report_to) != "none":
         fix = f"pip install {library} here, or set base.report_to to none"

@@ -33,6 +33,7 @@ CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VL
 STOCK = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor")}
 STOCK["qwen3_vl"] = ("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+GPU_FIX = "install torch's CUDA build and the driver that it needs (CUDA 13: 580 or newer; nvidia-smi shows yours)"
 NO_WEIGHTS = f"no {ADAPTER_WEIGHTS} there, and only safetensors are read"
 PIXEL_LIMITS = ("shortest_edge", "longest_edge")  # names of areas, least and most, in the image processor's ``size``
 Grid = tuple[int, int]  # patches in height and width
@@ -117,7 +118,7 @@ def load_model(
     if dtype not in DTYPES:
         raise AwaresValueError(f"base.dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise AwaresValueError(f"base.device is {device!r} but torch sees no GPU: use cpu")
+        raise AwaresValueError(f"base.device is {device!r} but torch sees no GPU: {GPU_FIX}, or use cpu")
     model_class: Any = CLASSES[load_config(path).model_type]
     options = {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
     with _reading(path):

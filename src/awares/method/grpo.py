@@ -14,16 +14,17 @@ textbook GRPO:
 8.  TRL drops crops that overflow the completion length, but the call costs the same; `check_budget` prevents it.
 9.  Temperature 1, top-p 1, but image and video placeholders cannot be sampled.
 10. ``answer_reward: judge`` (Table 4) is the local semantic judge in both profiles, not a served language model.
-11. With ``rollouts: vllm`` TRL weights a completion by how far vLLM's probabilities are from the trainer's.
+11. With ``rollouts: vllm`` TRL weights a completion by how far vLLM's probabilities are from the trainer's (vLLM
+    computes a float32 policy in bfloat16).
 12. With ``share_prompts`` the G completions of a prompt share its computation (`prompt_sharing`): the same numbers.
 """
 
 import functools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,12 @@ def build_grpo_trainer(
     processor.tokenizer.padding_side = "left"  # right padding misaligns mm_token_type_ids without an error
     chosen: Any = registry.reward.find(reward or params.grpo.reward)
     completions = params.grpo.batch_size // distributed.processes()
-    if chosen is not awares_reward and completions % params.grpo.generations:
+    groups = {"grpo.share_prompts": params.grpo.share_prompts}
+    groups[f"grpo.reward {chosen.__name__}"] = chosen is not awares_reward
+    for name in (name for name, needed in groups.items() if needed and completions % params.grpo.generations):
         raise AwaresValueError(
-            f"grpo.reward {chosen.__name__} needs whole groups, but each process has {completions} completions, not a "
-            f"multiple of grpo.generations {params.grpo.generations}: raise grpo.batch_size, or use fewer GPUs"
+            f"{name} needs whole groups, but each process has {completions} completions, not a multiple of "
+            f"grpo.generations {params.grpo.generations}: raise grpo.batch_size, or use fewer GPUs"
         )
     factory: Any = functools.partial(CropEnvironment, protocol.from_params(params))
     trainer = CropTrainer(
@@ -130,6 +133,9 @@ def build_grpo_trainer(
     )
     trainer.share_prompts = params.grpo.share_prompts
     trainer.reward, trainer.context = chosen, RewardContext(params)
+    if trainer.use_vllm:
+        served: Any = trainer.vllm_generation
+        served.generate = functools.partial(expanded_once, served.generate, processor.image_token_id)
     return trainer
 
 
@@ -309,6 +315,23 @@ def _shown(rollout: Rollout, reward: float, form: protocol.Protocol) -> tuple[Im
     return join_strip(views), f"{rollout.question} | {rollout.text} | {rollout.label}, reward {reward:.2f}"
 
 
+def expanded_once(
+    generate: Callable[..., tuple], pad: int, prompts: list[list[int]], images: Any, **options: Any
+) -> tuple:
+    """TRL's ``generate`` by vLLM for ``prompts`` of token ids, in which each image has all of its ``pad`` tokens.
+
+    vLLM expands the first pad of an image to all of them, so it must get one. It reports the prompts that it read:
+    AwaresValueError unless they are ours.
+    """
+    short = [[one for before, one in pairwise([None, *ids]) if not before == one == pad] for ids in prompts]
+    seen, *written = generate(prompts=short, images=images, **options)
+    for ours, theirs in zip(prompts, seen, strict=True):
+        if list(theirs) != ours:
+            held = f"vLLM reads a prompt of {len(ours)} tokens as another one, of {len(theirs)}"
+            raise AwaresValueError(f"grpo.rollouts vllm: {held}: install the pinned vLLM and TRL, or use local")
+    return seen, *written
+
+
 def call_metrics(rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
     """Values to average: calls (all, by label), requested area per call, malformed and overflowing calls."""
     called = [(bool(one.crops), one.label) for one in rollouts]
@@ -333,8 +356,6 @@ def _log_entry(entry: dict[str, Any]) -> dict[str, Any]:
 def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPOConfig:
     section, shared = params.grpo, training.trainer_arguments("grpo", params, folder)
     vllm = section.rollouts == "vllm"
-    if vllm and section.share_prompts:
-        raise AwaresValueError("grpo.rollouts vllm does not use our prompt sharing: set grpo.share_prompts: false")
     forbidden = [processor.image_token_id, processor.video_token_id]
     limits: dict[str, Any] = {"max_new_tokens": section.max_completion_length, "suppress_tokens": forbidden}
     if vllm:
