@@ -376,16 +376,3 @@ def test_rollouts_by_vllm_have_the_same_limits(world, tmp_path):
     view = visual_tokens((1000, 1000), world.processor)  # the largest image at half resolution
     assert found.vllm_max_model_length == found.max_completion_length + view + grpo.PROMPT
     assert grpo._config(settings(), tmp_path, world.processor).vllm_max_model_length is None
-
-
-def test_vllm_gets_one_placeholder_for_each_image_and_must_read_our_prompts():
-    ours, given = [[1, 9, 9, 9, 2, 9, 3], [9, 9, 4, 9, 9], [5]], []
-
-    def generate(prompts, images, read):
-        given.append(prompts)
-        return read, "completions", "log-probabilities", None
-
-    assert grpo.expanded_once(generate, 9, ours, None, read=ours) == (ours, "completions", "log-probabilities", None)
-    assert given == [[[1, 9, 2, 9, 3], [9, 4, 9], [5]]]
-    with pytest.raises(AwaresError, match="grpo.rollouts vllm: .*7 tokens.* of 5"):
-        grpo.expanded_once(generate, 9, ours, None, read=given[0])

@@ -3,9 +3,13 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from test_grpo import disturb, log_probs, settings, trainer_for, world, write  # noqa: F401
 from trl import GRPOTrainer
+
+from awares.errors import AwaresError
+from awares.training.prompt_sharing import expanded_once
 
 
 def test_completions_of_one_question_on_two_pictures_are_not_mixed_up(world, tmp_path):
@@ -42,3 +46,16 @@ def test_a_resumed_run_goes_on_in_the_order_of_its_own_epoch(world, tmp_path):
         trainer.state.epoch = epoch
         sampler = trainer._get_train_sampler()
         assert list(sampler) == orders[order] and len(sampler) == len(plain)
+
+
+def test_vllm_gets_one_placeholder_for_each_image_and_must_read_our_prompts():
+    ours, given = [[1, 9, 9, 9, 2, 9, 3], [9, 9, 4, 9, 9], [5]], []
+
+    def generate(prompts, images, read):
+        given.append(prompts)
+        return read, "completions", "log-probabilities", None
+
+    assert expanded_once(generate, 9, ours, None, read=ours) == (ours, "completions", "log-probabilities", None)
+    assert given == [[[1, 9, 2, 9, 3], [9, 4, 9], [5]]]
+    with pytest.raises(AwaresError, match="grpo.rollouts vllm: .*7 tokens.* of 5"):
+        expanded_once(generate, 9, ours, None, read=given[0])

@@ -22,9 +22,9 @@ textbook GRPO:
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from awares.method.rewards import RewardContext, RewardFunction, Rollout, awares
 from awares.training import checkpoints as training
 from awares.training import distributed
 from awares.training.checkpoints import TrainedPolicy
-from awares.training.prompt_sharing import SharedPromptTrainer
+from awares.training.prompt_sharing import SharedPromptTrainer, expanded_once
 
 PROMPT = 1024  # tokens of text that a prompt may have under vLLM: system prompt, tool schema and question
 ROW = ("row_id", "question", "full_image", "answers", "label")  # the columns of a row that a reward sees
@@ -313,23 +313,6 @@ def _shown(rollout: Rollout, reward: float, form: protocol.Protocol) -> tuple[Im
     """What a rollout saw, as one picture, and what it wrote."""
     views = [form.low(rollout.full_image), *(form.cut(rollout.full_image, name) for name in rollout.crops)]
     return join_strip(views), f"{rollout.question} | {rollout.text} | {rollout.label}, reward {reward:.2f}"
-
-
-def expanded_once(
-    generate: Callable[..., tuple], pad: int, prompts: list[list[int]], images: Any, **options: Any
-) -> tuple:
-    """TRL's ``generate`` by vLLM for ``prompts`` of token ids, in which each image has all of its ``pad`` tokens.
-
-    vLLM expands the first pad of an image to all of them, so it must get one. It reports the prompts that it read:
-    AwaresValueError unless they are ours.
-    """
-    short = [[one for before, one in pairwise([None, *ids]) if not before == one == pad] for ids in prompts]
-    seen, *written = generate(prompts=short, images=images, **options)
-    for ours, theirs in zip(prompts, seen, strict=True):
-        if list(theirs) != ours:
-            held = f"vLLM reads a prompt of {len(ours)} tokens as another one, of {len(theirs)}"
-            raise AwaresValueError(f"grpo.rollouts vllm: {held}: install the pinned vLLM and TRL, or use local")
-    return seen, *written
 
 
 def call_metrics(rollouts: Sequence[Rollout]) -> dict[str, list[float]]:

@@ -5,9 +5,9 @@ pictures (`vision_memo`) and the beginning of a micro-batch's samples (`without_
 overrides private methods of TRL's trainer, so an upgrade of TRL may break it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from trl import GRPOTrainer
 
 from awares.engine.decode import prefix_cache, vision_output
+from awares.errors import AwaresValueError
 
 
 class SharedPromptTrainer(GRPOTrainer):
@@ -49,6 +50,23 @@ class SharedPromptTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(model, ids, mask, keep, **inputs)
         with self.accelerator.autocast():
             return *packed_log_probs(model, self.core, ids, mask, keep, inputs), None
+
+
+def expanded_once(
+    generate: Callable[..., tuple], pad: int, prompts: list[list[int]], images: Any, **options: Any
+) -> tuple:
+    """TRL's ``generate`` by vLLM for ``prompts`` of token ids, in which each image has all of its ``pad`` tokens.
+
+    vLLM expands the first pad of an image to all of them, so it must get one. It reports the prompts that it read:
+    AwaresValueError unless they are ours.
+    """
+    short = [[one for before, one in pairwise([None, *ids]) if not before == one == pad] for ids in prompts]
+    seen, *written = generate(prompts=short, images=images, **options)
+    for ours, theirs in zip(prompts, seen, strict=True):
+        if list(theirs) != ours:
+            held = f"vLLM reads a prompt of {len(ours)} tokens as another one, of {len(theirs)}"
+            raise AwaresValueError(f"grpo.rollouts vllm: {held}: install the pinned vLLM and TRL, or use local")
+    return seen, *written
 
 
 class _ResumedSampler(torch.utils.data.Sampler[int]):
