@@ -293,7 +293,7 @@ def test_faults_of_declarations_and_numbers_are_named(hub, tmp_path, changes, pl
     assert not read or "data.validation_rows" in changes  # else before any work
 
 
-def test_rows_of_the_hub_are_read_at_the_commit_that_the_manifest_keeps(own_hub, tmp_path, monkeypatch, drawn):
+def test_rows_of_the_hub_are_read_at_the_commit_that_the_manifest_keeps(own_hub, tmp_path, monkeypatch, caplog, drawn):
     """The hub's answers are real, its files are the copies, VisionThink's streamed from arrow files as there.
 
     POPE has not moved on this hub. A check of all sources streams: no table is downloaded before the last is checked.
@@ -323,18 +323,14 @@ def test_rows_of_the_hub_are_read_at_the_commit_that_the_manifest_keeps(own_hub,
         records = sampling.row_manifest(params, drawn[1])
         streamed = collect(params, "training", "visionthink_smart")
     assert {(record["hub"], record["commit"]) for record in records} == set(places)
+    assert "evaluation.pope: reading lmms-lab/POPE, because lmms-lab-encoder/POPE was not found" in caplog.text
     assert streamed == collect(drawn[0], "training", "visionthink_smart")  # by load_from_disk
 
 
-def test_a_dataset_that_moved_is_found_under_its_older_id(own_hub, tmp_path, caplog):
-    (own_hub / "lmms-lab").mkdir()
-    (own_hub / "lmms-lab-encoder/vstar-bench").rename(own_hub / "lmms-lab/vstar-bench")
-    params = settings(own_hub, tmp_path)
-    assert len(collect(params, "evaluation", "vstar")) == TESTS
-    assert "evaluation.vstar: reading lmms-lab/vstar-bench, because lmms-lab-encoder/vstar-bench" in caplog.text
-    shutil.rmtree(own_hub / "lmms-lab")
+def test_a_dataset_that_is_at_none_of_its_places_is_named_with_all_of_them(own_hub, tmp_path):
+    shutil.rmtree(own_hub / "lmms-lab-encoder/vstar-bench")
     with pytest.raises(AwaresError, match="evaluation.vstar: cannot .*, nor lmms-lab/vstar-bench"):
-        open_source(params, "evaluation", "vstar")
+        open_source(settings(own_hub, tmp_path), "evaluation", "vstar")
 
 
 def test_a_picture_of_an_archive_on_the_hub_costs_little_more_than_its_bytes(tmp_path):

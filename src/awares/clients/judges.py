@@ -218,7 +218,7 @@ class ServedJudge(Judge):
     def judge(
         self, questions: Texts, lows: Texts, highs: Texts, answers: Sequence[Texts], row_ids: Texts | None = None
     ) -> list[Verdict]:
-        """One `ServedVerdict` per row; its values are None without two usable replies."""
+        """One `ServedVerdict` per row; its values are None without usable replies."""
         names = [*map(str, range(len(questions)))] if row_ids is None else row_ids
         graded = [self.scores(questions, side, answers) for side in (lows, highs)] if self.once else []
 
@@ -227,8 +227,10 @@ class ServedJudge(Judge):
             orders = (lows[index], highs[index]), (highs[index], lows[index])
             pairs = [shared | {"first": first, "second": second} for first, second in orders]
             if self.once:
+                reply, text = self.asker.ask(send, names[index], pairs[0])
                 low, high = (part[index] for part in graded)
-                return self.combine_once(low, high, *self.asker.ask(send, names[index], pairs[0]))
+                found = reply.better, low, high, max(low, high) < self.correct_threshold, reply.better, None
+                return ServedVerdict(*found, **self.asker.source, replies=(text,))
             return self.combine(*(self.asker.ask(send, names[index], values) for values in pairs))
 
         def lost(failure: Failure) -> Verdict:
@@ -236,11 +238,6 @@ class ServedJudge(Judge):
             return ServedVerdict(None, None, None, None, None, None, replies=(), **values)
 
         return self.asker.client.converse(names, talk, lost)
-
-    def combine_once(self, low: float, high: float, reply: OneNumber, text: str) -> ServedVerdict:
-        """The verdict from the scores and the only reply."""
-        found = reply.better, low, high, max(low, high) < self.correct_threshold, reply.better, None
-        return ServedVerdict(*found, **self.asker.source, replies=(text,))
 
     def combine(self, low_first: tuple[PairReply, str], low_second: tuple[PairReply, str]) -> ServedVerdict:
         """The verdict from the two replies and their raw texts."""

@@ -128,7 +128,8 @@ class OpenSource:
         else:
             raise missing[0]
         if missing:
-            logging.warning(f"{source.place}: reading {self.source.hub}, because {source.hub} was not found")
+            read = f"reading {self.source.hub}, because {source.hub} was not found"
+            logging.getLogger(__name__).warning(f"{source.place}: {read}")
         self._stream: Any = None
         self._position = 0
         self._zip: zipfile.ZipFile | None = None

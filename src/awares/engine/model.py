@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
-from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import logging as transformers_logging
 
@@ -35,7 +35,6 @@ STOCK["qwen3_vl"] = ("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 GPU_FIX = "install torch's CUDA build and the driver that it needs (CUDA 13: 580 or newer; nvidia-smi shows yours)"
 NO_WEIGHTS = f"no {ADAPTER_WEIGHTS} there, and only safetensors are read"
-PIXEL_LIMITS = ("shortest_edge", "longest_edge")  # names of areas, least and most, in the image processor's ``size``
 Grid = tuple[int, int]  # patches in height and width
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,7 +69,7 @@ class ImageOnlyProcessor(ProcessorMixin):
 def make_processor(tokenizer: Any, min_pixels: int = 56 * 56, max_pixels: int = 2000 * 2000) -> ImageOnlyProcessor:
     """A processor around ``tokenizer``; images are resized to between ``min_pixels`` and ``max_pixels`` (areas)."""
     chat_format.install(tokenizer)
-    size = dict(zip(PIXEL_LIMITS, (min_pixels, max_pixels), strict=True))
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     return ImageOnlyProcessor(Qwen2VLImageProcessorPil(size=size), tokenizer)
 
 
@@ -88,9 +87,9 @@ def load_processor(path: str | Path, pixels: tuple[int, int] = (0, 0)) -> ImageO
         raise AwaresValueError(f"{path}: the tokenizer lacks {missing}: use that of a Qwen2.5-VL or Qwen3-VL")
     chat_format.install(tokenizer)
     if any(pixels):
-        limits = zip(PIXEL_LIMITS, pixels, strict=True)
-        size: Any = SizeDict(**{side: own or image_processor.size[side] for side, own in limits})
-        image_processor.size = size
+        size: Any = image_processor.size
+        least, most = pixels[0] or size["shortest_edge"], pixels[1] or size["longest_edge"]
+        image_processor.size = replace(size, shortest_edge=least, longest_edge=most)
     return ImageOnlyProcessor(image_processor, tokenizer)
 
 
