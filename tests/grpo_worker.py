@@ -1,9 +1,8 @@
-"""``python grpo_worker.py POLICY ROWS FOLDER``, plain or under accelerate launch: one GRPO update.
+"""``python grpo_worker.py POLICY FOLDER`` under accelerate launch: one GRPO update on the rows in FOLDER.
 
 Its completions are fixed by their prompts. Writes the gradients of the update and its log to FOLDER.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,17 +10,20 @@ from safetensors.torch import save_file
 from test_grpo import ANSWERS, CALL, disturb, settings
 from transformers import TrainerCallback
 
+from awares.engine.jsonl import write_records
 from awares.engine.model import load_model, load_processor
 from awares.engine.rows import load_rows
 from awares.method import grpo, protocol
 
 
 class Gradients(TrainerCallback):
+    def __init__(self, file):
+        self.file = file
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         named = {name.removeprefix("module."): weight.grad for name, weight in model.named_parameters()}
         if state.is_world_process_zero:
-            gradients = {name: grad.clone() for name, grad in named.items() if grad is not None}
-            save_file(gradients, folder / "gradients.safetensors")
+            save_file({name: grad.clone() for name, grad in named.items() if grad is not None}, self.file)
 
 
 def write(trainer, generations):
@@ -37,16 +39,19 @@ def write(trainer, generations):
     trainer._generate_single_turn = turn
 
 
-if __name__ == "__main__":
-    policy, rows, folder = map(Path, sys.argv[1:])
+def update(policy, folder):
     params = settings(**{"grpo.max_steps": 1, "grpo.max_grad_norm": 1000.0})
-    trainer = grpo.build_grpo_trainer(
-        params, load_rows(rows), load_model(policy), load_processor(policy), folder / "work"
-    )
+    model, processor = load_model(policy), load_processor(policy)
+    trainer = grpo.build_grpo_trainer(params, load_rows(folder / "rows"), model, processor, folder / "work")
     disturb(trainer)
     write(trainer, params.grpo.generations)
-    trainer.add_callback(Gradients())
+    processes = trainer.accelerator.num_processes
+    trainer.add_callback(Gradients(folder / f"gradients-{processes}.safetensors"))
     trainer.args.save_strategy = "no"
     trainer.train()
     if trainer.accelerator.is_main_process:
-        (folder / "log.json").write_text(json.dumps([e for e in trainer.state.log_history if "reward" in e]))
+        write_records(folder / f"log-{processes}.jsonl", [one for one in trainer.state.log_history if "reward" in one])
+
+
+if __name__ == "__main__":
+    update(*map(Path, sys.argv[1:]))

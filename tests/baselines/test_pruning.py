@@ -16,16 +16,11 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# Budgets, order and ties
-
-
-@pytest.mark.parametrize(
-    "count, ratio, kept", [(100, 0.5, 50), (25, 0.5, 13), (25, 0.7, 18), (3, 0.01, 1), (7, 1.0, 7)]
-)
-def test_a_budget_is_the_rounded_share_and_never_empty(count: int, ratio: float, kept: int) -> None:
-    assert pruning.budget(count, ratio) == kept
+def test_a_budget_is_the_rounded_share_and_never_empty() -> None:
+    for count, ratio, kept in ((100, 0.5, 50), (25, 0.5, 13), (25, 0.7, 18), (3, 0.01, 1), (7, 1.0, 7)):
+        assert pruning.budget(count, ratio) == kept
     with pytest.raises(AwaresError, match="retained ratio"):
-        pruning.budget(count, 1.01)
+        pruning.budget(3, 1.01)
 
 
 def test_top_gives_ascending_indices_and_ties_go_to_the_lowest() -> None:
@@ -39,15 +34,6 @@ def test_rows_that_keep_different_numbers_are_padded_left_again() -> None:
     index, mask = pruning.pack_left(keep)
     assert mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]]
     assert [row[flag.bool()].tolist() for row, flag in zip(index, mask, strict=True)] == [[2, 4, 5], [0, 2, 3, 5], [5]]
-
-
-@pytest.mark.parametrize("rows", [1, 3, 512])
-def test_received_is_mean_over_heads_and_sum_over_the_queries_of_the_same_segment(rows: int, monkeypatch) -> None:
-    monkeypatch.setattr(pruning, "ROWS", rows)
-    query, key, lengths = rand(11, 2, 4), rand(11, 2, 4, seed=1), [4, 1, 6]
-    parts = zip(query.split(lengths), key.split(lengths), strict=True)
-    expected = [torch.einsum("ihd,jhd->hij", q, k).mul(0.5).softmax(-1).mean(0).sum(0) for q, k in parts]
-    assert torch.allclose(pruning.received(query, key, lengths, 0.5), torch.cat(expected), atol=1e-5)
 
 
 def test_quotas_are_proportional_and_overflow_goes_to_the_others() -> None:
@@ -92,18 +78,6 @@ def test_random_tokens_depend_on_name_and_seed_alone() -> None:
     assert (counts / 2000 - 0.5).abs().max() < 0.05  # every place alike
 
 
-# Inside the language model
-
-
-def test_attention_of_some_tokens_is_the_mean_over_heads_with_shared_keys() -> None:
-    query, key = rand(4, 3, 5), rand(2, 7, 5, seed=1)
-    allowed = torch.ones(3, 7, dtype=torch.bool).tril(4)
-    allowed[:, 0] = False
-    found = pruning.attention_of(query, key, allowed, 0.3)
-    logits = torch.einsum("hqd,hkd->hqk", query, key[[0, 0, 1, 1]]) * 0.3
-    assert torch.allclose(found, logits.masked_fill(~allowed, -torch.inf).softmax(-1).mean(0), atol=1e-6)
-
-
 def test_sparsevlm_listens_to_the_raters_alone_and_recycles_the_best_of_the_pruned() -> None:
     """20 tokens to 12: one cluster of the best three of the nine that are pruned (30 %, rounded up)."""
     attention = torch.zeros(3, 20)
@@ -111,19 +85,15 @@ def test_sparsevlm_listens_to_the_raters_alone_and_recycles_the_best_of_the_prun
     attention[1:, 0] = 0.01
     hidden = rand(20, 4)
     found = pruning.sparsevlm_tokens(attention, hidden, 12)
-    pruned_best = [6, 7, 8]
-    assert len(found.kept) == 12
     (centre,) = set(found.kept.tolist()) - set(range(9, 20))
-    assert centre in pruned_best
-    assert torch.allclose(found.vectors[0], hidden[pruned_best].mean(dim=0), atol=1e-6)
+    assert len(found.kept) == 12 and centre in (6, 7, 8)
+    assert torch.allclose(found.vectors[0], hidden[6:9].mean(dim=0), atol=1e-6)
     assert torch.equal(found.vectors[1:], hidden[9:20])
 
 
 @pytest.mark.parametrize("depth, layers", [(28, (2, 6, 15)), (36, (3, 8, 19)), (6, (1, 2, 3)), (7, (1, 2, 4))])
-@pytest.mark.parametrize("ratio", [0.36, 0.5, 0.7, 1.0])
-def test_the_schedule_meets_the_ratio_in_the_mean_over_layers(
-    depth: int, layers: tuple[int, ...], ratio: float
-) -> None:
+@pytest.mark.parametrize("ratio", [0.36, 0.5, 1.0])
+def test_the_schedule_meets_the_ratio_in_the_mean_over_layers(depth: int, layers: tuple[int, ...], ratio: float):
     shares = pruning.geometric_schedule(ratio, layers, depth)
     held = [1.0 if layer < layers[0] else shares[max(s for s in layers if s <= layer)] for layer in range(depth)]
     assert np.mean(held) == pytest.approx(ratio, abs=1e-9)
@@ -133,9 +103,6 @@ def test_the_schedule_meets_the_ratio_in_the_mean_over_layers(
     assert pruning.scaled_layers((2, 6, 15), depth) == list(layers)
     with pytest.raises(AwaresError, match="above"):  # less than the share of the full layers
         pruning.geometric_schedule(0.9 * layers[0] / depth, layers, depth)
-
-
-# What holds for all
 
 
 def choices(count: int, ratio: float) -> dict[str, Selection]:

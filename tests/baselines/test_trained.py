@@ -12,8 +12,7 @@ from awares.errors import AwaresError
 from awares.method import crops, grpo, protocol, rewards
 
 
-def terms(params, played, reader=None):
-    """(answer, tool_cost) of every rollout under ``grpo.reward``; ``reader``: in the place of the base model."""
+def terms(params, played, reader=None):  # ``reader``: in the place of the base model
     context = rewards.RewardContext(params)
     if reader:
         context.__dict__["base"] = SimpleNamespace(answer=reader)

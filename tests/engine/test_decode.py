@@ -46,7 +46,7 @@ def end_early(decoder: Decoder, tokens: list[list[int]]) -> None:
     decoder.config.eos_token_id = decoder.end
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_reuse_equals_recomputation_in_mixed_batches_and_alone(tiny: SimpleNamespace, seed: int) -> None:
     rng = np.random.default_rng(seed)
     decoder = Decoder(tiny.model, tiny.processor, max_new_tokens=6)

@@ -1,4 +1,3 @@
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -44,10 +43,8 @@ def test_weights_processor_and_template_come_back_equal(tiny: SimpleNamespace, s
 def test_others_find_the_stock_processor_with_its_video_half(saved: Path) -> None:
     """It cannot be loaded here, for want of torchvision; without the second entry it refuses the folder."""
     config = json.loads((saved / "processor_config.json").read_text())
-    assert getattr(transformers, config["processor_class"]).__name__ == "Qwen2_5_VLProcessor"
-    video = config["video_processor"]
-    assert hasattr(transformers, video["video_processor_type"])
-    assert video["patch_size"] == config["image_processor"]["patch_size"]
+    assert hasattr(transformers, config["processor_class"])
+    assert hasattr(transformers, config["video_processor"]["video_processor_type"])
 
 
 def test_an_interrupted_save_leaves_the_old_folder(tiny: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
@@ -129,10 +126,11 @@ def test_a_tokenizer_without_the_tool_tokens_is_refused(saved: Path, tmp_path: P
 def test_plain_conversations_render_as_in_stock_qwen(tiny: SimpleNamespace) -> None:
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
     plain = [question, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    templates = chat_format.CHAT_TEMPLATE, trl_templates.qwen2_5_vl_chat_template
     for messages in (plain, [{"role": "system", "content": "s"}, *plain]):
         for prompt in (False, True):
-            templates = chat_format.CHAT_TEMPLATE, trl_templates.qwen2_5_vl_chat_template
             options = {"tokenize": False, "add_generation_prompt": prompt}
-            render = functools.partial(tiny.processor.apply_chat_template, messages, **options)
-            ours, stock = (render(chat_template=template) for template in templates)
+            ours, stock = (
+                tiny.processor.apply_chat_template(messages, chat_template=one, **options) for one in templates
+            )
             assert ours == stock

@@ -8,40 +8,28 @@ from typing import Any
 import datasets
 import pytest
 from conftest import noise
-from torch import Tensor
+from test_rollout import Rigged
 
 from awares.config import load_params
 from awares.data.rows import make_dataset
 from awares.engine import chat_format, decode
 from awares.errors import AwaresError
-from awares.method import evaluation, protocol
+from awares.method import evaluation
 from awares.method.rollout import Engine, Trajectory
 
 EVALUATION = load_params("mini", overrides={"evaluation.bootstrap": 100}).evaluation
-REQUESTS = ("top-left", "center,bottom", "oops", "all")
+REQUESTS = ("top-left", "center,bottom", "malformed", "all")
 
 
-class Spelling(decode.FirstToken):
-    """A row that begins with the call token writes its call freely. The call token is lifted by ``lift``."""
+class Spelling(Rigged):
+    """A row that begins with the call token writes the call of its number; the others write freely."""
 
-    tokenizer: Any = None
-    lift = 0.0
+    def order(self, text: str, written: list[int]) -> str:
+        number = int(text.split("question ")[1].split("<")[0])
+        return REQUESTS[number % len(REQUESTS)] if written[:1] == [self.token] else ""
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.logits is None:
-            self.known = input_ids.shape[1]
-            scores[:, self.token] += self.lift
-        scores = super().__call__(input_ids, scores)
-        written = input_ids.shape[1] - self.known
-        for row, ids in enumerate(input_ids):
-            text = self.tokenizer.decode(ids)
-            if written and ids[self.known] == self.token and "<tool_response>" not in text:
-                request = REQUESTS[int(text.split("question ")[1].split("<")[0]) % len(REQUESTS)]
-                call = "<tool_call>oops" if request == "oops" else protocol.OURS.render_call(request.split(","))
-                wanted = self.tokenizer(call + "<|im_end|>")["input_ids"]
-                scores[row] = float("-inf")
-                scores[row, wanted[min(written, len(wanted) - 1)]] = 0.0
-        return scores
+    def forbidden(self) -> list[int]:
+        return []
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +99,7 @@ def test_every_row_runs_once_more_with_a_finite_bias(engine: Engine, rows: datas
 def test_gap_and_logprob_are_of_the_unbiased_first_token(engine: Engine, rows: datasets.Dataset) -> None:
     for one, other in zip(run(engine, rows), run(engine, rows, 3.0), strict=True):
         assert one.call_gap is not None and one.call_logprob is not None
-        assert other.call_gap == pytest.approx(one.call_gap, abs=1e-4)
+        assert (other.call_gap, other.call_logprob) == pytest.approx((one.call_gap, one.call_logprob), abs=1e-4)
         assert one.call_logprob < 0 and (one.call_gap > 0) == one.turns[1].text.startswith(chat_format.TOOL_CALL)
         log_odds = -math.log(math.expm1(-one.call_logprob))  # against all others; the gap is against the best
         assert log_odds <= one.call_gap + 1e-4 <= log_odds + math.log(len(engine.processor.tokenizer))
@@ -129,6 +117,5 @@ def test_curve_holds_table_1_and_rtr_grows_with_the_bias(engine: Engine, rows: d
     assert table.rtr.iloc[0] == 0.25 < table.rtr.iloc[-1] and table.call_rate.iloc[0] == 0
     assert table.call_rate.iloc[-1] == 75  # two of eight rows write an unreadable call and get no crop
     main = evaluation.main_table(evaluation.scored("sft", rows, own), EVALUATION)
-    columns = ["accuracy", "accuracy_low", "accuracy_high", "rtr", "n"]
-    at_zero, average = table[table.call_bias == 0], main[main.benchmark == evaluation.AVERAGE]
-    assert at_zero[columns].to_numpy().tolist() == average[columns].to_numpy().tolist()
+    at_zero, average = table[table.call_bias == 0].squeeze(), main[main.benchmark == evaluation.AVERAGE].squeeze()
+    assert all(at_zero[name] == average[name] for name in ("accuracy", "accuracy_low", "accuracy_high", "rtr", "n"))

@@ -16,8 +16,8 @@ PARAMS = load_params("mini", overrides={"evaluation.bootstrap": 200})
 
 
 def rows(count):
-    plain = {"image": Image.new("RGB", (224, 112)), "question": "total?", "answers": ["12"], "source": "chartqa"}
-    boxes = {"question_boxes": [], "answer_boxes": [[0, 0, 400, 100]], "split": "train"}
+    image, boxes = Image.new("RGB", (224, 112)), {"question_boxes": [], "answer_boxes": [[0, 0, 400, 100]]}
+    plain = {"image": image, "question": "total?", "answers": ["12"], "source": "chartqa", "split": "train"}
     return make_dataset({"id": f"row-{number}", **plain, **boxes} for number in range(count))
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_sft import killed_at
 from trl import GRPOTrainer
 
 from awares.config import load_params
@@ -109,9 +110,6 @@ def plain_log_probs(world, batch):
     return scores.gather(2, batch["completion_ids"][..., None])[..., 0] * batch["completion_mask"]
 
 
-# What is trained on
-
-
 def test_a_rollout_reads_like_the_conversation_and_only_the_assistant_is_trained(world, play):
     (_, batch), tokenizer = play(), world.processor.tokenizer
     for index, conversation in enumerate(conversations(world)):
@@ -164,9 +162,6 @@ def log_probs(trainer, batch, share):
     return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width, compute_entropy=True, **images)
 
 
-# Rollouts and their reward
-
-
 def called(*regions, **arguments):
     """A tool call as TRL parses it; ``arguments``: instead of the right ones."""
     return {"type": "function", "function": {"name": "crop", "arguments": arguments or {"regions": list(regions)}}}
@@ -191,7 +186,6 @@ def read(completion, form=protocol.OURS, **row):
         ([said("", [called("upper left")]), TOOL, said("7")], ("7", ("top-left",), False, False)),
         ([said("", [called("top"), called("left")]), TOOL, TOOL, said("7")], ("7", ("top", "left"), False, False)),
         ([said("", [called("nowhere")]), TOOL, said("7")], ("7", (), True, False)),
-        ([said("", [called("top and left")]), TOOL, said("7")], ("7", ("top", "left"), False, False)),
         ([said("", [called(crops=["top"])]), TOOL, said("7")], ("7", (), True, False)),  # TRL has nothing to run
         ([said("", [called(regions="top")]), TOOL, said("7")], ("7", ("top",), False, False)),
         ([said("", [called("top")])], ("", ("top",), False, True)),  # TRL dropped the crops
@@ -296,9 +290,6 @@ def test_bad_settings_and_inputs_are_refused(world, tmp_path, monkeypatch):
             build(**changes)
 
 
-# The whole training
-
-
 def weights(result):
     return load_file(result.adapter / "adapter_model.safetensors")
 
@@ -326,15 +317,8 @@ def early_words(played, context):
 
 def test_an_interrupted_training_goes_on_and_ends_the_same(world, tmp_path, monkeypatch):
     whole, generated = run(world, tmp_path / "whole" / "main-s1"), []
-    original, generate = training.Log.on_log, GRPOTrainer._generate
-
-    def stop(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training.Log, "on_log", stop)
+    generate = GRPOTrainer._generate
+    with killed_at(3):
         run(world, tmp_path / "parts" / "main-s1")
     (folder,) = (tmp_path / "parts" / ".checkpoints").iterdir()
     assert [training.step_of(path) for path in training.checkpoints(folder)] == [1, 2]
@@ -361,9 +345,6 @@ def test_what_is_logged_and_saved(world, tmp_path):
     assert entries[0]["kl"] == pytest.approx(0.0, abs=1e-6) and entries[1]["kl"] > 1e-6
     for entry in entries:
         assert entry["reward"] == pytest.approx(10 * entry["answer"] - entry["tool_cost"], abs=1e-5)
-    by_adapter, merged = load_model(world.policy, adapter=result.adapter), load_model(result.merged)
-    for name, value in by_adapter.state_dict().items():
-        torch.testing.assert_close(value, merged.state_dict()[name], atol=1e-6, rtol=1e-6)
     config = json.loads((result.adapter / "adapter_config.json").read_text())
     assert config["r"] == 8 and "language_model" in config["target_modules"]
 

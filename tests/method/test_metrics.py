@@ -17,28 +17,30 @@ from awares.method import evaluation, metrics
         ("chartqa", "41%", ["0.42"], 1),  # a percentage is a fraction
         ("chartqa", "41%", ["41"], 0),
         ("chartqa", "0.0", ["0"], 0),  # around zero only the same text is right
-        ("chartqa", "0", ["0"], 1),
         ("chartqa", "Red", ["red"], 1),
         ("docvqa", "Hello World", ["hello  world"], 1 - 0 / 12),
         ("docvqa", "kitten", ["sitting", "kittens"], 1 - 1 / 7),
+        ("docvqa", "kittens", ["kitten"], 1 - 1 / 7),
         ("docvqa", "abcd", ["abxy"], 0.5),  # the threshold itself counts
         ("docvqa", "abcd", ["axyz"], 0.0),
-        ("docvqa", "", ["a"], 0.0),
         ("docvqa", " abc ", ["abd"], 1 - 1 / 5),  # the raw length, outer spaces included, as in lmms-eval
         ("ocrbench", "It reads OPEN\n24 hours.", ["open 24"], 1),
-        ("ocrbench", "open", ["closed", "Open"], 1),
         ("ocrbench", "\uff21\uff22 1", ["ab\u3000\uff11"], 1),  # full-width forms
         ("pope", " Yes ", ["yes"], 1),
         ("pope", "Yes.", ["yes"], 0),  # lmms-eval compares whole answers
         ("realworldqa", "Left.", ["left"], 1),
         ("realworldqa", "three", ["3"], 0),  # lmms-eval's task reads no number words
+        ("realworldqa", "(C) the red one", ["C"], 1),
+        ("realworldqa", "(C) the red one", ["A"], 0),
+        ("realworldqa", "First I thought the answer is A, no: the correct answer is C or so", ["C"], 1),
+        ("realworldqa", "A, I am sure it is not D", ["A"], 1),  # at the beginning counts more than at the end
+        ("realworldqa", "Bicycle", ["B"], 1),  # no letter on its own: any
+        ("realworldqa", "left", ["A"], 0),
         ("vstar", "The answer is B", ["B"], 1),
-        ("vstar", "(C) the red one", ["C"], 1),
         ("vstar", "it looks purple to me", ["D"], 0),
         ("vstar", "Red.", ["red", "crimson"], 1),  # no options: an answer in words
         ("my_rows", "b", ["b"], 1),  # only the two benchmarks have options
         ("my_rows", "Bread", ["B"], 0),
-        ("textvqa", "Main Street.", ["oak lane", "main street"], 1),
     ],
 )
 def test_benchmark_scores(benchmark, prediction, answers, expected):
@@ -50,25 +52,6 @@ def test_benchmark_scores(benchmark, prediction, answers, expected):
 def test_a_formula_keeps_its_case_and_loses_its_white_space():
     assert metrics.score("ocrbench", "x ^ { 2 }\n+ Y", ["x^{2} + Y"], "using LaTeX") == 1
     assert metrics.score("ocrbench", "x^{2}+y", ["x^{2} + Y"], "using LaTeX") == 0
-
-
-@pytest.mark.parametrize(
-    ("prediction", "letter"),
-    [
-        ("(C) the red one", "C"),
-        ("The answer is B", "B"),
-        ("First I thought the answer is A, no: the correct answer is C or so", "C"),
-        ("A, I am sure it is not D", "A"),  # at the beginning counts more than at the end
-        ("Bicycle", "B"),  # no letter on its own: any
-        ("left", ""),
-    ],
-)
-def test_realworldqa_reads_the_letter_of_an_option(prediction, letter):
-    assert metrics.option_letter(prediction) == letter
-    assert [metrics.score("realworldqa", prediction, [answer]) for answer in "ABC"] == [letter == one for one in "ABC"]
-
-
-# Intervals
 
 
 def test_bootstrap_interval_is_the_normal_one_for_many_rows():
@@ -104,9 +87,6 @@ def test_a_resampled_ratio_is_that_of_the_rows_that_count(monkeypatch):
     assert np.array_equal(draws, expected, equal_nan=True)
     monkeypatch.setattr(metrics, "_INDICES", 70)  # the memory bound does not change the draws
     assert np.array_equal(draws, metrics.resampled_means(values, 0, 500, None, wholes)[1], equal_nan=True)
-
-
-# Diagnostics
 
 
 def test_cdp_diagnostics_by_hand():

@@ -1,6 +1,5 @@
 """The engine against its claims: reuse equals recomputation, batches equal single rows, tokens are the processor's."""
 
-import functools
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -21,27 +20,32 @@ NAMES = list(crops.CROPS)
 TIE = 1e-4  # if the two best logits are nearer than this, rounding may decide
 
 
-# The engine, with a model rigged to write the call that its question asks for
-
-
 class Rigged(decode.FirstToken):
     """In the first turn, questions ``do X`` make the model write the call X; else it may not write tool tokens."""
 
     tokenizer: Any = None
+    lift = 0.0  # of the call token's first logit
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.logits is None:
             self.known = input_ids.shape[1]
+            scores[:, self.token] += self.lift
         scores = super().__call__(input_ids, scores)
-        scores[:, unwritten(self.tokenizer)] = float("-inf")
+        scores[:, self.forbidden()] = float("-inf")
         for row, ids in enumerate(input_ids):
             text = self.tokenizer.decode(ids)
-            order = re.search(r"do (.*?)<\|im_end\|>", text)
-            if order and "<tool_response>" not in text:
-                wanted = self.tokenizer(script(order.group(1)) + "<|im_end|>")["input_ids"]
+            order = "" if "<tool_response>" in text else self.order(text, ids[self.known :].tolist())
+            if order:
+                wanted = self.tokenizer(script(order) + "<|im_end|>")["input_ids"]
                 scores[row] = float("-inf")
                 scores[row, wanted[min(input_ids.shape[1] - self.known, len(wanted) - 1)]] = 0.0
         return scores
+
+    def order(self, text: str, written: list[int]) -> str:
+        return "".join(re.findall(r"do (.*?)<\|im_end\|>", text))
+
+    def forbidden(self) -> list[int]:
+        return unwritten(self.tokenizer)
 
 
 def unwritten(tokenizer) -> list[int]:
@@ -132,24 +136,16 @@ def test_visual_tokens_are_counted_by_turn_after_the_processor(rigged: SimpleNam
     pieces = [crops.low_resolution(image), crops.cut(image, "top-left"), crops.cut(image, "right")]
     low, first, second = (visual_tokens(piece.size, rigged.processor) for piece in pieces)
     assert [turn.visual_tokens for turn in called.turns] == [low, 0, first + second, 0] == [12, 0, 36, 0]
-    assert called.turns[2].images == (pieces[1].size, pieces[2].size)
-    assert (called.visual_tokens, called.rtr) == (48, 1.0)
+    assert called.turns[2].images == (pieces[1].size, pieces[2].size) and (called.visual_tokens, called.rtr) == (48, 1)
     assert (plain.visual_tokens, plain.rtr, len(plain.turns)) == (12, 0.25, 2)
 
 
-def test_turn_two_encodes_the_crops_only_and_feeds_the_new_tokens_only(rigged: SimpleNamespace, monkeypatch) -> None:
+def test_turn_two_encodes_the_crops_only_and_feeds_the_new_tokens_only(rigged: SimpleNamespace) -> None:
     encoded, fed = list[int](), list[int]()
-    encode = rigged.model.model.get_image_features
-
-    def watched(pixels: Tensor, grid: Tensor, **options: Any) -> Any:
-        encoded.append(len(grid))
-        return encode(pixels, grid, **options)
-
-    monkeypatch.setattr(rigged.model.model, "get_image_features", watched)
-    embed = rigged.model.get_input_embeddings()
-    hook = embed.register_forward_hook(lambda module, inputs, output: fed.append(inputs[0].shape[1]))
-    (trajectory,) = engine(rigged).run([rigged.noise(224, 168, 0)], ["do top-left,right"])
-    hook.remove()
+    tower, embed = rigged.model.model.visual, rigged.model.get_input_embeddings()
+    see, read = lambda _, __, given: encoded.append(len(given["grid_thw"])), lambda _, ids: fed.append(ids[0].shape[1])
+    with tower.register_forward_pre_hook(see, with_kwargs=True), embed.register_forward_pre_hook(read):
+        (trajectory,) = engine(rigged).run([rigged.noise(224, 168, 0)], ["do top-left,right"])
     user, _, tool, _ = trajectory.turns
     turn_two = tool.text_tokens + tool.visual_tokens + 1  # the end of the call was not in the cache yet
     assert encoded == [1, 2]
@@ -203,17 +199,6 @@ def test_forced_decisions(rigged: SimpleNamespace) -> None:
     assert [one.call_status for one in done] == ["forced", "none", "none", "forced"]
     assert (done[0].answer, done[0].turns, done[3].turns) == (free.answer, free.turns, whole.turns)
     assert done[0].call_logprob is None and done[2].call_logprob is not None
-
-
-def test_the_bias_moves_the_call_decision_only(tiny: SimpleNamespace) -> None:
-    images, questions = rows_of(tiny, ["a"] * 6), [f"question {i}" for i in range(6)]
-    run = functools.partial(engine(tiny, max_new_tokens=8).run, images, questions)
-    never, own, always = (run(call_bias=bias) for bias in (-99.0, 0.0, 99.0))
-    assert all(one.call_status == "none" for one in never)
-    assert all(one.turns[1].text.startswith("<tool_call>") for one in always)
-    for biased in (never, always):
-        assert [one.call_logprob for one in biased] == pytest.approx([one.call_logprob for one in own], abs=1e-5)
-    assert [one.answer for one in own] == [one.answer for one in never]  # no row is near a call
 
 
 @pytest.mark.parametrize("view, expected", [("full", 24), ("half", 6), ("none", 0), ("half+crops", 6 + 6 + 12)])

@@ -1,8 +1,10 @@
 """SFT: the loss is Eq. 4, samples are the curated trajectories, a training resumes from its own checkpoints alone."""
 
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -52,18 +54,16 @@ def find(ids: list[int], part: list[int]) -> range:
     return range(starts[0], starts[0] + len(part))
 
 
-def weights_by_hand(world, ids: list[int], row: dict, tool_weight: float) -> dict[int, float]:
+def weights_by_hand(world, ids, row, tool_weight, kinds=("answer", "call")) -> dict[int, float]:
     """Position -> w_t, from the text that the assistant writes, found in the ids."""
     encode = lambda text: world.processor.tokenizer(text)["input_ids"]  # noqa: E731
-    start = encode("<|im_start|>assistant\n")
-    written = {row["answers"][0]: 1.0}
-    if row["label"] == "HR":
-        written[protocol.OURS.render_call(row["target_crops"])] = tool_weight
-    weights: dict[int, float] = {}
-    for text, weight in written.items():
-        body = encode(text + "<|im_end|>")
-        span = find(ids, start + body)
-        weights |= {position: weight for position in span[len(start) :]}
+    start, weights = encode("<|im_start|>assistant\n"), dict[int, float]()
+    written = [(row["answers"][0], 1.0)] if "answer" in kinds else []
+    if row["label"] == "HR" and "call" in kinds:
+        written.append((protocol.OURS.render_call(row["target_crops"]), tool_weight))
+    for text, weight in written:
+        span = find(ids, start + encode(text + "<|im_end|>"))
+        weights |= dict.fromkeys(span[len(start) :], weight)
     return weights
 
 
@@ -83,36 +83,20 @@ def test_loss_is_the_weighted_cross_entropy_of_the_assistant_tokens(world, tmp_p
             count += 1
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(total / count, rel=1e-5)
     pictures = []
-    for sample in samples:
-        image, names = world.rows[sample.row]["image"], CROPS_OF.get(sample.row, [])
-        pictures += [crops.low_resolution(image), *(crops.cut(image, name) for name in names)]
+    for row in (1, 0, 7):
+        image = world.rows[row]["image"]
+        pictures += [crops.low_resolution(image), *(crops.cut(image, name) for name in CROPS_OF.get(row, []))]
     pixels = world.processor.image_processor(images=pictures, return_tensors="pt")
     assert all(torch.equal(batch[key], pixels[key]) for key in ("image_grid_thw", "pixel_values"))
 
 
-@pytest.mark.parametrize("kind, expected", [("answer", (0.0, 1.0)), ("call", (3.0,))])
-def test_a_turn_level_sample_trains_on_its_own_turn_only(world, tmp_path, kind, expected):
+@pytest.mark.parametrize("kind, weight", [("answer", 1.0), ("call", 3.0)])
+def test_a_turn_level_sample_trains_on_its_own_turn_only(world, tmp_path, kind, weight):
     params = settings(**{"sft.level": "turn", "sft.tool_turn_weight": 3.0})
-    trainer = trainer_for(world, params, tmp_path, [sft.Sample(1, kind, 0)])
-    batch = collate(trainer, 1)
-    ids = batch["input_ids"][0].tolist()
-    call = world.processor.tokenizer(protocol.OURS.render_call(CROPS_OF[1]) + "<|im_end|>")["input_ids"]
-    trained = set(batch["loss_weights"][0].nonzero().flatten().tolist())
-    assert trained == set((batch["labels"][0] != -100).nonzero().flatten().tolist())
-    assert trained.isdisjoint(find(ids, call)) == (expected[0] == 0.0)
-    assert set(batch["loss_weights"][0].unique().tolist()) == {0.0, expected[-1]}
-
-
-def test_micro_batches_do_not_change_the_update(world, tmp_path):
-    adapters = []
-    for size in (4, 1):
-        params = settings(**{"sft.per_device_batch_size": size})
-        samples = sft.plan_samples(world.rows, world.processor, params)[:4]
-        trainer = trainer_for(world, params, tmp_path / str(size), samples)
-        trainer.train()
-        adapters.append({name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad})
-    for name, value in adapters[0].items():
-        torch.testing.assert_close(value, adapters[1][name], atol=1e-5, rtol=1e-3)
+    batch = collate(trainer_for(world, params, tmp_path, [sft.Sample(1, kind, 0)]), 1)
+    by_hand = weights_by_hand(world, batch["input_ids"][0].tolist(), world.rows[1], 3.0, (kind,))
+    assert {at: value for at, value in enumerate(batch["loss_weights"][0].tolist()) if value} == by_hand
+    assert {*by_hand.values()} == {weight} and torch.equal(batch["labels"] != -100, batch["loss_weights"] > 0)
 
 
 def test_the_plan_follows_the_parameters(world, tmp_path):
@@ -176,16 +160,23 @@ def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_an_interrupted_training_goes_on_and_ends_the_same(world, finished, tmp_path, monkeypatch):
-    original, steps, step = training.Log.on_log, [], sft.WeightedSFTTrainer.training_step
+@contextmanager
+def killed_at(step):
+    """The training in this block ends with its update ``step``, before the checkpoint is written."""
+    original = training.Log.on_log
 
     def stop(self, args, state, control, **kwargs):
         original(self, args, state, control, **kwargs)
-        if state.global_step == 3:  # before its checkpoint is written
+        if state.global_step == step:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training.Log, "on_log", stop)
+    with mock.patch.object(training.Log, "on_log", stop), pytest.raises(KeyboardInterrupt):
+        yield
+
+
+def test_an_interrupted_training_goes_on_and_ends_the_same(world, finished, tmp_path, monkeypatch):
+    steps, step = [], sft.WeightedSFTTrainer.training_step
+    with killed_at(3):
         run(world, tmp_path / "main-s1")
     assert not (tmp_path / "main-s1" / "merged").exists()
     monkeypatch.setattr(sft.WeightedSFTTrainer, "training_step", lambda *given: (steps.append(1), step(*given))[1])

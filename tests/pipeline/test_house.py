@@ -57,17 +57,12 @@ def longest_function() -> int:
     return max((node.end_lineno or 0) - node.lineno + 1 for node in nodes)
 
 
-def longest_line() -> int:
-    return max(len(line) for module in TREES for line in (SOURCE / module).read_text().splitlines())
-
-
 BUDGETS = {
     "lines of src/awares": (lambda: lines("src/awares/**/*.py"), 11_500),
     "lines of method/": (lambda: lines("src/awares/method/*.py"), 2_600),
     "files of method/": (lambda: len(list(SOURCE.glob("method/*.py"))), 10),
     "lines of the largest file": (lambda: max(lines(f"src/awares/{module}") for module in TREES), 400),
     "lines of the longest function": (longest_function, 60),
-    "columns of the longest line": (longest_line, 120),
     "lines of dvc.yaml": (lambda: lines("dvc.yaml"), 300),
     "lines of tests": (lambda: lines("tests/**/*.py"), 9_000),
     "lines of data/base/training": (lambda: lines("data/base/training/*.py"), 1_300),

@@ -37,10 +37,9 @@ assert options["--model"] == "awares" and (Path(given["pretrained"]) / "model.sa
 tasks = options["--tasks"].split(",")
 lines = [json.dumps({"id": f"{task}/test/{n}", "rtr": 0.25 + n / 2, "seconds": 0.1}) for task in tasks for n in (0, 1)]
 Path(given["log"]).write_text("\\n".join(lines) + "\\n")
-results = Path(options["--output_path"], "run", "0_results.json")
-results.parent.mkdir(parents=True, exist_ok=True)
+Path(options["--output_path"]).mkdir(parents=True, exist_ok=True)
 values = {"score,none": 0.5, "score_stderr,none": 0.1, "alias": "one"}
-results.write_text(json.dumps({"results": {task: values for task in tasks}}))
+Path(options["--output_path"], "0_results.json").write_text(json.dumps({"results": {task: values for task in tasks}}))
 """
 
 pytestmark = pytest.mark.notebooks
@@ -85,7 +84,6 @@ def test_data(line):
     stage = line.params.run_dir("data")
     rows = {split: load_rows(stage / split) for split in ("train", "validation", "evaluation")}
     assert {split: len(part) for split, part in rows.items()} == {"train": 30, "validation": 10, "evaluation": 12}
-    assert set(rows["evaluation"]["source"]) == set(TASKS)
     manifest = records(stage / "manifest.jsonl")
     assert [record["id"] for record in manifest] == [row_id for part in rows.values() for row_id in part["id"]]
     assert all(record["hub"] and record["commit"].startswith("local:") for record in manifest)
@@ -104,9 +102,6 @@ def test_main_table_and_report(line):
     table = line.table("evaluation", "table1_main")
     assert set(table.benchmark) == {*TASKS, AVERAGE} and set(table.system) == set(MAIN_SYSTEMS)
     tables = line.params.report_dir() / "tables"
-    for stage in ("crop_distribution", "curation", "evaluation", "operating_curve"):
-        for written in (line.params.run_dir(stage) / "tables").glob("*.csv"):
-            assert (tables / written.name).read_bytes() == written.read_bytes()
     knobs = pd.read_csv(tables / "table11_hyperparameters.csv", dtype=str).set_index("parameter")
     assert knobs.loc["gradient_checkpointing"].tolist() == ["True", "True"]  # keys of the profile, too
     assert knobs.loc["crop_token_budget", "grpo"] == "10404" and "launch" not in knobs.index

@@ -82,8 +82,3 @@ def test_a_guide_names_only_commands_that_exist(guide: Path) -> None:
     assert keys <= parameter_keys(yaml.safe_load((ROOT / "params.yaml").read_text()))
     modules = {".".join(path.relative_to(library).with_suffix("").parts) for path in library.rglob("*.py")}
     assert set(re.findall(r"python -m awares\.([\w.]+)", text)) <= modules
-
-
-def test_readme_gives_the_two_commands() -> None:
-    spans = {span.partition("#")[0].strip() for span in code_spans(GUIDES[0].read_text())}
-    assert {"make repro", "make test"} <= spans

@@ -45,9 +45,6 @@ class Pruned(Decoder):
         raise AwaresValueError("a system that prunes visual tokens answers in one turn: use Engine.answer, not run")
 
 
-# Before the language model
-
-
 @dataclass(frozen=True)
 class VisionFeatures:
     """One image after the vision tower, N visual tokens in raster order; scores and keys if a pruner reads them."""
@@ -69,9 +66,7 @@ class VisionPruned(Pruned):
         self.select, self.attention = select, attention
 
     @torch.no_grad()
-    def start(
-        self, rows: Sequence[list[int]], images: Sequence[list[Image]], call_bias: Any = None, names: Any = None
-    ) -> Output:
+    def start(self, rows: Any, images: Any, call_bias: Any = None, names: Any = None) -> Output:
         """`Decoder.start` on the kept visual tokens."""
         names = names or [str(row) for row in range(len(rows))]
         titles = [f"{name}/{n}" for name, row in zip(names, images, strict=True) for n in range(len(row))]
@@ -100,14 +95,12 @@ class VisionPruned(Pruned):
         ):
             features, grids = self._encode(images)
         scores = keys = [torch.empty(0)] * len(features)
-        if self.attention and features:
+        if self.attention:
             scores, keys = _scores_and_keys(visual, tapped, torch.cat(grids), [len(one) for one in features])
         return [VisionFeatures(*one) for one in zip(features, scores, keys, titles, strict=True)], grids
 
     def _shorten(self, state: State, keep: Tensor) -> State:
         """The tokens ``keep`` (B, T) of ``state``, each at its position in the full sequence."""
-        if not any(len(grid) for grid in state.grids):
-            return state
         grids = torch.cat(state.grids)
         positions, _ = self.model.model.get_rope_index(state.ids, state.types, grids, attention_mask=state.mask)
         index, mask = pruning.pack_left(keep)
@@ -126,9 +119,6 @@ def _scores_and_keys(visual: Any, tapped: Mapping[str, Any], grids: Tensor, coun
     raster = order.to(received.device).argsort()  # the tower's windows -> raster order
     pooled = (values.unflatten(0, (-1, unit)).mean(dim=1) for values in (received, key.float().mean(dim=1)))
     return [values[raster].split(counts) for values in pooled]
-
-
-# Inside the language model
 
 
 @dataclass(frozen=True)
@@ -156,9 +146,7 @@ class LayerPruned(Pruned):
         self.plan = plan(len(self.language_model.layers))
         self.names: Sequence[str] = ()  # the rows' ids of a batch
 
-    def start(
-        self, rows: Sequence[list[int]], images: Sequence[list[Image]], call_bias: Any = None, names: Any = None
-    ) -> Output:
+    def start(self, rows: Any, images: Any, call_bias: Any = None, names: Any = None) -> Output:
         """Generate as `Decoder.start` does, with fewer visual tokens from layer to layer."""
         self.names = names or [str(b) for b in range(len(rows))]
         return super().start(rows, images, call_bias, names)
@@ -239,8 +227,6 @@ class Dropping:
         keys, hidden, keep = cache.layers[index - 1].keys, hidden.clone(), self.mask.bool()
         positions = torch.arange(keep.shape[1], device=keep.device)
         for row, places in enumerate(flags.nonzero().flatten() for flags in self.visual):
-            if not len(places):
-                continue
             text = positions[places[-1] + 1 :]  # all of them see the whole image, none is padding
             allowed = (positions[None, :] <= text[:, None]) & self.mask[row].bool()
             weights = pruning.attention_of(query[row][:, text], keys[row], allowed, attention.scaling)[:, places]
@@ -253,6 +239,6 @@ class Dropping:
         self.visual = self.visual.gather(1, gather) & self.mask.bool()
         self.number = self.number.gather(1, gather)
         self.masks[index], self.counts[index] = self.mask, self.visual.sum(dim=1)
-        cos, sin = (one.gather(1, gather[..., None].expand(-1, -1, one.shape[-1])) for one in rotary)
+        cos, sin, left = (one.gather(1, gather[..., None].expand(-1, -1, one.shape[-1])) for one in (*rotary, hidden))
         self.rotary = (cos, sin)
-        return hidden.gather(1, gather[..., None].expand(-1, -1, hidden.shape[-1]))
+        return left

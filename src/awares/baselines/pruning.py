@@ -50,9 +50,6 @@ def pack_left(keep: Tensor) -> tuple[Tensor, Tensor]:
     return index, keep.gather(1, index).long()
 
 
-# Before the language model
-
-
 def received(query: Tensor, key: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     """Attention that each patch receives: s_j = sum_i mean_h softmax_j(q_hi k_hj scale), i, j within one segment.
 
@@ -135,9 +132,6 @@ def random_tokens(features: Tensor, ratio: float, name: str, seed: int = 0) -> S
     return Selection(kept, features[kept])
 
 
-# Inside the language model
-
-
 def attention_of(query: Tensor, key: Tensor, allowed: Tensor, scale: float) -> Tensor:
     """mean_h softmax(q_h K_h^T scale) of some tokens over a row's T positions: (Q, T), float32.
 
@@ -154,19 +148,16 @@ def fastv_tokens(attention: Tensor, hidden: Tensor, count: int) -> Selection:
     return Selection(kept, hidden[kept])
 
 
-def raters(attention: Tensor) -> Tensor:
-    """SparseVLM's raters, bool (Q,): t with R_t >= mean(R), where R_t = sum_j A_tj and A = ``attention`` (Q, N)."""
-    mass = attention.sum(dim=1)
-    return mass >= min(mass.mean(), mass.max())  # the rounded mean of equal values may lie above them
-
-
 def sparsevlm_tokens(attention: Tensor, hidden: Tensor, count: int) -> Selection:
     """SparseVLM: keep the best of N visual tokens by the raters' mean attention, and recycle some of the others.
 
-    The best 30 % of the others are clustered, one cluster per ten tokens plus one, and each cluster's mean replaces
-    its centre. ``count`` includes these. ``attention`` (Q, N), ``hidden`` (N, width).
+    Raters are the text tokens t with R_t >= mean(R), where R_t = sum_j A_tj, A = ``attention`` (Q, N). The best 30 % of
+    the other visual tokens are clustered, one cluster per ten tokens plus one, and each cluster's mean replaces its
+    centre. ``count`` includes these. ``hidden`` (N, width).
     """
-    scores = attention[raters(attention)].mean(dim=0)
+    mass = attention.sum(dim=1)
+    raters = mass >= min(mass.mean(), mass.max())  # the rounded mean of equal values may lie above them
+    scores = attention[raters].mean(dim=0)
     lost = len(scores) - count
     clusters = min(int(RECYCLED * lost) // CLUSTER + 1, count - 1) if lost else 0
     best = top(scores, count - clusters)
@@ -228,9 +219,6 @@ def geometric_schedule(ratio: float, layers: Sequence[int], depth: int) -> dict[
         mean = sum(span * middle**stage for stage, span in enumerate(spans)) / depth
         low, high = (middle, high) if mean < ratio else (low, middle)
     return {layer: high**stage for stage, layer in enumerate(layers, start=1)}
-
-
-# Helpers
 
 
 def _others(count: int, chosen: Tensor) -> Tensor:

@@ -27,8 +27,7 @@ import numpy as np
 import pandas as pd
 
 from awares.baselines import pruning
-from awares.baselines.pruned_decode import LayerPruned, Pruned, PruningPlan, VisionFeatures, VisionPruned
-from awares.baselines.pruning import Selection
+from awares.baselines.pruned_decode import LayerPruned, Pruned, PruningPlan, VisionPruned
 from awares.engine.images import cap
 from awares.engine.model import patch_grid
 from awares.errors import AwaresValueError
@@ -101,9 +100,6 @@ def matched(name: str, main: pd.DataFrame) -> str:
     return f"{name.removesuffix('_awares')}_{100 * rtr:.1f}"
 
 
-# The base model and the policies
-
-
 def _one_turn(job: SystemJob, view: str) -> list[Trajectory]:
     return job.engine.answer(job.rows["image"], job.rows["question"], view, row_ids=job.rows["id"])
 
@@ -119,17 +115,11 @@ for _name in ("sft", "awares"):  # a trained policy, by its own decisions
     system(_name, model=_name)(partial(_two_turns, forced=None))
 
 
-# Training-free pruning before the language model
-
-
 @system("visionzip")
 def visionzip(job: SystemJob, ratio: float) -> list[Trajectory]:
     """VisionZip: dominant tokens by the attention they receive, the others merged into a few contextual ones."""
-
-    def select(seen: VisionFeatures) -> Selection:
-        return pruning.visionzip_tokens(seen.scores, seen.keys, seen.features, ratio)
-
-    return _pruned(job, VisionPruned, select=select)
+    tokens = pruning.visionzip_tokens
+    return _pruned(job, VisionPruned, select=lambda seen: tokens(seen.scores, seen.keys, seen.features, ratio))
 
 
 @system("holov")
@@ -141,14 +131,8 @@ def holov(job: SystemJob, ratio: float) -> list[Trajectory]:
 @system("random_token")
 def random_token(job: SystemJob, ratio: float) -> list[Trajectory]:
     """The control of the pruners: random tokens, drawn by the row's id."""
-
-    def select(seen: VisionFeatures) -> Selection:
-        return pruning.random_tokens(seen.features, ratio, seen.name, job.seed)
-
-    return _pruned(job, VisionPruned, select=select, attention=False)
-
-
-# Training-free pruning inside the language model
+    tokens = partial(pruning.random_tokens, ratio=ratio, seed=job.seed)
+    return _pruned(job, VisionPruned, select=lambda seen: tokens(seen.features, name=seen.name), attention=False)
 
 
 @system("fastv")
@@ -208,9 +192,6 @@ def shares_left(job: SystemJob) -> pd.DataFrame:
     return pd.DataFrame(records, columns=["left", "evidence"])
 
 
-# Controls of the policy
-
-
 @system("random_crop", model="awares")
 def random_crop(job: SystemJob) -> list[Trajectory]:
     """The policy's calls with every crop replaced by a random one of the same area.
@@ -223,8 +204,7 @@ def random_crop(job: SystemJob) -> list[Trajectory]:
 
 
 def _random_crops(crops: Sequence[str], row_id: str, seed: int) -> tuple[str, ...]:
-    name = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8], "big")
-    rng = np.random.default_rng([seed, name])
+    rng = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8], "big")])
     drawn: list[str] = []
     for crop in crops:
         alike = [other for other in CROPS if area(other) == area(crop) and other not in drawn]

@@ -48,8 +48,7 @@ def main_table(scores: pd.DataFrame, evaluation: Evaluation) -> pd.DataFrame:
     for system, rows in scores.groupby("system", sort=False):
         parts = [*rows.groupby("benchmark", sort=False), (AVERAGE, rows)]
         records += [_main_row(system, benchmark, part, evaluation) for benchmark, part in parts]
-    columns = ["system", "benchmark", "accuracy", "accuracy_low", "accuracy_high", "rtr", "n"]
-    return pd.DataFrame(records, columns=columns)
+    return pd.DataFrame(records)
 
 
 def _main_row(system: Any, benchmark: Any, rows: pd.DataFrame, evaluation: Evaluation) -> dict[str, Any]:
@@ -76,9 +75,6 @@ def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], evaluation: 
     return pd.DataFrame(records, columns=["a", "b", "difference", "low", "high", "p", "significant", "rtr"])
 
 
-# First turns: Tables 7 and 9
-
-
 def label_rows(rows: Dataset, half: Sequence[Trajectory], full: Sequence[Trajectory], params: Params) -> Dataset:
     """Evaluation rows with ``label`` and ``target_crops`` by the paper's rule (§2.1), from the base model's answers.
 
@@ -97,10 +93,7 @@ def label_rows(rows: Dataset, half: Sequence[Trajectory], full: Sequence[Traject
 def decision_parts(
     labels: Sequence[str], crops: CropSets, oracle_crops: CropSets, relaxed_iou: float = 0.25
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Numerator and denominator (N,) of every ratio of `cdp_diagnostics`: one term per row, for resampling.
-
-    AwaresError for no rows and for a label other than LR or HR.
-    """
+    """Numerator and denominator (N,) of every ratio of `cdp_diagnostics`; AwaresError for no rows or a wrong label."""
     if not len(labels) or any(name not in (LR, HR) for name in labels):
         raise AwaresValueError("CDP diagnostics need at least one row, each labelled LR or HR")
     hr = np.array([name == HR for name in labels], float)
@@ -131,8 +124,8 @@ def cdp_diagnostics(
     P(call | HR), f1, fpr P(call | LR). Region, over the calls on HR rows with oracle crops: exact = the same set,
     relaxed = IoU >= ``relaxed_iou`` of the requested region with an oracle crop. area: mean requested area per call.
     """
-    parts = decision_parts(labels, crops, oracle_crops, relaxed_iou)
     counts = {"n": len(labels), "calls": sum(bool(names) for names in crops)}
+    parts = decision_parts(labels, crops, oracle_crops, relaxed_iou)
     return counts | {name: _ratio(part.sum(), whole.sum()) for name, (part, whole) in parts.items()}
 
 

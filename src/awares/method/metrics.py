@@ -161,8 +161,6 @@ def score(benchmark: str, prediction: str, answers: Sequence[str], question: str
     return metric(prediction, answers, question) if benchmark == "ocrbench" else metric(prediction, answers)
 
 
-# Intervals
-
 Names = Sequence[str] | None
 _INDICES = 4_000_000  # most row indices that a bootstrap holds in memory
 

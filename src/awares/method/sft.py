@@ -99,9 +99,6 @@ def _log_entry(entry: dict[str, Any]) -> dict[str, Any]:
     return {ours: entry[theirs] for theirs, ours in LOGGED_SFT.items()} if "loss" in entry else {}
 
 
-# Samples
-
-
 def plan_samples(rows: Dataset, processor: ImageOnlyProcessor, params: Params) -> list[Sample]:
     """Every sample of the whole training, in the order of training.
 
@@ -127,16 +124,12 @@ def _kinds(row: dict[str, Any], processor: ImageOnlyProcessor, params: Params, f
     if row["label"] == LR:
         return ("direct",)
     if row["label"] != HR or not row["target_crops"]:
-        raise AwaresValueError(
-            f"row {row['id']}: label {row['label']!r} with target_crops {row['target_crops']}: a row is LR, or HR with "
-            "crops: curate it again"
-        )
+        found = f"label {row['label']!r} with target_crops {row['target_crops']}"
+        raise AwaresValueError(f"row {row['id']}: {found}: a row is LR, or HR with crops: curate it again")
     tokens = len(processor.tokenizer(form.render_call(row["target_crops"]) + END_OF_TURN)["input_ids"])
-    if tokens > params.protocol.max_new_tokens:
-        raise AwaresValueError(
-            f"row {row['id']}: the call has {tokens} tokens, more than protocol.max_new_tokens "
-            f"{params.protocol.max_new_tokens}: raise it"
-        )
+    if tokens > (limit := params.protocol.max_new_tokens):
+        found = f"the call has {tokens} tokens, more than protocol.max_new_tokens {limit}"
+        raise AwaresValueError(f"row {row['id']}: {found}: raise it")
     return ("trajectory",) if params.sft.level == "trajectory" else ("call", "answer")
 
 
@@ -155,9 +148,8 @@ def _length(
     text = processor.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     length = len(text) + sum(visual_tokens(view, processor) - 1 for view in images)
     if length > limit:
-        raise AwaresValueError(
-            f"row {row['id']}: {length} tokens, more than sft.max_length {limit}: raise it, or lower crops.max_side"
-        )
+        found = f"{length} tokens, more than sft.max_length {limit}"
+        raise AwaresValueError(f"row {row['id']}: {found}: raise it, or lower crops.max_side")
     return length
 
 
@@ -185,9 +177,6 @@ def turn_weights(kind: str, tool_turn_weight: float) -> list[float]:
     """w_t of Eq. 4 for each assistant turn of a sample, in order; 0 removes a turn from the loss."""
     weights = {"direct": [1.0], "trajectory": [tool_turn_weight, 1.0], "call": [tool_turn_weight], "answer": [0.0, 1.0]}
     return weights[kind]
-
-
-# Trainer
 
 
 @dataclass
@@ -228,7 +217,7 @@ class WeightedSFTTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True  # with Qwen2.5-VL's False the trainer would not count the tokens
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Sum of w_t * -log pi(y_t) over the assistant tokens, divided by their number in the optimiser batch."""
         if self.share_prefix:
@@ -281,9 +270,6 @@ def _views(params: Params, rows: Dataset, samples: Sequence[Sample]) -> Dataset:
         return {"messages": messages, "images": [[] for _ in messages], "turn_weights": weights}
 
     return Dataset.from_list([asdict(sample) for sample in samples]).with_transform(view)
-
-
-# Choice of the checkpoint
 
 
 def choose(scores: list[dict[str, Any]], rows: int) -> dict[str, Any]:

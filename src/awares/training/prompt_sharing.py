@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate, pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -104,11 +105,8 @@ def shared_prefill(model: Any, copies: int) -> Iterator[None]:
         model.model.rope_deltas = model.model.rope_deltas.repeat_interleave(copies, dim=0)  # (rows, 1), the prefill's
         return generate(**inputs, past_key_values=cache)
 
-    model.generate = run  # hides the method of its class
-    try:
+    with mock.patch.object(model, "generate", run):
         yield
-    finally:
-        del model.generate
 
 
 @contextmanager
@@ -132,11 +130,8 @@ def vision_memo(model: Any) -> Iterator[None]:
         pooled, *deep = torch.cat([known[key] for key in seen]).split(model.config.text_config.hidden_size, dim=-1)
         return vision_output(pooled, deep)
 
-    tower.forward = run  # hides the method of its class
-    try:
+    with mock.patch.object(tower, "forward", run):
         yield
-    finally:
-        del tower.forward
 
 
 def packed_log_probs(
