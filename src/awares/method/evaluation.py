@@ -48,7 +48,8 @@ def main_table(scores: pd.DataFrame, evaluation: Evaluation) -> pd.DataFrame:
     for system, rows in scores.groupby("system", sort=False):
         parts = [*rows.groupby("benchmark", sort=False), (AVERAGE, rows)]
         records += [_main_row(system, benchmark, part, evaluation) for benchmark, part in parts]
-    return pd.DataFrame(records)
+    columns = ["system", "benchmark", "accuracy", "accuracy_low", "accuracy_high", "rtr", "n"]
+    return pd.DataFrame(records, columns=columns)
 
 
 def _main_row(system: Any, benchmark: Any, rows: pd.DataFrame, evaluation: Evaluation) -> dict[str, Any]:
