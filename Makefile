@@ -46,7 +46,8 @@ repro: $(STAMP) ## run the pipeline, curation to report, at seed 1 (again: only 
 
 # One process per core, one file at a time in each: on two cores that is faster than torch's own threads.
 test: $(STAMP) ## the whole test suite, notebooks included at smoke scale
-	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 python -m pytest tests/pipeline tests/training tests \
+		-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder # the long files first
 
 # A separate environment, .venv-<target>, which sees .venv's packages; without dependencies, which name CUDA builds.
 PURELIB = -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'

@@ -12,8 +12,6 @@ from PIL import Image as Pictures
 
 TEXT = Value("string")
 TEXTS = List(TEXT)
-
-
 WAY = "Which way?\n\nA. Left\nB. Right\n"
 WAY += "Please answer directly with only the letter of the correct option and nothing else."
 

@@ -1,4 +1,4 @@
-"""Base training: its examples and dense targets, the look-up code, the losses, stages that continue."""
+"""Base training: the examples as they were drawn, the losses, stages that continue."""
 
 import hashlib
 import json
@@ -6,20 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import batches
 import examples
 import network as networks
-import targets
 import train
 from awares.engine.model import load_model, load_processor, make_processor, save_model
 from awares.errors import AwaresError
 from awares.method import protocol
-from awares.mini import scenes
-from awares.mini import vocabulary as lexicon
 from recipe import BASE, load_recipe
-from targets import IGNORE, WORD_ID
+from targets import IGNORE
 from tokenizer import build_tokenizer
 
 RECIPE = load_recipe()
@@ -40,16 +36,6 @@ def test_the_recipe_draws_the_same_examples_as_ever(tokenizer, stage):
         for name in sorted(batch.keys() - {"pixel_values"}):
             drawn.update(name.encode() + batch[name].numpy().tobytes())
     assert drawn.hexdigest()[:16] == DRAWS[stage]
-
-
-def test_every_protocol_token_is_trained_and_the_crop_tool_is_never_seen(tokenizer):
-    rng = np.random.default_rng(0)
-    texts = [examples.text_example(rng) for _ in range(1500)]
-    assert not [one for one in texts if f'"name": "{protocol.TOOL_NAME}"' in one.system + str(one.turns)]
-    seen = {i for one in texts for i in batches.encode(one, tokenizer)[0]}
-    seen |= {i for text in lexicon.CANDID for i in tokenizer(text)["input_ids"]}  # system messages of pictures
-    words = [protocol.SYSTEM, protocol.OURS.render_call(lexicon.PLACES), protocol.TOOL_ERROR, "<tool_response>\n\n"]
-    assert not [tokenizer.decode([i]) for text in words for i in tokenizer(text)["input_ids"] if i not in seen]
 
 
 def test_the_shipped_tokenizer_is_that_of_the_training(tokenizer):
@@ -74,17 +60,6 @@ def test_training_format_is_the_chat_template(tokenizer):
     assert [bool(m) for m in found["assistant_masks"][0]] == [label != IGNORE for label in labels]
     pixels = processor.image_processor(images=[one.views[0].image], return_tensors="np")["pixel_values"]
     assert np.allclose(pixels, batches.patchify(np.asarray(one.views[0].image)), atol=1e-6)
-
-
-def test_dense_targets_are_where_the_word_is():
-    mark = scenes.Mark("anna", (30, 30, 60, 41), 14, chars=(("a", 33.0),))
-    scene = scenes.Scene(Image.new("RGB", (112, 112)), [mark])
-    view = targets.view(scene)
-    assert view.words.nonzero()[0].tolist() == [view.index(2, 2), view.index(2, 3)]
-    assert {*view.words} == {0, WORD_ID["anna"]} and (view.glyphs > 0).sum() == 1
-    assert (targets.view(scene, halve=True).words == 0).all()  # too small to read
-    cut = targets.view(scene, (0.375, 0.0, 1.0, 1.0)).words
-    assert IGNORE in cut and not (cut > 0).any()  # part of a word: neither this word nor nothing
 
 
 def test_watch_reads_the_attention_of_the_model():

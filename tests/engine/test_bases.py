@@ -98,8 +98,9 @@ def test_two_turns_with_a_reused_cache_equal_two_turns_from_nothing(engine, tiny
 
 @pytest.fixture(scope="module")
 def rows(tiny):
-    """Eight curated rows, every second one HR."""
-    return tiny.rows([(256, 192)], [[], ["top"], [], ["right", "top-left"]] * 2)
+    """Eight curated rows, every second one HR, with one question about their pictures, which must not be mixed up."""
+    rows = tiny.rows([(256, 192)], [[], ["top"], [], ["right", "top-left"]] * 2)
+    return rows.remove_columns("question").add_column("question", ["what is the word?"] * 8)
 
 
 def gradients(trainer):

@@ -1,25 +1,13 @@
 """Shared prompts sample what TRL samples; test_bases compares log-probabilities and gradients."""
 # ruff: noqa: F811 (a fixture of test_grpo)
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from test_grpo import disturb, log_probs, settings, trainer_for, world, write  # noqa: F401
+from test_grpo import disturb, settings, trainer_for, world  # noqa: F401
 from trl import GRPOTrainer
 
 from awares.errors import AwaresError
 from awares.training.prompt_sharing import expanded_once
-
-
-def test_completions_of_one_question_on_two_pictures_are_not_mixed_up(world, tmp_path):
-    rows = world.rows.select([2, 4]).remove_columns("question").add_column("question", ["what?"] * 2)
-    trainer = trainer_for(SimpleNamespace(policy=world.policy, rows=rows), tmp_path)
-    disturb(trainer)
-    write(trainer)
-    batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0, 0, 0, 0, 1, 1, 1, 1)])
-    shared, plain = (log_probs(trainer, batch, share)[0].detach() for share in (True, False))
-    torch.testing.assert_close(shared, plain, atol=2e-4, rtol=2e-3)
 
 
 def test_shared_prefill_samples_the_tokens_of_trl(world, tmp_path):

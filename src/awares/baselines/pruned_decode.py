@@ -76,7 +76,7 @@ class VisionPruned(Pruned):
         keep = mask.bool()
         counts = [len(view.features) for view in views]
         kept = [torch.isin(torch.arange(n), one.kept.cpu()) for n, one in zip(counts, chosen, strict=True)]
-        keep[types.bool()] = torch.cat([torch.zeros(0), *kept]).to(keep)
+        keep[types.bool()] = torch.cat(kept).to(keep)
         for name, flags, visual in zip(names, keep, types.bool(), strict=True):
             self.left[name] = flags[visual].nonzero().flatten().tolist()
         cache = DynamicCache(config=self.model.config)
