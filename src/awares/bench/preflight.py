@@ -127,7 +127,7 @@ def _hub(params: Params) -> Iterator[Finding]:
         used += sources.read_sources(params, "evaluation").values()
         if params.curation.released:
             used.append(sources.get_source(params, "curated", params.curation.released))
-    for names in dict.fromkeys(tuple(one.places) for one in used):
+    for names in dict.fromkeys((one.hub, *one.fallback) for one in used):
         found = [_copied(params, name) if params.data.hub_root else _access(name, "dataset") for name in names]
         yield next((one for one in found if one.there), found[0])
     if isinstance(params.model_path(), str):

@@ -55,11 +55,6 @@ class Source(BaseModel, extra="forbid", strict=True, frozen=True):
     skip: list[int] = []
     fallback: dict[str, str] = {}
 
-    @property
-    def places(self) -> dict[str, str]:
-        """Hub id -> revision, in the order in which they are tried."""
-        return {self.hub: self.revision, **self.fallback}
-
     def row_id(self, index: int) -> str:
         """Id of the published row ``index``, which does not depend on the draw."""
         return f"{self.name}-{self.split}-{index:06d}"
@@ -114,7 +109,7 @@ class OpenSource:
 
     def __init__(self, source: Source, hub_root: Path | None) -> None:
         missing = []
-        for hub, revision in source.places.items():
+        for hub, revision in {source.hub: source.revision, **source.fallback}.items():
             self.source = source.model_copy(update={"hub": hub, "revision": revision})
             self.local = hub_root / hub if hub_root else None
             try:
