@@ -148,11 +148,14 @@ def world(tmp_path_factory):
     return policy, evaluation.label_rows(rows, half, full, params)
 
 
-def trainer_of(world, folder, rollouts, **overrides):
+def trained_with(world, folder, rollouts):
     policy, rows = world
-    changes = {"grpo.rollouts": rollouts, "grpo.batch_size": COMPLETIONS, "grpo.max_steps": UPDATES, **overrides}
-    params = settings(**{"grpo.per_device_batch_size": COMPLETIONS, "grpo.save_steps": 1000, **changes})
-    return grpo.build_grpo_trainer(params, rows, load_model(policy), load_processor(policy), folder)
+    params = settings(**{"grpo.rollouts": rollouts, "grpo.batch_size": COMPLETIONS, "grpo.max_steps": UPDATES})
+    trainer = grpo.build_grpo_trainer(params, rows, load_model(policy), load_processor(policy), folder)
+    assert torch.initial_seed() == params.seed  # not the one that vLLM sets
+    trainer.args.save_strategy = "no"
+    trainer.train()
+    return trainer
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +182,7 @@ def prompts():
 @pytest.fixture(scope="module")
 def trained(world, prompts, tmp_path_factory):
     """A trainer after its updates with vLLM's rollouts."""
-    trainer = trainer_of(world, tmp_path_factory.mktemp("grpo"), "vllm")
-    trainer.args.save_strategy = "no"
-    trainer.train()
-    return trainer
+    return trained_with(world, tmp_path_factory.mktemp("grpo"), "vllm")
 
 
 def test_vllm_reads_our_prompts_on_every_batch(trained, prompts, say):
@@ -211,9 +211,7 @@ def test_vllm_generates_with_the_weights_of_the_last_update(trained):
 
 
 def test_rewards_are_those_of_local_rollouts_within_sampling_noise(world, trained, tmp_path, say):
-    local = trainer_of(world, tmp_path, "local")
-    local.args.save_strategy = "no"
-    local.train()
+    local = trained_with(world, tmp_path, "local")
     for term in ("reward", "call_rate"):
         series = [[one[term] for one in each.state.log_history if "reward" in one] for each in (local, trained)]
         differences = [ours - vllm for ours, vllm in zip(*series, strict=True)]

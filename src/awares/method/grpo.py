@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, set_seed
 from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedModel
@@ -136,6 +136,7 @@ def build_grpo_trainer(
     if trainer.use_vllm:
         served: Any = trainer.vllm_generation
         served.generate = functools.partial(expanded_once, served.generate, processor.image_token_id)
+        set_seed(trainer.args.seed, device_specific=True)  # vLLM has set the generators to the process's number
     return trainer
 
 
