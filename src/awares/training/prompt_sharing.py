@@ -66,7 +66,10 @@ def expanded_once(
     for ours, theirs in zip(prompts, seen, strict=True):
         if list(theirs) != ours:
             held = f"vLLM reads a prompt of {len(ours)} tokens as another one, of {len(theirs)}"
-            raise AwaresValueError(f"grpo.rollouts vllm: {held}: install the pinned vLLM and TRL, or use local")
+            fix = (
+                "use the pinned vLLM and TRL, and the checkpoint's pixel limits (crops.max_pixels), or rollouts: local"
+            )
+            raise AwaresValueError(f"grpo.rollouts vllm: {held}: {fix}")
     return seen, *written
 
 
