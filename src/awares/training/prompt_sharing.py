@@ -66,9 +66,7 @@ def expanded_once(
     for ours, theirs in zip(prompts, seen, strict=True):
         if list(theirs) != ours:
             held = f"vLLM reads a prompt of {len(ours)} tokens as another one, of {len(theirs)}"
-            fix = (
-                "use the pinned vLLM and TRL, and the checkpoint's pixel limits (crops.max_pixels), or rollouts: local"
-            )
+            fix = "use the pinned vLLM and TRL, the checkpoint's pixel limits (crops.max_pixels), or local"
             raise AwaresValueError(f"grpo.rollouts vllm: {held}: {fix}")
     return seen, *written
 
