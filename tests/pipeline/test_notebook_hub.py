@@ -1,5 +1,5 @@
 """The main line under profile paper: hub ids with local copies in the published schemas, judges, oracle and base model
-behind real local servers, both trainings in two processes. CUDA, vLLM and the hub itself are not covered here."""
+behind real local servers, SFT in two processes. CUDA, vLLM and the hub itself are not covered here."""
 
 import re
 import sys
@@ -22,7 +22,7 @@ from awares.study import publish
 
 KEYS = {"AWARES_API_KEY": "sk-planted-paper-0b7d", "HF_TOKEN": "hf_planted_paper_4e8c"}
 VALUES = {key: value for key, value in SMOKE.items() if not key.startswith("curation.")} | yaml.safe_load("""
-{data.train_rows: 6, data.validation_rows: 2, base.device: cpu, base.dtype: float32, base.launch: data/launch/2cpu.yaml,
+{data.train_rows: 6, data.validation_rows: 2, base.device: cpu, base.dtype: float32, sft.launch: data/launch/2cpu.yaml,
  curation.chunk_rows: 16, curation.max_new_tokens: 12, protocol.token_budget: 4096, sft.per_device_batch_size: 2,
  sft.share: 1.0}
 """)
@@ -116,7 +116,8 @@ def test_lmms_eval_scores_both_policies(line):
 
 def test_plan_finds_what_is_there_and_what_is_not(line, servers, monkeypatch):
     monkeypatch.setitem(line.environment, "AWARES_DEEPSEEK_URL", servers["AWARES_BASE_URL"])  # another model
-    missing = {"base.device": "cuda", "base.launch": "data/launch/8gpu.yaml", "evaluation.lmms_eval": "nowhere/python"}
+    missing = {"base.device": "cuda", "base.launch": "data/launch/8gpu.yaml", "sft.launch": ""}
+    missing["evaluation.lmms_eval"] = "nowhere/python"
     cells = nbformat.read(line.run("08_plan", "plan", **missing), as_version=4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     text = "\n".join(str(output.get("data", output.get("text", ""))) for output in outputs)

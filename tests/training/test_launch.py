@@ -109,14 +109,18 @@ def test_grpo_in_two_processes_has_the_gradients_of_one(grpo_world, tmp_path):  
         assert logs[0][term] == pytest.approx(logs[1][term], rel=1e-5)
 
 
-def test_grpo_in_two_processes_finds_the_reward_by_name(grpo_world, tmp_path):  # noqa: F811
+def test_a_launched_grpo_finds_the_reward_by_name(grpo_world, tmp_path, monkeypatch):  # noqa: F811
+    """Its only worker is this process."""
+
+    def join(job):
+        assert distributed._read(job).params.grpo.reward == "awares.baselines.trained:ergo_reward"
+        monkeypatch.setattr(sys, "argv", ["distributed", str(job), "--worker"])
+        distributed.main()
+
+    monkeypatch.setattr(distributed, "join", join)
     params = test_grpo.settings(**{"base.launch": TWO, "paths.runs": str(tmp_path), "grpo.max_completion_length": 6})
-    out = params.run_dir("grpo")
-    done = grpo.train_grpo(params, grpo_world.rows, grpo_world.policy, out, ergo_reward)  # params have no name of it
-    (work,) = (out.parent / ".checkpoints").iterdir()
-    assert steps(work)[-1] == 3 and weights(done)
-    (work / "checkpoint-3" / "rng_state_1.pth").unlink()  # killed when only the first process had written its part
-    assert steps(work)[-1] == 2
+    given = params, grpo_world.rows, grpo_world.policy, params.run_dir("grpo")
+    assert grpo.train_grpo(*given, ergo_reward).step == 3  # no name of it is in the parameters
 
 
 def test_two_machines_of_one_process_train_as_one_does(world, alone, tmp_path, monkeypatch):  # noqa: F811
@@ -145,6 +149,10 @@ def test_two_machines_of_one_process_train_as_one_does(world, alone, tmp_path, m
     found = weights(done)
     assert alone.step == done.step
     assert all(torch.allclose(value, found[name], atol=1e-3) for name, value in weights(alone).items())
+    (work,) = (folder.parent / ".checkpoints").iterdir()
+    assert steps(work) == [1, 2, 3]
+    (work / "checkpoint-3" / "rng_state_1.pth").unlink()  # killed when only the first process had written its part
+    assert steps(work) == [1, 2]
 
 
 @pytest.mark.parametrize(
