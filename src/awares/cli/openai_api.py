@@ -6,7 +6,7 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Annotated, Any, Literal
 
@@ -84,6 +84,15 @@ class ChatRequest(Strict):
         """Tokens that the answer may have, at most ``most``."""
         return min(self.max_completion_tokens or self.max_tokens or default, most)
 
+    def texts(self) -> list[str]:
+        """The text parts in the order of the messages."""
+        parts = [part for message in self.messages for part in message.content]
+        return [part["text"] for part in parts if part["type"] == "text"]
+
+    def work(self, files: Sequence[Image.Image]) -> int:
+        """The work of a request with these opened images, in pixels; one character of text counts as 200."""
+        return sum(file.width * file.height for file in files) + 200 * sum(map(len, self.texts()))
+
     def files(self, limits: Limits) -> list[Image.Image]:
         """The images in the order of the messages, opened but not decoded; ApiError for bad ones or too many."""
         parts = [part for message in self.messages for part in message.content]
@@ -112,6 +121,10 @@ class PolicyRequest(ChatRequest):
 class RawRequest(ChatRequest):  # with the fields that `RemoteEngine` sends to vLLM
     logit_bias: dict[Annotated[int, Field(ge=0, strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     return_token_ids: bool | None = None
+
+    def work(self, files: Sequence[Image.Image]) -> int:
+        """As in policy mode; a token of the answer counts as 20,000."""
+        return super().work(files) + 20_000 * self.limit(0, 1024)
 
 
 def read_request(body: bytearray, kind: type[ChatRequest], model: str) -> Any:

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from transformers import LogitsProcessorList, MaxTimeCriteria, SequenceBiasLogit
 from awares.cli import connections, openai_api
 from awares.cli.openai_api import ApiError, PolicyRequest, RawRequest, completion
 from awares.cli.options import Limits
+from awares.cli.turns import Room, Turns, full
 from awares.clients.chat import ChatClient
 from awares.engine.decode import Decoder
 from awares.engine.images import MIN_SIDE, notes
@@ -36,9 +36,8 @@ from awares.errors import AwaresError, AwaresLengthError, AwaresRequestError, Aw
 
 API_KEY = "AWARES_API_KEY"
 PIECE = 2**18  # bytes of a body that must arrive within `Limits.patience`
-LARGE = 2_000_000  # pixels of a request that waits for other large ones
+LARGE = 2**20  # work of a request that waits for other large ones: about a second for the shipped policy on one core
 ALL_BODIES = 2**27  # bytes of all bodies that wait
-TOO_MUCH = (429, "too many bytes wait, and most of them are this request's: try again later", "queue_full")
 
 
 def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> FastAPI:
@@ -48,15 +47,16 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     kind, answer = (RawRequest, answer_chat) if mode == "chat" else (PolicyRequest, answer_policy)
     min_side, max_side = (1, sys.maxsize) if mode == "chat" else (MIN_SIDE, engine.max_side)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
-    pool, free, large = ThreadPoolExecutor(threads), asyncio.Semaphore(threads), asyncio.Semaphore(threads)
+    # Small requests and large ones take turns apart: a large one can take seconds, which no small one should wait
+    lanes = [(one, Turns(threads), ThreadPoolExecutor(threads)) for one in (engine, _twin(engine))]
     one_thread = ThreadPoolExecutor(1)  # for large images: malloc keeps the memory of each thread
-    held, waiting = dict[asyncio.Timeout, int](), set[asyncio.Timeout]()  # bytes of bodies; whole requests
+    room = Room(limits.queue, max(ALL_BODIES, limits.body_bytes))
     handlers: Any = dict.fromkeys((HTTPException, AwaresError, ClientDisconnect, Exception), _refuse)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ready", "model": model, "requests": len(waiting)}
+        return {"status": "ready", "model": model, "requests": len(room.clients)}
 
     @app.get("/v1/models", dependencies=[Depends(check_key)])
     async def models() -> dict[str, Any]:
@@ -72,27 +72,26 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
         deadline = time.time() + limits.timeout
         try:
             async with asyncio.timeout(limits.timeout) as clock:
-                wanted = openai_api.read_request(await _body(request, clock, held, limits), kind, model)
-                if len(waiting) >= limits.queue:
-                    raise ApiError(429, f"{len(waiting)} requests are waiting: try again later", "queue_full")
-                waiting.add(clock)
+                wanted = openai_api.read_request(await _body(request, clock, room, limits), kind, model)
+                client = request.client.host if request.client else ""
+                room.enter(clock, client)
                 run = asyncio.get_running_loop().run_in_executor
                 files = await run(None, wanted.files, limits)
-                thread = one_thread if sum(file.width * file.height for file in files) > LARGE else None
-                async with large if thread else nullcontext():
+                work = wanted.work(files)
+                thread = one_thread if work > LARGE else None
+                free_engine, turns, pool = lanes[work > LARGE]
+                async with turns.turn(client, work):
+                    if await request.is_disconnected():
+                        raise ClientDisconnect
+                    room.sizes[clock] = 0  # no other request can end it now
                     images = [await run(thread, openai_api.decode, file, min_side, max_side) for file in files]
-                    async with free:
-                        if await request.is_disconnected():
-                            raise ClientDisconnect
-                        held[clock] = 0  # no other request can end it now
-                        reply = await run(pool, answer, engine, wanted, images, limits, deadline)
+                    reply = await run(pool, answer, free_engine, wanted, images, limits, deadline)
         except TimeoutError:
-            if clock not in held:
-                raise ApiError(*TOO_MUCH) from None
+            if clock not in room.sizes:
+                raise full() from None
             raise ApiError(504, f"no answer within {limits.timeout:g} s", "timeout") from None
         finally:
-            held.pop(clock, None)
-            waiting.discard(clock)
+            room.leave(clock)
         if not wanted.stream:
             return JSONResponse(reply)
         events = openai_api.as_events(reply, (wanted.stream_options or {}).get("include_usage", False))
@@ -115,11 +114,9 @@ def _key_check() -> Callable[[Request], Awaitable[None]]:
     return check_key
 
 
-async def _body(
-    request: Request, clock: asyncio.Timeout, held: dict[asyncio.Timeout, int], limits: Limits
-) -> bytearray:
-    """The body. ``held`` has the bytes of all requests that wait: above the limit, the largest request is ended."""
-    held[clock], body, now = 0, bytearray(), asyncio.get_running_loop().time
+async def _body(request: Request, clock: asyncio.Timeout, room: Room, limits: Limits) -> bytearray:
+    room.hold(clock, 0)
+    body, now = bytearray(), asyncio.get_running_loop().time
     try:
         async with asyncio.timeout(limits.patience) as patience:
             async for piece in request.stream():
@@ -128,14 +125,7 @@ async def _body(
                 body += piece
                 if len(body) > limits.body_bytes:
                     raise ApiError(413, f"the request has more than {limits.body_bytes} bytes", "request_too_large")
-                held[clock] = len(body)
-                while sum(held.values()) > max(ALL_BODIES, limits.body_bytes):
-                    largest = max(held, key=held.__getitem__)
-                    del held[largest]
-                    if largest is clock:
-                        raise ApiError(*TOO_MUCH)
-                    if not largest.expired():
-                        largest.reschedule(now())
+                room.hold(clock, len(body))
     except TimeoutError:
         raise ApiError(408, f"{PIECE // 1024} KiB of a body may take {limits.patience} s", "timeout") from None
     return body
@@ -163,14 +153,13 @@ def answer_policy(
     local = hasattr(engine, "decoder")
     longest = (engine.decoder if local else engine).max_new_tokens
     limit = request.limit(longest, min(limits.max_tokens, longest))
-    texts = [part["text"] for message in request.messages for part in message.content if part["type"] == "text"]
     if local:
         engine.decoder.criteria = _until(deadline)
     else:  # with a client for this request's time limit
         left = {"timeout": max(1.0, deadline - time.time()), "attempts": 2}
         engine = copy.copy(engine)
         engine.client = ChatClient(engine.client.server.model_copy(update=left), None)
-    done = engine.run(images, ["\n".join(texts)], call_bias=request.call_bias or 0.0)[0]
+    done = engine.run(images, ["\n".join(request.texts())], call_bias=request.call_bias or 0.0)[0]
     written = [turn.text_tokens for turn in done.turns if turn.role == "assistant"]
     prompt = sum(turn.visual_tokens + turn.text_tokens for turn in done.turns) - sum(written)
     tokens = engine.codec.tokenize(done.answer)[: written[-1]]
@@ -207,6 +196,14 @@ def answer_chat(
     text = decoder.text(tokens[:-1] if ended else tokens)
     reply = completion(request.model, text, not ended, len(ids), len(tokens))
     return {**reply, "prompt_token_ids": ids} if request.return_token_ids else reply
+
+
+def _twin(engine: Any) -> Any:
+    """``engine`` with the same weights, to run at the same time: a model holds state of its row."""
+    if not hasattr(engine, "decoder"):
+        return engine
+    model = engine.decoder.model
+    return copy.deepcopy(engine, {id(one): one for one in (*model.parameters(), *model.buffers())})
 
 
 def _until(deadline: float) -> StoppingCriteriaList:
