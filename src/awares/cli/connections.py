@@ -1,16 +1,22 @@
-"""The connections of ``awares serve``: uvicorn's, with limits that slow and greedy clients cannot exhaust."""
+"""The connections and requests of ``awares serve``, with limits that slow and greedy clients cannot exhaust."""
 
 import asyncio
 import os
 import resource
 import socket
+from collections import Counter
 from typing import Any
 
 import uvicorn
+from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from awares.cli.openai_api import ApiError
 from awares.cli.options import Limits
 
+PIECE = 2**18  # bytes of a body that must arrive within `Limits.patience`
+ALL_BODIES = 2**27  # bytes of all bodies that wait
+FULL = (429, "the server is full, most of it with this client's requests: try again later", "queue_full")
 SPARE_FILES = 32  # file descriptors that connections leave to the rest of the process
 
 
@@ -66,3 +72,41 @@ class Connection(H11Protocol):
         elif self.timer:
             self.timer.cancel()
             self.timer = None
+
+
+async def body(request: Request, clock: asyncio.Timeout, held: dict[asyncio.Timeout, int], limits: Limits) -> bytearray:
+    """The body. ``held`` has the bytes of all requests that wait: above the limit, the largest request is ended."""
+    held[clock], content, now = 0, bytearray(), asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(limits.patience) as patience:
+            async for piece in request.stream():
+                if len(content) // PIECE < (len(content) + len(piece)) // PIECE:
+                    patience.reschedule(now() + limits.patience)
+                content += piece
+                if len(content) > limits.body_bytes:
+                    raise ApiError(413, f"the request has more than {limits.body_bytes} bytes", "request_too_large")
+                held[clock] = len(content)
+                while sum(held.values()) > max(ALL_BODIES, limits.body_bytes):
+                    _end(max(held, key=held.__getitem__), held, clock)
+    except TimeoutError:
+        raise ApiError(408, f"{PIECE // 1024} KiB of a body may take {limits.patience} s", "timeout") from None
+    return content
+
+
+def make_room(
+    waiting: dict[asyncio.Timeout, str], held: dict[asyncio.Timeout, int], own: asyncio.Timeout, most: int
+) -> None:
+    """If more than ``most`` requests wait, ends the newest one of the client that has most of them."""
+    if len(waiting) > most:
+        counts = Counter(waiting.values())
+        busiest = max(counts, key=lambda client: (counts[client], client == waiting[own]))
+        _end([own, *(one for one in waiting if waiting[one] == busiest and held.get(one))][-1], held, own)
+
+
+def _end(ended: asyncio.Timeout, held: dict[asyncio.Timeout, int], own: asyncio.Timeout) -> None:
+    """Ends a request for which there is no room; ApiError if it is ``own``."""
+    del held[ended]
+    if ended is own:
+        raise ApiError(*FULL)
+    if not ended.expired():
+        ended.reschedule(asyncio.get_running_loop().time())

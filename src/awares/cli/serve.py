@@ -13,10 +13,12 @@ import signal
 import socket
 import sys
 import time
+from bisect import bisect
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -28,16 +30,13 @@ from transformers import LogitsProcessorList, MaxTimeCriteria, SequenceBiasLogit
 from awares.cli import connections, openai_api
 from awares.cli.openai_api import ApiError, PolicyRequest, RawRequest, completion
 from awares.cli.options import Limits
-from awares.cli.turns import Room, Turns, full
 from awares.clients.chat import ChatClient
 from awares.engine.decode import Decoder
 from awares.engine.images import MIN_SIDE, notes
 from awares.errors import AwaresError, AwaresLengthError, AwaresRequestError, AwaresValueError
 
 API_KEY = "AWARES_API_KEY"
-PIECE = 2**18  # bytes of a body that must arrive within `Limits.patience`
-LARGE = 2**20  # work of a request that waits for other large ones: about a second for the shipped policy on one core
-ALL_BODIES = 2**27  # bytes of all bodies that wait
+SIZES = (2**18, 2**21)  # work of the largest small and medium requests: 0.3 and 2 s of one core with the shipped policy
 
 
 def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> FastAPI:
@@ -47,16 +46,17 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     kind, answer = (RawRequest, answer_chat) if mode == "chat" else (PolicyRequest, answer_policy)
     min_side, max_side = (1, sys.maxsize) if mode == "chat" else (MIN_SIDE, engine.max_side)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
-    # Small requests and large ones take turns apart: a large one can take seconds, which no small one should wait
-    lanes = [(one, Turns(threads), ThreadPoolExecutor(threads)) for one in (engine, _twin(engine))]
+    # Small, medium and large requests take turns apart: a large one takes seconds, and no small one waits for it
+    lanes = [(one, ThreadPoolExecutor(threads), asyncio.Semaphore(threads)) for one in _copies(engine, len(SIZES) + 1)]
+    turns = WeakValueDictionary[tuple[int, str], asyncio.Semaphore]()  # of each client, so that clients alternate
     one_thread = ThreadPoolExecutor(1)  # for large images: malloc keeps the memory of each thread
-    room = Room(limits.queue, max(ALL_BODIES, limits.body_bytes))
+    held, waiting = dict[asyncio.Timeout, int](), dict[asyncio.Timeout, str]()  # bytes of bodies; clients' addresses
     handlers: Any = dict.fromkeys((HTTPException, AwaresError, ClientDisconnect, Exception), _refuse)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ready", "model": model, "requests": len(room.clients)}
+        return {"status": "ready", "model": model, "requests": len(waiting)}
 
     @app.get("/v1/models", dependencies=[Depends(check_key)])
     async def models() -> dict[str, Any]:
@@ -72,26 +72,26 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
         deadline = time.time() + limits.timeout
         try:
             async with asyncio.timeout(limits.timeout) as clock:
-                wanted = openai_api.read_request(await _body(request, clock, room, limits), kind, model)
-                client = request.client.host if request.client else ""
-                room.enter(clock, client)
+                wanted = openai_api.read_request(await connections.body(request, clock, held, limits), kind, model)
+                client = waiting[clock] = request.client.host if request.client else ""
+                connections.make_room(waiting, held, clock, limits.queue)
                 run = asyncio.get_running_loop().run_in_executor
                 files = await run(None, wanted.files, limits)
-                work = wanted.work(files)
-                thread = one_thread if work > LARGE else None
-                free_engine, turns, pool = lanes[work > LARGE]
-                async with turns.turn(client, work):
+                size = bisect(SIZES, wanted.work(files))
+                (own, pool, free), thread = lanes[size], one_thread if size == len(SIZES) else None
+                async with turns.setdefault((size, client), asyncio.Semaphore(threads)), free:
                     if await request.is_disconnected():
                         raise ClientDisconnect
-                    room.sizes[clock] = 0  # no other request can end it now
+                    held[clock] = 0  # no other request can end it now
                     images = [await run(thread, openai_api.decode, file, min_side, max_side) for file in files]
-                    reply = await run(pool, answer, free_engine, wanted, images, limits, deadline)
+                    reply = await run(pool, answer, own, wanted, images, limits, deadline)
         except TimeoutError:
-            if clock not in room.sizes:
-                raise full() from None
+            if clock not in held:
+                raise ApiError(*connections.FULL) from None
             raise ApiError(504, f"no answer within {limits.timeout:g} s", "timeout") from None
         finally:
-            room.leave(clock)
+            held.pop(clock, None)
+            waiting.pop(clock, None)
         if not wanted.stream:
             return JSONResponse(reply)
         events = openai_api.as_events(reply, (wanted.stream_options or {}).get("include_usage", False))
@@ -112,23 +112,6 @@ def _key_check() -> Callable[[Request], Awaitable[None]]:
             raise ApiError(401, "wrong or missing API key: send Authorization: Bearer <key>", "invalid_api_key")
 
     return check_key
-
-
-async def _body(request: Request, clock: asyncio.Timeout, room: Room, limits: Limits) -> bytearray:
-    room.hold(clock, 0)
-    body, now = bytearray(), asyncio.get_running_loop().time
-    try:
-        async with asyncio.timeout(limits.patience) as patience:
-            async for piece in request.stream():
-                if len(body) // PIECE < (len(body) + len(piece)) // PIECE:
-                    patience.reschedule(now() + limits.patience)
-                body += piece
-                if len(body) > limits.body_bytes:
-                    raise ApiError(413, f"the request has more than {limits.body_bytes} bytes", "request_too_large")
-                room.hold(clock, len(body))
-    except TimeoutError:
-        raise ApiError(408, f"{PIECE // 1024} KiB of a body may take {limits.patience} s", "timeout") from None
-    return body
 
 
 async def _refuse(request: Request, error: Any) -> Response:
@@ -198,12 +181,12 @@ def answer_chat(
     return {**reply, "prompt_token_ids": ids} if request.return_token_ids else reply
 
 
-def _twin(engine: Any) -> Any:
-    """``engine`` with the same weights, to run at the same time: a model holds state of its row."""
+def _copies(engine: Any, count: int) -> list[Any]:
+    """Engines with the same weights that can run at the same time: a model holds state of its row."""
     if not hasattr(engine, "decoder"):
-        return engine
-    model = engine.decoder.model
-    return copy.deepcopy(engine, {id(one): one for one in (*model.parameters(), *model.buffers())})
+        return [engine] * count
+    shared = [*engine.decoder.model.parameters(), *engine.decoder.model.buffers()]
+    return [copy.deepcopy(engine, {id(one): one for one in shared}) for _ in range(count)]
 
 
 def _until(deadline: float) -> StoppingCriteriaList:
