@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin, features
@@ -17,13 +18,12 @@ COLOURS = Image.merge("RGB", (GREY.getchannel(0), TURNED, Image.new("L", GREY.si
 
 @dataclass(frozen=True)
 class ImageCase:
-    """``right``: the picture to see, within ``tolerance`` grey levels; None: a clear refusal."""
+    """``right``: the picture to see; None: a clear refusal."""
 
     content: bytes
     suffix: str
     right: Image.Image | None
     note: str = ""
-    tolerance: int = 0
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -67,7 +67,8 @@ def image_cases() -> dict[str, ImageCase]:
             add(f"{name}{number}", encoded(COLOURS, "JPEG", quality=100, subsampling=0, exif=tags), ".jpg", upright)
     add("jfif", jpeg, ".jfif", plain)
     if features.check("avif"):
-        add("avif", encoded(COLOURS, "AVIF", quality=100), ".avif", COLOURS, tolerance=6)
+        avif = encoded(COLOURS, "AVIF", quality=100)
+        add("avif", avif, ".avif", Image.open(io.BytesIO(avif)).convert("RGB"))
     # Numbers of more than 8 bits
     deep = Image.fromarray(RAMP.astype(np.uint16))
     add("grey16", encoded(deep, "PNG"), ".png", GREY)
@@ -78,7 +79,8 @@ def image_cases() -> dict[str, ImageCase]:
     add("tiff16", tiff(RAMP, 16), ".tif", GREY)
     add("tiff16_big_endian", tiff(RAMP, 16, order=">"), ".tiff", GREY)
     add("tiff16_white_is_zero", tiff(65535 - RAMP, 16, photometric=0), ".tif", GREY)
-    add("tiff12", tiff(RAMP // 16, 12), ".tif", GREY, tolerance=1)
+    twelve = np.rint(RAMP // 16 * (255 / 4095)).astype(np.uint8)
+    add("tiff12", tiff(RAMP // 16, 12), ".tif", Image.fromarray(twelve).convert("RGB"))
     for name, bits, number in (("int8", 8, 2), ("int16", 16, 2), ("int32", 32, 2), ("uint32", 32, 1), ("float", 32, 3)):
         add(name, tiff(RAMP // 2 ** max(0, 16 - bits) // 2, bits, number), ".tif")
     # Transparency
@@ -120,6 +122,80 @@ def image_cases() -> dict[str, ImageCase]:
 
 
 IMAGES = image_cases()
+
+QUESTION, BOX_1 = "what is it?", [[0, 0, 500, 500]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: an image file of its own or `COLOURS` in page.png, and ``values`` in the place of good ones.
+
+    ``right``: the picture to see; None: the row is refused, by name. ``trained``: whether it is a training row.
+    """
+
+    right: Image.Image | None
+    trained: bool
+    values: dict[str, Any] | bytes
+    content: bytes = b""
+    note: str = ""
+
+
+def row_cases() -> dict[str, Case]:
+    found = {
+        name: Case(case.right, bool(case.right), {"image": f"{name}{case.suffix}"}, case.content, case.note)
+        for name, case in IMAGES.items()
+    }
+
+    def add(name: str, answered: bool, trained: bool, raw: bytes = b"", **values: Any) -> None:
+        found[name] = Case(COLOURS if answered else None, trained, raw or values)
+
+    add("plain", True, True)
+    add("question 中文", True, True, question="它是什么？ ½")
+    add("a number as id", True, True, id=7)
+    add("unknown key", True, False, colour="red")
+    add("boolean as id", False, False, id=True)
+    add("fraction as id", False, False, id=1.5)
+    for name, image in {
+        "number": 7,
+        "missing": "none.png",
+        "folder": ".",
+        "text": "rows.jsonl",
+        "empty": "",
+        "long name": "x" * 5000,
+        "null byte": "page\0.png",
+        "data URL": "data:image/png;base64," + "A" * 21_000,
+        "URL": "https://host/page.png",
+    }.items():
+        add(f"image: {name}", False, False, image=image)
+    add("no image", False, False, b'{"question": "q", "answers": ["a"]}')
+    add("question: empty", False, False, question=" ")
+    add("question: list", False, False, question=["q"])
+    add("question: null", False, False, question=None)
+    add("question: control token", False, True, question="a <|im_end|> b")
+    add("question: half a surrogate pair", False, False, question="\ud83d ?")
+    add("question: longer than the context", False, True, question="what " * 15_000)
+    add("list", False, False, b"[1, 2]")
+    add("cut JSON", False, False, b'{"image": "page.png",')
+    add("nested JSON", False, False, b"[" * 100_000)
+    add("nested object", False, False, b'{"image": ' * 100_000)
+    add("NaN", False, False, b'{"image": NaN, "question": "q"}')
+    add("latin-1", False, False, b'{"image": "page.png", "question": "caf\xe9"}')
+    add("answers: none", True, False, answers=[])
+    add("answers: empty", True, False, answers=[""])
+    for name, box in {
+        "edge": [0, 0, 99999999999, 5],
+        "order": [500, 0, 100, 500],
+        "three": [1, 2, 3],
+        "fraction": [0.5, 0, 10, 10],
+        "negative": [-1, 0, 10, 10],
+        "infinite": [0, 0, float("inf"), 10],
+    }.items():
+        add(f"box: {name}", True, False, question_boxes=[box])
+    add("split", True, False, split="test")
+    return found
+
+
+CASES = row_cases()
 
 # What the policy writes, and the regions that it means
 TOP = '{"name": "crop", "arguments": {"regions": ["top"]}}'

@@ -1,13 +1,10 @@
 """Calls in unusual spellings are read when their meaning is clear; no box is invented; no text raises."""
 
-import random
-
 import pytest
 from inputs import BOX, BOXES, CALLS, NO_BOXES, TOP
 
 from awares.config import load_params
 from awares.method import protocol
-from awares.method.crops import CROPS, allowed
 from awares.method.grpo import read_calls
 from awares.method.protocol import OURS, RELEASED, parse_call
 
@@ -47,23 +44,3 @@ def test_grpo_reads_what_trl_served() -> None:
         assert read_calls([refused], OURS).status == "malformed"  # TRL has shown an error, not a crop
     assert read_calls([call("crop", [[150.4, 400, 600, 700]])], FREE).crops == (BOX,)
     assert read_calls([call("crop", [[-150, 400, 600, 700]])], FREE).status == "malformed"
-
-
-def test_mutated_calls_raise_nothing_and_ask_only_for_what_is_offered() -> None:
-    rng = random.Random(31)
-    seeds = [
-        *CALLS,
-        *(f'<tool_call>{{"regions": ["{box}"]}}' for box in (BOXES + NO_BOXES).split("|")),
-        "GET_CROPS: ['0', '5']",
-        "[" * 3000,
-    ]
-    signs = "\"'[]{}<>:=,.-\\ \n0159“：］\ud83d\0" + "atpcr"
-    for _ in range(5000):
-        text = list(rng.choice(seeds))
-        for _ in range(rng.randint(1, 6)):
-            text[rng.randrange(len(text))] = rng.choice(signs) * rng.choice((0, 1, 1, 2))
-        for form in (OURS, RELEASED, FREE):
-            found = parse_call("".join(text), form)
-            assert all(allowed(name, form.offered) for name in found.crops)
-            assert bool(found.crops) == (found.status in ("valid", "recovered"))
-    assert parse_call(OURS.render_call(CROPS)).status == "valid"

@@ -4,21 +4,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from inputs import COLOURS, IMAGES, ImageCase, encoded
+from inputs import IMAGES, ImageCase, encoded
 from PIL import Image
 
-from awares.cli import batch
 from awares.data.rows import read_jsonl_rows
 from awares.data.sources import fit_image
 from awares.engine import images
 from awares.engine.rows import picture, picture_sizes
 from awares.errors import AwaresError
 from awares.method import crops
-from awares.method.rollout import Engine
 
 READ = {name: case for name, case in IMAGES.items() if case.right}
 REFUSED = {name: case for name, case in IMAGES.items() if not case.right}
@@ -27,7 +23,7 @@ REFUSED = {name: case for name, case in IMAGES.items() if not case.right}
 def assert_right(found: Image.Image, case: ImageCase, right: Image.Image | None = None) -> None:
     right = right or case.right
     assert right and (found.mode, found.size) == ("RGB", right.size)
-    assert np.abs(np.asarray(found, dtype=int) - np.asarray(right, dtype=int)).max() <= case.tolerance
+    assert found.tobytes() == right.tobytes()
 
 
 def write(folder: Path, name: str) -> Path:
@@ -64,20 +60,6 @@ def test_what_is_no_image_is_refused_in_few_words(source: object) -> None:
     assert len(str(caught.value)) < 500
 
 
-def test_a_folder_answers_what_can_be_read_and_names_the_rest(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    names = {write(tmp_path / "folder", name).name: name for name in IMAGES}
-    engine = Engine(tiny.model, tiny.processor, max_new_tokens=2)
-    counts = batch.run_batch(tmp_path / "folder", "q?", tmp_path / "out.jsonl", engine, {"call_bias": 0.0})
-    assert counts["rows"] == len(IMAGES) and counts["errors"] == len(REFUSED)
-    for line in (tmp_path / "out.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        case = IMAGES[names[record["row_id"]]]
-        assert record.get("note", "") == case.note
-        assert ("answer" in record) == bool(case.right) and ("error" in record) == (case.right is None)
-        assert record["row_id"] in record.get("error", record["row_id"])
-
-
 def test_training_rows_see_the_right_pictures(tmp_path: Path) -> None:
     for name in READ:
         row = {"id": name, "image": write(tmp_path, name).name, "question": "q", "answers": ["a"]}
@@ -92,11 +74,6 @@ def test_training_rows_see_the_right_pictures(tmp_path: Path) -> None:
     kept = rows.cast_column("image", type(rows.features["image"])(decode=False))
     same = {row["id"] for row in kept if row["image"]["bytes"] == IMAGES[row["id"]].content}
     assert {"colour", "exif6", "rgba", "metadata"} <= same and not same & {"broken_exif6", "grey16", "tiff12"}
-    for name in REFUSED:
-        row = {"image": write(tmp_path, name).name, "question": "q", "answers": ["a"]}
-        (tmp_path / "bad.jsonl").write_text("\n" + json.dumps(row))
-        with pytest.raises(AwaresError, match=r"bad.jsonl, line 2"):
-            read_jsonl_rows(tmp_path / "bad.jsonl")
 
 
 @pytest.mark.parametrize("name", ["colour", "exif6", "broken_exif6", "grey16", "strip"])
@@ -116,22 +93,6 @@ def test_a_large_transparent_image_costs_little_memory(tmp_path: Path) -> None:
     code += "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"  # peak, in KiB
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png"], capture_output=True, text=True)
     assert int(done.stdout) < 600_000, done.stderr
-
-
-@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
-def test_mutated_files_raise_nothing_but_awares_errors() -> None:
-    rng = np.random.default_rng(31)
-    sources = [case.content for case in IMAGES.values() if 100 < len(case.content) < 30_000]
-    for _ in range(1500):
-        data = bytearray(sources[rng.integers(len(sources))])
-        for place in rng.integers(0, min(len(data), int(rng.choice([60, 400, 30_000]))), size=rng.integers(1, 8)):
-            data[place] = rng.integers(256)
-        try:
-            found = images.open_image(bytes(data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.2 else data))
-        except AwaresError:
-            continue
-        assert found.mode == "RGB" and min(found.size) >= images.MIN_SIDE
-    assert images.open_image(COLOURS).tobytes() == COLOURS.tobytes()
 
 
 def test_sizes_that_the_image_processor_takes() -> None:

@@ -92,7 +92,7 @@ class Ask(PolicyOptions):
         question = self.common if self.question is None else self.question
         if "://" in self.image or self.image.startswith("data:"):
             raise AwaresValueError(f"{self.image[:200]}: give a file: awares does not fetch addresses")
-        if Path(self.image).is_dir() or self.image.lower().endswith(".jsonl"):
+        if os.path.isdir(self.image) or self.image.lower().endswith(".jsonl"):
             refuse_if(self.show is not None, "--show draws one image, not a batch")
             return self._ask_many(question)
         refuse_if(self.out is not None, "--out is for a batch: a folder or a .jsonl file")

@@ -1,6 +1,8 @@
 """Images: reading a file as upright 8-bit RGB, the size limits, resizing."""
 
 import io
+import logging
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +25,8 @@ IMAGE_SUFFIXES += (".tiff", ".webp", ".heic", ".heif", ".jxl", ".svg", ".dng")
 TURNS = (None, None, *(Image.Transpose(turn) for turn in (0, 3, 1, 5, 4, 6, 2)))  # by EXIF orientation, 1 to 8
 _DEEP = (None, "JPEG2000", "PNG", "PPM", "TIFF")  # formats whose mode I;16 has the range 0 to 65535
 
+warnings.filterwarnings("ignore", module="PIL")  # about metadata, which is not used
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB, for metadata of image generators; not 1 MB
 
 
