@@ -74,7 +74,7 @@ def read_yaml(file: Path, named_by: str = "") -> dict[str, Any]:
     """The mapping in a YAML file, or AwaresError. ``named_by``: the parameter that names the file, for the message."""
     if not file.is_file():
         raise AwaresFileError(f"{file}: no such file{f'; {named_by} names it' if named_by else ''}")
-    return _mapping(str(file), file.read_text(encoding="utf-8"))
+    return _mapping(str(file), file.read_bytes())
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -91,8 +91,8 @@ class _UniqueKeys(yaml.SafeLoader):
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     """A mapping, or the one that a YAML text holds."""
     try:
-        value = (yaml.load(value, Loader=_UniqueKeys) or {}) if isinstance(value, str) else value
-    except yaml.YAMLError as error:
+        value = (yaml.load(value, Loader=_UniqueKeys) or {}) if isinstance(value, str | bytes) else value
+    except (yaml.YAMLError, RecursionError) as error:
         raise AwaresValueError(f"{name}: not YAML, a mapping such as {{seed: 2, grpo.beta: 0.0}}: {error}") from error
     if not isinstance(value, Mapping):
         raise AwaresValueError(f"{name} must be a mapping of keys to values, not {value!r}")
@@ -101,7 +101,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 def _entry(kind: str, name: Any, table: Any) -> dict[str, Any]:
     known = _mapping(f"{kind}s", table)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise AwaresValueError(f"unknown {kind} {name!r}: known are {', '.join(known)}")
     return _mapping(f"{kind}s.{name}", known[name] or {})
 
@@ -109,7 +109,10 @@ def _entry(kind: str, name: Any, table: Any) -> dict[str, Any]:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        more = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if twice := flat.keys() & more.keys():
+            raise AwaresValueError(f"{min(twice)} occurs twice: remove one of them")
+        flat |= more
     return flat
 
 

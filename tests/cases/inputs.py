@@ -210,6 +210,9 @@ CALLS = {
     TOP.replace('"top"', '"“top”"'): ("top",),
     '｛"name"： "crop"， "arguments"： ｛"regions"： ［"top"、 "left"］｝｝': ("top", "left"),
     TOP.replace("crop", "Crop"): ("top",),
+    TOP.replace("crop", "functions.crop"): ("top",),
+    TOP.replace('["top"]', "[«top»; ‹left›]"): ("top", "left"),
+    TOP.replace('"top"', '"top"；"left"'): ("top", "left"),
     '<function=crop>\n<parameter=regions>\n["top"]\n</parameter>\n</function>': ("top",),
     '<invoke name="crop"><parameter name="regions">top, left</parameter></invoke>': ("top", "left"),
     f"{TOP}\n{LEFT}": ("top", "left"),
@@ -222,5 +225,5 @@ CALLS |= dict.fromkeys((TOP.replace('"top"', bad) for bad in NO_REGIONS.split("|
 BOX = "150,400,600,700"
 BOXES = f"{BOX}|150 400 600 700|150; 400; 600; 700|150.0,400,600,700|150.4, 399.6, 600.2, 700|box {BOX}"
 BOXES += "|１５０，４００，６００，７００"
-NO_BOXES = f"-{BOX}|−{BOX}|- 150, 400, 600, 700|{BOX},800|{BOX},.5|.5,{BOX}|nan,{BOX}|0.15,0.4,0.6,0.7|150,400,600,1700"
+NO_BOXES = f"-{BOX}|−{BOX}|- 150, 400, 600, 700|{BOX},800|{BOX},.5|.5,{BOX}|nan,{BOX}|0.15,0.4,0.6,0.7|0.0,0.0,1.0,1.0|0,0,1,1|150,400,600,1700"
 NO_BOXES += "|150,400,600,99999999999|1e2,400,600,700,800|150,400,600,1,000|150-400-600-700|600,400,150,700|150,400,600"

@@ -81,7 +81,7 @@ def question(image, words="what?"):
 
 def read_image(part):
     request = ChatRequest(model="tiny", messages=[{"role": "user", "content": [part]}])
-    return decode(request.files(LIMITS)[0], 28, 2000)
+    return decode(request.files(LIMITS)[0][0], 28, 2000)
 
 
 def refused(target, key=KEY, **request):

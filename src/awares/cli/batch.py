@@ -40,7 +40,8 @@ def read_batch(source: Path, question: str | None = None) -> list[Record]:
     if source.is_dir():
         if question is None:
             raise AwaresError(f"{source}: a folder of images needs a question")
-        files = [path for path in sorted(source.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+        skipped = other_files(source)
+        files = [path for path in sorted(source.iterdir()) if path.is_file() and path.name not in skipped]
         rows = [{"row_id": file.name, "image": file.name, "question": question} for file in files]
     elif source.is_file():
         lines = enumerate(source.read_bytes().split(b"\n"), start=1)
@@ -51,6 +52,12 @@ def read_batch(source: Path, question: str | None = None) -> list[Record]:
         raise AwaresError(f"{source}: no image or row in it")
     check_ids([row["row_id"] for row in rows], str(source))
     return rows
+
+
+def other_files(folder: Path) -> list[str]:
+    """The names of files in a folder that are no images by their suffix."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path.name for path in files if path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES]
 
 
 def _read_row(file: Path, number: int, line: bytes, question: str | None) -> Record:

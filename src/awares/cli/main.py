@@ -107,6 +107,8 @@ class Ask(PolicyOptions):
         if self.out is None:
             raise typer.BadParameter("a batch needs --out, the file for its results")
         batch.read_batch(Path(self.image), question)  # before the model is loaded: a wrong path should not cost seconds
+        if skipped := batch.other_files(Path(self.image)):
+            _say(f"{len(skipped)} files are no images by their names: {', '.join(skipped[:10])}")
         policy, name = self.load(self.out)
         settings = self.settings(policy, name, self.call_bias or 0.0)
         counts = batch.run_batch(Path(self.image), question, self.out, policy.engine, settings)

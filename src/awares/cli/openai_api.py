@@ -6,8 +6,7 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from openai.types.chat import ChatCompletionContentPartImageParam as ImagePart
@@ -89,29 +88,32 @@ class ChatRequest(Strict):
         parts = [part for message in self.messages for part in message.content]
         return [part["text"] for part in parts if part["type"] == "text"]
 
-    def work(self, files: Sequence[Image.Image]) -> int:
-        """The work of a request with these opened images, in pixels; one character of text counts as 200."""
-        return sum(file.width * file.height for file in files) + 200 * sum(map(len, self.texts()))
+    def work(self, pixels: int) -> int:
+        """The work of a request with so many pixels, in pixels: a character of text counts as 200."""
+        return pixels + 200 * sum(map(len, self.texts()))
 
-    def files(self, limits: Limits) -> list[Image.Image]:
-        """The images in the order of the messages, opened but not decoded; ApiError for bad ones or too many."""
+    def files(self, limits: Limits) -> tuple[list[bytes], int]:
+        """The image files in the order of the messages, and their pixels; ApiError for bad ones or too many."""
         parts = [part for message in self.messages for part in message.content]
         urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
         if len(urls) > limits.images:
             raise ApiError(400, f"{len(urls)} images: a request may have {limits.images}", param="messages")
+        files, pixels = list[bytes](), 0
         try:
-            files = [data_of(url) for url in urls]
-            images: list[Image.Image] = [Image.open(io.BytesIO(file), formats=FORMATS) for file in files]
+            for url in urls:
+                files.append(data_of(url))
+                with _opened(files[-1]) as image:
+                    pixels += image.width * image.height
         except Exception as error:  # Pillow raises a dozen types on hostile bytes
             reason = error if isinstance(error, AwaresError) else type(error).__name__
             message = f"image_url: not a readable {', '.join(FORMATS)} image in a data URL ({reason})"
             raise ApiError(400, message, "invalid_image", "messages") from error
         if max(map(len, files), default=0) > limits.image_bytes:
             raise ApiError(413, f"an image has more than {limits.image_bytes} bytes", "image_too_large", "messages")
-        if sum(image.width * image.height for image in images) > limits.image_pixels:
+        if pixels > limits.image_pixels:
             message = f"the images have more than {limits.image_pixels} px"
             raise ApiError(413, message, "image_too_large", "messages")
-        return images
+        return files, pixels
 
 
 class PolicyRequest(ChatRequest):
@@ -122,9 +124,9 @@ class RawRequest(ChatRequest):  # with the fields that `RemoteEngine` sends to v
     logit_bias: dict[Annotated[int, Field(ge=0, strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     return_token_ids: bool | None = None
 
-    def work(self, files: Sequence[Image.Image]) -> int:
-        """As in policy mode; a token of the answer counts as 20,000."""
-        return super().work(files) + 20_000 * self.limit(0, 1024)
+    def work(self, pixels: int) -> int:
+        """As in mode policy; a token of the answer counts as 20,000."""
+        return super().work(pixels) + 20_000 * self.limit(0, 1024)
 
 
 def read_request(body: bytearray, kind: type[ChatRequest], model: str) -> Any:
@@ -147,10 +149,14 @@ def check_model(name: str, model: str) -> None:
         raise ApiError(404, f"no model {name[:SHOWN]!r}: this is {model!r}", "model_not_found", "model")
 
 
-def decode(image: Image.Image, min_side: int, max_side: int) -> Image.Image:
-    """An opened image upright, in RGB, shrunk to ``max_side`` px; AwaresError for an unreadable one."""
-    with closing(image):
+def decode(file: bytes, min_side: int, max_side: int) -> Image.Image:
+    """The image upright, in RGB, shrunk to ``max_side`` px; AwaresError for an unreadable one."""
+    with _opened(file) as image:
         return cap(open_image(image, "image_url", min_side), max_side)
+
+
+def _opened(file: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(file), formats=FORMATS)
 
 
 def data_of(url: str) -> bytes:

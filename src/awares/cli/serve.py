@@ -45,6 +45,7 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     engine.longest_prompt = min(engine.longest_prompt or limits.prompt_tokens, limits.prompt_tokens)
     kind, answer = (RawRequest, answer_chat) if mode == "chat" else (PolicyRequest, answer_policy)
     min_side, max_side = (1, sys.maxsize) if mode == "chat" else (MIN_SIDE, engine.max_side)
+    limits = limits if mode == "chat" else replace(limits, images=1)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
     # Small, medium and large requests take turns apart: a large one takes seconds, and no small one waits for it
     lanes = [(one, ThreadPoolExecutor(threads), asyncio.Semaphore(threads)) for one in _copies(engine, len(SIZES) + 1)]
@@ -76,8 +77,8 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
                 client = waiting[clock] = request.client.host if request.client else ""
                 connections.make_room(waiting, held, clock, limits.queue)
                 run = asyncio.get_running_loop().run_in_executor
-                files = await run(None, wanted.files, limits)
-                size = bisect(SIZES, wanted.work(files))
+                files, pixels = await run(None, wanted.files, limits)
+                size = bisect(SIZES, wanted.work(pixels))
                 (own, pool, free), thread = lanes[size], one_thread if size == len(SIZES) else None
                 async with turns.setdefault((size, client), asyncio.Semaphore(threads)), free:
                     if await request.is_disconnected():

@@ -103,7 +103,8 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 if its tag cannot be read. The other tags may be broken."""
     found = 1
     with suppress(Exception):
-        found = int(image.getexif()[ExifTags.Base.Orientation])
+        value = image.getexif()[ExifTags.Base.Orientation]
+        found = int(value[0] if isinstance(value, bytes | tuple) else value)
     return found if found in range(1, 9) else 1
 
 

@@ -231,7 +231,7 @@ _KEY = re.compile(r"(?:(?:regions?|crops?)[\"']?\s*[:=]|GET_CROPS[\"']?\s*[:=]?)
 _OBJECT = re.compile(r"(?=\{\s*[\"'](?:name|arguments)[\"']\s*:)")  # where one of several calls in a tag begins
 _NUMBER = re.compile(r"-?(?:\d{1,6}(?:\.\d*)?|\.\d+)")
 # Signs that Unicode's compatibility forms leave as they are
-_SIGNS = str.maketrans("“”„«»「」‘’‚−–‑、【】", '"' * 7 + "'" * 3 + "---" + ",[]")
+_SIGNS = str.maketrans("“”„«»「」‘’‚‹›−–‑、【】", '"' * 7 + "'" * 5 + "---" + ",[]")
 _TAGS = (  # an XML call, and the JSON for it
     (re.compile(r"<(?:function|invoke)(?:=| name=)[\"']?(\w+)[\"']?>"), r'{"name": "\1", '),
     (re.compile(r"<parameter(?:=| name=)[\"']?(\w+)[\"']?>"), r'"\1": '),
@@ -256,7 +256,7 @@ def parse_call(text: str, protocol: Protocol = OURS) -> Call:
     tags = plain.split(TOOL_CALL)[1:] or [plain]
     for block in (block for tag in tags for block in _OBJECT.split(tag)[1:] or [tag]):
         tool = _NAME.search(block)
-        if tool and tool.group(1).strip().lower() != TOOL_NAME:
+        if tool and tool.group(1).strip().lower().removeprefix("functions.") != TOOL_NAME:
             continue
         names = _free_boxes(block) if FREE_BOX in protocol.offered else _crop_names(block)
         found += [name for name in names if name not in found and allowed(name, protocol.offered)]
@@ -299,7 +299,7 @@ def _crop_names(block: str) -> tuple[str, ...]:
             return ()  # [[0, 0, 500, 500]] and ["0,0,500,500"] are boxes: their numbers are not crop ids
     elif key:
         tail = re.split(r"[}<\n]", tail, maxsplit=1)[0]
-    names = map(_canonical, re.split(r",| and ", tail))
+    names = map(_canonical, re.split(r"[,;]| and ", tail))
     return tuple(dict.fromkeys(name for name in names if name))
 
 
@@ -313,7 +313,7 @@ def _free_boxes(block: str) -> tuple[str, ...]:
         items = re.split(r"\s*[,;]\s*|\s+", re.sub(r"^(?:\s*[a-z]+\s)+", "", part, flags=re.IGNORECASE).strip())
         if len(items) == 4 and all(map(_NUMBER.fullmatch, items)):
             edges = [float(item) for item in items]
-            if max(edges) > 1 or all(edge.is_integer() for edge in edges):
+            if max(edges) > 1:
                 boxes.append(",".join(str(round(edge)) for edge in edges))
     return tuple(dict.fromkeys(box for box in boxes if is_free(box)))
 
