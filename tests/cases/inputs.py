@@ -46,9 +46,9 @@ def tiff(samples: np.ndarray, bits: int, number: int = 1, photometric: int = 1, 
     return (head + b"".join(entries) + bytes(4)).ljust(200, b"\0") + data
 
 
-def broken_exif(orientation: int) -> bytes:
-    """EXIF whose resolution is a text of odd length instead of a fraction."""
-    entries = struct.pack("<HHIHH", 274, 3, 1, orientation, 0) + struct.pack("<HHI4s", 282, 2, 3, b"72\0\0")
+def broken_exif(orientation: int, kind: int = 3) -> bytes:
+    """EXIF whose resolution is a text of odd length instead of a fraction; ``kind`` of the orientation: 1 is a byte."""
+    entries = struct.pack("<HHIHH", 274, kind, 1, orientation, 0) + struct.pack("<HHI4s", 282, 2, 3, b"72\0\0")
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
 
 
@@ -65,6 +65,9 @@ def image_cases() -> dict[str, ImageCase]:
         exif[274] = number
         for name, tags in (("exif", exif.tobytes()), ("broken_exif", broken_exif(number))):
             add(f"{name}{number}", encoded(COLOURS, "JPEG", quality=100, subsampling=0, exif=tags), ".jpg", upright)
+    tags = broken_exif(6, kind=1)
+    right = plain.transpose(Image.Transpose.ROTATE_270)
+    add("byte_exif6", encoded(COLOURS, "JPEG", quality=100, subsampling=0, exif=tags), ".jpg", right)
     add("jfif", jpeg, ".jfif", plain)
     if features.check("avif"):
         avif = encoded(COLOURS, "AVIF", quality=100)
@@ -225,5 +228,5 @@ CALLS |= dict.fromkeys((TOP.replace('"top"', bad) for bad in NO_REGIONS.split("|
 BOX = "150,400,600,700"
 BOXES = f"{BOX}|150 400 600 700|150; 400; 600; 700|150.0,400,600,700|150.4, 399.6, 600.2, 700|box {BOX}"
 BOXES += "|１５０，４００，６００，７００"
-NO_BOXES = f"-{BOX}|−{BOX}|- 150, 400, 600, 700|{BOX},800|{BOX},.5|.5,{BOX}|nan,{BOX}|0.15,0.4,0.6,0.7|0.0,0.0,1.0,1.0|0,0,1,1|150,400,600,1700"
-NO_BOXES += "|150,400,600,99999999999|1e2,400,600,700,800|150,400,600,1,000|150-400-600-700|600,400,150,700|150,400,600"
+NO_BOXES = f"-{BOX}|−{BOX}|- 150, 400, 600, 700|{BOX},800|{BOX},.5|.5,{BOX}|nan,{BOX}|0.15,0.4,0.6,0.7|150,400,600,1700"
+NO_BOXES += "|0.0,0.0,1.0,1.0|0,0,1,1|150,400,600,99999999999|1e2,400,600,700,800|150,400,600,1,000|150-400-600-700|600,400,150,700|150,400,600"
