@@ -97,6 +97,7 @@ def image_cases() -> dict[str, ImageCase]:
     # Metadata, frames
     text = PngImagePlugin.PngInfo()
     text.add_text("prompt", "word " * 600_000, zip=True)
+    text.add_text("note", "none of ours")
     add("metadata", encoded(COLOURS, "PNG", pnginfo=text), ".png", COLOURS)
     frames = [COLOURS, *(Image.new("RGB", COLOURS.size, (9 * n, 0, 0)) for n in range(11))]
     for kind, lossless in (("TIFF", {}), ("PNG", {}), ("WEBP", {"lossless": True})):
@@ -229,4 +230,5 @@ BOX = "150,400,600,700"
 BOXES = f"{BOX}|150 400 600 700|150; 400; 600; 700|150.0,400,600,700|150.4, 399.6, 600.2, 700|box {BOX}"
 BOXES += "|１５０，４００，６００，７００"
 NO_BOXES = f"-{BOX}|−{BOX}|- 150, 400, 600, 700|{BOX},800|{BOX},.5|.5,{BOX}|nan,{BOX}|0.15,0.4,0.6,0.7|150,400,600,1700"
-NO_BOXES += "|0.0,0.0,1.0,1.0|0,0,1,1|150,400,600,99999999999|1e2,400,600,700,800|150,400,600,1,000|150-400-600-700|600,400,150,700|150,400,600"
+NO_BOXES += "|150,400,600,99999999999|1e2,400,600,700,800|150,400,600,1,000|150-400-600-700|600,400,150,700|150,400,600"
+NO_BOXES += "|0.0,0.0,1.0,1.0|0,0,1,1"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from awares.data.rows import NonBlank, RowId, check_ids, parse_line
 from awares.engine import jsonl
-from awares.engine.images import IMAGE_SUFFIXES, cap, notes, open_image
+from awares.engine.images import IMAGE_SUFFIXES, NOTE, cap, open_image
 from awares.engine.jsonl import Record
 from awares.errors import AwaresError, AwaresRequestError, Failure, faults_of, validated, with_failures
 from awares.method.protocol import check_question
@@ -76,9 +76,8 @@ def _read_row(file: Path, number: int, line: bytes, question: str | None) -> Rec
 def run_batch(source: Path, question: str | None, out: Path, engine: Any, settings: dict[str, Any]) -> dict[str, int]:
     """Run every row of ``source`` that has no answer in ``out`` yet and append the results to it.
 
-    Returns numbers of rows: rows, ran, done_before, errors. ``settings``: plain values that decide the answers,
-    ``call_bias`` included. AwaresError if ``out`` has answers for other settings, images or questions, or other
-    content, or if another process writes it.
+    Returns numbers of rows: rows, ran, done_before, errors. ``settings``: plain values that decide the answers, such as
+    ``call_bias``. AwaresError if ``out`` has answers for others, or other content, or if another process writes it.
     """
     rows, folder = read_batch(source, question), source if source.is_dir() else source.parent
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +126,7 @@ def _answers(engine: Any, rows: Sequence[Record], folder: Path, settings: dict[s
     done = run_rows(engine, [*images.values()], [questions[row_id] for row_id in ready], ready, settings["call_bias"])
     for row_id, one in zip(ready, done, strict=True):
         found[row_id] = {"error": one.reason} if isinstance(one, Failure) else one.to_dict()
-        found[row_id] |= {"note": note} if (note := notes(images[row_id])) else {}
+        found[row_id] |= {"note": note} if (note := images[row_id].info.get(NOTE)) else {}
     return [{**row, "settings": settings, **found[row["row_id"]]} for row in rows]
 
 

@@ -119,10 +119,10 @@ class Ask(PolicyOptions):
         return 1 if counts["errors"] else 0
 
     def _ask_one(self, question: str) -> int:
-        from awares.engine.images import notes, open_image
+        from awares.engine.images import NOTE, open_image
 
         image = open_image(sys.stdin.buffer.read() if self.image == "-" else self.image)
-        if note := notes(image):
+        if note := image.info.get(NOTE):
             _say(f"{self.image}: {note}")
         done = self.load()[0].ask(image, question, call_bias=self.call_bias or 0.0)
         if self.show:

@@ -83,19 +83,18 @@ class ChatRequest(Strict):
         """Tokens that the answer may have, at most ``most``."""
         return min(self.max_completion_tokens or self.max_tokens or default, most)
 
-    def texts(self) -> list[str]:
-        """The text parts in the order of the messages."""
-        parts = [part for message in self.messages for part in message.content]
-        return [part["text"] for part in parts if part["type"] == "text"]
+    def parts(self, kind: str) -> list[Any]:
+        """The contents of all parts of type text or image_url, in the order of the messages."""
+        found: list[Any] = [part for message in self.messages for part in message.content]
+        return [part[kind] for part in found if part["type"] == kind]
 
     def work(self, pixels: int) -> int:
-        """The work of a request with so many pixels, in pixels: a character of text counts as 200."""
-        return pixels + 200 * sum(map(len, self.texts()))
+        """The work of a request with so many pixels, in pixels; a character of text counts as 200."""
+        return pixels + 200 * sum(map(len, self.parts("text")))
 
     def files(self, limits: Limits) -> tuple[list[bytes], int]:
         """The image files in the order of the messages, and their pixels; ApiError for bad ones or too many."""
-        parts = [part for message in self.messages for part in message.content]
-        urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        urls = [part["url"] for part in self.parts("image_url")]
         if len(urls) > limits.images:
             raise ApiError(400, f"{len(urls)} images: a request may have {limits.images}", param="messages")
         files, pixels = list[bytes](), 0

@@ -32,7 +32,7 @@ from awares.cli.openai_api import ApiError, PolicyRequest, RawRequest, completio
 from awares.cli.options import Limits
 from awares.clients.chat import ChatClient
 from awares.engine.decode import Decoder
-from awares.engine.images import MIN_SIDE, notes
+from awares.engine.images import MIN_SIDE, NOTE
 from awares.errors import AwaresError, AwaresLengthError, AwaresRequestError, AwaresValueError
 
 API_KEY = "AWARES_API_KEY"
@@ -108,8 +108,8 @@ def _key_check() -> Callable[[Request], Awaitable[None]]:
 
     async def check_key(request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        token = given.strip().encode() if scheme.lower() == "bearer" else b""
-        if key is not None and not hmac.compare_digest(token, key.strip().encode()):
+        right = scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), (key or "").strip().encode())
+        if key is not None and not right:
             raise ApiError(401, "wrong or missing API key: send Authorization: Bearer <key>", "invalid_api_key")
 
     return check_key
@@ -143,13 +143,15 @@ def answer_policy(
         left = {"timeout": max(1.0, deadline - time.time()), "attempts": 2}
         engine = copy.copy(engine)
         engine.client = ChatClient(engine.client.server.model_copy(update=left), None)
-    done = engine.run(images, ["\n".join(request.texts())], call_bias=request.call_bias or 0.0)[0]
+    done = engine.run(images, ["\n".join(request.parts("text"))], call_bias=request.call_bias or 0.0)[0]
     written = [turn.text_tokens for turn in done.turns if turn.role == "assistant"]
     prompt = sum(turn.visual_tokens + turn.text_tokens for turn in done.turns) - sum(written)
     tokens = engine.codec.tokenize(done.answer)[: written[-1]]
     text = engine.codec.text(tokens[:limit]) if len(tokens) > limit else done.answer
     shown = ("visual_tokens", "full_visual_tokens", "rtr", "crops", "call_status")
-    spent = {name: getattr(done, name) for name in shown} | ({"note": note} if (note := notes(images[0])) else {})
+    spent = {name: getattr(done, name) for name in shown} | (
+        {"note": note} if (note := images[0].info.get(NOTE)) else {}
+    )
     spent["visual_tokens_saved"] = done.full_visual_tokens - done.visual_tokens
     cut = len(tokens) > limit or len(tokens) >= longest
     return completion(request.model, text, cut, prompt, sum(written), awares=spent)

@@ -18,6 +18,7 @@ MIN_SIDE = 28  # px of one visual token
 MAX_ASPECT = 200  # Qwen2.5-VL's image processor refuses longer strips
 BAND = 256  # rows that are laid on white at a time: a large picture has no second copy with transparency
 STRIP_GAP = 28  # px of white between the pictures of a strip
+NOTE = "note of awares"  # the key in `Image.info` of a note for the user: "first of 12 frames"
 SHOWN = 200  # characters of a user's value in a message
 # Files that count as images in a folder, in any case. Pillow cannot read those of the second line: the user is told so.
 IMAGE_SUFFIXES = tuple(".apng .avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif".split())
@@ -57,11 +58,6 @@ def check_size(size: tuple[int, int], name: str, min_side: int = MIN_SIDE) -> No
         raise AwaresValueError(f"{name}: {width}x{height} px, longer than {MAX_ASPECT}:1")
 
 
-def notes(image: Image.Image) -> str:
-    """A note for the user about an opened image: "first of 12 frames", or ""."""
-    return str(image.info.get("note", ""))
-
-
 def upright_size(content: bytes) -> tuple[int, int]:
     """(width, height) in px of the upright image, from the header of its file."""
     with Image.open(io.BytesIO(content)) as image:
@@ -87,7 +83,7 @@ def as_png(image: Image.Image, **options: Any) -> bytes:
 def _upright_rgb(image: Image.Image, name: str, min_side: int) -> Image.Image:
     check_size(image.size, name, min_side)
     frames = getattr(image, "n_frames", 1)
-    note = f"first of {frames} frames" if frames > 1 and image.tell() == 0 else notes(image)
+    note = f"first of {frames} frames" if frames > 1 and image.tell() == 0 else image.info.get(NOTE)
     image.load()
     turn = TURNS[_orientation(image)]
     if _is_deep(image):
@@ -95,7 +91,7 @@ def _upright_rgb(image: Image.Image, name: str, min_side: int) -> Image.Image:
     if turn is not None:
         image = image.transpose(turn)
     image = _on_white(image) if image.has_transparency_data else image.convert("RGB")
-    image.info = {"note": note} if note else {}  # without the orientation, which is wrong now
+    image.info = {NOTE: note} if note else {}  # without the orientation, which is wrong now
     return image
 
 
