@@ -159,22 +159,12 @@ def row_cases() -> dict[str, Case]:
     add("unknown key", True, False, colour="red")
     add("boolean as id", False, False, id=True)
     add("fraction as id", False, False, id=1.5)
-    for name, image in {
-        "number": 7,
-        "missing": "none.png",
-        "folder": ".",
-        "text": "rows.jsonl",
-        "empty": "",
-        "long name": "x" * 5000,
-        "null byte": "page\0.png",
-        "data URL": "data:image/png;base64," + "A" * 21_000,
-        "URL": "https://host/page.png",
-    }.items():
-        add(f"image: {name}", False, False, image=image)
+    bad = [7, "none.png", ".", "rows.jsonl", "", "x" * 5000, "page\0.png", "https://host/page.png"]
+    for image in [*bad, "data:image/png;base64," + "A" * 21_000]:
+        add(f"image: {image!r:.20}", False, False, image=image)
     add("no image", False, False, b'{"question": "q", "answers": ["a"]}')
-    add("question: empty", False, False, question=" ")
-    add("question: list", False, False, question=["q"])
-    add("question: null", False, False, question=None)
+    for words in (" ", ["q"], None):
+        add(f"question: {words}", False, False, question=words)
     add("question: control token", False, True, question="a <|im_end|> b")
     add("question: half a surrogate pair", False, False, question="\ud83d ?")
     add("question: longer than the context", False, True, question="what " * 15_000)
@@ -186,15 +176,9 @@ def row_cases() -> dict[str, Case]:
     add("latin-1", False, False, b'{"image": "page.png", "question": "caf\xe9"}')
     add("answers: none", True, False, answers=[])
     add("answers: empty", True, False, answers=[""])
-    for name, box in {
-        "edge": [0, 0, 99999999999, 5],
-        "order": [500, 0, 100, 500],
-        "three": [1, 2, 3],
-        "fraction": [0.5, 0, 10, 10],
-        "negative": [-1, 0, 10, 10],
-        "infinite": [0, 0, float("inf"), 10],
-    }.items():
-        add(f"box: {name}", True, False, question_boxes=[box])
+    boxes = [[0, 0, 99999999999, 5], [500, 0, 100, 500], [1, 2, 3], [0.5, 0, 10, 10], [-1, 0, 10, 10]]
+    for box in [*boxes, [0, 0, float("inf"), 10]]:
+        add(f"box: {box}", True, False, question_boxes=[box])
     add("split", True, False, split="test")
     return found
 

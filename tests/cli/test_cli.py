@@ -161,8 +161,6 @@ def test_bias_and_limits_reach_the_engine(model, scans, capsys):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("ask none.png q", "none.png"),
-        ("ask torn.png q", "torn.png"),
         ("ask page.png q --model nowhere", "nowhere"),
         ("ask page.png q --model . ", ".: "),
         ("ask page.png '' --model {model}", "question"),
@@ -179,7 +177,6 @@ def test_bias_and_limits_reach_the_engine(model, scans, capsys):
 def test_wrong_data_is_1_and_one_line(line, reason, model, tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.noise(56, 56, 0).save("page.png")
-    Path("torn.png").write_bytes(Path("page.png").read_bytes()[:60])
     Path("empty").mkdir()
     Path("file").write_text("in the way")
     write_lines(Path("twice.jsonl"), 2 * [{"image": "page.png", "question": "q", "id": "a"}])
@@ -224,7 +221,6 @@ ROWS = [  # a line, and what its error names; tests/cases has every fault of a r
     ({**PAGE, "id": "a"}, ""),
     ('{"image": "scans/page2.png", "question": "torn', "rows.jsonl, line 2"),
     ({**PAGE, "image": "scans/none.png", "id": "b"}, "none.png"),
-    ({**PAGE, "question": " ", "id": "d"}, "line 4: question"),
     ({"image": "scans/page4.png", "id": "g"}, "question"),
     ({**PAGE, "id": 7}, ""),
 ]
@@ -237,23 +233,23 @@ def test_bad_rows_are_recorded_and_the_rest_goes_on(model, scans, tmp_path, caps
     command = ["ask", "rows.jsonl", "--out", "out.jsonl", "--model", str(model), "--max-new-tokens", "4", "--json"]
     write_lines(Path("rows.jsonl"), lines)
     assert cli.main(command) == 1
-    counts = {"out": "out.jsonl", "rows": 6, "ran": 6, "done_before": 0, "errors": 4}
+    counts = {"out": "out.jsonl", "rows": 5, "ran": 5, "done_before": 0, "errors": 3}
     assert json.loads(capsys.readouterr().out) == counts
     found = rows_of(Path("out.jsonl"))
-    assert list(found) == ["a", "rows-2", "b", "d", "g", "7"]
+    assert list(found) == ["a", "rows-2", "b", "g", "7"]
     for record, (_, reason) in zip(found.values(), ROWS, strict=True):
         assert reason in record["error"] and "answer" not in record if reason else "answer" in record
     Image.open("scans/page0.png").save("scans/none.png")
-    lines[3] = {**PAGE, "question": "fixed?", "id": "d"}
+    lines[3] = {**PAGE, "question": "fixed?", "id": "g"}
     write_lines(Path("rows.jsonl"), lines)
     assert cli.main(command) == 1
-    assert json.loads(capsys.readouterr().out) == {**counts, "ran": 4, "done_before": 2, "errors": 2}
+    assert json.loads(capsys.readouterr().out) == {**counts, "ran": 3, "done_before": 2, "errors": 1}
     again = rows_of(Path("out.jsonl"))
-    assert "answer" in again["b"] and "answer" in again["d"] and again["a"] == found["a"]
+    assert "answer" in again["b"] and "answer" in again["g"] and again["a"] == found["a"]
 
 
 def test_rows_that_would_be_mixed_up_are_refused(scans, engine, tmp_path):
-    rows = write_lines(tmp_path / "rows.jsonl", [ROWS[0][0], ROWS[4][0]])
+    rows = write_lines(tmp_path / "rows.jsonl", [ROWS[0][0], ROWS[3][0]])
     common = batch.read_batch(rows, "common?")  # for rows without their own
     assert [(row["row_id"], row["question"]) for row in common] == [("a", "what?"), ("g", "common?")]
     out = tmp_path / "out.jsonl"

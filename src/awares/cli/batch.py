@@ -1,7 +1,6 @@
 """Many questions to one policy: a folder of images or a JSONL file in, one JSON line per row out, resumable.
 
-A line of the results is a `Trajectory` with ``image``, ``question`` and the ``settings`` of the run; a row that
-cannot be run has ``error`` instead. The file alone says which rows are done: after a kill the same call resumes.
+A result is a `Trajectory` with ``image``, ``question`` and the run's ``settings``, or the ``error`` of its row.
 """
 
 from collections.abc import Sequence
@@ -34,14 +33,13 @@ class Line(BaseModel, strict=True):
 def read_batch(source: Path, question: str | None = None) -> list[Record]:
     """The rows of a folder (every image in it, by name) or of a JSONL file; ``question``: for rows without their own.
 
-    A row has row_id, image (a path relative to the folder or to the file's folder), question, and error if it is bad.
-    AwaresError for no row, no question for a folder, or a repeated id.
+    A row has row_id, image (relative to the folder), question, and error if it is bad. AwaresError for no row, no
+    question for a folder, or a repeated id.
     """
     if source.is_dir():
         if question is None:
             raise AwaresError(f"{source}: a folder of images needs a question")
-        skipped = other_files(source)
-        files = [path for path in sorted(source.iterdir()) if path.is_file() and path.name not in skipped]
+        files = [path for path in sorted(source.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
         rows = [{"row_id": file.name, "image": file.name, "question": question} for file in files]
     elif source.is_file():
         lines = enumerate(source.read_bytes().split(b"\n"), start=1)
@@ -52,12 +50,6 @@ def read_batch(source: Path, question: str | None = None) -> list[Record]:
         raise AwaresError(f"{source}: no image or row in it")
     check_ids([row["row_id"] for row in rows], str(source))
     return rows
-
-
-def other_files(folder: Path) -> list[str]:
-    """The names of files in a folder that are no images by their suffix."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path.name for path in files if path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES]
 
 
 def _read_row(file: Path, number: int, line: bytes, question: str | None) -> Record:

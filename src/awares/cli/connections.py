@@ -43,10 +43,7 @@ class Listener(socket.socket):
 
 
 class Connection(H11Protocol):
-    """Ends when the head of a request, or bytes that follow an answer, take longer than the keep-alive time.
-
-    Above nine tenths of the limit of connections, each new one ends the oldest one that has sent no whole request.
-    """
+    """Ends when a head takes too long. Near the limit of connections, each new one ends the oldest idle one."""
 
     timer: asyncio.TimerHandle | None = None
 

@@ -1,8 +1,4 @@
-"""Publishing on a model hub: the trained policy and the curated rows, each with a card from this run's tables.
-
-A folder is prepared in ``runs/<profile>/.push`` and then uploaded whole. Images of other people's datasets are left out
-unless requested; their licences are on the card.
-"""
+"""Publishing on a model hub: the trained policy and the curated rows, each with a card from this run's tables."""
 
 import os
 from collections.abc import Iterable
@@ -22,10 +18,7 @@ APACHE = ("data/base", "Qwen/Qwen2.5-VL-7B-Instruct")  # base models under Apach
 
 
 def policy_folder(params: Params) -> Path:
-    """The policy ready to upload: the merged model, its adapters in ``adapters/``, a card with Table 1's accuracies.
-
-    AwaresError if a training or the evaluation has not run.
-    """
+    """The merged model, its adapters and a card with Table 1's accuracies; AwaresError if a stage has not run."""
     config = publish.require(params.run_dir("grpo") / "merged" / "config.json", "grpo")
     table = publish.require(params.run_dir("evaluation") / "tables" / "table1_main.csv", "evaluation")
     folder = publish.clear(params.run_dir(".push") / "policy")
@@ -37,10 +30,9 @@ def policy_folder(params: Params) -> Path:
 
 
 def dataset_folder(params: Params, images: bool = False) -> Path:
-    """The curated rows ready to upload: a Parquet file per split, raw labels, a card with the sources' licences.
+    """The curated rows: a Parquet file per split (with ``images`` or ids alone), raw labels, a card with licences.
 
-    ``images``: with the pictures; without them a row is found by its id. AwaresError if curation has not run, and
-    for released rows, which others curated.
+    AwaresError if curation has not run, and for released rows, which others curated.
     """
     if params.curation.released:
         raise AwaresValueError("curation.released: these rows are published already, and were not curated here")
@@ -76,10 +68,7 @@ def _write_card(folder: Path, template: str, params: Params, **values: Any) -> N
 
 
 def upload(folder: Path, repo: str, kind: str, private: bool = True) -> str:
-    """Upload ``folder`` to ``repo`` (OWNER/NAME), a model or a dataset, created if need be; the address of the commit.
-
-    The token is in HF_TOKEN. AwaresError for every failure of the hub or the network.
-    """
+    """Upload ``folder`` to ``repo`` (OWNER/NAME), a model or dataset; the commit's address. AwaresError if it fails."""
     api = HfApi(token=os.environ.get("HF_TOKEN"))
     try:
         api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)

@@ -106,9 +106,10 @@ class Ask(PolicyOptions):
 
         if self.out is None:
             raise typer.BadParameter("a batch needs --out, the file for its results")
-        batch.read_batch(Path(self.image), question)  # before the model is loaded: a wrong path should not cost seconds
-        if skipped := batch.other_files(Path(self.image)):
-            _say(f"{len(skipped)} files are no images by their names: {', '.join(skipped[:10])}")
+        rows = batch.read_batch(Path(self.image), question)  # before the model is loaded, which takes seconds
+        names = {path.name for path in Path(self.image).glob("[!.]*") if path.is_file()}
+        if skipped := sorted(names - {row["image"] for row in rows}):
+            _say(f"skipped {len(skipped)} files, no images by their names: {', '.join(skipped[:10])}")
         policy, name = self.load(self.out)
         settings = self.settings(policy, name, self.call_bias or 0.0)
         counts = batch.run_batch(Path(self.image), question, self.out, policy.engine, settings)
@@ -199,9 +200,8 @@ class Eval(PolicyOptions):
 class Serve(Limits, PolicyOptions):
     """Serve a policy behind an OpenAI-compatible API.
 
-    POST /v1/chat/completions with one image (a data URL) and one question. The model runs here, one request at a
-    time, or behind --server (vLLM), which batches. Clients must send the key in the environment variable
-    AWARES_API_KEY, if it is set. SIGTERM ends the server after the requests under way.
+    POST /v1/chat/completions with one image (a data URL) and one question. The model runs here, or behind --server
+    (vLLM), which batches. Clients send the key in the environment variable AWARES_API_KEY, if it is set.
     """
 
     host: Annotated[str, Option(help="address to listen at; the default is this machine only")] = "127.0.0.1"

@@ -1,8 +1,7 @@
 """``awares serve``: the two-turn interaction, or in mode chat the bare model, behind an OpenAI-compatible API.
 
-The engine is a `rollout.Engine`, which gets one request at a time, or a `RemoteEngine`, whose server (vLLM) does the
-batching. A stream gets its answer in one piece: a turn may be a call until it ends. Heads, bodies, the sum of bodies
-and large images have limits, so that slow and greedy clients do not affect others.
+The engine is a `rollout.Engine`, which gets one request of each size at a time, or a `RemoteEngine`, whose server
+(vLLM) does the batching. A stream gets its answer in one piece: a turn may be a call until it ends.
 """
 
 import asyncio
@@ -198,10 +197,7 @@ def _until(deadline: float) -> StoppingCriteriaList:
 
 
 def run_server(load: Callable[[], Any], host: str, port: int, model: str, limits: Limits, mode: str) -> None:
-    """Serves the engine that ``load`` gives until SIGTERM or SIGINT; prints one line with the URL when it is ready.
-
-    ``port`` 0 takes a free one. AwaresValueError if the address is not available.
-    """
+    """Serves the engine of ``load`` until SIGTERM or SIGINT; prints the URL. AwaresValueError for a bad address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:  # before the model is loaded: a taken port should not cost minutes
         listener = socket.create_server((host, port), family=family, backlog=1024)
