@@ -102,7 +102,8 @@ def test_mutated_files_raise_nothing_but_awares_errors() -> None:
 def test_mutated_calls_raise_nothing_and_ask_only_for_what_is_offered() -> None:
     rng = random.Random(31)
     seeds = [
-        *CALLS,
+        *(form % call for call in CALLS for form in ("%s", "<tool_call>\n%s\n</tool_call>")),
+        '<tool_call>{"a": ' + "[" * 3000 + "}</tool_call>",
         *(f'<tool_call>{{"regions": ["{box}"]}}' for box in (BOXES + NO_BOXES).split("|")),
         "GET_CROPS: ['0', '5']",
         "[" * 3000,

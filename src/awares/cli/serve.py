@@ -35,7 +35,7 @@ from awares.engine.images import MIN_SIDE, NOTE
 from awares.errors import AwaresError, AwaresLengthError, AwaresRequestError, AwaresValueError
 
 API_KEY = "AWARES_API_KEY"
-SIZES = (2**18, 2**21)  # work of the largest small and medium requests: 0.3 and 2 s of one core with the shipped policy
+LANES = (2**18, 2**21)  # work of the largest small and medium requests: 0.3 and 2 s of one core with the shipped policy
 
 
 def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> FastAPI:
@@ -47,9 +47,12 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     limits = limits if mode == "chat" else replace(limits, images=1)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
     # Small, medium and large requests take turns apart: a large one takes seconds, and no small one waits for it
-    lanes = [(one, ThreadPoolExecutor(threads), asyncio.Semaphore(threads)) for one in _copies(engine, len(SIZES) + 1)]
+    pools = [ThreadPoolExecutor(threads, initializer=_give_way, initargs=(5 * size,)) for size in range(len(LANES) + 1)]
+    lanes = [(_copy(engine), pool, asyncio.Semaphore(threads)) for pool in pools]
     turns = WeakValueDictionary[tuple[int, str], asyncio.Semaphore]()  # of each client, so that clients alternate
-    one_thread = ThreadPoolExecutor(1)  # for large images: malloc keeps the memory of each thread
+    one_thread = ThreadPoolExecutor(
+        1, initializer=_give_way, initargs=(10,)
+    )  # for large images: malloc keeps the memory of each thread
     held, waiting = dict[asyncio.Timeout, int](), dict[asyncio.Timeout, str]()  # bytes of bodies; clients' addresses
     handlers: Any = dict.fromkeys((HTTPException, AwaresError, ClientDisconnect, Exception), _refuse)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
@@ -77,8 +80,8 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
                 connections.make_room(waiting, held, clock, limits.queue)
                 run = asyncio.get_running_loop().run_in_executor
                 files, pixels = await run(None, wanted.files, limits)
-                size = bisect(SIZES, wanted.work(pixels))
-                (own, pool, free), thread = lanes[size], one_thread if size == len(SIZES) else None
+                size = bisect(LANES, wanted.work(pixels))
+                (own, pool, free), thread = lanes[size], one_thread if size == len(LANES) else None
                 async with turns.setdefault((size, client), asyncio.Semaphore(threads)), free:
                     if await request.is_disconnected():
                         raise ClientDisconnect
@@ -183,12 +186,18 @@ def answer_chat(
     return {**reply, "prompt_token_ids": ids} if request.return_token_ids else reply
 
 
-def _copies(engine: Any, count: int) -> list[Any]:
-    """Engines with the same weights that can run at the same time: a model holds state of its row."""
+def _copy(engine: Any) -> Any:
+    """An engine with the same weights that can run at the same time: a model holds state of its row."""
     if not hasattr(engine, "decoder"):
-        return [engine] * count
-    shared = [*engine.decoder.model.parameters(), *engine.decoder.model.buffers()]
-    return [copy.deepcopy(engine, {id(one): one for one in shared}) for _ in range(count)]
+        return engine
+    model = engine.decoder.model
+    return copy.deepcopy(engine, {id(one): one for one in (*model.parameters(), *model.buffers())})
+
+
+def _give_way(more: int) -> None:
+    """Gives this thread a lower priority: on Linux it has its own."""
+    if sys.platform == "linux":
+        os.nice(more)
 
 
 def _until(deadline: float) -> StoppingCriteriaList:

@@ -34,8 +34,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB, for met
 def open_image(source: ImageSource, name: str = "image", min_side: int = MIN_SIDE) -> Image.Image:
     """An upright RGB image from a path, the content of a file or a PIL image: the first frame, transparency on white.
 
-    16-bit grey is scaled to 8 bit. AwaresError names ``name`` for a missing or broken file, sides below ``min_side`` px,
-    a strip longer than 200:1, and numbers without a fixed range (32 bit, signed, float).
+    16-bit grey is scaled to 8 bit. AwaresError names ``name`` for a missing or broken file, sides below ``min_side``
+    px, a strip longer than 200:1, and numbers without a fixed range (32 bit, signed, float).
     """
     if isinstance(source, str | Path):
         name = f"{name} ({str(source)[:SHOWN]})"
