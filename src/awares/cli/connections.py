@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from awares.cli.openai_api import ApiError
 from awares.cli.options import Limits
 
+Clock = asyncio.Timeout  # that of a request is its key
 PIECE = 2**18  # bytes of a body that must arrive within `Limits.patience`
 ALL_BODIES = 2**27  # bytes of all bodies that wait
 FULL = (429, "the server is full, most of it with this client's requests: try again later", "queue_full")
@@ -71,7 +72,7 @@ class Connection(H11Protocol):
             self.timer = None
 
 
-async def body(request: Request, clock: asyncio.Timeout, held: dict[asyncio.Timeout, int], limits: Limits) -> bytearray:
+async def body(request: Request, clock: Clock, held: dict[Clock, int], limits: Limits) -> bytearray:
     """The body. ``held`` has the bytes of all requests that wait: above the limit, the largest request is ended."""
     held[clock], content, now = 0, bytearray(), asyncio.get_running_loop().time
     try:
@@ -90,9 +91,7 @@ async def body(request: Request, clock: asyncio.Timeout, held: dict[asyncio.Time
     return content
 
 
-def make_room(
-    waiting: dict[asyncio.Timeout, str], held: dict[asyncio.Timeout, int], own: asyncio.Timeout, most: int
-) -> None:
+def make_room(waiting: dict[Clock, str], held: dict[Clock, int], own: Clock, most: int) -> None:
     """If more than ``most`` requests wait, ends the newest one of the client that has most of them."""
     if len(waiting) > most:
         counts = Counter(waiting.values())
@@ -100,7 +99,7 @@ def make_room(
         _end([own, *(one for one in waiting if waiting[one] == busiest and held.get(one))][-1], held, own)
 
 
-def _end(ended: asyncio.Timeout, held: dict[asyncio.Timeout, int], own: asyncio.Timeout) -> None:
+def _end(ended: Clock, held: dict[Clock, int], own: Clock) -> None:
     """Ends a request for which there is no room; ApiError if it is ``own``."""
     del held[ended]
     if ended is own:

@@ -47,12 +47,11 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     limits = limits if mode == "chat" else replace(limits, images=1)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
     # Small, medium and large requests take turns apart: a large one takes seconds, and no small one waits for it
-    pools = [ThreadPoolExecutor(threads, initializer=_give_way, initargs=(5 * size,)) for size in range(len(LANES) + 1)]
+    nice: Any = os.nice if sys.platform == "linux" else str  # on Linux a thread has its own priority
+    pools = [ThreadPoolExecutor(threads, initializer=nice, initargs=(5 * size,)) for size in range(len(LANES) + 1)]
     lanes = [(_copy(engine), pool, asyncio.Semaphore(threads)) for pool in pools]
     turns = WeakValueDictionary[tuple[int, str], asyncio.Semaphore]()  # of each client, so that clients alternate
-    one_thread = ThreadPoolExecutor(
-        1, initializer=_give_way, initargs=(10,)
-    )  # for large images: malloc keeps the memory of each thread
+    one_thread = ThreadPoolExecutor(1, initializer=nice, initargs=(10,))  # malloc keeps the memory of each thread
     held, waiting = dict[asyncio.Timeout, int](), dict[asyncio.Timeout, str]()  # bytes of bodies; clients' addresses
     handlers: Any = dict.fromkeys((HTTPException, AwaresError, ClientDisconnect, Exception), _refuse)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
@@ -151,9 +150,8 @@ def answer_policy(
     tokens = engine.codec.tokenize(done.answer)[: written[-1]]
     text = engine.codec.text(tokens[:limit]) if len(tokens) > limit else done.answer
     shown = ("visual_tokens", "full_visual_tokens", "rtr", "crops", "call_status")
-    spent = {name: getattr(done, name) for name in shown} | (
-        {"note": note} if (note := images[0].info.get(NOTE)) else {}
-    )
+    note = images[0].info.get(NOTE)
+    spent = {name: getattr(done, name) for name in shown} | ({"note": note} if note else {})
     spent["visual_tokens_saved"] = done.full_visual_tokens - done.visual_tokens
     cut = len(tokens) > limit or len(tokens) >= longest
     return completion(request.model, text, cut, prompt, sum(written), awares=spent)
@@ -188,16 +186,10 @@ def answer_chat(
 
 def _copy(engine: Any) -> Any:
     """An engine with the same weights that can run at the same time: a model holds state of its row."""
-    if not hasattr(engine, "decoder"):
-        return engine
-    model = engine.decoder.model
-    return copy.deepcopy(engine, {id(one): one for one in (*model.parameters(), *model.buffers())})
-
-
-def _give_way(more: int) -> None:
-    """Gives this thread a lower priority: on Linux it has its own."""
-    if sys.platform == "linux":
-        os.nice(more)
+    if hasattr(engine, "decoder"):
+        shared = *engine.decoder.model.parameters(), *engine.decoder.model.buffers()
+        return copy.deepcopy(engine, {id(one): one for one in shared})
+    return engine
 
 
 def _until(deadline: float) -> StoppingCriteriaList:
