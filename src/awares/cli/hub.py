@@ -30,10 +30,7 @@ def policy_folder(params: Params) -> Path:
 
 
 def dataset_folder(params: Params, images: bool = False) -> Path:
-    """The curated rows: a Parquet file per split (with ``images`` or ids alone), raw labels, a card with licences.
-
-    AwaresError if curation has not run, and for released rows, which others curated.
-    """
+    """A Parquet file per split (with ``images`` or ids alone), raw labels, a card; AwaresError if none were curated."""
     if params.curation.released:
         raise AwaresValueError("curation.released: these rows are published already, and were not curated here")
     curated = {split: params.run_dir("curation") / split for split in ("train", "validation")}

@@ -1,7 +1,6 @@
 """The six benchmarks through lmms-eval: the call of its command, and the chat model ``awares`` that it loads.
 
-lmms-eval needs another build of torch, so it runs with the Python ``evaluation.lmms_eval``. Rows, prompts and metrics
-are lmms-eval's, the interaction is ours.
+It needs another build of torch, so it runs with the Python ``evaluation.lmms_eval``. The interaction alone is ours.
 """
 
 import hashlib

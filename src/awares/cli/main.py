@@ -1,7 +1,6 @@
 """The command ``awares``: ask a policy, score it, time it, serve it, plan its pipeline, publish it.
 
-Results go to stdout, everything else to stderr. Torch and transformers are imported inside the commands, so that the
-help is fast.
+Results go to stdout, the rest to stderr. Torch and transformers are imported inside the commands: help is fast.
 """
 
 import json
