@@ -46,12 +46,11 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     min_side, max_side = (1, sys.maxsize) if mode == "chat" else (MIN_SIDE, engine.max_side)
     limits = limits if mode == "chat" else replace(limits, images=1)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
-    # Small, medium and large requests take turns apart: a large one takes seconds, and no small one waits for it
-    nice: Any = os.nice if sys.platform == "linux" else str  # on Linux a thread has its own priority
-    pools = [ThreadPoolExecutor(threads, initializer=nice, initargs=(5 * size,)) for size in range(len(LANES) + 1)]
-    lanes = [(_copy(engine), pool, asyncio.Semaphore(threads)) for pool in pools]
+    lanes = [
+        _lane(engine, threads, 5 * size) for size in range(len(LANES) + 1)
+    ]  # no small request waits for a large one
     turns = WeakValueDictionary[tuple[int, str], asyncio.Semaphore]()  # of each client, so that clients alternate
-    one_thread = ThreadPoolExecutor(1, initializer=nice, initargs=(10,))  # malloc keeps the memory of each thread
+    opening, one_thread = ThreadPoolExecutor(2), _lane(None, 1, 10)[1]  # few: malloc keeps the memory of each thread
     held, waiting = dict[asyncio.Timeout, int](), dict[asyncio.Timeout, str]()  # bytes of bodies; clients' addresses
     handlers: Any = dict.fromkeys((HTTPException, AwaresError, ClientDisconnect, Exception), _refuse)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
@@ -78,7 +77,7 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
                 client = waiting[clock] = request.client.host if request.client else ""
                 connections.make_room(waiting, held, clock, limits.queue)
                 run = asyncio.get_running_loop().run_in_executor
-                files, pixels = await run(None, wanted.files, limits)
+                files, pixels = await run(opening, wanted.files, limits)
                 size = bisect(LANES, wanted.work(pixels))
                 (own, pool, free), thread = lanes[size], one_thread if size == len(LANES) else None
                 async with turns.setdefault((size, client), asyncio.Semaphore(threads)), free:
@@ -184,12 +183,13 @@ def answer_chat(
     return {**reply, "prompt_token_ids": ids} if request.return_token_ids else reply
 
 
-def _copy(engine: Any) -> Any:
-    """An engine with the same weights that can run at the same time: a model holds state of its row."""
+def _lane(engine: Any, threads: int, nice: int) -> tuple[Any, ThreadPoolExecutor, asyncio.Semaphore]:
+    """An engine with the same weights that can run at the same time (a model holds state of its row), and its turns."""
     if hasattr(engine, "decoder"):
         shared = *engine.decoder.model.parameters(), *engine.decoder.model.buffers()
-        return copy.deepcopy(engine, {id(one): one for one in shared})
-    return engine
+        engine = copy.deepcopy(engine, {id(one): one for one in shared})
+    lower: Any = os.nice if sys.platform == "linux" else str  # on Linux a thread has its own priority
+    return engine, ThreadPoolExecutor(threads, initializer=lower, initargs=(nice,)), asyncio.Semaphore(threads)
 
 
 def _until(deadline: float) -> StoppingCriteriaList:
