@@ -46,9 +46,7 @@ def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> F
     min_side, max_side = (1, sys.maxsize) if mode == "chat" else (MIN_SIDE, engine.max_side)
     limits = limits if mode == "chat" else replace(limits, images=1)
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
-    lanes = [
-        _lane(engine, threads, 5 * size) for size in range(len(LANES) + 1)
-    ]  # no small request waits for large ones
+    lanes = [_lane(engine, threads, 5 * size) for size in range(len(LANES) + 1)]  # no small one waits for a large one
     turns = WeakValueDictionary[tuple[int, str], asyncio.Semaphore]()  # of each client, so that clients alternate
     opening, one_thread = ThreadPoolExecutor(2), _lane(None, 1, 10)[1]  # few: malloc keeps the memory of each thread
     held, waiting = dict[asyncio.Timeout, int](), dict[asyncio.Timeout, str]()  # bytes of bodies; clients' addresses
