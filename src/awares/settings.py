@@ -1,6 +1,6 @@
 """`Params`, the types and limits of params.yaml, which explains each value. No key has a default."""
 
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
 
@@ -35,6 +35,7 @@ def _distinct(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
 Whole = Annotated[StrictInt, Field(ge=0)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]  # `1e-5` is text for YAML; here it is the number
+Pixels = Annotated[StrictInt, Field(ge=4, le=48)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0.01, le=1)]
 Distinct = Annotated[tuple[_Item, ...], AfterValidator(_distinct)]
@@ -174,6 +175,11 @@ class Grpo(Training):
 class Evaluation(Section):
     seed: Whole
     unseen_seed: Whole
+    study_rows: Count
+    shift_seed: Whole
+    graded_rows: Count
+    shifted_rows: Count
+    evidence_px: tuple[Pixels, Pixels]
     bootstrap: Count
     level: Fraction
     judge: JudgeName
@@ -270,6 +276,11 @@ class Params(Section):
             name = f"{name}-e{self.evaluation.seed}"
             folder = folder.with_name("unseen") if stage == "evaluation" else folder
         return folder / name
+
+    def on_unseen_rows(self) -> "Params":
+        """The same run on the rows of stage `unseen`: ``evaluation.study_rows`` per task, new to every stage."""
+        drawn = replace(self.evaluation, seed=self.evaluation.unseen_seed, rows=self.evaluation.study_rows)
+        return replace(self, evaluation=drawn, unseen=True)
 
     def report_dir(self) -> Path:
         """reports/<profile>: the published results."""

@@ -117,7 +117,7 @@ def test_bad_jsonl(jsonl, lines, place):
 
 
 def test_jsonl_is_a_source_like_the_others(jsonl, monkeypatch):
-    def made(name, n, seed, split):
+    def made(name, n, seed, split, *others):
         return [row(id=f"{name}-{seed}-{number}", split=split) for number in range(n)]
 
     monkeypatch.setattr(synthetic_rows, "make_source", made)

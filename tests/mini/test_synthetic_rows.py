@@ -1,15 +1,22 @@
 """Synthetic rows: determinism, one size of evidence per row, boxes, phrasings."""
 
 import io
+import re
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from awares.config import load_params
+from awares.data.rows import make_split
+from awares.engine.rows import GRADED_FEATURES
 from awares.errors import AwaresError
 from awares.mini import scenes, synthetic_rows
 from awares.mini import vocabulary as lexicon
+from awares.mini.drawing import SHIFTS, SUITE
 from awares.mini.synthetic_rows import make_source
+from awares.settings import Task
 from awares.study.curation_tables import LEGIBLE_AT_HALF
 
 
@@ -38,7 +45,7 @@ def test_every_source_makes_rows_of_one_evidence_size(name):
 @pytest.mark.parametrize("painter", scenes.PAINTERS)
 def test_evidence_is_small_or_large_and_never_between(painter):
     rng = np.random.default_rng(2)
-    for size in scenes.SIZES:
+    for size in SUITE.sizes:
         scene = scenes.PAINTERS[painter](rng, size)
         for mark in scene.marks:
             assert mark.text == "sign" or mark.size < 20 or mark.size >= 32
@@ -65,8 +72,49 @@ def test_the_first_answer_has_the_form_that_the_question_requires():
 @pytest.mark.parametrize("painter", scenes.PAINTERS)
 def test_no_word_stands_on_another(painter):
     rng = np.random.default_rng(4)
-    for size in scenes.SIZES:
+    for size in SUITE.sizes:
         words = [mark.box for mark in scenes.PAINTERS[painter](rng, size).marks if mark.chars]
         for index, a in enumerate(words):
             for b in words[:index]:
                 assert min(a[2], b[2]) - max(a[0], b[0]) <= 1 or min(a[3], b[3]) - max(a[1], b[1]) <= 1, (a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in synthetic_rows.PLANS if name in get_args(Task)])
+def test_graded_evidence_has_the_size_that_the_row_names(name):
+    params = load_params("mini", overrides={"evaluation.graded_rows": 40, "evaluation.rows": 2, "data.tasks": [name]})
+    rows = make_split(params, "graded")
+    assert rows.features == GRADED_FEATURES and {*rows["split"]} == {"graded"}
+    assert min(rows["evidence_px"]) < 16 and max(rows["evidence_px"]) > 40  # of 8 to 48
+    for row in rows:
+        boxes = row["answer_boxes"] or row["question_boxes"]
+        lowest = min(box[3] - box[1] for box in boxes) * row["image"].height / 1000
+        assert row["evidence_px"] * 0.85 - 1 < lowest < row["evidence_px"] * 1.1 + 2
+    assert not set(rows["id"]) & set(make_split(params, "evaluation")["id"])
+    fewer = {"evaluation.graded_rows": 9, "evaluation.evidence_px": [20, 20], "data.tasks": [name]}
+    assert {*make_split(load_params("mini", overrides=fewer), "graded")["evidence_px"]} == {20}
+
+
+SHIFTED = SHIFTS["all four"]
+
+
+@pytest.mark.parametrize("painter", list(scenes.PAINTERS)[:5])
+def test_shifted_scenes_share_no_typeface_phrasing_or_size_with_the_others(painter):
+    phrasings = {text for texts in lexicon.PHRASINGS.values() for text in texts}
+    assert not phrasings & {text for texts in SHIFTED.phrasings.values() for text in texts}
+    assert not {*SHIFTED.faces} & {*SUITE.faces} and SHIFTED.phrasings.keys() == lexicon.PHRASINGS.keys()
+    known = {word for text in phrasings for word in re.findall("[a-z]+", text)}
+    assert {
+        word for texts in SHIFTED.phrasings.values() for text in texts for word in re.findall("[a-z]+", text)
+    } <= known
+    rng = np.random.default_rng(2)
+    for size in SHIFTED.sizes:
+        assert 400 <= size[0] * size[1] / 28**2 <= 1000 and size[0] % 56 == size[1] % 56 == 0
+        scene = scenes.PAINTERS[painter](rng, size, SHIFTED)
+        assert scene.qas and all(0 <= mark.box[0] and mark.box[2] <= size[0] + 1 for mark in scene.marks)
+
+
+def test_a_larger_set_begins_with_the_smaller_one():
+    """The study's rows contain those of a shorter run, so the main line's rows stay as they are."""
+    drawn = {n: load_params("mini", overrides={"evaluation.study_rows": n}).on_unseen_rows() for n in (2, 3)}
+    few, many = (make_split(params, "evaluation") for params in drawn.values())
+    assert len(few) == 12 and many[:12] == few[:] and set(many["id"][12:]).isdisjoint(few["id"])

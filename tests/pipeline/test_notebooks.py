@@ -180,6 +180,21 @@ def test_means_over_seeds_on_the_pipelines_rows_and_on_unseen_ones(line):
         assert means.accuracy_high[row] - means.accuracy_low[row] == pytest.approx(5, abs=1e-3)
 
 
+def test_evidence_of_every_size_and_shifted_rows(line):
+    own = line.params.run_dir("grpo")
+    for seed in line.params.seeds:
+        shutil.copytree(own / "merged", Path(str(own).replace("main-s1", f"main-s{seed}")) / "merged")
+    line.run("12_shift", "shift")
+    folder = line.params.report_dir() / "shift"
+    sizes = pd.read_csv(folder / "sizes.csv")
+    assert sizes[sizes.system == "full"].groupby("measure").n.sum().tolist() == [18, 18]
+    assert sizes.px.between(8, 48).all() and (sizes.value_low <= sizes.value).all()
+    assert (sizes[(sizes.measure == "calls") & (sizes.system != "awares")].value == 0).all()
+    shifted = pd.read_csv(folder / "shifted.csv").set_index(["system", "benchmark"])
+    assert shifted.n["awares", AVERAGE] == 6 and shifted.rtr["full", "typeface"] == 1  # the first kind of shift
+    assert {file.name for file in publish.publish(line.params, "shift")} == {"12_shift.ipynb", "12_shift.html"}
+
+
 NUMBERS = ["accuracy", "rtr", "n"]
 
 

@@ -15,10 +15,11 @@ from awares.method import crops
 from awares.method.crops import CROPS
 from awares.mini import scenes
 from awares.mini import vocabulary as lex
+from awares.mini.drawing import SUITE, Style
 from awares.mini.scenes import QA, Scene
 from awares.settings import CROP_NAMES, CropSettings
 from recipe import Stage
-from targets import WORDS, Trail, View, evidence, trail, view
+from targets import LEGIBLE, WORDS, Trail, View, evidence, trail, view
 
 QUESTIONS = 10  # at most, in a conversation
 TEXT_SHARE = 0.06  # of the conversations: without a picture
@@ -26,10 +27,8 @@ ARGUMENT_SHARE = 0.5  # of the questions of a conversation with calls: the answe
 LOCATED_SHARE = 0.85  # of those conversations: the argument is the part of the picture that holds the evidence
 TIGHT_SHARE = 0.5  # of the questions behind a call: the part is a smallest one that holds the evidence
 SMALL_SHARE = 0.6  # of the questions behind a call: about print too small for half resolution, if there is any
-CROP_SETTINGS = CropSettings(
-    offered=CROP_NAMES, region_budget=1.0, margin=0, rule="coverage", iou_threshold=0.5, coverage_threshold=0.95,
-    max_side=2000, min_pixels=0, max_pixels=0, geometry="ours",
-)  # fmt: skip
+CROP_SETTINGS = CropSettings(offered=CROP_NAMES, region_budget=1.0, margin=0, rule="coverage", iou_threshold=0.5,
+    coverage_threshold=0.95, max_side=2000, min_pixels=0, max_pixels=0, geometry="ours")  # fmt: skip
 VERBS = "open search move play paint order find send book light crop mark save print see call".split()
 ARGUMENTS = "regions places items names target colour city day count arguments".split()
 
@@ -79,12 +78,15 @@ def example(rng: Generator, stage: Stage) -> Example:
     if stage.asks and rng.random() < TEXT_SHARE:
         return text_example(rng)
     painter = _draw(rng, stage.painters)
-    size = scenes.SIZES[int(rng.integers(len(scenes.SIZES)))]
+    size = SUITE.sizes[int(rng.integers(len(SUITE.sizes)))]
     captured = stage.trains != "language"  # symbolic pages need no camera
-    scene = scenes.paint(painter, rng, size) if captured else scenes.PAINTERS[painter](rng, size)
+    px = int(rng.integers(13, 49)) if stage.graded and rng.random() < stage.graded else 0
+    style = Style.graded(px) if px else SUITE
+    scene = scenes.paint(painter, rng, size, style) if captured else scenes.PAINTERS[painter](rng, size, style)
+    if px >= 2 * LEGIBLE:  # at half resolution, too
+        scene.qas = [replace(qa, small=False) for qa in scene.qas]
     kind = _draw(rng, stage.views)
-    if painter == "ledger" and kind == "half":  # its keys may be small
-        kind = "full"
+    kind = "full" if painter == "ledger" and kind == "half" else kind  # its keys may be small
     parts, wanted = _parts(rng, scene, stage, kind)
     views = [view(scene, halve=kind != "full")] if kind != "part" else []
     views += [view(scene, CROPS[part]) for part in parts]

@@ -24,6 +24,7 @@ class Stage(BaseModel, frozen=True, extra="forbid"):
     views: dict[str, float]
     called: float = 0.0  # share of the groups whose parts are the result of a call
     argument: float = 0.0  # share of the other pictures with questions whose answer is the argument of a call
+    graded: float = 0.0  # share of the pictures whose evidence has any size from 13 to 48 px, not one of two
     candid: float = 0.0  # share of the full and half views whose system message wants illegible print admitted
     twice: tuple[str, ...] = ()  # kinds of questions that are drawn twice as often
     after_call_weight: float = 1.0  # of the answer after a call; a conversation has at most one

@@ -44,9 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (AwaresError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     export(recipe, options.out)
-    print(
-        f"To install {options.out}/model: copy its files to {BASE}, add its stages to training.json, run `dvc repro`."
-    )
+    print(f"To install {options.out}/model: copy its files to {BASE}, extend training.json, run `dvc repro`.")
 
 
 def restart(recipe: Recipe, model: str | Path, work: Path) -> None:

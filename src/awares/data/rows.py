@@ -18,7 +18,7 @@ import pandas as pd
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints
 
 from awares.engine.images import MIN_SIDE, as_png, is_plain, open_image
-from awares.engine.rows import FEATURES, load_rows, picture_sizes
+from awares.engine.rows import FEATURES, GRADED_FEATURES, SHIFTED_FEATURES, load_rows, picture_sizes
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError, faults_of, validated
 from awares.method.crops import boxes_to_crops
 from awares.settings import CropSettings, Params
@@ -47,20 +47,23 @@ class Row(BaseModel, extra="forbid", strict=True):
     source: str
     question_boxes: BoxList = []
     answer_boxes: BoxList = []
-    split: Literal["train", "validation", "evaluation", "base"] = "train"
+    split: Literal["train", "validation", "evaluation", "graded", "shifted", "base"] = "train"
 
 
 def make_split(params: Params, split: str) -> datasets.Dataset:
-    """The rows of all sources (train, validation) or tasks (evaluation) of ``params.data``, interleaved row by row.
+    """The rows of all sources (train, validation) or tasks (other splits) of ``params.data``, interleaved row by row.
 
-    The first n rows are therefore a fair mix for every n. Raises AwaresError for an unknown origin, a source without
-    rows, an id that occurs twice, and every fault that :func:`validate_rows` finds.
+    The first n rows are therefore a fair mix for every n. Only the suite has ``graded`` rows, with evidence of any size
+    (column ``evidence_px``), and ``shifted`` rows, unlike all others in what column ``shift`` names. Raises AwaresError
+    for an unknown origin, a source without rows, an id that occurs twice, and every fault of :func:`validate_rows`.
     """
     data = params.data
     names, n, seed = {
         "train": (data.sources, data.train_rows, data.train_seed),
         "validation": (data.sources, data.validation_rows, data.validation_seed),
         "evaluation": (data.tasks, params.evaluation.rows, params.evaluation.seed),
+        "graded": (data.tasks, params.evaluation.graded_rows, params.evaluation.shift_seed),
+        "shifted": (data.tasks, params.evaluation.shifted_rows, params.evaluation.shift_seed),
     }[split]
     parts = [_load_source(params, name, n, seed, split) for name in names]
     starts = np.cumsum([0, *map(len, parts)])
@@ -89,13 +92,14 @@ def _load_source(params: Params, name: str, n: int, seed: int, split: str) -> da
     if origin == "suite":
         from awares.mini import synthetic_rows
 
-        rows = make_dataset(synthetic_rows.make_source(name, n, seed, split))
-    elif origin == "hub":
+        drawn = synthetic_rows.make_source(name, n, seed, split, params.evaluation.evidence_px)
+        rows = make_dataset(drawn, {"graded": GRADED_FEATURES, "shifted": SHIFTED_FEATURES}.get(split, FEATURES))
+    elif origin == "hub" and split in ("train", "validation", "evaluation"):
         from awares.data import sampling
 
         rows = sampling.load_split(params, name, split)
     else:
-        raise AwaresValueError(f"data.origin: unknown {origin!r}, choose from suite, hub")
+        raise AwaresValueError(f"data.origin: no {split} rows from {origin!r}, choose suite (or hub, for real rows)")
     return validate_rows(rows, f"{origin}:{name}", pixels=origin != "hub")  # whose files `sampling` has decoded
 
 
@@ -104,10 +108,10 @@ def evaluation_rows(params: Params) -> datasets.Dataset:
     return make_split(params, "evaluation") if params.unseen else load_rows(params.run_dir("data") / "evaluation")
 
 
-def make_dataset(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
-    """Dicts with the keys of FEATURES -> Dataset. ``image``: PIL, or {"bytes": file content}, kept as it is."""
+def make_dataset(rows: Iterable[dict[str, Any]], features: datasets.Features = FEATURES) -> datasets.Dataset:
+    """Dicts with the keys of ``features`` -> Dataset. ``image``: PIL, or {"bytes": file content}, kept as it is."""
     listed = list(rows)
-    return datasets.Dataset.from_dict({key: [row[key] for row in listed] for key in FEATURES}, features=FEATURES)
+    return datasets.Dataset.from_dict({key: [row[key] for row in listed] for key in features}, features=features)
 
 
 def read_jsonl_rows(path: str | Path, faults: list[str] | None = None) -> datasets.Dataset:

@@ -26,6 +26,8 @@ FEATURES = datasets.Features(
     {"id": _TEXT, "image": datasets.Image(), "question": _TEXT, "answers": datasets.List(_TEXT), "source": _TEXT}
     | {"question_boxes": _BOXES, "answer_boxes": _BOXES, "split": _TEXT}
 )
+GRADED_FEATURES = datasets.Features({**FEATURES, "evidence_px": datasets.Value("int32")})
+SHIFTED_FEATURES = datasets.Features({**FEATURES, "shift": _TEXT})
 
 
 def save_rows(dataset: datasets.Dataset, path: str | Path) -> None:

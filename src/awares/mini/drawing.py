@@ -1,12 +1,12 @@
 """Drawing on a picture: pens, text, shapes, textured grounds, and the effects of a camera.
 
-Evidence has one of two sizes. *Small* (text of 15 to 17 px, objects of 16 to 19 px) is legible at full resolution only;
-*large* (text of 32 to 36 px, objects of 36 to 43 px) also at half resolution.
+Evidence has one of two sizes. *Small* is legible at full resolution only, *large* also at half resolution. A `Style`
+has their ranges; another style draws evidence of any size, or rows unlike those that the base model was trained on.
 """
 
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,12 +15,55 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from awares.mini.vocabulary import COLOURS, SHAPES
+from awares.mini.vocabulary import COLOURS, PHRASINGS, SHAPES, UNSEEN_PHRASINGS
 
 Size = tuple[int, int]  # width, height in px
 PixelBox = tuple[float, float, float, float]  # left, top, right, bottom in px
-SMALL_TEXT, LARGE_TEXT = (15, 18), (32, 37)  # px, half-open
-OBJECT_PX = {True: (16, 20), False: (36, 44)}  # small or not
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a set of rows looks like; ranges are half-open and in px."""
+
+    small_text: tuple[int, int] = (15, 18)
+    large_text: tuple[int, int] = (32, 37)
+    small_object: tuple[int, int] = (16, 20)
+    large_object: tuple[int, int] = (36, 44)
+    faces: tuple[str, ...] = ("DejaVuSans", "DejaVuSerif")  # of matplotlib's fonts
+    sizes: tuple[Size, ...] = ((224, 336), (336, 224), (280, 280), (280, 336), (336, 280), (336, 336), (224, 448),
+                               (448, 224), (280, 392), (392, 280))  # fmt: skip
+    phrasings: Mapping[str, Sequence[str]] = field(default_factory=lambda: PHRASINGS)
+    rearranged: bool = False  # values at the edge, above bars and at the side of objects; signs with a coloured frame
+
+    @classmethod
+    def graded(cls, px: int) -> "Style":
+        """Small evidence of exactly ``px``; what a question names is never smaller than large text, nor than ``px``."""
+        low, high = cls.large_text
+        return cls((px, px + 1), (max(low, px), max(high, px + 1)), (px, px + 1))
+
+    def side(self, rng: Generator, small: bool) -> int:
+        """The side of a small or large object, in px."""
+        return int(rng.integers(*(self.small_object if small else self.large_object)))
+
+    def pen(self, rng: Generator, small: bool, dark: bool = True) -> "Pen":
+        """A pen of small or large text, dark or light."""
+        size = int(rng.integers(*(self.small_text if small else self.large_text)))
+        face = str(rng.choice(self.faces))
+        fill = tint((30, 30, 40) if dark else (240, 240, 235), rng, 25)
+        return Pen(face, size, fill, small, str(rng.choice(["lower", "title"])))
+
+
+SUITE = Style()
+# The shifted rows: one thing differs from all other rows, or everything; images of 400 to 960 visual tokens
+SHIFTS = {
+    "typeface": Style(faces=("STIXGeneral", "DejaVuSansMono")),
+    "phrasing": Style(phrasings=UNSEEN_PHRASINGS),
+    "layout": Style(rearranged=True),
+    "image size": Style(sizes=((560, 560), (560, 784), (784, 560), (784, 784), (560, 1120), (1120, 560), (1120, 672))),
+}
+SHIFTS["all four"] = Style(
+    faces=SHIFTS["typeface"].faces, sizes=SHIFTS["image size"].sizes, phrasings=UNSEEN_PHRASINGS, rearranged=True
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +79,7 @@ class Mark:
 
 @lru_cache(maxsize=256)
 def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVu{face}.ttf"), size)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"), size)
 
 
 @lru_cache(maxsize=65536)
@@ -53,20 +96,18 @@ def _extent(face: str, size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Pen:
-    """Typeface, size in px, colour and case of text."""
+    """Typeface, size in px, colour and case of text, and whether it is small."""
 
     face: str
     size: int
     fill: tuple[int, int, int]
+    small: bool
     case: str = "lower"
 
-    @property
-    def small(self) -> bool:
-        return self.size < LARGE_TEXT[0]
-
-    def shrunk(self, rng: Generator) -> "Pen":
+    def shrunk(self, rng: Generator, style: Style) -> "Pen":
         """A pen of small text that is not larger than this one."""
-        return replace(self, size=int(rng.integers(SMALL_TEXT[0], min(SMALL_TEXT[1], self.size + 1))))
+        low, high = style.small_text
+        return replace(self, size=int(rng.integers(low, min(high, self.size + 1))), small=True)
 
     def cased(self, text: str) -> str:
         return text.title() if self.case == "title" else text
@@ -83,8 +124,10 @@ class Pen:
 class Canvas:
     """A picture of ``size`` (width, height) px with its marks, on textured ground near the colour ``base``."""
 
-    def __init__(self, size: Size, rng: Generator, base: Sequence[int], spread: int, texture: float) -> None:
-        self.width, self.height = size
+    def __init__(
+        self, style: Style, size: Size, rng: Generator, base: Sequence[int], spread: int, texture: float
+    ) -> None:
+        self.style, (self.width, self.height) = style, size
         self.image = Image.fromarray(_ground(size, tint(base, rng, spread), rng, texture))
         self.draw = ImageDraw.Draw(self.image)
         self.marks: list[Mark] = []
@@ -152,14 +195,6 @@ def capture(image: Image.Image, rng: Generator) -> bytes:
     return buffer.getvalue()
 
 
-def random_pen(rng: Generator, small: bool, dark: bool = True) -> Pen:
-    """A pen of small or large text, dark or light."""
-    size = int(rng.integers(*(SMALL_TEXT if small else LARGE_TEXT)))
-    face = str(rng.choice(["Sans", "Serif"]))
-    fill = tint((30, 30, 40) if dark else (240, 240, 235), rng, 25)
-    return Pen(face, size, fill, str(rng.choice(["lower", "title"])))
-
-
 def free_spot(rng: Generator, taken: list[PixelBox], width: float, height: float, size: Size) -> tuple[int, int] | None:
     """A random corner where a box touches none of ``taken``, which gets it; None after 20 tries."""
     for _ in range(20):
@@ -177,7 +212,7 @@ def text_lines(canvas: Canvas, rng: Generator) -> Iterator[tuple[float, float, P
     y = float(rng.integers(0, 8))
     while True:
         dark = bool(rng.random() < 0.75)
-        pen = random_pen(rng, bool(rng.random() < 0.75), dark)
+        pen = canvas.style.pen(rng, bool(rng.random() < 0.75), dark)
         if y + pen.height + 2 > canvas.height:
             return
         if not dark:

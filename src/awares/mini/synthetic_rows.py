@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from awares.errors import AwaresValueError
-from awares.mini import scenes
+from awares.mini import drawing, scenes
+from awares.mini.drawing import Style
 
 # Fraction of rows whose evidence is too small for half resolution. The paper labels 19 % of its training rows HR; here
 # more rows need a call, because a tiny policy has hundreds of rows to learn it from and not thousands.
@@ -29,29 +30,39 @@ PLANS: dict[str, dict[tuple[str, str], float]] = {
     "llava_multi": {("collage", kind): 0.2 for kind in ("field", "bar", "sign", "badge", "plate")},
     "visionthink_smart": {("objects", "presence"): 0.6, ("objects", "badge"): 0.3, ("objects", "count"): 0.1},
 }  # fmt: skip
+GRADED, SHIFTED = "graded", "shifted"  # splits of evaluation rows in another style
 TRIES = 200  # scenes per row until one has a fitting question
 PARALLEL_ROWS = 100  # number of rows from which worker processes pay off
 
 
-def make_source(name: str, n: int, seed: int, split: str) -> list[dict[str, Any]]:
-    """``n`` rows of source or task ``name`` as dicts of `engine.rows.FEATURES`, images as JPEG files."""
+def make_source(
+    name: str, n: int, seed: int, split: str, evidence_px: tuple[int, int] = (8, 48)
+) -> list[dict[str, Any]]:
+    """``n`` rows of source or task ``name`` as dicts of `engine.rows.FEATURES`, images as JPEG files.
+
+    Evidence of the split ``GRADED`` has a size drawn from ``evidence_px`` (both ends included), which the rows name, as
+    those of ``SHIFTED`` name what is unlike all other rows.
+    """
     if name not in PLANS:
         raise AwaresValueError(f"data.sources: unknown synthetic source {name!r}, choose from {', '.join(PLANS)}")
     workers = joblib.cpu_count() if n >= PARALLEL_ROWS else 1
-    draws = (joblib.delayed(_row)(name, seed, split, index) for index in range(n))
+    draws = (joblib.delayed(_row)(name, seed, split, index, evidence_px) for index in range(n))
     rows = joblib.Parallel(n_jobs=workers, return_as="generator")(draws)
     return list(tqdm(rows, total=n, desc=f"{name} {split}", unit="row", leave=False))
 
 
-def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
+def _row(name: str, seed: int, split: str, index: int, evidence_px: tuple[int, int]) -> dict[str, Any]:
     rng = np.random.default_rng([seed, zlib.crc32(f"{name}/{split}".encode()), index])
     plan = PLANS[name]
     weights = np.array(list(plan.values()))
     painter, kind = list(plan)[int(rng.choice(len(plan), p=weights / weights.sum()))]
-    share = SMALL_SHARE_EVALUATION if split == "evaluation" else SMALL_SHARE
+    share = {"evaluation": SMALL_SHARE_EVALUATION, SHIFTED: SMALL_SHARE_EVALUATION, GRADED: 1.0}.get(split, SMALL_SHARE)
     small = bool(rng.random() < share)  # drawn before the question, so that no phrasing depends on it
+    px = int(rng.integers(evidence_px[0], evidence_px[1] + 1)) if split == GRADED else None
+    shift = list(drawing.SHIFTS)[index % len(drawing.SHIFTS)] if split == SHIFTED else None
+    style = Style.graded(px) if px else drawing.SHIFTS[shift] if shift else drawing.SUITE
     for _ in range(TRIES):
-        scene = scenes.PAINTERS[painter](rng, scenes.SIZES[int(rng.integers(len(scenes.SIZES)))])
+        scene = scenes.PAINTERS[painter](rng, style.sizes[int(rng.integers(len(style.sizes)))], style)
         fitting = [qa for qa in scene.qas if qa.kind == kind and qa.small == small]
         if fitting:
             qa = fitting[int(rng.integers(len(fitting)))]
@@ -67,6 +78,7 @@ def _row(name: str, seed: int, split: str, index: int) -> dict[str, Any]:
         "question_boxes": [_thousandths(b, scene.image.size) for b in qa.question_boxes],
         "answer_boxes": [_thousandths(b, scene.image.size) for b in qa.answer_boxes],
         "split": split,
+        **({"evidence_px": px} if px else {"shift": shift} if shift else {}),
     }
 
 

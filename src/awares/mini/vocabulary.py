@@ -111,6 +111,28 @@ PHRASINGS = {
         "tell me in words the number of the {o}."],
 }  # fmt: skip
 
+# of the shifted rows: sentences that the base model has not seen, of words that it has
+UNSEEN_PHRASINGS = {
+    "field": ["please read what stands next to {k}.", "which entry does the page give for {k}?",
+        "tell me in words what is listed for {k}."],
+    "pair": ["please read what is listed for {a} and {b}.", "which entries does the page give for {a} and {b}?",
+        "tell me in words the entries of {a} and {b}."],
+    "bar": ["please read how high {k} is.", "which value does the bar of {k} show?",
+        "tell me in words the value of {k}."],
+    "bars": ["please read how high {a} and {b} are.", "which values do the bars of {a} and {b} show?",
+        "tell me in words the values of {a} and {b}."],
+    "sign": ["please read what stands on the {c} board.", "which text does the {c} sign show?",
+        "tell me in words what the {c} board says."],
+    "presence": ["please say, is there any {o}?", "can you see a {o} in the image?", "is a {o} visible here?"],
+    "badge": ["please read the badge which the {o} carries.", "which shape does the badge of the {o} show?",
+        "tell me the badge of the {o}."],
+    "place": ["please say in which part {s} is.", "can you locate {s}?", "tell me where you see {s}."],
+    "count": ["please say how many {o} shapes appear.", "which number of {o} shapes do you see?",
+        "tell me in words how many {o} shapes there are."],
+    "plate": ["please read which number the {o} carries.", "what is the number the {o} has?",
+        "tell me in words which number the {o} carries."],
+}  # fmt: skip
+
 # base training only; separate from PHRASINGS, whose text trains the tokenizer
 UNREAD = "unclear"
 CANDID = [f"Where something is too small to read, say {UNREAD}.", f"Say {UNREAD} if you cannot read it.",

@@ -23,7 +23,7 @@ STAGES = {"00_data": "data", "01_curation": "curation", "02_crop_distribution": 
           "04_grpo": "grpo", "05_evaluation": "evaluation", "05_operating_curve": "operating_curve",
           "report": "report"}  # fmt: skip
 PAGES = {"base_model": "00_base_model", "seeds": "09_seeds", "latency": "07_latency",
-         "ablations": "06_ablations_summary", "comparison": "11_comparison"}  # fmt: skip
+         "ablations": "06_ablations_summary", "comparison": "11_comparison", "shift": "12_shift"}  # fmt: skip
 
 FOLDED = {  # nbconvert's page with the code cells folded
     "folded.html.j2": """{%- extends 'lab/index.html.j2' -%}
