@@ -74,6 +74,9 @@ def test_trajectories_equal_the_in_process_engines_and_a_second_run_needs_no_ser
     assert found[0].call_status == "recovered"
     assert_same(found, engine(rigged, max_new_tokens=5).run(images, orders))
     assert remote().run([], []) == []
+    smaller = make_processor(tiny_tokenizer(), max_pixels=56 * 56)  # other limits than the server's: no stored reply
+    with pytest.raises(AwaresRequestError, match="prompt .* is not ours"):
+        remote(processor=smaller).run(images, orders)
 
 
 @pytest.mark.parametrize("view", ["full", "half", "none", "half+crops"])

@@ -83,16 +83,18 @@ class Request:
     """One chat completion; ``messages`` and ``settings`` (temperature, max_tokens, extra_body, ...) as in the API.
 
     The same request gets the same recorded reply. ``check`` gets a fresh one first: it may raise, or change ``raw``.
+    ``unsent``: what else decides the reply.
     """
 
     row_id: str
     messages: Sequence[dict[str, Any]]
     settings: dict[str, Any]
     check: Callable[[Reply], None] = lambda reply: None
+    unsent: str = ""
 
     def key(self, model: str) -> str:
         """Hash of everything that decides the reply: model, messages with image bytes, settings."""
-        whole = {"model": model, "messages": self.messages, "settings": self.settings}
+        whole = {"model": model, "messages": self.messages, "settings": self.settings, "unsent": self.unsent}
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 

@@ -91,7 +91,8 @@ class RemoteEngine(Interaction):
         settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": self.max_new_tokens, "extra_body": VLLM_SETTINGS}
         settings["logit_bias"] = {str(token): -100.0 for token in barred}  # the API's lowest: never written
         check = partial(self._accept, list(row.ids))
-        return Request(row.row_id, as_sent(row.messages, row.images), settings, check)
+        limits = str(dict(self.processor.image_processor.size))  # the server has its own and checks none
+        return Request(row.row_id, as_sent(row.messages, row.images), settings, check, limits)
 
     def _accept(self, prompt: list[int], reply: Reply) -> None:
         """AwaresRequestError if the prompt is not ours, RowFailed if the reply is not a turn of the model."""
