@@ -91,7 +91,7 @@ class RemoteEngine(Interaction):
         settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": self.max_new_tokens, "extra_body": VLLM_SETTINGS}
         settings["logit_bias"] = {str(token): -100.0 for token in barred}  # the API's lowest: never written
         check = partial(self._accept, list(row.ids))
-        limits = str(dict(self.processor.image_processor.size))  # the server has its own and checks none
+        limits = str(dict(self.processor.image_processor.size))  # of the server, too; the request does not carry them
         return Request(row.row_id, as_sent(row.messages, row.images), settings, check, limits)
 
     def _accept(self, prompt: list[int], reply: Reply) -> None:
