@@ -3,20 +3,23 @@
 A variant changes a few parameters and repeats the stages that they decide. `06_ablations` tables one variant.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from awares.config import differences
+from awares.config import differences, load_params
 from awares.data.rows import evaluation_rows
+from awares.engine.rows import load_rows
 from awares.errors import AwaresValueError
 from awares.method import evaluation
-from awares.method.evaluation import AVERAGE
 from awares.settings import DECIDES, MAIN_SYSTEMS, Evaluation, Params
-from awares.study.publish import require
-from awares.study.scores import EVALUATION, Runs, trained
+from awares.study.answers import ORACLE, Answers, MissingRows, Trainings
+from awares.study.verdicts import Effect, adjusted
 
 MAIN = "main"  # the main line's name in the tables of a variant
 TRAINED = {"sft": "sft", "awares": "grpo"}  # system -> the stage that trains it
@@ -57,11 +60,45 @@ def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)[[*first, *ANSWER_COLUMNS]]
 
 
-def first_turns(files: Iterable[File]) -> pd.DataFrame:
-    """Requests on the curated validation rows: system, seed, row_id, crops, call_status."""
+def first_turns(params: Params, files: Sequence[File]) -> pd.DataFrame:
+    """Requests on the curated validation rows: system, seed, row_id, crops, call_status, label.
+
+    The system ORACLE has the target crops.
+    """
+    rows = load_rows(params.run_dir("curation") / "validation" / "dataset").select_columns(
+        ["id", "label", "target_crops"]
+    )
+    oracle = rows.to_pandas().set_axis(["row_id", "label", "crops"], axis=1)
     done = ((system, seed, one) for system, seed, path in files for one in evaluation.load_trajectories(path))
     found = [(system, seed, one.row_id, one.crops, one.call_status) for system, seed, one in done]
-    return pd.DataFrame(found, columns=["system", "seed", "row_id", "crops", "call_status"])
+    table = pd.DataFrame(found, columns=["system", "seed", "row_id", "crops", "call_status"])
+    table["label"] = table.row_id.map(oracle.set_index("row_id").label)
+    return pd.concat([table, oracle.assign(system=ORACLE, seed=params.seed, call_status="none")], ignore_index=True)
+
+
+def published(params: Params, alone: bool = False) -> Answers:
+    """All answers in reports/<profile>: `comparison`, `seeds` (rows that no stage has seen) and `ablations`."""
+    folders = [params.report_dir() / name for name in ("comparison", "seeds", "ablations")]
+    nothing = pd.DataFrame({"system": [], "seed": []})
+    answers, turns = [
+        pd.concat([nothing, *(pd.read_parquet(folder / name) for folder in folders if (folder / name).is_file())])
+        for name in ("answers.parquet", "first_turns.parquet")
+    ]
+    return Answers(params, answers, turns, trainings(params), alone)
+
+
+def trainings(params: Params) -> Trainings:
+    """How each trained system came about, for `Answers`: the main line's policies and the listed variants."""
+    found = {"sft": ("sft",), "awares": ("sft", "grpo")}
+    for name in [name for listed in params.ablations.values() for name in listed]:
+        variant = load_params(params.profile, name, path=params.path("params.yaml"))
+        changed = variant.changed & DECIDES["grpo"]
+        if judged_by(variant)[0] == "sft":
+            found[name] = (f"sft:{name}",)
+        else:
+            after_sft = changed == {"grpo"} and variant.grpo.cold_start
+            found[name] = ("sft", f"grpo:{name}") if after_sft else (f"all:{name}",)
+    return found
 
 
 def main_files(params: Params) -> list[File]:
@@ -73,6 +110,18 @@ def main_files(params: Params) -> list[File]:
 def main_first_turns(params: Params) -> list[File]:
     """Validation trajectories of the trained policies of Table 1."""
     return [file for system, stage in TRAINED.items() for file in _by_seed(params, system, stage, "validation.jsonl")]
+
+
+def variant_files(params: Params, runs: Mapping[str, Params], turns: bool = False) -> list[File]:
+    """Evaluation trajectories of variants (name -> settings), or with ``turns`` those on the validation rows."""
+    found = []
+    for name, variant in runs.items():
+        system, stage = judged_by(variant)
+        place = (stage, "validation.jsonl") if turns else ("evaluation", f"trajectories/{system}.jsonl")
+        found += [
+            (name, seed, path) for _, seed, path in _by_seed(replace(variant, seeds=params.seeds), system, *place)
+        ]
+    return found
 
 
 def _by_seed(params: Params, system: str, stage: str, name: str) -> list[File]:
@@ -101,78 +150,118 @@ def judged_by(params: Params) -> tuple[str, str]:
     return ("awares", "grpo") if "grpo" in touched else ("sft", "sft")
 
 
-def gather(folders: Mapping[str, Path], name: str) -> pd.DataFrame:
-    """The tables ``name`` of all variants (variant -> folder of its tables) in one, with a first column variant."""
-    files = {variant: require(folder / f"{name}.csv", "ablations") for variant, folder in folders.items()}
-    tables = {variant: pd.read_csv(file) for variant, file in files.items()}
-    return pd.concat(tables, names=["variant"]).reset_index("variant").reset_index(drop=True)
+def measures_table(answers: Answers, systems: Mapping[str, str], measures: Sequence[str]) -> pd.DataFrame:
+    """``measures`` of ``systems`` (name in the table -> name in ``answers``), means over seeds: variant, seeds, values.
 
-
-def select_variants(tables: pd.DataFrame, column: str, wanted: Sequence[str], main: str) -> pd.DataFrame:
-    """The rows of gathered ``tables`` for the variants ``wanted``, in that order; the main line is named ``main``.
-
-    ``column`` names a policy in a variant's table. Every such table has the main line's row, too, scored at the same
-    seed; that of the first wanted variant is taken. Raises AwaresValueError if params.yaml lists no wanted variant.
+    ``accuracy`` has its interval over rows; nan for what is undefined, such as the area of a policy that never calls.
     """
-    own = tables[tables[column] == tables.variant]
-    ours = [name for name in wanted if name != main and (own.variant == name).any()]
-    if not ours:
-        raise AwaresValueError(f"none of {', '.join(wanted)} is listed under ablations in params.yaml")
-    reference = tables[(tables[column] == MAIN) & (tables.variant == ours[0])].assign(variant=main)
-    rows = pd.concat([own, reference])
-    return pd.concat([rows[rows.variant == name] for name in wanted], ignore_index=True).drop(columns=column)
+    records = []
+    for name, system in systems.items():
+        one: dict[str, Any] = {"variant": name, "seeds": len(answers.seeds(system))}
+        for measure in measures:
+            try:
+                found = answers.estimate(measure, system)
+                one[measure] = found.value
+                if measure == "accuracy":
+                    rows = Effect(found.value, found.errors()[0] ** 0.5)
+                    one["accuracy_low"], one["accuracy_high"] = rows.interval(answers.params.evaluation.level)
+            except MissingRows:
+                one[measure] = math.nan
+        records.append(one)
+    return pd.DataFrame(records)
 
 
-def recipe_table(results: pd.DataFrame, decisions: pd.DataFrame, wanted: Sequence[str], main: str) -> pd.DataFrame:
-    """Table 8: variant, accuracy (percent) with its interval, rtr, call_rate (percent), area (share of the image)."""
-    average = select_variants(results[results.benchmark == AVERAGE], "system", wanted, main)
-    calls = select_variants(decisions, "policy", wanted, main)[["variant", "call_rate", "area"]]
-    return average[["variant", "accuracy", "accuracy_low", "accuracy_high", "rtr"]].merge(calls, on="variant")
-
-
-def sweep_table(
-    results: pd.DataFrame, decisions: pd.DataFrame, main: Params, runs: Mapping[str, Params]
-) -> pd.DataFrame:
-    """Numbers that are a variant's only change, the main line's included: parameter, value, then as `recipe_table`."""
+def sweep_table(main: Params, runs: Mapping[str, Params], answers: Answers) -> pd.DataFrame:
+    """Numbers that are a variant's only change, the main line's included: parameter, value, then as `measures_table`."""
     found: dict[str, dict[str, float]] = {}
     for name, params in runs.items():
         changes = differences(main, params)
         if len(changes) == 1 and {type(value) for value in changes[0][1:]} <= {int, float}:
-            found.setdefault(changes[0][0], {MAIN: changes[0][1]})[name] = changes[0][2]
+            own = {judged_by(params)[0]: changes[0][1]}
+            found.setdefault(changes[0][0], own)[name] = changes[0][2]
     parts = []
     for values in found.values():
-        table = recipe_table(results, decisions, sorted(values, key=values.__getitem__), MAIN)
-        table.insert(0, "value", table.variant.map(values))
+        names = sorted(values, key=values.__getitem__)
+        shown = {MAIN if name in TRAINED else name: name for name in names}
+        table = measures_table(answers, shown, ["accuracy", "rtr", "call_rate", "area"])
+        table.insert(0, "value", [values[name] for name in names])
         parts.append(table)
     return pd.concat(parts, keys=found, names=["parameter"]).reset_index("parameter").reset_index(drop=True)
 
 
-def effects(main: Params, runs: Mapping[str, Params]) -> pd.DataFrame:
-    """Effect of each variant's change on mean accuracy (points) and RTR, with intervals over rows and training.
+def effects(main: Params, runs: Mapping[str, Params], answers: Answers) -> pd.DataFrame:
+    """Effect of each variant's change on mean accuracy (points) and RTR, with intervals over rows and trainings.
 
-    A line against the main line, then one against each variant with a subset of its changes (not for the trained
-    systems of Table 1). ``system``: the policy of Table 1 that is compared; ``change``: the parameters that differ.
-    Raises AwaresFileError for a variant that has not been run.
+    A line against the main line of the same seeds, then one against each variant with a subset of its changes (not for
+    the trained systems of Table 1). variant, system (the policy of Table 1 that is compared), against, change (the
+    parameters that differ), then as `difference_table`; ``significant`` among the lines of one kind.
     """
     system = {name: judged_by(params)[0] for name, params in runs.items()}
     changes = {name: {key: str(new) for key, _, new in differences(main, params)} for name, params in runs.items()}
-    policies = {name: trained(MAIN, stage) for name, stage in TRAINED.items()}
-    policies |= {name: trained(name, TRAINED[like], like) for name, like in system.items()}
     steps = {name: change for name, change in changes.items() if name not in main.ablations.get("systems", ())}
     pairs = [(name, MAIN) for name in runs]
     pairs += [(name, part) for name in steps for part in _parts_of(steps[name], steps) if system[part] == system[name]]
-    read, records = Runs(main, policies), []
-    for name, start in pairs:
-        pair = (name, system[name] if start == MAIN else start)
-        seeds, found = read.seeds(pair, EVALUATION), []
+    compared = difference_table(answers, [(name, system[name] if start == MAIN else start) for name, start in pairs])
+    found = compared.rename(columns={"a": "variant"}).drop(columns=["b", "significant"])
+    found.insert(1, "system", found.variant.map(system))
+    found.insert(2, "against", [start for _, start in pairs])
+    new = [{key: value for key, value in changes[a].items() if key not in changes.get(b, ())} for a, b in pairs]
+    found.insert(3, "change", [", ".join(f"{key} {value}" for key, value in one.items()) for one in new])
+    rates = found.groupby(found.against == MAIN).p.transform(adjusted)
+    return found.assign(significant=rates <= 1 - main.evaluation.level)
+
+
+def difference_table(answers: Answers, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Differences a - b of systems: a, b, seeds, n (rows), accuracy (points) and RTR with intervals.
+
+    On the rows and at the training seeds that both have. ``p``: of the difference in accuracy, which is ``significant``
+    at a false discovery rate of 1 - evaluation.level over the table.
+    """
+    level, records = answers.params.evaluation.level, []
+    for a, b in pairs:
+        found: list[float] = []
         for measure in ("accuracy", "rtr"):
-            gain = read.estimate(measure, pair[0], seeds) - read.estimate(measure, pair[1], seeds)
-            found.append((gain.value, *gain.interval(main.evaluation.level)))
-        change = ", ".join(f"{key} {new}" for key, new in changes[name].items() if key not in changes.get(start, ()))
-        (points, low, high), tokens = found
-        records.append((name, system[name], start, change, points, low, high, not low <= 0 <= high, *tokens))
-    columns = ["variant", "system", "against", "change", "difference", "low", "high", "significant"]
-    return pd.DataFrame(records, columns=[*columns, "rtr", "rtr_low", "rtr_high"])
+            gain = answers.estimate(measure, a, (b,)) - answers.estimate(measure, b, (a,))
+            effect = answers.effect(gain, measure)
+            found += [effect.value, *effect.interval(level), effect.p(0.0)]
+        records.append((a, b, effect.seeds, gain.rows.shape[1], *found[:-1]))
+    names = ["a", "b", "seeds", "n", "difference", "low", "high", "p", "rtr", "rtr_low", "rtr_high"]
+    table = pd.DataFrame(records, columns=names)
+    return table.assign(significant=adjusted(table.p) <= 1 - level)
+
+
+def gap_table(answers: Answers, policy: str) -> pd.DataFrame:
+    """Where ``policy`` loses and regains accuracy against full resolution: part, rows, right, points, low, high.
+
+    ``rows``: per training. ``right``: percent of them that the policy answers right. ``points``: their part of the
+    difference in mean accuracy. A row needs a call if full resolution scores higher than half resolution on it.
+    """
+    level, (seeds, index) = answers.params.evaluation.level, answers.common((policy, "full", "half"))
+    gain = answers.estimate("accuracy", policy, ("full", "half")) - answers.estimate(
+        "accuracy", "full", (policy, "half")
+    )
+    tables = {
+        name: [answers.tables["evaluation", name, seed].loc[index] for seed in answers.seeds(name)]
+        for name in ("full", "half")
+    }
+    own = [answers.tables["evaluation", policy, seed].loc[index] for seed in seeds]
+    full, half = (np.array([table.score for table in tables[name]]) for name in ("full", "half"))
+    score, called = np.array([table.score for table in own]), np.array([table.crops.map(len) > 0 for table in own])
+    needed, right = full > half, full >= 0.5
+    parts = {
+        "call needed, none made (when)": needed & ~called,
+        "call needed and made (reading)": needed & called,
+        "call made, none needed": ~needed & right & called,
+        "none needed or made (drift)": ~needed & right & ~called,
+        "full resolution is wrong (regained)": ~needed & ~right & (called | ~called),
+        "sum": called | ~called,
+    }
+    records = []
+    for name, mask in parts.items():
+        one = answers.effect(replace(gain, rows=gain.rows * mask), "accuracy")
+        correct = 100 * float(score[mask].mean()) if mask.any() else float("nan")
+        records.append((name, mask.sum() / len(seeds), correct, one.value, *one.interval(level)))
+    return pd.DataFrame(records, columns=["part", "rows", "right", "points", "low", "high"])
 
 
 def _parts_of(whole: Mapping[str, str], changes: Mapping[str, Mapping[str, str]]) -> list[str]:

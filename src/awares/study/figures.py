@@ -21,7 +21,7 @@ from awares.method.crops import crop_box, cut, low_resolution
 from awares.method.evaluation import AVERAGE
 from awares.method.rollout import Trajectory
 from awares.study.diagnostics import OUTCOMES, outcome
-from awares.study.display import SYSTEM_WORDS
+from awares.study.display import SYSTEM_WORDS, name_tasks, shown
 
 PALETTE = sns.color_palette("colorblind")
 SYSTEM_COLOURS = dict(zip(SYSTEM_WORDS.values(), PALETTE, strict=False))
@@ -30,8 +30,9 @@ RTR = "retain token ratio (visual tokens / tokens of the full image)"
 OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}  # a legend on the right
 
 
-def style(dpi: int) -> None:
-    """One look for all figures of a notebook."""
+def style(dpi: int, origin: str = "") -> None:
+    """One look for all figures of a notebook. ``origin`` of the rows: see `name_tasks`."""
+    name_tasks(origin)
     rc = {"figure.dpi": dpi, "savefig.dpi": dpi, "savefig.bbox": "tight", "figure.constrained_layout.use": True}
     warnings.filterwarnings("ignore", "The figure layout has changed")  # seaborn's grids lay themselves out
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.85, rc=rc)
@@ -84,11 +85,11 @@ def accuracy_figure(table: pd.DataFrame, panel: str = "benchmark", x: str = "rtr
 
     ``table``: system, accuracy, ``x`` and ``panel``; intervals in columns with ``_low`` and ``_high``.
     """
+    table = shown(table.reset_index(drop=True))
     names = sorted(table[panel].unique(), key=lambda name: name != AVERAGE)
-    shown = table.reset_index(drop=True).assign(system=table.system.map(SYSTEM_WORDS).to_numpy())
     look = {"hue": "system", "palette": SYSTEM_COLOURS, "style": "system", "markers": MARKERS, "s": 60}
     panels = {"col": panel, "col_order": names, "col_wrap": min(4, len(names)), "height": 2.8}
-    grid = sns.relplot(shown, x=x, y="accuracy", **look, **panels, facet_kws={"sharex": panel == "benchmark"})
+    grid = sns.relplot(table, x=x, y="accuracy", **look, **panels, facet_kws={"sharex": panel == "benchmark"})
     grid.map_dataframe(whiskers, x).set(xlim=(-0.05 * table[x].max(), None)).set_axis_labels("", "accuracy (%)")
     grid.set_titles("{col_name}").figure.supxlabel(label)
     return grid.figure
@@ -100,18 +101,18 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
     Left the rows "all" of ``dial`` (dial.csv) with full and half of ``main`` (table1_main.csv), right its rows
     "frontier" with the oracle frontier of the same policies (``frontier``, frontier_curve.csv), dashed.
     """
-    dial, frontier, main = (one.assign(system=one.system.map(SYSTEM_WORDS)) for one in (dial, frontier, main))
+    dial, frontier, main = map(shown, (dial, frontier, main))
     look = {"x": "rtr", "y": "accuracy", "hue": "system", "palette": SYSTEM_COLOURS}
     ends = main[(main.benchmark == AVERAGE) & main.system.str.contains("resolution")]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True, sharey=True)
     titles = {"all": "the dial, {} rows (ring: as trained)", "frontier": "under the oracle frontier, {} rows"}
     for axes, (part, title) in zip((left, right), titles.items(), strict=True):
-        shown = dial[dial.rows == part]
-        trained = shown[shown.call_bias == 0]
-        sns.lineplot(shown, **look, marker="o", ax=axes)
-        whiskers("rtr", data=shown, axes=axes)
+        curve = dial[dial.rows == part]
+        trained = curve[curve.call_bias == 0]
+        sns.lineplot(curve, **look, marker="o", ax=axes)
+        whiskers("rtr", data=curve, axes=axes)
         axes.plot(trained.rtr, trained.accuracy, "o", color="black", markersize=11, markerfacecolor="none")
-        axes.set(xlabel=RTR, ylabel="accuracy (%), average over tasks", title=title.format(shown.n.iloc[0]))
+        axes.set(xlabel=RTR, ylabel="accuracy (%), average over tasks", title=title.format(curve.n.iloc[0]))
     sns.scatterplot(ends, **look, marker="s", s=60, ax=left)
     whiskers("rtr", data=ends, axes=left)
     # The frontiers almost coincide: the dashes of the second one fall into the gaps of the first

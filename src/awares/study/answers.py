@@ -1,0 +1,215 @@
+"""Measures of policies and their differences, from published answers: the rows of every system, seed by seed.
+
+Everything is linear in rows: a measure is the mean over rows of one number per training and row. (A ratio sum(a) /
+sum(b) = r has the rows r + (a - r * b) / mean(b), the delta method.) So differences are taken row by row, between
+trainings of the same seed, and their errors over rows and trainings follow from one array (trainings, rows).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import pandas as pd
+
+from awares.config import Params
+from awares.errors import AwaresFileError
+from awares.method.evaluation import CALL_STATUSES, decision_parts
+from awares.method.judges import HR, LR
+from awares.study.diagnostics import outcome
+from awares.study.verdicts import Effect
+
+EVALUATION, VALIDATION = "evaluation", "validation"
+ORACLE = "oracle"  # the "policy" that requests the target crops, in first_turns.parquet
+WEIGHTED = ("accuracy", "rtr", "characters")  # the mean over benchmarks
+PLUS = 4  # "plus four" (Agresti and Coull): the variance over rows as if four more rows differed by the whole range
+
+# measure -> (kind of rows, its range: 100 for percent)
+MEASURES: dict[str, tuple[str, float]] = {
+    "accuracy": (EVALUATION, 100.0),  # the benchmark's own metric
+    "rtr": (EVALUATION, 1.0),
+    "characters": (EVALUATION, 1.0),  # of the answer, without calls (Table 6)
+    "valid": (EVALUATION, 100.0),  # attempted calls that parse as written
+    **dict.fromkeys(("call_rate", "precision", "recall", "f1", "fpr", "exact", "relaxed"), (VALIDATION, 100.0)),
+    "area": (VALIDATION, 1.0),  # requested per call, share of the image
+    "whole_of_calls": (VALIDATION, 100.0),  # calls that request the whole image
+    "hr": (VALIDATION, 100.0),  # rows labelled HR
+}
+
+
+Trainings = Mapping[str, tuple[str, ...]]
+
+
+class MissingRows(AwaresFileError):
+    """Answers that no stage has published yet."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic: the mean of ``rows`` (S trainings, N rows) over trainings and, equally weighted, ``groups`` (N,).
+
+    ``row``: the weight of one row times the range of the measure. ``noise``: training -> the weight with which it
+    enters, for an estimate from one training.
+    """
+
+    rows: np.ndarray
+    groups: np.ndarray
+    row: float
+    noise: Mapping[str, float]
+
+    @property
+    def by_training(self) -> np.ndarray:
+        return np.mean([self.rows[:, self.groups == name].mean(axis=1) for name in np.unique(self.groups)], axis=0)
+
+    @property
+    def value(self) -> float:
+        return float(self.by_training.mean())
+
+    def __mul__(self, factor: float) -> "Estimate":
+        noise = {name: weight * factor for name, weight in self.noise.items()}
+        return replace(self, rows=self.rows * factor, row=self.row * abs(factor), noise=noise)
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        names = {**self.noise, **other.noise}
+        noise = {name: self.noise.get(name, 0.0) - other.noise.get(name, 0.0) for name in names}
+        return replace(self, rows=self.rows - other.rows, row=max(self.row, other.row), noise=noise)
+
+    def __truediv__(self, other: "Estimate") -> "Estimate":
+        if not other.value:
+            raise MissingRows("the divisor is 0")
+        ratio = self.value / other.value
+        rest = (self - other * ratio) * (1 / other.value)
+        return replace(rest, rows=ratio + rest.rows)
+
+    def __abs__(self) -> "Estimate":
+        return self * (1 if self.value >= 0 else -1)
+
+    def errors(self) -> tuple[float, float]:
+        """Variance of the value over rows and over trainings (0 for one training).
+
+        Rows and trainings are crossed: the part of their interaction is in both and counts once, with the trainings.
+        """
+        count, parts, shared = len(self.rows), [], []
+        names = np.unique(self.groups)
+        for name in names:
+            part = self.rows[:, self.groups == name]
+            rest = part - part.mean(axis=0) - part.mean(axis=1, keepdims=True) + part.mean()
+            size = part.shape[1] * max(part.shape[1] - 1, 1) * len(names) ** 2
+            parts.append(((part.mean(axis=0) - part.mean()) ** 2).sum() / size)
+            shared.append((rest**2).sum() / (count * max(count - 1, 1)) / size)
+        trainings = self.by_training.var(ddof=1) / count if count > 1 else 0.0
+        return max(sum(parts) - sum(shared), 0.0) + PLUS * self.row**2, float(trainings)
+
+
+class Answers:
+    """The published answers of all systems.
+
+    ``answers``: system, seed, benchmark, row_id, score, rtr, answer, call_status; rows of several evaluation seeds are
+    pooled. ``turns``: system, seed, row_id, crops, call_status, label of the curated validation rows, ORACLE included.
+    ``trainings``: trained system -> the names of its trainings, which it shares with other systems: "sft" and "grpo"
+    are those of the main line. "sft:x", "grpo:x" and "all:x" are a variant's own, with the spread of the main line's
+    SFT, of GRPO after one SFT, and of both. ``alone``: effects are about these trained policies, not about their kind.
+    """
+
+    def __init__(
+        self, params: Params, answers: pd.DataFrame, turns: pd.DataFrame, trainings: Trainings, alone: bool = False
+    ) -> None:
+        self.params, self.trainings, self.alone = params, trainings, alone
+        self.tables = {
+            (kind, system, int(seed)): part.drop_duplicates("row_id").set_index("row_id")
+            for kind, table in ((EVALUATION, answers), (VALIDATION, turns))
+            for (system, seed), part in table.groupby(["system", "seed"], sort=False)
+        }
+        self._parts, self._turns = cache(self._parts_of), cache(self._turns_of)
+
+    def seeds(self, policy: str, kind: str = EVALUATION) -> tuple[int, ...]:
+        """The training seeds at which ``policy`` has rows; one of them if it was not trained."""
+        found = sorted(seed for one, system, seed in self.tables if (one, system) == (kind, policy))
+        return tuple(found if policy in self.trainings else found[:1])
+
+    def common(self, policies: Sequence[str], kind: str = EVALUATION) -> tuple[tuple[int, ...], pd.Index]:
+        """The training seeds and the rows that all ``policies`` have; MissingRows if there are none."""
+        seeds = {policy: self.seeds(policy, kind) for policy in policies}
+        if missing := [policy for policy, found in seeds.items() if not found]:
+            raise MissingRows(f"no {kind} rows of {', '.join(missing)} are published")
+        trained = [{*found} for policy, found in seeds.items() if policy in self.trainings]
+        shared = set.intersection(*trained) if trained else {1}
+        if not shared:
+            raise MissingRows(f"{', '.join(policies)} have no training seed in common")
+        used = {policy: sorted(shared) if policy in self.trainings else found for policy, found in seeds.items()}
+        indexes = [self.tables[kind, policy, seed].index for policy, found in used.items() for seed in found]
+        rows = indexes[0]
+        for other in indexes[1:]:
+            rows = rows if rows.equals(other) else rows.intersection(other, sort=False)
+        if not len(rows):
+            raise MissingRows(f"{', '.join(policies)} have no {kind} rows in common")
+        return tuple(sorted(shared)), rows
+
+    def estimate(
+        self, measure: str, policy: str, among: Sequence[str] = (), benchmarks: tuple[str, ...] = ()
+    ) -> Estimate:
+        """``measure`` of ``policy``, at the seeds and on the rows that it has in common with the policies ``among``.
+
+        Over evaluation rows it is the mean over ``benchmarks`` (all by default). MissingRows for what is not published.
+        """
+        kind, scale = MEASURES[measure]
+        seeds, index = self.common((policy, *among, *((ORACLE,) if kind == VALIDATION else ())), kind)
+        found, sizes = [], []
+        for seed in seeds if policy in self.trainings else self.seeds(policy, kind):
+            parts = self._parts(measure, policy, seed).loc[index]
+            parts = parts[parts.group.isin(benchmarks)] if benchmarks else parts
+            whole = parts.whole.sum()
+            if not whole:
+                raise MissingRows(f"{measure} of {policy} is undefined: it counts none of the {len(parts)} rows")
+            ratio = parts.value.sum() / whole
+            found.append(scale * (ratio + (parts.value - ratio * parts.whole).to_numpy() / parts.whole.mean()))
+            sizes.append(whole)
+        noise = dict.fromkeys(self.trainings.get(policy, ()), 1.0)
+        return Estimate(np.stack(found), parts.group.to_numpy(), scale / float(np.mean(sizes)), noise)
+
+    def effect(self, found: Estimate, measure: str, benchmarks: tuple[str, ...] = ()) -> Effect:
+        """``found`` with its errors. One training per arm varies as much as the main line's ``measure`` over seeds."""
+        (rows, trainings), count = found.errors(), len(found.rows)
+        free, noise = count - 1, {name: weight for name, weight in found.noise.items() if weight}
+        if count == 1 and noise and not self.alone:
+            spreads = {name: self._spread(name.partition(":")[0], measure, benchmarks) for name in noise}
+            trainings = sum(weight**2 * spreads[name][0] for name, weight in noise.items())
+            free = min(degrees for _, degrees in spreads.values())
+        return Effect(found.value, math.sqrt(rows), math.sqrt(trainings), free, count)
+
+    def _spread(self, training: str, measure: str, benchmarks: tuple[str, ...]) -> tuple[float, int]:
+        """Variance of ``measure`` from one training of the main line to the next; (1, 0) while there is only one."""
+        pair = ("sft",) if training == "sft" else ("awares", "sft")
+        if any(len(self.seeds(policy, MEASURES[measure][0])) < 2 for policy in pair):
+            return 1.0, 0
+        parts = [self.estimate(measure, policy, pair, benchmarks) for policy in pair]
+        found = parts[0] - parts[1] if training == "grpo" else parts[0]
+        return float(found.by_training.var(ddof=1)), len(found.rows) - 1
+
+    def _parts_of(self, measure: str, policy: str, seed: int) -> pd.DataFrame:
+        """Numerator (value), denominator (whole) and group of each row."""
+        kind = MEASURES[measure][0]
+        table = self.tables[kind, policy, seed]
+        if kind == VALIDATION:
+            value, whole = self._turns(policy, seed)[measure]
+        elif measure == "valid":
+            value, whole = table.call_status == "valid", table.call_status.isin(CALL_STATUSES)
+        else:
+            columns = {"accuracy": table.score, "rtr": table.rtr, "characters": table.answer.map(len)}
+            value, whole = columns[measure], np.ones(len(table))
+        group = table.benchmark if measure in WEIGHTED else "all"
+        parts = pd.DataFrame({"value": value, "whole": whole}, table.index).astype(float)
+        return parts.assign(group=group)
+
+    def _turns_of(self, policy: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Terms of every ratio over validation rows: `decision_parts` against the labels and target crops."""
+        table = self.tables[VALIDATION, policy, seed]
+        (oracle,) = (self.tables[VALIDATION, ORACLE, one] for one in self.seeds(ORACLE, VALIDATION))
+        oracle = oracle.reindex(table.index)  # a row that only the variant's curation has counts nowhere
+        crops, target = ([list(one) if np.ndim(one) else [] for one in part.crops] for part in (table, oracle))
+        labels = oracle.label.fillna(LR).tolist()
+        parts = decision_parts(labels, crops, target, self.params.evaluation.relaxed_iou)
+        whole = np.array([outcome(one) == "all" for one in crops], float)
+        parts |= {"whole_of_calls": (whole, parts["call_rate"][0])}
+        return parts | {"hr": ((oracle.label == HR).to_numpy(float), np.ones(len(table)))}

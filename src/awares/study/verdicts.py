@@ -1,0 +1,128 @@
+"""One verdict for every question: the claims, the pages and the README decide with these functions.
+
+An effect has two independent errors. Its rows are a sample, with a normal error. Its trainings are another one: few
+per arm, so that their mean follows Student's t. The interval adds the two reaches in quadrature, which is never too
+narrow (Cochran's argument): effect +- sqrt((z * rows)^2 + (t * trainings)^2).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import optimize, special, stats
+
+HOLDS, FAILS, SAME, UNDECIDED = "holds", "does not hold", "equivalent", "not decidable here"
+POWER = 0.8  # of the least detectable effect
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A quantity with its standard errors over rows and over trainings.
+
+    ``free``: degrees of freedom of ``trainings``. Without any (0) nothing is known about other trainings: the interval
+    is infinite, unless no training takes part (``trainings`` 0). ``seeds``: trainings of each arm. ``ends``: the least
+    and the most that the quantity can be.
+    """
+
+    value: float
+    rows: float
+    trainings: float = 0.0
+    free: int = 0
+    seeds: int = 1
+    ends: tuple[float, float] = (-math.inf, math.inf)
+
+    def reach(self, tail: float, and_tail: float = 0.5) -> float:
+        """How far a ``tail`` probability reaches on one side, plus that of ``and_tail`` (0.5 adds nothing)."""
+        if self.trainings and not self.free:
+            return math.inf
+        normal = -special.ndtri(tail) - special.ndtri(and_tail)
+        student = -special.stdtrit(self.free, tail) - special.stdtrit(self.free, and_tail) if self.trainings else 0.0
+        return math.hypot(normal * self.rows, student * self.trainings)
+
+    def interval(self, level: float) -> tuple[float, float]:
+        reach = self.reach((1 - level) / 2)
+        return max(self.value - reach, self.ends[0]), min(self.value + reach, self.ends[1])
+
+    def p(self, margin: float) -> float:
+        """Two-sided p value of the hypothesis that the effect is ``margin``."""
+        distance = abs(self.value - margin)
+        if self.trainings and not self.free or not distance:
+            return 1.0
+        tiny = 1e-12
+        if self.reach(tiny / 2) <= distance:
+            return tiny
+        return float(optimize.brentq(lambda p: self.reach(p / 2) - distance, tiny, 1.0, xtol=1e-14))
+
+    def detectable(self, level: float, within: bool = False) -> float:
+        """The least distance from the margin that is shown with probability POWER at this ``level``.
+
+        ``within``: the least margin within which an effect of 0 is shown to lie.
+        """
+        missed = (1 - POWER) / 2 if within else 1 - POWER
+        return self.reach((1 - level) / 2, missed)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the effects of one claim show, before it is known how many claims are judged.
+
+    ``statements``: (verdict, p value), in the order of preference.
+    """
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+    detectable: float
+    statements: tuple[tuple[str, float], ...]
+
+    @property
+    def p(self) -> float:
+        return min(p for _, p in self.statements)
+
+
+def judge(effects: Sequence[Effect], side: str, margin: float, same: float, level: float) -> Finding:
+    """What ``effects`` say about a claim that all of them are ``above`` or ``below`` ``margin``, or ``within`` +- it.
+
+    ``same`` > 0: a difference smaller than this does not matter, so the claim of a direction can end as equivalent.
+    Several effects: all must be on the claimed side (the largest p value decides), and one on the other side is enough
+    against it (the smallest decides, times their number: Bonferroni). The interval is that of the hardest effect, its
+    far end as strict.
+    """
+    sign = -1 if side == "below" else 1
+    hardest = min(effects, key=lambda one: sign * one.value)
+    near, far = ([one.interval(at) for one in effects] for at in (level, 1 - (1 - level) / len(effects)))
+    worst = max if side == "below" else min
+    lows, highs = (far, near) if side == "below" else (near, far)
+    ends = worst(low for low, _ in lows), worst(high for _, high in highs)
+    if side == "within":
+        inside = abs(hardest.value) < margin
+        p = max(hardest.p(margin), hardest.p(-margin)) if inside else min(hardest.p(margin), hardest.p(-margin))
+        found = [(SAME if inside else FAILS, p)]
+    else:
+        against = [one.p(margin) for one in effects if sign * (one.value - margin) <= 0]
+        p = min(1.0, len(effects) * min(against)) if against else max(one.p(margin) for one in effects)
+        found = [(FAILS if against else HOLDS, p)]
+        if same and abs(hardest.value - margin) < same:
+            found.append((SAME, max(hardest.p(margin - same), hardest.p(margin + same))))
+    detectable = hardest.detectable(level, side == "within")
+    return Finding(hardest.value, *ends, hardest.seeds, detectable, tuple(found))
+
+
+def adjusted(p: Any) -> np.ndarray:
+    """Benjamini-Hochberg: the false discovery rate at which each p value would just be a discovery; nan stays nan."""
+    rates = np.array(p, dtype=float)
+    known = ~np.isnan(rates)
+    rates[known] = stats.false_discovery_control(rates[known]) if known.any() else []
+    return rates
+
+
+def decide(findings: Sequence[Finding | None], level: float) -> list[str]:
+    """The verdict on each finding, at a false discovery rate of 1 - ``level`` over all of them; None is undecided."""
+    p = np.array([np.nan if one is None else one.p for one in findings])
+    discovered = p[adjusted(p) <= 1 - level]
+    most = discovered.max() if len(discovered) else -1.0
+    named = [[name for name, at in (one.statements if one else ()) if at <= most] for one in findings]
+    return [names[0] if names else UNDECIDED for names in named]

@@ -1,0 +1,406 @@
+"""Verdicts keep their error rates on data with a known truth, noise never helps, and policies are compared in pairs."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from conftest import TASKS
+
+from awares.config import load_params
+from awares.errors import AwaresError
+from awares.method import evaluation
+from awares.study import answers, claims, comparison, verdicts
+from awares.study.answers import ORACLE, Answers, Estimate
+from awares.study.verdicts import FAILS, HOLDS, SAME, UNDECIDED, Effect
+
+PARAMS = load_params("mini")
+PER_TASK = 50
+ROWS = [f"{task}-{n}" for n in range(PER_TASK) for task in TASKS]
+
+
+# Error rates
+
+
+def simulated(rng, trainings, spreads, truth=0.0, rows=300):
+    """An effect of ``truth`` from simulated differences; spreads of trainings, of rows, and of each cell."""
+    of_training, of_row, of_cell = (
+        rng.normal(0, spread, size) for spread, size in spreads_of(trainings, spreads, rows)
+    )
+    found = Estimate(truth + of_training + of_row + of_cell, np.repeat(np.arange(6), rows // 6), 0.0, {})
+    by_rows, by_trainings = found.errors()
+    return Effect(found.value, by_rows**0.5, by_trainings**0.5, trainings - 1, trainings)
+
+
+def spreads_of(trainings, spreads, rows):
+    return zip(spreads, ((trainings, 1), (1, rows), (trainings, rows)), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("trainings", "spreads"),
+    [(1, (0, 0.5, 0.5)), (3, (0.05, 1, 0.3)), (3, (0, 0, 1)), (6, (0.03, 0.7, 0.7)), (6, (0, 1, 0))],
+)
+def test_a_false_verdict_is_as_rare_and_a_true_one_as_frequent_as_stated(trainings, spreads):
+    rng, n, rows = np.random.default_rng(0), 800, 300
+    spread, of_row, of_cell = spreads
+    true = Effect(
+        0.0,
+        (of_row**2 / rows + (trainings == 1) * of_cell**2 / rows) ** 0.5,
+        ((spread**2 + of_cell**2 / rows) / trainings) ** 0.5 if trainings > 1 else 0.0,
+        trainings - 1,
+    )
+    least, within = true.detectable(0.95), true.detectable(0.95, within=True)
+
+    def share(wanted, truth, side="above", margin=0.0, same=0.0):
+        found = (
+            verdicts.judge([simulated(rng, trainings, spreads, truth)], side, margin, same, 0.95) for _ in range(n)
+        )
+        return np.mean([[name for name, p in one.statements if p <= 0.05][:1] == [wanted] for one in found])
+
+    rare = 0.025 + 3 * (0.025 * 0.975 / n) ** 0.5
+    assert share(HOLDS, 0.0) <= rare and share(FAILS, 0.0, "below") <= rare
+    assert share(SAME, within, "within", within) <= rare and share(FAILS, within, "within", within) <= rare
+    assert share(HOLDS, least, same=least / 2) == pytest.approx(0.8, abs=0.09)
+    assert share(SAME, 0.0, "within", within) == pytest.approx(0.8, abs=0.09)
+
+
+def test_the_interval_is_students_for_trainings_and_normal_for_rows():
+    gains = np.array([0.5, -0.5, 1.0])
+    found = Estimate(np.tile(gains[:, None], 12), np.repeat([0, 1], 6), 0.0, {})
+    rows, trainings = found.errors()
+    effect = Effect(found.value, rows**0.5, trainings**0.5, 2, 3)
+    expected = scipy.stats.t.interval(0.95, 2, loc=gains.mean(), scale=gains.std(ddof=1) / 3**0.5)
+    assert effect.interval(0.95) == pytest.approx(expected)
+    assert effect.p(0.0) == pytest.approx(scipy.stats.ttest_1samp(gains, 0).pvalue)
+    only_rows = Effect(2.0, 1.0)
+    assert only_rows.interval(0.95) == pytest.approx((2 - 1.96, 2 + 1.96), abs=1e-3)
+    assert only_rows.p(0.0) == pytest.approx(2 * scipy.stats.norm.sf(2))
+    unknown = Effect(100.0, 1.0, 1.0, 0)  # one training of a kind of which nothing else is known
+    assert unknown.p(0.0) == 1 and unknown.interval(0.95) == (-np.inf, np.inf)
+
+
+@pytest.mark.parametrize("side", ["above", "below", "within"])
+def test_noise_never_makes_a_claim_pass_more_easily(side):
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        effects = [
+            Effect(rng.normal(), rng.uniform(0.01, 1), rng.uniform(0.01, 1), 2, 3) for _ in range(rng.integers(1, 4))
+        ]
+        noisier = [dataclasses.replace(one, rows=one.rows * 1.5, trainings=one.trainings * 2) for one in effects]
+        margin, same = rng.uniform(0.2, 1), rng.uniform(0, 1)
+        quiet, loud = (verdicts.judge(each, side, margin, same, 0.95) for each in (effects, noisier))
+        assert [name for name, _ in quiet.statements] == [name for name, _ in loud.statements]
+        for (_, before), (_, after) in zip(quiet.statements, loud.statements, strict=True):
+            assert before <= after + 1e-9
+        assert loud.low <= quiet.low <= quiet.value <= quiet.high <= loud.high and quiet.detectable < loud.detectable
+
+
+@pytest.mark.parametrize(
+    ("values", "side", "margin", "same", "expected"),
+    [  # standard error 0.1
+        ([0.3], "above", 0, 0, HOLDS),
+        ([0.1], "above", 0, 0, UNDECIDED),
+        ([-0.3], "above", 0, 0, FAILS),
+        ([-0.3], "below", 0, 0, HOLDS),
+        ([-0.3], "above", -0.6, 0, HOLDS),  # not worse than by 0.6
+        ([0.1], "above", 0, 0.5, SAME),
+        ([0.3], "above", 0, 0.9, HOLDS),  # a direction is more than a difference that does not matter
+        ([0.1], "within", 0.5, 0, SAME),
+        ([0.9], "within", 0.5, 0, FAILS),
+        ([0.45], "within", 0.5, 0, UNDECIDED),
+        ([0.3, 5.0], "above", 0, 0, HOLDS),
+        ([0.1, 5.0], "above", 0, 0, UNDECIDED),
+        ([-0.21, 5.0], "above", 0, 0, UNDECIDED),  # the worse of two is below 0 by chance more often than one
+        ([-0.3, 5.0], "above", 0, 0, FAILS),
+        ([0.3, -5.0], "below", 0, 0, FAILS),
+    ],
+)
+def test_verdicts(values, side, margin, same, expected):
+    found = verdicts.judge([Effect(value, 0.1) for value in values], side, margin, same, 0.95)
+    assert verdicts.decide([found], 0.95) == [expected]
+    assert found.value == (max(values) if side == "below" else min(values))
+
+
+def test_false_discoveries_are_controlled_over_all_claims():
+    """Benjamini and Hochberg's own example, and a study of 30 claims of which 20 have no effect."""
+    p = [
+        0.0001,
+        0.0004,
+        0.0019,
+        0.0095,
+        0.0201,
+        0.0278,
+        0.0298,
+        0.0344,
+        0.0459,
+        0.3240,
+        0.4262,
+        0.5719,
+        0.6528,
+        0.7590,
+        1,
+    ]
+    assert (verdicts.adjusted(p) <= 0.05).sum() == 4 and np.isnan(verdicts.adjusted([0.5, np.nan])[1])
+    rng, false, made = np.random.default_rng(2), [], 0
+    for _ in range(150):
+        truth = np.repeat([0.0, 3.5], [20, 10])
+        found = [verdicts.judge([Effect(value, 1.0)], "above", 0, 0, 0.95) for value in rng.normal(truth, 1)]
+        verdict = np.array(verdicts.decide([*found, None], 0.95))
+        assert verdict[-1] == UNDECIDED
+        decided = verdict[:-1] != UNDECIDED
+        false.append(decided[truth == 0].sum() / max(1, decided.sum()))
+        made += decided.sum()
+    assert np.mean(false) <= 0.05 + 3 * np.std(false) / 150**0.5 and made > 1000
+
+
+# From answers
+
+
+def answered(system, right, seed=1, rows=ROWS, rtr=0.5, status="none", answer="yes"):
+    """The answers of ``system``: a score for each row."""
+    columns = {"system": system, "seed": seed, "row_id": rows, "score": np.asarray(right, float), "rtr": rtr}
+    table = pd.DataFrame({**columns, "call_status": status, "answer": answer})
+    return table.assign(
+        benchmark=[name.split("-")[0] for name in rows], crops=[["top"] if status == "valid" else []] * len(rows)
+    )
+
+
+def turned(system, requests, seed=1):
+    ids = [f"v-{n}" for n in range(len(requests))]
+    columns = {"system": system, "seed": seed, "row_id": ids, "crops": requests, "call_status": "none"}
+    return pd.DataFrame(columns)
+
+
+def labelled(labels, target):
+    return turned(ORACLE, target).assign(label=labels)
+
+
+def study(*tables, turns=(), trained=None, params=PARAMS, **options):
+    kinds = {"sft": ("sft",), "awares": ("sft", "grpo"), "after": ("sft", "grpo:after"), "own": ("sft:own",)}
+    empty = pd.DataFrame({"system": [], "seed": []})
+    found = pd.concat([empty, *tables]), pd.concat([empty, *turns])
+    return Answers(params, *found, kinds if trained is None else trained, **options)
+
+
+def marks(share, seed=0):
+    return np.random.default_rng(seed).random(len(ROWS)) < share
+
+
+def gain(found, a="awares", b="full", measure="accuracy"):
+    (effect,) = claims.evaluate(f"{measure}({a}) - {measure}({b})", found)
+    return effect
+
+
+def test_rows_are_paired_and_stratified():
+    one, other = marks(0.8), marks(0.6, 1)
+    found = gain(study(answered("awares", one), answered("full", other), alone=True))
+    apart = 100 * (one.astype(float) - other)
+    assert found.value == pytest.approx(apart.mean()) and found.seeds == 1 and found.trainings == 0
+    by_task = [apart[place::6] for place in range(6)]
+    spread = sum(part.var(ddof=1) / PER_TASK for part in by_task) / 36
+    assert found.rows**2 == pytest.approx(spread + answers.PLUS * (100 / len(ROWS)) ** 2)
+    same = gain(study(answered("awares", one), answered("full", one), alone=True))
+    assert same.value == 0 and 0.2 < same.reach(0.025) < 1.5  # rows that do not differ are no proof that none would
+    only = study(answered("awares", one), answered("full", other))
+    (charts,) = claims.evaluate("accuracy(awares, chartqa, pope) - accuracy(full, chartqa, pope)", only)
+    assert charts.value == pytest.approx(
+        np.mean([apart[TASKS.index(name) :: 6].mean() for name in ("chartqa", "pope")])
+    )
+
+
+def test_seeds_are_paired_and_only_those_that_both_have_count():
+    start, after = {1: 0.5, 2: 0.7, 3: 0.9}, {1: 0.6, 2: 0.8, 3: 1.0, 4: 0.1}
+    tables = [answered("sft", marks(share, seed), seed) for seed, share in start.items()]
+    tables += [answered("awares", marks(share, seed), seed) for seed, share in after.items()]
+    found = gain(study(*tables), "awares", "sft")
+    each = [100 * (marks(after[seed], seed).mean() - marks(start[seed], seed).mean()) for seed in start]
+    assert found.seeds == 3 and found.free == 2 and found.value == pytest.approx(np.mean(each))
+    assert (
+        found.trainings == pytest.approx(np.std(each, ddof=1) / 3**0.5) and found.trainings < 3
+    )  # the levels differ by 20
+    assert gain(study(*tables, answered("full", marks(0.5))), "awares").seeds == 4
+    with pytest.raises(answers.MissingRows, match="no training seed in common"):
+        gain(study(tables[0], tables[-1]), "awares", "sft")
+
+
+def test_rows_of_several_draws_are_pooled_where_both_have_them():
+    new = [f"{name}-unseen" for name in ROWS]
+    more = [answered("awares", marks(1), rows=new), answered("full", marks(0), rows=new)]
+    tables = [answered(name, marks(0.5)) for name in ("awares", "full", "own")]
+    both = study(*tables, *more)
+    assert gain(both).value == pytest.approx(50) and gain(both, "own").value == 0
+    assert both.common(("awares", "full"))[1].size == 2 * len(ROWS) == 2 * both.common(("awares", "own"))[1].size
+    assert gain(study(*tables, *tables, *more)).value == pytest.approx(50)  # a row that is published twice counts once
+
+
+def test_one_training_varies_as_much_as_the_main_line_and_shares_its_cold_start():
+    """RTRs of SFT 0.30, 0.40, 0.50 and of AwaRes 0.28, 0.34, 0.40: GRPO takes off 0.02, 0.06, 0.10."""
+    tables = [answered("sft", marks(0.5), seed, rtr=0.2 + 0.1 * seed) for seed in (1, 2, 3)]
+    tables += [answered("awares", marks(0.5), seed, rtr=0.22 + 0.06 * seed) for seed in (1, 2, 3)]
+    tables += [answered(name, marks(0.5), rtr=0.35) for name in ("after", "own", "full", "whole")]
+    trained = {"sft": ("sft",), "awares": ("sft", "grpo"), "after": ("sft", "grpo:after"), "own": ("sft:own",)}
+    found = study(*tables, trained={**trained, "whole": ("all:whole",)})
+    for a, b, variance in (
+        ("after", "awares", 2 * 0.04**2),  # two trainings of GRPO on one SFT policy
+        ("after", "sft", 0.04**2),
+        ("own", "sft", 2 * 0.1**2),  # two trainings of SFT
+        ("after", "full", 0.04**2 + 0.1**2),
+        ("whole", "full", 0.06**2),
+    ):
+        effect = gain(found, a, b, "rtr")
+        assert (effect.seeds, effect.free) == (1, 2) and effect.trainings**2 == pytest.approx(variance), (a, b)
+    alone = study(tables[0], answered("own", marks(0.5), rtr=0.1))
+    finding, (note,) = claims.measured(alone, pd.DataFrame([claim("rtr(own) - rtr(sft)", "below")]))
+    assert verdicts.decide(finding, 0.95) == [UNDECIDED] and finding[0].low == -np.inf and "one training" in note
+    assert gain(study(tables[0], answered("own", marks(0.5), rtr=0.1), alone=True), "own", "sft", "rtr").p(0) < 0.01
+
+
+def claim(expression, side="above", margin=0.0, **more):
+    return {"expression": expression, "holds": side, "margin": margin, "same": 0.0, "decided_by": "", "id": "x"} | more
+
+
+def test_measures_of_first_turns_are_the_diagnostics():
+    rng = np.random.default_rng(4)
+    labels = rng.choice(["LR", "HR"], 60).tolist()
+    target = [[["top"], ["left"], ["all"]][n % 3] if name == "HR" else [] for n, name in enumerate(labels)]
+    options = [[], ["top"], ["left"], ["bottom-right"], ["all"]]
+    requests = [options[n] for n in rng.integers(0, 5, 60)]
+    found = study(turns=[turned("awares", requests), labelled(labels, target)], alone=True)
+    for name, value in evaluation.cdp_diagnostics(labels, requests, target).items():
+        if name in answers.MEASURES:
+            (effect,) = claims.evaluate(f"{name}(awares)", found)
+            assert effect.value == pytest.approx(value * answers.MEASURES[name][1])
+    calls = [names for names in requests if names]
+    (whole,) = claims.evaluate("whole_of_calls(awares)", found)
+    (share,) = claims.evaluate("hr(oracle)", found)
+    assert whole.value == pytest.approx(100 * calls.count(["all"]) / len(calls)) and share.value > 30
+    # The error of a ratio is that of its bootstrap
+    draws = [rng.integers(0, 60, 60) for _ in range(2000)]
+    picked = [sum(requests[n] == ["all"] for n in at) / sum(bool(requests[n]) for n in at) for at in draws]
+    assert whole.rows == pytest.approx(np.hypot(100 * np.std(picked), 200 / len(calls)), rel=0.1)
+    (ratio,) = claims.evaluate("call_rate(awares) / recall(oracle)", found)
+    assert ratio.value == pytest.approx(len(calls) / 60) and ratio.rows < 0.2
+    never = study(turns=[turned("awares", [[]] * 60), labelled(labels, target)], alone=True)
+    with pytest.raises(answers.MissingRows, match="precision of awares is undefined"):
+        claims.evaluate("precision(awares)", never)
+    with pytest.raises(answers.MissingRows, match="no validation rows of oracle"):
+        claims.evaluate("recall(awares)", study(turns=[turned("awares", requests)]))
+
+
+def test_a_share_has_no_end_beyond_its_range_and_an_exception_is_always_possible():
+    done = study(answered("awares", marks(1), status="valid"), alone=True)
+    (found,) = claims.evaluate("valid(awares)", done)
+    assert found.interval(0.95)[1] == 100 and 98 < found.interval(0.95)[0] < 99
+    (long,) = claims.evaluate(
+        "characters(awares) / characters(full)",
+        study(answered("full", marks(1), answer="y"), *[answered("awares", marks(1))], alone=True),
+    )
+    assert long.value == 3
+
+
+def test_pages_decide_quantities_of_other_stages(tmp_path):
+    params = load_params("mini", overrides={"paths.reports": str(tmp_path)})
+    found = study(params=params)
+    for text in ("time_ratio(escalate_full, awares)", "agreement(embedding)"):
+        with pytest.raises(answers.MissingRows, match="latency/ratios|table2_judges"):
+            claims.evaluate(text, found)
+    for name, text in {
+        "latency/ratios": "system,over,batch,ratio,ratio_low,ratio_high\na,b,1,2,1.5,2.5\na,b,best,9,9,9\n",
+        "tables/table2_judges": "judge_a,judge_b,agreement,n\nsemantic,embedding,99,400\n",
+    }.items():
+        file = params.report_dir() / f"{name}.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (time,) = claims.evaluate("time_ratio(a, b)", found)
+    (agree,) = claims.evaluate("agreement(embedding)", found)
+    assert time.interval(0.95) == pytest.approx((1.5, 2.5), abs=0.01) and agree.value == 99
+    with pytest.raises(answers.MissingRows, match="no half over a"):
+        claims.evaluate("time_ratio(half, a)", found)
+
+
+# The claims of the paper
+
+
+@pytest.mark.parametrize(
+    "text", ["accuracy(awares", "nonsense(awares)", "1 / 0", "open('x')", "accuracy(awares) - rtr(sft, pope)"]
+)
+def test_an_expression_that_cannot_be_computed_is_named(text):
+    with pytest.raises(AwaresError, match=r"claims\.csv"):
+        claims.evaluate(text, study(answered("awares", marks(1)), answered("sft", marks(1))))
+
+
+def test_every_claim_states_its_quantity_margin_and_source():
+    texts = claims.read_claims()
+    counted = texts[texts.decided_by == ""]
+    assert set(texts.holds) <= {"above", "below", "within"} and set(texts.decided_by) == {"", "generator", "arithmetic"}
+    assert 25 <= len(counted) <= 40 and (texts.headline == "yes").sum() == 10
+    assert not texts.id.duplicated().any() and texts[["section", "claim", "quantity"]].ne("").all(axis=None)
+    tables = pd.read_csv(PARAMS.path("data/paper/tables.csv")).table
+    assert set(" ".join(texts.tables).split()) <= set(tables)
+    listed = {name for names in (*PARAMS.ablations.values(), PARAMS.comparison.systems) for name in names}
+    used = {name for text in texts.expression for name in claims.policies_of(text)}
+    assert used <= listed | {"full", "half", "sft", "awares", ORACLE} and {"fastv_50", "fastv_70"} <= used
+    direction = texts[(texts.same > 0) & (texts.id != "beats_visionthink")]
+    assert direction.same.to_numpy() == pytest.approx(direction.paper.abs() / 2, abs=1e-3)  # half of the paper's effect
+    assert ((texts.same == 0) | (texts.margin == 0)).all()
+
+
+def test_claims_without_answers_are_not_decidable_and_say_why(tmp_path):
+    params = load_params("mini", overrides={"paths.reports": str(tmp_path)})
+    table = claims.save_claims(comparison.published(params), tmp_path / "tables")
+    assert list(pd.read_csv(tmp_path / "tables" / "claims.csv").columns) == claims.CLAIM_COLUMNS
+    assert set(table.verdict) == {UNDECIDED} and table.effect.isna().all() and table.note.ne("").all()
+
+
+def test_claims_are_judged_together_and_the_generators_alone():
+    tables = [answered("full", marks(0.5)), answered("awares", marks(0.56, 1)), answered("half", marks(0.1))]
+    found = study(*tables, alone=True)
+    texts = [
+        claim("accuracy(awares) - accuracy(full)"),
+        claim("accuracy(full) - accuracy(half)", decided_by="generator"),
+    ]
+    texts += [claim("rtr(awares) - rtr(full)")] * 20
+    table = claims.claims_table(found, pd.DataFrame(texts))
+    assert table.verdict[1] == HOLDS and table.q[1] == table.p[1]
+    assert table.p[0] < 0.1 and table.q[0] == pytest.approx(min(1, 21 * table.p[0])) and table.verdict[0] == UNDECIDED
+
+
+# Tables of differences
+
+
+def test_the_gap_is_split_by_need_and_call():
+    full, half = [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]
+    own, calls = [0, 1, 0, 1, 1, 0], ["none", "valid", "valid", "none", "none", "none"]
+    rows = [f"pope-{n}" for n in range(60)]
+    tables = [answered(name, one * 10, rows=rows) for name, one in (("full", full), ("half", half), ("awares", own))]
+    tables[2]["crops"] = [["top"] if call == "valid" else [] for call in calls] * 10
+    table = comparison.gap_table(study(*tables, alone=True), "awares").set_index("part")
+    assert table.rows.tolist() == [10, 10, 10, 10, 20, 60] and table.right.tolist() == [0, 100, 0, 100, 50, 50]
+    assert table.points.tolist() == pytest.approx([-100 / 6, 0, -100 / 6, 0, 100 / 6, -100 / 6])
+    assert table.points[:-1].sum() == pytest.approx(table.points.iloc[-1]) and (table.low < table.points).all()
+
+
+def test_effects_of_variants_on_the_main_line_and_on_the_variant_that_they_extend():
+    right = {"sft": 0.8, "awares": 0.8, "weight_1": 0.7, "turn": 0.3, "no_tool_cost": 0.8, "no_area_cost": 0.8}
+    runs = {name: load_params("mini", name) for name in [*right, "grpo_only"][2:]}
+    tables = [
+        answered(name, marks(share), rtr=0.75 if name == "no_tool_cost" else 0.5) for name, share in right.items()
+    ]
+    tables += [answered(name, marks(0.8, seed), seed) for name in ("sft", "awares") for seed in (2, 3)]
+    tables.append(answered("grpo_only", marks(0.7)))
+    found = Answers(PARAMS, pd.concat(tables), pd.DataFrame({"system": [], "seed": []}), comparison.trainings(PARAMS))
+    table = comparison.effects(PARAMS, runs, found).set_index(["variant", "against"])
+    pairs = [*((name, "main") for name in runs), ("turn", "weight_1"), ("no_tool_cost", "no_area_cost")]
+    assert list(table.index) == pairs
+    assert table.system.tolist() == ["sft", "sft", "awares", "awares", "awares", "sft", "awares"]
+    turn, step = table.loc[("turn", "main")], table.loc[("turn", "weight_1")]
+    assert turn.difference == pytest.approx(100 * (marks(0.3).mean() - marks(0.8).mean())) and turn.significant
+    assert step.change == "sft.level turn" and step.difference == pytest.approx(
+        100 * (marks(0.3).mean() - marks(0.7).mean())
+    )
+    assert table.change[("grpo_only", "main")].startswith("grpo.cold_start False, grpo.epochs 3.0, grpo.max_steps 144")
+    assert table.loc[("no_tool_cost", "main")].rtr == 0.25 and (table.seeds == 1).all()
+    kinds = comparison.trainings(PARAMS)
+    assert kinds["no_area_cost"] == ("sft", "grpo:no_area_cost") and kinds["grpo_only"] == ("all:grpo_only",)
+    assert kinds["labels_anls"] == ("sft:labels_anls",) and kinds["visionthink"] == ("all:visionthink",)
