@@ -173,11 +173,19 @@ def test_means_over_seeds_on_the_pipelines_rows_and_on_unseen_ones(line):
         table.to_csv(copy / "tables" / "table1_main.csv", index=False)
     line.run("09_seeds", "seeds")
     out, row = line.params.report_dir() / "seeds", ("awares", AVERAGE)
+    gaps = []
     for folder, name in zip(folders, ("seeds", "unseen"), strict=True):
         main = pd.read_csv(folder / "tables" / "table1_main.csv").set_index(["system", "benchmark"]).accuracy
         means = pd.read_csv(out / f"table1_{name}.csv").set_index(["system", "benchmark"])
         assert means.accuracy[row] == pytest.approx(main[row] + 2, abs=1e-3) and (means.seeds == 3).all()
         assert means.accuracy_high[row] - means.accuracy_low[row] == pytest.approx(5, abs=1e-3)
+        gaps.append(main[row] - main["full", AVERAGE])
+        paired = pd.read_csv(out / f"differences_{name}.csv").set_index(["a", "b"]).difference
+        assert paired["awares", "full"] == pytest.approx(gaps[-1], abs=1e-3)  # of trajectories
+    decided = pd.read_csv(out / "claims.csv").set_index("id").loc["matches_full"]
+    assert decided.effect == pytest.approx(sum(gaps) / 2, abs=1e-3) and decided.seeds == 3  # on all rows
+    assert pd.read_csv(out / "gap.csv").set_index("part").points["sum"] == pytest.approx(decided.effect, abs=1e-3)
+    assert len(pd.read_parquet(out / "answers.parquet")) == 12 * (3 + 3 * 2)
 
 
 def test_evidence_of_every_size_and_shifted_rows(line):

@@ -1,9 +1,12 @@
 """What the repository ships as results: the tables of reports/mini, the README's copy of them, the trained policy."""
 
+import functools
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,30 +16,116 @@ from awares import AwaRes
 from awares.config import load_params
 from awares.data.rows import make_split
 from awares.method import evaluation
+from awares.study import claims, comparison
+from awares.study.display import TASK_WORDS
+from awares.study.verdicts import FAILS, HOLDS, SAME, UNDECIDED
 
 ROOT = Path(__file__).parents[2]
-TABLES = ROOT / "reports" / "mini" / "tables"
-SYSTEMS = {"full resolution": "full", "half resolution": "half", "SFT": "sft", "AwaRes (SFT, then GRPO)": "awares"}
+REPORTS = ROOT / "reports" / "mini"
+TABLES = REPORTS / "tables"
+PARAMS = load_params("mini", path=ROOT / "params.yaml")
+SYSTEMS = {"full": "full resolution", "half": "half resolution", "sft": "SFT", "awares": "AwaRes (SFT, then GRPO)"}
+MARKS = "<!-- Results: test_published.py writes this part -->\n", "<!-- End of the results -->\n"
 
 
-def readme_table() -> dict[str, list[str]]:
-    """The rows of the README's table of results: name -> cells."""
-    lines = re.findall(r"^\| ([^|]+?) \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in lines if name in SYSTEMS}
+@functools.cache
+def published() -> comparison.Answers:
+    return comparison.published(PARAMS)
 
 
-def test_the_readme_shows_the_numbers_of_the_report() -> None:
-    table = pd.read_csv(TABLES / "table1_main.csv")
-    shown, params = readme_table(), load_params(path=ROOT / "params.yaml")
-    assert set(shown) == set(SYSTEMS) and set(table.system) == {*SYSTEMS.values(), "no_image"}
-    assert set(table[table.benchmark != "average"].n) == {params.evaluation.rows}
-    tasks = [*params.data.tasks, "average"]
-    for name, system in SYSTEMS.items():
-        rows = table[table.system == system].set_index("benchmark")
-        expected = [f"{rows.accuracy[task]:.1f}" for task in tasks]
-        average = rows.loc["average"]
-        expected[-1] += f" [{average.accuracy_low:.1f}, {average.accuracy_high:.1f}]"
-        assert shown[name] == [*expected, f"{average.rtr:.3f}"], name
+@functools.cache
+def judged() -> pd.DataFrame:
+    return claims.claims_table(published(), claims.read_claims()).set_index("id")
+
+
+def signed(values: Sequence[float], digits: int, sign: str = "+") -> str:
+    """A number with its interval."""
+    value, low, high = (f"{value:{sign}.{digits}f}".replace("-", "−") for value in values)
+    return f"{value} [{low}, {high}]"
+
+
+def results() -> str:
+    """The README's results: means over training seeds, and the headline claims, all from the published answers."""
+    tables = published().tables.items()
+    rows = [part.assign(system=name, seed=seed) for (kind, name, seed), part in tables if kind == "evaluation"]
+    main = pd.concat(one.reset_index() for one in rows if one.system.iloc[0] in SYSTEMS)
+    table = comparison.systems_table(main, PARAMS.evaluation).set_index(["system", "benchmark"])
+    tasks = [*PARAMS.data.tasks, "average"]
+    heads = [*(TASK_WORDS[name] for name in PARAMS.data.tasks), "average", "RTR"]
+    rows, seeds = table.n["awares", tasks[0]], table.seeds.max()
+    lines = [f"| {rows} rows per task, {seeds} trainings | {' | '.join(heads)} |", "|---" + "|---:" * len(heads) + "|"]
+    for system, shown in SYSTEMS.items():
+        cells = [f"{table.accuracy[system, task]:.1f}" for task in tasks]
+        average = table.loc[(system, "average")]
+        cells[-1] = signed(average[["accuracy", "accuracy_low", "accuracy_high"]], 1, "")
+        lines.append(f"| {shown} | {' | '.join(cells)} | {average.rtr:.3f} |")
+    lines += ["", "| headline claim of the paper | paper | here | trainings | verdict |", "|---|---:|---:|---:|---|"]
+    for one in judged().query("headline == 'yes'").itertuples():
+        digits = 3 if one.expression.startswith("rtr") else 1
+        sign = "+" if "-" in one.expression else ""
+        paper = f"{one.paper:{sign}.{digits}f}".replace("-", "−")
+        here = signed((one.effect, one.low, one.high), digits, sign)
+        lines.append(f"| {one.claim} | {paper} | {here} | {one.seeds:.0f} | {one.verdict} |")
+    counted = judged().query("decided_by == ''").verdict.value_counts()
+    verdicts = ", ".join(f"{name} {counted.get(name, 0)}" for name in (HOLDS, FAILS, SAME, UNDECIDED))
+    lines += ["", f"Verdicts on all {counted.sum()} claims: {verdicts}."]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_readme_shows_what_follows_from_the_published_answers() -> None:
+    """If it does not, replace the part between the two marks by what this test prints."""
+    _, shown = (ROOT / "README.md").read_text().split(MARKS[0])
+    assert shown.partition(MARKS[1])[0] == results(), results()
+
+
+def test_the_readme_quotes_the_published_times() -> None:
+    text = (ROOT / "README.md").read_text()
+    (ratio,) = re.findall(r"one row at a time it takes (\S+) \[(\S+), (\S+)\] of full resolution's time", text)
+    found = pd.read_csv(REPORTS / "latency" / "ratios.csv", dtype={"batch": str})
+    found = found.query("system == 'awares' and over == 'full' and batch == '1'").squeeze()
+    assert ratio == tuple(f"{found[name]:.2f}" for name in ("ratio", "ratio_low", "ratio_high"))
+
+
+def same(file: Path, made: pd.DataFrame, **keys: Any) -> None:
+    """Whether a published table equals ``made``, to its four decimals."""
+    table = pd.read_csv(file)
+    if not {*made} <= {*table}:
+        pytest.skip(f"{file.name} was published before it had these columns")
+    for name in made:
+        if pd.api.types.is_float_dtype(made[name]):
+            assert table[name].tolist() == pytest.approx(made[name].tolist(), abs=6e-5, nan_ok=True), name
+        else:
+            assert table[name].tolist() == made[name].tolist(), name
+
+
+PAGES = "tables/table1_systems tables/claims comparison/against_awares ablations/effects seeds/table1_seeds"
+
+
+@pytest.mark.parametrize("name", [*PAGES.split(), "comparison/response_length"])
+def test_the_tables_of_the_pages_follow_from_the_published_answers(name: str) -> None:
+    scores = pd.read_parquet(REPORTS / "comparison" / "answers.parquet")
+    file, by_task = REPORTS / f"{name}.csv", scores.groupby(["system", "benchmark", "seed"], sort=False)
+    if name.endswith("claims"):
+        same(file, judged().reset_index()[claims.CLAIM_COLUMNS])
+    elif name.endswith("systems"):
+        same(file, comparison.systems_table(scores, PARAMS.evaluation))
+    elif name.endswith("against_awares"):
+        systems = pd.read_csv(file).b.tolist()
+        same(file, comparison.difference_table(published(), [("awares", name) for name in systems]))
+    elif name.endswith("effects"):
+        listed = [name for names in PARAMS.ablations.values() for name in names]
+        runs = {name: load_params("mini", name, path=ROOT / "params.yaml") for name in listed}
+        same(file, comparison.effects(PARAMS, runs, published()))
+    elif name.endswith("seeds"):
+        table = pd.read_csv(file).query("benchmark != 'average'").set_index(["system", "benchmark"])
+        means = (100 * by_task.score.mean()).groupby(["system", "benchmark"]).agg(["mean", "min", "max"])
+        for column, how in {"accuracy": "mean", "accuracy_low": "min", "accuracy_high": "max"}.items():
+            assert table[column].to_dict() == pytest.approx(means[how].reindex(table.index).to_dict(), abs=6e-5)
+    else:
+        table = pd.read_csv(file).set_index(["system", "benchmark"])
+        main = scores[scores.seed == PARAMS.seed].assign(characters=scores.answer.str.len())
+        means = main.groupby(["system", "benchmark"]).characters.mean().reindex(table.index)
+        assert table.characters.to_dict() == pytest.approx(means.to_dict(), abs=6e-5)
 
 
 def test_the_policy_that_ships_answers_as_the_report_says() -> None:
@@ -97,3 +186,15 @@ def altered(root: Path, folder: str) -> list[str]:
 @pytest.mark.parametrize("folder", ["reports/mini", "data/policy"])
 def test_published_files_are_those_that_the_pipeline_wrote(folder: str) -> None:
     assert altered(ROOT, folder) == []
+
+
+def test_an_edited_table_and_a_stray_file_are_found(tmp_path: Path) -> None:
+    for name in ("reports/a/table.csv", "reports/b.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    outs = [{"path": name, "md5": md5(tmp_path / name)} for name in ("reports/a", "reports/b.csv")]
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": {"report": {"outs": outs}}}))
+    assert altered(tmp_path, "reports") == []
+    (tmp_path / "reports/a/table.csv").write_text("2\n")
+    (tmp_path / "reports/c.csv").write_text("")
+    assert altered(tmp_path, "reports") == ["reports/a", "reports/c.csv"]

@@ -39,10 +39,10 @@ def spreads_of(trainings, spreads, rows):
 
 @pytest.mark.parametrize(
     ("trainings", "spreads"),
-    [(1, (0, 0.5, 0.5)), (3, (0.05, 1, 0.3)), (3, (0, 0, 1)), (6, (0.03, 0.7, 0.7)), (6, (0, 1, 0))],
+    [(1, (0, 0.5, 0.5)), (3, (0.05, 1, 0.3)), (3, (0, 0, 1)), (6, (0.03, 0.7, 0.7))],
 )
 def test_a_false_verdict_is_as_rare_and_a_true_one_as_frequent_as_stated(trainings, spreads):
-    rng, n, rows = np.random.default_rng(0), 800, 300
+    rng, n, rows = np.random.default_rng(0), 500, 300
     spread, of_row, of_cell = spreads
     true = Effect(
         0.0,
@@ -251,8 +251,8 @@ def test_one_training_varies_as_much_as_the_main_line_and_shares_its_cold_start(
         effect = gain(found, a, b, "rtr")
         assert (effect.seeds, effect.free) == (1, 2) and effect.trainings**2 == pytest.approx(variance), (a, b)
     alone = study(tables[0], answered("own", marks(0.5), rtr=0.1))
-    finding, (note,) = claims.measured(alone, pd.DataFrame([claim("rtr(own) - rtr(sft)", "below")]))
-    assert verdicts.decide(finding, 0.95) == [UNDECIDED] and finding[0].low == -np.inf and "one training" in note
+    finding = claims.claims_table(alone, pd.DataFrame([claim("rtr(own) - rtr(sft)", "below")])).iloc[0]
+    assert (finding.verdict, finding.low) == (UNDECIDED, -np.inf) and "one training" in finding.note
     assert gain(study(tables[0], answered("own", marks(0.5), rtr=0.1), alone=True), "own", "sft", "rtr").p(0) < 0.01
 
 
@@ -315,7 +315,7 @@ def test_pages_decide_quantities_of_other_stages(tmp_path):
     (time,) = claims.evaluate("time_ratio(a, b)", found)
     (agree,) = claims.evaluate("agreement(embedding)", found)
     assert time.interval(0.95) == pytest.approx((1.5, 2.5), abs=0.01) and agree.value == 99
-    with pytest.raises(answers.MissingRows, match="no half over a"):
+    with pytest.raises(answers.MissingRows, match="no half and a"):
         claims.evaluate("time_ratio(half, a)", found)
 
 
@@ -387,7 +387,8 @@ def test_effects_of_variants_on_the_main_line_and_on_the_variant_that_they_exten
     tables = [
         answered(name, marks(share), rtr=0.75 if name == "no_tool_cost" else 0.5) for name, share in right.items()
     ]
-    tables += [answered(name, marks(0.8, seed), seed) for name in ("sft", "awares") for seed in (2, 3)]
+    near = marks(0.8) ^ (np.arange(len(ROWS)) < 3)
+    tables += [answered(name, near, seed) for name in ("sft", "awares") for seed in (2, 3)]
     tables.append(answered("grpo_only", marks(0.7)))
     found = Answers(PARAMS, pd.concat(tables), pd.DataFrame({"system": [], "seed": []}), comparison.trainings(PARAMS))
     table = comparison.effects(PARAMS, runs, found).set_index(["variant", "against"])

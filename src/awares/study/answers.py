@@ -1,8 +1,7 @@
 """Measures of policies and their differences, from published answers: the rows of every system, seed by seed.
 
-Everything is linear in rows: a measure is the mean over rows of one number per training and row. (A ratio sum(a) /
-sum(b) = r has the rows r + (a - r * b) / mean(b), the delta method.) So differences are taken row by row, between
-trainings of the same seed, and their errors over rows and trainings follow from one array (trainings, rows).
+A measure is the mean of one number per training and row; a ratio sum(a) / sum(b) = r of r + (a - r * b) / mean(b), the
+delta method. So differences are taken row by row between trainings of the same seed, and have both errors.
 """
 
 import math
@@ -49,8 +48,7 @@ class MissingRows(AwaresFileError):
 class Estimate:
     """A statistic: the mean of ``rows`` (S trainings, N rows) over trainings and, equally weighted, ``groups`` (N,).
 
-    ``row``: the weight of one row times the range of the measure. ``noise``: training -> the weight with which it
-    enters, for an estimate from one training.
+    ``row``: weight of one row times the range of the measure. ``noise``: training -> weight with which it enters.
     """
 
     rows: np.ndarray
@@ -82,34 +80,27 @@ class Estimate:
         rest = (self - other * ratio) * (1 / other.value)
         return replace(rest, rows=ratio + rest.rows)
 
-    def __abs__(self) -> "Estimate":
-        return self * (1 if self.value >= 0 else -1)
-
     def errors(self) -> tuple[float, float]:
-        """Variance of the value over rows and over trainings (0 for one training).
-
-        Rows and trainings are crossed: the part of their interaction is in both and counts once, with the trainings.
-        """
-        count, parts, shared = len(self.rows), [], []
-        names = np.unique(self.groups)
+        """Variance over rows and over trainings (0 for one); their interaction counts once, with the trainings."""
+        count, names, over_rows, shared = len(self.rows), np.unique(self.groups), 0.0, 0.0
         for name in names:
             part = self.rows[:, self.groups == name]
             rest = part - part.mean(axis=0) - part.mean(axis=1, keepdims=True) + part.mean()
             size = part.shape[1] * max(part.shape[1] - 1, 1) * len(names) ** 2
-            parts.append(((part.mean(axis=0) - part.mean()) ** 2).sum() / size)
-            shared.append((rest**2).sum() / (count * max(count - 1, 1)) / size)
+            over_rows += ((part.mean(axis=0) - part.mean()) ** 2).sum() / size
+            shared += (rest**2).sum() / (count * max(count - 1, 1)) / size
         trainings = self.by_training.var(ddof=1) / count if count > 1 else 0.0
-        return max(sum(parts) - sum(shared), 0.0) + PLUS * self.row**2, float(trainings)
+        return max(over_rows - shared, 0.0) + PLUS * self.row**2, float(trainings)
 
 
 class Answers:
     """The published answers of all systems.
 
-    ``answers``: system, seed, benchmark, row_id, score, rtr, answer, call_status; rows of several evaluation seeds are
-    pooled. ``turns``: system, seed, row_id, crops, call_status, label of the curated validation rows, ORACLE included.
-    ``trainings``: trained system -> the names of its trainings, which it shares with other systems: "sft" and "grpo"
-    are those of the main line. "sft:x", "grpo:x" and "all:x" are a variant's own, with the spread of the main line's
-    SFT, of GRPO after one SFT, and of both. ``alone``: effects are about these trained policies, not about their kind.
+    ``answers``: system, seed, benchmark, row_id, score, rtr, answer, call_status, crops, of several evaluation seeds.
+    ``turns``: system, seed, row_id, crops, label of the validation rows, ORACLE included. ``trainings``: system -> names
+    of its trainings, shared with other systems: "sft" and "grpo" of the main line; "sft:x", "grpo:x" and "all:x" are a
+    variant's own and spread as the main line's SFT, its GRPO after one SFT, and both. ``alone``: effects are about these
+    policies, not about other trainings of their kind.
     """
 
     def __init__(

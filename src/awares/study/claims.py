@@ -50,7 +50,7 @@ def evaluate(expression: str, answers: Answers) -> list[Effect]:
     """The effects of an expression of claims.csv.
 
     A Python expression of measures (answers.MEASURES) of policies and benchmarks, which are bare words; it may use
-    - / abs and ``agreement(judge)``, ``time_ratio(system, over)``. A list is of several quantities.
+    - / and ``agreement(judge)``, ``time_ratio(system, over)``. A list is of several quantities.
     Raises MissingRows without the answers, AwaresValueError if it cannot be read.
     """
     try:
@@ -58,7 +58,7 @@ def evaluate(expression: str, answers: Answers) -> list[Effect]:
         of = [(name, args) for name, *args in calls if name in MEASURES]
         measure, tasks = (of[0][0], tuple(of[0][1][1:])) if of else ("", ())
         policies = policies_of(expression)
-        names: dict[str, Any] = {word: word for _, *args in calls for word in args} | LISTS | {"abs": abs}
+        names: dict[str, Any] = {word: word for _, *args in calls for word in args} | LISTS
         names["agreement"] = lambda judge: _agreement(answers.params, judge)
         names["time_ratio"] = lambda system, over: _time_ratio(answers.params, system, over)
         for name in MEASURES:
@@ -88,29 +88,23 @@ def _calls(expression: str) -> list[list[str]]:
     return [[ast.unparse(part) for part in (call.func, *call.args)] for call in calls]
 
 
-def measured(answers: Answers, claims: pd.DataFrame) -> tuple[list[Finding | None], list[str]]:
-    """What ``answers`` say about each claim, and what is missing where they say nothing."""
-    findings: list[Finding | None] = []
-    notes = []
-    for one in claims.itertuples():
-        try:
-            effects = evaluate(one.expression, answers)
-            findings.append(judge(effects, one.holds, one.margin, one.same, answers.params.evaluation.level))
-            alone = effects[0].seeds == 1 and bool(effects[0].trainings)
-            notes.append("one training of each arm: its spread is that of the main line" if alone else "")
-        except MissingRows as missing:
-            findings.append(None)
-            notes.append(str(missing))
-    return findings, notes
-
-
 def claims_table(answers: Answers, claims: pd.DataFrame) -> pd.DataFrame:
     """``claims`` with effect, low, high, detectable, seeds, p, q, verdict and note.
 
     The verdicts of all claims that the runs decide have one false discovery rate, 1 - evaluation.level.
     """
     level = answers.params.evaluation.level
-    findings, notes = measured(answers, claims)
+    findings: list[Finding | None] = []
+    notes = []
+    for one in claims.itertuples():
+        try:
+            effects = evaluate(one.expression, answers)
+            findings.append(judge(effects, one.holds, one.margin, one.same, level))
+            borrowed = effects[0].seeds == 1 and effects[0].trainings
+            notes.append("one training of each arm: its spread is that of the main line" if borrowed else "")
+        except MissingRows as missing:
+            findings.append(None)
+            notes.append(str(missing))
     names = ["value", "low", "high", "detectable", "seeds", "p"]
     numbers = [[getattr(one, name) if one else np.nan for name in names] for one in findings]
     table = claims.join(pd.DataFrame(numbers, columns=["effect", *names[1:]], index=claims.index))
@@ -132,24 +126,25 @@ def save_claims(answers: Answers, folder: Path) -> pd.DataFrame:
 
 
 def _agreement(params: Params, judge: str) -> Effect:
-    """Training rows (percent) on which ``judge`` gives the deciding judge's label, from tables/table2_judges.csv."""
-    file = params.report_dir() / "tables" / "table2_judges.csv"
-    table = pd.read_csv(file) if file.is_file() else pd.DataFrame({"judge_a": [], "judge_b": []})
-    table = table[(table.judge_a == params.curation.judge) & (table.judge_b == judge)]
-    if table.empty:
-        raise MissingRows(f"tables/table2_judges.csv has no agreement of {params.curation.judge} and {judge}")
-    share, count = table.agreement.item(), table.n.item() + PLUS
-    likely = (share * table.n.item() + 50 * PLUS) / count  # plus four
-    return Effect(share, (likely * (100 - likely) / count) ** 0.5, ends=(0.0, 100.0))
+    """Training rows (percent) on which ``judge`` gives the deciding judge's label."""
+    found = _line(params, "tables/table2_judges.csv", judge_a=params.curation.judge, judge_b=judge)
+    count = found.n + PLUS
+    likely = (found.agreement * found.n + 50 * PLUS) / count  # plus four
+    return Effect(found.agreement, (likely * (100 - likely) / count) ** 0.5, ends=(0.0, 100.0))
 
 
 def _time_ratio(params: Params, system: str, over: str) -> Effect:
-    """Time of a system over that of another at batch 1, from latency/ratios.csv below reports/<profile>."""
-    file = params.report_dir() / "latency" / "ratios.csv"
-    if not file.is_file():
-        raise MissingRows("latency/ratios.csv is not there")
-    table = pd.read_csv(file, dtype={"batch": str}).query("system == @system and over == @over and batch == '1'")
+    """Time of a system over that of another at batch 1."""
+    found = _line(params, "latency/ratios.csv", system=system, over=over, batch="1")
+    return Effect(found.ratio, (found.ratio_high - found.ratio_low) / (2 * 1.96))
+
+
+def _line(params: Params, name: str, **wanted: str) -> pd.Series:
+    """The line with the ``wanted`` values of a table below reports/<profile>; MissingRows if there is none."""
+    file = params.report_dir() / name
+    table = pd.read_csv(file, dtype={"batch": str}) if file.is_file() else pd.DataFrame(columns=[*wanted])
+    for column, value in wanted.items():
+        table = table[table[column] == value]
     if table.empty:
-        raise MissingRows(f"latency/ratios.csv has no {system} over {over} at batch 1")
-    value, low, high = table[["ratio", "ratio_low", "ratio_high"]].iloc[0]
-    return Effect(value, (high - low) / (2 * 1.96))
+        raise MissingRows(f"{name} has no {' and '.join(wanted.values())}")
+    return table.iloc[0]

@@ -5,6 +5,7 @@ A variant changes a few parameters and repeats the stages that they decide. `06_
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,11 @@ File = tuple[str, int, Path]  # system or variant, training seed, its trajectori
 
 
 def all_scores(params: Params) -> pd.DataFrame:
-    """`answered` of the systems of Table 1 (every seed that was run), ``comparison`` and ``ablations.systems``."""
-    compared = {name: params.run_dir("systems") / name / "trajectories.jsonl" for name in params.comparison.all}
-    variants = {name: replace(params, variant=name) for name in params.ablations.get("systems", ())}
-    compared |= {name: one.run_dir("evaluation") / "trajectories/awares.jsonl" for name, one in variants.items()}
-    return answered(params, [*main_files(params), *((name, params.seed, path) for name, path in compared.items())])
-
-
-def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
-    """Columns system, benchmark, row_id, score, rtr, layer_rtr: each row's mean over training seeds."""
-    keys = ["system", "benchmark", "row_id"]
-    return scores.groupby(keys, sort=False)[["score", "rtr", "layer_rtr"]].mean().reset_index()
+    """`answered` of the systems of Table 1, ``comparison`` and ``ablations.systems``, at every seed that was run."""
+    folder, trained = params.run_dir("systems"), params.ablations.get("systems", ())
+    own = [(name, params.seed, folder / name / "trajectories.jsonl") for name in params.comparison.all]
+    variants = {name: replace(params, variant=name, changed=frozenset({"grpo"})) for name in trained}
+    return answered(params, [*trajectories(params), *own, *trajectories(params, variants)])
 
 
 def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
@@ -60,15 +55,13 @@ def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)[[*first, *ANSWER_COLUMNS]]
 
 
-def first_turns(params: Params, files: Sequence[File]) -> pd.DataFrame:
+def first_turns(params: Params, files: Iterable[File]) -> pd.DataFrame:
     """Requests on the curated validation rows: system, seed, row_id, crops, call_status, label.
 
     The system ORACLE has the target crops.
     """
-    rows = load_rows(params.run_dir("curation") / "validation" / "dataset").select_columns(
-        ["id", "label", "target_crops"]
-    )
-    oracle = rows.to_pandas().set_axis(["row_id", "label", "crops"], axis=1)
+    rows = load_rows(params.run_dir("curation") / "validation" / "dataset")
+    oracle = pd.DataFrame({"row_id": rows["id"][:], "crops": rows["target_crops"][:], "label": rows["label"][:]})
     done = ((system, seed, one) for system, seed, path in files for one in evaluation.load_trajectories(path))
     found = [(system, seed, one.row_id, one.crops, one.call_status) for system, seed, one in done]
     table = pd.DataFrame(found, columns=["system", "seed", "row_id", "crops", "call_status"])
@@ -76,15 +69,13 @@ def first_turns(params: Params, files: Sequence[File]) -> pd.DataFrame:
     return pd.concat([table, oracle.assign(system=ORACLE, seed=params.seed, call_status="none")], ignore_index=True)
 
 
-def published(params: Params, alone: bool = False) -> Answers:
+def published(params: Params) -> Answers:
     """All answers in reports/<profile>: `comparison`, `seeds` (rows that no stage has seen) and `ablations`."""
-    folders = [params.report_dir() / name for name in ("comparison", "seeds", "ablations")]
-    nothing = pd.DataFrame({"system": [], "seed": []})
-    answers, turns = [
-        pd.concat([nothing, *(pd.read_parquet(folder / name) for folder in folders if (folder / name).is_file())])
-        for name in ("answers.parquet", "first_turns.parquet")
-    ]
-    return Answers(params, answers, turns, trainings(params), alone)
+    folders, tables = [params.report_dir() / name for name in ("comparison", "seeds", "ablations")], []
+    for name in ("answers.parquet", "first_turns.parquet"):
+        found = [pd.read_parquet(folder / name) for folder in folders if (folder / name).is_file()]
+        tables.append(pd.concat([pd.DataFrame(columns=["system", "seed"]), *found]))
+    return Answers(params, tables[0], tables[1], trainings(params))
 
 
 def trainings(params: Params) -> Trainings:
@@ -92,48 +83,34 @@ def trainings(params: Params) -> Trainings:
     found = {"sft": ("sft",), "awares": ("sft", "grpo")}
     for name in [name for listed in params.ablations.values() for name in listed]:
         variant = load_params(params.profile, name, path=params.path("params.yaml"))
-        changed = variant.changed & DECIDES["grpo"]
-        if judged_by(variant)[0] == "sft":
-            found[name] = (f"sft:{name}",)
-        else:
-            after_sft = changed == {"grpo"} and variant.grpo.cold_start
-            found[name] = ("sft", f"grpo:{name}") if after_sft else (f"all:{name}",)
+        after_sft = variant.changed & DECIDES["grpo"] == {"grpo"} and variant.grpo.cold_start
+        own = "sft" if judged_by(variant)[0] == "sft" else "grpo" if after_sft else "all"
+        found[name] = (*(("sft",) if after_sft else ()), f"{own}:{name}")
     return found
 
 
-def main_files(params: Params) -> list[File]:
-    """Evaluation trajectories of Table 1's systems; with an unseen evaluation seed, on the rows that it draws."""
-    names = {system: f"trajectories/{system}.jsonl" for system in MAIN_SYSTEMS}
-    return [file for system, name in names.items() for file in _by_seed(params, system, "evaluation", name)]
+def trajectories(params: Params, runs: Mapping[str, Params] | None = None, turns: bool = False) -> list[File]:
+    """The files of Table 1's systems, or of the variants ``runs`` (name -> settings), at every seed that was run.
 
-
-def main_first_turns(params: Params) -> list[File]:
-    """Validation trajectories of the trained policies of Table 1."""
-    return [file for system, stage in TRAINED.items() for file in _by_seed(params, system, stage, "validation.jsonl")]
-
-
-def variant_files(params: Params, runs: Mapping[str, Params], turns: bool = False) -> list[File]:
-    """Evaluation trajectories of variants (name -> settings), or with ``turns`` those on the validation rows."""
+    Answers to the evaluation rows (with an unseen evaluation seed those that it draws), or with ``turns`` to the
+    validation rows, where only trained systems have some.
+    """
+    wanted = {name: (params, name, TRAINED.get(name, "")) for name in (TRAINED if turns else MAIN_SYSTEMS)}
+    if runs is not None:
+        wanted = {name: (one, *judged_by(one)) for name, one in runs.items()}
     found = []
-    for name, variant in runs.items():
-        system, stage = judged_by(variant)
+    for name, (one, system, stage) in wanted.items():
         place = (stage, "validation.jsonl") if turns else ("evaluation", f"trajectories/{system}.jsonl")
-        found += [
-            (name, seed, path) for _, seed, path in _by_seed(replace(variant, seeds=params.seeds), system, *place)
-        ]
+        seeds = (params.seed, *(params.seeds if system in TRAINED else ()))
+        files = [(name, seed, replace(one, seed=seed).run_dir(place[0]) / place[1]) for seed in seeds]
+        found += files[:1] + [file for file in files[1:] if file[2].is_file()]
     return found
-
-
-def _by_seed(params: Params, system: str, stage: str, name: str) -> list[File]:
-    """A file per training seed; further seeds than the main one only where they have been run."""
-    seeds = (params.seed, *(params.seeds if system in TRAINED else ()))
-    files = [(system, seed, replace(params, seed=seed).run_dir(stage) / name) for seed in seeds]
-    return files[:1] + [file for file in files[1:] if file[2].is_file()]
 
 
 def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
     """`evaluation.main_table` of every system, a row's score being its mean over seeds, plus layer_rtr and seeds."""
-    seeds, means = scores.groupby("system", sort=False).seed.nunique(), over_seeds(scores)
+    seeds, keys = scores.groupby("system", sort=False).seed.nunique(), ["system", "benchmark", "row_id"]
+    means = scores.groupby(keys, sort=False)[["score", "rtr", "layer_rtr"]].mean().reset_index()
     table = evaluation.main_table(means, settings)
     inside = evaluation.main_table(means.assign(rtr=means.layer_rtr), settings)
     return table.assign(layer_rtr=inside.rtr, seeds=table.system.map(seeds))
@@ -157,36 +134,16 @@ def measures_table(answers: Answers, systems: Mapping[str, str], measures: Seque
     """
     records = []
     for name, system in systems.items():
-        one: dict[str, Any] = {"variant": name, "seeds": len(answers.seeds(system))}
+        one: dict[str, Any] = {"variant": name, "seeds": len(answers.seeds(system))} | dict.fromkeys(measures, math.nan)
         for measure in measures:
-            try:
+            with suppress(MissingRows):
                 found = answers.estimate(measure, system)
                 one[measure] = found.value
                 if measure == "accuracy":
                     rows = Effect(found.value, found.errors()[0] ** 0.5)
                     one["accuracy_low"], one["accuracy_high"] = rows.interval(answers.params.evaluation.level)
-            except MissingRows:
-                one[measure] = math.nan
         records.append(one)
     return pd.DataFrame(records)
-
-
-def sweep_table(main: Params, runs: Mapping[str, Params], answers: Answers) -> pd.DataFrame:
-    """Numbers that are a variant's only change, the main line's included: parameter, value, then as `measures_table`."""
-    found: dict[str, dict[str, float]] = {}
-    for name, params in runs.items():
-        changes = differences(main, params)
-        if len(changes) == 1 and {type(value) for value in changes[0][1:]} <= {int, float}:
-            own = {judged_by(params)[0]: changes[0][1]}
-            found.setdefault(changes[0][0], own)[name] = changes[0][2]
-    parts = []
-    for values in found.values():
-        names = sorted(values, key=values.__getitem__)
-        shown = {MAIN if name in TRAINED else name: name for name in names}
-        table = measures_table(answers, shown, ["accuracy", "rtr", "call_rate", "area"])
-        table.insert(0, "value", [values[name] for name in names])
-        parts.append(table)
-    return pd.concat(parts, keys=found, names=["parameter"]).reset_index("parameter").reset_index(drop=True)
 
 
 def effects(main: Params, runs: Mapping[str, Params], answers: Answers) -> pd.DataFrame:
@@ -236,17 +193,13 @@ def gap_table(answers: Answers, policy: str) -> pd.DataFrame:
     ``rows``: per training. ``right``: percent of them that the policy answers right. ``points``: their part of the
     difference in mean accuracy. A row needs a call if full resolution scores higher than half resolution on it.
     """
-    level, (seeds, index) = answers.params.evaluation.level, answers.common((policy, "full", "half"))
-    gain = answers.estimate("accuracy", policy, ("full", "half")) - answers.estimate(
-        "accuracy", "full", (policy, "half")
-    )
-    tables = {
-        name: [answers.tables["evaluation", name, seed].loc[index] for seed in answers.seeds(name)]
-        for name in ("full", "half")
-    }
-    own = [answers.tables["evaluation", policy, seed].loc[index] for seed in seeds]
-    full, half = (np.array([table.score for table in tables[name]]) for name in ("full", "half"))
-    score, called = np.array([table.score for table in own]), np.array([table.crops.map(len) > 0 for table in own])
+    level, three = answers.params.evaluation.level, (policy, "full", "half")
+    seeds, index = answers.common(three)
+    gain = answers.estimate("accuracy", policy, three) - answers.estimate("accuracy", "full", three)
+    chosen = [(name, seeds if name == policy else answers.seeds(name)) for name in three]
+    tables = [[answers.tables["evaluation", name, seed].loc[index] for seed in used] for name, used in chosen]
+    score, full, half = (np.array([table.score for table in each]) for each in tables)
+    called = np.array([table.crops.map(len) > 0 for table in tables[0]])
     needed, right = full > half, full >= 0.5
     parts = {
         "call needed, none made (when)": needed & ~called,

@@ -1,8 +1,7 @@
 """One verdict for every question: the claims, the pages and the README decide with these functions.
 
-An effect has two independent errors. Its rows are a sample, with a normal error. Its trainings are another one: few
-per arm, so that their mean follows Student's t. The interval adds the two reaches in quadrature, which is never too
-narrow (Cochran's argument): effect +- sqrt((z * rows)^2 + (t * trainings)^2).
+An effect has a normal error over rows, and one over its few trainings that follows Student's t. The interval adds both
+in quadrature, which is never too narrow (Cochran): effect +- sqrt((z * rows)^2 + (t * trainings)^2).
 """
 
 import math
@@ -19,11 +18,10 @@ POWER = 0.8  # of the least detectable effect
 
 @dataclass(frozen=True)
 class Effect:
-    """A quantity with its standard errors over rows and over trainings.
+    """A quantity with its standard errors over rows and over trainings; ``ends``: the least and the most it can be.
 
-    ``free``: degrees of freedom of ``trainings``. Without any (0) nothing is known about other trainings: the interval
-    is infinite, unless no training takes part (``trainings`` 0). ``seeds``: trainings of each arm. ``ends``: the least
-    and the most that the quantity can be.
+    ``free``: degrees of freedom of ``trainings``; 0: nothing is known about other trainings, the interval is infinite
+    (unless ``trainings`` is 0: none takes part). ``seeds``: trainings of each arm.
     """
 
     value: float
@@ -56,20 +54,14 @@ class Effect:
         return float(optimize.brentq(lambda p: self.reach(p / 2) - distance, tiny, 1.0, xtol=1e-14))
 
     def detectable(self, level: float, within: bool = False) -> float:
-        """The least distance from the margin that is shown with probability POWER at this ``level``.
-
-        ``within``: the least margin within which an effect of 0 is shown to lie.
-        """
+        """The least distance from a margin (``within``: the least margin around 0) that is shown with POWER."""
         missed = (1 - POWER) / 2 if within else 1 - POWER
         return self.reach((1 - level) / 2, missed)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the effects of one claim show, before it is known how many claims are judged.
-
-    ``statements``: (verdict, p value), in the order of preference.
-    """
+    """What the effects of one claim show; ``statements``: possible verdicts with their p values, the preferred first."""
 
     value: float
     low: float
@@ -86,10 +78,9 @@ class Finding:
 def judge(effects: Sequence[Effect], side: str, margin: float, same: float, level: float) -> Finding:
     """What ``effects`` say about a claim that all of them are ``above`` or ``below`` ``margin``, or ``within`` +- it.
 
-    ``same`` > 0: a difference smaller than this does not matter, so the claim of a direction can end as equivalent.
-    Several effects: all must be on the claimed side (the largest p value decides), and one on the other side is enough
-    against it (the smallest decides, times their number: Bonferroni). The interval is that of the hardest effect, its
-    far end as strict.
+    ``same`` > 0: the claim of a direction is equivalent if the difference is smaller. Of several effects all must be on
+    the claimed side (the largest p decides), and one on the other side refutes it (the smallest p, times their number).
+    The interval is that of the hardest effect, its far end as strict (Bonferroni).
     """
     sign = -1 if side == "below" else 1
     hardest = min(effects, key=lambda one: sign * one.value)
@@ -99,8 +90,7 @@ def judge(effects: Sequence[Effect], side: str, margin: float, same: float, leve
     ends = worst(low for low, _ in lows), worst(high for _, high in highs)
     if side == "within":
         inside = abs(hardest.value) < margin
-        p = max(hardest.p(margin), hardest.p(-margin)) if inside else min(hardest.p(margin), hardest.p(-margin))
-        found = [(SAME if inside else FAILS, p)]
+        found = [(SAME if inside else FAILS, max(hardest.p(margin), hardest.p(-margin)))]
     else:
         against = [one.p(margin) for one in effects if sign * (one.value - margin) <= 0]
         p = min(1.0, len(effects) * min(against)) if against else max(one.p(margin) for one in effects)
@@ -112,7 +102,7 @@ def judge(effects: Sequence[Effect], side: str, margin: float, same: float, leve
 
 
 def adjusted(p: Any) -> np.ndarray:
-    """Benjamini-Hochberg: the false discovery rate at which each p value would just be a discovery; nan stays nan."""
+    """The false discovery rate at which each p value is just a discovery (Benjamini-Hochberg); nan stays nan."""
     rates = np.array(p, dtype=float)
     known = ~np.isnan(rates)
     rates[known] = stats.false_discovery_control(rates[known]) if known.any() else []
@@ -121,8 +111,8 @@ def adjusted(p: Any) -> np.ndarray:
 
 def decide(findings: Sequence[Finding | None], level: float) -> list[str]:
     """The verdict on each finding, at a false discovery rate of 1 - ``level`` over all of them; None is undecided."""
-    p = np.array([np.nan if one is None else one.p for one in findings])
-    discovered = p[adjusted(p) <= 1 - level]
-    most = discovered.max() if len(discovered) else -1.0
+    p = [math.nan if one is None else one.p for one in findings]
+    rate = 1 - level
+    most = rate * (adjusted(p) <= rate).sum() / max(1, np.isfinite(p).sum())  # Benjamini-Hochberg's threshold
     named = [[name for name, at in (one.statements if one else ()) if at <= most] for one in findings]
     return [names[0] if names else UNDECIDED for names in named]
