@@ -97,9 +97,9 @@ class Answers:
     """The published answers of all systems.
 
     ``answers``: system, seed, benchmark, row_id, score, rtr, answer, call_status, crops, of several evaluation seeds.
-    ``turns``: system, seed, row_id, crops, label of the validation rows, ORACLE included. ``trainings``: system -> names
-    of its trainings, shared with other systems: "sft" and "grpo" of the main line; "sft:x", "grpo:x" and "all:x" are a
-    variant's own and spread as the main line's SFT, its GRPO after one SFT, and both. ``alone``: effects are about these
+    ``turns``: system, seed, row_id, crops, label of the validation rows, ORACLE included. ``trainings``: system -> its
+    trainings, some shared with others: "sft" and "grpo" are the main line's; "sft:x", "grpo:x" and "all:x" are those of
+    variant x and spread as the main line's SFT, its GRPO after one SFT, and both. ``alone``: effects are about these
     policies, not about other trainings of their kind.
     """
 

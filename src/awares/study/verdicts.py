@@ -61,7 +61,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the effects of one claim show; ``statements``: possible verdicts with their p values, the preferred first."""
+    """What the effects of one claim show; ``statements``: (verdict, p value), the preferred first."""
 
     value: float
     low: float
