@@ -187,8 +187,8 @@ class Answers:
         elif measure == "valid":
             value, whole = table.call_status == "valid", table.call_status.isin(CALL_STATUSES)
         else:
-            columns = {"accuracy": table.score, "rtr": table.rtr, "characters": table.answer.map(len)}
-            value, whole = columns[measure], np.ones(len(table))
+            column = table.answer.map(len) if measure == "characters" else table["rtr" if measure == "rtr" else "score"]
+            value, whole = column, np.ones(len(table))
         group = table.benchmark if measure in WEIGHTED else "all"
         parts = pd.DataFrame({"value": value, "whole": whole}, table.index).astype(float)
         return parts.assign(group=group)
