@@ -49,6 +49,13 @@ def test_cells_keep_their_digits_and_show_their_notes():
     assert all(column in published(table) for table, _, column in noted(": "))
 
 
+def test_newer_systems_have_a_source_a_date_and_a_second_copy_in_every_line():
+    newer = pd.read_csv(find_file(PAPER / "newer.csv"), dtype=str, keep_default_na=False)
+    assert set(newer.system) >= {"AdaptVision", "Q-Zoom", "Vision-RL2", "CARES"} and not newer.duplicated().any()
+    assert newer.drop(columns="note").ne("").all(axis=None) and newer.value.astype(float).gt(0).all()
+    assert pd.to_datetime(newer.date).notna().all() and newer.arxiv.str.fullmatch(r"\d{4}\.\d{5}").all()
+
+
 def test_averages_are_means_of_their_cells_but_for_the_noted_ones():
     found = set()
     for key in OVER_BENCHMARKS:

@@ -167,6 +167,7 @@ class Eval(PolicyOptions):
         from awares.engine.model import set_threads
         from awares.method import evaluation
         from awares.method.rollout import limits_of
+        from awares.study.display import TASK_WORDS
 
         given = {"rows": self.rows, "seed": self.seed, "call_bias": self.call_bias}
         overrides = {f"evaluation.{key}": value for key, value in given.items() if value is not None}
@@ -187,6 +188,8 @@ class Eval(PolicyOptions):
             raise AwaresValueError("no row could be answered")
         scored = evaluation.scored(name, table.select([*done]), [*done.values()])
         scores = evaluation.main_table(scored, params.evaluation).drop(columns="system")
+        if not self.file and params.data.origin == "suite":
+            scores = scores.replace({"benchmark": TASK_WORDS})
         if self.as_json:
             print(json.dumps({"policy": name, "call_bias": bias, "table": scores.to_dict("records")}))
         else:
