@@ -124,18 +124,17 @@ class Answers:
         seeds = {policy: self.seeds(policy, kind) for policy in policies}
         if missing := [policy for policy, found in seeds.items() if not found]:
             raise MissingRows(f"no {kind} rows of {', '.join(missing)} are published")
-        trained = [{*found} for policy, found in seeds.items() if policy in self.trainings]
-        shared = set.intersection(*trained) if trained else {1}
+        trained = [policy for policy in seeds if policy in self.trainings] or [*policies][:1]
+        shared = sorted(set.intersection(*({*seeds[policy]} for policy in trained)))
         if not shared:
             raise MissingRows(f"{', '.join(policies)} have no training seed in common")
-        used = {policy: sorted(shared) if policy in self.trainings else found for policy, found in seeds.items()}
-        indexes = [self.tables[kind, policy, seed].index for policy, found in used.items() for seed in found]
-        rows = indexes[0]
-        for other in indexes[1:]:
+        used = [(policy, seed) for policy in seeds for seed in (shared if policy in trained else seeds[policy])]
+        rows = self.tables[kind, *used[0]].index
+        for other in (self.tables[kind, *place].index for place in used[1:]):
             rows = rows if rows.equals(other) else rows.intersection(other, sort=False)
         if not len(rows):
             raise MissingRows(f"{', '.join(policies)} have no {kind} rows in common")
-        return tuple(sorted(shared)), rows
+        return tuple(shared), rows
 
     def estimate(
         self, measure: str, policy: str, among: Sequence[str] = (), benchmarks: tuple[str, ...] = ()
