@@ -54,7 +54,7 @@ def test_a_false_verdict_is_as_rare_and_a_true_one_as_frequent_as_stated(trainin
 
     def share(wanted, truth, side="above", margin=0.0, same=0.0):
         found = (
-            verdicts.judge([simulated(rng, trainings, spreads, truth)], side, margin, same, 0.95) for _ in range(n)
+            verdicts.weigh([simulated(rng, trainings, spreads, truth)], side, margin, same, 0.95) for _ in range(n)
         )
         return np.mean([[name for name, p in one.statements if p <= 0.05][:1] == [wanted] for one in found])
 
@@ -89,7 +89,7 @@ def test_noise_never_makes_a_claim_pass_more_easily(side):
         ]
         noisier = [dataclasses.replace(one, rows=one.rows * 1.5, trainings=one.trainings * 2) for one in effects]
         margin, same = rng.uniform(0.2, 1), rng.uniform(0, 1)
-        quiet, loud = (verdicts.judge(each, side, margin, same, 0.95) for each in (effects, noisier))
+        quiet, loud = (verdicts.weigh(each, side, margin, same, 0.95) for each in (effects, noisier))
         assert [name for name, _ in quiet.statements] == [name for name, _ in loud.statements]
         for (_, before), (_, after) in zip(quiet.statements, loud.statements, strict=True):
             assert before <= after + 1e-9
@@ -117,7 +117,7 @@ def test_noise_never_makes_a_claim_pass_more_easily(side):
     ],
 )
 def test_verdicts(values, side, margin, same, expected):
-    found = verdicts.judge([Effect(value, 0.1) for value in values], side, margin, same, 0.95)
+    found = verdicts.weigh([Effect(value, 0.1) for value in values], side, margin, same, 0.95)
     assert verdicts.decide([found], 0.95) == [expected]
     assert found.value == (max(values) if side == "below" else min(values))
 
@@ -145,7 +145,7 @@ def test_false_discoveries_are_controlled_over_all_claims():
     rng, false, made = np.random.default_rng(2), [], 0
     for _ in range(150):
         truth = np.repeat([0.0, 3.5], [20, 10])
-        found = [verdicts.judge([Effect(value, 1.0)], "above", 0, 0, 0.95) for value in rng.normal(truth, 1)]
+        found = [verdicts.weigh([Effect(value, 1.0)], "above", 0, 0, 0.95) for value in rng.normal(truth, 1)]
         verdict = np.array(verdicts.decide([*found, None], 0.95))
         assert verdict[-1] == UNDECIDED
         decided = verdict[:-1] != UNDECIDED

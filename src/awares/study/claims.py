@@ -19,7 +19,7 @@ from awares.config import Params, find_file
 from awares.errors import AwaresValueError
 from awares.study.answers import MEASURES, PLUS, Answers, Estimate, MissingRows
 from awares.study.tables import save_table
-from awares.study.verdicts import FAILS, Effect, Finding, adjusted, decide, judge
+from awares.study.verdicts import FAILS, Effect, Evidence, adjusted, decide, weigh
 
 CLAIMS_FILE = Path("data/paper/claims.csv")
 CLAIM_COLUMNS = [
@@ -94,12 +94,12 @@ def claims_table(answers: Answers, claims: pd.DataFrame) -> pd.DataFrame:
     The verdicts of all claims that the runs decide have one false discovery rate, 1 - evaluation.level.
     """
     level = answers.params.evaluation.level
-    findings: list[Finding | None] = []
+    findings: list[Evidence | None] = []
     notes = []
     for one in claims.itertuples():
         try:
             effects = evaluate(one.expression, answers)
-            findings.append(judge(effects, one.holds, one.margin, one.same, level))
+            findings.append(weigh(effects, one.holds, one.margin, one.same, level))
             borrowed = effects[0].seeds == 1 and effects[0].trainings
             notes.append("one training of each arm: its spread is that of the main line" if borrowed else "")
         except MissingRows as missing:

@@ -9,7 +9,7 @@ SYSTEM_WORDS = {"full": "full resolution", "half": "half resolution", "no_image"
 TASK_WORDS = {"chartqa": "mini-chart", "docvqa": "mini-doc", "ocrbench": "mini-ocr", "pope": "mini-pope",
               "realworldqa": "mini-real", "vstar": "mini-vstar", "textvqa": "mini-text", "llava_multi": "mini-multi",
               "visionthink_smart": "mini-smart"}  # the generated tasks are no benchmarks of that name  # fmt: skip
-SHOWN = dict(SYSTEM_WORDS)  # what pages show for a name; `name_tasks` adds the tasks
+SHOWN_NAMES = dict(SYSTEM_WORDS)  # what pages show for a name; `name_tasks` adds the tasks
 HEADS = {"rtr": "RTR", "n": "rows", "lr": "LR", "hr": "HR", "f1": "F1", "fpr": "false positive rate", "p": "p value",
          "a": "system", "b": "minus system", "ms": "time (ms)", "gflops": "GFLOPs", "anls": "ANLS",
          "kappa": "Cohen's κ", "exact": "exact match", "relaxed": "relaxed match", "lr_lr": "both LR",
@@ -22,13 +22,13 @@ HEADS = {"rtr": "RTR", "n": "rows", "lr": "LR", "hr": "HR", "f1": "F1", "fpr": "
 
 def name_tasks(origin: str) -> None:
     """From now on pages show the tasks and sources of rows of this ``origin``; generated ones have their own names."""
-    SHOWN.clear()
-    SHOWN.update(SYSTEM_WORDS | (TASK_WORDS if origin == "suite" else {}))
+    SHOWN_NAMES.clear()
+    SHOWN_NAMES.update(SYSTEM_WORDS | (TASK_WORDS if origin == "suite" else {}))
 
 
 def shown(frame: pd.DataFrame) -> pd.DataFrame:
     """``frame`` with the names of systems, tasks and sources as pages show them, for a figure."""
-    return frame.replace({column: SHOWN for column in ("system", "benchmark", "source") if column in frame})
+    return frame.replace({column: SHOWN_NAMES for column in ("system", "benchmark", "source") if column in frame})
 
 
 def show_table(frame: pd.DataFrame, digits: int = 2) -> HTML:
@@ -40,7 +40,7 @@ def show_table(frame: pd.DataFrame, digits: int = 2) -> HTML:
     shown: dict[str, list[str]] = {}
     ends = _interval_columns(list(frame.columns))
     for column in [name for name in frame.columns if name not in {end for pair in ends.values() for end in pair}]:
-        head = HEADS.get(column) or SHOWN.get(column) or str(column).replace("_", " ")
+        head = HEADS.get(column) or SHOWN_NAMES.get(column) or str(column).replace("_", " ")
         texts = _texts(frame[column], column, digits)
         if column in ends:
             head += " [95 % interval]"
@@ -66,7 +66,7 @@ def _texts(cells: pd.Series, column: str, digits: int) -> list[str]:
 
     def text(cell: object) -> str:
         if isinstance(cell, str | list | tuple | dict):
-            return SHOWN.get(cell, cell) if isinstance(cell, str) else str(cell)
+            return SHOWN_NAMES.get(cell, cell) if isinstance(cell, str) else str(cell)
         if pd.isna(cell):
             return "-"
         if pd.api.types.is_bool(cell):
