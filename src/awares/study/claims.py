@@ -19,7 +19,7 @@ from awares.config import Params, find_file
 from awares.errors import AwaresValueError
 from awares.study.answers import MEASURES, PLUS, Answers, Estimate, MissingRows
 from awares.study.tables import save_table
-from awares.study.verdicts import FAILS, Effect, Evidence, adjusted, decide, weigh
+from awares.study.verdicts import FAILS, Effect, Judgement, adjusted, decide, weigh
 
 CLAIMS_FILE = Path("data/paper/claims.csv")
 CLAIM_COLUMNS = [
@@ -94,7 +94,7 @@ def claims_table(answers: Answers, claims: pd.DataFrame) -> pd.DataFrame:
     The verdicts of all claims that the runs decide have one false discovery rate, 1 - evaluation.level.
     """
     level = answers.params.evaluation.level
-    findings: list[Evidence | None] = []
+    findings: list[Judgement | None] = []
     notes = []
     for one in claims.itertuples():
         try:

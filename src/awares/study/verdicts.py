@@ -60,7 +60,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Judgement:
     """What the effects of one claim show; ``statements``: (verdict, p value), the preferred first."""
 
     value: float
@@ -75,7 +75,7 @@ class Evidence:
         return min(p for _, p in self.statements)
 
 
-def weigh(effects: Sequence[Effect], side: str, margin: float, same: float, level: float) -> Evidence:
+def weigh(effects: Sequence[Effect], side: str, margin: float, same: float, level: float) -> Judgement:
     """What ``effects`` say about a claim that all of them are ``above`` or ``below`` ``margin``, or ``within`` +- it.
 
     ``same`` > 0: the claim of a direction is equivalent if the difference is smaller. Of several effects all must be on
@@ -98,7 +98,7 @@ def weigh(effects: Sequence[Effect], side: str, margin: float, same: float, leve
         if same and abs(hardest.value - margin) < same:
             found.append((SAME, max(hardest.p(margin - same), hardest.p(margin + same))))
     detectable = hardest.detectable(level, side == "within")
-    return Evidence(hardest.value, *ends, hardest.seeds, detectable, tuple(found))
+    return Judgement(hardest.value, *ends, hardest.seeds, detectable, tuple(found))
 
 
 def adjusted(p: Any) -> np.ndarray:
@@ -109,7 +109,7 @@ def adjusted(p: Any) -> np.ndarray:
     return rates
 
 
-def decide(findings: Sequence[Evidence | None], level: float) -> list[str]:
+def decide(findings: Sequence[Judgement | None], level: float) -> list[str]:
     """The verdict on each finding, at a false discovery rate of 1 - ``level`` over all of them; None is undecided."""
     p = [math.nan if one is None else one.p for one in findings]
     rate = 1 - level
