@@ -148,6 +148,8 @@ class Answers:
         found, sizes = [], []
         for seed in seeds if policy in self.trainings else self.seeds(policy, kind):
             parts = self._parts(measure, policy, seed).loc[index]
+            if lacking := {*benchmarks} - {*parts.group}:
+                raise MissingRows(f"no rows of {', '.join(sorted(lacking))} are published")
             parts = parts[parts.group.isin(benchmarks)] if benchmarks else parts
             whole = parts.whole.sum()
             if not whole:
