@@ -11,10 +11,13 @@ the first. ``mute`` also never answers the judge's requests about n = 10 and the
 ``rigged``: a judge and an oracle without faults, for any rows: of two answers the later one in the alphabet is right.
 
 ``engine``: our own server in chat mode around the tiny model, rigged as in test_rollout.
+
+`fake_vllm` makes an interpreter that starts ``python -m vllm...`` as one of these servers.
 """
 
 import asyncio
 import base64
+import fcntl
 import json
 import os
 import re
@@ -35,7 +38,7 @@ from fastapi.responses import JSONResponse, Response
 HERE = Path(__file__).parent
 SILENCE = 3.0  # seconds: longer than the time-out of the tests
 BOXES = [[10, 10, 200, 200], [700, 20, 900, 100], [50, 600, 300, 900], [0, 0, 1000, 1000], [400, 400, 600, 600]]
-MODELS = ["meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"]
+MODELS = ["meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct-FP8", "Qwen/Qwen2.5-VL-7B-Instruct"]
 
 
 class ServerProcess:
@@ -75,6 +78,19 @@ def serving(folder: Path, *options: Any, name: str = "tiny", **given: Any) -> It
     finally:
         process.kill()
         process.communicate()
+
+
+def fake_vllm(folder: Path, mode: str, log: str = "server.jsonl") -> Path:
+    """An "interpreter" with vLLM. Its servers log their flags, too, and end at once if another one still runs.
+
+    In ``folder``, a file ``dies`` has the number of requests after which a server ends, with an error in its output.
+    """
+    script = folder / "python"
+    path = os.pathsep.join(map(str, (HERE.parent / "src", HERE, HERE / "method")))
+    run = f"PYTHONPATH={path} exec {sys.executable} {__file__} {folder / log} {mode}"
+    script.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\n{run} "$@"\n')
+    script.chmod(0o755)
+    return script
 
 
 def completion(text: str | None) -> dict[str, Any]:
@@ -149,7 +165,7 @@ async def rigged(text: str, body: dict[str, Any], arrival: int, key: str | None)
 
 
 def make_app(log: Path, mode: str) -> FastAPI:
-    app, arrived, under_way = FastAPI(), Counter[str](), set[object]()
+    app, arrived, under_way, dies = FastAPI(), Counter[str](), set[object](), log.with_name("dies")
     respond = {"faulty": faulty, "rigged": rigged}.get(mode, judge)
 
     @app.post("/v1/chat/completions")
@@ -163,10 +179,16 @@ def make_app(log: Path, mode: str) -> FastAPI:
         record = {"time": time.time(), "text": text, "body": body, "under way": len(under_way)}
         with log.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        if dies.is_file() and sum(arrived.values()) > int(dies.read_text()):
+            dies.unlink()
+            print("torch.OutOfMemoryError: CUDA out of memory.\nshutting down", flush=True)
+            os._exit(9)
         try:
             return await respond(text, body, arrived[text], request.headers.get("authorization"))
         finally:
             under_way.remove(request)
+
+    app.add_api_route("/health", lambda: {})
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -199,7 +221,14 @@ def make_engine_app() -> FastAPI:
 
 
 if __name__ == "__main__":
-    served = make_engine_app() if sys.argv[2] == "engine" else make_app(Path(sys.argv[1]), sys.argv[2])
-    listener = socket.create_server(("127.0.0.1", 0))
+    flags = dict(zip(sys.argv[5::2], sys.argv[6::2], strict=False))  # of vLLM's command line, after -m and its module
+    file = Path(sys.argv[1])
+    if flags:
+        alone = file.with_name("alone").open("w")
+        fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with file.open("a") as log_file:
+            log_file.write(json.dumps({"text": "started", "flags": sys.argv[5:], "pid": os.getpid()}) + "\n")
+    served = make_engine_app() if sys.argv[2] == "engine" else make_app(file, sys.argv[2])
+    listener = socket.create_server(("127.0.0.1", int(flags.get("--port", 0))))
     print(listener.getsockname()[1], flush=True)
     uvicorn.Server(uvicorn.Config(served, log_level="critical")).run([listener])

@@ -186,6 +186,8 @@ class Evaluation(Section):
     relaxed_iou: Fraction
     call_bias: float
     dial_biases: Listed[float]
+    engine: Literal["local", "vllm"]
+    chunk_rows: Count
     rows: Count
     frontier_rows: Count
     dial_rows: Count

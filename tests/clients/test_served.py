@@ -13,7 +13,8 @@ from chat_server import ServerProcess
 from test_curation import FakeEngine, make_rows
 
 from awares.bench.preflight import require_servers
-from awares.clients import judges as served
+from awares.clients import served
+from awares.clients.judges import Evidence, PairReply, ServedJudge, make_oracle
 from awares.config import load_params
 from awares.engine.jsonl import read_records
 from awares.errors import AwaresError, AwaresRequestError
@@ -60,9 +61,9 @@ def settings(folder, change=lambda raw: None, attempts=3, **values):
 
 
 def curate(params, out, rows=ROWS, engine=None):
-    judges, oracle = params.curation.all_judges, served.make_oracle(params)
-    ready = partial(require_servers, params)
-    return curation.curate(make_rows(rows), engine or FakeEngine(), judges, oracle, params, out, ready=ready)
+    judges, oracle = params.curation.all_judges, make_oracle(params)
+    given = {out.name: make_rows(rows)}, engine or FakeEngine(), judges, oracle, params, out.parent
+    return curation.curate(*given, ready=partial(require_servers, params))[out.name]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def curate(params, out, rows=ROWS, engine=None):
     ],
 )
 def test_comparisons_are_read_or_refused(text, found):
-    reply = served.PairReply.read(text)
+    reply = PairReply.read(text)
     assert (reply and (reply.first, reply.second, reply.better)) == found
 
 
@@ -94,16 +95,16 @@ def test_comparisons_are_read_or_refused(text, found):
 )
 def test_boxes_are_read_tidied_or_refused(boxes, found):
     """Refused: no box, fractions of 1, one empty box among others, three numbers, no numbers."""
-    reply = served.Evidence.read(f'So: {{"question_boxes": {boxes}, "answer_boxes": []}}')
+    reply = Evidence.read(f'So: {{"question_boxes": {boxes}, "answer_boxes": []}}')
     assert (reply and reply.question_boxes) == found
-    assert served.Evidence.read(boxes) is served.Evidence.read("nowhere") is None
+    assert Evidence.read(boxes) is Evidence.read("nowhere") is None
     prompt = served.Prompt(version="1", system="s", user="{question}: {answer}")  # braces of an answer stay
     assert prompt.messages({"question": "{answer}?", "answer": "{x}"})[1]["content"] == "{answer}?: {x}"
 
 
 def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(start, tmp_path):
     start()
-    judge = served.ServedJudge("llama", settings(tmp_path))
+    judge = ServedJudge("llama", settings(tmp_path))
     questions = ["what is 2?", "what is 4?", "what is 8?", "biased 5?"]
     lows, highs, answers = ["2", "no", "no", "5"], ["two", "4", "9", "5"], [["2"], ["4"], ["8"], ["5"]]
     found = judge.judge(questions, lows, highs, answers, ["a", "b", "c", "d"])
@@ -119,7 +120,7 @@ def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(s
     records = [{"id": str(i), "llama": dataclasses.asdict(one)} for i, one in enumerate(found)]
     assert curation_tables.order_effects(records).values.tolist() == [["llama", 4, 75.0, 25.0, 0.0, 0]]
     for right, value in ((0, 0), (1, 2)):  # of two wrong answers none is better, of two right ones one may be
-        low_first, low_second = (served.PairReply(first=right, second=right, better=better) for better in (2, 1))
+        low_first, low_second = (PairReply(first=right, second=right, better=better) for better in (2, 1))
         one = judge.combine((low_first, "low first"), (low_second, "high first"))
         assert (one.value, one.forward, one.swapped, one.both_wrong) == (value, 2, 2, not right)
 
@@ -187,29 +188,30 @@ def test_a_failing_server_costs_only_the_rows_that_it_fails_on_and_the_silent_on
     assert len(kept) > 5 and not any(KEY.encode() in file.read_bytes() for file in kept)
 
 
-def test_a_needed_server_must_be_there_before_the_first_row_and_others_need_not(start, tmp_path, monkeypatch):
+def test_a_step_requires_the_server_of_its_own_model_only(start, tmp_path, monkeypatch):
     server, engine = start(), FakeEngine()
-    for name in ("llama", "qwen3_vl", "base"):
+    chosen = {"engine": "base", "judges": ["llama", "anls"]}
+    everything = settings(tmp_path, **chosen)
+    for name in ("base", "llama", "qwen3_vl"):  # the first step of which the server is missing
         with monkeypatch.context() as patch:
             patch.setenv(f"AWARES_{name.upper()}_URL", NOWHERE)
             with pytest.raises(AwaresRequestError, match=rf"^{name}: .*127.0.0.1:9/v1.*AWARES_{name.upper()}_URL"):
-                curate(
-                    settings(tmp_path, engine="base" if name == "base" else "local"), tmp_path / "out", engine=engine
-                )
-    assert engine.calls == 0 and not server.arrivals()
-    monkeypatch.setenv("AWARES_BASE_URL", NOWHERE)
-    found = curate(settings(tmp_path), tmp_path / "out", rows=12)
-    more = settings(tmp_path, engine="base", judges=["llama", "anls"])
-    assert curate(more, tmp_path / "out", rows=12)["label"] == found["label"]  # the base model has answered
+                curate(everything, tmp_path / "out", rows=12, engine=engine)
+        assert engine.calls == (0 if name == "base" else 2)  # the base model's answers are kept
+    other = lambda raw: raw["models"]["qwen3_vl"].update(model="other")  # noqa: E731
+    with pytest.raises(AwaresRequestError, match="qwen3_vl: other.*serves .*--served-model-name other"):
+        curate(settings(tmp_path, other, **chosen), tmp_path / "new", rows=11, engine=FakeEngine(dies_at=0))
+    everything = settings(tmp_path, **chosen)
+    found = curate(everything, tmp_path / "out", rows=12, engine=engine)
     server.stop()
-    assert curate(more, tmp_path / "out", rows=12)["label"] == found["label"]
+    assert curate(everything, tmp_path / "out", rows=12)["label"] == found["label"] and engine.calls == 2
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (lambda raw: raw["models"].pop("llama"), "models.llama"),
-        (lambda raw: raw["models"]["llama"].pop("url"), "models.llama.*url"),
+        (lambda raw: raw["models"]["llama"].pop("vllm"), "models.llama.*vllm"),
         (lambda raw: raw["models"]["llama"].update(timeout="long"), "models.llama.*timeout"),
         (lambda raw: raw["models"]["llama"].update(colour=1), "models.llama.*colour"),
         (lambda raw: raw["prompts"].pop("judge"), "prompts"),
@@ -220,4 +222,4 @@ def test_a_fault_of_the_file_is_named(tiny, tmp_path, change, named):
     with pytest.raises(AwaresError, match="base.model"):  # the served base must be the base
         served.make_engine("base", tiny.processor, settings(tmp_path))
     with pytest.raises(AwaresError, match=named):
-        served.ServedJudge("llama", settings(tmp_path, change))
+        ServedJudge("llama", settings(tmp_path, change))

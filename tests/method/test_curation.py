@@ -101,6 +101,8 @@ def make_rows(count=11):
 class FakeEngine:
     """Answers like `rollout.Engine`; dies at call ``dies_at``; fails to answer a row of ``bad`` (id -> view)."""
 
+    wrong = "illegible"
+
     def __init__(self, dies_at=None, weights="w1", bad=(), unsure=()):
         self.calls, self.dies_at, self.weights, self.bad, self.unsure, self.seen = 0, dies_at, weights, bad, unsure, []
 
@@ -119,7 +121,7 @@ class FakeEngine:
 
     def _trajectory(self, question, view):
         number = int(question.split()[-1].rstrip("?"))
-        answer = f"{number} KG" if number % 4 < {"half": 1, "full": 3, "half+crops": 3}[view] else "illegible"
+        answer = f"{number} KG" if number % 4 < {"half": 1, "full": 3, "half+crops": 3}[view] else self.wrong
         margin = 0.5 if (number, view) in self.unsure else 9.0
         values = {"answer": answer, "visual_tokens": 3, "seconds": np.random.random(), "margin": margin}
         return SimpleNamespace(answer=answer, to_dict=lambda: dict(values))
@@ -140,7 +142,8 @@ def run(params, out_dir, engine=None, rows=None, judges=("semantic", "anls"), or
     section = params.curation
     oracle = oracle or AnnotationOracle(section.oracle_seed, section.oracle_sigma, section.oracle_margin)
     rows = make_rows() if rows is None else rows
-    return curation.curate(rows, engine or FakeEngine(), judges, oracle, params, out_dir, work_dir, **choices)
+    given = {out_dir.name: rows}, engine or FakeEngine(), judges, oracle, params, out_dir.parent, work_dir
+    return curation.curate(*given, **choices)[out_dir.name]
 
 
 def content(folder):
@@ -271,8 +274,8 @@ def test_errors_come_before_work(params, tmp_path):
 
 def test_engine_key_follows_the_weights(tiny):
     engine, weight = Engine(tiny.model, tiny.processor, max_new_tokens=4), next(tiny.model.parameters())
-    before, kept = curation.engine_key(engine), weight.data.clone()
+    before, kept = engine.key(), weight.data.clone()
     weight.data.view(-1)[0] += 1e-3
-    after = curation.engine_key(engine)
+    after = engine.key()
     weight.data.copy_(kept)
-    assert before != after and before == curation.engine_key(engine)
+    assert before != after and before == engine.key()

@@ -23,7 +23,8 @@ from awares.study import publish
 KEYS = {"AWARES_API_KEY": "sk-planted-paper-0b7d", "HF_TOKEN": "hf_planted_paper_4e8c"}
 VALUES = {key: value for key, value in SMOKE.items() if not key.startswith("curation.")} | yaml.safe_load("""
 {data.train_rows: 6, data.validation_rows: 2, base.device: cpu, base.dtype: float32, sft.launch: data/launch/2cpu.yaml,
- curation.chunk_rows: 16, curation.max_new_tokens: 12, protocol.token_budget: 4096, sft.per_device_batch_size: 2,
+ curation.chunk_rows: 16, curation.max_new_tokens: 12, curation.judges: [llama, deepseek, anls],
+ evaluation.engine: local, protocol.token_budget: 4096, sft.per_device_batch_size: 2,
  sft.share: 1.0}
 """)
 # lmms-eval lives in another environment, where `make lmms` runs it; this program writes what it would write

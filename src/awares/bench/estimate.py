@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import Image as PilImage
 
 from awares.bench import configs, costs
-from awares.clients.judges import get_model, read_served
+from awares.clients.served import get_model, read_served
 from awares.data import sources
 from awares.engine.images import cap
 from awares.engine.model import load_config, load_processor

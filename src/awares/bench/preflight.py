@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from awares.bench.estimate import GB, forecast
-from awares.clients.judges import get_model, read_served
+from awares.clients.served import get_model, read_served
 from awares.config import Params, read_yaml
 from awares.data import sources
 from awares.engine.model import GPU_FIX
@@ -46,6 +46,11 @@ def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
     """One finding for each of ``names`` that is a model of data/served.yaml."""
     for name in (name for name in names if name in read_served(params).models):
         model, there = get_model(name, params), False
+        if model.started_by:
+            found, fix = model.started_by.lacks(), "make vllm (data/launch/README.md), name another interpreter in"
+            fix = f"{fix} data/served.yaml (python), or give its address in AWARES_{name.upper()}_URL"
+            yield Finding(f"{name}: vLLM for {model.model}", not found, found or "found", fix)
+            continue
         try:
             with model.connect() as api:
                 served = [one.id for one in api.with_options(max_retries=1, timeout=20.0).models.list()]
@@ -59,9 +64,13 @@ def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
         yield Finding(f"{name}: {model.model} at {model.url}", there, found, fix)
 
 
-def require_servers(params: Params, names: Sequence[str]) -> None:
-    """AwaresRequestError with the fix unless each of ``names`` that is a served model is there."""
-    if missing := [one for one in servers(params, names) if not one.there]:
+def require_servers(params: Params, name: str, *later: str) -> None:
+    """AwaresRequestError with the fix unless the served model ``name`` is there.
+
+    The server of a ``later`` model may start later; one that answers must serve the right model.
+    """
+    found = [*servers(params, [name]), *(one for one in servers(params, later) if one.found[:9] != "no answer")]
+    if missing := [one for one in found if not one.there]:
         raise AwaresRequestError("\n".join(f"{one.what}: {one.found}; {one.fix}" for one in missing))
 
 

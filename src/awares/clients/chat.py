@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -22,7 +22,7 @@ from pydantic_core import from_json
 from tqdm import tqdm
 
 from awares.engine.jsonl import append_records, drop_torn_line, exclusive_lock, read_records, refuse_foreign
-from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
+from awares.errors import AwaresError, AwaresRequestError, AwaresValueError, Failure, first_fault
 
 _Result = TypeVar("_Result")
 
@@ -56,10 +56,15 @@ class Server(BaseModel, extra="forbid", frozen=True):
         except ValidationError as error:
             raise AwaresValueError(f"server: {first_fault(error)}") from error
 
-    def connect(self) -> openai.OpenAI:
+    def connect(self, **options: Any) -> openai.OpenAI:
         """The library's client: it waits between attempts and follows Retry-After headers of up to two minutes."""
         key = os.environ.get(self.key_variable) or "none"  # the library requires a key
-        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=self.attempts - 1, timeout=self.timeout)
+        limits: dict[str, Any] = {"max_retries": self.attempts - 1, "timeout": self.timeout, "base_url": self.url}
+        return openai.OpenAI(api_key=key, **{**limits, **options})
+
+    def fault(self) -> str:
+        """Why no request can succeed any more; "" if none is known."""
+        return ""
 
     def without_key(self, content: bytes) -> bytes:
         """``content`` with the key masked: some servers echo the request."""
@@ -101,6 +106,31 @@ class Request:
 Send = Callable[[Request], Reply]
 
 
+class _Connection:
+    """The client of ``server``, made when the first request needs it: a server may have to start for it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.closed, self._lock = server, False, Lock()
+        self._api: openai.OpenAI | None = None
+        self._error: AwaresError | None = None
+
+    def api(self) -> openai.OpenAI:
+        with self._lock:
+            if self._error or self.closed:
+                raise self._error or RowFailed("the call has ended")
+            try:
+                self._api = self._api or self.server.connect()
+            except AwaresError as error:
+                self._error = error
+                raise
+            return self._api
+
+    def close(self) -> None:
+        self.closed = True
+        if self._api:
+            self._api.close()
+
+
 class ChatClient:
     """Sends requests to ``server``. ``path``: the JSONL file of replies; None keeps them during one call only."""
 
@@ -108,6 +138,7 @@ class ChatClient:
         self.server, self.path, self.progress = server, None if path is None else Path(path), progress
         self.replies: dict[str, Reply] = {}  # by the key of the request
         self._lock, self._silent = Lock(), 0  # failed rows since the last reply
+        self._read = -1  # bytes of the file that `replies` holds
 
     def converse(
         self,
@@ -123,11 +154,11 @@ class ChatClient:
         results: list[Any] = [None] * len(row_ids)
         self._silent = 0
         bar = tqdm(total=len(row_ids), desc=self.server.model, unit="row", disable=not self.progress)
-        with self.opened(), self.server.connect() as api, bar:
+        with self.opened(), closing(_Connection(self.server)) as connection, bar:
 
             def run_row(index: int) -> None:
                 try:
-                    results[index] = talk(index, partial(self._send, api))
+                    results[index] = talk(index, partial(self._send, connection))
                 except RowFailed as error:
                     results[index] = self._failure(row_ids[index], error)
 
@@ -154,18 +185,23 @@ class ChatClient:
         with exclusive_lock(self.path):
             refuse_foreign(self.path, b'{"reply_key": ', "replies")
             drop_torn_line(self.path)  # else the next record would follow half a record on one line
-            self.replies = {one["reply_key"]: Reply.model_validate(one) for one in read_records(self.path)}
+            if self._size() != self._read:
+                self.replies = {one["reply_key"]: Reply.model_validate(one) for one in read_records(self.path)}
             yield
+            self._read = self._size()
 
-    def _send(self, api: openai.OpenAI, request: Request) -> Reply:
+    def _size(self) -> int:
+        return self.path.stat().st_size if self.path and self.path.is_file() else 0
+
+    def _send(self, connection: _Connection, request: Request) -> Reply:
         key = request.key(self.server.model)
         if key in self.replies:
             return self.replies[key]
-        reply = self._fetch(api, request)
+        reply = self._fetch(connection.api(), request)
         request.check(reply)
         with self._lock:
             self._silent = 0
-            if api.is_closed():  # after an abort the file is no longer ours
+            if connection.closed:  # after an abort the file is no longer ours
                 return reply
             if self.path and key not in self.replies:  # another row may have made the same request
                 about = {"reply_key": key, "id": request.row_id, "model": self.server.model}
@@ -206,6 +242,8 @@ class ChatClient:
         status = getattr(error.__cause__, "status_code", 500)
         with self._lock:
             self._silent += error.silent and (status >= 500 or status == 429 or not self.replies)
+        if error.silent and (fault := self.server.fault()):
+            raise AwaresRequestError(fault) from error
         if self._silent >= self.server.stop_after:
             reason = f"no reply for {self._silent} rows in a row, the last for row {row_id}: {error}"
             raise AwaresRequestError(f"{self.server.url}: {reason}. When it is back, run again") from error

@@ -17,6 +17,7 @@ from awares.clients.chat import ChatClient, Reply, Request, RowFailed, Send
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.decode import Codec
 from awares.engine.images import as_png
+from awares.engine.jsonl import Record
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresRequestError, AwaresValueError
 from awares.method import protocol
@@ -27,16 +28,19 @@ from awares.method.rollout import MAX_NEW_TOKENS, Conversation, Interaction, Tra
 # not apply; the token ids are compared with ours.
 VLLM_SETTINGS: dict[str, Any] = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
 VLLM_SETTINGS |= {"repetition_penalty": 1.0, "return_token_ids": True}
+TOP = 20  # log-probabilities of the first token in a reply, the most that the API allows
 
 
 class RemoteEngine(Interaction):
     """Runs rows through the model behind ``client``; same arguments and results as `rollout.Engine`.
 
     The server's prompt must equal that of ``processor``: token by token if the server returns the ids (vLLM does), else
-    in number. ``check=False`` accepts a server that reports neither. Differences from the in-process engine:
-    ``call_bias`` must be 0; ``seconds`` is the time of the row's requests, the queue included; ``margin`` is infinite
-    and ``call_logprob`` None; the server tokenizes the text of turn 1 again in turn 2; with protocol released, a row
-    that may not call cannot write the call's first word in turn 1.
+    in number. ``check=False`` accepts a server that reports neither. ``scores``: `call_gap` and `call_logprob` from the
+    first token's log-probabilities (vLLM has them); without them ``call_bias`` must be 0. Where a bias changes the
+    first token, the row is requested again: the server continues the call's first token, or may not write it. Other
+    differences from the in-process engine: ``seconds`` is the time of the row's requests, the queue included;
+    ``margin`` is infinite; the server tokenizes the text of turn 1 again in turn 2; a bias that forbids the call bars
+    its first token in the whole of turn 1, which with protocol released is a word.
     """
 
     def __init__(
@@ -46,15 +50,17 @@ class RemoteEngine(Interaction):
         max_new_tokens: int = MAX_NEW_TOKENS,
         max_side: int = 2000,
         check: bool = True,
+        scores: bool = False,
         protocol: str | Protocol = OURS,
     ) -> None:
         chosen = get_protocol(protocol) if isinstance(protocol, str) else protocol
         super().__init__(Codec(processor, chosen.opening), max_side, chosen)
-        self.client, self.max_new_tokens, self.check = client, max_new_tokens, check
+        self.client, self.max_new_tokens, self.check, self.scores = client, max_new_tokens, check, scores
+        self._never = [processor.image_token_id, processor.video_token_id]  # tokens that no turn may have
         self._lock = threading.Lock()  # images and tokenizers are not safe in several threads
 
     def key(self) -> str:
-        """Everything known that determines the answers, as the key of stored ones; the weights by the model's name."""
+        """As in `rollout.Interaction`; the weights by the model's name."""
         size = dict(self.processor.image_processor.size)
         return f"remote:{self.client.server.model}:{self.max_new_tokens}:{self.max_side}:{size}:{self.protocol}"
 
@@ -62,7 +68,7 @@ class RemoteEngine(Interaction):
         def talk(index: int, send: Send) -> Trajectory:
             with self._lock:
                 row = prepare(index)
-            if row.bias not in (0.0, float("-inf")):  # logit_bias would apply at every position
+            if not self.scores and row.bias not in (0.0, float("-inf")):  # logit_bias applies at every position
                 raise AwaresValueError(f"call_bias {row.bias}: use 0 with a server, or the in-process engine")
             self._turn(row, send)
             if row.free:
@@ -76,23 +82,54 @@ class RemoteEngine(Interaction):
         return self.client.converse(names, talk)
 
     def _turn(self, row: Conversation, send: Send) -> None:
-        reply = send(self._request(row))
-        row.seconds += reply.seconds
-        text = str(reply.text).removesuffix(END_OF_TURN)
+        """One turn of the model. In a free first turn with ``scores``, the bias decides whether it is a call."""
+        scored, begun = self.scores and row.free and len(row.turns) == 1, ""
+        barred = row.bias == float("-inf") if len(row.turns) == 1 else self.codec.call_only
+        reply = send(self._request(row, barred, scored=scored))
+        seconds = reply.seconds
+        if scored:
+            row.call_logprob, row.call_gap = self._scores(row, reply, send)
+            wanted = row.call_gap + row.bias > 0
+            if wanted != (row.call_gap > 0):
+                begun = self.codec.text([self.codec.call_token]) if wanted else ""
+                reply = send(self._request(row, not wanted, begun))
+                seconds += reply.seconds
+        row.seconds += seconds
+        text = begun + str(reply.text).removesuffix(END_OF_TURN)
         with self._lock:
             self._write(row, self.codec.tokenize(text + END_OF_TURN * (reply.finish == "stop")))
         if reply.completion_tokens is not None:  # tokenizing the text again may give fewer tokens
-            row.turns[-1] = replace(row.turns[-1], text_tokens=reply.completion_tokens)
+            row.turns[-1] = replace(row.turns[-1], text_tokens=reply.completion_tokens + bool(begun))
 
-    def _request(self, row: Conversation) -> Request:
-        barred = [self.processor.image_token_id, self.processor.video_token_id]
-        if row.bias < 0 if row.call.status == "none" else self.codec.call_only:
-            barred.append(self.codec.call_token)
-        settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": self.max_new_tokens, "extra_body": VLLM_SETTINGS}
-        settings["logit_bias"] = {str(token): -100.0 for token in barred}  # the API's lowest: never written
-        check = partial(self._accept, list(row.ids))
+    def _request(self, row: Conversation, barred: bool, begun: str = "", scored: bool = False) -> Request:
+        """For the next turn of ``row``. ``barred``: no call token in it; ``begun``: the call's first token."""
+        never = [*self._never, *([self.codec.call_token] if barred else [])]
+        settings: Record = {"temperature": 0.0, "max_tokens": self.max_new_tokens, "extra_body": VLLM_SETTINGS}
+        settings["logit_bias"] = {str(token): -100.0 for token in never}  # the API's lowest: never written
+        messages, ids = as_sent(row.messages, row.images), list(row.ids)
+        if begun:
+            messages.append({"role": "assistant", "content": begun})
+            settings["extra_body"] = VLLM_SETTINGS | {"add_generation_prompt": False, "continue_final_message": True}
+            settings["max_tokens"] -= 1
+            ids.append(self.codec.call_token)
+        if scored:
+            settings |= {"logprobs": True, "top_logprobs": TOP}
+            settings["extra_body"] = VLLM_SETTINGS | {"return_tokens_as_token_ids": True}
         limits = str(dict(self.processor.image_processor.size))  # of the server, too; the request does not carry them
-        return Request(row.row_id, as_sent(row.messages, row.images), settings, check, limits)
+        return Request(row.row_id, messages, settings, partial(self._accept, ids), limits)
+
+    def _scores(self, row: Conversation, reply: Reply, send: Send) -> tuple[float, float]:
+        """As `decode.call_scores`, from the first token's log-probabilities before any bias."""
+        call, found = self.codec.call_token, _first_logprobs(reply)
+        if call not in found:  # below the first TOP tokens: a second request names it
+            request = self._request(row, False, scored=True)
+            extra = request.settings["extra_body"] | {"logprob_token_ids": [call]}
+            settings = {**request.settings, "top_logprobs": 0, "max_tokens": 1, "extra_body": extra}
+            found = _first_logprobs(send(replace(request, settings=settings)))
+        others = [value for token, value in found.items() if token not in (call, *self._never)]
+        if call not in found or not others:
+            raise RowFailed("no log-probability of the call: the server must be vLLM 0.30 or newer")
+        return found[call], found[call] - max(others)
 
     def _accept(self, prompt: list[int], reply: Reply) -> None:
         """AwaresRequestError if the prompt is not ours, RowFailed if the reply is not a turn of the model."""
@@ -102,10 +139,18 @@ class RemoteEngine(Interaction):
         if ids not in (None, prompt) or count not in (None, len(prompt)):
             fix = "pass its processor; vLLM needs --chat-template-content-format openai and --mm-processor-kwargs"
             raise AwaresRequestError(f"the server's prompt ({count} tokens) is not ours ({len(prompt)}): {fix}")
+        if scores := reply.raw["choices"][0].get("logprobs"):
+            scores["content"] = scores["content"][:1]  # of the first token: all that is kept
         if reply.finish not in ("stop", "length"):
             raise RowFailed(f"the reply ended with finish_reason {reply.finish!r}, not stop or length")
         if self.processor.image_token in str(reply.text):
             raise RowFailed("the model wrote an image placeholder: the server ignores logit_bias")
+
+
+def _first_logprobs(reply: Reply) -> dict[int, float]:
+    """Log-probabilities by token id at the first generated position; {} if the server returns none."""
+    content = (reply.raw["choices"][0].get("logprobs") or {}).get("content") or [{"top_logprobs": []}]
+    return {int(one["token"].removeprefix("token_id:")): one["logprob"] for one in content[0]["top_logprobs"]}
 
 
 def as_sent(messages: Iterable[dict[str, Any]], images: Iterable[Image.Image]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ the server did not reply at all, the next run retries it.
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,67 +15,15 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, WithJsonSchema, model_validator
 
 from awares import registry
-from awares.clients.chat import ChatClient, Request, RowFailed, Send, Server
-from awares.clients.engine import RemoteEngine, image_part
-from awares.config import Params, read_yaml
+from awares.clients.chat import Request, RowFailed, Send
+from awares.clients.served import PromptName, get_model, make_client, read_served
+from awares.config import Params
 from awares.engine.images import open_image
 from awares.engine.jsonl import Record
 from awares.engine.keys import code_of
-from awares.engine.model import ImageOnlyProcessor
-from awares.errors import AwaresValueError, Failure, validated
-from awares.method import judges, protocol
+from awares.errors import Failure
+from awares.method import judges
 from awares.method.judges import HIGH_BETTER, LOW_BETTER, TIE, AnnotationOracle, Judge, Oracle, Texts, Verdict
-
-PromptName = Literal["judge", "judge_once", "oracle"]
-
-
-class Prompt(BaseModel, extra="forbid"):
-    """``system`` and ``user`` text; ``{names}`` are filled in."""
-
-    version: str
-    system: str
-    user: str
-
-    def messages(self, values: dict[str, str], image: Image.Image | None = None) -> list[Record]:
-        """The chat, the image before the question; braces in a value stay as they are."""
-        text = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), self.user).strip()
-        content: Any = [image_part(image), {"type": "text", "text": text}] if image else text
-        return [{"role": "system", "content": self.system.strip()}, {"role": "user", "content": content}]
-
-
-class ServedModel(Server, extra="forbid", frozen=True):
-    max_tokens: int = Field(gt=0)
-    retries: int = Field(ge=0)
-    dollars: tuple[float, float]
-    rows_per_hour: float = Field(gt=0)
-
-
-class Served(BaseModel, extra="forbid"):
-    """The file data/served.yaml, whose comments explain the fields."""
-
-    models: dict[str, ServedModel]
-    prompts: dict[PromptName, Prompt] = Field(min_length=3)
-
-
-def read_served(params: Params) -> Served:
-    """The declarations of ``curation.served_file``; AwaresValueError names a wrong key."""
-    path = params.path(params.curation.served_file)
-    return validated(Served, read_yaml(path, "curation.served_file"), str(path))
-
-
-def get_model(name: str, params: Params) -> ServedModel:
-    """A declared model, else AwaresValueError. AWARES_<NAME>_URL in the environment replaces its ``url``."""
-    models = read_served(params).models
-    if name not in models:
-        raise AwaresValueError(f"{params.curation.served_file}: no models.{name}, only {', '.join(models)}")
-    url = os.environ.get(f"AWARES_{name.upper()}_URL")
-    return models[name].model_copy(update={"url": url} if url else {})
-
-
-def make_client(name: str, params: Params) -> ChatClient:
-    """The client of a served model; all runs of a profile share its replies."""
-    path = params.path(params.paths.runs) / params.profile / ".replies" / f"{name}.jsonl"
-    return ChatClient(get_model(name, params), path, progress=True)
 
 
 class ModelReply(BaseModel, extra="forbid", strict=True, json_schema_extra=lambda schema: schema.pop("description")):
@@ -287,11 +234,3 @@ def make_oracle(params: Params) -> Oracle:
     if (section := params.curation).oracle == AnnotationOracle.name:
         return AnnotationOracle(section.oracle_seed, section.oracle_sigma, section.oracle_margin)
     return ServedOracle(section.oracle, params)
-
-
-def make_engine(name: str, processor: ImageOnlyProcessor, params: Params) -> RemoteEngine:
-    """The engine of the served base model ``name``; AwaresValueError unless that is ``base.model``."""
-    if (served := get_model(name, params).model) != params.base.model:
-        raise AwaresValueError(f"models.{name}.model is {served!r}, but base.model is {params.base.model!r}")
-    limits: Any = {"max_new_tokens": params.curation.max_new_tokens, "max_side": params.crops.max_side}
-    return RemoteEngine(make_client(name, params), processor, **limits, protocol=protocol.from_params(params))

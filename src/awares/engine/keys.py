@@ -1,10 +1,12 @@
 """Keys of stored work: a folder named by a hash of everything that determines the work, code and weights included."""
 
 import hashlib
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 
 from awares.errors import AwaresValueError
@@ -28,6 +30,16 @@ def folder_digest(folder: str | Path) -> str:
         with path.open("rb") as stream:
             digest.update(path.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def model_key(model: Any) -> str:
+    """Hash of a loaded model's weights; number format, device, threads and libraries."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    numbers = str(model.dtype), model.device.type, torch.get_num_threads()
+    return f"{digest.hexdigest()}:{numbers}:{tuple(map(importlib.metadata.version, LIBRARIES))}"
 
 
 def checkpoint_folder(out_dir: str | Path, inputs: dict[str, Any]) -> Path:

@@ -6,25 +6,23 @@ run writes the same bytes as an undisturbed one. The result is the row schema pl
 """
 
 import hashlib
-import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from awares.config import Params
-from awares.engine import answer_match, decode, images, model
+from awares.engine import answer_match
 from awares.engine.jsonl import Record, in_chunks, write_records
-from awares.engine.keys import LIBRARIES, checkpoint_folder, code_of
+from awares.engine.keys import checkpoint_folder, code_of
 from awares.engine.rows import FEATURES, load_rows, rows_digest, save_rows
 from awares.errors import AwaresValueError, Failure, with_failures
-from awares.method import crops, judges, metrics, protocol, rollout
+from awares.method import judges, metrics, rollout
 from awares.method.crops import CropRule, boxes_to_crops
 from awares.method.judges import HR, TIE, Judge, Oracle, build_judge, label
 
@@ -36,46 +34,54 @@ Records = Sequence[Sequence[Record]]  # those of the three steps
 
 
 def curate(
-    dataset: Dataset,
+    rows: Mapping[str, Dataset],
     engine: Any,
     judges: Sequence[str | Callable[..., Any] | Judge],
     oracle: Oracle,
     params: Params,
     out_dir: str | Path,
     work_dir: str | Path | None = None,
-    ready: Callable[[tuple[str, ...]], None] = lambda names: None,
+    ready: Callable[..., None] = lambda *names: None,
     judge: str | Callable[..., Any] | Judge | None = None,
     rule: CropRule | None = None,
-) -> Dataset:
-    """Label and locate every row of ``dataset``; write raw outputs and curated rows to ``out_dir``; return the rows.
+) -> dict[str, Dataset]:
+    """Label and locate every row; write raw outputs and curated rows to ``out_dir/<split>``; return the rows by split.
 
-    ``engine``: the base model's `rollout.Engine`. ``judges``: names, functions or `Judge` objects; all verdicts are
-    recorded, and ``judge`` (default: ``curation.judge``) decides. ``rule``: the crop rule (default: ``crops.rule``).
+    ``rows``: by split. A step runs on all splits before the next one, and each judge on all rows before the next judge,
+    so that one model at a time is needed. ``engine``: the base model's `rollout.Engine`. ``judges``: names, functions
+    or `Judge` objects; all verdicts are recorded, and ``judge`` (default: ``curation.judge``) decides. ``rule``: the
+    crop rule (default: ``crops.rule``).
     Columns added: ``low_answer``, ``high_answer``; ``verdict``, ``label`` (LR or HR) and ``both_wrong`` of the deciding
     judge; ``verdict_<judge>``, ``low_score_<judge>``, ``high_score_<judge>``; ``oracle_question_boxes``,
     ``oracle_answer_boxes`` and ``target_crops``, empty on LR rows. Lost rows are dropped, and so are rows with two
-    wrong answers if ``curation.drop_both_wrong``. Unfinished work is in ``work_dir`` (default: next to ``out_dir``),
-    keyed by its inputs: the same call resumes after a kill and retries rows without a server's answer.
-    ``ready`` is called before a step with the names of the models still needed, and may raise. AwaresError before any
-    work for unusable rows, judges or boxes.
+    wrong answers if ``curation.drop_both_wrong``. Unfinished work is in ``work_dir`` (default: ``out_dir``), keyed by
+    its inputs: the same call resumes after a kill and retries rows without a server's answer.
+    ``ready`` is called before the first row of a step, with the name of its model and those of the steps after it, and
+    may raise. AwaresError before any work for unusable rows, judges or boxes.
     """
-    if missing := set(FEATURES) - set(dataset.column_names) or not len(dataset):
-        raise AwaresValueError(f"curation: {f'rows lack {missing}' if len(dataset) else 'empty, there are no rows'}")
-    oracle.check(dataset)
+    for part in rows.values():
+        if missing := set(FEATURES) - set(part.column_names) or not len(part):
+            raise AwaresValueError(f"curation: {f'rows lack {missing}' if len(part) else 'empty, there are no rows'}")
+        oracle.check(part)
     built = {one.name: one for one in (build_judge(one, params) for one in (*judges, *([judge] if judge else [])))}
     decides = list(built)[-1] if judge else params.curation.judge
     if decides not in built:
         raise AwaresValueError(f"curation.judge {decides!r} is not among the judges {', '.join(built)}")
-    models = params.curation.engine, *built, oracle.name
-    steps = _Steps(dataset, params, Path(out_dir).parent if work_dir is None else Path(work_dir), models, ready)
-    answers = _answer(steps, engine)
-    verdicts = _judge(steps, answers, list(built.values()))
-    located = _locate(steps, answers, verdicts, oracle, decides)
-    records = answers, verdicts, located
-    for name, found in zip((*RAW_FILES, LOST_FILE), (*records, lost_rows(records, decides)), strict=True):
-        write_records(Path(out_dir) / name, found)
-    save_rows(assemble(dataset, records, params, decides, rule), Path(out_dir) / ROWS_FOLDER)
-    return load_rows(Path(out_dir) / ROWS_FOLDER)
+    given = params, Path(work_dir or out_dir), (params.curation.engine, *built, oracle.name), cache(ready)
+    steps = {split: _Steps(part, *given) for split, part in rows.items()}
+    answers = {split: _answer(one, engine) for split, one in steps.items()}
+    verdicts = {split: [{"id": one["id"]} for one in part if "reason" not in one] for split, part in answers.items()}
+    for each in built.values():
+        for split, one in steps.items():
+            judged = zip(verdicts[split], _judge(one, answers[split], each), strict=True)
+            verdicts[split] = [old | new for old, new in judged]
+    for split, one in steps.items():
+        located = _locate(one, answers[split], verdicts[split], oracle, decides)
+        records, folder = (answers[split], verdicts[split], located), Path(out_dir) / split
+        for name, found in zip((*RAW_FILES, LOST_FILE), (*records, lost_rows(records, decides)), strict=True):
+            write_records(folder / name, found)
+        save_rows(assemble(rows[split], records, params, decides, rule), folder / ROWS_FOLDER)
+    return {split: load_rows(Path(out_dir) / split / ROWS_FOLDER) for split in rows}
 
 
 def base_answers(rows: Dataset, engine: Any, view: str) -> list[Any]:
@@ -93,19 +99,18 @@ class _Steps:
     """Runs steps on chunks of rows; the records of a step are keyed by its inputs and those of the steps before it."""
 
     def __init__(self, dataset: Dataset, params: Params, home: Path, models: Sequence[str], ready: Any) -> None:
-        self.dataset, self.params, self.home, self.ready = dataset, params, home, cache(ready)
-        self.models = dict(zip(RAW_FILES, (models, models[1:], models[-1:]), strict=True))  # needed from a step on
+        self.dataset, self.params, self.home, self.models, self.ready = dataset, params, home, models, ready
         self.place = {row_id: index for index, row_id in enumerate(dataset["id"])}
         self.inputs: Record = {"rows": rows_digest(dataset), "chunk_rows": params.curation.chunk_rows}
 
-    def step(self, name: str, ids: Sequence[str], key: Record, work: Any, images: bool = True) -> list[Record]:
-        """The records of ``work``, called on chunks of the rows ``ids``; ``images=False`` leaves out the images."""
+    def step(self, name: str, model: str, ids: list[str], key: Record, work: Any, images: bool = True) -> list[Record]:
+        """The records of ``work``, called on chunks of the rows ``ids``, for which ``model`` is needed."""
         self.inputs |= key
         folder = checkpoint_folder(self.home / name, {"stage": f"curation {name}", **self.inputs})
         rows = self.dataset if images else self.dataset.remove_columns("image")
 
         def records(chunk: list[str]) -> list[Record]:
-            self.ready(self.models[name])
+            self.ready(*self.models[self.models.index(model) :])
             fresh = work(rows.select([self.place[row_id] for row_id in chunk]))
             return [{"id": row_id, **record} for row_id, record in zip(chunk, fresh, strict=True)]
 
@@ -127,22 +132,22 @@ def _answer(steps: _Steps, engine: Any) -> list[Record]:
     def work(chunk: Dataset) -> list[Record]:
         return list(map(record, base_answers(chunk, engine, "half"), base_answers(chunk, engine, "full")))
 
-    key = {"engine": engine_key(engine), "code": _code(rollout, decode, protocol, crops, images, model)}
-    return steps.step(RAW_FILES[0], list(steps.place), key, work)
+    key = {"engine": engine.key(), "code": rollout.code()}
+    return steps.step(RAW_FILES[0], steps.models[0], list(steps.place), key, work)
 
 
-def _judge(steps: _Steps, answers: list[Record], built: Sequence[Judge]) -> list[Record]:
-    """Step 2: every judge on every answered row, with raw scores."""
+def _judge(steps: _Steps, answers: list[Record], judge: Judge) -> list[Record]:
+    """Step 2: the verdicts of ``judge`` on every answered row, with raw scores."""
     answered = {record["id"]: record for record in answers if "reason" not in record}
 
     def work(chunk: Dataset) -> list[Record]:
         lows, highs = ([answered[row_id][side]["answer"] for row_id in chunk["id"]] for side in ("low", "high"))
-        rows = list(chunk["question"]), lows, highs, list(chunk["answers"]), list(chunk["id"])
-        verdicts = {judge.name: judge.judge(*rows) for judge in built}
-        return [{name: asdict(found[place]) for name, found in verdicts.items()} for place in range(len(chunk))]
+        found = judge.judge(list(chunk["question"]), lows, highs, list(chunk["answers"]), list(chunk["id"]))
+        return [{judge.name: asdict(verdict)} for verdict in found]
 
-    key: Record = {"judges": [judge.key() for judge in built], "judge_code": _code(judges, metrics, answer_match)}
-    return steps.step(RAW_FILES[1], list(answered), key | {"answered": _digest(answered)}, work, images=False)
+    code = code_of(*(module.__file__ for module in (judges, metrics, answer_match)))
+    key: Record = {"judged_by": judge.key(), "judge_code": code, "answered": _digest(answered)}
+    return steps.step(RAW_FILES[1], judge.name, list(answered), key, work, images=False)
 
 
 def _locate(steps: _Steps, answers: list[Record], verdicts: list[Record], oracle: Oracle, judge: str) -> list[Record]:
@@ -152,7 +157,11 @@ def _locate(steps: _Steps, answers: list[Record], verdicts: list[Record], oracle
     boxes = zip(*(steps.dataset[name] for name in ("id", "question_boxes", "answer_boxes")), strict=True)
     key = {"judge": judge, "lucky_margin": margin, "wanted": _digest(wanted), "boxes": _digest(map(json.dumps, boxes))}
     key |= {"oracle": oracle.key(), "oracle_code": code_of(__file__)}
-    return steps.step(RAW_FILES[2], wanted, key, lambda chunk: oracle.locate(list(chunk)), images=oracle.looks)
+
+    def work(chunk: Dataset) -> list[Record]:
+        return oracle.locate(list(chunk))
+
+    return steps.step(RAW_FILES[2], oracle.name, wanted, key, work, images=oracle.looks)
 
 
 def lost_rows(records: Records, judge: str) -> list[Record]:
@@ -222,24 +231,5 @@ def answer_margin(answers: Record, side: str) -> float:
     return answers[side].get("margin", math.inf)
 
 
-def engine_key(engine: Any) -> str:
-    """Everything that determines the engine's answers: its ``key()``, or a hash of weights, limits and libraries."""
-    if hasattr(engine, "key"):
-        return str(engine.key())
-    weights, digest = engine.decoder.model, hashlib.sha256()
-    for name, weight in sorted(weights.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-    size = dict(engine.processor.image_processor.size)
-    limits = engine.decoder.max_new_tokens, engine.token_budget, engine.max_side, size, engine.protocol.geometry
-    numbers = (str(weights.dtype), weights.device.type, torch.get_num_threads())
-    versions = tuple(importlib.metadata.version(name) for name in LIBRARIES)
-    return f"{digest.hexdigest()}:{limits}:{numbers}:{versions}"
-
-
 def _digest(texts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
-
-
-def _code(*modules: Any) -> str:
-    return code_of(*(module.__file__ for module in modules))

@@ -9,16 +9,19 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 from PIL.Image import Image
 from tqdm import tqdm
 
 from awares.config import Params
+from awares.engine import decode
 from awares.engine.batches import token_groups, windows
 from awares.engine.chat_format import END_OF_TURN, answer_text
 from awares.engine.decode import Codec, Decoder, Output, call_scores
 from awares.engine.images import ImageSource, cap, open_image
+from awares.engine.keys import code_of, model_key
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
 from awares.errors import AwaresLengthError, AwaresValueError
 from awares.method import protocol
@@ -225,6 +228,10 @@ class Interaction(ABC):
         return protocol.parse_call(row.turns[-1].text, self.protocol)
 
     @abstractmethod
+    def key(self) -> str:
+        """Everything that determines the answers, but for `code`: for the key of stored ones."""
+
+    @abstractmethod
     def _all(self, names: Sequence[str], prepare: Callable[[int], Conversation]) -> list[Trajectory]:
         """Complete the rows ``prepare(0)``, ``prepare(1)``, ...: one trajectory for each of ``names``, in order."""
 
@@ -264,6 +271,10 @@ class Engine(Interaction):
     def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> Self:
         """An engine with the limits of params.yaml and a progress bar; ``options`` override them."""
         return cls(model, processor, **{**limits_of(params), "progress": True, **options})
+
+    def key(self) -> str:
+        limits = self.decoder.max_new_tokens, self.token_budget, self.max_side
+        return f"{model_key(self.decoder.model)}:{limits}:{dict(self.processor.image_processor.size)}:{self.protocol}"
 
     # Batches
 
@@ -325,6 +336,12 @@ def limits_of(params: Params) -> dict[str, Any]:
     """The options of `Engine` that params.yaml has."""
     turns = {"max_new_tokens": params.protocol.max_new_tokens, "token_budget": params.protocol.token_budget}
     return {**turns, "max_side": params.crops.max_side, "protocol": protocol.from_params(params)}
+
+
+def code() -> str:
+    """Hash of the code that an answer depends on."""
+    method = [Path(__file__).with_name(f"{name}.py") for name in ("crops", "protocol", "rollout")]
+    return code_of(*map(str, [*sorted(Path(decode.__file__).parent.glob("*.py")), *method]))
 
 
 def _names(questions: Sequence[str], row_ids: Sequence[str] | None, **others: Sequence[Any] | None) -> list[str]:

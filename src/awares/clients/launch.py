@@ -1,0 +1,168 @@
+"""vLLM servers that a step starts for itself: one at a time, on loopback, stopped at the end and after an error.
+
+Inside `managed`, the first request to a model without an address starts its server and stops the one before. A second
+process ends the server's process group when this one dies, whatever killed it.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import httpx
+from pydantic_core import to_json
+from tqdm import tqdm
+
+from awares.errors import AwaresFileError, AwaresRequestError
+
+MODULE = "vllm.entrypoints.openai.api_server"
+TAIL = 12  # lines of the log that an error shows
+# The group of the server has this watcher, too: it ends the group once the pipe of the process that started it closes
+WATCHED = """exec 3<&0
+( trap "" TERM; cat <&3; kill -TERM 0; sleep 20; kill -KILL 0 ) >/dev/null 2>&1 &
+exec "$@" </dev/null 3<&-"""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the server of ``name`` is started: the interpreter ``python``, its ``flags``, the folder that it runs in.
+
+    ``log`` gets its output. It must be healthy after ``minutes``, downloads of weights included.
+    """
+
+    name: str
+    python: Path
+    flags: tuple[str, ...]
+    folder: Path
+    log: Path
+    minutes: float
+
+    def lacks(self) -> str:
+        """Why the server cannot be started; "" if ``python`` has vLLM."""
+        find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+        if self.python.is_file() and not subprocess.run([self.python, "-c", find], check=False).returncode:
+            return ""
+        return f"no vLLM in {self.python}"
+
+
+class _Running:
+    """The one server of this process."""
+
+    def __init__(self) -> None:
+        self.allowed, self.url, self._lock = False, "", Lock()
+        self.launch: Launch | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def address(self, launch: Launch) -> str:
+        """The URL of the healthy server of ``launch``, which this starts unless it runs; AwaresError if it dies."""
+        with self._lock:
+            if self.launch != launch:
+                if not self.allowed:
+                    fix = f"set AWARES_{launch.name.upper()}_URL, or send requests inside `with launch.managed():`"
+                    raise AwaresRequestError(f"{launch.name}: this model has no server: {fix}")
+                if lacking := launch.lacks():
+                    fix = "make vllm, or name another interpreter in data/served.yaml (python)"
+                    raise AwaresFileError(f"{launch.name}: {lacking}: {fix}")
+                self.stop()
+                self._start(launch)
+                self._wait(launch)
+            if fault := self.fault(launch):
+                raise AwaresRequestError(fault)
+            return self.url
+
+    def fault(self, launch: Launch) -> str:
+        """Why the server of ``launch`` has ended; "" while it runs."""
+        if self.process is None or self.launch != launch or self.process.poll() is None:
+            return ""
+        fix = f"if its flags do not fit this machine, change models.{launch.name}.vllm in data/served.yaml"
+        end = f"its server ended with exit code {self.process.returncode}; {fix}, then run again"
+        return f"{launch.name}: {end}. From {launch.log}:\n{_errors(launch.log)}"
+
+    def stop(self) -> None:
+        """End the server and everything that it started."""
+        process, self.process, self.launch = self.process, None, None
+        if process is None:
+            return
+        with suppress(ProcessLookupError):
+            process.terminate()  # vLLM ends its workers itself
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdin
+        process.stdin.close()
+
+    def _start(self, launch: Launch) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        launch.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [str(launch.python), "-m", MODULE, "--host", "127.0.0.1", "--port", str(port), *launch.flags]
+        with launch.log.open("wb") as log:
+            self.launch, self.url = launch, f"http://127.0.0.1:{port}/v1"
+            self.process = subprocess.Popen(
+                ["sh", "-c", WATCHED, "sh", *command],
+                cwd=launch.folder,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _wait(self, launch: Launch) -> None:
+        """Until the server is healthy; shows the last line of its log."""
+        until, health = time.monotonic() + 60 * launch.minutes, self.url.replace("/v1", "/health")
+        with tqdm(desc=f"starting {launch.name}", bar_format="{desc}: {elapsed}{postfix}", leave=False) as bar:
+            while self.allowed and time.monotonic() < until:
+                if fault := self.fault(launch):
+                    raise AwaresRequestError(fault)
+                with suppress(httpx.TransportError):
+                    if httpx.get(health, timeout=5, trust_env=False).is_success:
+                        return
+                bar.set_postfix_str("".join(_lines(launch.log)[-1:])[-80:])
+                time.sleep(0.2)
+        self.stop()
+        fix = f"raise minutes in data/served.yaml if it was still loading. From {launch.log}"
+        raise AwaresRequestError(
+            f"{launch.name}: its server is not healthy after {launch.minutes:g} minutes; {fix}:\n{_errors(launch.log)}"
+        )
+
+
+running = _Running()
+
+
+@contextmanager
+def managed() -> Iterator[None]:
+    """Inside, models of data/served.yaml without an address get a server when a request needs it."""
+    running.allowed = True
+    try:
+        yield
+    finally:
+        running.allowed = False
+        running.stop()
+
+
+def as_flags(values: Mapping[str, Any]) -> Iterator[str]:
+    """Flags of the command line: ``{"max-model-len": 8192, "enforce-eager": True}`` -> --max-model-len 8192 ..."""
+    for name, value in values.items():
+        yield f"--{name}"
+        if value is not True:
+            yield value if isinstance(value, str) else to_json(value).decode()
+
+
+def _lines(log: Path) -> list[str]:
+    return [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+
+
+def _errors(log: Path) -> str:
+    """The last lines of ``log``, those that name an error if there are any: vLLM prints the cause early."""
+    lines = _lines(log)
+    named = [line for line in lines if re.search(r"(Error|Exception|error): ", line)]
+    return "\n".join((named or lines)[-TAIL:])
