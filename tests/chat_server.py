@@ -10,6 +10,9 @@ the first. ``mute`` also never answers the judge's requests about n = 10 and the
 
 ``rigged``: a judge and an oracle without faults, for any rows: of two answers the later one in the alphabet is right.
 
+``policy``: a model with vLLM's log-probabilities and continued messages, for the processor in the variable PROCESSOR.
+A hash of the prompt decides its answers, its calls and the scores of the call.
+
 ``engine``: our own server in chat mode around the tiny model, rigged as in test_rollout.
 
 `fake_vllm` makes an interpreter that starts ``python -m vllm...`` as one of these servers.
@@ -18,6 +21,8 @@ the first. ``mute`` also never answers the judge's requests about n = 10 and the
 import asyncio
 import base64
 import fcntl
+import hashlib
+import io
 import json
 import os
 import re
@@ -28,12 +33,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from PIL import Image
 
 HERE = Path(__file__).parent
 SILENCE = 3.0  # seconds: longer than the time-out of the tests
@@ -164,9 +171,39 @@ async def rigged(text: str, body: dict[str, Any], arrival: int, key: str | None)
     return JSONResponse(completion(json.dumps(said if "response_format" in body else said["better"])))
 
 
+async def policy(text: str, body: dict[str, Any], arrival: int, key: str | None) -> Response:
+    codec, crops = written_by(os.environ["PROCESSOR"])
+    begun, sizes = body.get("continue_final_message", False), []
+    for part in [part for one in body["messages"] if isinstance(one["content"], list) for part in one["content"]]:
+        if part["type"] == "image_url":
+            sizes.append(Image.open(io.BytesIO(base64.b64decode(part.pop("image_url")["url"].partition(",")[2]))).size)
+            part["type"] = "image"
+    shown = codec.processor.apply_chat_template(body["messages"][: -1 if begun else None], add_generation_prompt=True)
+    ids = codec.tokenize(shown, sizes) + [codec.call_token] * begun
+    draw = int.from_bytes(hashlib.sha256(repr((ids, sizes)).encode()).digest()[:4], "big")
+    gap, call, named = draw % 600 / 100 - 3, codec.call_token, "logprob_token_ids" in body
+    calls = begun or (body.get("logprobs") and gap > 0)
+    said = f'<tool_call>\n{{"name": "crop", "arguments": {{"regions": ["{crops[draw % 10]}"]}}}}\n</tool_call>'
+    reply = completion(said.removeprefix("<tool_call>" * begun) if calls else str(draw % 7))
+    if body.get("logprobs"):  # a third of the calls is not among the best tokens
+        values = {5: -1.0} | ({call: gap - 1.0} if named or gap > -1 else {})
+        top = [{"token": f"token_id:{token}", "logprob": value} for token, value in values.items()]
+        reply["choices"][0]["logprobs"] = {"content": [{"token": "token_id:5", "logprob": -1.0, "top_logprobs": top}]}
+    return JSONResponse(reply | {"prompt_token_ids": ids})
+
+
+@cache
+def written_by(folder: str) -> tuple[Any, list[str]]:
+    from awares.engine.decode import Codec
+    from awares.engine.model import load_processor
+    from awares.method.crops import CROPS
+
+    return Codec(load_processor(folder)), list(CROPS)
+
+
 def make_app(log: Path, mode: str) -> FastAPI:
     app, arrived, under_way, dies = FastAPI(), Counter[str](), set[object](), log.with_name("dies")
-    respond = {"faulty": faulty, "rigged": rigged}.get(mode, judge)
+    respond = {"faulty": faulty, "rigged": rigged, "policy": policy}.get(mode, judge)
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:

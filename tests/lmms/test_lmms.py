@@ -101,6 +101,12 @@ def test_the_evaluation_notebook_scores_a_policy_through_lmms_eval(rows, monkeyp
     assert 0 <= row.value <= 1 and 0 < row.rtr <= 1.1 and row.seconds > 0
     again = benchmarks.through_lmms_eval(*given, {"chartqa": "awares_offline"}, options)
     assert again.equals(table)  # all from the log
+    two = load_params(
+        "mini", overrides={**overrides, "base.launch": "data/launch/2cpu.yaml"}, path=ROOT / "params.yaml"
+    )
+    both = benchmarks.through_lmms_eval(*given[:2], two, given[3], {"chartqa": "awares_offline"}, options)
+    assert both.drop(columns="seconds").equals(table.drop(columns="seconds"))  # of all samples, by two processes
+    assert len(list(folder.glob("evaluation/.checkpoints/*/samples.*.jsonl"))) == 2
     (samples,) = folder.glob("evaluation/.checkpoints/*/samples.jsonl")
     samples.write_text("my notes")
     with pytest.raises(AwaresError, match="(?s)lmms-eval.*something other than samples"):

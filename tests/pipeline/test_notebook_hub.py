@@ -31,13 +31,15 @@ VALUES = {key: value for key, value in SMOKE.items() if not key.startswith("cura
 LMMS_EVAL = """
 import json, sys
 from pathlib import Path
-assert sys.argv[1:3] == ["-m", "lmms_eval"]
-options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+begin = sys.argv.index("lmms_eval")
+assert sys.argv[2] == "accelerate.commands.launch" and sys.argv[begin - 3 : begin] == ["--num_processes", "2", "-m"]
+options = dict(zip(sys.argv[begin + 1::2], sys.argv[begin + 2::2]))
 given = dict(pair.split("=", 1) for pair in options["--model_args"].split(","))
 assert options["--model"] == "awares" and (Path(given["pretrained"]) / "model.safetensors").is_file()
 tasks = options["--tasks"].split(",")
 lines = [json.dumps({"id": f"{task}/test/{n}", "rtr": 0.25 + n / 2, "seconds": 0.1}) for task in tasks for n in (0, 1)]
-Path(given["log"]).write_text("\\n".join(lines) + "\\n")
+for rank in (0, 1):
+    Path(given["log"]).with_suffix(f".{rank}.jsonl").write_text("\\n".join(lines[rank::2]) + "\\n")
 Path(options["--output_path"]).mkdir(parents=True, exist_ok=True)
 values = {"score,none": 0.5, "score_stderr,none": 0.1, "alias": "one"}
 Path(options["--output_path"], "0_results.json").write_text(json.dumps({"results": {task: values for task in tasks}}))

@@ -6,6 +6,7 @@ It needs another build of torch, so it runs with the Python ``evaluation.lmms_ev
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from awares import policy
-from awares.config import Params
+from awares.config import Params, read_yaml
 from awares.engine import jsonl
 from awares.engine.images import join_strip, open_image
 from awares.engine.jsonl import Record
@@ -44,8 +45,9 @@ def through_lmms_eval(
     """Scores of the policy at ``model_path`` by lmms-eval: a line per benchmark and metric, on lmms-eval's own scale.
 
     Columns: ``LMMS_COLUMNS``; rtr and seconds are means over the n samples. ``tasks``: benchmark -> task of lmms-eval;
-    ``options``: more of its command line. The samples are kept in ``.checkpoints`` next to ``out_dir``, where the
-    same call resumes. AwaresError for a missing environment, a changed protocol, or a failure of lmms-eval.
+    ``options``: more of its command line. It runs in the processes that ``base.launch`` has on a machine. The samples
+    are kept in ``.checkpoints`` next to ``out_dir``, where the same call resumes. AwaresError for a missing
+    environment, a changed protocol, or a failure of lmms-eval.
     """
     python = params.path(params.evaluation.lmms_eval)
     if not python.is_file():
@@ -65,7 +67,8 @@ def through_lmms_eval(
     arguments |= {"geometry": form.geometry, "min_pixels": section.min_pixels, "max_pixels": section.max_pixels}
     arguments |= {"system": params.path(file)} if (file := params.protocol.system_file) else {}
     arguments |= {"call_bias": params.evaluation.call_bias}
-    command = [str(python), "-m", "lmms_eval", "--model", "awares", "--tasks", ",".join(tasks.values())]
+    command = [str(python), "-m", *_processes(params), "lmms_eval", "--model", "awares"]
+    command += ["--tasks", ",".join(tasks.values())]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())]
     command += ["--batch_size", str(LOG_EVERY), "--output_path", str(folder / "results"), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # its progress goes to stderr
@@ -74,7 +77,7 @@ def through_lmms_eval(
         end = f"with {done.returncode}, {len(written)} results; the end of its output:\n{done.stdout[-2000:]}"
         raise AwaresError(f"lmms-eval ended on {system} {end}")
     results = json.loads(written[-1].read_text())["results"]
-    samples = pd.DataFrame(jsonl.read_records(folder / "samples.jsonl"))
+    samples = pd.DataFrame([one for log in sorted(folder.glob("samples*.jsonl")) for one in jsonl.read_records(log)])
     rows = []
     for benchmark, task in tasks.items():
         part = samples[samples["id"].str.startswith(f"{task}/")]
@@ -84,6 +87,17 @@ def through_lmms_eval(
             if isinstance(value, int | float) and comma and not metric.endswith("_stderr"):
                 rows.append((system, benchmark, task, metric, float(value), *means))
     return pd.DataFrame(rows, columns=LMMS_COLUMNS)
+
+
+def _processes(params: Params) -> list[str]:
+    """The start of a command that runs a module once for each GPU of this machine, as ``base.launch`` has them."""
+    if not params.base.launch:
+        return []
+    file = params.path(params.base.launch)
+    settings = read_yaml(file, "base.launch")
+    count = settings.get("num_processes", 1) // settings.get("num_machines", 1)
+    here = ["--num_machines", "1", "--num_processes", str(count)]
+    return ["accelerate.commands.launch", "--config_file", str(file), *here, "-m"]
 
 
 # Inside lmms-eval's environment
@@ -102,10 +116,11 @@ def manifest() -> Any:
 
 
 class AwaresChat(Model):
-    """The policy as a chat model of lmms-eval, in one process: chat messages in, texts out.
+    """The policy as a chat model of lmms-eval, a copy in each process: chat messages in, texts out.
 
     ``pretrained``: a merged model or an adapter. ``log``: a JSONL file with the trajectory of every sample, from which
-    the same call resumes (lmms-eval writes its own cache only at the end). LMMS_DEFAULTS: further arguments, such as
+    the same call resumes (lmms-eval writes its own cache only at the end); of several processes each has its own,
+    ``samples.<rank>.jsonl``. LMMS_DEFAULTS: further arguments, such as
     ``system``, a file with another prompt; ``max_new_tokens`` replaces a task's limit, which would cut calls off.
     """
 
@@ -121,6 +136,8 @@ class AwaresChat(Model):
         **given: Any,  # lmms-eval passes its own options to every model
     ) -> None:
         super().__init__()
+        if processes := "LOCAL_RANK" in os.environ:
+            device = f"{device}:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
         options: dict[str, Any] = {name: given.get(name, value) for name, value in LMMS_DEFAULTS.items()}
         self.settings = {**options, "dtype": dtype, "call_bias": float(call_bias)}
         self.settings["weights"] = folder_digest(pretrained)[:16]
@@ -129,7 +146,9 @@ class AwaresChat(Model):
         self.settings["prompt"] = hashlib.sha256(form.system.encode()).hexdigest()[:16]
         options |= {"protocol": form, "pixels": (options.pop("min_pixels"), options.pop("max_pixels"))}
         self.engine = policy.AwaRes.from_pretrained(pretrained, None, dtype, device, **options).engine
-        self.log = Path(log)
+        self.device, self.log = device, Path(log)  # lmms-eval reads the device
+        if processes:
+            self.log = self.log.with_suffix(f".{os.environ['RANK']}.jsonl")
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """One answer per request, in order. AwaresError for a row without an image, or a log of something else."""

@@ -82,7 +82,7 @@ class _Running:
         """Why the server of ``launch`` has ended; "" while it runs."""
         if self.process is None or self.launch != launch or self.process.poll() is None:
             return ""
-        fix = f"if its flags do not fit this machine, change models.{launch.name}.vllm in data/served.yaml"
+        fix = "if its flags do not fit this machine, change them (vllm in data/served.yaml)"
         end = f"its server ended with exit code {self.process.returncode}; {fix}, then run again"
         return f"{launch.name}: {end}. From {launch.log}:\n{_errors(launch.log)}"
 
@@ -162,7 +162,8 @@ def _lines(log: Path) -> list[str]:
 
 
 def _errors(log: Path) -> str:
-    """The last lines of ``log``, those that name an error if there are any: vLLM prints the cause early."""
-    lines = _lines(log)
-    named = [line for line in lines if re.search(r"(Error|Exception|error): ", line)]
-    return "\n".join((named or lines)[-TAIL:])
+    """The last lines of ``log`` that name an error, each with the line after it; vLLM prints the cause early."""
+    lines = [line for line in _lines(log) if not re.search(r"\b(INFO|WARNING)\b", line)]
+    named = [place for place, line in enumerate(lines) if re.search(r"(Error|Exception|error): ", line)]
+    shown = [line for place in named for line in lines[place : place + 2]]
+    return "\n".join(dict.fromkeys((shown or _lines(log))[-TAIL:]))

@@ -145,7 +145,7 @@ def _judge(steps: _Steps, answers: list[Record], judge: Judge) -> list[Record]:
         found = judge.judge(list(chunk["question"]), lows, highs, list(chunk["answers"]), list(chunk["id"]))
         return [{judge.name: asdict(verdict)} for verdict in found]
 
-    code = code_of(*(module.__file__ for module in (judges, metrics, answer_match)))
+    code = code_of(*(str(module.__file__) for module in (judges, metrics, answer_match)))
     key: Record = {"judged_by": judge.key(), "judge_code": code, "answered": _digest(answered)}
     return steps.step(RAW_FILES[1], judge.name, list(answered), key, work, images=False)
 
