@@ -24,16 +24,15 @@ KEYS = {"AWARES_API_KEY": "sk-planted-paper-0b7d", "HF_TOKEN": "hf_planted_paper
 VALUES = {key: value for key, value in SMOKE.items() if not key.startswith("curation.")} | yaml.safe_load("""
 {data.train_rows: 6, data.validation_rows: 2, base.device: cpu, base.dtype: float32, sft.launch: data/launch/2cpu.yaml,
  curation.chunk_rows: 16, curation.max_new_tokens: 12, curation.judges: [llama, deepseek, anls],
- evaluation.engine: local, protocol.token_budget: 4096, sft.per_device_batch_size: 2,
+ base.launch: "", evaluation.engine: local, protocol.token_budget: 4096, sft.per_device_batch_size: 2,
  sft.share: 1.0}
 """)
 # lmms-eval lives in another environment, where `make lmms` runs it; this program writes what it would write
 LMMS_EVAL = """
 import json, sys
 from pathlib import Path
-begin = sys.argv.index("lmms_eval")
-assert sys.argv[2] == "accelerate.commands.launch" and sys.argv[begin - 3 : begin] == ["--num_processes", "2", "-m"]
-options = dict(zip(sys.argv[begin + 1::2], sys.argv[begin + 2::2]))
+assert sys.argv[1:3] == ["-m", "lmms_eval"]
+options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 given = dict(pair.split("=", 1) for pair in options["--model_args"].split(","))
 assert options["--model"] == "awares" and (Path(given["pretrained"]) / "model.safetensors").is_file()
 tasks = options["--tasks"].split(",")
