@@ -22,7 +22,7 @@ from pydantic_core import from_json
 from tqdm import tqdm
 
 from awares.engine.jsonl import append_records, drop_torn_line, exclusive_lock, read_records, refuse_foreign
-from awares.errors import AwaresError, AwaresRequestError, AwaresValueError, Failure, first_fault
+from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
 
 _Result = TypeVar("_Result")
 
@@ -110,19 +110,16 @@ class _Connection:
     """The client of ``server``, made when the first request needs it: a server may have to start for it."""
 
     def __init__(self, server: Server) -> None:
-        self.server, self.closed, self._lock = server, False, Lock()
+        self.server, self.closed, self._failed, self._lock = server, False, False, Lock()
         self._api: openai.OpenAI | None = None
-        self._error: AwaresError | None = None
 
     def api(self) -> openai.OpenAI:
         with self._lock:
-            if self._error or self.closed:
-                raise self._error or RowFailed("the call has ended")
-            try:
-                self._api = self._api or self.server.connect()
-            except AwaresError as error:
-                self._error = error
-                raise
+            if self._failed or self.closed:
+                raise RowFailed("the call has ended")
+            self._failed = True  # unless the next line succeeds
+            self._api = self._api or self.server.connect()
+            self._failed = False
             return self._api
 
     def close(self) -> None:

@@ -21,9 +21,8 @@ import httpx
 from pydantic_core import to_json
 from tqdm import tqdm
 
-from awares.errors import AwaresFileError, AwaresRequestError
+from awares.errors import AwaresRequestError
 
-MODULE = "vllm.entrypoints.openai.api_server"
 TAIL = 12  # lines of the log that an error shows
 # The group of the server has this watcher, too: it ends the group once the pipe of the process that started it closes
 WATCHED = """exec 3<&0
@@ -68,9 +67,6 @@ class _Running:
                 if not self.allowed:
                     fix = f"set AWARES_{launch.name.upper()}_URL, or send requests inside `with launch.managed():`"
                     raise AwaresRequestError(f"{launch.name}: this model has no server: {fix}")
-                if lacking := launch.lacks():
-                    fix = "make vllm, or name another interpreter in data/served.yaml (python)"
-                    raise AwaresFileError(f"{launch.name}: {lacking}: {fix}")
                 self.stop()
                 self._start(launch)
                 self._wait(launch)
@@ -82,8 +78,8 @@ class _Running:
         """Why the server of ``launch`` has ended; "" while it runs."""
         if self.process is None or self.launch != launch or self.process.poll() is None:
             return ""
-        fix = "if its flags do not fit this machine, change them (vllm in data/served.yaml)"
-        end = f"its server ended with exit code {self.process.returncode}; {fix}, then run again"
+        fix = "correct python or vllm (its flags) in data/served.yaml if they are the cause, then run again"
+        end = f"its server ended with exit code {self.process.returncode}; {fix}"
         return f"{launch.name}: {end}. From {launch.log}:\n{_errors(launch.log)}"
 
     def stop(self) -> None:
@@ -104,7 +100,8 @@ class _Running:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         launch.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [str(launch.python), "-m", MODULE, "--host", "127.0.0.1", "--port", str(port), *launch.flags]
+        command = [str(launch.python), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--host", "127.0.0.1", "--port", str(port), *launch.flags]
         with launch.log.open("wb") as log:
             self.launch, self.url = launch, f"http://127.0.0.1:{port}/v1"
             self.process = subprocess.Popen(
