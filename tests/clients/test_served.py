@@ -14,7 +14,7 @@ from test_curation import FakeEngine, make_rows
 
 from awares.bench.preflight import require_servers
 from awares.clients import served
-from awares.clients.judges import Evidence, PairReply, ServedJudge, make_oracle
+from awares.clients.judges import Evidence, OneNumber, PairReply, ServedJudge, make_oracle
 from awares.config import load_params
 from awares.engine.jsonl import read_records
 from awares.errors import AwaresError, AwaresRequestError
@@ -131,13 +131,13 @@ def test_the_judge_is_asked_in_both_orders_and_a_preference_that_turns_is_none(s
     + [(no, None) for no in ("3", "12", "1 or 2", "")],
 )
 def test_one_number_is_read_or_refused(text, found):
-    reply = served.OneNumber.read(text)
+    reply = OneNumber.read(text)
     assert (reply and reply.better) == found
 
 
 def test_the_judge_in_the_papers_order_is_asked_once_with_the_low_answer_first(start, tmp_path):
     server, params = start(), settings(tmp_path, judge_order="once")
-    judge = served.ServedJudge("llama", params)
+    judge = ServedJudge("llama", params)
     questions = ["what is 2?", "what is 4?", "what is 8?", "biased 5?", "what is 3?"]
     lows, highs, answers = ["2", "no", "no", "5", "3"], ["two", "4", "9", "5", "4"], [["2"], ["4"], ["8"], ["5"], ["3"]]
     found = judge.judge(questions, lows, highs, answers, [*"abcde"])
@@ -150,7 +150,7 @@ def test_the_judge_in_the_papers_order_is_asked_once_with_the_low_answer_first(s
     assert "First answer: no\nSecond answer: 4" in sent["Question: what is 4?"]["text"]
     assert all("response_format" not in arrival["body"] for arrival in sent.values())
     assert judge.scores(questions[:3], lows[:3], answers[:3]) == [1, 0, 0]
-    assert judge.key() != served.ServedJudge("llama", settings(tmp_path)).key()
+    assert judge.key() != ServedJudge("llama", settings(tmp_path)).key()
     records = [{"id": str(i), "llama": dataclasses.asdict(one)} for i, one in enumerate(found)]
     assert curation_tables.order_effects(records).empty
     rows = curate(params, tmp_path / "out", rows=20)
