@@ -32,7 +32,12 @@ from awares.method.rollout import Engine
 ROOT = Path(__file__).parents[2]
 BASE, SFT, GRPO = (ROOT / "data" / name for name in ("base", "policy/sft", "policy/grpo"))
 UPDATES, COMPLETIONS, BLOCK = 20, 64, 32
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+os.environ |= {
+    "NO_PROXY": "127.0.0.1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 def settings(**overrides):
@@ -132,6 +137,23 @@ def test_evaluation_rows_equal_the_in_process_engines_and_turn_two_reuses_turn_o
     assert not different and len(pairs) >= 300 and len(callers) >= 50
     prompts = [one.turns[0].text_tokens + one.turns[0].visual_tokens for one in callers]
     assert hits >= sum(length // BLOCK * BLOCK for length in prompts) > 1000
+
+
+def test_the_operating_curve_equals_the_in_process_one(starting, rows, own, remote, say):
+    """The call's log-odds of the first token, and the rows whose first token a bias changes."""
+    part, biases, folder = rows.select(range(120)), [-3.0, 0.0, 6.0], starting.log.with_name("policy")
+    scored = RemoteEngine(remote.client, remote.processor, remote.max_new_tokens, scores=True)
+    found = scored.run(part["image"], part["question"], row_ids=part["id"])
+    apart = max(abs(one.call_gap - other.call_gap) for one, other in zip(found, own, strict=False))
+    engine = Engine.from_params(load_model(folder), load_processor(folder), settings())
+    runs = (scored, part, found), (engine, part, own[:120])
+    curves = [evaluation.sweep_call_bias(*run, 0.0, biases) for run in runs]
+    calls = {bias: sum(bool(one.crops) for one in done) for bias, done in curves[0].items()}
+    say(f"log-odds of {len(found)} calls: at most {apart:.1e} apart; calls by bias: {calls}")
+    assert apart < 1e-3 and calls[-3.0] < calls[0.0] < calls[6.0]
+    for bias in biases:
+        pairs = [pair for pair in zip(*(curve[bias] for curve in curves), strict=True) if pair[1].margin >= 1e-3]
+        assert len(pairs) > 100 and all(replace(one, **UNTOLD) == replace(other, **UNTOLD) for one, other in pairs)
 
 
 # GRPO
