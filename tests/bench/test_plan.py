@@ -37,8 +37,7 @@ def test_the_paper_profile_stage_by_stage():
     table = forecast()
     requests = {
         "curation: judge meta-llama/Llama-3.3-70B-Instruct": 52_000,
-        "curation: judge deepseek-ai/DeepSeek-V3.2": 52_000,
-        "curation: oracle Qwen/Qwen3-VL-235B-A22B-Instruct": 9_984,
+        "curation: oracle Qwen/Qwen3-VL-235B-A22B-Instruct-FP8": 9_984,
         "curation: base Qwen/Qwen2.5-VL-7B-Instruct": 104_000,  # at both resolutions
     }
     assert list(table.index) == ["data", *requests, "sft", "grpo", "evaluation", "operating_curve"]
@@ -138,8 +137,9 @@ def test_preflight_names_what_is_missing_and_the_fix(server, tmp_path, monkeypat
     (tmp_path / "mine.jsonl").write_text("{}\n")
     rows = [str(tmp_path / "mine.jsonl"), str(tmp_path / "gone.jsonl"), "chartqa"]
     local = {"data__hub_root": str(tmp_path / "hub"), "base__model": "data/base", "data__sources": rows}
+    local["curation__judges"] = ["llama", "deepseek", "anls"]
     found = check(**local)
-    there = ["llama: meta-llama/Llama-3.3-70B-Instruct", "qwen3_vl: Qwen/Qwen3-VL-235B-A22B-Instruct"]
+    there = ["llama: meta-llama/Llama-3.3-70B-Instruct", "qwen3_vl: Qwen/Qwen3-VL-235B-A22B-Instruct-FP8"]
     assert all(found[name].there for name in (*there, "dataset lmms-lab/POPE", f"rows {rows[0]}"))
     missing = {
         "deepseek: deepseek-ai/DeepSeek-V3.2": "--served-model-name",  # the server has another model

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from urllib.request import ProxyHandler, build_opener
 
-import httpx
 from pydantic_core import to_json
 from tqdm import tqdm
 
 from awares.errors import AwaresRequestError
 
+DIRECT = build_opener(ProxyHandler({}))  # a proxy of the environment does not reach this machine's own servers
 TAIL = 12  # lines of the log that an error shows
 # The group of the server has this watcher, too: it ends the group once the pipe of the process that started it closes
 WATCHED = """exec 3<&0
@@ -120,9 +121,8 @@ class _Running:
             while self.allowed and time.monotonic() < until:
                 if fault := self.fault(launch):
                     raise AwaresRequestError(fault)
-                with suppress(httpx.TransportError):
-                    if httpx.get(health, timeout=5, trust_env=False).is_success:
-                        return
+                with suppress(OSError), DIRECT.open(health, timeout=5):
+                    return
                 bar.set_postfix_str("".join(_lines(launch.log)[-1:])[-80:])
                 time.sleep(0.2)
         self.stop()
