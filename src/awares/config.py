@@ -10,12 +10,11 @@ from awares import registry
 from awares.errors import AwaresFileError, AwaresValueError, validated
 from awares.settings import CROP_NAMES, DECIDES, FREE_BOX, Params
 
+_Overrides = str | Mapping[str, Any] | None
+
 
 def load_params(
-    profile: str | None = None,
-    variant: str = "main",
-    overrides: str | Mapping[str, Any] | None = None,
-    path: str | Path = "params.yaml",
+    profile: str | None = None, variant: str = "main", overrides: _Overrides = None, path: str | Path = "params.yaml"
 ) -> Params:
     """Read params.yaml, in the working folder or one above, into `Params`; AwaresError names the dotted key.
 
@@ -57,7 +56,7 @@ def differences(before: Params, after: Params) -> list[tuple[str, Any, Any]]:
     return [(key, old[key], new[key]) for key in changed]
 
 
-def parse_overrides(overrides: str | Mapping[str, Any] | None) -> dict[str, Any]:
+def parse_overrides(overrides: _Overrides) -> dict[str, Any]:
     """Dotted key -> value, from a mapping or its YAML text; no text means no override."""
     return _mapping("overrides", overrides or {})
 
@@ -81,9 +80,8 @@ class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that a mapping has twice: YAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
         for number, (key, _) in enumerate(node.value):
-            if key.value in keys[:number]:
+            if key.value in [before.value for before, _ in node.value[:number]]:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value} occurs twice", key.start_mark)
         return super().construct_mapping(node, deep)
 

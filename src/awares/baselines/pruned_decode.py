@@ -184,12 +184,10 @@ class Dropping:
         """Register the hooks."""
         layers = self.model.layers
         for stage in self.plan.shares:
-            yield layers[stage - 1].self_attn.q_proj.register_forward_hook(partial(self._note_query, stage))
+            projection = layers[stage - 1].self_attn.q_proj
+            yield projection.register_forward_hook(lambda _, __, query, at=stage: self.queries.update({at: query}))
         for index in range(min(self.plan.shares), len(layers)):
             yield layers[index].register_forward_pre_hook(partial(self._before, index), with_kwargs=True)
-
-    def _note_query(self, stage: int, module: Any, inputs: Any, output: Tensor) -> None:
-        self.queries[stage] = output
 
     def kept(self) -> list[Kept]:
         """The counts of each row, after the generation."""

@@ -42,7 +42,7 @@ _WORDS = _table(
 _WHOLE = {"dark": "black"}  # only as a complete answer: "dark blue" is not black
 _FILLERS = {"a", "an", "the", "in", "on", "at", "corner", "side"}
 _LEAD_IN = re.compile(
-    r"^(?:the answer is|answer\s*:|it is|it's|it says|it reads|it shows|they are|there (?:is|are)|that is)\s+"
+    r"^(?:(?:the answer|it|that|there) is|it's|it (?:says|reads|shows)|(?:they|there) are|answer\s*:)\s+"
 )
 _PARTS = re.compile(r"\s*(?:[,;&\n]|\band\b)\s*")
 _NUMBER_AND_UNIT = re.compile(rf"(?<!\S)(-?\d+(?:\.\d+)?)({'|'.join(_UNITS)})(?!\S)")
@@ -77,8 +77,7 @@ def normalise(text: str) -> tuple[Part, ...]:
     lowered = lowered.replace("%", " percent ").replace("per cent", "percent").replace("°c", " celsius ")
     lowered = lowered.replace("°", " degree ").replace("km/h", "kmh")
     lowered = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", lowered)
-    parts = [_part(_tokens(piece)) for piece in _PARTS.split(lowered)]
-    return tuple(part for part in parts if part is not None)
+    return tuple(map(_part, filter(None, map(_tokens, _PARTS.split(lowered)))))
 
 
 def same_meaning(prediction: str, answer: str) -> bool:
@@ -94,10 +93,8 @@ def same_meaning(prediction: str, answer: str) -> bool:
 def _same_parts(left: tuple[Part, ...], right: tuple[Part, ...]) -> bool:
     if not left or len(left) != len(right):
         return len(left) == len(right)
-    return any(
-        left[0].same(part) and _same_parts(left[1:], (*right[:index], *right[index + 1 :]))
-        for index, part in enumerate(right)
-    )
+    rests = ((*right[:index], *right[index + 1 :]) for index, part in enumerate(right) if left[0].same(part))
+    return any(_same_parts(left[1:], rest) for rest in rests)
 
 
 def _tokens(piece: str) -> list[str]:
@@ -134,9 +131,7 @@ def _number(token: str) -> Decimal | None:
     return Decimal(token)
 
 
-def _part(tokens: list[str]) -> Part | None:
-    if not tokens:
-        return None
+def _part(tokens: list[str]) -> Part:
     numbers = [token for token in tokens if _number(token) is not None]
     units = [_UNITS[token] for token in tokens if token in _UNITS]
     if len(numbers) == 1 and len(units) <= 2 and len(numbers) + len(units) == len(tokens):

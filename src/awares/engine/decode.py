@@ -17,6 +17,8 @@ from awares.engine.chat_format import END_OF_TEXT, END_OF_TURN, TOOL_CALL
 from awares.engine.model import ImageOnlyProcessor, visual_tokens
 
 VISION_PATCHES = 4096  # of 14 px encoded at a time (more only for a single larger image): bounds memory, fits caches
+_Rows = Sequence[list[int]]
+_Images = Sequence[list[Image]]
 SHARE_FROM = 256  # tokens that a shared prefix must save: below that, its extra forward pass costs more
 
 
@@ -114,24 +116,16 @@ class Decoder(Codec):
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA layers stay in place
         self.max_new_tokens = max_new_tokens
         self.pad = self.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-        self.config = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,  # a checkpoint's own generation settings must not leak in
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.end,
-            pad_token_id=self.pad,
-            # the model would take a placeholder that it writes itself for an image
-            suppress_tokens=[processor.image_token_id, processor.video_token_id],
-            return_dict_in_generate=True,
-        )
+        # All are set: a checkpoint's own generation settings must not leak in
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+        options |= {"max_new_tokens": max_new_tokens, "eos_token_id": self.end, "pad_token_id": self.pad}
+        placeholders = [processor.image_token_id, processor.video_token_id]  # the model would take them for images
+        self.config = GenerationConfig(**options, suppress_tokens=placeholders, return_dict_in_generate=True)
         self.criteria = StoppingCriteriaList()  # see (B, T) ids after every token and may end rows
         self.processors = LogitsProcessorList()  # change (B, vocabulary) scores at every position
 
     @torch.no_grad()
-    def start(
-        self, rows: Sequence[list[int]], images: Sequence[list[Image]], call_bias: Any = None, names: Any = None
-    ) -> Output:
+    def start(self, rows: _Rows, images: _Images, call_bias: Any = None, names: Any = None) -> Output:
         """Generate from B rows of ids (images expanded), left padded, and their images in the order of placeholders.
 
         The common prefix of all rows up to the first image (the system prompt) passes through the language model once.
@@ -150,12 +144,7 @@ class Decoder(Codec):
 
     @torch.no_grad()
     def extend(
-        self,
-        state: State,
-        picked: Sequence[int],
-        suffixes: Sequence[list[int]],
-        images: Sequence[list[Image]],
-        reuse: bool = True,
+        self, state: State, picked: Sequence[int], suffixes: _Rows, images: _Images, reuse: bool = True
     ) -> Output:
         """Append ``suffixes`` (ids) and ``images`` to the rows ``picked`` of ``state`` and generate; they cannot call.
 
@@ -188,20 +177,12 @@ class Decoder(Codec):
         elif any(len(grid) for grid in state.grids):
             inputs["image_grid_thw"] = torch.cat(state.grids)  # old images too: positions need them
         if features:
-            levels = zip(
-                *(one.split(self.model.config.text_config.hidden_size, dim=-1) for one in features), strict=True
-            )
-            pooled, *deep = levels
+            width = self.model.config.text_config.hidden_size
+            pooled, *deep = zip(*(one.split(width, dim=-1) for one in features), strict=True)
             inputs["mm_encoder_outputs"] = {"image": vision_output(pooled, deep)}
-        result = self.model.generate(
-            input_ids=state.ids,
-            attention_mask=state.mask,
-            past_key_values=state.cache,
-            generation_config=self.config,
-            logits_processor=LogitsProcessorList([first, *self.processors]),
-            stopping_criteria=self.criteria,
-            **inputs,
-        )
+        inputs |= {"input_ids": state.ids, "attention_mask": state.mask, "past_key_values": state.cache}
+        inputs |= {"logits_processor": LogitsProcessorList([first, *self.processors])}
+        result = self.model.generate(**inputs, generation_config=self.config, stopping_criteria=self.criteria)
         self.model.model.rope_deltas = None
         written = result.sequences[:, state.ids.shape[1] :]
         ended = (written == self.end).int().cumsum(dim=1) - (written == self.end).int()  # ends before each position
@@ -214,7 +195,7 @@ class Decoder(Codec):
         assert first.logits is not None
         return Output(tokens, first.logits, gaps.amin(dim=1).tolist(), longer)
 
-    def _shared(self, rows: Sequence[list[int]]) -> int:
+    def _shared(self, rows: _Rows) -> int:
         """Length of the common prefix of ``rows`` without images, shorter than any row; 0 if it saves little."""
         common = os.path.commonprefix(list(rows))
         if self.processor.image_token_id in common:
@@ -222,14 +203,14 @@ class Decoder(Codec):
         shared = min(len(common), min(map(len, rows)) - 1)
         return shared if shared * (len(rows) - 1) >= SHARE_FROM else 0
 
-    def _pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    def _pad(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and type ids of B rows, left padded, each (B, longest)."""
         longest, device = max(map(len, rows)), self.model.device
         ids = torch.tensor([[self.pad] * (longest - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
         return ids, mask, (ids == self.processor.image_token_id).to(mask.dtype)
 
-    def _encode(self, images: Sequence[list[Image]]) -> tuple[list[Tensor], list[Tensor]]:
+    def _encode(self, images: _Images) -> tuple[list[Tensor], list[Tensor]]:
         """Vision features of every image, (visual tokens, width) each, and every row's grids (images, 3).
 
         For Qwen3-VL, whose tower also feeds the first language layers, (visual tokens, (1 + layers) width).

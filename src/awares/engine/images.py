@@ -145,9 +145,7 @@ def cap(image: Image.Image, side: int = 2000) -> Image.Image:
     return resize(image, width, height)
 
 
-def resize(
-    image: Image.Image, width: int, height: int, resample: Image.Resampling = Image.Resampling.BICUBIC
-) -> Image.Image:
+def resize(image: Image.Image, width: int, height: int, resample: int = Image.Resampling.BICUBIC) -> Image.Image:
     """The resampled image. A side below 1/200 of the other is enlarged: the image processor would refuse it."""
     thinnest = -(-max(width, height) // MAX_ASPECT)
     size = (max(width, thinnest), max(height, thinnest))

@@ -13,14 +13,11 @@ from tqdm import tqdm
 from awares.errors import AwaresFileError, AwaresValueError
 
 Record = dict[str, Any]
+_Work = Callable[[list[str]], list[Record]]
 
 
 def in_chunks(
-    path: Path,
-    ids: Sequence[str],
-    size: int,
-    work: Callable[[list[str]], list[Record]],
-    again: Callable[[Record], bool] = lambda record: False,
+    path: Path, ids: Sequence[str], size: int, work: _Work, again: Callable[[Record], bool] = lambda record: False
 ) -> list[Record]:
     """Run ``work`` on chunks of ``size`` of ``ids``, keep its records in the file ``path``, return all in that order.
 

@@ -13,15 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    ProcessorMixin,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import logging as transformers_logging
 
@@ -29,13 +24,15 @@ from awares.engine import chat_format
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 
 # By model_type: the class; the stock processor and its video half
-CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
+CLASSES: dict[str, Any] = {"qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration}
+CLASSES["qwen3_vl"] = transformers.Qwen3VLForConditionalGeneration
 STOCK = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor")}
 STOCK["qwen3_vl"] = ("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 GPU_FIX = "install torch's CUDA build and the driver that it needs (CUDA 13: 580 or newer; nvidia-smi shows yours)"
 NO_WEIGHTS = f"no {ADAPTER_WEIGHTS} there, and only safetensors are read"
 Grid = tuple[int, int]  # patches in height and width
+Adapters = str | Path | Sequence[str | Path] | None
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,11 +100,7 @@ def load_config(path: str | Path) -> Any:
 
 
 def load_model(
-    path: str | Path,
-    dtype: str = "float32",
-    device: str = "cpu",
-    adapter: str | Path | Sequence[str | Path] | None = None,
-    trainable: bool = False,
+    path: str | Path, dtype: str = "float32", device: str = "cpu", adapter: Adapters = None, trainable: bool = False
 ) -> Any:
     """A Qwen2.5-VL or Qwen3-VL in evaluation mode, with the LoRA ``adapter`` (or several, in order) merged in.
 
@@ -118,7 +111,7 @@ def load_model(
         raise AwaresValueError(f"base.dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise AwaresValueError(f"base.device is {device!r} but torch sees no GPU: {GPU_FIX}, or use cpu")
-    model_class: Any = CLASSES[load_config(path).model_type]
+    model_class = CLASSES[load_config(path).model_type]
     options = {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
     with _reading(path):
         model, info = model_class.from_pretrained(_source(path), **options)

@@ -6,12 +6,13 @@ The first of the ``answers`` is the canonical one; boxes are in 1/1000 of the im
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pandas as pd
 from PIL import Image
 
 from awares.engine.images import cap, open_image, upright_size
@@ -51,13 +52,9 @@ def load_rows(path: str | Path) -> datasets.Dataset:
 
 def share_of(dataset: datasets.Dataset, share: float) -> datasets.Dataset:
     """The first ``share`` (0 to 1) of the rows of every source, in their order."""
-    seen: Counter[str] = Counter()
-    total, kept = Counter(dataset["source"][:]), []
-    for index, source in enumerate(dataset["source"][:]):
-        seen[source] += 1
-        if seen[source] <= round(share * total[source]):
-            kept.append(index)
-    return dataset.select(kept)
+    rows = pd.Series(dataset["source"][:], dtype=str)
+    groups = rows.groupby(rows)
+    return dataset.select(np.flatnonzero(groups.cumcount() < (share * groups.transform("size")).round()))
 
 
 def rows_digest(rows: datasets.Dataset) -> str:

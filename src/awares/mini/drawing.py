@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from awares.mini.vocabulary import COLOURS, PHRASINGS, SHAPES, UNSEEN_PHRASINGS
 
 Size = tuple[int, int]  # width, height in px
+Colour = Sequence[int]  # red, green, blue: 0 to 255
 PixelBox = tuple[float, float, float, float]  # left, top, right, bottom in px
 
 
@@ -61,8 +62,8 @@ SHIFTS = {
     "layout": Style(rearranged=True),
     "image size": Style(sizes=((560, 560), (560, 784), (784, 560), (784, 784), (560, 1120), (1120, 560), (1120, 672))),
 }
-SHIFTS["all four"] = Style(
-    faces=SHIFTS["typeface"].faces, sizes=SHIFTS["image size"].sizes, phrasings=UNSEEN_PHRASINGS, rearranged=True
+SHIFTS["all four"] = replace(
+    SHIFTS["image size"], faces=SHIFTS["typeface"].faces, phrasings=UNSEEN_PHRASINGS, rearranged=True
 )
 
 
@@ -124,9 +125,7 @@ class Pen:
 class Canvas:
     """A picture of ``size`` (width, height) px with its marks, on textured ground near the colour ``base``."""
 
-    def __init__(
-        self, style: Style, size: Size, rng: Generator, base: Sequence[int], spread: int, texture: float
-    ) -> None:
+    def __init__(self, style: Style, size: Size, rng: Generator, base: Colour, spread: int, texture: float) -> None:
         self.style, (self.width, self.height) = style, size
         self.image = Image.fromarray(_ground(size, tint(base, rng, spread), rng, texture))
         self.draw = ImageDraw.Draw(self.image)
@@ -154,7 +153,7 @@ class Canvas:
         return self.marks[-1]
 
 
-def tint(colour: Sequence[int], rng: Generator, spread: int) -> tuple[int, int, int]:
+def tint(colour: Colour, rng: Generator, spread: int) -> tuple[int, int, int]:
     """``colour`` with each channel shifted by up to ``spread``."""
     r, g, b = np.clip(np.asarray(colour) + rng.integers(-spread, spread + 1, 3), 0, 255).tolist()
     return r, g, b
@@ -174,7 +173,7 @@ def _shape_mask(shape: str, side: int) -> Image.Image:
     return mask.resize((side, side), Image.Resampling.BOX)
 
 
-def _ground(size: Size, base: Sequence[int], rng: Generator, texture: float) -> np.ndarray:
+def _ground(size: Size, base: Colour, rng: Generator, texture: float) -> np.ndarray:
     """A ground of colour ``base`` with a soft gradient and a coarse texture: (height, width, 3) uint8."""
     width, height = size
     coarse = rng.normal(0, texture, (height // 14 + 2, width // 14 + 2)).astype(np.float32)

@@ -9,6 +9,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -343,9 +344,7 @@ def ledger(rng: Generator, size: Size, style: Style = SUITE) -> Scene:
     return Scene(canvas.image, canvas.marks, ambiguous=qas)
 
 
-_PRINTED = [
-    word for words in (*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, lex.SHAPES, ("kg",)) for word in words
-]
+_PRINTED = [*chain(*lex.THEMES.values(), *lex.WORD_VALUES.values(), lex.SHOP, lex.SHAPES, ["kg"])]
 
 
 def _word_or_number(rng: Generator) -> str:

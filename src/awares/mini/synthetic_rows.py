@@ -5,12 +5,12 @@ Each imitates the questions of the dataset of that name, without its rows. Name,
 
 import math
 import zlib
-from typing import Any
 
 import joblib
 import numpy as np
 from tqdm import tqdm
 
+from awares.engine.jsonl import Record
 from awares.errors import AwaresValueError
 from awares.mini import drawing, scenes
 from awares.mini.drawing import Style
@@ -35,9 +35,7 @@ TRIES = 200  # scenes per row until one has a fitting question
 PARALLEL_ROWS = 100  # number of rows from which worker processes pay off
 
 
-def make_source(
-    name: str, n: int, seed: int, split: str, evidence_px: tuple[int, int] = (8, 48)
-) -> list[dict[str, Any]]:
+def make_source(name: str, n: int, seed: int, split: str, evidence_px: tuple[int, int] = (8, 48)) -> list[Record]:
     """``n`` rows of source or task ``name`` as dicts of `engine.rows.FEATURES`, images as JPEG files.
 
     Evidence of the split ``GRADED`` has a size drawn from ``evidence_px`` (both ends included), which the rows name, as
@@ -51,7 +49,7 @@ def make_source(
     return list(tqdm(rows, total=n, desc=f"{name} {split}", unit="row", leave=False))
 
 
-def _row(name: str, seed: int, split: str, index: int, evidence_px: tuple[int, int]) -> dict[str, Any]:
+def _row(name: str, seed: int, split: str, index: int, evidence_px: tuple[int, int]) -> Record:
     rng = np.random.default_rng([seed, zlib.crc32(f"{name}/{split}".encode()), index])
     plan = PLANS[name]
     weights = np.array(list(plan.values()))

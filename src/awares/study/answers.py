@@ -23,6 +23,8 @@ EVALUATION, VALIDATION = "evaluation", "validation"
 ORACLE = "oracle"  # the "policy" that requests the target crops, in first_turns.parquet
 WEIGHTED = ("accuracy", "rtr", "characters")  # the mean over benchmarks
 PLUS = 4  # "plus four" (Agresti and Coull): the variance over rows as if four more rows differed by the whole range
+_Names = tuple[str, ...]
+Trainings = Mapping[str, _Names]
 
 # measure -> (kind of rows, its range: 100 for percent)
 MEASURES: dict[str, tuple[str, float]] = {
@@ -35,9 +37,6 @@ MEASURES: dict[str, tuple[str, float]] = {
     "whole_of_calls": (VALIDATION, 100.0),  # calls that request the whole image
     "hr": (VALIDATION, 100.0),  # rows labelled HR
 }
-
-
-Trainings = Mapping[str, tuple[str, ...]]
 
 
 class MissingRows(AwaresFileError):
@@ -136,9 +135,7 @@ class Answers:
             raise MissingRows(f"{', '.join(policies)} have no {kind} rows in common")
         return tuple(shared), rows
 
-    def estimate(
-        self, measure: str, policy: str, among: Sequence[str] = (), benchmarks: tuple[str, ...] = ()
-    ) -> Estimate:
+    def estimate(self, measure: str, policy: str, among: Sequence[str] = (), benchmarks: _Names = ()) -> Estimate:
         """``measure`` of ``policy``, at the seeds and on the rows that it has in common with the policies ``among``.
 
         Over evaluation rows it is the mean over ``benchmarks`` (all by default). MissingRows for what is not published.
@@ -160,7 +157,7 @@ class Answers:
         noise = dict.fromkeys(self.trainings.get(policy, ()), 1.0)
         return Estimate(np.stack(found), parts.group.to_numpy(), scale / float(np.mean(sizes)), noise)
 
-    def effect(self, found: Estimate, measure: str, benchmarks: tuple[str, ...] = ()) -> Effect:
+    def effect(self, found: Estimate, measure: str, benchmarks: _Names = ()) -> Effect:
         """``found`` with its errors. One training per arm varies as much as the main line's ``measure`` over seeds."""
         (rows, trainings), count = found.errors(), len(found.rows)
         free, noise = count - 1, {name: weight for name, weight in found.noise.items() if weight}
@@ -170,7 +167,7 @@ class Answers:
             free = min(degrees for _, degrees in spreads.values())
         return Effect(found.value, math.sqrt(rows), math.sqrt(trainings), free, count)
 
-    def _spread(self, training: str, measure: str, benchmarks: tuple[str, ...]) -> tuple[float, int]:
+    def _spread(self, training: str, measure: str, benchmarks: _Names) -> tuple[float, int]:
         """Variance of ``measure`` from one training of the main line to the next; (1, 0) while there is only one."""
         pair = ("sft",) if training == "sft" else ("awares", "sft")
         if any(len(self.seeds(policy, MEASURES[measure][0])) < 2 for policy in pair):

@@ -22,19 +22,7 @@ from awares.study.tables import save_table
 from awares.study.verdicts import FAILS, Effect, Judgement, adjusted, decide, weigh
 
 CLAIMS_FILE = Path("data/paper/claims.csv")
-CLAIM_COLUMNS = [
-    "claim",
-    "section",
-    "quantity",
-    "paper",
-    "effect",
-    "low",
-    "high",
-    "detectable",
-    "seeds",
-    "q",
-    "verdict",
-]
+CLAIM_COLUMNS = "claim section quantity paper effect low high detectable seeds q verdict".split()
 PRUNERS = tuple(f"{name}_{kept}" for kept in (50, 70) for name in ("visionzip", "holov", "sparsevlm", "fastv"))
 LISTS = {"pruners": PRUNERS, "pruners_at_half": PRUNERS[:4]}
 
@@ -70,8 +58,6 @@ def evaluate(expression: str, answers: Answers) -> list[Effect]:
             effects = [replace(effects[0], ends=(0.0, 100.0 if MEASURES[measure][1] == 100 else math.inf))]
         return effects
     except (SyntaxError, NameError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, MissingRows):
-            raise
         raise AwaresValueError(f"{CLAIMS_FILE}: {expression!r} cannot be computed ({error})") from error
 
 
@@ -143,8 +129,7 @@ def _line(params: Params, name: str, **wanted: str) -> pd.Series:
     """The line with the ``wanted`` values of a table below reports/<profile>; MissingRows if there is none."""
     file = params.report_dir() / name
     table = pd.read_csv(file, dtype={"batch": str}) if file.is_file() else pd.DataFrame(columns=[*wanted])
-    for column, value in wanted.items():
-        table = table[table[column] == value]
+    table = table[(table[[*wanted]] == pd.Series(wanted)).all(axis=1)]
     if table.empty:
         raise MissingRows(f"{name} has no {' and '.join(wanted.values())}")
     return table.iloc[0]

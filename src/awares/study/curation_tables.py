@@ -132,9 +132,7 @@ def repair_table(rows: datasets.Dataset, repaired: Sequence[Trajectory | Failure
     views = {"half": known["low_answer"][:], "full": known["high_answer"][:], "half+crops": list(answers.values())}
     for view, given in views.items():
         scores = np.array(judge.scores(known["question"][:], given, known["answers"][:]))
-        marks.loc[list(answers), view] = np.where(
-            np.isnan(scores), math.nan, 100.0 * (scores >= judge.correct_threshold)
-        )
+        marks.loc[list(answers), view] = 100.0 * np.where(np.isnan(scores), scores, scores >= judge.correct_threshold)
     marks = pd.concat([marks, marks.assign(label="all")])
     complete, labels = marks.notna().all(axis=1), pd.Categorical(marks.label, [HR, LR, "all"])
     marks = marks.assign(label=labels, n=complete, lost=~complete)

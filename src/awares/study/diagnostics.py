@@ -56,14 +56,10 @@ def outcome_shares(requests: Mapping[Any, Sequence[Sequence[str]]], group: str =
     only if somebody requested one.
     """
     found = {name: [outcome(crops) for crops in each] for name, each in requests.items()}
-    boxes = any(FREE_BOX in outcomes for outcomes in found.values())
-    records = [
-        (name, kind, 100 * (outcomes.count(kind) / max(1, len(outcomes))), len(outcomes))
-        for name, outcomes in found.items()
-        for kind in OUTCOMES
-        if kind != FREE_BOX or boxes
-    ]
-    return pd.DataFrame(records, columns=[group, "outcome", "share", "n"])
+    kinds = OUTCOMES if any(FREE_BOX in each for each in found.values()) else OUTCOMES[:-1]
+    records = [(name, kind, each.count(kind), len(each)) for name, each in found.items() for kind in kinds]
+    table = pd.DataFrame(records, columns=[group, "outcome", "share", "n"])
+    return table.assign(share=100 * (table.share / table.n.clip(lower=1)))
 
 
 def evidence_boxes(rows: datasets.Dataset) -> list[list[Box]]:

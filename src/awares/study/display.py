@@ -13,11 +13,10 @@ SHOWN_NAMES = dict(SYSTEM_WORDS)  # what pages show for a name; `name_tasks` add
 HEADS = {"rtr": "RTR", "n": "rows", "lr": "LR", "hr": "HR", "f1": "F1", "fpr": "false positive rate", "p": "p value",
          "a": "system", "b": "minus system", "ms": "time (ms)", "gflops": "GFLOPs", "anls": "ANLS",
          "kappa": "Cohen's κ", "exact": "exact match", "relaxed": "relaxed match", "lr_lr": "both LR",
-         "lr_hr": "LR, then HR", "hr_lr": "HR, then LR", "hr_hr": "both HR", "fits": "fits",
-         "low_better": "half better", "high_better": "full better", "both_wrong": "both wrong",
-         "peak_memory_mb": "peak memory (MB)", "cache_mb": "cache (MB)", "rtr_at_accuracy": "RTR at equal accuracy",
-         "prefill_2": "second prefill", "prefill_2_gflops": "second prefill (GFLOPs)",
-         "seconds": "time (s)"}  # fmt: skip
+         "lr_hr": "LR, then HR", "hr_lr": "HR, then LR", "hr_hr": "both HR", "low_better": "half better",
+         "high_better": "full better", "peak_memory_mb": "peak memory (MB)", "cache_mb": "cache (MB)",
+         "rtr_at_accuracy": "RTR at equal accuracy", "prefill_2": "second prefill",
+         "prefill_2_gflops": "second prefill (GFLOPs)", "seconds": "time (s)"}  # fmt: skip
 
 
 def name_tasks(origin: str) -> None:
@@ -44,11 +43,8 @@ def show_table(frame: pd.DataFrame, digits: int = 2) -> HTML:
         texts = _texts(frame[column], column, digits)
         if column in ends:
             head += " [95 % interval]"
-            low, high = (_texts(frame[name], column, digits) for name in ends[column])
-            texts = [
-                one if bottom == "-" else f"{one} [{bottom}, {top}]"
-                for one, bottom, top in zip(texts, low, high, strict=True)
-            ]
+            cells = zip(texts, *(_texts(frame[name], column, digits) for name in ends[column]), strict=True)
+            texts = [one if low == "-" else f"{one} [{low}, {high}]" for one, low, high in cells]
         shown[head] = texts
     return HTML(pd.DataFrame(shown).to_html(index=False, border=0))
 

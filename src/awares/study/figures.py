@@ -156,9 +156,7 @@ def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step")
     return figure
 
 
-def gallery(
-    rows: Iterable[Mapping[str, Any]], done: Sequence[Trajectory] = (), notes: Sequence[str] | None = None
-) -> Figure:
+def gallery(rows: Iterable[Mapping[str, Any]], done: Sequence[Trajectory] = (), notes: Sequence[str] = ()) -> Figure:
     """One line per row: low-resolution view with boxes, then the crops. Without any crops three views to a line.
 
     ``done``: a policy's trajectories, with its crops and answers; without them the target crops of curated rows.
