@@ -47,10 +47,7 @@ class AwaresRequestError(AwaresError, RuntimeError):
 
 @contextmanager
 def faults_of(place: str) -> Iterator[None]:
-    """Turns any exception inside into an AwaresError that names ``place``: a bad row must not end the others.
-
-    Image and JSON libraries raise many types of exception for a broken file.
-    """
+    """Turn any exception inside (image and JSON libraries raise many types) into an AwaresError naming ``place``."""
     try:
         yield
     except AwaresError:
@@ -61,10 +58,7 @@ def faults_of(place: str) -> Iterator[None]:
 
 
 def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[_Reply]]) -> list[_Reply | Failure]:
-    """``ask`` for the indices of all rows; a `Failure` for each row that its AwaresRequestError lists.
-
-    ``ask`` then runs again for the other rows (recorded replies cost nothing). An error that lists no rows is raised.
-    """
+    """``ask`` for the indices of all rows; a `Failure` for each that its AwaresRequestError lists, then ask again."""
     found: dict[int, _Reply | Failure] = {}
     while left := [place for place in range(len(row_ids)) if place not in found]:
         try:

@@ -35,10 +35,7 @@ def shipped(root: Path | None = None) -> Checkpoint:
 
 
 def of_run(name: str) -> Checkpoint:
-    """The policy of a pipeline run: ``profile``, ``profile/stage`` or ``profile/stage/variant-sN``.
-
-    The stage is sft or grpo (default); without the third part it is the main line's run. AwaresError for no such run.
-    """
+    """The policy of run ``profile[/stage[/variant-sN]]`` (default: GRPO, main line); AwaresError if there is none."""
     profile, stage, which = [*name.strip("/").split("/", 2), "", ""][:3]
     stage = stage or "grpo"
     main = load_params(profile).run_dir(stage)

@@ -56,10 +56,7 @@ class VisionFeatures:
 
 
 class VisionPruned(Pruned):
-    """Keeps the tokens that ``select`` chooses of each image, before the language model.
-
-    ``attention=False``: ``select`` does not read scores and keys; they are not computed.
-    """
+    """Keeps what ``select`` chooses of each image before the language model; ``attention=False``: no scores, keys."""
 
     def __init__(self, *given: Any, select: Callable[[VisionFeatures], Selection], attention: bool = True) -> None:
         super().__init__(*given)

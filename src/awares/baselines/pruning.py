@@ -105,10 +105,7 @@ def holov_tokens(
 
 
 def quotas(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """``total`` in proportion to ``weights``, no chunk above its size; what overflows goes to the others.
-
-    Whole numbers by largest remainder, ties to the first chunk. ``total`` must not exceed the sum of ``sizes``.
-    """
+    """``total`` (<= sum of ``sizes``) by ``weights``, none above its size; largest remainders, first chunk at ties."""
     real = [0.0] * len(sizes)
     while total - sum(real) > 1e-6:
         room = [size - share > 1e-9 for size, share in zip(sizes, real, strict=True)]
@@ -191,10 +188,7 @@ def cluster(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def scaled_layers(layers: Sequence[int], depth: int) -> list[int]:
-    """Layers of a model of 28 scaled to ``depth``: n depth / 28, rounded, at least 1 and all different.
-
-    AwaresValueError if none is left: the model has a single layer.
-    """
+    """Layers of a model of 28 scaled to ``depth``, at least 1, all different; AwaresValueError if none is left."""
     scaled: list[int] = []
     for layer in layers:
         scaled.append(max(int(layer * depth / DEPTH + 0.5), (scaled[-1] if scaled else 0) + 1))

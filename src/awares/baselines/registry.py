@@ -137,20 +137,13 @@ def random_token(job: SystemJob, ratio: float) -> list[Trajectory]:
 
 @system("fastv")
 def fastv(job: SystemJob, ratio: float) -> list[Trajectory]:
-    """FastV: keep a fraction r from layer 2 of 28 (scaled to depth) on, by the last text token's attention there.
-
-    `Trajectory.layer_rtr` is larger than r, since the first layers have every token.
-    """
+    """FastV: keep r from layer 2 of 28 (scaled) on, by the last text token's attention; ``layer_rtr`` exceeds r."""
     return _pruned(job, LayerPruned, plan=partial(fastv_plan, ratio))
 
 
 @system("sparsevlm")
 def sparsevlm(job: SystemJob, ratio: float) -> list[Trajectory]:
-    """SparseVLM: pruning at layers 2, 6 and 15 of 28 (scaled to depth) by the raters' attention, with recycling.
-
-    r is the *mean over the layers*, as its paper counts retained tokens. Each stage keeps the same fraction of what the
-    previous one left, recycled tokens included. `Trajectory.rtr` and `.layer_rtr` differ by rounding only.
-    """
+    """SparseVLM: layers 2, 6, 15 of 28 (scaled) by the raters' attention, with recycling; r is the mean over layers."""
     return _pruned(job, LayerPruned, plan=partial(sparsevlm_plan, ratio))
 
 
@@ -174,10 +167,7 @@ def _pruned(job: SystemJob, decoder: Callable[..., Pruned], **how: Any) -> list[
 
 
 def shares_left(job: SystemJob) -> pd.DataFrame:
-    """The tokens that a pruner left at the end of each row of ``job``, as fractions.
-
-    Columns ``left``: of all visual tokens; ``evidence``: of those that touch a question or answer box, nan if none.
-    """
+    """Shares of tokens that a pruner left, by row: ``left`` of all, ``evidence`` of those that touch a box or nan."""
     processor, records = job.engine.processor, []
     merge = processor.image_processor.merge_size
     columns = (job.rows[name] for name in ("id", "image", "question_boxes", "answer_boxes"))
@@ -194,10 +184,7 @@ def shares_left(job: SystemJob) -> pd.DataFrame:
 
 @system("random_crop", model="awares")
 def random_crop(job: SystemJob) -> list[Trajectory]:
-    """The policy's calls with every crop replaced by a random one of the same area.
-
-    The crops of a call stay different, so the token count is the same; ``job.seed`` and the row's id decide.
-    """
+    """The policy's calls, each crop replaced by another of the same area, drawn by ``job.seed`` and the row's id."""
     if job.policy is None or [one.row_id for one in job.policy] != list(job.rows["id"]):
         raise AwaresValueError("random_crop needs the policy's trajectories of the same rows: give SystemJob.policy")
     return _two_turns(job, [_random_crops(one.crops, one.row_id, job.seed) for one in job.policy])

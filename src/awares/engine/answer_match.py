@@ -5,10 +5,11 @@ import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
 
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-_NUMBER_WORDS = {word: value for value, word in enumerate((_ONES + "seventeen eighteen nineteen").split())}
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_TENS_WORDS = {word: 10 * value for value, word in enumerate(_TENS, start=2)}
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+ONES += ["seventeen", "eighteen", "nineteen"]
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMBER_WORDS = {word: value for value, word in enumerate(ONES)}
+_TENS_WORDS = {word: 10 * value for value, word in enumerate(TENS, start=2)}
 _SCALES = {"thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₪": "shekel"}
 _AMOUNT = re.compile(rf"([{''.join(_CURRENCY)}])\s*(-?\d(?:[\d.,]*\d)?(?:\s*(?:{'|'.join(_SCALES)})\b)?)")
@@ -65,11 +66,10 @@ class Part:
 def normalise(text: str) -> tuple[Part, ...]:
     """The parts of an answer in normal form.
 
-    Steps, in this order: Unicode compatibility form, lower case; drop a lead-in ("the answer is"); currency and percent
-    signs to words; remove thousands separators; split at commas, semicolons, "and" and "&"; punctuation and hyphens to
-    spaces, except decimal points, signs, and colons and slashes between digits; drop articles and fillers of place
-    unless nothing else is left; number words below 100 and thousand, million, billion to digits; units and synonyms to
-    one form; a number with at most one unit to a quantity. Digits with a leading zero stay text: 007 is a code.
+    In this order: Unicode compatibility form, lower case; no lead-in ("the answer is"); currency and percent signs to
+    words; no thousands separators; split at commas, semicolons, "and", "&"; punctuation and hyphens to spaces, except
+    in numbers, times and fractions; no articles and fillers of place unless nothing else is left; number words to
+    digits; units and synonyms to one form; a number with at most one unit to a quantity. 007 stays text: it is a code.
     """
     lowered = unicodedata.normalize("NFKC", text).lower().translate(str.maketrans("−–—’`", "---''")).strip()
     lowered = _LEAD_IN.sub("", lowered)

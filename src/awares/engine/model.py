@@ -71,10 +71,7 @@ def make_processor(tokenizer: Any, min_pixels: int = 56 * 56, max_pixels: int = 
 
 
 def load_processor(path: str | Path, pixels: tuple[int, int] = (0, 0)) -> ImageOnlyProcessor:
-    """Tokenizer and image processor of a checkpoint folder (or hub name), with this project's chat template.
-
-    ``pixels``: the least and the most pixels of a resized image (`crops.pixels`); 0 = the checkpoint's.
-    """
+    """Processor of a checkpoint with our chat template; ``pixels``: least and most of a resized image, 0 = its own."""
     source = _source(path)
     with _reading(path, "cannot read tokenizer and image processor"):
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -111,10 +111,7 @@ def _field(
 
 
 def _ask_entries(rng: Generator, canvas: Canvas, entries: list[Entry], kinds: tuple[str, str]) -> Scene:
-    """Questions of kind ``kinds[0]`` about each entry, of ``kinds[1]`` about pairs, and where each value is.
-
-    Two entries may be far apart: the evidence of a pair spans a half or the whole picture.
-    """
+    """Questions about each entry (``kinds[0]``), about pairs, often far apart (``kinds[1]``), and places of values."""
     qas = []
     for key, key_box, value, value_box, small in entries:
         qas.append(_ask(rng, canvas, QA(kinds[0], "", value, (key_box,), (value_box,), small, key), k=key))

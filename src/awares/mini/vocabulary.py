@@ -1,12 +1,11 @@
-"""The closed vocabulary of the synthetic rows: words that are printed, drawn, and used in questions and answers.
-
-It is small enough for a tiny model, but varied enough for judges: numbers with units and as words, many phrasings.
-"""
+"""The closed vocabulary of the synthetic rows: what is printed, drawn, asked and answered; small, for a tiny model."""
 
 import math
 from collections.abc import Callable
 
 import numpy as np
+
+from awares.engine.answer_match import ONES, TENS
 
 NAMES = "anna ben clara david emma hugo iris leo maya noah paul rosa".split()
 CITIES = "oslo paris rome lima cairo delhi tokyo madrid boston vienna".split()
@@ -50,10 +49,7 @@ SHAPES: dict[str, list[tuple[list[tuple[float, float]], int]]] = {
     "table": [(_box(0, 0.1, 1, 0.36), _FULL), (_box(0.06, 0.36, 0.26, 1), _FULL), (_box(0.74, 0.36, 0.94, 1), _FULL)],
 }  # fmt: skip
 
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve".split()
-_ONES += "thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMBER_WORDS = _ONES + [t if u == 0 else f"{t}-{_ONES[u]}" for t in _TENS for u in range(10)]
+NUMBER_WORDS = ONES + [ten if one == "zero" else f"{ten}-{one}" for ten in TENS for one in ONES[:10]]
 
 # keys by theme; no word is both a key and a value, so that a key names one place of a page
 THEMES = {"field": FIELDS, "name": NAMES, "city": CITIES, "item": ITEMS, "day": DAYS, "animal": ANIMALS}
@@ -98,9 +94,9 @@ PHRASINGS = {
         "what does the badge of the {o} show?", "the {o} carries which badge?", "read the badge of the {o}.",
         "which badge does the {o} have?", "name the badge of the {o}.", "badge of the {o}?",
         "please tell me what the badge of the {o} shows.", "say which badge is below the {o}."],
-    "place": ["where is {s}?", "in which part of the picture is {s}?", "where do you see {s}?",
-        "which part holds {s}?", "where does {s} stand?", "locate {s}.", "say where {s} is.",
-        "please tell me where {s} is.", "tell me the place of {s}."],
+    "place": ["where is {s}?", "in which part of the picture is {s}?", "where do you see {s}?", "which part holds {s}?",
+        "where does {s} stand?", "locate {s}.", "say where {s} is.", "please tell me where {s} is.",
+        "tell me the place of {s}."],
     "count": ["how many {o} shapes are there?", "count the {o} shapes.", "what is the number of {o} shapes?",
         "how many times does a {o} appear?", "how often do you see a {o}?", "give the count of {o} shapes.",
         "say how many {o} shapes you see.", "please tell me how many {o} shapes there are.",

@@ -75,10 +75,7 @@ def _calls(expression: str) -> list[list[str]]:
 
 
 def claims_table(answers: Answers, claims: pd.DataFrame) -> pd.DataFrame:
-    """``claims`` with effect, low, high, detectable, seeds, p, q, verdict and note.
-
-    The verdicts of all claims that the runs decide have one false discovery rate, 1 - evaluation.level.
-    """
+    """``claims`` with effect, low, high, detectable, seeds, p, q (one false discovery rate), verdict and note."""
     level = answers.params.evaluation.level
     findings: list[Judgement | None] = []
     notes = []

@@ -1,7 +1,4 @@
-"""Systems and variants side by side: Table 1 with every system (PAPER §5, §6), ablations (Tables 3, 4, 7 to 10).
-
-A variant changes a few parameters and repeats the stages that they decide. `06_ablations` tables one variant.
-"""
+"""Systems and variants side by side: Table 1 with every system (PAPER §5, §6), ablations (Tables 3, 4, 7 to 10)."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,10 +53,7 @@ def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
 
 
 def first_turns(params: Params, files: Iterable[File]) -> pd.DataFrame:
-    """Requests on the curated validation rows: system, seed, row_id, crops, call_status, label.
-
-    The system ORACLE has the target crops.
-    """
+    """Requests on curated validation rows (ORACLE: target crops): system, seed, row_id, crops, call_status, label."""
     rows = load_rows(params.run_dir("curation") / "validation" / "dataset")
     oracle = pd.DataFrame({"row_id": rows["id"][:], "crops": rows["target_crops"][:], "label": rows["label"][:]})
     done = ((system, seed, one) for system, seed, path in files for one in evaluation.load_trajectories(path))
@@ -117,10 +111,7 @@ def systems_table(scores: pd.DataFrame, settings: Evaluation) -> pd.DataFrame:
 
 
 def judged_by(params: Params) -> tuple[str, str]:
-    """The system that a variant is judged by and the stage that trained it: awares, grpo if it changes GRPO, else sft.
-
-    Raises AwaresValueError for a variant that changes no training.
-    """
+    """The system that judges a variant and the stage that trained it; AwaresValueError if it changes no training."""
     touched = params.changed & DECIDES["grpo"]
     if not touched:
         raise AwaresValueError(f"variant {params.variant!r} changes no training: no ablation of params.yaml")
@@ -128,10 +119,7 @@ def judged_by(params: Params) -> tuple[str, str]:
 
 
 def measures_table(answers: Answers, systems: Mapping[str, str], measures: Sequence[str]) -> pd.DataFrame:
-    """``measures`` of ``systems`` (name in the table -> name in ``answers``), means over seeds: variant, seeds, values.
-
-    ``accuracy`` has its interval over rows; nan for what is undefined, such as the area of a policy that never calls.
-    """
+    """Means over seeds, accuracy with its interval over rows; nan if undefined. ``systems``: shown name -> system."""
     records = []
     for name, system in systems.items():
         one: dict[str, Any] = {"variant": name, "seeds": len(answers.seeds(system))} | dict.fromkeys(measures, math.nan)

@@ -27,11 +27,7 @@ def judge_names(curated: datasets.Dataset) -> list[str]:
 
 
 def judge_agreement(curated: datasets.Dataset) -> pd.DataFrame:
-    """Table 2 for every pair of judges: agreement and confusion matrix of their labels, in percent of rows.
-
-    Columns judge_a, judge_b, agreement, lr_lr, lr_hr, hr_lr, hr_hr (a's label first), kappa (Cohen's, -1 to 1; nan
-    if both judges give the same single label), n.
-    """
+    """Table 2 by pair of judges: agreement and confusion matrix (a's label first), percent; Cohen's kappa or nan; n."""
     records = []
     for a, b in itertools.combinations(judge_names(curated), 2):
         pairs = zip(curated[f"verdict_{a}"], curated[f"verdict_{b}"], strict=True)

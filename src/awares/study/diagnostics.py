@@ -23,10 +23,7 @@ ERROR_KINDS = ("correct", "when", "where", "reading")
 def first_turn_intervals(
     policies: Mapping[str, Sequence[Trajectory]], rows: datasets.Dataset, evaluation: Evaluation
 ) -> pd.DataFrame:
-    """The ratios of Tables 7 and 9 with bootstrap intervals over rows: policy, quantity, value, low, high.
-
-    Percent, area 0 to 1; nan where the denominator is 0, such as the region of a policy that never called.
-    """
+    """Tables 7 and 9 with intervals over rows (percent, area 0 to 1, nan: 0/0): policy, quantity, value, low, high."""
     records = []
     for policy, trajectories in policies.items():
         statuses = np.array([done.call_status for done in trajectories])
@@ -50,10 +47,9 @@ def outcome(crops: Sequence[str]) -> str:
 
 
 def outcome_shares(requests: Mapping[Any, Sequence[Sequence[str]]], group: str = "policy") -> pd.DataFrame:
-    """Shares (percent) of the outcomes of first turns; with policies on the same rows this is Fig. 5 as a table.
+    """Percent of each outcome of first turns (Fig. 5 as a table): the ``group``, outcome, share, n.
 
-    ``requests``: name of the ``group`` -> crops requested row by row. Columns: the group, outcome, share, n; free boxes
-    only if somebody requested one.
+    ``requests``: name of the group -> crops requested row by row. Free boxes only if somebody requested one.
     """
     found = {name: [outcome(crops) for crops in each] for name, each in requests.items()}
     kinds = OUTCOMES if any(FREE_BOX in each for each in found.values()) else OUTCOMES[:-1]
@@ -105,11 +101,7 @@ class Frontier:
 
 
 def oracle_frontier(scores: Any, rtrs: Any) -> Frontier:
-    """Frontier from ``scores`` and ``rtrs``, (N rows, K options) each; option 0 = no call, then the ten crops.
-
-    A row takes the cheapest of its best-scoring options, the earlier one at equal cost; a row that no option answers
-    keeps its cheapest option.
-    """
+    """Frontier of ``scores`` and ``rtrs`` (N rows, K options): a row's cheapest best option, the earlier at a tie."""
     scores, rtrs = np.asarray(scores, float), np.asarray(rtrs, float)
     rows = np.arange(len(scores))
     choice = np.where(scores >= scores.max(axis=1, keepdims=True), rtrs, np.inf).argmin(axis=1)

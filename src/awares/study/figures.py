@@ -39,10 +39,7 @@ def style(dpi: int, origin: str = "") -> None:
 
 
 def show(figure: Figure, alt: str | None = None) -> Picture:
-    """``figure`` as a PNG for the notebook, the same bytes for the same content; the figure is closed.
-
-    ``alt``: the alternative text of the picture in HTML; by default the titles, axes and legends of its panels.
-    """
+    """``figure`` as a PNG of stable bytes; it is closed. ``alt``: alternative text, by default titles, axes, legend."""
     alt, buffer = alt or _described(figure), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     plt.close(figure)
@@ -68,10 +65,7 @@ def save_figure(figure: Figure, path: Path, alt: str | None = None) -> Picture:
 
 
 def whiskers(x: str, y: str = "accuracy", *, data: pd.DataFrame, axes: Axes | None = None, **_: Any) -> None:
-    """Intervals of the points (``x``, ``y``) of ``data``, where it has columns with ``_low`` and ``_high``.
-
-    In ``axes``, or in each panel of a grid of seaborn: ``grid.map_dataframe(whiskers, x)``.
-    """
+    """Intervals of points of ``data`` with columns ``_low`` and ``_high``; in a grid by ``grid.map_dataframe``."""
     ends: dict[str, Any] = {
         axis: [data[name] - data[f"{name}_low"], data[f"{name}_high"] - data[name]]
         for axis, name in (("xerr", x), ("yerr", y))
@@ -81,10 +75,7 @@ def whiskers(x: str, y: str = "accuracy", *, data: pd.DataFrame, axes: Axes | No
 
 
 def accuracy_figure(table: pd.DataFrame, panel: str = "benchmark", x: str = "rtr", label: str = RTR) -> Figure:
-    """Accuracy (percent) of systems against ``x``, a panel for each value of the column ``panel``, the average first.
-
-    ``table``: system, accuracy, ``x`` and ``panel``; intervals in columns with ``_low`` and ``_high``.
-    """
+    """Accuracy (percent) over ``x`` with intervals, a line of ``table`` per system and ``panel``, the average first."""
     table = shown(table.reset_index(drop=True))
     names = sorted(table[panel].unique(), key=lambda name: name != AVERAGE)
     look = {"hue": "system", "palette": SYSTEM_COLOURS, "style": "system", "markers": MARKERS, "s": 60}
@@ -121,11 +112,7 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
 
 
 def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]], rows: str) -> Figure:
-    """Fig. 5: where the rows of an outcome go at the next policy, in percent of all rows; one panel per step.
-
-    ``policies`` (oracle, SFT, GRPO): name -> crops requested row by row, the same rows in the same order. ``rows``:
-    their name.
-    """
+    """Fig. 5: where rows go from policy to policy (percent). ``policies``: name -> crops by row; ``rows``: a name."""
     table = pd.DataFrame({name: [outcome(crops) for crops in requests] for name, requests in policies.items()})
     kinds = [name for name in OUTCOMES if (table == name).any(axis=None)]
     steps = list(itertools.pairwise(table))
@@ -139,10 +126,7 @@ def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]], rows: str) -> F
 
 
 def curves_figure(log: pd.DataFrame, labels: Mapping[str, str], x: str = "step") -> Figure:
-    """Training curves: one small panel per logged column of ``labels`` (column -> axis label, with unit).
-
-    A log of more than 24 points is shown under its running mean over an eighth of it.
-    """
+    """Training curves: a panel per column of ``labels`` (column -> axis label); running mean above 24 points."""
     columns = [name for name in labels if name in log and log[name].notna().any()]
     figure, grid = _panels(len(columns), 3.6, 2.6)
     for axes, name in zip(grid, columns, strict=False):

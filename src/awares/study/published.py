@@ -30,10 +30,7 @@ def printed(table: str) -> tuple[pd.DataFrame, list[str]]:
 
 
 def side_by_side(measured: pd.DataFrame, table: str, profile: str = "mini", digits: int = 2) -> HTML:
-    """Two blocks: ``measured``, and below it the published ``table`` with its source and notes.
-
-    A published table over benchmarks is transposed to fit a page. Raises AwaresValueError for an unknown ``table``.
-    """
+    """``measured``, below it the published ``table`` with source and notes; AwaresValueError for an unknown one."""
     about, (text, reasons) = _about(table), printed(table)
     if "average accuracy" in text:
         text = text.set_index(text.columns[0]).T.rename_axis(columns=None).reset_index(names="")

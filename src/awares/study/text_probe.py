@@ -43,10 +43,7 @@ def crossed_accuracy(questions: Sequence[str], labels: Sequence[str], folds: int
 
 
 def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: CropSettings) -> pd.DataFrame:
-    """Accuracy of the probe per source, for the answer and for the crop that shows the evidence.
-
-    Columns source, guessed, words (probe), majority (most frequent; both percent), gain (points), n.
-    """
+    """Accuracy of the probe for answer and crop: source, guessed, words, majority (percent), gain (points), n."""
     records = []
     for source in dict.fromkeys(train["source"]):
         parts = rows_of_source(train, source), rows_of_source(test, source)
