@@ -143,7 +143,7 @@ class Decoder(Codec):
     def extend(
         self, state: State, picked: Sequence[int], suffixes: _Rows, images: _Images, reuse: bool = True
     ) -> Output:
-        """Append ``suffixes`` (ids), ``images`` to rows ``picked``; generate without calls. ``reuse``: of the cache."""
+        """Append ``suffixes`` (ids), ``images`` to rows ``picked``, generate without calls; ``reuse`` their cache."""
         rows = torch.tensor(picked, device=state.ids.device)
         barred = [float("-inf")] * len(picked)
         seen = [[*state.images[row], *new] for row, new in zip(picked, images, strict=True)]

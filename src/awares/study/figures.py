@@ -112,7 +112,7 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
 
 
 def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]], rows: str) -> Figure:
-    """Fig. 5: where rows go from policy to policy (percent). ``policies``: name -> crops by row; ``rows``: a name."""
+    """Fig. 5: how rows go from policy to policy (%). ``policies``: name -> crops a row; ``rows``: for the title."""
     table = pd.DataFrame({name: [outcome(crops) for crops in requests] for name, requests in policies.items()})
     kinds = [name for name in OUTCOMES if (table == name).any(axis=None)]
     steps = list(itertools.pairwise(table))
