@@ -2,10 +2,9 @@
 
 - *Interactions.* Blank rows of each benchmark's image size and response length go through the evaluation's engine, with
   scripted outputs, at batch 1 and at the best token budget, all jobs interleaved, from the PIL image to the text.
-- *Pruners* (``--pruners``). The training-free pruners at 100 %, 70 % and 50 % of the visual tokens against the plain
-  full image.
-- *Training steps* (``--train``). The second optimiser step of our SFT trainer and of our GRPO trainer. A random model
-  never ends a turn, so a GRPO completion has ``grpo.max_completion_length`` tokens (32, see ``--overrides``).
+- *Pruners* (``--pruners``). The training-free pruners at 100 %, 70 % and 50 % of the visual tokens.
+- *Training steps* (``--train``). The second optimiser step of SFT and of GRPO. A random model never ends a turn, so a
+  completion has ``grpo.max_completion_length`` tokens (32, see ``--overrides``).
 """
 
 import importlib.metadata
@@ -27,13 +26,13 @@ from transformers import TrainerCallback
 from typer import Option
 
 from awares.bench import configs, latency
-from awares.bench.latency import LOOP
 from awares.config import Params, load_params, parse_overrides
 from awares.errors import AwaresValueError
 from awares.method import grpo, sft
 
 PRUNERS, PERCENTS = ("visionzip", "holov", "sparsevlm", "fastv", "random_token"), (100, 70, 50)
 SOURCE_ROWS = ("chartqa", "docvqa", "pope", "realworldqa", "ocrbench")  # image sizes of the training rows, in turn
+Tables = Iterator[tuple[str, dict[str, Any], pd.DataFrame]]  # file name, constant columns in front, table
 ShapeName = Literal["qwen2.5-vl-7b", "qwen2.5-vl-3b", "qwen2.5-vl-72b", "mini"]
 
 
@@ -68,8 +67,7 @@ class Settings(NamedTuple):
         if self.device == "cuda" and not torch.cuda.is_available():
             raise AwaresValueError("--device cuda, but torch sees no CUDA GPU: use --device cpu with --shape mini")
         if self.device == "cpu" and self.shape != configs.MINI and self.scale > 0.05:
-            large = f"--shape {self.shape} --scale {self.scale}"
-            raise AwaresValueError(f"{large} needs a CUDA GPU: use --scale 0.001 or --shape mini")
+            raise AwaresValueError(f"--shape {self.shape} needs a CUDA GPU: use --scale 0.001 or --shape mini")
         if unknown := set(self.benchmarks) - set(configs.BENCHMARKS):
             raise AwaresValueError(f"--benchmarks {', '.join(unknown)}: use {', '.join(configs.BENCHMARKS)}")
         if not (self.interactions or self.pruners or self.train):
@@ -98,17 +96,12 @@ class Settings(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``awares bench`` with ``arguments``; the exit code. AwaresError for settings that cannot run."""
+    """Measure, print and write the tables as they arrive (a kill loses one benchmark). AwaresError for bad settings."""
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
     app.command(help=__doc__)(Settings)
     settings = app(arguments, prog_name="awares bench", standalone_mode=False)
-    if isinstance(settings, Settings):
-        run_bench(settings)
-    return 0
-
-
-def run_bench(settings: Settings) -> None:
-    """Measure, print the tables and write them to ``settings.out`` as they arrive: a kill loses one benchmark."""
+    if not isinstance(settings, Settings):  # after --help
+        return 0
     settings.check()
     named = machine(settings)
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -116,66 +109,60 @@ def run_bench(settings: Settings) -> None:
     print(json.dumps(named, indent=2))
     wanted = {interactions: settings.interactions, pruners: settings.pruners, training_steps: settings.train}
     done = defaultdict(list)
-    for file, table in (found for measure, on in wanted.items() if on for found in measure(settings)):
+    for file, place, table in (found for measure, on in wanted.items() if on for found in measure(settings)):
+        table = pd.DataFrame(place, index=table.index).join(table)
         done[file].append(table)
         together = pd.concat(done[file], ignore_index=True).round(6).assign(**named)
         together.to_csv(settings.out / file, index=False, lineterminator="\n")
         if file != "times.csv":
             shown = table.loc[:, ~table.columns.str.contains("_low$|_high$|^rows$|^image$|^calls$")]
             print(f"\n{shown.to_string(index=False, float_format='{:.3g}'.format)}", flush=True)
+    return 0
 
 
 def machine(settings: Settings) -> dict[str, str]:
     """Hardware, versions and shape, for the tables."""
-    gpu = settings.device == "cuda"
-    device = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()} CPU"
-    threads = {} if gpu else {"threads": str(torch.get_num_threads())}
+    found = {"device": f"{platform.processor() or platform.machine()} CPU", "threads": str(torch.get_num_threads())}
+    if settings.device == "cuda":
+        found = {"device": torch.cuda.get_device_name()}
+    found |= {"shape": settings.shape, "scale": str(settings.scale), "dtype": settings.precision}
     versions = {name: importlib.metadata.version(name) for name in ("awares", "torch", "transformers", "trl", "peft")}
-    shape = {"shape": settings.shape, "scale": str(settings.scale), "dtype": settings.precision}
-    return {"device": device, **threads, **shape, "python": platform.python_version(), **versions}
+    return {**found, "python": platform.python_version(), **versions}
 
 
-def interactions(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
+def interactions(settings: Settings) -> Tables:
     """The single times per benchmark, and the table (time, ratios, phases, counts)."""
     model, processor = settings.build()
-    budgets = [LOOP, *dict.fromkeys(settings.batch_tokens)]
+    budgets = [latency.LOOP, *dict.fromkeys(settings.batch_tokens)]
     for name in settings.benchmarks:
         rows = configs.workload(name, settings.rows, settings.image_size(name))
         jobs = latency.jobs(dict.fromkeys(latency.TIMED_SYSTEMS, model), processor, rows, budgets)
         measured = latency.time_jobs(jobs, settings.repetitions, settings.seed, settings.device)
-        yield "times.csv", measured.times.assign(benchmark=name)
+        yield "times.csv", {"benchmark": name}, measured.times
         counts = latency.count_table(measured.played, model.config, processor, model.dtype.itemsize)
-        table = latency.time_table(measured.times).merge(counts, on="system")
-        yield "latency.csv", _placed(table, benchmark=name, image="{}x{}".format(*rows.images[0].size))
+        place = {"benchmark": name, "image": "{}x{}".format(*rows.images[0].size)}
+        yield "latency.csv", place, latency.time_table(measured.times).merge(counts, on="system")
 
 
-def pruners(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
+def pruners(settings: Settings) -> Tables:
     """Time, FLOPs and peak memory of every pruner against the full image, per benchmark and token budget."""
     model, processor = settings.build()
     models = dict.fromkeys(["full", *(f"{name}_{percent}" for name in PRUNERS for percent in PERCENTS)], model)
     for name in settings.benchmarks:
         length, size = configs.answer_tokens(configs.BENCHMARKS[name].awares), settings.image_size(name)
-        for budget in (LOOP, settings.batch_tokens[0]):
+        for budget in (latency.LOOP, settings.batch_tokens[0]):
             timed, counted = (
                 latency.jobs(models, processor, rows._replace(scripts={}), [budget], max_new_tokens=length)
                 for rows in (configs.workload(name, count, size) for count in (settings.rows, 1))
             )
             times = latency.time_jobs(timed, settings.repetitions, settings.seed, settings.device).times
-            table = latency.ratio_table(times, [*models]).merge(latency.flops_table(counted), on="system")
-            yield "pruners.csv", _placed(table, benchmark=name, image="{}x{}".format(*size), token_budget=budget)
+            place = {"benchmark": name, "image": "{}x{}".format(*size), "token_budget": budget}
+            yield "pruners.csv", place, latency.ratio_table(times, [*models]).merge(latency.flops_table(counted))
 
 
-def _placed(table: pd.DataFrame, **first: Any) -> pd.DataFrame:
-    """``table`` with constant columns in front."""
-    return pd.DataFrame(first, index=table.index).join(table)
-
-
-# Training steps
-
-
-def training_steps(settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
+def training_steps(settings: Settings) -> Tables:
     """One SFT and one GRPO step: batch layout, tokens, seconds, tokens/s, peak memory (MB)."""
-    yield "training.csv", pd.DataFrame([_time_step(step, settings) for step in ("sft", "grpo")])
+    yield "training.csv", {}, pd.DataFrame([_time_step(step, settings) for step in ("sft", "grpo")])
 
 
 def training_rows(count: int, image_size: Callable[[str], tuple[int, int]]) -> datasets.Dataset:
@@ -184,9 +171,9 @@ def training_rows(count: int, image_size: Callable[[str], tuple[int, int]]) -> d
     for index in range(count):
         call, fifth = index % 5 == 0, index // 5  # sizes shift with every fifth row, so that calls occur at all sizes
         image = Image.new("RGB", image_size(SOURCE_ROWS[(index + fifth) % len(SOURCE_ROWS)]), "white")
+        label, target = ("HR", [configs.CALLS[fifth % len(configs.CALLS)][0]]) if call else ("LR", [])
         record = {"id": str(index), "image": image, "question": configs.QUESTION, "answers": ["forty-two"]}
-        target = [configs.CALLS[fifth % len(configs.CALLS)][0]] if call else []
-        records.append({**record, "label": "HR" if call else "LR", "target_crops": target})
+        records.append({**record, "label": label, "target_crops": target})
     return datasets.Dataset.from_list(records)  # the first row has target_crops, so their type is known
 
 
@@ -196,7 +183,6 @@ class StepClock(TrainerCallback, latency.Stopwatch):
     ends: tuple[float, ...] = ()
 
     def on_step_end(self, *event: Any, **context: Any) -> None:
-        """Called by the trainer."""
         self.ends = *self.ends, self.now()
 
 
@@ -225,6 +211,6 @@ def _time_step(step: str, settings: Settings) -> dict[str, Any]:
     else:
         seen = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
         layout, tokens = f"{size} completions, G {section.generations}", seen[1] - seen[0]
-    layout, seconds = f"{layout}, {section.per_device_batch_size} at a time", clock.ends[1] - clock.ends[0]
+    seconds, layout = clock.ends[1] - clock.ends[0], f"{layout}, {section.per_device_batch_size} at a time"
     record = {"step": step, "layout": layout, "tokens": tokens, "seconds": seconds}
     return {**record, "tokens_per_second": tokens / seconds, "peak_memory_mb": clock.peak_memory() / 1e6}

@@ -1,7 +1,6 @@
 """The paper's model and benchmarks as sizes: published architectures with random weights, typical images and answers.
 
-Speed depends on sizes alone, so it is measured without a download: weights are random, images are blank, and outputs
-are scripted token by token (`scripted.Script`). Accuracy cannot be measured this way.
+Speed depends on sizes alone: weights are random, images are blank, and outputs are scripted (`scripted.Script`).
 """
 
 import math
@@ -68,10 +67,7 @@ QUESTION = "What is written on the sign beside the door, and which colour has it
 
 
 def build(shape: str, scale: float, dtype: str, device: str, seed: int = 0) -> tuple[Any, ImageOnlyProcessor]:
-    """A model of ``shape`` with random weights, and a processor around the embedded tokenizer.
-
-    ``scale`` below 1 shrinks depth, width and vocabulary to about ``scale`` times the parameters.
-    """
+    """A model of ``shape`` with random weights and ``scale`` times the parameters, and a processor for it."""
     tokenizer = load_processor(EMBEDDED_BASE).tokenizer
     config = load_config(EMBEDDED_BASE) if shape == MINI else config_of(shape, scale, tokenizer)
     torch.manual_seed(seed)
@@ -99,9 +95,7 @@ def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
         "num_key_value_heads": key_heads,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
         "tie_word_embeddings": full.tied,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        **{"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
     }
     vision = {
         "depth": depth,
@@ -129,10 +123,7 @@ def answer_tokens(characters: float) -> int:
 
 
 def workload(benchmark: str, rows: int, size: tuple[int, int]) -> Workload:
-    """``rows`` blank rows of ``benchmark`` with every system's scripts.
-
-    One-turn systems write AwaRes's answers (assumed: the base model is as terse). Calls are spread over the rows.
-    """
+    """``rows`` blank rows with every system's scripts. Assumed: one-turn systems are as terse as AwaRes."""
     terse, wordy = answer_tokens(BENCHMARKS[benchmark].awares), answer_tokens(BENCHMARKS[benchmark].visionthink)
     scripts = dict.fromkeys(("full", "half"), [Script((), terse)] * rows)
     for system in TWO_TURN_SYSTEMS:

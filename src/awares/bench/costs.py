@@ -1,7 +1,7 @@
 """Counted costs of a Qwen2.5-VL or Qwen3-VL: FLOPs of every part of a forward pass, bytes of the cache.
 
-A multiply-add is 2 FLOPs. Only matrix products count, as in `torch.utils.flop_counter`; norms, rotations and
-activations are of lower order. Attention counts all queries x keys, as kernels without a causal shortcut and torch do.
+A multiply-add is 2 FLOPs. Only matrix products count, and attention counts all queries x keys, as in
+`torch.utils.flop_counter`; norms, rotations and activations are of lower order.
 
 Vision tower, for an image of P patches of 14 px, width D, MLP width I, merge groups of m = 4 patches, output width H:
 
@@ -20,24 +20,13 @@ width K, MLP width J, L layers:
     language-model head, for each position whose logits are computed (one per step): 2 H V
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from awares.engine.model import Grid, ImageOnlyProcessor, patch_grid
 from awares.method.rollout import Trajectory
 
-
-class Gpu(NamedTuple):
-    """Peak of dense bf16 matrix products (FLOP/s) and of memory (bytes/s)."""
-
-    flops: float
-    bandwidth: float
-
-
-GPUS = {  # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM
-    "a100": Gpu(312e12, 2.039e12),
-    "h100": Gpu(989e12, 3.35e12),
-    "h200": Gpu(989e12, 4.8e12),
-}
+# Peaks of dense bf16 matrix products (FLOP/s) and of memory (bytes/s), from NVIDIA's data sheets (SXM, 80 GB A100)
+GPUS = {"a100": (312e12, 2.039e12), "h100": (989e12, 3.35e12), "h200": (989e12, 4.8e12)}
 
 
 def vision_flops(grid: Grid, config: Any) -> float:
@@ -73,18 +62,17 @@ def trajectory_flops(
 ) -> dict[str, tuple[float, float]]:
     """FLOPs in (first turn, second turn) of an interaction run alone, by part: vision, prefill, decode.
 
-    ``reuse=False``: the second turn prefills everything again. With reuse its prefill begins with the last token of the
-    first turn. A batch that shares the system prompt needs less, padding needs more.
+    With ``reuse`` the second prefill begins with the last token of the first turn, without it with the first token.
     """
     views = [sum(vision_flops(patch_grid(size, processor), config) for size in one.images) for one in trajectory.turns]
     user, first, *rest = (turn.visual_tokens + turn.text_tokens for turn in trajectory.turns)
-    vision, prefill, decode = 0.0, 0.0, 0.0
+    one = views[0], prefill_flops(user, 0, config), decode_flops(first - 1, user, config)
+    two = 0.0, 0.0, 0.0
     if rest:
         known, total = user + first - 1 if reuse else 0, user + first + rest[0]
         vision = views[2] if reuse else views[0] + views[2]
-        prefill, decode = prefill_flops(total - known, known, config), decode_flops(rest[1] - 1, total, config)
-    first_prefill, first_decode = prefill_flops(user, 0, config), decode_flops(first - 1, user, config)
-    return {"vision": (views[0], vision), "prefill": (first_prefill, prefill), "decode": (first_decode, decode)}
+        two = vision, prefill_flops(total - known, known, config), decode_flops(rest[1] - 1, total, config)
+    return dict(zip(("vision", "prefill", "decode"), zip(one, two, strict=True), strict=True))
 
 
 def cache_bytes(tokens: int, config: Any, bytes_per_value: int = 2) -> int:
@@ -94,8 +82,7 @@ def cache_bytes(tokens: int, config: Any, bytes_per_value: int = 2) -> int:
 
 def parameters(config: Any) -> tuple[int, int]:
     """Weights in matrices of the vision tower, and of language model and head (without the embedding lookup)."""
-    embedding, block, mergers = _vision_weights(config.vision_config)
-    text = config.text_config
+    text, (embedding, block, mergers) = config.text_config, _vision_weights(config.vision_config)
     language = text.num_hidden_layers * _layer_sizes(text)[2] + text.hidden_size * text.vocab_size
     return embedding + config.vision_config.depth * block + mergers, language
 

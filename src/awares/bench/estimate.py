@@ -1,7 +1,7 @@
 """Cost estimate of the pipeline from params.yaml, stage by stage; the hours are good to a factor of two.
 
 FLOPs are counted by `costs` and divided by an assumed fraction of the GPU's peak; decoding runs at its memory
-bandwidth. Tokens per second and peak memory of the training steps come from `awares bench --train` if it measured them.
+bandwidth. `awares bench --train` can measure the training steps instead.
 """
 
 import math
@@ -61,15 +61,11 @@ def wall_hours(table: pd.DataFrame, params: Params) -> float:
 
 
 def labelling(rows: int, params: Params) -> pd.DataFrame:
-    """Requests to servers for labelling ``rows`` rows, from the prompts and data/served.yaml.
-
-    Columns role, model, requests, prompt_tokens, completion_tokens, dollars, hours; no line for local models. Not
-    counted: retries, the check of repaired answers (about 6 % more), savings by recorded replies.
-    """
+    """Requests to servers for labelling ``rows`` rows, without retries and the check of repairs (about 6 % more)."""
     section, served = params.curation, read_served(params)
     once = section.judge_order == "once"
-    prompts = (served.prompts[role] for role in ("judge_once" if once else "judge", "oracle"))
-    judge, oracle = (len(prompt.system + prompt.user) for prompt in prompts)
+    sizes = {role: len(prompt.system + prompt.user) for role, prompt in served.prompts.items()}
+    judge, oracle = sizes["judge_once" if once else "judge"], sizes["oracle"]
     # role, name, rows, requests per row, characters of the prompt, visual tokens, tokens of the reply
     roles = [("judge", name, rows, 1 if once else 2, judge, 0, 2 if once else 20) for name in section.all_judges]
     roles.append(("oracle", section.oracle, math.ceil(HR_FRACTION * rows), 1, oracle, SERVED_VISUAL_TOKENS, 60))
@@ -89,13 +85,12 @@ def model_config(params: Params) -> Any:
     path = params.model_path()
     if isinstance(path, Path):
         return load_config(path)
-    shape = next((name for name in configs.PUBLISHED if name in path.lower()), "")
-    if not shape:
-        raise AwaresValueError(
-            f"base.model {path}: sizes are known for {', '.join(configs.PUBLISHED)}, and for folders, Qwen3-VL's too: "
-            f"run `hf download {path} config.json --local-dir FOLDER` and plan with base.model FOLDER"
-        )
-    return configs.config_of(shape, 1.0, load_processor(configs.EMBEDDED_BASE).tokenizer)
+    for shape in configs.PUBLISHED:
+        if shape in path.lower():
+            return configs.config_of(shape, 1.0, load_processor(configs.EMBEDDED_BASE).tokenizer)
+    known = f"sizes are known for {', '.join(configs.PUBLISHED)}, and for folders, Qwen3-VL's too"
+    fix = f"run `hf download {path} config.json --local-dir FOLDER` and plan with base.model FOLDER"
+    raise AwaresValueError(f"base.model {path}: {known}: {fix}")
 
 
 class Work(NamedTuple):
@@ -106,15 +101,18 @@ class Work(NamedTuple):
     language: float
 
 
+Parts = list[tuple[int, list[Work]]]  # a number of rows, and the work of every system on each of them
+
+
 class _Forecast:
     def __init__(self, params: Params) -> None:
-        self.params, self.config, self.gpu = params, model_config(params), costs.GPUS[params.plan.gpu]
-        text, itemsize = self.config.text_config, 4 if params.base.dtype == "float32" else 2
+        self.params, self.config = params, model_config(params)
+        self.peak, self.bandwidth = costs.GPUS[params.plan.gpu]
+        text, self.itemsize = self.config.text_config, 4 if params.base.dtype == "float32" else 2
         embeddings = 0 if self.config.tie_word_embeddings else text.vocab_size * text.hidden_size
-        self.itemsize = itemsize
-        self.read = itemsize * sum(costs.parameters(self.config))  # bytes per pass
-        self.weights_gb = (self.read + itemsize * embeddings) / GB  # in memory and on disk
-        cache = costs.cache_bytes(params.protocol.token_budget, self.config, itemsize)
+        self.read = self.itemsize * sum(costs.parameters(self.config))  # bytes per pass
+        self.weights_gb = (self.read + self.itemsize * embeddings) / GB  # in memory and on disk
+        cache = costs.cache_bytes(params.protocol.token_budget, self.config, self.itemsize)
         self.inference_gb = self.weights_gb + cache / GB + RUNTIME_GB
         pixels, self.visual_tokens, self.vision_flops = _typical_image(params, self.config)
         self.stored_gb = pixels * BYTES_PER_PIXEL / GB
@@ -123,15 +121,14 @@ class _Forecast:
 
     def stages(self) -> Iterator[Stage]:
         data, sft, grpo = self.params.data, self.params.sft, self.params.grpo
-        train_rows, validation_rows = (count * len(data.sources) for count in (data.train_rows, data.validation_rows))
-        rows = train_rows + validation_rows
+        train_rows = data.train_rows * len(data.sources)
+        rows = train_rows + data.validation_rows * len(data.sources)
         yield Stage("data", rows, disk_gb=COPIES * rows * self.stored_gb)
         if not self.params.curation.released:
             yield from self._curation(rows)
         yield self._training("sft", sft, round(sft.share * train_rows * sft.epochs))
-        prompts = grpo.share * train_rows * grpo.epochs
-        if grpo.max_steps > 0:
-            prompts = min(prompts, grpo.max_steps * grpo.batch_size / grpo.generations)
+        most = grpo.max_steps * grpo.batch_size / grpo.generations if grpo.max_steps > 0 else math.inf
+        prompts = min(grpo.share * train_rows * grpo.epochs, most)
         written = ANSWER + configs.CALL_RATES["awares"] * CALL
         more_flops = 2 * (self.policy.vision + self.policy.language)  # the rollout, and the reference
         yield self._training("grpo", grpo, round(prompts * grpo.generations), more_flops, written)
@@ -146,14 +143,14 @@ class _Forecast:
             yield Stage(name, rows, one.requests, tokens, disk_gb=rows * 1e3 / GB, basis=hours)
 
     def _training(self, stage: str, section: Any, rows: int, more_flops: float = 0.0, written: float = 0.0) -> Stage:
-        """A training on ``rows`` trajectories, with ``more_flops`` and ``written`` tokens per row for rollouts."""
+        """On ``rows`` trajectories, with ``more_flops`` and ``written`` tokens per row for rollouts."""
         tokens, vision, language = self.policy
         # backward through frozen weights costs a forward, checkpointing one more
         flops = rows * (vision + (3 if section.gradient_checkpointing else 2) * language + more_flops)
         memory = self._training_gb(section.per_device_batch_size * tokens, section.gradient_checkpointing)
         hours, basis = self._hours(flops, rows * written), self.assumed
-        if self.params.plan.bench:
-            path = self.params.path(self.params.plan.bench) / "training.csv"
+        if bench := self.params.plan.bench:
+            path = self.params.path(bench) / "training.csv"
             if not path.is_file():
                 raise AwaresFileError(f"{path}: no such table; plan.bench is a folder of `awares bench --train`")
             measured = pd.read_csv(path).set_index("step").loc[stage]
@@ -172,20 +169,18 @@ class _Forecast:
             disk = EVALUATION_COPIES * rows * self.stored_gb
         if section.lmms_eval:  # scores its six benchmarks completely with both policies, whatever the tasks are
             outside = 2 * sum(one.rows for one in sources.read_sources(self.params, "evaluation").values())
-        areas = {"full": 1.0, "half": HALF, "no_image": 0.0}
-        systems = [self._work(areas[name]) if name in areas else self.policy for name in MAIN_SYSTEMS]
+        one_turn = {name: self._work(area) for name, area in (("full", 1.0), ("half", HALF), ("no_image", 0.0))}
+        systems = [one_turn.get(name, self.policy) for name in MAIN_SYSTEMS]
         yield self._inference("evaluation", rows, [(rows, systems), (outside, [self.policy])], models=3, disk=disk)
         again = 2 * (min(section.dial_rows, rows) + 11 * min(section.frontier_rows, rows))
         curve = min(max(section.dial_rows, section.frontier_rows), rows)
         yield self._inference("operating_curve", curve, [(again, [self.policy])], models=2)
 
-    def _inference(
-        self, stage: str, rows: int, parts: list[tuple[int, list[Work]]], models: int, disk: float = 0.0
-    ) -> Stage:
-        """Answers on ``parts``: a number of rows, and the work of every system on each of them."""
-        tokens = sum(count * sum(one.tokens for one in systems) for count, systems in parts)
-        flops = sum(count * sum(one.vision + one.language for one in systems) for count, systems in parts)
-        hours = self._hours(flops, sum(count * len(systems) for count, systems in parts) * ANSWER)
+    def _inference(self, stage: str, rows: int, parts: Parts, models: int, disk: float = 0.0) -> Stage:
+        works = [(count, one) for count, systems in parts for one in systems]
+        tokens = sum(count * one.tokens for count, one in works)
+        flops = sum(count * (one.vision + one.language) for count, one in works)
+        hours = self._hours(flops, sum(count for count, _ in works) * ANSWER)
         memory = self.inference_gb + (models - 1) * self.weights_gb
         return Stage(stage, rows, 0, round(tokens), flops / 1e15, hours, memory, disk, self.assumed)
 
@@ -197,8 +192,8 @@ class _Forecast:
         return Work(first + calls * more, self.vision_flops * (area + calls * CROP_AREA), language)
 
     def _hours(self, flops: float, written: float) -> float:
-        seconds = flops / (self.gpu.flops * self.params.plan.utilisation)
-        return (seconds + written / DECODED_ROWS * self.read / self.gpu.bandwidth) / 3600
+        seconds = flops / (self.peak * self.params.plan.utilisation)
+        return (seconds + written / DECODED_ROWS * self.read / self.bandwidth) / 3600
 
     def _training_gb(self, tokens: float, checkpointing: bool) -> float:
         """Weights, activations of a micro-batch (checkpointed: one value per layer, one complete layer), logits."""
@@ -213,8 +208,7 @@ def _typical_image(params: Params, config: Any) -> tuple[float, float, float]:
     shape, merge = "paper" if params.data.origin == "hub" else configs.MINI, config.vision_config.spatial_merge_size
     side, found = merge * config.vision_config.patch_size, []
     for name in configs.BENCHMARKS:
-        blank = PilImage.new("1", configs.image_size(name, shape, 1.0))
-        width, height = cap(blank, params.crops.max_side).size
+        width, height = cap(PilImage.new("1", configs.image_size(name, shape, 1.0)), params.crops.max_side).size
         if 0 < params.crops.max_pixels < width * height:
             scale = math.sqrt(params.crops.max_pixels / (width * height))
             width, height = round(width * scale), round(height * scale)

@@ -1,7 +1,7 @@
 """Timing systems in one interleaved run: phases, ratios with spread, counted work (PAPER §5, latency).
 
 Every repetition runs all jobs in a new random order, so that a slowdown of the machine affects all of them; results are
-ratios within a repetition. `awares bench` and notebooks/07_latency use this module.
+ratios within a repetition.
 """
 
 import time
@@ -40,12 +40,12 @@ class TimedJob(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """Rows for all systems. ``scripts``: system -> one script per row; a system without scripts decodes freely."""
+    """Rows for all systems."""
 
     images: Sequence[Image]
     questions: Sequence[str]
     row_ids: Sequence[str]
-    scripts: Mapping[str, Sequence[Script]] = {}
+    scripts: Mapping[str, Sequence[Script]] = {}  # by system; one without scripts decodes freely
     call_bias: float = 0.0
 
 
@@ -95,10 +95,7 @@ def spread(benchmarks: Sequence[str], count: int) -> list[int]:
 def jobs(
     models: Mapping[str, Any], processor: ImageOnlyProcessor, workload: Workload, budgets: Sequence[int], **limits: Any
 ) -> list[TimedJob]:
-    """One job per system of ``models`` (system -> model) and token budget; ``limits`` go to the engine.
-
-    Systems are TIMED_SYSTEMS, and those of `baselines`, which report no phases.
-    """
+    """One job per budget and system (TIMED_SYSTEMS, or of `baselines`: no phases); ``limits`` go to the engine."""
     images, questions, ids, scripts, call_bias = workload
 
     def play(system: str, budget: int, on_phase_end: PhaseEnd | None) -> list[Trajectory]:
@@ -108,11 +105,10 @@ def jobs(
             return baselines.answer(system, baselines.SystemJob(Engine(models[system], processor, **options), rows))
         engine = ScriptedEngine(models[system], processor, reuse=system != "awares_naive", **options)
         engine.decoder.on_phase_end = on_phase_end or engine.decoder.on_phase_end
-        if system in TWO_TURN_SYSTEMS and system not in scripts:
+        two_turns, chosen = system in TWO_TURN_SYSTEMS, scripts.get(system, [Script()] * len(ids))
+        if two_turns and system not in scripts:
             return engine.run(images, questions, call_bias=call_bias, row_ids=ids)
-        view = "" if system in TWO_TURN_SYSTEMS else system
-        chosen = scripts.get(system, [Script()] * len(ids))
-        return engine.run_scripts(images, questions, dict(zip(ids, chosen, strict=True)), view)
+        return engine.run_scripts(images, questions, dict(zip(ids, chosen, strict=True)), "" if two_turns else system)
 
     return [TimedJob(system, budget, partial(play, system, budget)) for budget in budgets for system in models]
 
@@ -124,23 +120,15 @@ def escalations(trajectories: Sequence[Trajectory]) -> list[Script]:
 
 def escalated(engine: ScriptedEngine, rows: Any, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """``trajectories`` of a policy on ``rows``; rows that called run again with the whole image as the crop."""
-    scripts = dict(zip(rows["id"], escalations(trajectories), strict=True))
-    callers = [index for index, script in enumerate(scripts.values()) if script.crops]
-    some = rows.select(callers)
-    again = engine.run_scripts(some["image"], some["question"], {name: scripts[name] for name in some["id"]})
+    scripts = escalations(trajectories)
+    some = rows.select([index for index, script in enumerate(scripts) if script.crops])
+    again = engine.run_scripts(some["image"], some["question"], dict.fromkeys(some["id"], Script(("all",))))
     found = {one.row_id: one for one in again}
     return [found.get(one.row_id, one) for one in trajectories]
 
 
-# Measuring
-
-
 def time_jobs(work: Sequence[TimedJob], repetitions: int, seed: int, device: str) -> Measured:
-    """Run every job once to warm up, then ``repetitions`` times in shuffled order.
-
-    Columns of ``times``: system, token_budget, repetition, rows, seconds, peak_memory in bytes, and the seconds of
-    every phase and turn, e.g. prefill_2.
-    """
+    """Run every job once to warm up, then ``repetitions`` times in shuffled order. Times in seconds, peaks in bytes."""
     records, done, alone = [], dict[str, list[Trajectory]](), dict[str, list[list[float]]]()
     for job in work:
         done.setdefault(job.system, job.work(None))
@@ -159,9 +147,6 @@ def time_jobs(work: Sequence[TimedJob], repetitions: int, seed: int, device: str
     return Measured(pd.DataFrame(records), done, {system: np.array(seconds) for system, seconds in alone.items()})
 
 
-# Tables of times
-
-
 def ratio_table(times: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """Milliseconds per row of the systems ``names``, at one budget each, their ratio to the first, and peak memory.
 
@@ -176,8 +161,7 @@ def ratio_table(times: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 def time_table(times: pd.DataFrame) -> pd.DataFrame:
     """`ratio_table` at batch 1 and at each system's best budget, relative to ``full`` at the same.
 
-    ``speedup``: rows per second relative to batch 1, with quartiles. Phases are medians over both turns, ``prefill_2``
-    of the second turn, in ms per row.
+    ``speedup``: rows per second relative to batch 1, with quartiles. Phases, of both turns: medians, ms per row.
     """
     tables, alone = [], _seconds(times[times.token_budget == LOOP])
     times = times.assign(**{phase: times[f"{phase}_1"] + times[f"{phase}_2"] for phase in PHASES})
@@ -194,8 +178,8 @@ def time_table(times: pd.DataFrame) -> pd.DataFrame:
 def pair_table(times: pd.DataFrame, overs: Sequence[str], level: float) -> pd.DataFrame:
     """The time of each system relative to each of ``overs``, at batch 1 and at each one's best budget.
 
-    Columns system, over, batch, ratio, ratio_low, ratio_high: the geometric mean over repetitions of the ratio within
-    one, with the ``level`` interval of Student's t for its logarithm. It covers repetitions on this machine and rows.
+    The geometric mean over repetitions of the ratio within one, with the ``level`` interval of Student's t for its
+    logarithm, which covers repetitions on this machine and rows.
     """
     records = []
     for batch, budgets, chosen in _batches(times):
@@ -210,10 +194,7 @@ def pair_table(times: pd.DataFrame, overs: Sequence[str], level: float) -> pd.Da
 
 
 def benchmark_table(alone: Mapping[str, np.ndarray], benchmarks: Sequence[str]) -> pd.DataFrame:
-    """Milliseconds per row of rows that run alone (`Measured.alone`), by system and benchmark, and the average.
-
-    Columns system, benchmark, ms (median over repetitions of the mean over rows) with quartiles, n rows.
-    """
+    """Ms per row by system and benchmark, and the average: medians over repetitions of means over rows, quartiles."""
     tables = []
     for system, seconds in alone.items():
         rows = pd.DataFrame(1000 * seconds.T).groupby(list(benchmarks), sort=False)
@@ -227,8 +208,7 @@ def benchmark_table(alone: Mapping[str, np.ndarray], benchmarks: Sequence[str]) 
 def flops_table(work: Sequence[TimedJob]) -> pd.DataFrame:
     """GFLOPs per row of each job by torch's counter, padding included; ``gflops_ratio`` to full's."""
     records = []
-    for job in work:
-        # torch does not count a CPU's fused attention kernel
+    for job in work:  # torch does not count a CPU's fused attention kernel
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             rows = len(job.work(None))
         records.append({"system": job.system, "gflops": counter.get_total_flops() / rows / 1e9})
@@ -247,10 +227,7 @@ def _quartiles(name: str, values: pd.DataFrame) -> pd.DataFrame:
 
 
 def _batches(times: pd.DataFrame) -> Iterator[tuple[str, dict[str, int], pd.DataFrame]]:
-    """Batch 1, then the best: its name, each system's token budget, and its times.
-
-    The best budget of a system is the fastest one, except rows alone.
-    """
+    """Batch 1, then the best (each system's fastest budget, except rows alone): name, budgets, times."""
     batched = times[times.token_budget != LOOP]
     middle = batched.pivot_table("seconds", "token_budget", "system", aggfunc="median").idxmin()
     best = {system: int(middle[system]) for system in TIMED_SYSTEMS if system in middle}
@@ -258,27 +235,21 @@ def _batches(times: pd.DataFrame) -> Iterator[tuple[str, dict[str, int], pd.Data
         yield batch, budgets, times[times.token_budget == times.system.map(budgets)]
 
 
-# Tables of counts
-
-
 def count_table(
     done: Mapping[str, Sequence[Trajectory]], config: Any, processor: ImageOnlyProcessor, bytes_per_value: int
 ) -> pd.DataFrame:
-    """Per system, means over rows: visual tokens, RTR, calls, GFLOPs by part and total, ratio to full's, cache in MB.
-
-    ``prefill_2_gflops`` is a mean over the rows with a second turn, nan without any.
-    """
+    """Means over rows by system: visual tokens, RTR, calls, GFLOPs by part and total, ratio to full's, cache in MB."""
     records = []
     for system, one in ((system, one) for system, trajectories in done.items() for one in trajectories):
         flops = costs.trajectory_flops(one, config, processor, system != "awares_naive")
         tokens = sum(turn.visual_tokens + turn.text_tokens for turn in one.turns) - 1
         record = {"system": system, "visual_tokens": one.visual_tokens, "rtr": one.rtr}
         record |= {"calls": one.call_status != "none", **{f"{part}_gflops": sum(flops[part]) for part in PHASES[1:]}}
-        record |= {"prefill_2_gflops": flops["prefill"][1] or float("nan"), "gflops": sum(map(sum, flops.values()))}
-        records.append({**record, "cache_mb": costs.cache_bytes(1, config, bytes_per_value) * tokens / 1e6})
+        second = flops["prefill"][1] or float("nan")  # the mean is over the rows with a second turn
+        record |= {"prefill_2_gflops": second, "gflops": sum(map(sum, flops.values()))}
+        records.append({**record, "cache_mb": costs.cache_bytes(tokens, config, bytes_per_value) / 1e6})
     table = pd.DataFrame(records).groupby("system", sort=False).mean().reset_index()
-    gflops = table.columns.str.endswith("gflops")
-    return _with_ratio(table.assign(**table.loc[:, gflops] / 1e9))
+    return _with_ratio(table.assign(**table.filter(regex="gflops$") / 1e9))
 
 
 def _with_ratio(table: pd.DataFrame) -> pd.DataFrame:

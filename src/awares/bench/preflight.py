@@ -33,22 +33,21 @@ def preflight(params: Params) -> list[Finding]:
     section, stages = params.curation, forecast(params)
     served = [] if section.released else [*section.all_judges, section.oracle, section.engine]
     found = [*_gpus(params, float(stages.gpu_memory_gb.max()))] if params.base.device == "cuda" else []
-    return [
-        *found,
-        *_disk(params, float(stages.disk_gb.sum())),
-        *servers(params, served),
-        *_files(params),
-        *_hub(params),
-    ]
+    folder, need = params.path(params.paths.runs), float(stages.disk_gb.sum())
+    free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free / GB
+    fix = "set paths.runs to a larger disk, or DVC's cache"
+    found.append(Finding(f"{need:.0f} GB of disk", free >= need, f"{free:.0f} GB", fix))
+    return [*found, *servers(params, served), *_files(params), *_hub(params)]
 
 
 def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
     """One finding for each of ``names`` that is a model of data/served.yaml."""
     for name in (name for name in names if name in read_served(params).models):
         model, there = get_model(name, params), False
+        address = f"or give its address in AWARES_{name.upper()}_URL"
         if model.started_by:
-            found, fix = model.started_by.lacks(), "make vllm (data/launch/README.md), name another interpreter in"
-            fix = f"{fix} data/served.yaml (python), or give its address in AWARES_{name.upper()}_URL"
+            found, fix = model.started_by.lacks(), "name another interpreter in data/served.yaml (python)"
+            fix = f"make vllm (data/launch/README.md), {fix}, {address}"
             yield Finding(f"{name}: vLLM for {model.model}", not found, found or "found", fix)
             continue
         try:
@@ -59,16 +58,12 @@ def servers(params: Params, names: Sequence[str]) -> Iterator[Finding]:
         except openai.AuthenticationError:
             found, fix = "refuses the key", f"set the environment variable {model.key_variable} to it"
         except openai.OpenAIError as error:
-            found = f"no answer: {type(error).__name__}"
-            fix = f"start it (data/launch/README.md), or give its address in AWARES_{name.upper()}_URL"
+            found, fix = f"no answer: {type(error).__name__}", f"start it (data/launch/README.md), {address}"
         yield Finding(f"{name}: {model.model} at {model.url}", there, found, fix)
 
 
 def require_servers(params: Params, name: str, *later: str) -> None:
-    """AwaresRequestError with the fix unless the served model ``name`` is there.
-
-    The server of a ``later`` model may start later; one that answers must serve the right model.
-    """
+    """AwaresRequestError with the fix unless the model ``name`` is served; a ``later`` server need not run yet."""
     found = [*servers(params, [name]), *(one for one in servers(params, later) if one.found[:9] != "no answer")]
     if missing := [one for one in found if not one.there]:
         raise AwaresRequestError("\n".join(f"{one.what}: {one.found}; {one.fix}" for one in missing))
@@ -77,12 +72,12 @@ def require_servers(params: Params, name: str, *later: str) -> None:
 def _gpus(params: Params, need: float) -> Iterator[Finding]:
     count, planned = torch.cuda.device_count(), params.plan.gpus
     for name in dict.fromkeys(map(params.launch, ("sft", "grpo"))):
-        processes, machines = _launched(params, name)
+        processes, machines = launched(params, name)
         here, by = processes // machines, name or "a training in one process"
-        key = "base.launch" if name == params.base.launch else "sft.launch"
-        fix = f"name another file in {key}" if count else f"{GPU_FIX}, or name another file in {key}"
+        fix = f"name another file in {'base.launch' if name == params.base.launch else 'sft.launch'}"
+        fix = fix if count else f"{GPU_FIX}, or {fix}"
         yield Finding(f"{here} GPUs here, for {by}", count >= here, str(count), fix)
-    total, _ = _launched(params, params.base.launch)
+    total, _ = launched(params, params.base.launch)
     yield Finding(f"{total} GPUs planned", planned == total, f"plan.gpus {planned}", f"set plan.gpus to {total}")
     for index in range(count):
         seen = torch.cuda.get_device_properties(index)
@@ -91,7 +86,7 @@ def _gpus(params: Params, need: float) -> Iterator[Finding]:
         yield Finding(f"{need:.0f} GB on GPU {index}", room >= need, f"{room:.0f} GB, {seen.name}", fix)
 
 
-def _launched(params: Params, name: str) -> tuple[int, int]:
+def launched(params: Params, name: str) -> tuple[int, int]:
     """Processes (of one GPU each) and machines of an accelerate configuration; one process without a configuration."""
     path = params.path(name)
     settings = read_yaml(path, "base.launch or sft.launch") if name else {"num_processes": 1, "num_machines": 1}
@@ -101,18 +96,10 @@ def _launched(params: Params, name: str) -> tuple[int, int]:
         raise AwaresValueError(f"{path}: {error} missing: use an accelerate configuration as in data/launch") from error
 
 
-def _disk(params: Params, need: float) -> Iterator[Finding]:
-    folder = params.path(params.paths.runs)
-    free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free / GB
-    fix = "set paths.runs to a larger disk, or DVC's cache"
-    yield Finding(f"{need:.0f} GB of disk", free >= need, f"{free:.0f} GB", fix)
-
-
 def _files(params: Params) -> Iterator[Finding]:
     """The user's rows, programs, and copies of data sets."""
-    found = []
-    for name in (name for name in params.data.sources if name.endswith(".jsonl")):
-        found.append((f"rows {name}", params.path(name).is_file(), "correct its path in data.sources"))
+    rows = [name for name in params.data.sources if name.endswith(".jsonl")]
+    found = [(f"rows {name}", params.path(name).is_file(), "correct its path in data.sources") for name in rows]
     if params.evaluation.lmms_eval:
         python = params.path(params.evaluation.lmms_eval)
         fix = 'make that environment (data/launch/README.md), or set evaluation.lmms_eval to ""'
@@ -137,18 +124,16 @@ def _hub(params: Params) -> Iterator[Finding]:
         if params.curation.released:
             used.append(sources.get_source(params, "curated", params.curation.released))
     for names in dict.fromkeys((one.hub, *one.fallback) for one in used):
-        found = [_copied(params, name) if params.data.hub_root else _access(name, "dataset") for name in names]
+        found = [_access(params, name, "dataset") for name in names]
         yield next((one for one in found if one.there), found[0])
     if isinstance(params.model_path(), str):
-        yield _access(params.base.model, "model")
+        yield _access(params, params.base.model, "model")
 
 
-def _copied(params: Params, name: str) -> Finding:
-    folder = params.path(params.data.hub_root) / name
-    return Finding(f"dataset {name}", folder.is_dir(), str(folder), "copy it there, or leave data.hub_root empty")
-
-
-def _access(name: str, kind: str) -> Finding:
+def _access(params: Params, name: str, kind: str) -> Finding:
+    if kind == "dataset" and params.data.hub_root:
+        folder = params.path(params.data.hub_root) / name
+        return Finding(f"dataset {name}", folder.is_dir(), str(folder), "copy it there, or leave data.hub_root empty")
     token, found, fix = "it is set" if os.environ.get("HF_TOKEN") else "it is not", "readable", ""
     try:
         HfApi().auth_check(name, repo_type=kind)  # anybody may read the description of a gated repository

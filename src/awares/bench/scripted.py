@@ -20,13 +20,10 @@ PhaseEnd = Callable[[str, int], None]  # called with a phase of `PHASES` that ha
 
 
 class Script(NamedTuple):
-    """The output of a row, generated at its full cost: the call of turn 1, () = a direct answer, and the answer.
+    """The output of a row, generated at its full cost."""
 
-    ``answer_tokens``: length of the last turn with its end-of-turn token; None = the model decides.
-    """
-
-    crops: tuple[str, ...] = ()
-    answer_tokens: int | None = None
+    crops: tuple[str, ...] = ()  # the call of turn 1; () = a direct answer
+    answer_tokens: int | None = None  # of the last turn, with the end of the turn; None = the model decides
 
 
 class ForcedTokens(LogitsProcessor):
@@ -39,12 +36,12 @@ class ForcedTokens(LogitsProcessor):
         self.first_step, self.step = first_step, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step, self.step = self.step, self.step + 1
-        if step == 0:
+        if self.step == 0:
             self.first_step()
-        if step >= self.tokens.shape[1]:
+        must = self.tokens[:, self.step : self.step + 1]  # (B, 1), or (B, 0) after the scripts
+        self.step += 1
+        if not must.numel():
             return scores
-        must = self.tokens[:, step, None]  # (B, 1)
         token = torch.arange(scores.shape[1], device=scores.device)
         # a forced token gets 0, because the model may not be allowed to write it
         return scores.masked_fill(must != FREE, float("-inf")).masked_fill(token == must, 0.0)
@@ -103,7 +100,7 @@ class ScriptedEngine(Engine):
         lengths = {name: script.answer_tokens for name, script in scripts.items() if script.answer_tokens}
         answers = {name: decoder.tokenize("x") * (length - 1) + [decoder.end] for name, length in lengths.items()}
         texts = {name: self.protocol.render_call(crops) + END_OF_TURN for name, crops in self.calls.items()}
-        first = {**answers, **{name: decoder.tokenize(text) for name, text in texts.items()}}
+        first = answers | {name: decoder.tokenize(text) for name, text in texts.items()}
         longest = max(map(len, [*first.values(), *answers.values()]), default=0)
         if longest > decoder.max_new_tokens:
             raise AwaresValueError(f"{longest} tokens scripted, max_new_tokens is {decoder.max_new_tokens}: raise it")
@@ -117,6 +114,5 @@ class ScriptedEngine(Engine):
             self.calls, decoder.scripts = {}, ({}, {})
 
     def _read_call(self, row: Conversation) -> Call:
-        if row.row_id in self.calls:
-            return Call(self.calls[row.row_id], "forced", row.turns[-1].text)
-        return super()._read_call(row)
+        crops = self.calls.get(row.row_id)
+        return Call(crops, "forced", row.turns[-1].text) if crops else super()._read_call(row)

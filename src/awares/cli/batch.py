@@ -33,19 +33,16 @@ class Line(BaseModel, strict=True):
 def read_batch(source: Path, question: str | None = None) -> list[Record]:
     """The rows of a folder (every image in it, by name) or of a JSONL file; ``question``: for rows without their own.
 
-    A row has row_id, image (relative to the folder), question, and error if it is bad. AwaresError for no row, no
-    question for a folder, or a repeated id.
+    Keys: row_id, image, question, and error of a bad row. AwaresError: no row, no question, a repeated id.
     """
     if source.is_dir():
         if question is None:
             raise AwaresError(f"{source}: a folder of images needs a question")
         files = [path for path in sorted(source.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
         rows = [{"row_id": file.name, "image": file.name, "question": question} for file in files]
-    elif source.is_file():
+    else:
         lines = enumerate(source.read_bytes().split(b"\n"), start=1)
         rows = [_read_row(source, number, line, question) for number, line in lines if line.strip()]
-    else:
-        raise AwaresError(f"{source}: no such file")
     if not rows:
         raise AwaresError(f"{source}: no image or row in it")
     check_ids([row["row_id"] for row in rows], str(source))
@@ -56,9 +53,8 @@ def _read_row(file: Path, number: int, line: bytes, question: str | None) -> Rec
     place, error = f"{file.name}, line {number}", {}
     row = {"id": f"{file.stem}-{number}", "question": question}
     try:
-        with faults_of(place):
-            row |= parse_line(line, place)
-            validated(Line, row, place)
+        row |= parse_line(line, place)
+        validated(Line, row, place)
     except AwaresError as fault:
         error = {"error": str(fault)}
     row_id, image, text = (str(row.get(key) or "") for key in ("id", "image", "question"))
@@ -66,18 +62,16 @@ def _read_row(file: Path, number: int, line: bytes, question: str | None) -> Rec
 
 
 def run_batch(source: Path, question: str | None, out: Path, engine: Any, settings: dict[str, Any]) -> dict[str, int]:
-    """Run every row of ``source`` that has no answer in ``out`` yet and append the results to it.
+    """Run every row of ``source`` that has no answer in ``out`` yet, append the results to it, count the rows.
 
-    Returns numbers of rows: rows, ran, done_before, errors. ``settings``: plain values that decide the answers, such as
-    ``call_bias``. AwaresError if ``out`` has answers for others, or other content, or if another process writes it.
+    AwaresError if ``out`` has other content, answers for other ``settings``, or another process that writes it.
     """
     rows, folder = read_batch(source, question), source if source.is_dir() else source.parent
     out.parent.mkdir(parents=True, exist_ok=True)
     with jsonl.exclusive_lock(out):
         done = _done(rows, out, settings)
         todo = [row for row in rows if row["row_id"] not in done]
-        starts = range(0, len(todo), ROWS_PER_WRITE)
-        for start in tqdm(starts, desc=out.stem, unit="chunk", disable=None):  # on a terminal
+        for start in tqdm(range(0, len(todo), ROWS_PER_WRITE), out.stem, unit="chunk", disable=None):  # on a terminal
             fresh = _answers(engine, todo[start : start + ROWS_PER_WRITE], folder, settings)
             jsonl.append_records(out, fresh)
             done |= {record["row_id"]: record for record in fresh}
@@ -102,9 +96,7 @@ def _done(rows: Sequence[Record], out: Path, settings: dict[str, Any]) -> dict[s
 
 def _answers(engine: Any, rows: Sequence[Record], folder: Path, settings: dict[str, Any]) -> list[Record]:
     """One record for each row, in order; the fault of a row goes into its record and affects no other row."""
-    images: dict[str, Image] = {}
-    questions = {row["row_id"]: row["question"] for row in rows}
-    found: dict[str, Record] = {row["row_id"]: row for row in rows}
+    images, found = dict[str, Image](), {row["row_id"]: {**row, "settings": settings} for row in rows}
     for row_id, row in found.items():
         try:
             with faults_of(f"row {row_id}"):
@@ -113,13 +105,13 @@ def _answers(engine: Any, rows: Sequence[Record], folder: Path, settings: dict[s
                     image = open_image(folder / row["image"], f"row {row_id}")
                     images[row_id] = cap(image, engine.max_side)  # immediately: many large ones do not fit in memory
         except AwaresError as error:
-            found[row_id] = {"error": str(error)}
-    ready = [*images]
-    done = run_rows(engine, [*images.values()], [questions[row_id] for row_id in ready], ready, settings["call_bias"])
+            row["error"] = str(error)
+    ready, questions = [*images], [found[row_id]["question"] for row_id in images]
+    done = run_rows(engine, [*images.values()], questions, ready, settings["call_bias"])
     for row_id, one in zip(ready, done, strict=True):
-        found[row_id] = {"error": one.reason} if isinstance(one, Failure) else one.to_dict()
+        found[row_id] |= {"error": one.reason} if isinstance(one, Failure) else one.to_dict()
         found[row_id] |= {"note": note} if (note := images[row_id].info.get(NOTE)) else {}
-    return [{**row, "settings": settings, **found[row["row_id"]]} for row in rows]
+    return [*found.values()]
 
 
 def run_rows(

@@ -25,7 +25,8 @@ def policy_folder(params: Params) -> Path:
     publish.copy_adapters(params, folder / "adapters", params.base.model)
     _link(config.parent.iterdir(), folder)
     scores = [row for row in pd.read_csv(table).itertuples() if row.system == "awares"]
-    _write_card(folder, "model.md", params, apache=APACHE, of_hub=isinstance(params.model_path(), str), scores=scores)
+    about = {"apache": APACHE, "of_hub": isinstance(params.model_path(), str), "scores": scores}
+    _write_card(folder, "model.md", params=params, **about)
     return folder
 
 
@@ -49,7 +50,7 @@ def dataset_folder(params: Params, images: bool = False) -> Path:
     own = {name: ("rows of the uploader's own", "not stated") for name in origins if name.endswith(".jsonl")}
     listed = [(Path(name).stem if name in own else name, *about) for name, about in (origins | own).items()]
     generated = all(origin == "generated" for _, origin, _ in listed)
-    _write_card(folder, "dataset.md", params, counts=counts, images=images, sources=listed, generated=generated)
+    _write_card(folder, "dataset.md", params=params, counts=counts, images=images, sources=listed, generated=generated)
     return folder
 
 
@@ -59,9 +60,9 @@ def _link(files: Iterable[Path], folder: Path) -> None:
         (folder / file.name).symlink_to(file.resolve())  # weights are large
 
 
-def _write_card(folder: Path, template: str, params: Params, **values: Any) -> None:
+def _write_card(folder: Path, template: str, **values: Any) -> None:
     path = str(Path(__file__).with_name("cards") / template)
-    ModelCard.from_template(ModelCardData(), path, params=params, **values).save(folder / "README.md")
+    ModelCard.from_template(ModelCardData(), path, **values).save(folder / "README.md")
 
 
 def upload(folder: Path, repo: str, kind: str, private: bool = True) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from awares import policy
-from awares.config import Params, read_yaml
+from awares.config import Params
 from awares.engine import jsonl
 from awares.engine.images import join_strip, open_image
 from awares.engine.jsonl import Record
@@ -26,29 +26,26 @@ from awares.method.protocol import get_protocol, read_system
 from awares.method.rollout import limits_of
 from awares.training import checkpoints
 
+Tasks = Mapping[str, str]  # benchmark -> task of lmms-eval
 LMMS_TASKS = {"chartqa": "chartqa", "docvqa": "docvqa_val", "ocrbench": "ocrbench", "pope": "pope",
               "realworldqa": "realworldqa", "vstar": "vstar_bench"}  # fmt: skip
 LMMS_COLUMNS = ["system", "benchmark", "task", "metric", "value", "rtr", "seconds", "n"]
 LMMS_DEFAULTS = {"protocol": "ours", "system": "", "geometry": "ours", "max_new_tokens": 512, "token_budget": 65536,
-                 "max_side": 2000, "min_pixels": 0, "max_pixels": 0}  # fmt: skip
+                 "max_side": 2000, "min_pixels": 0, "max_pixels": 0, "call_bias": 0.0}  # fmt: skip
 LOG_EVERY = 64  # samples between two writes of the log; so many images are held at a time
 
 
 def through_lmms_eval(
-    system: str,
-    model_path: Path,
-    params: Params,
-    out_dir: Path,
-    tasks: Mapping[str, str] = LMMS_TASKS,
-    options: Sequence[str] = (),
+    system: str, model_path: Path, params: Params, out_dir: Path, tasks: Tasks = LMMS_TASKS, options: Sequence[str] = ()
 ) -> pd.DataFrame:
     """Scores of the policy at ``model_path`` by lmms-eval: a line per benchmark and metric, on lmms-eval's own scale.
 
-    Columns: ``LMMS_COLUMNS``; rtr and seconds are means over the n samples. ``tasks``: benchmark -> task of lmms-eval;
-    ``options``: more of its command line. It runs in the processes that ``base.launch`` has on a machine. The samples
-    are kept in ``.checkpoints`` next to ``out_dir``, where the same call resumes. AwaresError for a missing
-    environment, a changed protocol, or a failure of lmms-eval.
+    Columns: ``LMMS_COLUMNS``; rtr and seconds are means over the n samples. ``options``: more of its command line. It
+    runs in the processes that ``base.launch`` has on a machine, keeps the samples next to ``out_dir`` and resumes
+    there. AwaresError for a missing environment, a changed protocol, or a failure of lmms-eval.
     """
+    from awares.bench.preflight import launched  # needs more packages than lmms-eval's environment has
+
     python = params.path(params.evaluation.lmms_eval)
     if not python.is_file():
         raise AwaresFileError(f"evaluation.lmms_eval: no Python at {python}; see data/launch/README.md")
@@ -57,8 +54,7 @@ def through_lmms_eval(
     if form != get_protocol(name, form.system, geometry=form.geometry):
         fix = "leave crops.offered, crops.region_budget and crops.margin as they are"
         raise AwaresValueError(f"evaluation.lmms_eval runs only the interaction of protocol.name: {fix}")
-    code = [__file__, str(policy.__file__)]
-    inputs = checkpoints.describe_inputs("evaluation", params, [], model_path, code)
+    inputs = checkpoints.describe_inputs("evaluation", params, [], model_path, [__file__, str(policy.__file__)])
     inputs |= {"tasks": [*tasks.values()], "options": [*options], "system": form.system}
     folder = checkpoint_folder(out_dir, inputs).resolve()
     shutil.rmtree(folder / "results", ignore_errors=True)  # of an earlier call
@@ -67,8 +63,12 @@ def through_lmms_eval(
     arguments |= {"geometry": form.geometry, "min_pixels": section.min_pixels, "max_pixels": section.max_pixels}
     arguments |= {"system": params.path(file)} if (file := params.protocol.system_file) else {}
     arguments |= {"call_bias": params.evaluation.call_bias}
-    command = [str(python), "-m", *_processes(params), "lmms_eval", "--model", "awares"]
-    command += ["--tasks", ",".join(tasks.values())]
+    command = [str(python), "-m"]
+    if launch := params.base.launch:  # a process for each GPU
+        processes, machines = launched(params, launch)
+        command += ["accelerate.commands.launch", "--config_file", str(params.path(launch)), "--num_machines", "1"]
+        command += ["--num_processes", str(processes // machines), "-m"]
+    command += ["lmms_eval", "--model", "awares", "--tasks", ",".join(tasks.values())]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())]
     command += ["--batch_size", str(LOG_EVERY), "--output_path", str(folder / "results"), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # its progress goes to stderr
@@ -87,17 +87,6 @@ def through_lmms_eval(
             if isinstance(value, int | float) and comma and not metric.endswith("_stderr"):
                 rows.append((system, benchmark, task, metric, float(value), *means))
     return pd.DataFrame(rows, columns=LMMS_COLUMNS)
-
-
-def _processes(params: Params) -> list[str]:
-    """The start of a command that runs a module once for each GPU of this machine, as ``base.launch`` has them."""
-    if not params.base.launch:
-        return []
-    file = params.path(params.base.launch)
-    settings = read_yaml(file, "base.launch")
-    count = settings.get("num_processes", 1) // settings.get("num_machines", 1)
-    here = ["--num_machines", "1", "--num_processes", str(count)]
-    return ["accelerate.commands.launch", "--config_file", str(file), *here, "-m"]
 
 
 # Inside lmms-eval's environment
@@ -119,28 +108,21 @@ class AwaresChat(Model):
     """The policy as a chat model of lmms-eval, a copy in each process: chat messages in, texts out.
 
     ``pretrained``: a merged model or an adapter. ``log``: a JSONL file with the trajectory of every sample, from which
-    the same call resumes (lmms-eval writes its own cache only at the end); of several processes each has its own,
-    ``samples.<rank>.jsonl``. LMMS_DEFAULTS: further arguments, such as
-    ``system``, a file with another prompt; ``max_new_tokens`` replaces a task's limit, which would cut calls off.
+    the same call resumes (lmms-eval writes its own cache only at the end); ``samples.<rank>.jsonl`` of each process.
+    LMMS_DEFAULTS: further arguments; ``max_new_tokens`` replaces a task's limit, which would cut calls off.
     """
 
     is_simple = False
 
     def __init__(
-        self,
-        pretrained: str,
-        log: str = "samples.jsonl",
-        dtype: str = "bfloat16",
-        device: str = "cuda",
-        call_bias: float = 0.0,
-        **given: Any,  # lmms-eval passes its own options to every model
-    ) -> None:
+        self, pretrained: str, log: str = "samples.jsonl", dtype: str = "bfloat16", device: str = "cuda", **given: Any
+    ) -> None:  # lmms-eval passes its own options to every model
         super().__init__()
         if processes := "LOCAL_RANK" in os.environ:
             device = f"{device}:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
         options: dict[str, Any] = {name: given.get(name, value) for name, value in LMMS_DEFAULTS.items()}
-        self.settings = {**options, "dtype": dtype, "call_bias": float(call_bias)}
-        self.settings["weights"] = folder_digest(pretrained)[:16]
+        self.settings = {**options, "dtype": dtype, "weights": folder_digest(pretrained)[:16]}
+        self.call_bias = float(options.pop("call_bias"))
         system = read_system(Path(name)) if (name := options.pop("system")) else None
         form = get_protocol(options.pop("protocol"), system, geometry=options.pop("geometry"))
         self.settings["prompt"] = hashlib.sha256(form.system.encode()).hexdigest()[:16]
@@ -157,7 +139,7 @@ class AwaresChat(Model):
 
         def answer(ids: list[str]) -> list[Record]:
             images, questions = zip(*[self._read(name, *rows[name]) for name in ids], strict=True)
-            done = self.engine.run(images, questions, call_bias=self.settings["call_bias"], row_ids=ids)
+            done = self.engine.run(images, questions, call_bias=self.call_bias, row_ids=ids)
             more = [{"settings": self.settings, "rtr": one.rtr, **one.to_dict()} for one in done]
             heads = [{"id": name, "question": question} for name, question in zip(ids, questions, strict=True)]
             return [head | one for head, one in zip(heads, more, strict=True)]

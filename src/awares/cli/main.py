@@ -60,8 +60,6 @@ def awares(
     examples:
       awares ask page.png "what is the total?"
       awares ask questions.jsonl --out answers.jsonl
-      awares eval --rows 20
-      awares serve --port 8000
       awares plan --profile paper --check
 
     Exit codes: 0 done, 1 something in the data or the files is wrong, 2 wrong usage, 130 interrupted.
@@ -89,16 +87,13 @@ class Ask(PolicyOptions):
     def __call__(self) -> int:
         refuse_if(self.question is not None and self.common is not None, "two questions: QUESTION and --question")
         question = self.common if self.question is None else self.question
-        if "://" in self.image or self.image.startswith("data:"):
-            raise AwaresValueError(f"{self.image[:200]}: give a file: awares does not fetch addresses")
         if os.path.isdir(self.image) or self.image.lower().endswith(".jsonl"):
             refuse_if(self.show is not None, "--show draws one image, not a batch")
             return self._ask_many(question)
         refuse_if(self.out is not None, "--out is for a batch: a folder or a .jsonl file")
         refuse_if(self.show is not None and self.show.suffix.lower() != ".png", "--show: the name must end in .png")
-        if question is None:
-            raise typer.BadParameter("no question: write it after the image")
-        return self._ask_one(question)
+        refuse_if(question is None, "no question: write it after the image")
+        return self._ask_one(question or "")
 
     def _ask_many(self, question: str | None) -> int:
         from awares.cli import batch
@@ -114,8 +109,7 @@ class Ask(PolicyOptions):
         counts = batch.run_batch(Path(self.image), question, self.out, policy.engine, settings)
         if self.as_json:
             print(json.dumps({"out": str(self.out), **counts}))
-        numbers = "{rows} rows, {ran} run now, {done_before} done before, {errors} with an error"
-        _say(f"{numbers.format(**counts)}: {self.out}")
+        _say("{rows} rows, {ran} run now, {done_before} done before, {errors} with an error".format(**counts))
         return 1 if counts["errors"] else 0
 
     def _ask_one(self, question: str) -> int:
@@ -171,7 +165,7 @@ class Eval(PolicyOptions):
 
         given = {"rows": self.rows, "seed": self.seed, "call_bias": self.call_bias}
         overrides = {f"evaluation.{key}": value for key, value in given.items() if value is not None}
-        drawn = {"evaluation.rows", "evaluation.seed"} & overrides.keys()
+        drawn = self.rows is not None or self.seed is not None
         refuse_if(bool(self.file and drawn), "--rows and --seed draw the tasks' rows, not those of a file")
         params = load_params(self.profile, self.variant, overrides)
         faults: list[str] = []
@@ -182,7 +176,8 @@ class Eval(PolicyOptions):
         bias = params.evaluation.call_bias
         found = run_rows(policy.engine, table["image"], table["question"], table["id"], bias)
         done = {place: one for place, one in enumerate(found) if not isinstance(one, Failure)}
-        for fault in faults + [one.reason for one in found if isinstance(one, Failure)]:
+        faults += [one.reason for one in found if isinstance(one, Failure)]
+        for fault in faults:
             _say(fault)
         if not done:
             raise AwaresValueError("no row could be answered")
@@ -194,7 +189,7 @@ class Eval(PolicyOptions):
             print(json.dumps({"policy": name, "call_bias": bias, "table": scores.to_dict("records")}))
         else:
             print(scores.to_string(index=False, float_format="{:.2f}".format))
-        return 1 if faults or len(done) < len(found) else 0
+        return 1 if faults else 0
 
 
 @app.command("serve")
@@ -237,8 +232,8 @@ def plan_pipeline(
 ) -> int:
     """Forecast the pipeline's requests, tokens, GPU hours, memory and disk, stage by stage.
 
-    Counted from params.yaml (section `plan`) and data/served.yaml. --check looks for GPUs, disk, servers, keys, model
-    and datasets, says how to fix what is missing, and the exit code is then 1.
+    --check looks for GPUs, disk, servers, keys, model and datasets, and says how to fix what is missing; the exit code
+    is then 1.
     """
     from awares.bench.estimate import forecast, wall_hours
     from awares.bench.preflight import preflight
@@ -255,8 +250,8 @@ def plan_pipeline(
         hours = wall_hours(table, params)
         print(f"\n{hours:.1f} h on {params.plan.gpus} x {params.plan.gpu}, servers not counted")
         for one in findings:
-            fix = "" if one.there else f": {one.fix}"
-            print(f"{'there  ' if one.there else 'MISSING'} {one.what} ({one.found}){fix}")
+            state, fix = ("there  ", "") if one.there else ("MISSING", f": {one.fix}")
+            print(f"{state} {one.what} ({one.found}){fix}")
     return 0 if all(one.there for one in findings) else 1
 
 
@@ -269,20 +264,18 @@ def push(
     public: Annotated[bool, Option("--public", help="make a new repository public")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="prepare the folder, list it, upload nothing")] = False,
 ) -> int:
-    """Publish the trained policy or the curated rows on a model hub.
+    """Publish the trained policy (merged model, adapters, a card with Table 1) or the curated rows on a model hub.
 
-    A policy is the merged model with its adapters and a card with this run's Table 1. The token comes from the
-    environment variable HF_TOKEN.
+    The token comes from the environment variable HF_TOKEN.
     """
     from awares.cli import hub
     from awares.config import load_params
 
     params = load_params(profile)
     folder = hub.policy_folder(params) if what == "policy" else hub.dataset_folder(params, images)
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    for file in files:
-        print(f"{file.stat().st_size:>14,} {file.relative_to(folder)}")
-    print(f"{sum(file.stat().st_size for file in files):>14,} bytes in {folder}")
+    sizes = {file: file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+    print(*(f"{size:>14,} {file.relative_to(folder)}" for file, size in sizes.items()), sep="\n")
+    print(f"{sum(sizes.values()):>14,} bytes in {folder}")
     if not dry_run:
         print(hub.upload(folder, repo, "model" if what == "policy" else "dataset", private=not public))
     return 0

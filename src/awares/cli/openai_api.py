@@ -19,6 +19,7 @@ from awares.cli.options import Limits
 from awares.engine.images import SHOWN, cap, open_image
 from awares.errors import AwaresError
 
+Completion = dict[str, Any]
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers are not for bytes from strangers
 
 
@@ -26,17 +27,14 @@ class ApiError(HTTPException):
     """A refusal; the client gets it as OpenAI's error object."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        headers = {408: {"Connection": "close"}, 429: {"Retry-After": "1"}}
-        super().__init__(status, message, headers.get(status))
+        super().__init__(status, message, {408: {"Connection": "close"}, 429: {"Retry-After": "1"}}.get(status))
         kind = "server_error" if status >= 500 else "invalid_request_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 # Fields of a request, accepted with any value, and those accepted with the values that change nothing
-IGNORED = frozenset(
-    """metadata name parallel_tool_calls prediction prompt_cache_key prompt_cache_retention
-    safety_identifier seed top_k top_p user""".split()
-)
+IGNORED = {"metadata", "name", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
+           "safety_identifier", "seed", "top_k", "top_p", "user"}  # fmt: skip
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("temperature", "frequency_penalty", "presence_penalty", "top_logprobs"), (0,)),
     **dict.fromkeys(("logprobs", "store", "skip_special_tokens", "spaces_between_special_tokens"), (False,)),
@@ -94,23 +92,20 @@ class ChatRequest(Strict):
 
     def files(self, limits: Limits) -> tuple[list[bytes], int]:
         """The image files in the order of the messages, and their pixels; ApiError for bad ones or too many."""
-        urls = [part["url"] for part in self.parts("image_url")]
-        if len(urls) > limits.images:
-            raise ApiError(400, f"{len(urls)} images: a request may have {limits.images}", param="messages")
-        files, pixels = list[bytes](), 0
+        parts, files, pixels = self.parts("image_url"), list[bytes](), 0
+        if len(parts) > limits.images:
+            raise ApiError(400, f"{len(parts)} images: a request may have {limits.images}", param="messages")
         try:
-            for url in urls:
-                files.append(data_of(url))
+            for part in parts:
+                files.append(data_of(part["url"]))
                 with _opened(files[-1]) as image:
                     pixels += image.width * image.height
         except Exception as error:  # Pillow raises a dozen types on hostile bytes
             reason = error if isinstance(error, AwaresError) else type(error).__name__
             message = f"image_url: not a readable {', '.join(FORMATS)} image in a data URL ({reason})"
             raise ApiError(400, message, "invalid_image", "messages") from error
-        if max(map(len, files), default=0) > limits.image_bytes:
-            raise ApiError(413, f"an image has more than {limits.image_bytes} bytes", "image_too_large", "messages")
-        if pixels > limits.image_pixels:
-            message = f"the images have more than {limits.image_pixels} px"
+        if pixels > limits.image_pixels or max(map(len, files), default=0) > limits.image_bytes:
+            message = f"images: at most {limits.image_bytes} bytes each and {limits.image_pixels} px together"
             raise ApiError(413, message, "image_too_large", "messages")
         return files, pixels
 
@@ -148,14 +143,14 @@ def check_model(name: str, model: str) -> None:
         raise ApiError(404, f"no model {name[:SHOWN]!r}: this is {model!r}", "model_not_found", "model")
 
 
+def _opened(file: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(file), formats=FORMATS)
+
+
 def decode(file: bytes, min_side: int, max_side: int) -> Image.Image:
     """The image upright, in RGB, shrunk to ``max_side`` px; AwaresError for an unreadable one."""
     with _opened(file) as image:
         return cap(open_image(image, "image_url", min_side), max_side)
-
-
-def _opened(file: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(file), formats=FORMATS)
 
 
 def data_of(url: str) -> bytes:
@@ -174,21 +169,21 @@ def data_of(url: str) -> bytes:
     return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
 
 
-def completion(model: str, text: str, cut: bool, prompt: int, written: int, **more: Any) -> dict[str, Any]:
+def completion(model: str, text: str, cut: bool, prompt: int, written: int, **more: Any) -> Completion:
     """A ``chat.completion`` of ``written`` tokens after a prompt of ``prompt``; ``more`` is added to its usage."""
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": "length" if cut else "stop", "logprobs": None}
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
     usage = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written, **more}
-    return {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
+    return {**head, "model": model, "choices": [choice], "usage": usage}
 
 
-def as_events(reply: dict[str, Any], include_usage: bool) -> Iterator[str]:
+def as_events(reply: Completion, include_usage: bool) -> Iterator[str]:
     """The completion as a stream: the answer, its finish reason, usage if requested, [DONE]."""
     [choice], usage = reply["choices"], reply.pop("usage")
     whole = {"index": 0, "delta": choice["message"], "finish_reason": None, "logprobs": None}
     last = {**whole, "delta": {}, "finish_reason": choice["finish_reason"]}
-    more: list[dict[str, Any]] = [{"choices": [], "usage": usage}] if include_usage else []
-    for chunk in ({"choices": [whole]}, {"choices": [last]}, *more):
+    chunks: list[Completion] = [{"choices": [whole]}, {"choices": [last]}, {"choices": [], "usage": usage}]
+    for chunk in chunks[: 3 if include_usage else 2]:
         yield f"data: {json.dumps({**reply, 'object': 'chat.completion.chunk', **chunk})}\n\n"
     yield "data: [DONE]\n\n"

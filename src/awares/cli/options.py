@@ -19,8 +19,7 @@ def _device(text: str) -> str:
     return text
 
 
-BIAS_HELP = "> 0 calls for crops more readily, < 0 less (default 0)"
-Bias = Annotated[float | None, Option(min=-1000, max=1000, metavar="X", help=BIAS_HELP)]
+Bias = Annotated[float | None, Option(min=-1000, max=1000, metavar="X", help="> 0 calls for more crops, < 0 for fewer")]
 Profile = Annotated[str, Option(help="of params.yaml (default: its own `profile`)", show_default=False)]
 Json = Annotated[bool, Option("--json", help="print one JSON object")]
 

@@ -1,7 +1,7 @@
 """``awares serve``: the two-turn interaction, or in mode chat the bare model, behind an OpenAI-compatible API.
 
-The engine is a `rollout.Engine`, which gets one request of each size at a time, or a `RemoteEngine`, whose server
-(vLLM) does the batching. A stream gets its answer in one piece: a turn may be a call until it ends.
+A `rollout.Engine` gets one request of each size at a time; behind a `RemoteEngine` the server (vLLM) does the batching.
+A stream gets its answer in one piece: a turn may be a call until it ends.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 from transformers import LogitsProcessorList, MaxTimeCriteria, SequenceBiasLogitsProcessor, StoppingCriteriaList
 
 from awares.cli import connections, openai_api
-from awares.cli.openai_api import ApiError, PolicyRequest, RawRequest, completion
+from awares.cli.openai_api import ApiError, Completion, PolicyRequest, RawRequest, completion
 from awares.cli.options import Limits
 from awares.clients.chat import ChatClient
 from awares.engine.decode import Decoder
@@ -35,6 +35,7 @@ from awares.engine.images import MIN_SIDE, NOTE
 from awares.errors import AwaresError, AwaresLengthError, AwaresRequestError, AwaresValueError
 
 API_KEY = "AWARES_API_KEY"
+Images = list[Image.Image]
 LANES = (2**18, 2**21)  # work of the largest small and medium requests: 0.3 and 2 s of one core with the shipped policy
 
 
@@ -125,17 +126,14 @@ async def _refuse(request: Request, error: Any) -> Response:
     return JSONResponse(error.body, error.status_code, error.headers)
 
 
-def answer_policy(
-    engine: Any, request: PolicyRequest, images: list[Image.Image], limits: Limits, deadline: float
-) -> dict[str, Any]:
+def answer_policy(engine: Any, request: PolicyRequest, images: Images, limits: Limits, deadline: float) -> Completion:
     """Runs the interaction. ``max_tokens`` bounds only the answer: a call that is cut short cannot be read."""
     *instructions, user = request.messages
     if {message.role for message in instructions} - {"system"} or user.role != "user" or len(images) != 1:
         raise ApiError(400, "send one user message with one image and a question", param="messages")
-    local = hasattr(engine, "decoder")
-    longest = (engine.decoder if local else engine).max_new_tokens
+    longest = getattr(engine, "decoder", engine).max_new_tokens
     limit = request.limit(longest, min(limits.max_tokens, longest))
-    if local:
+    if hasattr(engine, "decoder"):
         engine.decoder.criteria = _until(deadline)
     else:  # with a client for this request's time limit
         left = {"timeout": max(1.0, deadline - time.time()), "attempts": 2}
@@ -154,9 +152,7 @@ def answer_policy(
     return completion(request.model, text, cut, prompt, sum(written), awares=spent)
 
 
-def answer_chat(
-    engine: Any, request: RawRequest, images: list[Image.Image], limits: Limits, deadline: float
-) -> dict[str, Any]:
+def answer_chat(engine: Any, request: RawRequest, images: Images, limits: Limits, deadline: float) -> Completion:
     """One greedy completion of the bare model, for any messages with images."""
     processor, biases = engine.processor, request.logit_bias or {}
     if any(token >= len(processor.tokenizer) for token in biases):
@@ -197,7 +193,7 @@ def _until(deadline: float) -> StoppingCriteriaList:
 
 def run_server(load: Callable[[], Any], host: str, port: int, model: str, limits: Limits, mode: str) -> None:
     """Serves the engine of ``load`` until SIGTERM or SIGINT; prints the URL. AwaresValueError for a bad address."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
     try:  # before the model is loaded: a taken port should not cost minutes
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
@@ -209,6 +205,5 @@ def run_server(load: Callable[[], Any], host: str, port: int, model: str, limits
             print(f"warning: {host} is reachable from outside and {API_KEY} is not set", file=sys.stderr)
         for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn ends what is under way and raises the signal again
             signal.signal(name, lambda *_: None)
-        shown = f"[{host}]" if ":" in host else host
         print(f"{model} at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
         connections.serve(app, listener, most, limits)
