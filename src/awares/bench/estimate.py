@@ -178,10 +178,9 @@ class _Forecast:
 
     def _inference(self, stage: str, rows: int, parts: Parts, models: int, disk: float = 0.0) -> Stage:
         works = [(count, one) for count, systems in parts for one in systems]
-        tokens = sum(count * one.tokens for count, one in works)
+        tokens, answers = sum(count * one.tokens for count, one in works), sum(count for count, _ in works)
         flops = sum(count * (one.vision + one.language) for count, one in works)
-        hours = self._hours(flops, sum(count for count, _ in works) * ANSWER)
-        memory = self.inference_gb + (models - 1) * self.weights_gb
+        hours, memory = self._hours(flops, answers * ANSWER), self.inference_gb + (models - 1) * self.weights_gb
         return Stage(stage, rows, 0, round(tokens), flops / 1e15, hours, memory, disk, self.assumed)
 
     def _work(self, area: float, calls: float = 0.0) -> Work:

@@ -240,8 +240,7 @@ def plan_pipeline(
     from awares.config import load_params
 
     params = load_params(profile, overrides=overrides)
-    table = forecast(params)
-    findings = preflight(params) if check else []
+    table, findings = forecast(params), preflight(params) if check else []
     if as_json:
         checks = [one._asdict() for one in findings]
         print(json.dumps({"profile": params.profile, "stages": table.to_dict("records"), "checks": checks}))
@@ -250,8 +249,7 @@ def plan_pipeline(
         hours = wall_hours(table, params)
         print(f"\n{hours:.1f} h on {params.plan.gpus} x {params.plan.gpu}, servers not counted")
         for one in findings:
-            state, fix = ("there  ", "") if one.there else ("MISSING", f": {one.fix}")
-            print(f"{state} {one.what} ({one.found}){fix}")
+            print(f"there   {one.what} ({one.found})" if one.there else f"MISSING {one.what} ({one.found}): {one.fix}")
     return 0 if all(one.there for one in findings) else 1
 
 
