@@ -177,9 +177,9 @@ class _Forecast:
         yield self._inference("operating_curve", curve, [(again, [self.policy])], models=2)
 
     def _inference(self, stage: str, rows: int, parts: Parts, models: int, disk: float = 0.0) -> Stage:
-        works = [(count, one) for count, systems in parts for one in systems]
-        tokens, answers = sum(count * one.tokens for count, one in works), sum(count for count, _ in works)
-        flops = sum(count * (one.vision + one.language) for count, one in works)
+        tokens = sum(count * sum(one.tokens for one in systems) for count, systems in parts)
+        flops = sum(count * sum(one.vision + one.language for one in systems) for count, systems in parts)
+        answers = sum(count * len(systems) for count, systems in parts)
         hours, memory = self._hours(flops, answers * ANSWER), self.inference_gb + (models - 1) * self.weights_gb
         return Stage(stage, rows, 0, round(tokens), flops / 1e15, hours, memory, disk, self.assumed)
 
