@@ -11,7 +11,7 @@ import yaml
 from chat_server import ServerProcess
 from conftest import noise
 
-from awares.clients.evaluated import KeptEngine
+from awares.clients.served import KeptEngine
 from awares.config import load_params
 from awares.data.rows import make_dataset
 from awares.engine.jsonl import read_records

@@ -1,7 +1,4 @@
-"""Chat requests to an OpenAI-compatible server: in threads, retried by the openai client, each reply kept in a file.
-
-A JSONL file gets each reply, raw, when it arrives, under a hash of its request. After a kill the same call continues.
-"""
+"""Chat requests to an OpenAI-compatible server, in threads; each raw reply is kept in a JSONL file when it arrives."""
 
 import hashlib
 import json
@@ -21,6 +18,7 @@ from pydantic import AliasPath, BaseModel, Field, ValidationError
 from pydantic_core import from_json
 from tqdm import tqdm
 
+from awares.clients import launch
 from awares.engine.jsonl import append_records, drop_torn_line, exclusive_lock, read_records, refuse_foreign
 from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
 
@@ -38,8 +36,8 @@ class RowFailed(Exception):
 class Server(BaseModel, extra="forbid", frozen=True):
     """An OpenAI-compatible endpoint and its limits; AwaresValueError names a wrong one.
 
-    ``url`` ends in /v1. The key comes from the environment variable ``key_variable``; unset = no key. ``concurrency``
-    rows run at once. A request is tried ``attempts`` times, each time for ``timeout`` seconds.
+    ``url`` ends in /v1. ``key_variable``: name in the environment, unset = no key. ``concurrency`` rows run at once. A
+    request is tried ``attempts`` times, each time for ``timeout`` seconds.
     """
 
     url: str = Field(pattern="^https?://")
@@ -49,6 +47,7 @@ class Server(BaseModel, extra="forbid", frozen=True):
     timeout: float = Field(300.0, gt=0)
     attempts: int = Field(12, gt=0)
     stop_after: int = Field(16, gt=0)  # consecutive rows without a reply that end the call
+    started_by: launch.Launch | None = None  # how our server is started, in place of ``url``
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -59,12 +58,11 @@ class Server(BaseModel, extra="forbid", frozen=True):
     def connect(self, **options: Any) -> openai.OpenAI:
         """The library's client: it waits between attempts and follows Retry-After headers of up to two minutes."""
         key = os.environ.get(self.key_variable) or "none"  # the library requires a key
-        limits: dict[str, Any] = {"max_retries": self.attempts - 1, "timeout": self.timeout, "base_url": self.url}
-        return openai.OpenAI(api_key=key, **{**limits, **options})
-
-    def fault(self) -> str:
-        """Why no request can succeed any more; "" if none is known."""
-        return ""
+        options = {"max_retries": self.attempts - 1, "timeout": self.timeout, "base_url": self.url, **options}
+        if self.started_by:  # waits for it, and passes by proxies
+            options["base_url"] = launch.running.address(self.started_by)
+            options["http_client"] = openai.DefaultHttpxClient(trust_env=False)
+        return openai.OpenAI(api_key=key, **options)
 
     def without_key(self, content: bytes) -> bytes:
         """``content`` with the key masked: some servers echo the request."""
@@ -87,8 +85,8 @@ class Reply(BaseModel):
 class Request:
     """One chat completion; ``messages`` and ``settings`` (temperature, max_tokens, extra_body, ...) as in the API.
 
-    The same request gets the same recorded reply. ``check`` gets a fresh one first: it may raise, or change ``raw``.
-    ``unsent``: what else decides the reply.
+    The same request gets its recorded reply. ``check`` gets a fresh one and may raise, or change ``raw``. ``unsent``:
+    anything else that decides the reply.
     """
 
     row_id: str
@@ -163,13 +161,12 @@ class ChatClient:
             with ThreadPool(max(1, min(self.server.concurrency, len(row_ids)))) as pool:
                 for _ in pool.imap_unordered(run_row, range(len(row_ids))):
                     bar.update()
-        if on_failure:
-            return [on_failure(result) if isinstance(result, Failure) else result for result in results]
-        if failures := [result for result in results if isinstance(result, Failure)]:
+        failures = [result for result in results if isinstance(result, Failure)]
+        if failures and not on_failure:
             shown = "".join(f"\n  row {failure.row_id}: {failure.reason}" for failure in failures[:20])
             count = f"{len(failures)} of {len(results)} rows have no reply; run again to retry them"
             raise AwaresRequestError(f"{self.server.url}: {count}. The first:{shown}", failures)
-        return results
+        return [on_failure(result) if on_failure and isinstance(result, Failure) else result for result in results]
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -239,7 +236,7 @@ class ChatClient:
         status = getattr(error.__cause__, "status_code", 500)
         with self._lock:
             self._silent += error.silent and (status >= 500 or status == 429 or not self.replies)
-        if error.silent and (fault := self.server.fault()):
+        if error.silent and (fault := launch.running.fault(self.server.started_by)):
             raise AwaresRequestError(fault) from error
         if self._silent >= self.server.stop_after:
             reason = f"no reply for {self._silent} rows in a row, the last for row {row_id}: {error}"

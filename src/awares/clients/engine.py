@@ -24,8 +24,7 @@ from awares.method import protocol
 from awares.method.protocol import OURS, Protocol, get_protocol
 from awares.method.rollout import MAX_NEW_TOKENS, Conversation, Interaction, Trajectory
 
-# A tokenizer that marks <tool_call> as special, as ours does, would drop it; the checkpoint's repetition penalty must
-# not apply; the token ids are compared with ours.
+# Special tokens stay, such as our <tool_call>; no repetition penalty of the checkpoint; the ids are compared with ours
 VLLM_SETTINGS: dict[str, Any] = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
 VLLM_SETTINGS |= {"repetition_penalty": 1.0, "return_token_ids": True}
 TOP = 20  # log-probabilities of the first token in a reply, the most that the API allows
@@ -35,12 +34,11 @@ class RemoteEngine(Interaction):
     """Runs rows through the model behind ``client``; same arguments and results as `rollout.Engine`.
 
     The server's prompt must equal that of ``processor``: token by token if the server returns the ids (vLLM does), else
-    in number. ``check=False`` accepts a server that reports neither. ``scores``: `call_gap` and `call_logprob` from the
-    first token's log-probabilities (vLLM has them); without them ``call_bias`` must be 0. Where a bias changes the
-    first token, the row is requested again: the server continues the call's first token, or may not write it. Other
-    differences from the in-process engine: ``seconds`` is the time of the row's requests, the queue included;
-    ``margin`` is infinite; the server tokenizes the text of turn 1 again in turn 2; a bias that forbids the call bars
-    its first token in the whole of turn 1, which with protocol released is a word.
+    in number; ``check=False`` accepts neither. ``scores``: `call_gap` and `call_logprob` from the log-probabilities of
+    the first token (vLLM has them); without them ``call_bias`` must be 0. Where a bias changes that token, the row is
+    requested again: the server continues it, or may not write it. Other differences from the in-process engine:
+    ``seconds`` includes the queue; ``margin`` is infinite; turn 2 tokenizes the text of turn 1 again; a bias that
+    forbids the call bars its first token in the whole of turn 1, which with protocol released is a word.
     """
 
     def __init__(

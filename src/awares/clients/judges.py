@@ -1,10 +1,8 @@
-"""Judges and oracle behind OpenAI-compatible servers such as vLLM (PAPER §2, steps 1 and 2).
+"""Judges and oracle behind OpenAI-compatible servers such as vLLM (PAPER §2, steps 1 and 2), of data/served.yaml.
 
-data/served.yaml declares the models and the prompts. A row without a usable reply after several attempts is lost; if
-the server did not reply at all, the next run retries it.
+A row without a usable reply after several attempts is lost; if the server gave none, the next run retries it.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -101,15 +99,15 @@ class Asker:
         self.model, self.client, self.reply = get_model(name, params), make_client(name, params), reply
         self.prompt = read_served(params).prompts[prompt]
         self.source: dict[str, Any] = {"model": self.model.model, "version": self.prompt.version}
-        decides = name, self.model.model, self.model.max_tokens, self.model.retries, self.prompt, code_of(__file__)
-        self.key = str(decides)
+        limits = self.model.max_tokens, self.model.retries
+        self.key = str((name, self.model.model, *limits, self.prompt, code_of(__file__)))
 
     def ask(self, send: Send, row_id: str, values: dict[str, str], image: Image.Image | None = None) -> tuple[Any, str]:
         """The first usable reply and its raw text; RowFailed after ``retries`` further attempts without one."""
         messages, reasons = self.prompt.messages(values, image), []
         schema = {"name": "reply", "strict": True, "schema": self.reply.model_json_schema()}
-        form = {"response_format": {"type": "json_schema", "json_schema": schema}}
-        settings: Record = form if self.reply.constrained else {}
+        form: Record = {"response_format": {"type": "json_schema", "json_schema": schema}}
+        settings = form if self.reply.constrained else {}
         for seed in range(self.model.retries + 1):
             settings |= {"temperature": 0.7 if seed else 0.0, "seed": seed, "max_tokens": self.model.max_tokens}
             try:
@@ -126,9 +124,8 @@ class Asker:
 
 @dataclass(frozen=True)
 class ServedVerdict(Verdict):
-    """``forward``, ``swapped``: with the low answer first and second, both in the paper's terms (1 = low better).
+    """``forward``, ``swapped``: with the low answer first and second, 1 = low better; ``swapped`` None if judged once.
 
-    ``swapped`` is None where ``curation.judge_order`` is once.
     ``replies``: raw, in that order; ``reason``: why there is no verdict; ``silent``: the server gave no reply.
     """
 
@@ -218,9 +215,8 @@ class ServedOracle(Oracle):
             row = rows[index]
             values = {"question": row["question"], "answers": " | ".join(dict.fromkeys(row["answers"]))}
             found, text = self.asker.ask(send, row["id"], values, open_image(row["image"], f"row {row['id']}"))
-            found = found.model_dump()
-            how = "strict" if re.sub(r"\s", "", text) == json.dumps(found, separators=(",", ":")) else "tolerant"
-            return {**found, **self.asker.source, "reply": text, "read": how, "reason": ""}
+            how = "strict" if re.sub(r"\s", "", text) == found.model_dump_json() else "tolerant"
+            return {**found.model_dump(), **self.asker.source, "reply": text, "read": how, "reason": ""}
 
         def lost(failure: Failure) -> Record:
             empty = {"question_boxes": [], "answer_boxes": [], **self.asker.source, "reply": "", "read": ""}

@@ -75,9 +75,9 @@ class _Running:
                 raise AwaresRequestError(fault)
             return self.url
 
-    def fault(self, launch: Launch) -> str:
-        """Why the server of ``launch`` has ended; "" while it runs."""
-        if self.process is None or self.launch != launch or self.process.poll() is None:
+    def fault(self, launch: Launch | None) -> str:
+        """Why the server of ``launch`` has ended; "" while it runs, and for a server that is not ours."""
+        if not launch or self.launch != launch or self.process is None or self.process.poll() is None:
             return ""
         fix = "correct python or vllm (its flags) in data/served.yaml if they are the cause, then run again"
         end = f"its server ended with exit code {self.process.returncode}; {fix}"
@@ -88,14 +88,11 @@ class _Running:
         process, self.process, self.launch = self.process, None, None
         if process is None:
             return
-        with suppress(ProcessLookupError):
+        with process, suppress(ProcessLookupError):
             process.terminate()  # vLLM ends its workers itself
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=30)
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert process.stdin
-        process.stdin.close()
 
     def _start(self, launch: Launch) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -105,14 +102,8 @@ class _Running:
         command += ["--host", "127.0.0.1", "--port", str(port), *launch.flags]
         with launch.log.open("wb") as log:
             self.launch, self.url = launch, f"http://127.0.0.1:{port}/v1"
-            self.process = subprocess.Popen(
-                ["sh", "-c", WATCHED, "sh", *command],
-                cwd=launch.folder,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            given: Any = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT, "cwd": launch.folder}
+            self.process = subprocess.Popen(["sh", "-c", WATCHED, "sh", *command], start_new_session=True, **given)
 
     def _wait(self, launch: Launch) -> None:
         """Until the server is healthy; shows the last line of its log."""
@@ -126,10 +117,9 @@ class _Running:
                 bar.set_postfix_str("".join(_lines(launch.log)[-1:])[-80:])
                 time.sleep(0.2)
         self.stop()
-        fix = f"raise minutes in data/served.yaml if it was still loading. From {launch.log}"
-        raise AwaresRequestError(
-            f"{launch.name}: its server is not healthy after {launch.minutes:g} minutes; {fix}:\n{_errors(launch.log)}"
-        )
+        fault = f"{launch.name}: its server is not healthy after {launch.minutes:g} minutes"
+        fix = f"raise minutes in data/served.yaml if it was still loading. From {launch.log}:\n{_errors(launch.log)}"
+        raise AwaresRequestError(f"{fault}; {fix}")
 
 
 running = _Running()

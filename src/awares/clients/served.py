@@ -3,12 +3,15 @@
 The file's comments explain the fields. A model without an address gets a vLLM server of ours (`launch`).
 """
 
+import hashlib
 import os
 import re
+from collections.abc import Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, Literal
 
-import openai
+from datasets import Dataset
 from PIL import Image
 from pydantic import BaseModel, Field
 
@@ -16,11 +19,13 @@ from awares.clients import launch
 from awares.clients.chat import ChatClient, Server
 from awares.clients.engine import RemoteEngine, image_part
 from awares.config import Params, read_yaml
-from awares.engine.jsonl import Record
-from awares.engine.keys import folder_digest
-from awares.engine.model import ImageOnlyProcessor
+from awares.engine.jsonl import Record, in_chunks
+from awares.engine.keys import checkpoint_folder, folder_digest
+from awares.engine.model import ImageOnlyProcessor, load_model, load_processor
+from awares.engine.rows import rows_digest
 from awares.errors import AwaresValueError, validated
-from awares.method import protocol
+from awares.method import protocol, rollout
+from awares.method.rollout import Engine, Trajectory
 
 PromptName = Literal["judge", "judge_once", "oracle"]
 
@@ -40,7 +45,7 @@ class Prompt(BaseModel, extra="forbid"):
 
 
 class ServedModel(Server, extra="forbid", frozen=True):
-    """A declaration; ``started_by`` starts its server if it has no ``url``."""
+    """A declaration."""
 
     url: str = Field("", pattern="^(https?://.+)?$")
     vllm: dict[str, Any] = Field(min_length=1)
@@ -48,17 +53,6 @@ class ServedModel(Server, extra="forbid", frozen=True):
     retries: int = Field(ge=0)
     dollars: tuple[float, float]
     rows_per_hour: float = Field(gt=0)
-    started_by: launch.Launch | None = None
-
-    def connect(self, **options: Any) -> openai.OpenAI:
-        """The library's client. Without a ``url`` it waits for the server of ours, and passes by proxies."""
-        if self.started_by:
-            direct = openai.DefaultHttpxClient(trust_env=False)
-            options |= {"base_url": launch.running.address(self.started_by), "http_client": direct}
-        return super().connect(**options)
-
-    def fault(self) -> str:
-        return launch.running.fault(self.started_by) if self.started_by else ""
 
 
 class Served(BaseModel, extra="forbid"):
@@ -86,9 +80,8 @@ def get_model(name: str, params: Params, policy: Path | None = None) -> ServedMo
     if declared not in served.models:
         raise AwaresValueError(f"{params.curation.served_file}: no models.{declared}, only {', '.join(served.models)}")
     model = served.models[declared]
-    source, served_as = model.model, model.model
-    if policy:
-        source, served_as = str(policy), f"{name}-{folder_digest(policy)[:12]}"  # a new training is another model
+    source = str(policy or model.model)
+    served_as = f"{name}-{folder_digest(policy)[:12]}" if policy else source  # a new training is another model
     changes: Record = {"model": served_as, "url": os.environ.get(f"AWARES_{name.upper()}_URL") or model.url}
     if not changes["url"]:
         given: Record = {"model": source, "served-model-name": served_as, **model.vllm}
@@ -96,10 +89,8 @@ def get_model(name: str, params: Params, policy: Path | None = None) -> ServedMo
             limits = zip(("min_pixels", "max_pixels"), params.crops.pixels, strict=True)
             given["mm-processor-kwargs"] = {key: pixels for key, pixels in limits if pixels}
         log = params.path(params.paths.runs) / params.profile / ".servers" / f"{name}.log"
-        python = params.path(served.python)
-        changes["started_by"] = launch.Launch(
-            name, python, tuple(launch.as_flags(given)), params.root, log, served.minutes
-        )
+        python, flags = params.path(served.python), tuple(launch.as_flags(given))
+        changes["started_by"] = launch.Launch(name, python, flags, params.root, log, served.minutes)
     return model.model_copy(update=changes)
 
 
@@ -117,3 +108,43 @@ def make_engine(
         raise AwaresValueError(f"models.{name}.model is {served!r}, but base.model is {params.base.model!r}")
     given = {"max_new_tokens": params.curation.max_new_tokens, "max_side": params.crops.max_side, **options}
     return RemoteEngine(make_client(name, params, policy), processor, **given, protocol=protocol.from_params(params))
+
+
+class KeptEngine:
+    """An engine for ``rows`` that keeps trajectories in chunks of ``evaluation.chunk_rows``; the same calls resume.
+
+    It runs the base model, or the ``policy`` in a folder, called ``system``, as ``evaluation.engine`` says. `run` and
+    `answer` as in `rollout.Interaction`, with ``row_ids`` of ``rows``, which give images and questions. The chunks are
+    next to ``out_dir``, keyed by everything that determines a trajectory.
+    """
+
+    def __init__(
+        self, params: Params, rows: Dataset, out_dir: Path, system: str = "base", policy: Path | None = None
+    ) -> None:
+        processor = load_processor(params.model_path(), params.crops.pixels)
+        if params.evaluation.engine == "vllm":
+            options: Record = {"max_new_tokens": params.protocol.max_new_tokens, "scores": True}
+            self.engine: Any = make_engine(system, processor, params, policy, **options)
+        else:
+            weights = load_model(policy or params.model_path(), params.base.dtype, params.base.device)
+            self.engine = Engine.from_params(weights, processor, params)
+        self.rows, self.out_dir, self.size = rows, out_dir, params.evaluation.chunk_rows
+        self.place = {row_id: index for index, row_id in enumerate(rows["id"])}
+        self.inputs = {"stage": "evaluation", "rows": rows_digest(rows), "chunk_rows": self.size}
+        self.inputs |= {"engine": self.engine.key(), "code": rollout.code()}
+
+    def _kept(self, method: str, *_: Any, row_ids: Sequence[str], **choices: Any) -> list[Trajectory]:
+        ids = list(row_ids)
+        about = {**self.inputs, "method": method, "choices": hashlib.sha256(repr((ids, choices)).encode()).hexdigest()}
+        place = {row_id: index for index, row_id in enumerate(ids)}
+
+        def work(chunk: list[str]) -> list[Record]:
+            at, part = [place[row_id] for row_id in chunk], self.rows.select([self.place[row_id] for row_id in chunk])
+            own = {key: [one[index] for index in at] if isinstance(one, list) else one for key, one in choices.items()}
+            done = getattr(self.engine, method)(part["image"], part["question"], row_ids=chunk, **own)
+            return [{"id": one.row_id, **one.to_dict()} for one in done]
+
+        found = in_chunks(checkpoint_folder(self.out_dir, about) / f"{method}.jsonl", ids, self.size, work)
+        return [Trajectory.from_dict({key: one[key] for key in one if key != "id"}) for one in found]
+
+    run, answer = partialmethod(_kept, "run"), partialmethod(_kept, "answer")

@@ -18,7 +18,7 @@ import pandas as pd
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints
 
 from awares.engine.images import MIN_SIDE, as_png, is_plain, open_image
-from awares.engine.rows import FEATURES, GRADED_FEATURES, SHIFTED_FEATURES, load_rows, picture_sizes
+from awares.engine.rows import FEATURES, GRADED_FEATURES, SHIFTED_FEATURES, load_rows, picture_sizes, stored_images
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError, faults_of, validated
 from awares.method.crops import boxes_to_crops
 from awares.settings import CropSettings, Params
@@ -66,10 +66,7 @@ def make_split(params: Params, split: str) -> datasets.Dataset:
         "shifted": (data.tasks, params.evaluation.shifted_rows, params.evaluation.shift_seed),
     }[split]
     parts = [_load_source(params, name, n, seed, split) for name in names]
-    starts = np.cumsum([0, *map(len, parts)])
-    turns = [(index, start + index) for part, start in zip(parts, starts, strict=False) for index in range(len(part))]
-    order = [int(place) for _, place in sorted(turns)]
-    rows = datasets.concatenate_datasets(parts).select(order).flatten_indices()
+    rows = datasets.interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement").flatten_indices()
     check_ids(rows["id"], split)
     return rows
 
@@ -82,8 +79,8 @@ def _load_source(params: Params, name: str, n: int, seed: int, split: str) -> da
         if not len(rows):
             raise AwaresValueError(f'{file}: no row has split "{split}": add rows or remove the file from data.sources')
         rows = rows.select(range(min(n, len(rows))))
-        boxes = zip(rows["id"], rows["question_boxes"], rows["answer_boxes"], strict=True)
-        bare = [row_id for row_id, *found in boxes if not any(found)]
+        texts = rows.remove_columns("image")
+        bare = [row["id"] for row in texts if not row["question_boxes"] + row["answer_boxes"]]
         if bare and split != "evaluation" and params.curation.oracle == "annotation":
             fix = "give question_boxes or answer_boxes, or set curation.oracle to a served one (qwen3_vl)"
             raise AwaresValueError(f"{file}: {len(bare)} rows have no boxes, such as {', '.join(bare[:10])}: {fix}")
@@ -131,9 +128,8 @@ def read_jsonl_rows(path: str | Path, faults: list[str] | None = None) -> datase
         except AwaresError as error:
             wrong.append(str(error))
     if wrong and (faults is None or not rows):
-        raise AwaresValueError(
-            "\n".join(wrong[:MOST_FAULTS] + [f"and {len(wrong) - MOST_FAULTS} more"] * (len(wrong) > MOST_FAULTS))
-        )
+        more = [f"and {len(wrong) - MOST_FAULTS} more"] if len(wrong) > MOST_FAULTS else []
+        raise AwaresValueError("\n".join(wrong[:MOST_FAULTS] + more))
     if not rows:
         raise AwaresValueError(f"{file} holds no rows")
     if faults is not None:
@@ -160,8 +156,8 @@ def parse_line(line: bytes, place: str) -> dict[str, Any]:
         json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
         return row
     except (ValueError, TypeError, RecursionError) as error:
-        fault = str(error)[:200]
-        raise AwaresValueError(f"{place}: not a JSON object of text ({fault}); write one row per line") from error
+        fault = f"not a JSON object of text ({str(error)[:200]})"
+        raise AwaresValueError(f"{place}: {fault}; write one row per line") from error
 
 
 def validate_rows(dataset: datasets.Dataset, name: str, pixels: bool = True) -> datasets.Dataset:
@@ -185,10 +181,6 @@ def _check_row(values: dict[str, Any], place: str, pixels: bool) -> Row:
     return row
 
 
-def _content(image: dict[str, Any]) -> bytes:
-    return image.get("bytes") or Path(image.get("path") or "").read_bytes()
-
-
 def check_ids(row_ids: Iterable[str], name: str) -> None:
     """AwaresValueError for an id that occurs twice."""
     [(row_id, count)] = Counter(row_ids).most_common(1)
@@ -209,8 +201,7 @@ def first_of_each(dataset: datasets.Dataset, column: str = "source") -> datasets
 
 def image_digests(dataset: datasets.Dataset) -> list[str]:
     """The sha256 of every row's image file."""
-    stored = dataset.cast_column("image", datasets.Image(decode=False))["image"]
-    return [hashlib.sha256(_content(image)).hexdigest() for image in stored]
+    return [hashlib.sha256(content).hexdigest() for content in stored_images(dataset)]
 
 
 def evidence_crops(dataset: datasets.Dataset, section: CropSettings) -> list[str]:
@@ -227,9 +218,9 @@ def describe_splits(splits: Mapping[str, datasets.Dataset], section: CropSetting
         for source in dict.fromkeys(dataset["source"]):
             rows = rows_of_source(dataset, source)
             sides = np.array(picture_sizes(rows, section.max_side))
-            record = {"split": split, "source": source, "rows": len(rows), "questions": len(set(rows["question"]))}
-            record["answers"] = len({frozenset(answers) for answers in rows["answers"]})
-            record |= {"side min": int(sides.min()), "side max": int(sides.max())}
-            tokens = (sides // MIN_SIDE).prod(axis=1)
-            records.append({**record, "tokens mean": float(np.minimum(tokens, most).mean())})
-    return pd.DataFrame(records)
+            tokens = float(np.minimum((sides // MIN_SIDE).prod(axis=1), most).mean())
+            questions, answers = set(rows["question"]), {frozenset(answers) for answers in rows["answers"]}
+            counts = len(rows), len(questions), len(answers), int(sides.min()), int(sides.max()), tokens
+            records.append((split, source, *counts))
+    columns = ["split", "source", "rows", "questions", "answers", "side min", "side max", "tokens mean"]
+    return pd.DataFrame(records, columns=columns)

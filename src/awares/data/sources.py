@@ -23,7 +23,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from awares.config import Params, read_yaml
-from awares.engine.images import MAX_ASPECT, MIN_SIDE, cap, check_size, is_plain, join_strip, open_image
+from awares.engine.images import MAX_ASPECT, MIN_SIDE, as_png, cap, check_size, is_plain, join_strip, open_image
 from awares.engine.jsonl import Record
 from awares.errors import AwaresFileError, AwaresValueError, validated
 from awares.method.protocol import check_question
@@ -75,10 +75,9 @@ def read_sources(params: Params, kind: str) -> dict[str, Source]:
 
 def get_source(params: Params, kind: str, name: str) -> Source:
     """One source of :func:`read_sources`; AwaresError that lists the known ones for an unknown name."""
-    known = read_sources(params, kind)
-    if name not in known:
-        file = params.data.sources_file
-        raise AwaresValueError(f"{NAMED_BY[kind]}: {name!r} is not declared in {file}, which has {', '.join(known)}")
+    if name not in (known := read_sources(params, kind)):
+        fault = f"{name!r} is not declared in {params.data.sources_file}, which has {', '.join(known)}"
+        raise AwaresValueError(f"{NAMED_BY[kind]}: {fault}")
     return known[name]
 
 
@@ -173,16 +172,15 @@ class OpenSource:
 
     def _file(self, picture: Any) -> bytes:
         """The file of a published picture: bytes, a member of the archive, or a local file."""
-        if isinstance(picture, list):
-            if len(picture) != 1:
-                raise AwaresValueError(f"{len(picture)} pictures in the image column: use the reader `conversation`")
+        if isinstance(picture, list) and len(picture) == 1:
             [picture] = picture
+        if isinstance(picture, list):
+            raise AwaresValueError(f"{len(picture)} pictures in the image column: use the reader `conversation`")
         if not isinstance(picture, dict):
             picture = {"bytes": picture} if isinstance(picture, bytes) else {"path": picture}
-        content, path = picture.get("bytes"), picture.get("path")
-        if content:
+        if content := picture.get("bytes"):
             return bytes(content)
-        if path and self.source.archive:
+        if (path := picture.get("path")) and self.source.archive:
             return self._member(path)
         if path and Path(path).is_file():
             return Path(path).read_bytes()
@@ -194,8 +192,8 @@ class OpenSource:
         if self._zip is None:
             path = f"{self.local or f'datasets/{self.source.hub}@{self.commit}'}/{archive}"
             try:
-                remote: Any = path if self.local else HfFileSystem().open(path, "rb", block_size=ARCHIVE_BLOCK)
-                self._zip = zipfile.ZipFile(remote)
+                file: Any = path if self.local else HfFileSystem().open(path, "rb", block_size=ARCHIVE_BLOCK)
+                self._zip = zipfile.ZipFile(file)
             except (OSError, zipfile.BadZipFile) as error:
                 raise AwaresFileError(f"{self.source.place}.archive: cannot open {path} ({error})") from error
         try:
@@ -337,8 +335,7 @@ def fit_image(files: list[bytes], max_side: int) -> tuple[bytes, list[Image.Imag
     shown = [picture, *(parts if len(parts) > 1 else ())]
     if len(parts) == 1 and picture.size == image.size and is_plain(files[0]):
         return files[0], shown
-    buffer = io.BytesIO()
-    jpeg = len(parts) == 1 and files[0].startswith(b"\xff\xd8")
-    options: dict[str, Any] = {"format": "JPEG", "quality": 95} if jpeg else {"format": "PNG", "compress_level": 3}
-    picture.save(buffer, **options)
+    if len(parts) > 1 or not files[0].startswith(b"\xff\xd8"):
+        return as_png(picture, compress_level=3), shown
+    picture.save(buffer := io.BytesIO(), "JPEG", quality=95)
     return buffer.getvalue(), shown

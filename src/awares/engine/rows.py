@@ -60,7 +60,7 @@ def share_of(dataset: datasets.Dataset, share: float) -> datasets.Dataset:
 def rows_digest(rows: datasets.Dataset) -> str:
     """Hash of what a training reads of ``rows``: fingerprints of ``datasets`` differ between processes."""
     digest = hashlib.sha256()
-    for row, image in zip(rows.remove_columns("image"), _stored_images(rows), strict=True):
+    for row, image in zip(rows.remove_columns("image"), stored_images(rows), strict=True):
         digest.update(json.dumps([row.get(column) for column in TRAINED_ON]).encode())
         digest.update(image)
     return digest.hexdigest()
@@ -73,9 +73,10 @@ def picture(row: dict[str, Any], max_side: int) -> Image.Image:
 
 def picture_sizes(rows: datasets.Dataset, max_side: int) -> list[tuple[int, int]]:
     """(width, height) in px of every `picture`, from the headers of the files, without decoding a pixel."""
-    return [cap(Image.new("1", upright_size(stored)), max_side).size for stored in _stored_images(rows)]
+    return [cap(Image.new("1", upright_size(stored)), max_side).size for stored in stored_images(rows)]
 
 
-def _stored_images(rows: datasets.Dataset) -> Iterator[bytes]:
+def stored_images(rows: datasets.Dataset) -> Iterator[bytes]:
+    """The content of every row's image file."""
     for image in rows.cast_column("image", datasets.Image(decode=False))["image"]:
         yield image["bytes"] or Path(image["path"]).read_bytes()

@@ -1,7 +1,6 @@
 """Shared by both trainings: checkpoints keyed by their inputs, resuming, LoRA, trainer settings, the log, saving.
 
-A training may be killed at any moment. A rerun with the same inputs (`describe_inputs`) resumes from the checkpoints in
-``.checkpoints/<key>`` next to the stage's output; other inputs have another folder.
+After a kill at any moment the same inputs (`describe_inputs`) resume from ``.checkpoints/<key>`` next to the output.
 """
 
 import importlib.metadata
@@ -95,14 +94,14 @@ def save_policy(
     params: Params, model_path: str | Path, checkpoint: Path, out_dir: str | Path, accuracy: float = math.nan
 ) -> TrainedPolicy:
     """Write ``out_dir/adapter`` (LoRA of ``checkpoint``, made for ``model_path``) and ``out_dir/merged`` (plain)."""
-    adapter, merged, path = Path(out_dir) / "adapter", Path(out_dir) / "merged", Path(model_path)
+    adapter, merged, base = Path(out_dir) / "adapter", Path(out_dir) / "merged", str(model_path)
     processor = load_processor(model_path, params.crops.pixels)
     model = load_model(model_path, params.base.dtype, params.base.device, checkpoint, trainable=True)
     save_model(model, processor, adapter)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty template, with a path of this machine
     file = adapter / "adapter_config.json"
-    inside = path.is_absolute() and path.is_relative_to(params.root)
-    base = path.relative_to(params.root).as_posix() if inside else str(model_path)
+    if Path(base).is_absolute() and Path(base).is_relative_to(params.root):
+        base = Path(base).relative_to(params.root).as_posix()
     config = json.loads(file.read_text()) | {"base_model_name_or_path": base}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_model(model.merge_and_unload(), processor, merged)
@@ -172,17 +171,16 @@ def lora_on(model: Any, section: Sft | Grpo) -> dict[str, Any]:
     if hasattr(model, "peft_config"):
         raise AwaresValueError("the model to train already carries an adapter: give the merged model's folder")
     modules = rf".*language_model\..*\.({'|'.join(section.lora_modules)})"
-    config = LoraConfig(r=section.lora_rank, target_modules=modules, task_type="CAUSAL_LM")
-    config.lora_alpha, config.lora_dropout = section.lora_alpha, section.lora_dropout
+    scale: Any = {"r": section.lora_rank, "lora_alpha": section.lora_alpha, "lora_dropout": section.lora_dropout}
+    config = LoraConfig(target_modules=modules, task_type="CAUSAL_LM", **scale)
     return {"model": model, "peft_config": config, "callbacks": [SpareVision()]}
 
 
 def report_pictures(trainer: Any, pictures: Callable[[], Iterable[tuple[Image, str]]]) -> None:
     """Send ``pictures`` with captions to ``base.report_to``, if there is one, whenever a checkpoint is due."""
     args, step = trainer.args, trainer.state.global_step
-    if not (args.report_to and trainer.is_in_train and args.process_index == 0) or step % args.save_steps:
-        return
-    for number, (picture, caption) in enumerate(pictures()):
+    due = args.report_to and trainer.is_in_train and args.process_index == 0 and not step % args.save_steps
+    for number, (picture, caption) in enumerate(pictures() if due else ()):
         tag = f"rollouts/{number}"
         if args.report_to == ["tensorboard"]:
             writer: Any = next(one.tb_writer for one in trainer.callback_handler.callbacks if hasattr(one, "tb_writer"))

@@ -96,8 +96,8 @@ def join(job: Path) -> None:
     command += ["-m", "awares.training.distributed", str(job), "--worker"]
     source = str(Path(__file__).parents[2])  # the workers import the same awares
     search = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    code = subprocess.run(command, cwd=params.root, env={**os.environ, "PYTHONPATH": search}, check=False).returncode
-    if code:
+    environment = {**os.environ, "PYTHONPATH": search}
+    if code := subprocess.run(command, cwd=params.root, env=environment, check=False).returncode:
         raise AwaresError(f"{stage}: accelerate launch ended with exit code {code}: see its output, then run again")
 
 

@@ -168,8 +168,8 @@ def packed_log_probs(
         targets = ids[source, columns].roll(-1)
         targets[(branch == 0) | (branch != branch.roll(-1))] = -100
         targets[-1] = -100
-        shown = pictures_of[rows[0]][: in_prompt[rows[0]]]
-        shown = shown + [picture for row in rows for picture in pictures_of[row][in_prompt[row] :]]
+        later = [picture for row in rows for picture in pictures_of[row][in_prompt[row] :]]
+        shown = [*pictures_of[rows[0]][: in_prompt[rows[0]]], *later]
         outputs = model(
             input_ids=ids[source, columns][None],
             attention_mask=visible.tril()[None, None],
