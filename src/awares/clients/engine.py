@@ -1,7 +1,7 @@
 """The two-turn interaction with the model behind an OpenAI-compatible server such as vLLM (PAPER §1).
 
-Turn 2 sends turn 1 again byte for byte, so the server's prefix cache holds all of it. The crops are in a user message,
-because vLLM refuses images in tool messages; it renders to exactly the text of our tool turn.
+Turn 2 sends turn 1 again byte for byte, for the server's prefix cache. The crops are in a user message, as vLLM refuses
+images in tool messages; it renders to exactly the text of our tool turn.
 """
 
 import base64

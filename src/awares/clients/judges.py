@@ -3,6 +3,7 @@
 A row without a usable reply after several attempts is lost; if the server gave none, the next run retries it.
 """
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -215,8 +216,9 @@ class ServedOracle(Oracle):
             row = rows[index]
             values = {"question": row["question"], "answers": " | ".join(dict.fromkeys(row["answers"]))}
             found, text = self.asker.ask(send, row["id"], values, open_image(row["image"], f"row {row['id']}"))
-            how = "strict" if re.sub(r"\s", "", text) == found.model_dump_json() else "tolerant"
-            return {**found.model_dump(), **self.asker.source, "reply": text, "read": how, "reason": ""}
+            found = found.model_dump()
+            how = "strict" if re.sub(r"\s", "", text) == json.dumps(found, separators=(",", ":")) else "tolerant"
+            return {**found, **self.asker.source, "reply": text, "read": how, "reason": ""}
 
         def lost(failure: Failure) -> Record:
             empty = {"question_boxes": [], "answer_boxes": [], **self.asker.source, "reply": "", "read": ""}

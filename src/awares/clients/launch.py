@@ -1,7 +1,6 @@
 """vLLM servers that a step starts for itself: one at a time, on loopback, stopped at the end and after an error.
 
-Inside `managed`, the first request to a model without an address starts its server and stops the one before. A second
-process ends the server's process group when this one dies, whatever killed it.
+Inside `managed`, the first request to a model without an address starts its server and stops the one before.
 """
 
 import os
@@ -25,7 +24,7 @@ from awares.errors import AwaresRequestError
 
 DIRECT = build_opener(ProxyHandler({}))  # a proxy of the environment does not reach this machine's own servers
 TAIL = 12  # lines of the log that an error shows
-# The group of the server has this watcher, too: it ends the group once the pipe of the process that started it closes
+# A watcher in the server's group ends the group once the pipe of the process that started it closes, by any death
 WATCHED = """exec 3<&0
 ( trap "" TERM; cat <&3; kill -TERM 0; sleep 20; kill -KILL 0 ) >/dev/null 2>&1 &
 exec "$@" </dev/null 3<&-"""
@@ -33,10 +32,7 @@ exec "$@" </dev/null 3<&-"""
 
 @dataclass(frozen=True)
 class Launch:
-    """How the server of ``name`` is started: the interpreter ``python``, its ``flags``, the folder that it runs in.
-
-    ``log`` gets its output. It must be healthy after ``minutes``, downloads of weights included.
-    """
+    """How the server of ``name`` is started; it must be healthy after ``minutes``, downloads of weights included."""
 
     name: str
     python: Path

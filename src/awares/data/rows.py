@@ -114,8 +114,8 @@ def make_dataset(rows: Iterable[dict[str, Any]], features: datasets.Features = F
 def read_jsonl_rows(path: str | Path, faults: list[str] | None = None) -> datasets.Dataset:
     """Rows from a file with one JSON object per line, ``image`` relative to the file.
 
-    Defaults: ``id`` <file>-<line>, ``source`` the file's name, ``split`` "train", no boxes. Raises AwaresError with the
-    faults of all bad lines; with a list ``faults`` they are added to it and the other rows returned.
+    Defaults: ``id`` <file>-<line>, ``source`` the file's name, ``split`` "train", no boxes. AwaresError with the faults
+    of all bad lines; a list ``faults`` gets them instead, and the other rows are returned.
     """
     file = Path(path)
     if not file.is_file():

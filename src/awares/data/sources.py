@@ -280,8 +280,8 @@ def _options(row: Record, row_id: str) -> Draft:
 def _conversation(row: Record, row_id: str) -> Draft:
     """LLaVA-Multi (Mantis): one of the questions of a conversation about several pictures, drawn by a hash of the id.
 
-    Its pictures become a strip from left to right: "the left image" and "image 2" in a question stay true. If each
-    picture has a placeholder in front of its own questions, only the picture of the drawn question is taken.
+    Its pictures become a strip from left to right, so "the left image" stays true. If each picture has a placeholder in
+    front of its own questions, only the picture of the drawn question is taken.
     """
     turns = [(turn["role"], turn["content"] or "") for turn in row["conversation"]]
     pairs = [(text, turns[at + 1][1]) for at, (role, text) in enumerate(turns[:-1]) if role == "user"]
@@ -293,17 +293,15 @@ def _conversation(row: Record, row_id: str) -> Draft:
     if sum(count > 0 for count in placeholders) > 1:
         latest = min(sum(placeholders[: drawn + 1]), len(pictures))
         pictures = [pictures[max(0, latest - 1)]]
-    question, answer = pairs[drawn]
-    return Draft(pictures, question, [answer])
+    return Draft(pictures, pairs[drawn][0], [pairs[drawn][1]])
 
 
 def _trajectory(row: Record, row_id: str) -> Draft:
     """The released AwaRes dataset, in an assumed schema: [system,] question, [call, crops,] answer; the image first."""
     turns = []
-    for turn in row["messages"]:
-        content = turn["content"]
+    for role, content in ((turn["role"], turn["content"]) for turn in row["messages"] if turn["role"] != "system"):
         text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content or [])
-        turns += [(turn["role"], text)] if turn["role"] != "system" else []
+        turns.append((role, text))
     replies = [text for role, text in turns if role == "assistant"]
     if not replies or turns[0][0] != "user":
         return NOTHING
@@ -320,8 +318,7 @@ def fit_image(files: list[bytes], max_side: int) -> tuple[bytes, list[Image.Imag
     """The file of a row's image, and its RGB picture, before the parts if it is a strip of several ``files``.
 
     No side is above ``max_side`` px (PAPER §1) or below one visual token: small pictures (OCRBench has 25 x 16 px) are
-    enlarged, as by the image processor. A file that fits and that `datasets` reads as we do is kept byte for byte.
-    Others are encoded again, JPEG (quality 95) as JPEG, the rest as PNG.
+    enlarged. A file that fits and that `datasets` reads as we do is kept byte for byte; others are encoded again.
     """
     parts = [open_image(file, "the image", min_side=1) for file in files]
     image = parts[0] if len(parts) == 1 else join_strip(parts)

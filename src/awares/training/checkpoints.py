@@ -61,14 +61,13 @@ def run_training(
 ) -> Path:
     """Train ``stage`` (sft or grpo) to its last checkpoint; returns the folder of its checkpoints.
 
-    ``fit`` takes params, rows, model_path, folder and log and calls `train`, in this process or in those of the stage's
-    accelerate configuration. ``inputs``: what else determines the result. ``prepared``: arguments of ``fit`` that
-    launched processes prepare themselves.
+    ``fit`` takes params, rows, model_path, folder, log and calls `train`, here or in the processes of the stage's launch
+    file. ``inputs``: what else determines the result. ``prepared``: arguments of ``fit`` that those make themselves.
     """
     if (library := params.base.report_to) != "none" and not importlib.util.find_spec(library):
         raise AwaresValueError(f"base.report_to {library}: not here: pip install {library}, or set it to none")
     set_threads(params.threads)
-    folder = checkpoint_folder(out_dir, {**describe_inputs(stage, params, [rows], model_path), **inputs})
+    folder = checkpoint_folder(out_dir, describe_inputs(stage, params, [rows], model_path) | inputs)
     given = {"params": params, "model_path": Path(model_path), "folder": folder, "log": Path(out_dir) / "log.jsonl"}
     if params.launch(stage):
         distributed.launch(stage, fit, rows, given)
@@ -204,8 +203,7 @@ class Log(TrainerCallback):
     """Writes the log as JSONL, every entry through ``rename`` ({} = leave it out); a bar with the last ``shown``."""
 
     def __init__(self, path: Path, rename: Callable[[dict[str, Any]], dict[str, Any]], shown: str) -> None:
-        self.path, self.rename, self.shown = path, rename, shown
-        self.bar = tqdm(disable=True)
+        self.path, self.rename, self.shown, self.bar = path, rename, shown, tqdm(disable=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hidden = not state.is_world_process_zero

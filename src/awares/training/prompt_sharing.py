@@ -1,8 +1,7 @@
 """The G completions of one prompt share its computation: the same numbers as TRL's, for a fraction of the work.
 
-A GRPO batch holds every prompt G times, and with short answers the prompt is most of a completion's tokens. SFT shares
-pictures (`vision_memo`) and the beginning of a micro-batch's samples (`without_prefix`). `SharedPromptTrainer`
-overrides private methods of TRL's trainer, so an upgrade of TRL may break it.
+With short answers the prompt is most of a completion's tokens. SFT shares pictures (`vision_memo`) and the beginning of
+a micro-batch's samples (`without_prefix`). `SharedPromptTrainer` overrides private methods of TRL's: pin its version.
 """
 
 from collections.abc import Callable, Iterator
@@ -58,16 +57,15 @@ def expanded_once(
 ) -> tuple:
     """TRL's ``generate`` by vLLM for ``prompts`` of token ids, in which each image has all of its ``pad`` tokens.
 
-    vLLM expands the first pad of an image to all of them, so it must get one. It reports the prompts that it read:
-    AwaresValueError unless they are ours.
+    vLLM must get one pad for each image and expands it. AwaresValueError unless the prompts that it reports are ours.
     """
     short = [[one for before, one in pairwise([None, *ids]) if not before == one == pad] for ids in prompts]
     seen, *written = generate(prompts=short, images=images, **options)
     for ours, theirs in zip(prompts, seen, strict=True):
         if list(theirs) != ours:
-            held = f"vLLM reads a prompt of {len(ours)} tokens as another one, of {len(theirs)}"
+            fault = f"grpo.rollouts vllm: vLLM reads a prompt of {len(ours)} tokens as another one, of {len(theirs)}"
             fix = "use the pinned vLLM and TRL, the checkpoint's pixel limits (crops.max_pixels), or local"
-            raise AwaresValueError(f"grpo.rollouts vllm: {held}: {fix}")
+            raise AwaresValueError(f"{fault}: {fix}")
     return seen, *written
 
 
@@ -142,9 +140,9 @@ def packed_log_probs(
 
         [prompt without its last token | last token, completion 1 | last token, completion 2 | ...]
 
-    Each branch sees the prompt and itself, at the positions it would have alone. The prompt's last token predicts each
-    branch's first one. ``model`` has TRL's fused head; ``core`` is in it. ``ids``, ``mask`` (B, P + C): prompts padded
-    left, C = ``completion`` tokens padded right. ``images``: TRL's further inputs of the model, and ``num_images``.
+    Each branch sees the prompt and itself, at the positions it would have alone. ``model`` has TRL's fused head; ``core``
+    is in it. ``ids``, ``mask`` (B, P + C): prompts padded left, C = ``completion`` tokens padded right. ``images``: TRL's
+    further inputs of the model, and ``num_images``.
     """
     types, grids, counts = images["mm_token_type_ids"], images["image_grid_thw"], images["num_images"]
     positions, _ = core.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask)
@@ -183,9 +181,8 @@ def packed_log_probs(
         values = outputs.log_probs[0][trained], outputs.entropy[0][trained]
         found.append((source[trained], columns[trained] + 1 - width, *values))
     places, columns, log_probs, entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
-    empty = torch.zeros(len(ids), completion, device=ids.device)
-    log_probs, entropies = log_probs.to(empty.dtype), entropies.to(empty.dtype)
-    return empty.index_put((places, columns), log_probs), empty.index_put((places, columns), entropies)
+    empty, at = torch.zeros(len(ids), completion, device=ids.device), (places, columns)
+    return empty.index_put(at, log_probs.to(empty.dtype)), empty.index_put(at, entropies.to(empty.dtype))
 
 
 def without_prefix(core: Any, inputs: dict[str, Any]) -> dict[str, Any]:
