@@ -61,8 +61,8 @@ def run_training(
 ) -> Path:
     """Train ``stage`` (sft or grpo) to its last checkpoint; returns the folder of its checkpoints.
 
-    ``fit`` takes params, rows, model_path, folder, log and calls `train`, here or in the processes of the stage's launch
-    file. ``inputs``: what else determines the result. ``prepared``: arguments of ``fit`` that those make themselves.
+    ``fit`` takes params, rows, model_path, folder, log and calls `train`, here or in the processes of the launch file.
+    ``inputs``: what else determines the result. ``prepared``: arguments of ``fit`` that those make themselves.
     """
     if (library := params.base.report_to) != "none" and not importlib.util.find_spec(library):
         raise AwaresValueError(f"base.report_to {library}: not here: pip install {library}, or set it to none")

@@ -1,7 +1,7 @@
 """The G completions of one prompt share its computation: the same numbers as TRL's, for a fraction of the work.
 
 With short answers the prompt is most of a completion's tokens. SFT shares pictures (`vision_memo`) and the beginning of
-a micro-batch's samples (`without_prefix`). `SharedPromptTrainer` overrides private methods of TRL's: pin its version.
+a micro-batch's samples (`without_prefix`). `SharedPromptTrainer` overrides private methods of TRL: an upgrade may break it.
 """
 
 from collections.abc import Callable, Iterator
@@ -140,9 +140,9 @@ def packed_log_probs(
 
         [prompt without its last token | last token, completion 1 | last token, completion 2 | ...]
 
-    Each branch sees the prompt and itself, at the positions it would have alone. ``model`` has TRL's fused head; ``core``
-    is in it. ``ids``, ``mask`` (B, P + C): prompts padded left, C = ``completion`` tokens padded right. ``images``: TRL's
-    further inputs of the model, and ``num_images``.
+    Each branch sees the prompt and itself, at the positions it would have alone. ``model`` has TRL's fused head, and
+    ``core`` in it. ``ids``, ``mask`` (B, P + C): prompts padded left, C = ``completion`` tokens padded right.
+    ``images``: TRL's further inputs of the model, and ``num_images``.
     """
     types, grids, counts = images["mm_token_type_ids"], images["image_grid_thw"], images["num_images"]
     positions, _ = core.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask)
