@@ -1,7 +1,7 @@
 """The G completions of one prompt share its computation: the same numbers as TRL's, for a fraction of the work.
 
 With short answers the prompt is most of a completion's tokens. SFT shares pictures (`vision_memo`) and the beginning of
-a micro-batch's samples (`without_prefix`). `SharedPromptTrainer` overrides private methods of TRL: an upgrade may break it.
+a micro-batch's samples (`without_prefix`). The trainer overrides private methods of TRL, so upgrades may break it.
 """
 
 from collections.abc import Callable, Iterator
