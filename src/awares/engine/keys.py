@@ -43,11 +43,7 @@ def model_key(model: Any) -> str:
 
 
 def checkpoint_folder(out_dir: str | Path, inputs: dict[str, Any]) -> Path:
-    """``<out_dir>/../.checkpoints/<key>``, created if missing, with the inputs in ``inputs.json``.
-
-    It is outside ``out_dir`` because DVC empties a stage's outputs before it runs. AwaresError when the folder was
-    copied or renamed and holds checkpoints of other inputs.
-    """
+    """``<out_dir>/../.checkpoints/<key>``, which DVC does not empty; AwaresError if it is of other inputs."""
     text = json.dumps(inputs, indent=1, sort_keys=True)
     folder = Path(out_dir).parent / ".checkpoints" / hashlib.sha256(text.encode()).hexdigest()[:16]
     note = folder / "inputs.json"

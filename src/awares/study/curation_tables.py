@@ -41,11 +41,7 @@ def judge_agreement(curated: datasets.Dataset) -> pd.DataFrame:
 
 
 def order_effects(verdicts: Sequence[Record]) -> pd.DataFrame:
-    """Effect of the order of the answers on each served judge of verdicts.jsonl, in percent of the rows with a verdict.
-
-    Columns judge, n, same (one verdict in both orders), first (the answer shown first is preferred, in one order at
-    least), second (likewise), lost (number of rows without a verdict).
-    """
+    """Order effects on served judges (percent): judge, n, same verdict, first or second preferred, lost (number)."""
     records, lean = [], {LOW_BETTER: 1, HIGH_BETTER: -1}
     for name in [key for key in (verdicts[0] if verdicts else {}) if key != "id"]:
         found = [record[name] for record in verdicts if "forward" in record[name]]
@@ -118,11 +114,7 @@ def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
 
 
 def repair_table(rows: datasets.Dataset, repaired: Sequence[Trajectory | Failure], judge: Judge) -> pd.DataFrame:
-    """Percent of curated rows, by label and over all, that ``judge`` accepts from half, full, half+crops.
-
-    ``repaired``: the base model's answers from the half-resolution view with the target crops. Columns label, n, lost
-    (rows without such an answer or a usable score), half, full, half+crops.
-    """
+    """Percent of curated rows that ``judge`` accepts by view (``repaired``: half+crops): label, n, lost, the views."""
     answers = {index: one.answer for index, one in enumerate(repaired) if not isinstance(one, Failure)}
     known, marks = rows.select(list(answers)), pd.DataFrame({"label": rows["label"][:]})
     views = {"half": known["low_answer"][:], "full": known["high_answer"][:], "half+crops": list(answers.values())}
@@ -144,11 +136,7 @@ def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
 
 
 def reading_table(scores: pd.DataFrame, rows: datasets.Dataset) -> pd.DataFrame:
-    """Percent correct by view and evidence size. Columns view, evidence (small, large, all), accuracy, n.
-
-    ``scores``: of `evaluation.scored`, one system per view. Large: the lowest evidence box is higher than
-    ``LEGIBLE_AT_HALF``; a row without boxes counts as large.
-    """
+    """Percent correct: view, evidence (small: a box up to LEGIBLE_AT_HALF px; large, all), accuracy, n."""
     sizes, records = {}, []
     for row, boxes in zip(rows, evidence_boxes(rows), strict=True):
         lowest = min(((box[3] - box[1]) * row["image"].height / 1000 for box in boxes), default=math.inf)
