@@ -9,7 +9,7 @@ import pytest
 
 from awares import AwaRes
 from awares.config import load_params
-from awares.data import sampling
+from awares.data import released
 from awares.engine.model import save_model
 from awares.engine.rows import load_rows
 from awares.errors import AwaresError
@@ -82,7 +82,7 @@ def curate(tmp_path, monkeypatch):
 
     def curate(**values):
         params = settings(**{"curation.released": "awares", "data.validation_rows": 1, **places, **values})
-        return params, sampling.curate_released(params, tmp_path / "out")
+        return params, released.curate_released(params, tmp_path / "out")
 
     return curate
 
@@ -125,4 +125,4 @@ def test_an_unknown_name_and_an_unreadable_call_are_named(curate):
         curate(**{"curation.released": "nothing"})
     for row, call, answer in ((7, "GET_CROPS: ?", "x"), (8, "", "GET_CROPS: ['5']")):
         with pytest.raises(AwaresError, match=rf"here, row {row}: .*skip: \[{row}\]"):
-            sampling.target_crops({"row": row, "call": call, "answers": [answer]}, "here")
+            released.target_crops({"row": row, "call": call, "answers": [answer]}, "here")

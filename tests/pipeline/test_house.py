@@ -71,8 +71,8 @@ BUDGETS = {
 
 
 OPEN = {  # not met yet, with the number when this was written: delete each line as it is met
-    "lines of src/awares": 12333,
-    "lines of tests": 10153,
+    "lines of src/awares": 12596,
+    "lines of tests": 11045,
 }
 
 
