@@ -281,7 +281,7 @@ def _conversation(row: Record, row_id: str) -> Draft:
     """LLaVA-Multi (Mantis): one of the questions of a conversation about several pictures, drawn by a hash of the id.
 
     Its pictures become a strip from left to right, so "the left image" stays true. If each picture has a placeholder in
-    front of its own questions, only the picture of the drawn question is taken.
+    front of the questions about it, only the picture of the drawn question is taken.
     """
     turns = [(turn["role"], turn["content"] or "") for turn in row["conversation"]]
     pairs = [(text, turns[at + 1][1]) for at, (role, text) in enumerate(turns[:-1]) if role == "user"]

@@ -149,16 +149,25 @@ def trainer_arguments(stage: str, params: Params, folder: Path) -> dict[str, Any
     """The arguments that SFTConfig and GRPOConfig share."""
     section, gpu = getattr(params, stage), params.base.device != "cpu"
     size, steps = distributed.layout(stage, section.batch_size, section.per_device_batch_size)
-    same = ("learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing")
     return {
-        **{name: getattr(section, name) for name in same},
-        **{"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "output_dir": str(folder)},
-        **{"lr_scheduler_type": section.scheduler, "seed": params.seed, "use_cpu": not gpu},
-        **{"report_to": params.base.report_to, "project": "awares", "run_name": f"{stage}-{folder.name}"},
-        **{"logging_steps": 1, "remove_unused_columns": False},
+        "output_dir": str(folder),
+        "seed": params.seed,
+        "learning_rate": section.learning_rate,
+        "lr_scheduler_type": section.scheduler,
         "warmup_steps": section.warmup_ratio,  # below 1 it is a share of the steps
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "gradient_checkpointing": section.gradient_checkpointing,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": steps,
         "bf16": gpu and params.base.dtype == "bfloat16",  # TRL's default is True, on a CPU too
+        "use_cpu": not gpu,
+        "remove_unused_columns": False,
+        "logging_steps": 1,
         "disable_tqdm": True,  # `Log` shows the bar
+        "report_to": params.base.report_to,
+        "project": "awares",
+        "run_name": f"{stage}-{folder.name}",
     }
 
 
