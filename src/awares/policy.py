@@ -8,7 +8,7 @@ from typing import Any
 
 from awares.config import load_params
 from awares.engine.images import ImageSource
-from awares.engine.model import adapter_folder, load_model, load_processor
+from awares.engine.model import adapter_folder, load_model, load_processor, set_attention
 from awares.errors import AwaresFileError
 from awares.method.protocol import Protocol, from_params
 from awares.method.rollout import Engine, Trajectory
@@ -61,14 +61,15 @@ class AwaRes:
         dtype: str = "float32",
         device: str = "cpu",
         pixels: tuple[int, int] = (0, 0),
+        attn_implementation: str = "",
         **options: Any,
     ) -> "AwaRes":
         """Load the shipped policy (no ``path``), a merged model folder, or a base model with adapters, merged in order.
 
         ``path`` may also be an adapter (folder or hub name), whose adapter_config.json names what it was trained on.
-        ``pixels``: as in `load_processor`. ``options`` go to the engine: ``max_new_tokens``, ``token_budget``, or
-        ``protocol="released"`` for the paper's checkpoint, which calls in plain text (PAPER §7). AwaresError for a
-        missing, foreign or truncated checkpoint.
+        ``pixels``: as in `load_processor`; ``attn_implementation``: as in `set_attention`. ``options`` go to the
+        engine: ``max_new_tokens``, ``token_budget``, or ``protocol="released"`` for the paper's checkpoint, which calls
+        in plain text (PAPER §7). AwaresError for a missing, foreign or truncated checkpoint.
         """
         if path is None:
             path, adapter = shipped().path, shipped().adapters
@@ -78,7 +79,8 @@ class AwaRes:
                 raise AwaresFileError(f"{folder}: adapter_config.json names an adapter that was trained on this one")
             chain.insert(0, folder)
             path = _base_of(folder)
-        model = load_model(path, dtype=dtype, device=device, adapter=chain or adapter)
+        model = load_model(path, dtype, device, chain or adapter)
+        set_attention(model, attn_implementation)
         return cls(Engine(model, load_processor(path, pixels), **options))
 
     def ask(self, image: ImageSource, question: str, call_bias: float = 0.0) -> Trajectory:

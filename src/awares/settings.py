@@ -216,6 +216,7 @@ class Base(Section):
     model: str
     dtype: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"]
+    attn_implementation: str
     launch: str
     report_to: Literal["none", "tensorboard", "wandb", "trackio"]
 

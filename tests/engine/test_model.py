@@ -10,8 +10,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from trl import chat_template_utils as trl_templates
 
-from awares.engine import chat_format
-from awares.engine.model import load_model, load_processor, save_model, visual_tokens
+from awares.engine import attention, chat_format
+from awares.engine.model import load_model, load_processor, save_model, set_attention, visual_tokens
 from awares.errors import AwaresError
 from awares.method import protocol
 
@@ -111,6 +111,8 @@ def test_bad_folders_and_requests_are_named(tiny: SimpleNamespace, saved: Path, 
             load_model(**options)
     with pytest.raises(FileNotFoundError, match="nothing"):
         load_processor(tmp_path / "nothing")
+    with pytest.raises(AwaresError, match="base.attn_implementation 'fastest'"):
+        set_attention(tiny.model, "fastest")
 
 
 def test_a_tokenizer_without_the_tool_tokens_is_refused(saved: Path, tmp_path: Path) -> None:
@@ -134,3 +136,29 @@ def test_plain_conversations_render_as_in_stock_qwen(tiny: SimpleNamespace) -> N
                 tiny.processor.apply_chat_template(messages, chat_template=one, **options) for one in templates
             )
             assert ours == stock
+
+
+@pytest.mark.parametrize("sizes", [[(300, 180)], [(200, 330), (112, 112), (140, 512)]])
+def test_windows_in_one_call_equal_windows_one_by_one(
+    tiny: SimpleNamespace, sizes: list[tuple[int, int]], monkeypatch: Any
+) -> None:
+    pixels = tiny.processor.image_processor(
+        [tiny.noise(width, height, 0) for width, height in sizes], return_tensors="pt"
+    )
+    calls: list[str] = []
+    found, usual = [], tiny.model.model.visual.config._attn_implementation
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append("call")
+        return work(*arguments, **options)
+
+    work = attention.scaled_dot_product_attention
+    for place in (torch.nn.functional, attention):
+        monkeypatch.setattr(place, "scaled_dot_product_attention", counted)
+    for name in (usual, attention.FLASH_WINDOWS):
+        monkeypatch.setattr(tiny.model.model.visual.config, "_attn_implementation", name)
+        with torch.no_grad():
+            found.append(tiny.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output)
+        calls.append("end")
+    assert all(map(torch.equal, *found))
+    assert len(calls) - 2 - calls.index("end") < calls.index("end") / 2

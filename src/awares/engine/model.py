@@ -21,6 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as transformers_logging
 
 from awares.engine import chat_format
+from awares.engine.attention import FLASH_WINDOWS
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 
 # By model_type: the class; the stock processor and its video half
@@ -119,6 +120,21 @@ def load_model(
     for folder in adapters:
         model = _add_adapter(model, folder, trainable and folder is adapters[-1])
     return model.to(device).train(trainable)
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Let ``model`` attend by ``name``: flash_windows (the vision tower alone), or one that transformers knows.
+
+    "" changes nothing. AwaresValueError for a name that is unknown or needs a package that is not installed.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        if name == FLASH_WINDOWS:
+            model.model.visual.config._attn_implementation = name
+        elif name:
+            model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise AwaresValueError(f"base.attn_implementation {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def adapter_folder(path: str | Path) -> Path | None:

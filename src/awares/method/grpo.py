@@ -40,7 +40,7 @@ from awares import registry
 from awares.config import Params
 from awares.engine.chat_format import TOOL_CALL, answer_text
 from awares.engine.images import join_strip
-from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, visual_tokens
+from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, set_attention, visual_tokens
 from awares.engine.rows import picture, picture_sizes, share_of
 from awares.errors import AwaresValueError
 from awares.method import crops, protocol
@@ -122,6 +122,7 @@ def build_grpo_trainer(
             f"{name} needs whole groups, but each process has {completions} completions, not a multiple of "
             f"grpo.generations {params.grpo.generations}: raise grpo.batch_size, or use fewer GPUs"
         )
+    set_attention(model, params.base.attn_implementation)
     factory: Any = functools.partial(CropEnvironment, protocol.from_params(params))
     trainer = CropTrainer(
         **training.lora_on(model, params.grpo),

@@ -22,7 +22,7 @@ from awares.engine.chat_format import END_OF_TURN, answer_text
 from awares.engine.decode import Codec, Decoder, Output, call_scores
 from awares.engine.images import ImageSource, cap, open_image
 from awares.engine.keys import code_of, model_key
-from awares.engine.model import ImageOnlyProcessor, visual_tokens
+from awares.engine.model import ImageOnlyProcessor, set_attention, visual_tokens
 from awares.errors import AwaresLengthError, AwaresValueError
 from awares.method import protocol
 from awares.method.protocol import OURS, Call, Protocol, get_protocol
@@ -270,6 +270,7 @@ class Engine(Interaction):
     @classmethod
     def from_params(cls, model: Any, processor: ImageOnlyProcessor, params: Params, **options: Any) -> Self:
         """An engine with the limits of params.yaml and a progress bar; ``options`` override them."""
+        set_attention(model, params.base.attn_implementation)
         return cls(model, processor, **{**limits_of(params), "progress": True, **options})
 
     def key(self) -> str:

@@ -31,7 +31,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from awares.config import Params
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.jsonl import read_records, write_records
-from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, visual_tokens
+from awares.engine.model import ImageOnlyProcessor, load_model, load_processor, set_attention, visual_tokens
 from awares.engine.rows import picture, picture_sizes, rows_digest, share_of
 from awares.errors import AwaresValueError
 from awares.method import protocol
@@ -238,6 +238,7 @@ def build_sft_trainer(
     """The trainer on ``samples`` in their order; checkpoints go to ``folder``."""
     if params.sft.share_computation and params.sft.gradient_checkpointing:
         raise AwaresValueError("sft.share_computation does not work with sft.gradient_checkpointing: set one to false")
+    set_attention(model, params.base.attn_implementation)
     updates = math.ceil(len(samples) / params.sft.batch_size)
     config = SFTConfig(
         **training.trainer_arguments("sft", params, folder),
