@@ -138,8 +138,8 @@ def test_plain_conversations_render_as_in_stock_qwen(tiny: SimpleNamespace) -> N
             assert ours == stock
 
 
-@pytest.mark.parametrize("sizes", [[(300, 180)], [(200, 330), (112, 112), (140, 512)]])
-def test_windows_in_one_call_equal_windows_one_by_one(
+@pytest.mark.parametrize("sizes", [[(620, 400)], [(400, 330), (112, 112), (140, 512)]])
+def test_windows_in_one_call_equal_single_ones(
     tiny: SimpleNamespace, sizes: list[tuple[int, int]], monkeypatch: Any
 ) -> None:
     pixels = tiny.processor.image_processor(
