@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lmms vllm lab lint format clean
+.PHONY: help setup repro test lmms vllm lab site lint format clean
 
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
@@ -71,6 +71,16 @@ vllm: $(STAMP) ## a real vLLM server and vLLM in GRPO, on CPUs, in a separate en
 
 lab: $(STAMP) ## open JupyterLab on the same environment
 	@jupyter lab
+
+# Needs no .venv. PROFILE=paper builds the site of another profile.
+site: .venv-site/.installed ## the published notebooks as a web site, in build/site
+	@NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict --quiet -f site/mkdocs.yml
+	@echo "Done. Open build/site/index.html, or copy build/site to any web host."
+
+.venv-site/.installed: site/requirements.txt
+	@"$(or $(PYTHON),python3)" -m venv .venv-site
+	@.venv-site/bin/python -m pip install --quiet -r $<
+	@touch $@
 
 lint: $(STAMP) ## ruff (code and notebooks), mypy, notebooks stripped
 	ruff check
