@@ -43,6 +43,7 @@ from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
 HERE = Path(__file__).parent
+PATH = os.pathsep.join(map(str, (HERE.parent / "src", HERE, HERE / "method")))
 SILENCE = 3.0  # seconds: longer than the time-out of the tests
 BOXES = [[10, 10, 200, 200], [700, 20, 900, 100], [50, 600, 300, 900], [0, 0, 1000, 1000], [400, 400, 600, 600]]
 MODELS = ["meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct-FP8", "Qwen/Qwen2.5-VL-7B-Instruct"]
@@ -52,11 +53,8 @@ class ServerProcess:
     """The process of a server, and its log of arrivals: time, text, body, requests under way."""
 
     def __init__(self, log: Path, mode: str) -> None:
-        path = os.pathsep.join(map(str, (HERE.parent / "src", HERE, HERE / "method")))
-        environment = {**os.environ, "PYTHONPATH": path}
-        environment.pop("AWARES_API_KEY", None)
-        command = [sys.executable, __file__, str(log), mode]
-        self.log, self.process = log, subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        options: Any = {"stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "PYTHONPATH": PATH}}
+        self.log, self.process = log, subprocess.Popen([sys.executable, __file__, str(log), mode], **options)
         assert self.process.stdout
         self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"
 
@@ -75,7 +73,6 @@ class ServerProcess:
 def serving(folder: Path, *options: Any, name: str = "tiny", **given: Any) -> Iterator[tuple[str, Any]]:
     """URL and process of ``awares serve`` with the model in ``folder``; ``given``: of the process."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("AWARES_API_KEY", None)
     line = ["serve", "--model", str(folder), "--name", name, "--port", "0", *map(str, options)]
     command = [sys.executable, "-m", "awares", *line]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, **given)
@@ -93,8 +90,7 @@ def fake_vllm(folder: Path, mode: str, log: str = "server.jsonl") -> Path:
     In ``folder``, a file ``dies`` has the number of requests after which a server ends, with an error in its output.
     """
     script = folder / "python"
-    path = os.pathsep.join(map(str, (HERE.parent / "src", HERE, HERE / "method")))
-    run = f"PYTHONPATH={path} exec {sys.executable} {__file__} {folder / log} {mode}"
+    run = f"PYTHONPATH={PATH} exec {sys.executable} {__file__} {folder / log} {mode}"
     script.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\n{run} "$@"\n')
     script.chmod(0o755)
     return script
@@ -119,15 +115,12 @@ async def faulty(text: str, body: dict[str, Any], arrival: int, key: str | None)
         return Response(whole[:40], headers={"content-length": str(len(whole))}, media_type="application/json")
     if name == "slow":
         await asyncio.sleep(float(value))
-    bodies = {
-        "say": lambda: json.dumps(completion(base64.b64decode(value).decode())),
-        "key": lambda: json.dumps(completion(key)),
-        "null": lambda: json.dumps(completion(None)),
-        "half": lambda: whole[: len(whole) // 2],  # well-formed HTTP around half a document
-        "garbage": lambda: "<html>busy</html>",
-        "other": lambda: '{"error": {"message": "not today"}}',
-    }
-    return Response(bodies.get(name, lambda: whole)(), media_type="application/json")
+    if name in ("say", "key", "null"):
+        said = {"say": base64.b64decode(value).decode() if name == "say" else "", "key": key, "null": None}
+        return JSONResponse(completion(said[name]))
+    half = whole[: len(whole) // 2]  # in whole HTTP
+    bodies = {"half": half, "garbage": b"<html>busy</html>", "other": b'{"error": {"message": "not today"}}'}
+    return Response(bodies.get(name, whole), media_type="application/json")
 
 
 async def judge(text: str, body: dict[str, Any], arrival: int, key: str | None) -> Response:

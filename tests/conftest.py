@@ -1,5 +1,6 @@
 """Fixtures: a random tiny Qwen2.5-VL with a byte-level tokenizer, built in a second, so no test needs a checkpoint."""
 
+import os
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -17,11 +18,11 @@ from awares.method.crops import CROPS
 from awares.method.rollout import Trajectory, Turn
 from awares.settings import Task
 
+os.environ.pop("AWARES_API_KEY", None)  # of the user
+os.environ["NO_PROXY"] = "127.0.0.1"
 TASKS = get_args(Task)  # the benchmarks
 # As Qwen3 has them; test_bases has Qwen2.5's
 TOOL_TOKENS = (*chat_format.TOOL_TOKENS, "<tool_response>", "</tool_response>")
-
-
 LONG = ('{"name": "crop", "arguments": {"regions": ["', '", "', '"]}}', *CROPS)  # a call is ten tokens
 
 

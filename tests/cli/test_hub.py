@@ -54,7 +54,6 @@ def test_a_policy_goes_up_whole_with_the_numbers_of_its_own_table(params):
     assert names_in(folder) == ["README.md", *adapters, "config.json", "model.safetensors"]
     assert (folder / "model.safetensors").read_text() == "merged"
     for stage, base in (("sft", "data/base"), ("grpo", "../sft")):
-        assert (folder / "adapters" / stage / "adapter_model.safetensors").read_text() == stage
         config = json.loads((folder / "adapters" / stage / "adapter_config.json").read_text())
         assert config == {"r": 8, "base_model_name_or_path": base}
     card = huggingface_hub.ModelCard.load(folder / "README.md")

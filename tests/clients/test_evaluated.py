@@ -9,11 +9,10 @@ import pandas as pd
 import pytest
 import yaml
 from chat_server import ServerProcess
-from conftest import noise
+from conftest import curated_rows
 
 from awares.clients.served import KeptEngine
 from awares.config import load_params
-from awares.data.rows import make_dataset
 from awares.engine.jsonl import read_records
 from awares.engine.model import save_model
 from awares.method import evaluation
@@ -30,7 +29,6 @@ def server(tiny, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
     monkeypatch.setenv("PROCESSOR", str(tmp_path / "base"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     running = ServerProcess(tmp_path / "log.jsonl", "policy")
     for name in SYSTEMS:
         monkeypatch.setenv(f"AWARES_{name.upper()}_URL", running.url)
@@ -40,12 +38,8 @@ def server(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture
 def rows():
-    fixed = {"question_boxes": [], "answer_boxes": [], "answers": ["3"], "split": "evaluation"}
-    return make_dataset(
-        {"id": f"row-{n}", "image": noise(112 + 56 * (n % 2), 112, n), "question": f"question {n}", **fixed}
-        | {"source": ("chartqa", "pope")[n % 2]}
-        for n in range(24)
-    )
+    rows = curated_rows([(112, 112), (168, 112)], [()] * 24, ["3"]).remove_columns(["source", "label", "target_crops"])
+    return rows.add_column("source", ["chartqa", "pope"] * 12)
 
 
 def settings(folder, runs):

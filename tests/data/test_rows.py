@@ -46,13 +46,10 @@ def test_rows_survive_the_disk_with_the_same_bytes_and_a_torn_folder_is_named(tm
         ({"image": None}, "image"),
         ({"image": {"bytes": encoded()[:200], "path": None}}, "image"),
         ({"image": {"bytes": published.encoded(0, 84, 27), "path": None}}, "image: 84x27 px"),
-        ({"image": {"bytes": published.encoded(0, 6000, 29), "path": None}}, "image: 6000x29 px"),
         ({"question": " "}, "question"),
         ({"answers": ["12", ""]}, "answers.1"),
         ({"split": "test"}, "split"),
         ({"answer_boxes": [[0, 0, 1001, 10]]}, "answer_boxes.0"),
-        ({"question_boxes": [[50, 0, 20, 10]]}, "question_boxes.0"),
-        ({"question_boxes": [[50, 0, 20]]}, "question_boxes.0"),
     ],
 )
 def test_a_bad_row_is_named(changes, key):
@@ -67,7 +64,6 @@ def test_a_bad_row_is_named(changes, key):
 def test_share_is_taken_from_every_source():
     rows = make_dataset([row(number, source="big" if number < 6 else "small") for number in range(8)])
     assert share_of(rows, 0.5)["id"][:] == ["row-0", "row-1", "row-2", "row-6"]
-    assert share_of(rows, 1.0)["id"][:] == rows["id"][:]
 
 
 @pytest.fixture
@@ -100,13 +96,7 @@ def test_jsonl_rows_have_defaults_and_only_a_line_break_ends_one(jsonl):
     ("lines", "place"),
     [
         (["{"], "mine.jsonl, line 1"),
-        (['{"image": "page.png"}'], "line 1: question"),
-        ([{}, {"image": "none.png"}], "line 2: image none.png"),
         ([{}, {"image": "torn.png"}], "line 2, image"),
-        ([{"image": {}}], "line 1, image"),
-        ([{"answers": [12]}], "line 1: answers.0"),
-        ([{"anwser_boxes": []}], "line 1: .*anwser_boxes"),
-        ([{"answer_boxes": [[0.1, 0, 1, 1]]}], "line 1: answer_boxes.0.0"),
         ([{"id": "a"}, {"id": "a"}], "mine.jsonl: id a "),
         ([""], "mine.jsonl"),
     ],

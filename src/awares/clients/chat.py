@@ -108,16 +108,15 @@ class _Connection:
     """The client of ``server``, made when the first request needs it: a server may have to start for it."""
 
     def __init__(self, server: Server) -> None:
-        self.server, self.closed, self._failed, self._lock = server, False, False, Lock()
+        self.server, self.closed, self._tried, self._lock = server, False, False, Lock()
         self._api: openai.OpenAI | None = None
 
     def api(self) -> openai.OpenAI:
         with self._lock:
-            if self._failed or self.closed:
+            if self.closed or (self._tried and not self._api):
                 raise RowFailed("the call has ended")
-            self._failed = True  # unless the next line succeeds
+            self._tried = True
             self._api = self._api or self.server.connect()
-            self._failed = False
             return self._api
 
     def close(self) -> None:

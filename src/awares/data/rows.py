@@ -120,7 +120,7 @@ def read_jsonl_rows(path: str | Path, faults: list[str] | None = None) -> datase
     file = Path(path)
     if not file.is_file():
         raise AwaresFileError(f"{file}: no such file; data.sources names it")
-    rows, wrong = [], list[str]()
+    rows, wrong = [], list[str]() if faults is None else faults
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         try:
             with faults_of(f"{file}, line {number}"):
@@ -132,8 +132,6 @@ def read_jsonl_rows(path: str | Path, faults: list[str] | None = None) -> datase
         raise AwaresValueError("\n".join(wrong[:MOST_FAULTS] + more))
     if not rows:
         raise AwaresValueError(f"{file} holds no rows")
-    if faults is not None:
-        faults += wrong
     check_ids([row["id"] for row in rows], str(file))
     return make_dataset(rows)
 

@@ -63,14 +63,10 @@ class Source(BaseModel, extra="forbid", strict=True, frozen=True):
 def read_sources(params: Params, kind: str) -> dict[str, Source]:
     """The sources of ``kind`` (a key of NAMED_BY) in ``data.sources_file``; AwaresError naming file and key."""
     file = params.path(params.data.sources_file)
-    entries = read_yaml(file, "data.sources_file").get(kind)
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise AwaresValueError(f"{file.name}: {kind} must be a mapping of source names to mappings")
-    sources = {}
-    for name, entry in entries.items():
-        place = f"{file.name}: {kind}.{name}"
-        sources[name] = validated(Source, {**entry, "name": name, "kind": kind, "place": place}, place)
-    return sources
+    head, declared = f"{file.name}: {kind}", read_yaml(file, "data.sources_file").get(kind)
+    given = validated(dict[str, dict[str, Any]], declared, head)
+    places = {name: {"name": name, "kind": kind, "place": f"{head}.{name}"} for name in given}
+    return {name: validated(Source, given[name] | own, own["place"]) for name, own in places.items()}
 
 
 def get_source(params: Params, kind: str, name: str) -> Source:
@@ -310,8 +306,7 @@ def _trajectory(row: Record, row_id: str) -> Draft:
 
 NOTHING = Draft([], "", [])  # a row without a question about an image
 # Readers, one per published format: (row under our column names, its id) -> Draft
-READERS = {"plain": _plain, "votes": _votes, "options": _options, "conversation": _conversation}
-READERS["trajectory"] = _trajectory
+READERS = {one.__name__[1:]: one for one in (_plain, _votes, _options, _conversation, _trajectory)}
 
 
 def fit_image(files: list[bytes], max_side: int) -> tuple[bytes, list[Image.Image]]:

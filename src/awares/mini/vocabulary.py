@@ -1,9 +1,14 @@
-"""The closed vocabulary of the synthetic rows: what is printed, drawn, asked and answered; small, for a tiny model."""
+"""The closed vocabulary of the synthetic rows: what is printed, drawn, asked and answered; small, for a tiny model.
+
+sentences.yaml has the phrasings of questions and the system messages.
+"""
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import yaml
 
 from awares.engine.answer_match import ONES, TENS
 
@@ -65,83 +70,12 @@ THEME_VALUES = {
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
 _PLACE_FORMS = dict(zip(PLACES, ("upper left", "upper right", "lower left", "lower right", "middle"), strict=True))
 
-PHRASINGS = {
-    "field": ["what is the {k}?", "which value stands next to {k}?", "read the entry for {k}.",
-        "what is given for {k}?", "look up {k}.", "what does the page say about {k}?", "{k}?",
-        "find {k} and tell its value.", "tell me the value of {k} in words or short form.",
-        "say what is listed for {k}.", "how would you say the entry of {k}?", "please tell me what {k} is."],
-    "pair": ["what are the values of {a} and {b}?", "read the entries for {a} and {b}.", "{a} and {b}?",
-        "look up {a} and {b}.", "what is given for {a} and for {b}?", "find both {a} and {b}.",
-        "say what is listed for {a} and {b}.", "please tell me {a} and {b}.",
-        "how would you say the entries of {a} and {b}?"],
-    "bar": ["what is the value of {k}?", "how high is the bar of {k}?", "what does the bar of {k} show?",
-        "read the bar of {k}.", "{k}?", "which number belongs to {k}?", "how much is {k}?", "give the value of {k}.",
-        "say how much {k} has.", "how would you say the value of {k}?", "please tell me how much {k} is.",
-        "tell me what {k} reaches."],
-    "bars": ["what are the values of {a} and {b}?", "read the bars of {a} and {b}.", "{a} and {b}?",
-        "how much are {a} and {b}?", "what do the bars of {a} and {b} show?", "give both {a} and {b}.",
-        "say how much {a} and {b} have.", "please tell me {a} and {b}.",
-        "how would you say the values of {a} and {b}?"],
-    "sign": ["what is written on the {c} sign?", "what does the {c} sign say?", "read the {c} sign.",
-        "which text is on the {c} board?", "what stands on the {c} sign?", "the {c} sign reads?",
-        "give the text of the {c} board.", "what can be read on the {c} board?",
-        "how would you say what is on the {c} sign?", "please tell me what the {c} sign says.",
-        "say what the {c} board shows.", "tell me the text on the {c} sign."],
-    "presence": ["is there a {o}?", "is there a {o} in the picture?", "do you see a {o}?",
-        "does the picture show a {o}?", "can you find a {o} here?", "is a {o} present?", "a {o}, is it there?",
-        "does a {o} appear in the image?", "is any {o} visible?"],
-    "badge": ["which shape is on the badge of the {o}?", "what is on the badge of the {o}?",
-        "what does the badge of the {o} show?", "the {o} carries which badge?", "read the badge of the {o}.",
-        "which badge does the {o} have?", "name the badge of the {o}.", "badge of the {o}?",
-        "please tell me what the badge of the {o} shows.", "say which badge is below the {o}."],
-    "place": ["where is {s}?", "in which part of the picture is {s}?", "where do you see {s}?", "which part holds {s}?",
-        "where does {s} stand?", "locate {s}.", "say where {s} is.", "please tell me where {s} is.",
-        "tell me the place of {s}."],
-    "count": ["how many {o} shapes are there?", "count the {o} shapes.", "what is the number of {o} shapes?",
-        "how many times does a {o} appear?", "how often do you see a {o}?", "give the count of {o} shapes.",
-        "say how many {o} shapes you see.", "please tell me how many {o} shapes there are.",
-        "tell me the number of {o} shapes in words."],
-    "plate": ["which number is below the {o}?", "what number does the {o} carry?", "read the number under the {o}.",
-        "what is the number of the {o}?", "number of the {o}?", "the {o} has which number?",
-        "say the number of the {o}.", "please tell me the number below the {o}.",
-        "tell me in words the number of the {o}."],
-}  # fmt: skip
-
-# of the shifted rows: sentences that the base model has not seen, of words that it has
-UNSEEN_PHRASINGS = {
-    "field": ["please read what stands next to {k}.", "which entry does the page give for {k}?",
-        "tell me in words what is listed for {k}."],
-    "pair": ["please read what is listed for {a} and {b}.", "which entries does the page give for {a} and {b}?",
-        "tell me in words the entries of {a} and {b}."],
-    "bar": ["please read how high {k} is.", "which value does the bar of {k} show?",
-        "tell me in words the value of {k}."],
-    "bars": ["please read how high {a} and {b} are.", "which values do the bars of {a} and {b} show?",
-        "tell me in words the values of {a} and {b}."],
-    "sign": ["please read what stands on the {c} board.", "which text does the {c} sign show?",
-        "tell me in words what the {c} board says."],
-    "presence": ["please say, is there any {o}?", "can you see a {o} in the image?", "is a {o} visible here?"],
-    "badge": ["please read the badge which the {o} carries.", "which shape does the badge of the {o} show?",
-        "tell me the badge of the {o}."],
-    "place": ["please say in which part {s} is.", "can you locate {s}?", "tell me where you see {s}."],
-    "count": ["please say how many {o} shapes appear.", "which number of {o} shapes do you see?",
-        "tell me in words how many {o} shapes there are."],
-    "plate": ["please read which number the {o} carries.", "what is the number the {o} has?",
-        "tell me in words which number the {o} carries."],
-}  # fmt: skip
-
-# base training only; separate from PHRASINGS, whose text trains the tokenizer
-UNREAD = "unclear"
-CANDID = [f"Where something is too small to read, say {UNREAD}.", f"Say {UNREAD} if you cannot read it.",
-          f"If it is too small, the answer is {UNREAD}."]  # fmt: skip
-
-# the first system message is the plain one; the others expose the base model to instructions and their words
-SYSTEMS = [
-    "You are a helpful assistant.", "Answer the question.", "Answer in a few words.",
-    "The image is shown at full resolution.", "The image is shown at half resolution.",
-    "Look at the image and answer the question.", "Answer the question, or call the tool.",
-    "The tool can see more.", "Call the tool to see the result.", "See the regions of the image.",
-    "There is no such region in the image.", "There was an error.",
-]  # fmt: skip
+UNREAD = "unclear"  # the answer to print that is too small to read (base training only)
+_SENTENCES = yaml.safe_load(Path(__file__).with_name("sentences.yaml").read_text(encoding="utf-8"))
+PHRASINGS, UNSEEN_PHRASINGS = (
+    {kind: text.splitlines() for kind, text in _SENTENCES[name].items()} for name in ("phrasings", "unseen_phrasings")
+)
+SYSTEMS, CANDID = (_SENTENCES[name].splitlines() for name in ("systems", "candid"))
 
 
 def forms(kind: str, rng: np.random.Generator) -> tuple[str, ...]:
