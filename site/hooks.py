@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILE = os.environ.get("PROFILE", "mini")
+EXPLORED = ROOT / "reports" / PROFILE / "explorer" / "rows.js"
 LINK = re.compile(r"(\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
@@ -24,6 +25,8 @@ def sources() -> dict[str, Path]:
     """Address of each page -> the Markdown file or notebook that it is made from."""
     listed = re.findall(r": (\S+\.md)$", (ROOT / "site/mkdocs.yml").read_text(), re.MULTILINE)
     found = {name: ROOT / name for name in listed if (ROOT / name).is_file()}
+    if EXPLORED.is_file():
+        found["explorer.md"] = ROOT / "site/explorer.md"
     for file in sorted((ROOT / "reports" / PROFILE).glob("**/notebooks/*.ipynb")):
         if (name := f"notebooks/{file.stem}.md") in listed:
             found[name] = file
@@ -41,14 +44,14 @@ def on_config(config: Any) -> Any:
 def kept(entry: Any) -> Any:
     """A part of the navigation, without entries that have no page."""
     if isinstance(entry, str):
-        return entry if entry in PAGES or (ROOT / "site/pages" / entry).is_file() else None
+        return entry if entry in PAGES else None
     if isinstance(entry, dict):
         return {title: part for title, inner in entry.items() if (part := kept(inner))}
     return [part for one in entry if (part := kept(one))]
 
 
 def on_files(files: Files, config: Any) -> Files:
-    copied: dict[str, bytes] = {}
+    copied = {"explorer/rows.js": EXPLORED.read_bytes()} if EXPLORED.is_file() else {}
     for address, source in PAGES.items():
         text = source.read_text(encoding="utf-8")
         text = from_notebook(text, address, copied) if source.suffix == ".ipynb" else linked(text, address, copied)

@@ -116,6 +116,20 @@ def test_dial_holds_table_1_and_moves_one_way(line):
     assert turned.call_rate == pytest.approx(100 * sum(bool(one["crops"]) for one in free) / 8)
 
 
+@pytest.mark.parametrize("shipped", [True, False])
+def test_the_explorer_has_the_numbers_of_the_tables(line, shipped):
+    folder = ROOT / "reports" / "mini" if shipped else line.params.run_dir("operating_curve")
+    found = json.loads((folder / "explorer" / "rows.js").read_text().removeprefix("const EXPLORER = ").rstrip(";\n"))
+    dial, rows = pd.read_csv(folder / "tables" / "dial.csv").query("rows == 'all'"), pd.DataFrame(found["rows"])
+    assert len(rows) == dial.n.max() and {*found["biases"]} == {*dial.call_bias} and ("view" in rows)
+    for _, point in dial.iterrows():
+        own = [one["call" if one["gap"] + point.call_bias > 0 else "direct"] for one in rows[point.system]]
+        marks = pd.DataFrame(own).assign(rtr=[one["tokens"] / one["of"] for one in own])
+        means = marks[["score", "rtr"]].groupby(rows.task).mean().mean()
+        expected = [point.accuracy, point.rtr, point.call_rate]
+        assert [100 * means.score, means.rtr, 100 * marks.crops.map(bool).mean()] == pytest.approx(expected, abs=1e-4)
+
+
 def test_report_publishes_what_the_pipeline_declares(line):
     assert {file.stem for file in publish.publish(line.params)} >= set(publish.STAGES)
     folder = line.params.report_dir()
@@ -127,6 +141,7 @@ def test_report_publishes_what_the_pipeline_declares(line):
     assert set(json.loads((folder / "metrics.json").read_text())) >= {"curation", "sft", "grpo", "evaluation"}
     page = (folder / "html" / "05_evaluation.html").read_text()
     assert "<script" not in page and "data:image/png;base64" in page and 'src="http' not in page
+    assert (folder / "explorer" / "rows.js").is_file()
 
 
 def test_released_rows_take_the_place_of_curation(tiny, tmp_path):

@@ -84,7 +84,7 @@ def test_every_import_is_declared() -> None:
     sources = [path.read_text() for path in files]
     sources += ["".join(cell["source"]) for cells in books for cell in cells if cell["cell_type"] == "code"]
     found = re.findall(r"^ *(?:import|from) (\w+)[\w.]*(?: as \w+)?(?: import .*)?$", "\n".join(sources), re.MULTILINE)
-    made = {"lmms_eval", "vllm"}  # in the environments of `make lmms` and `make vllm`
+    made = {"lmms_eval", "vllm", "gradio", "playwright"}  # in the environments of `make lmms`, `make vllm`, `make demo`
     local = {"awares", *made, *(path.stem for path in files), *sys.stdlib_module_names}
     owners = metadata.packages_distributions()
     declared = {canonicalize_name(requirement.name) for requirement in DIRECT}

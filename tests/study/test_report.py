@@ -136,8 +136,16 @@ def test_figures_draw_and_repeat(tmp_path):
         accuracy,
         figures.gallery(rows(2), [trajectory("row-0", "$12$ \x00 \t", ["top", "right"]), trajectory("row-1", "")]),
         figures.gallery([]),
+        *(figures.interaction_figure(rows(1)[0], trajectory(crops=crops)) for crops in ([], ["top", "right"])),
     ):
         assert png(figures.show(figure))
+
+
+def test_a_waterfall_ends_at_its_sum():
+    gap = pd.DataFrame({"part": ["when", "regained", "sum"], "rows": [3, 2, 9], "points": [-2.0, 0.5, -1.5]})
+    axes = figures.gap_figure(gap.assign(low=gap.points - 1, high=gap.points + 1)).axes[0]
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, -2), (-2, 0.5), (0, -1.5)]
+    assert [text.get_text() for text in axes.texts] == ["-2.00", "+0.50", "-1.50"]
 
 
 # Publishing

@@ -111,6 +111,56 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
     return figure
 
 
+def gap_figure(gap: pd.DataFrame) -> Figure:
+    """Waterfall from full resolution to the policy: the parts of `comparison.gap_table`, in points, with intervals."""
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(gap) + 0.8))
+    starts = gap.points.cumsum().shift(fill_value=0.0).where(gap.part != "sum", 0.0)
+    look: dict[str, Any] = {"edgecolor": "black", "linewidth": 0.8, "height": 0.6}
+    for place, (one, start) in enumerate(zip(gap.itertuples(), starts, strict=True)):
+        lost = one.points < 0
+        shade = {"color": "0.6" if one.part == "sum" else PALETTE[3 if lost else 2], "hatch": "" if lost else "//"}
+        axes.barh(place, one.points, left=start, **look | shade)
+        ends = [[one.points - one.low], [one.high - one.points]]
+        axes.errorbar(start + one.points, place, xerr=ends, color="black", capsize=3, linewidth=1)
+        axes.text(1.01, place, f"{one.points:+.2f}", transform=axes.get_yaxis_transform(), va="center")
+    names = [f"{one.part}, {one.rows:.0f} rows" for one in gap.itertuples()]
+    axes.set_yticks(range(len(gap)), ["AwaRes less full resolution" if "sum" in name else name for name in names])
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("mean accuracy, points, full resolution = 0; intervals are of the parts")
+    return figure
+
+
+def interaction_figure(row: Mapping[str, Any], done: Trajectory) -> Figure:
+    """One interaction: the view, the crops, the answer and the visual tokens. ``row``: image, question and answers."""
+    pictures = [low_resolution(row["image"]), *(cut(row["image"], name) for name in done.crops)]
+    widths = [picture.width for picture in pictures]
+    scale = 6.5 / max(sum(widths), 400)  # inches per px: the crops show that they are finer
+    sizes = {"width_ratios": [*widths, 2.6 / scale], "wspace": 0.06}
+    height = scale * max(picture.height for picture in pictures) + 1.1
+    figure, grid = plt.subplots(1, len(widths) + 1, figsize=(scale * sum(widths) + 2.9, height), gridspec_kw=sizes)
+    heads = ["1. It sees half resolution", *(f"2. Crop {name} at full resolution" for name in done.crops)]
+    for axes, picture, head in zip(grid, pictures, heads, strict=False):
+        _picture(axes, picture, f"{head}\n{picture.width} x {picture.height} px")
+        axes.set(xticks=[], yticks=[], anchor="N")
+        axes.grid(False)
+    for name in done.crops:
+        _outline(grid[0], pictures[0], crop_box(name), edgecolor=PALETTE[2], facecolor=(*PALETTE[2], 0.15))
+    grid[0].set_xlabel(f"and requests {', '.join(done.crops)}" if done.crops else "and answers at once", loc="left")
+    figure.suptitle(shorten(row["question"], 90), x=0.01, ha="left", fontweight="bold", parse_math=False)
+    truth = f" (truth: {row['answers'][0]})" if row.get("answers") else ""
+    last, most = grid[-1], done.full_visual_tokens
+    said = fill(f"{3 if done.crops else 2}. It answers {shorten(done.answer, 60)}{truth}", 34)
+    last.set_title(said, loc="left", fontsize=9, parse_math=False)
+    last.bar_label(
+        last.barh(["full image", "AwaRes"], [most, done.visual_tokens], color=["0.75", PALETTE[2]]), padding=2
+    )
+    last.set(xlim=(0, 1.25 * most), box_aspect=0.4, anchor="N", xlabel="visual tokens", xticks=[])
+    last.grid(False)
+    sns.despine(ax=last, left=True, bottom=True)
+    return figure
+
+
 def flow_figure(policies: Mapping[str, Sequence[Sequence[str]]], rows: str) -> Figure:
     """Fig. 5: how rows go from policy to policy (%). ``policies``: name -> crops a row; ``rows``: for the title."""
     table = pd.DataFrame({name: [outcome(crops) for crops in requests] for name, requests in policies.items()})

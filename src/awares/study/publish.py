@@ -40,9 +40,9 @@ NO_ALT = "No description has been provided for this image"  # nbconvert writes t
 def publish(params: Params, stage: str = "report") -> list[Path]:
     """Publish the executed notebooks of ``stage``; returns the files written.
 
-    report: the main line (STAGES). A stage of PAGES: its page in reports/<profile>/<stage>, with the notebook of every
-    variant or system. policy: the trained adapters, in data/policy. Raises AwaresError that names the first missing
-    file, before anything is written.
+    report: the main line (STAGES), the explorer's data. A stage of PAGES: its page in reports/<profile>/<stage>, with
+    the notebook of every variant or system. policy: the trained adapters, in data/policy. Raises AwaresError that names
+    the first missing file, before anything is written.
     """
     if stage == "policy":
         return copy_adapters(params, params.path("data/policy"), "../../base")
@@ -58,7 +58,11 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
     elif stage == "comparison":
         more = {f"10_{name}": params.run_dir("systems") / name for name in params.comparison.all}
     sources = {name: require(run / "notebook.ipynb", stage) for name, run in (runs | more).items()}
-    folder, files = params.report_dir() / ("" if stage == "report" else stage), []
+    explored = (
+        [require(runs["05_operating_curve"] / "explorer/rows.js", "operating_curve")] if stage == "report" else []
+    )
+    folder = params.report_dir() / ("" if stage == "report" else stage)
+    files = [Path(shutil.copy(file, clear(folder / "explorer"))) for file in explored]
     notebooks, web_pages = clear(folder / "notebooks"), clear(folder / "html")
     for name, source in sources.items():
         notebook = stable_copy(nbformat.read(source, as_version=4), params.root)
