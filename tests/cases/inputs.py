@@ -41,7 +41,7 @@ def tiff(samples: np.ndarray, bits: int, number: int = 1, photometric: int = 1, 
     else:
         data = samples.astype(f"{order}{'.uif'[number]}{bits // 8}").tobytes()
     tags = {256: WIDTH, 257: HEIGHT, 258: bits, 259: 1, 262: photometric, 273: 200, 277: 1, 278: HEIGHT, 279: len(data)}
-    entries = [struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in sorted({**tags, 339: number}.items())]
+    entries = [struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in [*tags.items(), (339, number)]]
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
     return (head + b"".join(entries) + bytes(4)).ljust(200, b"\0") + data
 
@@ -112,14 +112,10 @@ def image_cases() -> dict[str, ImageCase]:
     whole = found["colour"].content
     header = whole[12:16] + struct.pack(">II", 20_000, 20_000) + whole[24:29]
     add("bomb", whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:], ".png")
-    broken = {
-        "cut_png": whole[: len(whole) // 2],
-        "empty": b"",
-        "text": b"no image",
-        "crc": whole.replace(b"IHDR", b"IHDX"),
-    }
-    for name, content in broken.items():
-        add(name, content, ".png")
+    add("cut_png", whole[: len(whole) // 2], ".png")
+    add("empty", b"", ".png")
+    add("text", b"no image", ".png")
+    add("crc", whole.replace(b"IHDR", b"IHDX"), ".png")
     add("cut_jpeg", jpeg[: len(jpeg) // 2], ".jpg")
     add("heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64), ".heic")
     return found

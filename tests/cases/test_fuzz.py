@@ -2,7 +2,6 @@
 
 import json
 import random
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from chat_server import serving
 from inputs import BOXES, CALLS, CASES, COLOURS, IMAGES, NO_BOXES, QUESTION, encoded
 from test_calls import FREE
 from test_entry_points import as_line, run
-from test_serve import health, question
+from test_serve import connect, health, question
 
 from awares.cli.options import PolicyOptions
 from awares.data.rows import read_jsonl_rows
@@ -28,36 +27,8 @@ from awares.method.rollout import Engine
 from awares.policy import AwaRes
 
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
-ODD: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    1.5,
-    10**40,
-    1e308,
-    float("nan"),
-    "",
-    " ",
-    "\0",
-    "\ud800",
-    "x" * 300,
-    "../page.png",
-]
-ODD += [
-    "/dev/zero",
-    "~",
-    "page.png",
-    [],
-    {},
-    [[]],
-    [[0, 0, 1, 1]],
-    {"a": {"b": []}},
-    [None],
-    "data:,",
-    "٣",
-    "image_url",
-]
+ODD: list[Any] = [None, True, -1, 0, 1.5, 10**40, 1e308, float("nan"), "", " ", "\0", "\ud800", "x" * 300, "~", "٣"]
+ODD += [[], {}, [[]], [[0, 0, 1, 1]], {"a": {"b": []}}, [None], "/dev/zero", "../page.png", "page.png", "data:,"]
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
@@ -101,13 +72,9 @@ def test_mutated_files_raise_nothing_but_awares_errors() -> None:
 
 def test_mutated_calls_raise_nothing_and_ask_only_for_what_is_offered() -> None:
     rng = random.Random(31)
-    seeds = [
-        *(form % call for call in CALLS for form in ("%s", "<tool_call>\n%s\n</tool_call>")),
-        '<tool_call>{"a": ' + "[" * 3000 + "}</tool_call>",
-        *(f'<tool_call>{{"regions": ["{box}"]}}' for box in (BOXES + NO_BOXES).split("|")),
-        "GET_CROPS: ['0', '5']",
-        "[" * 3000,
-    ]
+    seeds = [form % call for call in CALLS for form in ("%s", "<tool_call>\n%s\n</tool_call>")]
+    seeds += [f'<tool_call>{{"regions": ["{box}"]}}' for box in (BOXES + NO_BOXES).split("|")]
+    seeds += ["GET_CROPS: ['0', '5']", "[" * 3000, '<tool_call>{"a": ' + "[" * 3000 + "}</tool_call>"]
     signs = "\"'[]{}<>:=,.-\\ \n0159“：］\ud83d\0" + "atpcr"
     for _ in range(5000):
         text = list(rng.choice(seeds))
@@ -134,8 +101,7 @@ def test_mutated_rows_are_answered_or_refused_one_by_one(tiny: SimpleNamespace, 
             file, out = tmp_path / f"{number}.jsonl", tmp_path / f"{number}.out"
             file.write_bytes(b"\n".join(lines))
             code, _, messages = run("ask", file, "--out", out)
-            if out.is_file():
-                records = read_records(out)
+            if records := read_records(out):
                 assert len(records) == sum(bool(line.strip()) for line in lines)
                 assert code == int(any("error" in one for one in records))
             else:
@@ -148,7 +114,7 @@ def test_mutated_rows_are_answered_or_refused_one_by_one(tiny: SimpleNamespace, 
 
 def exchange(url: str, data: bytes) -> bytes:
     """What the server sends back to ``data`` until it closes the connection."""
-    with socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0])), timeout=60) as connection:
+    with connect(url) as connection:
         try:
             connection.sendall(data)
             return connection.makefile("rb").read()

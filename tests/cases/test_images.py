@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from inputs import IMAGES, ImageCase, encoded
+from inputs import IMAGES, encoded
 from PIL import Image
 
 from awares.data.rows import read_jsonl_rows
@@ -18,53 +18,27 @@ from awares.method import crops
 READ = {name: case for name, case in IMAGES.items() if case.right}
 
 
-def assert_right(found: Image.Image, case: ImageCase, right: Image.Image | None = None) -> None:
-    right = right or case.right
-    assert right and (found.mode, found.size) == ("RGB", right.size)
-    assert found.tobytes() == right.tobytes()
-
-
-def write(folder: Path, name: str) -> Path:
-    file = folder / f"{name}{IMAGES[name].suffix}"
-    file.write_bytes(IMAGES[name].content)
-    return file
-
-
 @pytest.mark.parametrize("name", READ)
-def test_the_right_picture_from_a_path_bytes_and_an_open_file(name: str, tmp_path: Path) -> None:
-    case, file = IMAGES[name], write(tmp_path, name)
+def test_the_right_picture_from_every_kind_of_source(name: str, tmp_path: Path) -> None:
+    case, file = IMAGES[name], tmp_path / f"{name}{IMAGES[name].suffix}"
+    file.write_bytes(case.content)
+    assert case.right
     with Image.open(file) as opened:
         for source in (file, str(file), case.content, opened):
             found = images.open_image(source)
-            assert_right(found, case)
+            assert (found.mode, found.size, found.tobytes()) == ("RGB", case.right.size, case.right.tobytes())
             assert found.info.get(images.NOTE, "") == case.note
-    again = images.open_image(images.cap(found))  # as the engine does
-    assert min(again.size) >= images.MIN_SIDE and again.info.get(images.NOTE, "") == case.note
+    capped = images.cap(found)
+    assert images.open_image(capped).info.get(images.NOTE, "") == case.note  # as the engine does
     assert images.upright_size(case.content) == found.size
-
-
-def test_training_rows_see_the_right_pictures(tmp_path: Path) -> None:
-    for name in READ:
-        row = {"id": name, "image": write(tmp_path, name).name, "question": "q", "answers": ["a"]}
-        with (tmp_path / "rows.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    rows = read_jsonl_rows(tmp_path / "rows.jsonl")
-    sizes = picture_sizes(rows, 2000)
-    for row, size in zip(rows, sizes, strict=True):
-        case, found = IMAGES[row["id"]], picture(row, 2000)
-        assert case.right and found.size == size
-        assert_right(found, case, images.cap(case.right))
-    kept = rows.cast_column("image", type(rows.features["image"])(decode=False))
-    same = {row["id"] for row in kept if row["image"]["bytes"] == IMAGES[row["id"]].content}
-    assert {"colour", "exif6", "rgba", "metadata"} <= same and not same & {"broken_exif6", "grey16", "tiff12"}
-
-
-@pytest.mark.parametrize("name", ["colour", "exif6", "broken_exif6", "grey16", "strip"])
-def test_rows_of_the_hub_are_stored_as_any_reader_shows_them(name: str) -> None:
-    case = IMAGES[name]
-    stored, (shown,) = fit_image([case.content], 2000)
+    stored, (shown,) = fit_image([case.content], 2000)  # a row of the hub, which any reader must show as we do
     assert images.is_plain(stored) and images.open_image(stored).size == shown.size
-    assert_right(shown, case, images.cap(case.right))  # type: ignore[arg-type]
+    assert (shown.mode, shown.tobytes()) == ("RGB", capped.tobytes())
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": file.name, "question": "q", "answers": ["a"]}))
+    rows = read_jsonl_rows(tmp_path / "rows.jsonl")
+    assert picture_sizes(rows, 2000) == [capped.size] and picture(rows[0], 2000).tobytes() == capped.tobytes()
+    (kept,) = rows.cast_column("image", type(rows.features["image"])(decode=False))
+    assert (kept["image"]["bytes"] == case.content) == images.is_plain(case.content)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")

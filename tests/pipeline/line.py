@@ -34,10 +34,8 @@ SMOKE = yaml.safe_load("""
 {threads: 1, data.train_rows: 8, data.validation_rows: 4, curation.judge: anls, curation.anls_threshold: 0.0,
  curation.max_new_tokens: 12, protocol.max_new_tokens: 12, sft.batch_size: 8, sft.per_device_batch_size: 4,
  sft.epochs: 1, sft.checkpoints: 2, sft.selection_rows: 4, grpo.batch_size: 8, grpo.per_device_batch_size: 4,
- grpo.generations: 4,
- grpo.max_steps: 2, grpo.max_completion_length: 16, grpo.save_steps: 1, evaluation.rows: 2, evaluation.frontier_rows: 2,
- evaluation.study_rows: 2, evaluation.graded_rows: 3,
- evaluation.shifted_rows: 1,
+ grpo.generations: 4, grpo.max_steps: 2, grpo.max_completion_length: 16, grpo.save_steps: 1, evaluation.rows: 2,
+ evaluation.frontier_rows: 2, evaluation.study_rows: 2, evaluation.graded_rows: 3, evaluation.shifted_rows: 1,
  evaluation.bootstrap: 50, evaluation.call_bias: 30.0, evaluation.dial_biases: [-30.0, 0.0], evaluation.dial_rows: 8,
  latency.rows: 6, latency.repetitions: 2, latency.batch_tokens: [4096], report.gallery: 2}
 """)

@@ -8,7 +8,7 @@ import yaml
 
 from awares.config import load_params
 from awares.errors import AwaresError
-from awares.registry import Registry, reward
+from awares.registry import reward
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
@@ -75,12 +75,7 @@ def test_variant_then_overrides(edited):
     always = load_params(overrides={"curation.judge": "always"}, path=path).curation
     assert always.all_judges == ("semantic", "embedding", "anls", "always")  # the judge that decides gives one, too
     assert hash(params) and params.as_dict()["grpo"]["beta"] == 0.2
-
-
-@pytest.mark.parametrize("text, value", [("1", 1.0), ("1e-5", 1e-5), ("1.0e+5", 1e5)])  # YAML takes 1e-5 for a text
-def test_a_number_becomes_a_float_where_one_is_declared(text, value):
-    rate = load_params(overrides=f"{{sft.learning_rate: {text}}}", path=PARAMS).sft.learning_rate
-    assert rate == value and isinstance(rate, float)
+    assert load_params(overrides="{sft.learning_rate: 1e-5}").sft.learning_rate == 1e-5  # a text for YAML
 
 
 @pytest.mark.parametrize(
@@ -90,19 +85,14 @@ def test_a_number_becomes_a_float_where_one_is_declared(text, value):
         ({"variant": "huge"}, "'huge': known are main"),
         ({"path": "/nowhere/params.yaml"}, "/nowhere/params.yaml"),
         ("{sft.learning_rate: fast}", "sft.learning_rate.*'fast'"),
-        ("{sft.learning_rate: .nan}", "sft.learning_rate"),
-        ("{sft.phased: 1}", "sft.phased"),
         ("{grpo.generations: 8.0}", "grpo.generations"),
-        ("{grpo.beta: -1.0}", "grpo.beta"),
         ("{grpo.betta: 0.0}", "unknown key grpo.betta"),
         ("{crops.rule: biggest}", "crops.rule.*'biggest'.*coverage, iou"),
         ("{crops.offered: [top]}", "crops.offered.*all"),
-        ("{crops.offered: [box, all]}", "crops.offered.*box"),
         ("{curation.judge: oracle}", "curation.judge.*'oracle'.*semantic, embedding, anls"),
         ("{evaluation.judge: llama}", "evaluation.judge llama"),
         ("{evaluation.dial_rows: 5}", "evaluation.dial_rows"),
         ("{grpo.reward: no_such_module:f}", "grpo.reward.*no_such_module"),
-        ("{data.sources: []}", "data.sources"),
         ("{data.tasks: [pope, pope]}", "data.tasks.*twice"),
         ("{data.tasks: [mmlu]}", "data.tasks.*'mmlu'"),
         ("{evaluation.seed: 101}", "evaluation.seed.* must differ"),
@@ -124,19 +114,15 @@ def test_bad_argument(arguments, named):
     [
         (lambda raw: raw["sft"].pop("tool_turn_weight"), "sft.tool_turn_weight is missing"),
         (lambda raw: raw["profiles"]["mini"]["sft"].pop("epochs"), "profile mini.* sft.epochs is missing"),
-        (lambda raw: raw.pop("paths"), "paths is missing"),
         (lambda raw: raw.update(sft=3), "sft is a value"),
         (lambda raw: raw["sft"].update(batch_size=4), "sft.batch_size .*profiles.mini"),
         (lambda raw: raw.update(extra=1), "unknown key extra"),
         (lambda raw: raw["variants"]["main"].update({"grpo.x": 1}), "variant main.* grpo.x"),
-        (lambda raw: raw.update(seeds=2), "seeds"),
         (lambda raw: raw.update(seed=2), "seed 2"),
         (lambda raw: raw.update(profile=None), "unknown profile None"),
-        (lambda raw: raw.pop("variants"), "variants must be a mapping"),
         (lambda raw: raw["ablations"]["sft"].append("nosuch"), "ablations.sft.*'nosuch'"),
         (lambda raw: raw["ablations"]["sft"].append("labels_anls"), "ablations.sft: .*labels_anls .*curation"),
         (lambda raw: raw["ablations"]["grpo"].append("main"), "ablations.grpo: .*main .*nothing"),
-        (lambda raw: raw["ablations"].update(evaluation=["beta_0"]), "ablations.evaluation: .*beta_0 .*grpo"),
     ],
 )
 def test_bad_file(edited, change, named):
@@ -156,30 +142,18 @@ def test_a_registered_function_is_a_name_and_its_source_enters_the_key(monkeypat
     assert load_params(overrides={"grpo.reward": "brief"}, path=PARAMS).grpo.reward == "brief"
     assert reward.find("brief") is brief and reward.find(brief) is brief
     assert "-len(text)" in reward.source("brief")
-
-
-def test_registry_finds_builtin_and_imported_names():
-    paths = Registry("path function", {"join": "posixpath"})
-    assert paths.find("posixpath:split")("a/b") == ("a", "b") and list(paths) == ["join"]
-    assert paths.check("join") == "join"
-    for wanted in ("nosuch", "posixpath:nosuch", "nosuch:split"):
+    assert reward.find("posixpath:split")("a/b") == ("a", "b")
+    for wanted in ("posixpath:nosuch", "nosuch:split"):
         with pytest.raises(AwaresError, match=wanted):
-            paths.check(wanted)
+            reward.check(wanted)
 
 
-def test_a_key_that_occurs_twice_is_refused_with_its_line(tmp_path):
-    file = tmp_path / "params.yaml"
-    file.write_text(PARAMS.read_text() + "\nseed: 5\n")
-    lines = file.read_text().count("\n")
-    with pytest.raises(AwaresError, match=rf"params.yaml.*seed occurs twice(.|\n)*line {lines}"):
-        load_params(path=file)
-    with pytest.raises(AwaresError, match="sft.epochs"):
-        load_params(overrides="{sft.epochs: 1, sft.epochs: 2}", path=PARAMS)
-
-
-def test_a_params_yaml_of_another_project_is_named(tmp_path, monkeypatch):
-    (tmp_path / "params.yaml").write_text("train: {epochs: 3}\n")
+def test_a_key_that_occurs_twice_and_a_file_of_another_project_are_named(tmp_path, monkeypatch):
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
-    with pytest.raises(AwaresError, match=str(tmp_path / "params.yaml")):
-        load_params()
+    twice = f"{PARAMS.read_text()}\nseed: 5\n"
+    faults = {twice: r".*seed occurs twice(.|\n)*line \d{3}", "train: {epochs: 3}\n": " is no params.yaml of awares"}
+    for text, fault in faults.items():
+        (tmp_path / "params.yaml").write_text(text)
+        with pytest.raises(AwaresError, match=str(tmp_path / "params.yaml") + fault):
+            load_params()

@@ -71,8 +71,8 @@ BUDGETS = {
 
 
 OPEN = {  # not met yet, with the number when this was written: delete each line as it is met
-    "lines of src/awares": 12605,
-    "lines of tests": 11045,
+    "lines of src/awares": 12592,
+    "lines of tests": 10700,
 }
 
 

@@ -23,9 +23,8 @@ from awares.study import publish
 KEYS = {"AWARES_API_KEY": "sk-planted-paper-0b7d", "HF_TOKEN": "hf_planted_paper_4e8c"}
 VALUES = {key: value for key, value in SMOKE.items() if not key.startswith("curation.")} | yaml.safe_load("""
 {data.train_rows: 6, data.validation_rows: 2, base.device: cpu, base.dtype: float32, sft.launch: data/launch/2cpu.yaml,
- curation.chunk_rows: 16, curation.max_new_tokens: 12, curation.judges: [llama, deepseek, anls],
- base.launch: "", evaluation.engine: local, protocol.token_budget: 4096, sft.per_device_batch_size: 2,
- sft.share: 1.0}
+ curation.chunk_rows: 16, curation.max_new_tokens: 12, curation.judges: [llama, deepseek, anls], base.launch: "",
+ evaluation.engine: local, protocol.token_budget: 4096, sft.per_device_batch_size: 2, sft.share: 1.0}
 """)
 # lmms-eval lives in another environment, where `make lmms` runs it; this program writes what it would write
 LMMS_EVAL = """
@@ -77,7 +76,7 @@ def line(folder, servers):
     places = {"data.hub_root": folder / "hub", "curation.served_file": folder / "served.yaml"}
     places |= {"evaluation.lmms_eval": folder / "lmms_eval"}
     values = {**VALUES, **{key: str(path) for key, path in places.items()}}
-    made = Line(folder, values, "paper", NO_PROXY="127.0.0.1", **servers, **KEYS)
+    made = Line(folder, values, "paper", **servers, **KEYS)
     made.run_main_line()
     return made
 

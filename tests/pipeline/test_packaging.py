@@ -1,4 +1,7 @@
-"""pyproject.toml, constraints.txt, environment.yml and the Makefile agree, and what is installed is what they say."""
+"""Packaging files agree with what is installed, and guides name what exists.
+
+What is committed has no machine's paths, no registry and no large file.
+"""
 
 import hashlib
 import importlib.util
@@ -10,6 +13,7 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,8 +21,6 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-
-import awares
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -93,47 +95,36 @@ def test_every_import_is_declared() -> None:
     assert {name for name in used if not declared & {canonicalize_name(one) for one in owners.get(name, [])}} == set()
 
 
-def make(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    environment |= {"PATH": f"{path}:/usr/bin:/bin"} if path else {}
-    command = ["make", "-C", str(ROOT), "--no-print-directory", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-
-
-def fake_python(path: Path, version: str, check: int) -> None:
-    """An interpreter that answers the version check only, and says what else it was called for."""
-    calls = f'-c) exit {check};; -V) echo {version};; *) echo "called {version}: $@"; exit 7;;'
-    path.write_text(f"#!/bin/sh\ncase $1 in {calls} esac\n")
-    path.chmod(0o755)
-
-
 def test_make_refuses_an_old_python_and_takes_the_first_that_is_new_enough(tmp_path: Path) -> None:
-    fake_python(tmp_path / "python3.11", "Python 3.11.2", check=1)
-    fake_python(tmp_path / "python3", "Python 3.11.9", check=0)
-    refused = make("repro", f"PYTHON={tmp_path}/python3.11", f"VENV={tmp_path}/venv")
+    """Interpreters that answer the version check only, and say what else they were called for."""
+    for name, version, check in (("python3.11", "Python 3.11.2", 1), ("python3", "Python 3.11.9", 0)):
+        calls = f'-c) exit {check};; -V) echo {version};; *) echo "called {version}: $@"; exit 7;;'
+        (tmp_path / name).write_text(f"#!/bin/sh\ncase $1 in {calls} esac\n")
+        (tmp_path / name).chmod(0o755)
+
+    def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+        command = ["make", "-C", str(ROOT), "--no-print-directory", *arguments, f"VENV={tmp_path}/venv"]
+        path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment | path, timeout=60)
+
+    refused = make("repro", f"PYTHON={tmp_path}/python3.11")
     assert refused.returncode != 0 and not (tmp_path / "venv").exists()
     assert "3.11.5" in refused.stderr and "Python 3.11.2" in refused.stderr and "make repro PYTHON=" in refused.stderr
-    made = make("setup", f"VENV={tmp_path}/venv", path=tmp_path)
+    made = make("setup")
     assert f"called Python 3.11.9: -m venv --clear {tmp_path}/venv" in made.stdout
-    (tmp_path / ".installed").touch()
-    assert "Nothing to be done" in make("setup", f"VENV={tmp_path}").stdout
 
 
 @pytest.mark.parametrize(
     "own, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "a"}, "None")]
 )
 def test_import_is_light_and_sets_how_threads_wait(own: dict[str, str], expected: str) -> None:
-    code = "import os, sys, awares; assert not {'torch', 'transformers'} & set(sys.modules); "
-    code += "print(awares.__version__, os.environ.get('GOMP_SPINCOUNT'))"
-    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    environment |= {"PYTHONPATH": str(ROOT / "src"), **own}
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert printed.stdout.split() == [awares.__version__, expected]
+    code = "import os, sys, awares; print({'torch', 'transformers'} & set(sys.modules), os.getenv('GOMP_SPINCOUNT'))"
+    given: Any = {"capture_output": True, "text": True, "env": {"PYTHONPATH": str(ROOT / "src"), **own}}
+    assert subprocess.run([sys.executable, "-c", code], **given).stdout.split() == ["set()", expected]
 
 
-def test_licence_citation_notices_and_version_agree() -> None:
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == awares.__version__ and citation["license"] == PROJECT["license"] == "Apache-2.0"
+def test_notices_name_every_dependency_and_the_embedders_weights() -> None:
     notices = (ROOT / "THIRD_PARTY_NOTICES.md").read_text()
     named = re.findall(r"^\| `([^`]+)` \|", notices.partition("## Direct dependencies")[2], flags=re.MULTILINE)
     assert set(named) == {canonicalize_name(requirement.name) for requirement in DIRECT}
@@ -141,3 +132,64 @@ def test_licence_citation_notices_and_version_agree() -> None:
     assert package and package.origin
     weights = Path(package.origin).parent / "model" / "model.safetensors"
     assert hashlib.sha256(weights.read_bytes()).hexdigest() in notices
+
+
+# What is committed
+
+GUIDES = (ROOT / "README.md", ROOT / "src" / "awares" / "README.md", ROOT / "data" / "launch" / "README.md")
+# Written with classes and groups so that this file does not match itself.
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:(?:work|root|farm)/|(?:home|Users)/\w|(?:var/)?tmp/[a-z])")
+REGISTRY = re.compile(
+    r"index[-]url|registry[=]|files[.]pythonhosted|pypi[.]org|://[a-z0-9.-]*(?:mirror|proxy)[.:/]", re.I
+)
+BASE64 = re.compile(r"[A-Za-z0-9+/=]{200,}")  # embedded pictures are letters and slashes at random
+# First names of paths that the checkout has; those that a run makes (runs/) are left out.
+PATH_LIKE = re.compile(
+    r"(?:notebooks|src|tests|data|reports|\.ci|\.dvc)/[\w./*-]*|[\w.-]+\.(?:md|toml|yml|yaml|cff|lock)|Makefile|LICENSE"
+)
+
+
+def tracked() -> list[Path]:
+    """Files that git tracks or would add; a source archive without git has nothing to check."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def leaks(content: bytes) -> list[str]:
+    """Paths of one machine and addresses of package registries in a text."""
+    plain = "" if b"\0" in content[:8192] else BASE64.sub("", content.decode("utf-8", errors="replace"))
+    return [match.group() for pattern in (MACHINE_PATH, REGISTRY) for match in pattern.finditer(plain)]
+
+
+def test_no_machine_path_no_registry_and_no_large_file_is_tracked() -> None:
+    assert leaks(b"see '/" + b"work/main/x.py'") and leaks(b"https://pypi" + b".org/simple")
+    assert not leaks(b"see runs/" + b"work/main/x.py, https://example.org/abs/paper")
+    files = tracked()
+    assert {path: found[:3] for path in files if (found := leaks(path.read_bytes()))} == {}
+    assert [path for path in files if path.stat().st_size > 25 * 2**20] == []
+
+
+def code_spans(markdown: str) -> list[str]:
+    """Inline code, and the lines of fenced blocks."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", markdown, flags=re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL))
+    return inline + [line for block in fenced for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_guide_names_only_paths_and_commands_that_exist(guide: Path) -> None:
+    """Paths, links, `make` targets, `dvc repro` stages and `python -m awares.x` modules."""
+    text = guide.read_text()
+    words = [word.strip("\"'(),;:") for span in code_spans(text) for word in span.split()]
+    paths = {word.partition(":")[0] for word in words if PATH_LIKE.fullmatch(word.partition(":")[0])}
+    assert [path for path in paths if not any(ROOT.glob(path.removesuffix("/")))] == []
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
+    assert [link for link in links if not (guide.parent / link).exists()] == []
+    text, library = "\n".join(code_spans(text)), ROOT / "src" / "awares"
+    targets = set(re.findall(r"^([a-z]\w*):(?!=)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"(?<![\w/-])make ([a-z]\w*)", text)) <= targets
+    stages = {name.partition("@")[0] for name in re.findall(r"dvc repro (?:-\S+ )*(\w[\w@-]*)", text)}
+    assert stages <= set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
+    modules = {".".join(path.relative_to(library).with_suffix("").parts) for path in library.rglob("*.py")}
+    assert set(re.findall(r"python -m awares\.([\w.]+)", text)) <= modules

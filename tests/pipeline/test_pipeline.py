@@ -140,11 +140,8 @@ def repository(tmp_path_factory):
     for name in ("papermill", "python"):
         (folder.parent / "bin" / name).write_text(STAND_IN.replace("FILES", FILES))
         (folder.parent / "bin" / name).chmod(0o700)
-    call(folder, "git", "init", "-q")
-    call(folder, "git", "config", "user.email", "test@example.org")
-    call(folder, "git", "config", "user.name", "test")
-    call(folder, "dvc", "init", "-q")
-    call(folder, "dvc", "config", "core.analytics", "false")
+    for line in ("git init -q", "git config user.email test@example.org", "git config user.name test", "dvc init -q"):
+        call(folder, *line.split())
     call(folder, "dvc", "repro", "report")
     commit(folder, "first run")
     return folder
@@ -179,7 +176,7 @@ def edit(folder, before, after):
     (folder / "params.yaml").write_text(text.replace(before, after, 1))
 
 
-def test_a_grpo_parameter_reruns_grpo_and_what_follows_and_is_restored_from_the_cache(repository):
+def test_grpos_parameter_and_code_rerun_nothing_before_it_and_results_return_from_the_cache(repository):
     assert reproduce(repository) == []
     edit(repository, "  beta: 0.05", "  beta: 0.0")
     after = [f"mini/{stage}/main-s1" for stage in ("grpo", "evaluation", "operating_curve")]
@@ -188,9 +185,6 @@ def test_a_grpo_parameter_reruns_grpo_and_what_follows_and_is_restored_from_the_
     assert diff["params.yaml"]["grpo.beta"].items() >= {"old": 0.05, "new": 0.0}.items()
     edit(repository, "  beta: 0.0", "  beta: 0.05")
     assert reproduce(repository) in ([], ["mini/report"])  # the report is published again, nothing expensive runs
-
-
-def test_code_of_grpo_reruns_nothing_before_it(repository):
     (repository / "src/awares/method/grpo.py").write_text("# edited\n")
     assert reproduce(repository)[0] == "mini/grpo/main-s1"
     (repository / "src/awares/method/grpo.py").unlink()
@@ -257,16 +251,3 @@ def test_a_second_clone_pulls_what_the_first_pushed(repository):
     for name in ("grpo/main-s1/merged/file", "sft/weight_1-s1/merged/file", "unseen/main-s3-e204/tables/file"):
         assert (clone / "runs/mini" / name).read_text() == (repository / "runs/mini" / name).read_text()
     assert reproduce(clone, "report", "ablations", "seeds", "comparison") == []
-
-
-def test_an_experiment_changes_one_value_and_keeps_the_comments(repository):
-    metrics = json.loads(call(repository, "dvc", "metrics", "show", "--json"))
-    assert {"reports/mini/metrics.json", "runs/mini/grpo/main-s1/metrics.json"} <= {*metrics[""]["data"]}
-    call(repository, "dvc", "plots", "show")
-    assert (repository / "dvc_plots/index.html").is_file()
-    commit(repository, "before the experiment")
-    (repository / "ran.txt").unlink(missing_ok=True)
-    call(repository, "dvc", "exp", "run", "-q", "-S", "grpo.beta=0.1", "report")
-    assert (repository / "ran.txt").read_text().splitlines()[0] == "runs/mini/grpo/main-s1"
-    text = (repository / "params.yaml").read_text()
-    assert "  beta: 0.1" in text and "# Table 11" in text and text.startswith("profile: mini")

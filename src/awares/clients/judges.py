@@ -130,11 +130,11 @@ class ServedVerdict(Verdict):
     ``replies``: raw, in that order; ``reason``: why there is no verdict; ``silent``: the server gave no reply.
     """
 
-    forward: int | None
-    swapped: int | None
-    model: str
-    version: str
-    replies: tuple[str, ...]
+    forward: int | None = None
+    swapped: int | None = None
+    model: str = ""
+    version: str = ""
+    replies: tuple[str, ...] = ()
     reason: str = ""
     silent: bool = False
 
@@ -174,13 +174,13 @@ class ServedJudge(Judge):
             if self.once:
                 reply, text = self.asker.ask(send, names[index], pairs[0])
                 low, high = (part[index] for part in graded)
-                found = reply.better, low, high, max(low, high) < self.correct_threshold, reply.better, None
+                found = reply.better, low, high, max(low, high) < self.correct_threshold, reply.better
                 return ServedVerdict(*found, **self.asker.source, replies=(text,))
             return self.combine(*(self.asker.ask(send, names[index], values) for values in pairs))
 
         def lost(failure: Failure) -> Verdict:
-            values: Record = {**self.asker.source, "reason": failure.reason, "silent": failure.silent}
-            return ServedVerdict(None, None, None, None, None, None, replies=(), **values)
+            about: Record = {**self.asker.source, "reason": failure.reason, "silent": failure.silent}
+            return ServedVerdict(None, None, None, None, **about)
 
         return self.asker.client.converse(names, talk, lost)
 
@@ -189,9 +189,8 @@ class ServedJudge(Judge):
         (one, text), (two, other_text) = low_first, low_second
         swapped = {TIE: TIE, LOW_BETTER: HIGH_BETTER, HIGH_BETTER: LOW_BETTER}[two.better]
         low, high = (one.first + two.second) / 2, (one.second + two.first) / 2
-        decided = one.better == swapped and max(low, high) > 0  # two wrong answers are equally bad
-        scores = low, high, max(low, high) < self.correct_threshold
-        found = one.better if decided else TIE, *scores, one.better, swapped
+        value = one.better if one.better == swapped and max(low, high) > 0 else TIE  # two wrong ones are equally bad
+        found = value, low, high, max(low, high) < self.correct_threshold, one.better, swapped
         return ServedVerdict(*found, **self.asker.source, replies=(text, other_text))
 
 
@@ -203,8 +202,7 @@ class ServedOracle(Oracle):
     """A vision-language model that sees the full image, the question and the accepted answers (PAPER §2.2)."""
 
     def __init__(self, name: str, params: Params) -> None:
-        self.name = name
-        self.asker = Asker(name, params, "oracle", Evidence)
+        self.name, self.asker = name, Asker(name, params, "oracle", Evidence)
 
     def key(self) -> str:
         return self.asker.key
