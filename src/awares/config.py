@@ -41,6 +41,8 @@ def load_params(
     params = validated(Params, {**_nested(final), **about}, place)
     if stored["seed"] in params.seeds:
         raise AwaresValueError(f"seeds {[*params.seeds]} are further training seeds: remove seed {stored['seed']}")
+    if missing := {*params.plus_seeds} - {stored["seed"], *params.seeds}:
+        raise AwaresValueError(f"plus_seeds {sorted(missing)} are neither seed nor in seeds: the main line lacks them")
     for problem in (*_conflicts(params), *_misplaced(params.ablations, variants)):
         raise AwaresValueError(problem)
     return params
@@ -164,5 +166,5 @@ def _misplaced(ablations: Mapping[str, tuple[str, ...]], variants: Any) -> Itera
         sections = {*map(_section_of, _entry(f"ablations.{stage} variant", name, variants))}
         first = next((one for one in ("curation", "sft", "grpo") if sections & DECIDES[one]), None)
         first = "systems" if first == "curation" and "grpo" in sections else first
-        if first != stage:
+        if first != {"beyond": "grpo", "plus": "systems"}.get(stage, stage):
             yield f"ablations.{stage}: variant {name} first changes {first or 'nothing'}: list it there"

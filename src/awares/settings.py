@@ -138,6 +138,7 @@ class Training(Section):
 
 
 class Sft(Training):
+    answers: Literal["accepted", "full"]
     level: Literal["trajectory", "turn"]
     tool_turn_weight: Amount
     hr_upsample: Count
@@ -151,6 +152,12 @@ class Sft(Training):
 
 class Grpo(Training):
     cold_start: StrictBool
+    estimator: Literal["sampled", "exact"]
+    advantage: Literal["group_std", "group", "turn"]
+    fresh: StrictBool
+    balanced: StrictBool
+    held_out_rows: Whole
+    choose_bias: StrictBool
     reward: Annotated[str, AfterValidator(registry.reward.check)]
     answer_reward: Literal["similarity", "anls", "judge"]
     embedder: str
@@ -243,6 +250,7 @@ class Params(Section):
     unseen: StrictBool  # evaluation.seed was changed: evaluation draws rows that no stage has seen
     seed: Whole
     seeds: Listed[Whole]
+    plus_seeds: Listed[Whole]
     threads: Count
     paths: Paths
     data: Data
@@ -300,4 +308,9 @@ class Params(Section):
 
     def as_dict(self) -> dict[str, Any]:
         """All values that a result depends on: for logs and for the keys of checkpoints."""
-        return {key: value for key, value in asdict(self).items() if key not in ("root", "changed", "ablations")}
+        lists = ("root", "changed", "ablations", "plus_seeds")
+        return {key: value for key, value in asdict(self).items() if key not in lists}
+
+    def variants(self, *groups: str) -> list[str]:
+        """The names in these groups of ``ablations``, in all by default."""
+        return [name for group in groups or self.ablations for name in self.ablations.get(group, ())]

@@ -18,6 +18,7 @@ from awares.errors import AwaresError
 from awares.method import crops, grpo, protocol, rewards, sft
 from awares.method.metrics import anls
 from awares.method.rollout import Engine
+from awares.study import rollouts as study_rollouts
 from awares.training import checkpoints as training
 
 ROOT = Path(__file__).parents[2]
@@ -224,7 +225,7 @@ def test_scored_rollouts_have_the_reward_and_advantage_of_training(world, play):
     params, kept = settings(), []
     trainer, _ = play(params, lambda played, context: kept.extend(played) or [0.0] * len(played))
     trainer.reward = rewards.awares_reward
-    batch, scored = rollouts(trainer), grpo.score_rollouts(params, kept)
+    batch, scored = rollouts(trainer), study_rollouts.score_rollouts(params, kept)
     columns = torch.tensor([[one["answer"], one["tool_cost"]] for one in scored])
     plain = (columns * torch.tensor([params.grpo.alpha_ans, -1.0])).nansum(1)
     assert [one["reward"] for one in scored] == plain.tolist()

@@ -11,7 +11,7 @@ SOURCE = ROOT / "src" / "awares"
 TREES = {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
 # A module imports its own package and those of lower levels, inside functions, too. `data` may import `mini`.
 LEVELS = {"errors": 0, "registry": 1, "settings": 2, "config": 3, "engine": 4, "training": 5, "method": 6, "policy": 7,
-          "clients": 7, "mini": 7, "baselines": 7, "data": 8, "study": 9, "bench": 9,
+          "plus": 7, "clients": 7, "mini": 7, "baselines": 7, "data": 8, "study": 9, "bench": 9,
           "cli": 10, "__main__": 11}  # fmt: skip
 
 

@@ -134,8 +134,9 @@ def test_report_publishes_what_the_pipeline_declares(line):
     assert {file.stem for file in publish.publish(line.params)} >= set(publish.STAGES)
     folder = line.params.report_dir()
     outs = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["report"]["outs"]
-    declared = {Path(next(iter(out))).name for out in outs if isinstance(out, dict) and "/tables/" in next(iter(out))}
-    assert {file.name for file in (folder / "tables").glob("*.csv")} == declared
+    declared = {Path(next(iter(out))).name for out in outs if isinstance(out, dict)}
+    assert declared == {"figures", "html", "notebooks", "explorer", "tables", "metrics.json"}
+    assert {"table1_main", "gap", "dial", "checks"} <= {file.stem for file in (folder / "tables").glob("*.csv")}
     pictures = {file.name for file in (folder / "figures").iterdir()}
     assert {"fig5_policy_flow.png", "accuracy_vs_rtr.png", "dial.png", "grpo.png"} <= pictures
     assert set(json.loads((folder / "metrics.json").read_text())) >= {"curation", "sft", "grpo", "evaluation"}
@@ -218,6 +219,27 @@ def test_evidence_of_every_size_and_shifted_rows(line):
     assert {file.name for file in publish.publish(line.params, "shift")} == {"12_shift.ipynb", "12_shift.html"}
 
 
+def test_beyond_the_paper(line):
+    """One variant is trained by the exact estimator; AwaRes+ is a copy of it. After the test of unseen rows."""
+    more = {"ablations.beyond": ["exact"], "ablations.plus": ["plus"], "sft.share": 0.5, "plus_seeds": [1]}
+    line.run("04_grpo", "grpo", "exact", **more)
+    own, out = (line.with_values("exact", **more).run_dir(stage) for stage in ("grpo", "evaluation"))
+    held_out = pd.read_csv(own / "held_out.csv")
+    assert held_out.step.tolist() == [0, 1, 2] and held_out.held_out_rtr.between(0, 1.5).all()
+    assert pd.read_csv(own / "curves.csv").call_rate.between(0, 1).all()
+    line.run("06_ablations", "evaluation", "exact", **more)
+    assert len(records(out / "unseen" / "awares.jsonl")) == 12
+    shutil.copytree(out, line.with_values("plus", **more).run_dir("evaluation"))
+    line.run("13_plus", "plus", **more)
+    folder = line.params.report_dir() / "plus"
+    gained = pd.read_csv(folder / "gains.csv").set_index("variant").loc["exact"]
+    assert gained.n == 24 and gained.gain == pytest.approx(gained.reward - gained.reward_sft, abs=2e-4)
+    bound = pd.read_csv(folder / "upper_bound.csv").set_index("system").reward
+    assert bound["perfect decisions"] >= bound.drop("perfect decisions").max() - 1e-4
+    both = pd.read_csv(folder / "differences.csv").set_index(["a", "b"])
+    assert both.n.tolist() == [24, 24] and (folder / "prices.png").is_file()
+
+
 NUMBERS = ["accuracy", "rtr", "n"]
 
 
@@ -235,7 +257,7 @@ def ablations(line):
         shutil.copy(line.params.run_dir(stage) / "validation.jsonl", own)
         folders[name] = line.run("06_ablations", "evaluation", variant=name).parent
     like = {judged_by(line.with_values(name))[1]: name for name in folders}
-    for name in {name for names in line.params.ablations.values() for name in names} - set(folders):
+    for name in {*line.params.variants("curation", "sft", "grpo", "systems")} - set(folders):
         copied = line.with_values(name)
         stage = judged_by(copied)[1]
         shutil.copytree(folders[like[stage]], copied.run_dir("evaluation"))
@@ -255,7 +277,7 @@ def test_ablations_are_compared_with_the_main_line_and_the_paper(line, ablations
     line.run("06_ablations_summary", "ablations")
     folder = line.params.report_dir() / "ablations"
     effects = pd.read_csv(folder / "effects.csv").query("against == 'main'").set_index("variant")
-    assert set(effects.index) == {name for names in line.params.ablations.values() for name in names}
+    assert set(effects.index) == {*line.params.variants("curation", "sft", "grpo", "systems")}
     assert effects.change["no_area_cost"] == "grpo.lambda_area 0.0"
     written = [pd.read_csv(path / "tables" / "difference.csv").difference[0] for path in ablations.values()]
     assert effects.difference[[*ablations]].tolist() == pytest.approx(written, abs=1e-3)
@@ -274,11 +296,11 @@ def test_systems_are_compared_and_claims_decided(line, ablations):
         shutil.copytree(main, line.with_values(system).run_dir("evaluation") / "trajectories", dirs_exist_ok=True)
     line.run("11_comparison", "comparison", **named)
     folder = line.params.report_dir()
-    systems = pd.read_csv(folder / "tables" / "table1_systems.csv")
+    systems = pd.read_csv(folder / "comparison" / "table1_systems.csv")
     assert set(systems.system) == {*MAIN_SYSTEMS, *named["comparison.systems"], *line.params.ablations["systems"]}
     average = systems[systems.benchmark == AVERAGE].set_index("system")
     assert average.rtr["visionzip_50"] == pytest.approx(0.5, abs=0.02) == average.layer_rtr["visionzip_50"]
-    claims = pd.read_csv(folder / "tables" / "claims.csv")
+    claims = pd.read_csv(folder / "comparison" / "claims.csv")
     assert len(claims) >= 25 and claims.effect.notna().sum() > 10
     files = publish.publish(line.with_values(**named), "comparison")
     assert folder / "comparison" / "notebooks" / "10_oracle_crop.ipynb" in files

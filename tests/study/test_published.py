@@ -98,7 +98,7 @@ def same(file: Path, made: pd.DataFrame, **keys: Any) -> None:
             assert table[name].tolist() == made[name].tolist(), name
 
 
-PAGES = "tables/table1_systems tables/claims comparison/against_awares ablations/effects seeds/table1_seeds"
+PAGES = "comparison/table1_systems comparison/claims comparison/against_awares ablations/effects seeds/table1_seeds"
 
 
 @pytest.mark.parametrize("name", [*PAGES.split(), "comparison/response_length"])

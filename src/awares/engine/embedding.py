@@ -37,10 +37,14 @@ class SentenceEncoder:
         return np.stack([self._cache[text] for text in texts]) if len(texts) else np.zeros((0, 0), np.float32)
 
     def similarity(self, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-        """Per prediction the highest cosine (-1 to 1) with one of its accepted answers."""
+        """Per prediction the highest cosine (-1 to 1) with one of its accepted answers.
+
+        Rounded to six decimals, because matrix products differ in the last bits from processor to processor.
+        """
         self.encode([*predictions, *(answer for accepted in answers for answer in accepted)])
         pairs = zip(predictions, answers, strict=True)
-        return [float(np.max(self.encode(list(accepted)) @ self.encode([text])[0])) for text, accepted in pairs]
+        best = (np.max(self.encode(list(accepted)) @ self.encode([text])[0]) for text, accepted in pairs)
+        return [round(float(one), 6) for one in best]
 
     def _forward(self, batch: list[str], length: int) -> np.ndarray:
         import torch

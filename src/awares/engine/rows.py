@@ -21,7 +21,14 @@ from awares.errors import AwaresFileError
 datasets.disable_progress_bars()
 datasets.disable_caching()  # cache files next to stored rows would change what DVC hashes
 
-TRAINED_ON = ("id", "question", "answers", "label", "target_crops")  # and the image: what a training reads of a row
+TRAINED_ON = (
+    "id",
+    "question",
+    "answers",
+    "high_answer",
+    "label",
+    "target_crops",
+)  # and the image: what a training reads of a row
 _TEXT, _BOXES = datasets.Value("string"), datasets.List(datasets.List(datasets.Value("int32")))
 FEATURES = datasets.Features(
     {"id": _TEXT, "image": datasets.Image(), "question": _TEXT, "answers": datasets.List(_TEXT), "source": _TEXT}

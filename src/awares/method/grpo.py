@@ -21,8 +21,7 @@ textbook GRPO:
 
 import functools
 import json
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -62,14 +61,21 @@ LOGGED_GRPO = {  # TRL's name -> ours, after step, reward and the reward's terms
 
 
 def train_grpo(
-    params: Params, dataset: Dataset, model_path: str | Path, out_dir: str | Path, reward: RewardFunction | None = None
+    params: Params,
+    dataset: Dataset,
+    model_path: str | Path,
+    out_dir: str | Path,
+    reward: RewardFunction | None = None,
+    fit: Callable[..., None] | None = None,
+    **prepared: Any,
 ) -> TrainedPolicy:
     """Train the merged policy at ``model_path`` on ``grpo.share`` of the curated ``dataset``, write to ``out_dir``.
 
     ``dataset``: the row schema plus ``label`` (LR or HR). ``model_path``: the merged SFT policy, which is also the
     reference (for "GRPO only" the base model). ``reward``: a function (see `rewards`) instead of the one that
-    ``grpo.reward`` names. Writes ``adapter/``, ``merged/`` and ``log.jsonl``, one line per update. After an
-    interruption the same call resumes from the last checkpoint. AwaresError for bad inputs, before any training.
+    ``grpo.reward`` names. ``fit``: a function instead of `fit_grpo`, and its further arguments. Writes ``adapter/``,
+    ``merged/`` and ``log.jsonl``, one line per update. After an interruption the same call resumes from the last
+    checkpoint. AwaresError for bad inputs, before any training.
     """
     rows = share_of(dataset, params.grpo.share)
     check_budget(rows, load_processor(model_path, params.crops.pixels), params)
@@ -83,7 +89,8 @@ def train_grpo(
         params = replace(params, grpo=replace(params.grpo, reward=f"{chosen.__module__}:{chosen.__qualname__}"))
     source = registry.reward.source(reward or params.grpo.reward)
     inputs = {"prompt": protocol.from_params(params).system, "reward": source}
-    folder = training.run_training("grpo", fit_grpo, params, rows, model_path, out_dir, inputs, reward=chosen)
+    prepared |= {"reward": chosen}
+    folder = training.run_training("grpo", fit or fit_grpo, params, rows, model_path, out_dir, inputs, **prepared)
     return training.save_policy(params, model_path, training.checkpoints(folder)[-1], out_dir)
 
 
@@ -94,7 +101,7 @@ def fit_grpo(
     model = load_model(model_path, params.base.dtype, distributed.device(params))
     processor = load_processor(model_path, params.crops.pixels)
     trainer = build_grpo_trainer(params, rows, model, processor, folder, reward)
-    training.train(trainer, folder, training.Log(log, _log_entry, "reward"))
+    training.train(trainer, folder, training.Log(log, log_entry, "reward"))
 
 
 def build_grpo_trainer(
@@ -104,6 +111,7 @@ def build_grpo_trainer(
     processor: ImageOnlyProcessor,
     folder: Path,
     reward: RewardFunction | None = None,
+    kind: "type[CropTrainer] | None" = None,
 ) -> "CropTrainer":
     """The trainer on curated ``rows``. ``model``: the merged SFT policy, which stays the reference."""
     if "label" not in rows.column_names:
@@ -124,7 +132,7 @@ def build_grpo_trainer(
         )
     set_attention(model, params.base.attn_implementation)
     factory: Any = functools.partial(CropEnvironment, protocol.from_params(params))
-    trainer = CropTrainer(
+    trainer = (kind or CropTrainer)(
         **training.lora_on(model, params.grpo),
         reward_funcs=chosen,
         args=_config(params, folder, processor),
@@ -139,52 +147,6 @@ def build_grpo_trainer(
         served.generate = functools.partial(expanded_once, served.generate, processor.image_token_id)
         set_seed(trainer.args.seed, device_specific=True)  # vLLM has set the generators to the process's number
     return trainer
-
-
-# Rollouts of single rows, for inspection
-
-
-def sample_rollouts(params: Params, rows: Dataset, model_path: str | Path) -> list[Rollout]:
-    """``grpo.generations`` rollouts of every row by the policy at ``model_path``, sampled as in training, row by row.
-
-    >>> rollouts = sample_rollouts(params, train.select([3]), start)
-    >>> pd.DataFrame(score_rollouts(params, rollouts))            # under grpo.reward, term by term
-    >>> pd.DataFrame(score_rollouts(params, rollouts, frugal))    # the same rollouts under another reward
-    """
-    kept: list[Rollout] = []
-
-    def keep(rollouts: Sequence[Rollout], context: RewardContext) -> list[float]:
-        kept.extend(rollouts)
-        return [0.0] * len(rollouts)
-
-    model = load_model(model_path, params.base.dtype, distributed.device(params))
-    with tempfile.TemporaryDirectory() as folder:
-        processor = load_processor(model_path, params.crops.pixels)
-        trainer: Any = build_grpo_trainer(params, rows, model, processor, Path(folder), keep)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1  # set by a training
-    for row in trainer.train_dataset:
-        trainer._generate_and_score_completions([row] * params.grpo.generations)
-    return kept
-
-
-def score_rollouts(
-    params: Params, rollouts: Sequence[Rollout], reward: RewardFunction | None = None
-) -> list[dict[str, Any]]:
-    """One record per rollout: row_id, label, text, crops, prediction, reward terms, reward, advantage (Eq. 7).
-
-    ``rollouts``: ``grpo.generations`` of each row, one row after the other (`sample_rollouts`).
-    """
-    context = RewardContext(params)
-    values = context.score(registry.reward.find(reward or params.grpo.reward), rollouts)
-    groups = torch.tensor(values).view(-1, params.grpo.generations)
-    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-    columns = {**context.shown, **context.logged, "reward": values, "advantage": advantages.flatten().tolist()}
-    return [
-        {"row_id": one.row_id, "label": one.label, "text": one.text, "crops": one.crops, "prediction": one.answer}
-        | {name: column[index] for name, column in columns.items()}
-        for index, one in enumerate(rollouts)
-    ]
 
 
 # The tool
@@ -331,7 +293,7 @@ def call_metrics(rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
     return {name: [float(value) for value in some] for name, some in values.items() if some}
 
 
-def _log_entry(entry: dict[str, Any]) -> dict[str, Any]:
+def log_entry(entry: dict[str, Any]) -> dict[str, Any]:
     """One update of the trainer's log under our names; {} for the summary at the end."""
     terms = {name: name.removeprefix("terms/") for name in sorted(entry) if name.startswith("terms/")}
     names = {"step": "step", "reward": "reward", "reward_std": "reward_std", **terms, **LOGGED_GRPO}
@@ -365,7 +327,7 @@ def _config(params: Params, folder: Path, processor: ImageOnlyProcessor) -> GRPO
         beta=section.beta,
         epsilon=section.epsilon,
         loss_type="grpo",
-        scale_rewards="group",
+        scale_rewards="group" if section.advantage == "group_std" else "none",
         num_train_epochs=section.epochs,
         max_steps=section.max_steps,
         save_steps=section.save_steps,

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL.Image import Image
 
 from awares.engine.embedding import load_encoder
@@ -27,7 +28,7 @@ from awares.errors import AwaresValueError
 from awares.method.crops import union_area
 from awares.method.judges import HR, LR, semantic
 from awares.method.metrics import anls
-from awares.method.rollout import Engine
+from awares.method.rollout import Engine, Trajectory
 from awares.registry import reward
 from awares.settings import Grpo, Params
 from awares.training import distributed
@@ -51,6 +52,18 @@ class Rollout:
     crops: tuple[str, ...]
     malformed: bool
     overflow: bool
+
+
+def played(rows: Dataset, done: Sequence[Trajectory]) -> list[Rollout]:
+    """The rollouts of greedy trajectories of curated ``rows``."""
+    found = []
+    for row, one in zip(rows, done, strict=True):
+        text = "\n".join(turn.text for turn in one.turns if turn.role == "assistant")
+        known = {name: row[name] for name in ("question", "answers", "label")}
+        malformed = one.call_status in ("malformed", "recovered")
+        about = {"row_id": row["id"], "full_image": row["image"], "text": text, "answer": one.answer}
+        found.append(Rollout(**known, **about, crops=one.crops, malformed=malformed, overflow=False))
+    return found
 
 
 class RewardContext:

@@ -38,6 +38,7 @@ from awares.method import protocol
 from awares.method.judges import HR, LR, semantic
 from awares.method.protocol import Protocol
 from awares.method.rollout import Engine
+from awares.settings import Sft
 from awares.training import checkpoints as training
 from awares.training import distributed
 from awares.training.checkpoints import TrainedPolicy
@@ -109,7 +110,8 @@ def plan_samples(rows: Dataset, processor: ImageOnlyProcessor, params: Params) -
     sizes = picture_sizes(rows, params.crops.max_side)
     for index, (row, size) in enumerate(zip(rows.remove_columns("image"), sizes, strict=True)):
         kinds = _kinds(row, processor, params, form)
-        samples = [Sample(index, kind, _length(row, kind, size, processor, section.max_length, form)) for kind in kinds]
+        lengths = [_length(row, kind, size, processor, section, form) for kind in kinds]
+        samples = [Sample(index, kind, length) for kind, length in zip(kinds, lengths, strict=True)]
         pool += samples * (section.hr_upsample if row["label"] == "HR" else 1)
     calls = [replace(one, kind="call") for one in pool if one.kind in ("trajectory", "call")]
     order = (_passes(calls, 1.0, rng) if section.phased else []) + _passes(pool, section.epochs, rng)
@@ -140,10 +142,10 @@ def _passes(pool: Sequence[Sample], epochs: float, rng: np.random.Generator) -> 
 
 
 def _length(
-    row: dict[str, Any], kind: str, size: tuple[int, int], processor: ImageOnlyProcessor, limit: int, form: Protocol
+    row: dict[str, Any], kind: str, size: tuple[int, int], processor: ImageOnlyProcessor, section: Sft, form: Protocol
 ) -> int:
-    """Tokens of a sample, visual ones included; AwaresError above ``limit``, where TRL would split an image."""
-    messages = conversation(row, kind, None, form)
+    """Tokens of a sample, visual ones included; AwaresError above ``max_length``, where TRL would split an image."""
+    limit, messages = section.max_length, conversation(row, kind, None, form, section.answers)
     images = _view_sizes(size, () if kind in ("direct", "call") else tuple(row["target_crops"]), form)
     text = processor.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     length = len(text) + sum(visual_tokens(view, processor) - 1 for view in images)
@@ -161,15 +163,23 @@ def _view_sizes(size: tuple[int, int], names: tuple[str, ...], form: Protocol) -
 
 
 def conversation(
-    row: dict[str, Any], kind: str, image: Image.Image | None, form: Protocol = protocol.OURS
+    row: dict[str, Any],
+    kind: str,
+    image: Image.Image | None,
+    form: Protocol = protocol.OURS,
+    answers: str = "accepted",
 ) -> list[dict[str, Any]]:
-    """The messages of a sample, with crops of ``image`` (already capped), or placeholders for None."""
+    """The messages of a sample, with crops of ``image`` (already capped), or placeholders for None.
+
+    ``answers``: what the policy answers after a call, the first accepted answer or (`full`) that of the base model from
+    the full image.
+    """
     low = None if image is None else form.low(image)
     if kind == "direct":
         return protocol.messages(row["question"], low, answer=row["answers"][0], protocol=form)
-    names = row["target_crops"]
+    names, answer = row["target_crops"], row["high_answer"] if answers == "full" else row["answers"][0]
     pictures = None if image is None else [form.cut(image, name) for name in names]
-    messages = protocol.messages(row["question"], low, names, pictures, row["answers"][0], form)
+    messages = protocol.messages(row["question"], low, names, pictures, answer, form)
     return messages[:3] if kind == "call" else messages  # system, user, call
 
 
@@ -266,7 +276,8 @@ def _views(params: Params, rows: Dataset, samples: Sequence[Sample]) -> Dataset:
 
     def view(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         pairs = [(rows[index], kind) for index, kind in zip(batch["row"], batch["kind"], strict=True)]
-        messages = [conversation(row, kind, picture(row, params.crops.max_side), form) for row, kind in pairs]
+        shown = [(row, kind, picture(row, params.crops.max_side)) for row, kind in pairs]
+        messages = [conversation(*one, form, params.sft.answers) for one in shown]
         weights = [turn_weights(kind, params.sft.tool_turn_weight) for kind in batch["kind"]]
         return {"messages": messages, "images": [[] for _ in messages], "turn_weights": weights}
 

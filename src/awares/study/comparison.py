@@ -1,5 +1,6 @@
 """Systems and variants side by side: Table 1 with every system (PAPER §5, §6), ablations (Tables 3, 4, 7 to 10)."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ import pandas as pd
 from awares.config import differences, load_params
 from awares.data.rows import evaluation_rows
 from awares.engine.rows import load_rows
-from awares.errors import AwaresValueError
+from awares.errors import AwaresFileError, AwaresValueError
 from awares.method import evaluation
 from awares.settings import DECIDES, MAIN_SYSTEMS, Evaluation, Params
 from awares.study.answers import ORACLE, Answers, MissingRows, Trainings
@@ -28,7 +29,7 @@ File = tuple[str, int, Path]  # system or variant, training seed, its trajectori
 
 def all_scores(params: Params) -> pd.DataFrame:
     """`answered` of the systems of Table 1, ``comparison`` and ``ablations.systems``, at every seed that was run."""
-    folder, trained = params.run_dir("systems"), params.ablations.get("systems", ())
+    folder, trained = params.run_dir("systems"), [*params.variants("systems"), *params.variants("plus")[:1]]
     own = [(name, params.seed, folder / name / "trajectories.jsonl") for name in params.comparison.all]
     variants = {name: replace(params, variant=name, changed=frozenset({"grpo"})) for name in trained}
     return answered(params, [*trajectories(params), *own, *trajectories(params, variants)])
@@ -75,7 +76,7 @@ def published(params: Params) -> Answers:
 def trainings(params: Params) -> Trainings:
     """How each trained system came about, for `Answers`: the main line's policies and the listed variants."""
     found = {"sft": ("sft",), "awares": ("sft", "grpo")}
-    for name in [name for listed in params.ablations.values() for name in listed]:
+    for name in params.variants():
         variant = load_params(params.profile, name, path=params.path("params.yaml"))
         after_sft = variant.changed & DECIDES["grpo"] == {"grpo"} and variant.grpo.cold_start
         own = "sft" if judged_by(variant)[0] == "sft" else "grpo" if after_sft else "all"
@@ -97,6 +98,10 @@ def trajectories(params: Params, runs: Mapping[str, Params] | None = None, turns
         place = (stage, "validation.jsonl") if turns else ("evaluation", f"trajectories/{system}.jsonl")
         seeds = (params.seed, *(params.seeds if system in TRAINED else ()))
         files = [(name, seed, replace(one, seed=seed).run_dir(place[0]) / place[1]) for seed in seeds]
+        if runs is not None and params.unseen and not turns:  # the notebook of a variant answers both sets of rows
+            known = replace(one, unseen=False, evaluation=replace(one.evaluation, seed=params.evaluation.seed))
+            places = [replace(known, seed=seed).run_dir("evaluation") / "unseen" for seed in seeds]
+            files = [(name, seed, place / f"{system}.jsonl") for seed, place in zip(seeds, places, strict=True)]
         found += files[:1] + [file for file in files[1:] if file[2].is_file()]
     return found
 
@@ -116,6 +121,16 @@ def judged_by(params: Params) -> tuple[str, str]:
     if not touched:
         raise AwaresValueError(f"variant {params.variant!r} changes no training: no ablation of params.yaml")
     return ("awares", "grpo") if "grpo" in touched else ("sft", "sft")
+
+
+def call_bias(params: Params) -> float:
+    """The bias to evaluate a trained policy with: ``evaluation.call_bias``, or with ``grpo.choose_bias`` its own."""
+    if not params.grpo.choose_bias or "grpo" not in params.changed:
+        return params.evaluation.call_bias
+    file = params.run_dir("grpo") / "metrics.json"
+    if not file.is_file():
+        raise AwaresFileError(f"{file}: no such file: run the stage grpo of this variant (`dvc repro`)")
+    return float(json.loads(file.read_text())["call_bias"])
 
 
 def measures_table(answers: Answers, systems: Mapping[str, str], measures: Sequence[str]) -> pd.DataFrame:
@@ -143,7 +158,8 @@ def effects(main: Params, runs: Mapping[str, Params], answers: Answers) -> pd.Da
     """
     system = {name: judged_by(params)[0] for name, params in runs.items()}
     changes = {name: {key: str(new) for key, _, new in differences(main, params)} for name, params in runs.items()}
-    steps = {name: change for name, change in changes.items() if name not in main.ablations.get("systems", ())}
+    whole = main.variants("systems", "plus")
+    steps = {name: change for name, change in changes.items() if name not in whole}
     pairs = [(name, MAIN) for name in runs]
     pairs += [(name, part) for name in steps for part in _parts_of(steps[name], steps) if system[part] == system[name]]
     compared = difference_table(answers, [(name, system[name] if start == MAIN else start) for name, start in pairs])

@@ -23,7 +23,8 @@ STAGES = {"00_data": "data", "01_curation": "curation", "02_crop_distribution": 
           "04_grpo": "grpo", "05_evaluation": "evaluation", "05_operating_curve": "operating_curve",
           "report": "report"}  # fmt: skip
 PAGES = {"base_model": "00_base_model", "seeds": "09_seeds", "latency": "07_latency",
-         "ablations": "06_ablations_summary", "comparison": "11_comparison", "shift": "12_shift"}  # fmt: skip
+         "ablations": "06_ablations_summary", "comparison": "11_comparison",
+         "shift": "12_shift", "plus": "13_plus"}  # fmt: skip
 
 FOLDED = {  # nbconvert's page with the code cells folded
     "folded.html.j2": """{%- extends 'lab/index.html.j2' -%}
@@ -52,8 +53,9 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
     runs, more = {name: params.run_dir(one) for name, one in pages.items()}, {}
     if params.curation.released and stage == "report":
         runs = {name.replace("01_curation", "01_released"): run for name, run in runs.items()}
-    if stage == "ablations":
-        variants = [name for listed in params.ablations.values() for name in listed]
+    groups = {"ablations": ("curation", "sft", "grpo", "systems"), "plus": ("beyond", "plus")}
+    if stage in groups:
+        variants = params.variants(*groups[stage])
         more = {f"06_{name}": replace(params, variant=name).run_dir("evaluation") for name in variants}
     elif stage == "comparison":
         more = {f"10_{name}": params.run_dir("systems") / name for name in params.comparison.all}
