@@ -95,7 +95,7 @@ class TurnTrainer(grpo.CropTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         output: Any = super()._generate_and_score_completions(inputs)
         first = self.accelerator.process_index * len(inputs)
-        parts = turn_advantages(self.outcomes[:, 0], self.outcomes[:, 1], self.num_generations)[
+        parts = turn_advantages(self.outcomes[:, 0], self.outcomes[:, 1], self.context.params.grpo.generations)[
             first : first + len(inputs)
         ]
         output["advantages"] = per_token(parts, output["completion_mask"], output.get("tool_mask"))
