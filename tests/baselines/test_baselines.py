@@ -2,13 +2,14 @@
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from PIL import ImageEnhance
@@ -19,6 +20,7 @@ from awares.baselines import pruning, systems
 from awares.baselines import registry as baselines
 from awares.baselines.pruning import Selection
 from awares.baselines.registry import SystemJob
+from awares.config import load_params
 from awares.engine.decode import Decoder
 from awares.errors import AwaresError
 from awares.method import crops, protocol
@@ -75,7 +77,7 @@ def watch(decoder: Any) -> list[tuple[tuple[Any, ...], Selection]]:
         return run
 
     if hasattr(decoder, "plan"):
-        decoder.plan = replace(decoder.plan, choose=noting(decoder.plan.choose))
+        decoder.plan = decoder.plan._replace(choose=noting(decoder.plan.choose))
     else:
         decoder.select = noting(decoder.select)
     return seen
@@ -242,17 +244,12 @@ def test_random_crops_call_where_the_policy_did_at_the_same_price(tiny) -> None:
     wanted = [("top-left",), (), ("top", "center"), ("all",), ("left",), ("bottom-right", "top-right")]
     made = of.engine.run(of.rows["image"], of.rows["question"], forced=wanted, row_ids=of.rows["id"])
 
-    def drawn(policy: Any, seed: int = 0) -> list[Trajectory]:
-        return baselines.answer("random_crop", SystemJob(of.engine, of.rows, policy, seed))
+    def drawn(policy: Any, seed: int = 0) -> list[tuple[str, ...]]:
+        return [one.crops for one in baselines.answer("random_crop", SystemJob(of.engine, of.rows, policy, seed))]
 
-    done = drawn(made)
-    assert [one.row_id for one in done] == of.rows["id"]
-    for one, other in zip(done, made, strict=True):
-        assert list(map(crops.area, one.crops)) == list(map(crops.area, other.crops))
-        assert len(set(one.crops)) == len(one.crops)
-    assert sum(one.crops != other.crops for one, other in zip(done, made, strict=True)) >= 2
-    assert [one.crops for one in drawn(made)] == [one.crops for one in done]
-    assert [one.crops for one in drawn(made, seed=5)] != [one.crops for one in done]
+    assert [list(map(crops.area, names)) for names in drawn(made)] == [list(map(crops.area, names)) for names in wanted]
+    assert sum(map(operator.ne, drawn(made), wanted)) >= 2 and all(len({*names}) == len(names) for names in drawn(made))
+    assert drawn(made) == drawn(made) != drawn(made, seed=5)
     for policy in (made[::-1], None):
         with pytest.raises(AwaresError, match="random_crop"):
             drawn(policy)
@@ -270,12 +267,6 @@ def test_oracle_crops_are_the_target_crops_of_the_rows_labelled_hr(tiny) -> None
         baselines.answer("oracle_crop", of)
 
 
-def test_a_name_has_a_ratio_if_the_system_takes_one() -> None:
-    names = {"visionzip_50": 0.5, "random_token_36.4": 0.364, "fastv_100": 1.0, "random_crop": None, "sft": None}
-    assert {name: baselines.parse(name)[1] for name in names} == pytest.approx(names)
-    assert [baselines.weights_of(name) for name in names] == ["base", "base", "base", "awares", "sft"]
-
-
 @pytest.mark.parametrize(
     "name, named",
     [
@@ -286,6 +277,19 @@ def test_a_name_has_a_ratio_if_the_system_takes_one() -> None:
 def test_an_unknown_name_and_a_bad_ratio_are_named(tiny, name, named) -> None:
     with pytest.raises(AwaresError, match=named):
         baselines.answer(name, job(tiny, count=1))
+    names = {"random_token_36.4": 0.364, "fastv_100": 1.0, "random_crop": None, "sft": None}
+    assert {name: baselines.parse(name)[1] for name in names} == pytest.approx(names)
+    assert [baselines.weights_of(name) for name in names] == ["base", "base", "awares", "sft"]
+
+
+def test_every_compared_system_is_known_and_a_pruner_can_keep_as_much_as_the_policy():
+    systems = {"system": ["awares", "awares", "full"], "benchmark": ["pope", "average", "average"]}
+    main = pd.DataFrame(systems | {"rtr": [0.3, 0.3642, 1]})
+    assert baselines.matched("visionzip_awares", main) == "visionzip_36.4"
+    assert baselines.matched("visionzip_50", main) == "visionzip_50"
+    assert baselines.parse(baselines.matched("random_token_awares", main))[1] == pytest.approx(0.364)
+    for name in load_params("mini").comparison.systems:
+        baselines.parse(baselines.matched(name, main))
 
 
 def test_a_system_of_your_own_is_a_function_or_a_file(tiny, monkeypatch, tmp_path: Path) -> None:

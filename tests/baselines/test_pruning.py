@@ -16,24 +16,10 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_budget_is_the_rounded_share_and_never_empty() -> None:
-    for count, ratio, kept in ((100, 0.5, 50), (25, 0.5, 13), (25, 0.7, 18), (3, 0.01, 1), (7, 1.0, 7)):
-        assert pruning.budget(count, ratio) == kept
-    with pytest.raises(AwaresError, match="retained ratio"):
-        pruning.budget(3, 1.01)
-
-
 def test_top_gives_ascending_indices_and_ties_go_to_the_lowest() -> None:
     assert pruning.top(torch.tensor([1.0, 5.0, 3.0, 5.0]), 2).tolist() == [1, 3]
     assert pruning.top(torch.tensor([2.0, 7.0, 2.0, 2.0, 2.0]), 3).tolist() == [0, 1, 2]
     assert pruning.top(torch.zeros(1000), 4).tolist() == [0, 1, 2, 3]  # an unstable sort shows on many
-
-
-def test_rows_that_keep_different_numbers_are_padded_left_again() -> None:
-    keep = torch.tensor([[0, 0, 1, 0, 1, 1], [1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 1]]).bool()
-    index, mask = pruning.pack_left(keep)
-    assert mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]]
-    assert [row[flag.bool()].tolist() for row, flag in zip(index, mask, strict=True)] == [[2, 4, 5], [0, 2, 3, 5], [5]]
 
 
 def test_quotas_are_proportional_and_overflow_goes_to_the_others() -> None:
@@ -97,8 +83,6 @@ def test_the_schedule_meets_the_ratio_in_the_mean_over_layers(depth: int, layers
     shares = pruning.geometric_schedule(ratio, layers, depth)
     held = [1.0 if layer < layers[0] else shares[max(s for s in layers if s <= layer)] for layer in range(depth)]
     assert np.mean(held) == pytest.approx(ratio, abs=1e-9)
-    with pytest.raises(AwaresError, match="two or more"):
-        pruning.scaled_layers((2,), 1)
     assert list(shares) == list(layers) and held == sorted(held, reverse=True)
     assert pruning.scaled_layers((2, 6, 15), depth) == list(layers)
     with pytest.raises(AwaresError, match="above"):  # less than the share of the full layers
@@ -121,7 +105,7 @@ def choices(count: int, ratio: float) -> dict[str, Selection]:
 def test_every_choice_meets_its_budget_with_ascending_indices(count: int, ratio: float) -> None:
     for name, found in choices(count, ratio).items():
         kept = found.kept.tolist()
-        assert len(kept) == pruning.budget(count, ratio) == len(found.vectors), name
+        assert len(kept) == max(1, int(count * ratio + 0.5)) == len(found.vectors), name
         assert kept == sorted(set(kept)) and 0 <= kept[0] and kept[-1] < count, name
         assert not found.vectors.isnan().any(), name
         assert ratio < 1 or torch.equal(found.vectors, rand(count, 6)), name

@@ -10,10 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from awares.bench import costs
-from awares.bench.scripted import Script, ScriptedEngine
-from awares.engine.decode import Decoder
+from awares.bench.latency import Script, ScriptedEngine
 from awares.engine.model import patch_grid, visual_tokens
-from awares.method import protocol
 from awares.method.rollout import Trajectory
 
 
@@ -56,40 +54,17 @@ def test_prefill_extension_and_decoding_exactly(eager: SimpleNamespace) -> None:
         cached, ids = cache.get_seq_length(), torch.randint(0, 200, (1, new))
         found = counted(lambda ids=ids: model(input_ids=ids, past_key_values=cache, logits_to_keep=1))
         assert costs.prefill_flops(new, cached, model.config) == found
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))  # type: ignore
+    assert costs.cache_bytes(57 + 23 + 2, model.config, 4) == held
     every = counted(lambda: model(input_ids=torch.randint(0, 200, (1, 57))))
     assert costs.prefill_flops(57, 0, model.config, logits=57) == every
 
 
-def interactions(tiny: SimpleNamespace, reuse: bool = True) -> list[Trajectory]:
-    scripts = {"0": Script(("top-left",), 4), "1": Script((), 6), "2": Script(("right", "center"), 3)}
-    engine = ScriptedEngine(tiny.model, tiny.processor, max_new_tokens=16, token_budget=1, reuse=reuse)
-    return engine.run_scripts([tiny.noise(336, 224 + 56 * index, index) for index in range(3)], ["q?"] * 3, scripts)
-
-
-def total(done: list[Trajectory], used: SimpleNamespace, reuse: bool = True) -> float:
-    parts = [costs.trajectory_flops(one, used.model.config, used.processor, reuse).values() for one in done]
-    return sum(sum(turns) for part in parts for turns in part)
-
-
 @pytest.mark.parametrize("reuse", [True, False])
 def test_whole_interactions_of_the_engine_exactly(eager: SimpleNamespace, reuse: bool) -> None:
-    done: list[Trajectory] = []
-    found = counted(lambda: done.extend(interactions(eager, reuse)))
-    assert total(done, eager, reuse) == found
-
-
-def test_cache_bytes(family: SimpleNamespace) -> None:
-    decoder, image = Decoder(family.model, family.processor, max_new_tokens=2), family.noise(112, 112, 0)
-    text = family.processor.apply_chat_template(protocol.messages("q", None), tokenize=False)
-    cache: Any = decoder.start([decoder.tokenize(text, [image.size])], [[image]]).state.cache
-    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-    assert costs.cache_bytes(cache.get_seq_length(), family.model.config, 4) == held
-
-
-def test_parameters_are_the_models_matrices(family: SimpleNamespace) -> None:
-    tower, language = costs.parameters(family.model.config)
-    matrices = {name: weight.numel() for name, weight in family.model.named_parameters() if weight.dim() > 1}
-    matrices.pop("model.visual.pos_embed.weight", None)  # looked up
-    assert tower == sum(count for name, count in matrices.items() if ".visual." in name)
-    rest = [count for name, count in matrices.items() if ".visual." not in name and "embed_tokens" not in name]
-    assert language == sum(rest)
+    scripts = {"0": Script(("top-left",), 4), "1": Script((), 6), "2": Script(("right", "center"), 3)}
+    engine = ScriptedEngine(eager.model, eager.processor, max_new_tokens=16, token_budget=1, reuse=reuse)
+    images, done = [eager.noise(336, 224 + 56 * index, index) for index in range(3)], list[Trajectory]()
+    found = counted(lambda: done.extend(engine.run_scripts(images, ["q?"] * 3, scripts)))
+    parts = [costs.trajectory_flops(one, eager.model.config, eager.processor, reuse).values() for one in done]
+    assert sum(sum(turns) for part in parts for turns in part) == found

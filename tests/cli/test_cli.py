@@ -26,7 +26,7 @@ from awares.errors import AwaresError
 from awares.method import evaluation, protocol
 from awares.method.rollout import Engine
 from awares.policy import AwaRes, Checkpoint, of_run, shipped
-from awares.study.display import TASK_WORDS
+from awares.study.tables import TASK_WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"policy": "p", "call_bias": 0.0}

@@ -12,7 +12,7 @@ import yaml
 from chat_server import ServerProcess
 from test_curation import FakeEngine, make_rows
 
-from awares.bench.preflight import require_servers
+from awares.bench.plan import require_servers
 from awares.clients import served
 from awares.clients.judges import Evidence, OneNumber, PairReply, ServedJudge, make_oracle
 from awares.config import load_params

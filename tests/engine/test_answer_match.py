@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from awares.engine import embedding
-from awares.engine.answer_match import same_meaning
+from awares.engine.answer_match import ONES, TENS, same_meaning
 from awares.engine.jsonl import in_chunks
 from awares.errors import AwaresError
 
@@ -32,10 +32,7 @@ def test_same_meaning(pair, expected):
 
 
 def test_number_words_from_zero_to_ninety_nine():
-    tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-    ones = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen ".split()
-    ones += "sixteen seventeen eighteen nineteen".split()
-    words = ones + [f"{ten}-{one}".removesuffix("-zero") for ten in tens for one in ones[:10]]
+    words = ONES + [f"{ten}-{one}".removesuffix("-zero") for ten in TENS for one in ONES[:10]]
     for value, word in enumerate(words):
         assert same_meaning(word, str(value)) and not same_meaning(word, str(value + 1))
 

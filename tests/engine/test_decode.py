@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from test_rollout import TIE
@@ -38,39 +37,6 @@ def prompt_ids(tiny: SimpleNamespace, decoder: Decoder, question: str, image: Im
 def suffix_ids(tiny: SimpleNamespace, decoder: Decoder, images: list[Image.Image]) -> list[int]:
     message = protocol.OURS.reply([None] * len(images), None if images else protocol.TOOL_ERROR)
     return decoder.tokenize(protocol.tool_suffix(tiny.processor, message), [image.size for image in images])
-
-
-def end_early(decoder: Decoder, tokens: list[list[int]]) -> None:
-    """End turns at a token that only some rows write early, so that rows end at different steps."""
-    decoder.end = next(token for row in tokens for token in row[1:4] if any(token not in other for other in tokens))
-    decoder.config.eos_token_id = decoder.end
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_reuse_equals_recomputation_in_mixed_batches_and_alone(tiny: SimpleNamespace, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    decoder = Decoder(tiny.model, tiny.processor, max_new_tokens=6)
-    images = [[image] for image in random_images(tiny, rng, 5)]
-    rows = [prompt_ids(tiny, decoder, "q" * int(rng.integers(1, 40)), row[0]) for row in images]
-    end_early(decoder, decoder.start(rows, images).tokens)
-    first = decoder.start(rows, images)
-    assert len({len(tokens) for tokens in first.tokens}) > 1
-    picked = rng.permutation(5)[:4].tolist()
-    new = [random_images(tiny, rng, count) for count in (1, 2, 3, 0)]  # the last row gets an error in words
-    suffixes = [suffix_ids(tiny, decoder, crop_images) for crop_images in new]
-    reused = decoder.extend(first.state, picked, suffixes, new)
-    fresh = decoder.extend(first.state, picked, suffixes, new, reuse=False)
-    assert difference(reused.first_logits, fresh.first_logits) < 1e-4
-    assert all(map(same, reused.tokens, fresh.tokens, reused.margins))
-    for row, index in enumerate(picked):
-        alone = decoder.start([rows[index]], [images[index]])
-        assert difference(alone.first_logits[0], first.first_logits[index]) < 1e-4
-        assert same(alone.tokens[0], first.tokens[index], first.margins[index])
-        if alone.tokens[0] != first.tokens[index]:
-            continue
-        second = decoder.extend(alone.state, [0], [suffixes[row]], [new[row]])
-        assert difference(second.first_logits[0], reused.first_logits[row]) < 1e-4
-        assert same(second.tokens[0], reused.tokens[row], reused.margins[row])
 
 
 def test_positions_of_another_batch_do_not_leak_in(tiny: SimpleNamespace) -> None:

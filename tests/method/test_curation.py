@@ -11,7 +11,6 @@ from PIL import Image
 from awares import registry
 from awares.config import load_params
 from awares.data.rows import make_dataset
-from awares.engine import embedding
 from awares.engine import jsonl as records
 from awares.errors import AwaresError, AwaresRequestError, Failure
 from awares.method import curation
@@ -24,21 +23,12 @@ PARAMS = Path(__file__).parents[2] / "params.yaml"
 fixed = Judge("fixed", lambda questions, predictions, answers: list(map(float, predictions)), 0.5, 0.1)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "value", "both_wrong"),
-    [
-        (1.0, 1.0, 0, False),
-        (0.9, 1.0, 0, False),  # within the margin
-        (0.8, 1.0, 2, False),
-        (1.0, 0.8, 1, False),
-        (0.0, 0.5, 2, False),
-        (0.4, 0.1, 0, True),  # both wrong are equally bad, however close one is
-    ],
-)
-def test_verdict_rule(low, high, value, both_wrong):
-    found = fixed.judge(["q"], [str(low)], [str(high)], [["a"]])[0]
-    assert dataclasses.astuple(found) == (value, low, high, both_wrong)
-    assert label(value) == {0: "LR", 1: "LR", 2: "HR"}[value]
+def test_verdict_rule():
+    """0.9 is within the margin of 1.0; both wrong are equally bad, however close one is."""
+    for low, high, value in ((1.0, 1.0, 0), (0.9, 1.0, 0), (0.8, 1.0, 2), (1.0, 0.8, 1), (0.0, 0.5, 2), (0.4, 0.1, 0)):
+        found = fixed.judge(["q"], [str(low)], [str(high)], [["a"]])[0]
+        assert dataclasses.astuple(found) == (value, low, high, low == 0.4)
+        assert label(value) == {0: "LR", 1: "LR", 2: "HR"}[value]
 
 
 def verdicts(judge, lows, highs, answers=("41",)):
@@ -50,15 +40,6 @@ def test_judges_differ_as_the_paper_says():
     lows, highs = ("forty-one", "47", "zzz", "41"), ("41", "41", "41", "zzz")
     assert [verdict.value for verdict in verdicts("semantic", lows, highs)] == [0, 2, 2, 1]
     assert [verdict.value for verdict in verdicts("anls", lows, highs)] == [2, 2, 2, 1]  # punishes another surface form
-
-
-def test_embedding_judge_takes_the_best_answer_and_encodes_once(monkeypatch):
-    encoder = embedding.load_encoder()
-    row = "embedding", ["a quiet lake"], ["41 percent"], ["forty", "41 percent"]
-    verdict = verdicts(*row)[0]
-    assert (verdict.value, verdict.high) == (2, 1.0) and verdict.low < 0.5
-    monkeypatch.setattr(encoder, "_forward", lambda *_: pytest.fail("a known text was encoded again"))
-    assert verdicts(*row)[0] == verdict
 
 
 def locate(oracle, question, answer=(), row_ids=("r",)):
@@ -83,18 +64,11 @@ def test_oracle_error_belongs_to_the_row_and_has_the_requested_size():
 
 def make_rows(count=11):
     """Row n is answered correctly at full resolution when n % 4 < 3, at half resolution when n % 4 < 1."""
+    plain = {"source": "chartqa", "split": "train", "question_boxes": [[50, 50, 150, 100]]}
     return make_dataset(
-        {
-            "id": f"row-{number}",
-            "image": Image.fromarray(np.full((56, 84, 3), number, dtype=np.uint8)),
-            "question": f"what is {number}?",
-            "answers": [str(number), f"{number} kg"],
-            "source": "chartqa",
-            "question_boxes": [[50, 50, 150, 100]],
-            "answer_boxes": [[300, 50, 400, 100]] if number % 2 else [[800, 850, 900, 900]],
-            "split": "train",
-        }
-        for number in range(count)
+        {"id": f"row-{n}", "image": Image.new("RGB", (84, 56), (n, n, n)), "question": f"what is {n}?", **plain}
+        | {"answers": [str(n), f"{n} kg"], "answer_boxes": [[300, 50, 400, 100] if n % 2 else [800, 850, 900, 900]]}
+        for n in range(count)
     )
 
 
@@ -133,9 +107,7 @@ def changed(**values):
     return load_params(path=PARAMS, overrides={f"curation.{key}": value for key, value in {**base, **values}.items()})
 
 
-@pytest.fixture
-def params():
-    return changed()
+params = pytest.fixture(changed)
 
 
 def run(params, out_dir, engine=None, rows=None, judges=("semantic", "anls"), oracle=None, work_dir=None, **choices):
@@ -197,10 +169,8 @@ def test_rows_that_half_resolution_gets_right_by_luck_need_a_crop(params, tmp_pa
         (0, True, 0.1, 9.0, "LR"),  # a crop does not help a row that is wrong at both resolutions
         (None, None, 0.1, 9.0, ""),
     ):
-        margins, verdict = (
-            {"low": {"margin": low}, "high": {"margin": high}},
-            {"value": value, "both_wrong": both_wrong},
-        )
+        margins = {"low": {"margin": low}, "high": {"margin": high}}
+        verdict = {"value": value, "both_wrong": both_wrong}
         assert curation.row_label(margins, verdict, 1.5) == expected
         assert curation.row_label(margins, verdict, 0.0) == ("" if value is None else "LR")  # the paper's rule
     unsure = [(4, "half")]

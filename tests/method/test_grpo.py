@@ -20,6 +20,7 @@ from awares.method.metrics import anls
 from awares.method.rollout import Engine
 from awares.study import rollouts as study_rollouts
 from awares.training import checkpoints as training
+from awares.training.prompt_sharing import expanded_once
 
 ROOT = Path(__file__).parents[2]
 SECTION = {"answer_reward": "anls", "batch_size": 8, "per_device_batch_size": 4, "generations": 4, "max_steps": 3}
@@ -103,9 +104,9 @@ def plain_log_probs(world, batch):
     """log pi_ref of every completion token, (B, C): a fresh load of the policy, an ordinary pass, plain softmax."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     width = batch["completion_ids"].size(1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    images = {key: batch[key] for key in ("mm_token_type_ids", "pixel_values", "image_grid_thw")}
     with torch.no_grad():
-        images = {key: batch[key] for key in ("mm_token_type_ids", "pixel_values", "image_grid_thw")}
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         logits = load_model(world.policy)(input_ids=ids, attention_mask=mask, **images).logits
     scores = torch.log_softmax(logits[:, -width - 1 : -1], -1)
     return scores.gather(2, batch["completion_ids"][..., None])[..., 0] * batch["completion_mask"]
@@ -113,16 +114,15 @@ def plain_log_probs(world, batch):
 
 def test_a_rollout_reads_like_the_conversation_and_only_the_assistant_is_trained(world, play):
     (_, batch), tokenizer = play(), world.processor.tokenizer
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "return_tensors": "pt"}
     for index, conversation in enumerate(conversations(world)):
-        expected = world.processor.apply_chat_template(
-            conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
-        )
+        expected = world.processor.apply_chat_template(conversation, **options)
         real = [batch[f"{part}_ids"][index][batch[f"{part}_mask"][index].bool()] for part in ("prompt", "completion")]
-        ids, mask = torch.cat(real), expected["assistant_masks"][0]
+        ids = torch.cat(real)
         assert tokenizer.decode(ids) == tokenizer.decode(expected["input_ids"][0][: len(ids)])
         assert len(expected["input_ids"][0]) == len(ids) + 1  # the line break after the last turn
         trained = batch["tool_mask"][index][: len(real[1])]
-        assert torch.equal(trained, mask[len(real[0]) : len(ids)])
+        assert torch.equal(trained, expected["assistant_masks"][0][len(real[0]) : len(ids)])
         assert not trained[real[1] == world.processor.image_token_id].any()
     assert batch["num_images"] == [1, 3, 1, 1, 3, 1, 1, 1]
     parts = [part for talk in conversations(world) for turn in talk for part in turn["content"]]
@@ -179,31 +179,35 @@ def read(completion, form=protocol.OURS, **row):
     return grpo.read_rollout(completion, form, **{**dict.fromkeys(grpo.ROW), "label": "HR", "answers": ["7"], **row})
 
 
+TORN = '<tool_call>\n{"name": "crop", "argu'
+
+
 @pytest.mark.parametrize(
-    "completion, expected",
+    "completion, answer, requested, fault",
     [
-        ([said(" 12 kg ")], ("12 kg", (), False, False)),
-        ([said("", [called("top", "left")]), TOOL, said("7")], ("7", ("top", "left"), False, False)),
-        ([said("", [called("upper left")]), TOOL, said("7")], ("7", ("top-left",), False, False)),
-        ([said("", [called("top"), called("left")]), TOOL, TOOL, said("7")], ("7", ("top", "left"), False, False)),
-        ([said("", [called("nowhere")]), TOOL, said("7")], ("7", (), True, False)),
-        ([said("", [called(crops=["top"])]), TOOL, said("7")], ("7", (), True, False)),  # TRL has nothing to run
-        ([said("", [called(regions="top")]), TOOL, said("7")], ("7", ("top",), False, False)),
-        ([said("", [called("top")])], ("", ("top",), False, True)),  # TRL dropped the crops
-        ([said("", [called("top")]), TOOL, said("", [called("left")])], ("", ("top",), False, False)),
-        ([said("", [called("top")]), TOOL], ("", ("top",), False, False)),  # nothing left to answer with
-        ([said('<tool_call>\n{"name": "crop", "argu')], ('<tool_call>\n{"name": "crop", "argu', (), True, False)),
-        ([said("GET_CROPS: ['0']")], ("GET_CROPS: ['0']", (), True, False)),  # readable, but TRL has not run it
+        ([said(" 12 kg ")], "12 kg", (), ""),
+        ([said("", [called("top", "left")]), TOOL, said("7")], "7", ("top", "left"), ""),
+        ([said("", [called("upper left")]), TOOL, said("7")], "7", ("top-left",), ""),
+        ([said("", [called("top"), called("left")]), TOOL, TOOL, said("7")], "7", ("top", "left"), ""),
+        ([said("", [called("nowhere")]), TOOL, said("7")], "7", (), "malformed"),
+        ([said("", [called(crops=["top"])]), TOOL, said("7")], "7", (), "malformed"),  # TRL has nothing to run
+        ([said("", [called(regions="top")]), TOOL, said("7")], "7", ("top",), ""),
+        ([said("", [called("top")])], "", ("top",), "overflow"),  # TRL dropped the crops
+        ([said("", [called("top")]), TOOL, said("", [called("left")])], "", ("top",), ""),
+        ([said("", [called("top")]), TOOL], "", ("top",), ""),  # nothing left to answer with
+        ([said(TORN)], TORN, (), "malformed"),
+        ([said("GET_CROPS: ['0']")], "GET_CROPS: ['0']", (), "malformed"),  # readable, but TRL has not run it
     ],
 )
-def test_a_completion_is_read_as_answer_and_requested_crops(completion, expected):
+def test_a_completion_is_read_as_answer_and_requested_crops(completion, answer, requested, fault):
     rollout = read(completion)
-    assert (rollout.answer, rollout.crops, rollout.malformed, rollout.overflow) == expected
+    assert (rollout.answer, rollout.crops) == (answer, requested)
+    assert (rollout.malformed, rollout.overflow) == (fault == "malformed", fault == "overflow")
 
 
 def test_call_metrics_average_over_the_right_completions():
-    cut_off = [said("", [called("top", "left")])]  # TRL dropped the crops
-    completions = [said("", [called("top")]), TOOL, said("a")], [said("<tool_call>")], [said("a")], cut_off
+    completions = [said("", [called("top")]), TOOL, said("a")], [said("<tool_call>")], [said("a")]
+    completions += ([said("", [called("top", "left")])],)  # TRL dropped the crops
     rollouts = [read(one, label=label) for one, label in zip(completions, ("HR", "LR", "HR", "LR"), strict=True)]
     values = grpo.call_metrics(rollouts)
     assert values["call_rate"] == [1, 0, 0, 1] and values["call_rate_hr"] == [1, 0] and values["call_rate_lr"] == [0, 1]
@@ -238,18 +242,15 @@ def test_scored_rollouts_have_the_reward_and_advantage_of_training(world, play):
 
 @pytest.mark.parametrize("values", [[1.0], [0.0] * 7 + [float("nan")], None])
 def test_a_reward_must_be_one_finite_number_for_each_rollout(values):
-    def broken(played, context):
-        return values
-
-    with pytest.raises(AwaresError, match="broken.* 8 rollouts"):
-        rewards.RewardContext(settings()).score(broken, [read([said("7")])] * 8)
+    with pytest.raises(AwaresError, match=" 8 rollouts"):
+        rewards.RewardContext(settings()).score(lambda *_: values, [read([said("7")])] * 8)
 
 
 @pytest.mark.parametrize("margin", [0, 28])
 def test_the_tool_returns_the_crops_in_order_or_an_error_message(world, margin):
     form = protocol.from_params(settings(**{"crops.margin": margin}))
-    row = {**world.rows[0], "target_crops": ["top", "left"]}
-    environment, image = grpo.CropEnvironment(form), row["image"]
+    row, environment = {**world.rows[0], "target_crops": ["top", "left"]}, grpo.CropEnvironment(form)
+    image = row["image"]
     environment.reset(full_image=image, label="HR", answers=["x"])
     pictures = [crops.cut(image, name, margin=margin) for name in row["target_crops"]]
     two = [picture.tobytes() for picture in pictures]
@@ -257,7 +258,6 @@ def test_the_tool_returns_the_crops_in_order_or_an_error_message(world, margin):
     assert [part["image"].tobytes() for part in learned] == two
     played = Engine(load_model(world.policy), world.processor, protocol=form).run([image], ["q"], [("top", "left")])[0]
     assert played.turns[2].images == tuple(picture.size for picture in pictures)
-    assert played.turns[2].visual_tokens == sum(visual_tokens(picture.size, world.processor) for picture in pictures)
     for regions in (["top", "left"], ["top and left"], ["top", "nowhere", "left"], ["upper", "left", "top"]):
         assert [part["image"].tobytes() for part in environment.crop(regions)] == two
     for bad in (["nowhere"], [], "", [[0, 0, 5, 5]], ["0,0,500,500"], None, {}, [True], 3.0):
@@ -272,8 +272,8 @@ FREE |= {"grpo.answer_reward": "judge", "grpo.alpha_ans": 1.0}
 
 def test_bad_settings_and_inputs_are_refused(world, tmp_path, monkeypatch):
     def build(rows=world.rows, model=None, **changes):
-        model, params = model or load_model(world.policy), settings(**changes)
-        return grpo.build_grpo_trainer(params, rows, model, world.processor, tmp_path)
+        given = rows, model or load_model(world.policy), world.processor, tmp_path
+        return grpo.build_grpo_trainer(settings(**changes), *given)
 
     with pytest.raises(AwaresError, match="label"):
         build(world.rows.remove_columns("label"))
@@ -358,3 +358,42 @@ def test_rollouts_by_vllm_have_the_same_limits(world, tmp_path):
     view = visual_tokens((1000, 1000), world.processor)  # the largest image at half resolution
     assert found.vllm_max_model_length == found.max_completion_length + view + grpo.PROMPT
     assert grpo._config(settings(), tmp_path, world.processor).vllm_max_model_length is None
+
+
+def test_shared_prefill_samples_the_tokens_of_trl(world, tmp_path):
+    trainer = trainer_for(world, tmp_path, settings(**{"grpo.max_completion_length": 12}))
+    disturb(trainer)
+    trainer._batch_environments = [None] * 8
+    prompts = [trainer.train_dataset[i]["prompt"] for i in (2, 2, 2, 2, 3, 3, 3, 3)]
+    ids, images, fields = trainer._tokenize_prompts(prompts)
+    sampled = {}
+    for share in (True, False):
+        trainer.share_prompts = share
+        torch.manual_seed(3)
+        sampled[share], _ = trainer._generate_single_turn(ids, images, dict(fields), 4)
+    assert sampled[True] == sampled[False]
+    assert len({tuple(row) for row in sampled[True]}) > 4
+
+
+def test_a_resumed_run_goes_on_in_the_order_of_its_own_epoch(world, tmp_path):
+    plain = GRPOTrainer._get_train_sampler(trainer_for(world, tmp_path / "plain"))
+    orders = [list(plain) for _ in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    for epoch, order in ((0.0, 0), (None, 0), (1.0, 1), (1.37, 1), (2.0 - 1e-9, 2)):
+        trainer = trainer_for(world, tmp_path / str(epoch))  # another process
+        trainer.state.epoch = epoch
+        sampler = trainer._get_train_sampler()
+        assert list(sampler) == orders[order] and len(sampler) == len(plain)
+
+
+def test_vllm_gets_one_placeholder_for_each_image_and_must_read_our_prompts():
+    ours, given = [[1, 9, 9, 9, 2, 9, 3], [9, 9, 4, 9, 9], [5]], []
+
+    def generate(prompts, images, read):
+        given.append(prompts)
+        return read, "completions", "log-probabilities", None
+
+    assert expanded_once(generate, 9, ours, None, read=ours) == (ours, "completions", "log-probabilities", None)
+    assert given == [[[1, 9, 2, 9, 3], [9, 4, 9], [5]]]
+    with pytest.raises(AwaresError, match="grpo.rollouts vllm: .*7 tokens.* of 5"):
+        expanded_once(generate, 9, ours, None, read=given[0])

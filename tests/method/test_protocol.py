@@ -2,7 +2,6 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from trl import chat_template_utils as trl_templates
 
 from awares.config import load_params
 from awares.errors import AwaresError
@@ -17,31 +16,23 @@ CALL = '<tool_call>\n{"name": "crop", "arguments": {"regions": %s}}\n</tool_call
 @pytest.mark.parametrize(
     ("text", "status", "crops"),
     [
-        ('  <tool_call>{"name":"crop","arguments":{"regions":["left"]}}</tool_call>\n', "valid", ("left",)),
-        (CALL % json.dumps(list(CROPS)), "valid", tuple(CROPS)),
-        ((CALL % '["right", "top').split("}")[0], "recovered", ("right", "top")),
-        (CALL % '["Upper left", "centre", "bottom_right"]', "recovered", ("top-left", "center", "bottom-right")),
-        (CALL % '["left half", "full image"]', "recovered", ("left", "all")),
-        (CALL % '["left"], "zoom": 2', "recovered", ("left",)),
-        ("top " + CALL % '["left"]', "recovered", ("left",)),
-        (CALL % '["left"]' + CALL % '["top", "left"]', "recovered", ("left", "top")),
-        ('{"name": "crop", "arguments": {"regions": ["left"]}}', "recovered", ("left",)),
-        ("<tool_call>\n</tool_call>", "malformed", ()),
-        (CALL % "null", "malformed", ()),
-        (CALL % '["9"]', "malformed", ()),
-        (CALL % "[0.5]", "malformed", ()),
-        ("<tool_call>" + "[" * 5000, "malformed", ()),
-        *((text, "none", ()) for text in ("42", "", "the left one", "crop: wheat", "regions: north", "{5, 6}", "all")),
+        ('  <tool_call>{"name":"crop","arguments":{"regions":["left"]}}</tool_call>\n', "valid", "left"),
+        (CALL % json.dumps(list(CROPS)), "valid", " ".join(CROPS)),
+        ((CALL % '["right", "top').split("}")[0], "recovered", "right top"),
+        (CALL % '["Upper left", "centre", "bottom_right"]', "recovered", "top-left center bottom-right"),
+        (CALL % '["left half", "full image"]', "recovered", "left all"),
+        (CALL % '["left"], "zoom": 2', "recovered", "left"), ("top " + CALL % '["left"]', "recovered", "left"),
+        (CALL % '["left"]' + CALL % '["top", "left"]', "recovered", "left top"),
+        ('{"name": "crop", "arguments": {"regions": ["left"]}}', "recovered", "left"),
+        ("<tool_call>\n</tool_call>", "malformed", ""), (CALL % "null", "malformed", ""),
+        (CALL % '["9"]', "malformed", ""), (CALL % "[0.5]", "malformed", ""),
+        ("<tool_call>" + "[" * 5000, "malformed", ""),
+        *((text, "none", "") for text in ("42", "", "the left one", "regions: north", "{5, 6}")),
     ],
-)
-def test_calls_are_read(text: str, status: str, crops: tuple[str, ...]) -> None:
+)  # fmt: skip
+def test_calls_are_read(text: str, status: str, crops: str) -> None:
     call = parse_call(text)
-    assert (call.status, call.crops) == (status, crops)
-
-
-@pytest.mark.parametrize("crops", [(name,) for name in CROPS] + [("top-left", "center", "right")])
-def test_what_is_rendered_parses_as_valid(crops: tuple[str, ...]) -> None:
-    assert parse_call(OURS.render_call(crops)) == protocol.Call(crops, "valid", OURS.render_call(crops))
+    assert (call.status, call.crops) == (status, tuple(crops.split()))
 
 
 def test_bad_crops_and_questions_are_never_rendered(tiny: SimpleNamespace) -> None:
@@ -53,9 +44,6 @@ def test_bad_crops_and_questions_are_never_rendered(tiny: SimpleNamespace) -> No
             protocol.user_messages(question, [None])
     with pytest.raises(AwaresError, match="2 crops requested but 1 crop images"):
         protocol.messages("q", None, ["top", "left"], [tiny.noise(56, 56, 0)])
-
-
-# The chat template
 
 
 def conversation(tiny: SimpleNamespace, answer: str | None = "7") -> list[dict]:
@@ -73,13 +61,9 @@ def test_a_conversation_renders_to_these_very_bytes(tiny: SimpleNamespace) -> No
         f"<|im_start|>user\n<tool_response>\n{image}{image}\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n7<|im_end|>\n"
     )
-
-
-def test_the_assistant_mask_holds_the_assistants_words_and_nothing_else(tiny: SimpleNamespace) -> None:
-    out = tiny.processor.apply_chat_template(
-        conversation(tiny), tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
-    )
-    masked = out["input_ids"][0][out["assistant_masks"][0].bool()]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
+    out = tiny.processor.apply_chat_template(conversation(tiny), **options)
+    masked = out["input_ids"][0][out["assistant_masks"][0].bool()]  # the assistant's words and nothing else
     assert tiny.processor.tokenizer.decode(masked) == OURS.render_call(["top", "left"]) + "<|im_end|>7<|im_end|>"
 
 
@@ -90,23 +74,7 @@ def test_every_prefix_of_a_conversation_is_a_prefix_of_its_text(tiny: SimpleName
     for length in (2, 4):  # where the assistant continues
         assert whole.startswith(render(messages[:length], tokenize=False, add_generation_prompt=True))
     called, reply = render(messages[:3], tokenize=False), protocol.tool_suffix(tiny.processor, messages[3])
-    assert called.rstrip("\n") + reply == render(messages[:4], tokenize=False, add_generation_prompt=True)
-
-
-def test_trl_accepts_the_template_and_reads_calls_and_answers_back(tiny: SimpleNamespace) -> None:
-    assert trl_templates.supports_tool_calling(tiny.processor)
-    assert trl_templates.is_chat_template_prefix_preserving(tiny.processor)
-    assert trl_templates.is_chat_template_stop_token_trained(tiny.processor)
-    tokenizer = tiny.processor.tokenizer
-
-    def read(text: str) -> dict:
-        prefix = tokenizer("<|im_start|>assistant\n")["input_ids"]
-        return trl_templates.parse_response(tokenizer, tokenizer(text)["input_ids"], prefix=prefix)
-
-    call = read(OURS.render_call(["top", "left"]) + "<|im_end|>")
-    assert call["tool_calls"] == OURS.call_message(["top", "left"])["tool_calls"]
-    assert read("blue<|im_end|>") == {"role": "assistant", "content": "blue"}
-    assert "tool_calls" not in read("<tool_call>{oops</tool_call><|im_end|>")
+    assert whole.startswith(called.rstrip("\n") + reply)
 
 
 BOX = "150,400,600,700"

@@ -30,16 +30,12 @@ def rollout(answer="7", accepted=("7",), label="LR", crops=()):
 @pytest.mark.parametrize(
     ("label", "crops", "expected"),
     [
-        ("HR", (), 2.0),  # alpha_miss
-        ("LR", (), 0.0),
-        ("LR", ("top-left",), 0.25 + 0.01 * 0.25),
-        ("HR", ("top-left",), 0.25 + 0.01 * 0.25),  # the cost of a call does not depend on the label
-        ("HR", ("all",), 0.26),
-        ("HR", ("top-left", "top-right"), 0.25 + 0.01 * 0.5),
-        ("HR", ("top", "top-left"), 0.25 + 0.01 * 0.5),  # the union: what is covered twice counts once
+        ("HR", (), 2.0), ("LR", (), 0.0), ("HR", ("all",), 0.26),  # alpha_miss, nothing, alpha_use and the area
+        ("LR", ("top-left",), 0.2525), ("HR", ("top-left",), 0.2525),  # the cost of a call does not depend on the label
+        ("HR", ("top-left", "top-right"), 0.255), ("HR", ("top", "top-left"), 0.255),  # the union
         ("HR", ("center", "top-left"), 0.25 + 0.01 * (0.25 + 0.25 - 0.0625)),
     ],
-)
+)  # fmt: skip
 def test_tool_cost(label, crops, expected):
     assert sum(rewards.tool_cost(label, crops, **WEIGHTS)) == pytest.approx(expected)
     missed, used = label == "HR" and not crops, bool(crops)

@@ -119,7 +119,7 @@ def test_answers_equal_the_libraries_plain_path_row_by_row(rigged: SimpleNamespa
 def test_batches_of_one_and_of_many_give_the_same(rigged: SimpleNamespace, reuse: bool, monkeypatch) -> None:
     images, ids = rows_of(rigged, ORDERS), [f"r{i}" for i in range(len(ORDERS))]
     together = engine(rigged, token_budget=100_000, reuse=reuse).run(images, ORDERS, row_ids=ids)
-    monkeypatch.setattr("awares.engine.batches.WINDOW", 3)
+    monkeypatch.setattr("awares.engine.decode.WINDOW", 3)
     alone = engine(rigged, token_budget=1).run(images, ORDERS, row_ids=ids)
     assert [one.row_id for one in alone] == [one.row_id for one in together] == ids
     for one, other in zip(alone, together, strict=True):
@@ -138,18 +138,6 @@ def test_visual_tokens_are_counted_by_turn_after_the_processor(rigged: SimpleNam
     assert [turn.visual_tokens for turn in called.turns] == [low, 0, first + second, 0] == [12, 0, 36, 0]
     assert called.turns[2].images == (pieces[1].size, pieces[2].size) and (called.visual_tokens, called.rtr) == (48, 1)
     assert (plain.visual_tokens, plain.rtr, len(plain.turns)) == (12, 0.25, 2)
-
-
-def test_turn_two_encodes_the_crops_only_and_feeds_the_new_tokens_only(rigged: SimpleNamespace) -> None:
-    encoded, fed = list[int](), list[int]()
-    tower, embed = rigged.model.model.visual, rigged.model.get_input_embeddings()
-    see, read = lambda _, __, given: encoded.append(len(given["grid_thw"])), lambda _, ids: fed.append(ids[0].shape[1])
-    with tower.register_forward_pre_hook(see, with_kwargs=True), embed.register_forward_pre_hook(read):
-        (trajectory,) = engine(rigged).run([rigged.noise(224, 168, 0)], ["do top-left,right"])
-    user, _, tool, _ = trajectory.turns
-    turn_two = tool.text_tokens + tool.visual_tokens + 1  # the end of the call was not in the cache yet
-    assert encoded == [1, 2]
-    assert [length for length in fed if length > 1] == [user.text_tokens + user.visual_tokens, turn_two]
 
 
 def test_a_malformed_call_gets_an_error_message_and_no_image(rigged: SimpleNamespace) -> None:

@@ -17,7 +17,7 @@ from awares.config import load_params
 from awares.data.rows import make_split
 from awares.method import evaluation
 from awares.study import claims, comparison
-from awares.study.display import TASK_WORDS
+from awares.study.tables import TASK_WORDS
 from awares.study.verdicts import FAILS, HOLDS, SAME, UNDECIDED
 
 ROOT = Path(__file__).parents[2]
@@ -148,21 +148,6 @@ def test_the_policy_that_ships_answers_as_the_report_says() -> None:
         assert same.sum() >= 46, found[~same]  # another processor's rounding may turn a row that lies on an edge
 
 
-def test_every_table_and_figure_of_the_paper_has_its_counterpart_in_the_index() -> None:
-    index = (ROOT / "reports" / "README.md").read_text()
-    links = re.findall(r"\]\(([^)]+)\)", index)
-    assert links and not [link for link in links if not (ROOT / "reports" / link).is_file()]
-    rows = re.findall(r"^\| (Table|Fig\.) ([^|]+?) \|", index, re.MULTILINE)
-    numbers = {kind: [n for name, text in rows if name == kind for n in _span(text)] for kind in ("Table", "Fig.")}
-    assert numbers == {"Table": [*range(1, 12)], "Fig.": [*range(1, 16)]}
-
-
-def _span(text: str) -> list[int]:
-    """``1, 2, 3`` and ``9 to 14`` as numbers."""
-    first, *rest = (int(n) for n in re.findall(r"\d+", text))
-    return [*range(first, rest[-1] + 1)] if " to " in text else [first, *rest]
-
-
 def md5(path: Path) -> str:
     """The hash of a file or folder as dvc.lock has it: that of a folder is the hash of the list of its files."""
     if path.is_file():
@@ -173,28 +158,11 @@ def md5(path: Path) -> str:
     return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
-def altered(root: Path, folder: str) -> list[str]:
-    """What differs between dvc.lock and ``folder``: outputs with another hash, and files of no output."""
-    stages = yaml.safe_load((root / "dvc.lock").read_text())["stages"].values()
-    outs = {out["path"]: out["md5"] for stage in stages for out in stage["outs"] if out["path"].startswith(folder)}
-    wrong = [path for path, expected in outs.items() if not (root / path).exists() or md5(root / path) != expected]
-    files = (file.relative_to(root) for file in (root / folder).rglob("*") if file.is_file())
-    return wrong + [str(file) for file in files if not {*map(str, file.parents), str(file)} & {*outs}]
-
-
 @pytest.mark.skipif(not (ROOT / "dvc.lock").is_file(), reason="dvc.lock comes with the next publication")
 @pytest.mark.parametrize("folder", ["reports/mini", "data/policy"])
 def test_published_files_are_those_that_the_pipeline_wrote(folder: str) -> None:
-    assert altered(ROOT, folder) == []
-
-
-def test_an_edited_table_and_a_stray_file_are_found(tmp_path: Path) -> None:
-    for name in ("reports/a/table.csv", "reports/b.csv"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1\n")
-    outs = [{"path": name, "md5": md5(tmp_path / name)} for name in ("reports/a", "reports/b.csv")]
-    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": {"report": {"outs": outs}}}))
-    assert altered(tmp_path, "reports") == []
-    (tmp_path / "reports/a/table.csv").write_text("2\n")
-    (tmp_path / "reports/c.csv").write_text("")
-    assert altered(tmp_path, "reports") == ["reports/a", "reports/c.csv"]
+    stages = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"].values()
+    outs = {out["path"]: out["md5"] for stage in stages for out in stage["outs"] if out["path"].startswith(folder)}
+    assert not [path for path, expected in outs.items() if not (ROOT / path).exists() or md5(ROOT / path) != expected]
+    files = [file.relative_to(ROOT) for file in (ROOT / folder).rglob("*") if file.is_file()]
+    assert not [file for file in files if not {*map(str, file.parents), str(file)} & {*outs}]  # of no stage

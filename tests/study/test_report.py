@@ -3,6 +3,7 @@
 import math
 import re
 
+import datasets
 import nbformat
 import numpy as np
 import pandas as pd
@@ -28,9 +29,6 @@ def rows(count=4, label=None, target=None):
     image = [Image.new("RGB", (224, 112), (number, 0, 0)) for number in range(count)]
     made = make_dataset({"id": f"row-{n}", "image": image[n], **plain, **boxes} for n in range(count))
     return made.add_column("label", label).add_column("target_crops", target) if label else made
-
-
-# Tables
 
 
 def test_rows_without_an_answer_or_a_score_are_left_out_of_the_repair_and_counted():
@@ -88,18 +86,13 @@ def test_checks_and_metrics_are_written_with_nan(tmp_path):
 
 
 def test_the_probe_finds_what_words_reveal_and_nothing_else():
-    rng = np.random.default_rng(0)
+    rng, crops = np.random.default_rng(0), [["top"], ["left"]] * 50
     labels = rng.choice(["LR", "HR"], 200).tolist()
     telling = [f"question {'small' if label == 'HR' else 'large'} {n % 7}" for n, label in enumerate(labels)]
-    silent = [f"question {rng.integers(5)}" for _ in labels]
-    for texts, least, most in ((telling, 0.95, 1), (silent, 0, 0.7)):
-        crops = [["top"] if n % 2 else ["left"] for n in range(100)]
-        parts = [rows(100, labels[at : at + 100], crops) for at in (0, 100)]
-        parts = [
-            part.remove_columns("question").add_column("question", texts[n * 100 :][:100])
-            for n, part in enumerate(parts)
-        ]
-        leaks = text_probe.label_leaks(*parts).set_index("check")
+    for texts, least, most in ((telling, 0.95, 1), ([f"question {rng.integers(5)}" for _ in labels], 0, 0.7)):
+        parts = [rows(100, labels[at:][:100], crops).remove_columns("question") for at in (0, 100)]
+        given = [part.add_column("question", texts[100 * n :][:100]) for n, part in enumerate(parts)]
+        leaks = text_probe.label_leaks(*given).set_index("check")
         assert least <= leaks.value["when"] <= most and leaks.n["where"] == labels.count("HR")
     words, majority = text_probe.question_accuracy(telling[:100], labels[:100], telling[100:], labels[100:])
     assert words == 1.0 and majority < 0.7
@@ -109,20 +102,63 @@ def test_the_probe_finds_what_words_reveal_and_nothing_else():
     assert text_probe.crossed_accuracy(["p", "q"], ["a", "b"]) == (0.5, 0.5)  # one part of two has a single class left
 
 
-# Figures
+def test_frontier_is_the_cheapest_best_option_of_each_row():
+    rng = np.random.default_rng(0)
+    scores = (rng.random((60, 11)) < 0.3).astype(float)
+    rtrs = 0.25 + np.array([0, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5, 1.0]) + rng.random((60, 1)) * 0.1
+    found = diagnostics.oracle_frontier(scores, rtrs)
+    total, cost = 0.0, 0.0
+    for row, price in zip(scores, rtrs, strict=True):
+        right = [p for s, p in zip(row, price, strict=True) if s == 1]
+        total, cost = total + bool(right), cost + (min(right) if right else price[0])
+    assert (found.accuracy, found.rtr) == pytest.approx((total / 60, cost / 60))
+    start = found.accuracy_curve[0], found.rtr_curve[0]
+    assert start == pytest.approx((scores[:, 0].mean(), rtrs[:, 0].mean()))
+    assert (np.diff(found.rtr_curve) >= 0).all() and (np.diff(found.accuracy_curve) >= 0).all()
+    slopes = np.diff(found.accuracy_curve) / np.maximum(np.diff(found.rtr_curve), 1e-12)
+    assert (np.diff(slopes) <= 1e-6).all()  # concave: no mixture beats a point of it
+    graded = diagnostics.oracle_frontier([[0.6, 1.0, 1.0]], [[0.25, 0.75, 0.5]])
+    assert (graded.accuracy, graded.rtr, graded.choice.tolist()) == (1.0, 0.5, [2])
 
 
-def png(picture):
-    return picture.data[:8] == b"\x89PNG\r\n\x1a\n"
+def test_judge_agreement_is_the_confusion_matrix():
+    columns = {"verdict": [0] * 8, "verdict_a": [2, 2, 2, 0, 1, 0, 0, 0], "verdict_b": [2, 2, 0, 2, 0, 0, 1, 0]}
+    curated = datasets.Dataset.from_dict(columns)
+    row = curation_tables.judge_agreement(curated).to_dict("records")[0]
+    assert (row["judge_a"], row["judge_b"], row["n"]) == ("a", "b", 8)
+    assert (row["lr_lr"], row["lr_hr"], row["hr_lr"], row["hr_hr"]) == (50, 12.5, 12.5, 25)
+    assert row["agreement"] == 75 and row["kappa"] == pytest.approx((0.75 - 0.53125) / (1 - 0.53125))
+    assert curation_tables.label_shares(curated).iloc[0].tolist() == ["a", 50, 12.5, 37.5, 62.5, 37.5, 8]
+
+
+def test_cells_keep_their_digits_and_show_their_notes():
+    cells, reasons = tables.printed("table4")
+    cells = cells.set_index("system")
+    assert cells.loc["grpo_only", "ocrbench accuracy"] == "72.20" and cells.loc["reward_anls", "pope rtr"] == "0.23 [4]"
+    assert reasons[3] == "[4] below what the half-resolution view costs" and len(reasons) == 6
+    assert set(tables.printed("table6")[0].ratio) == {""}
+    with pytest.raises(AwaresError, match="'table12'.* table1, "):
+        tables.printed("table12")
+
+
+def test_side_by_side_keeps_the_blocks_apart_and_turns_a_table_over_benchmarks():
+    page = tables.side_by_side(pd.DataFrame({"policy": ["sft"], "precision": [12.345]}), "table7").data
+    measured, shown = page.split("</section>")[:2]
+    assert "(profile mini)" in measured and "12.35" in measured and "77.8" not in measured
+    assert "77.8" in shown and "12.35" not in shown
+    assert "arXiv 2603.16932, Table 7" in shown and "79.69 [1]" in shown and "[1] cannot go" in shown
+    page = tables.side_by_side(pd.DataFrame({"benchmark": ["pope"]}), "table1", profile="paper").data
+    lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in page.split("</section>")[1].split("<tr")[1:]]
+    turned = pd.DataFrame(lines[1:], columns=lines[0]).set_index("")
+    assert turned.loc["docvqa accuracy", "awares"] == "94.43" and turned.loc["vstar rtr", "awares"] == "0.42 [1]"
 
 
 def test_figures_draw_and_repeat(tmp_path):
     figures.style(60)
     requests = {"oracle": [(), ("top",), ("top", "left")], "SFT": [(), (), ("all",)]}
-    first, second = (
-        figures.save_figure(figures.flow_figure(requests, "held-out"), tmp_path / f"{n}.png") for n in range(2)
-    )
-    assert png(first) and first.data == second.data == (tmp_path / "0.png").read_bytes()
+    flows = (figures.flow_figure(requests, "held-out") for _ in range(2))
+    first, second = (figures.save_figure(flow, tmp_path / f"{n}.png") for n, flow in enumerate(flows))
+    assert first.data[:4] == b"\x89PNG" and first.data == second.data == (tmp_path / "0.png").read_bytes()
     main = pd.DataFrame({"system": ("full", "half", "awares"), "rtr": [1.0, 0.3, 0.4], "accuracy": 50.0})
     main = main.assign(accuracy_low=40.0, accuracy_high=[51.0, 60.0, 70.0])
     main = pd.concat([main.assign(benchmark=name) for name in ("pope", "average")])
@@ -132,13 +168,10 @@ def test_figures_draw_and_repeat(tmp_path):
     (bars,) = (lines for lines in first.collections if isinstance(lines, LineCollection))
     ends = [(low[0], low[1], high[1]) for low, high in bars.get_segments()]
     assert ends == [(1, 40, 51), (0.3, 40, 60), (0.4, 40, 70)]
-    for figure in (
-        accuracy,
-        figures.gallery(rows(2), [trajectory("row-0", "$12$ \x00 \t", ["top", "right"]), trajectory("row-1", "")]),
-        figures.gallery([]),
-        *(figures.interaction_figure(rows(1)[0], trajectory(crops=crops)) for crops in ([], ["top", "right"])),
-    ):
-        assert png(figures.show(figure))
+    done = [trajectory("row-0", "$12$ \x00 \t", ["top", "right"]), trajectory("row-1", "")]
+    views = [figures.interaction_figure(rows(1)[0], trajectory(crops=crops)) for crops in ([], ["top", "right"])]
+    for figure in (accuracy, figures.gallery(rows(2), done), figures.gallery([]), *views):
+        assert figures.show(figure).data[:4] == b"\x89PNG"
 
 
 def test_a_waterfall_ends_at_its_sum():
@@ -146,9 +179,6 @@ def test_a_waterfall_ends_at_its_sum():
     axes = figures.gap_figure(gap.assign(low=gap.points - 1, high=gap.points + 1)).axes[0]
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, -2), (-2, 0.5), (0, -1.5)]
     assert [text.get_text() for text in axes.texts] == ["-2.00", "+0.50", "-1.50"]
-
-
-# Publishing
 
 
 def executed(root, seconds):

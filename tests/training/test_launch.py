@@ -173,16 +173,16 @@ def test_a_launch_that_cannot_train_is_refused_by_name(world, tmp_path, monkeypa
         distributed.join(tmp_path / "launch.job")
 
 
-@pytest.mark.parametrize("key, value", [("fsdp_version", 1), ("fsdp_state_dict_type", "SHARDED_STATE_DICT")])
-def test_a_sharded_configuration_must_fit_the_training(tmp_path, key, value):
-    gpu = {"base.device": "cuda", "base.launch": TWO, "sft.launch": FSDP2, "sft.share_computation": False}
-    params, found = settings(tmp_path, **gpu), CONFIGURATIONS["fsdp2-8gpu"]
+def test_a_sharded_configuration_must_fit_the_training(tmp_path):
+    gpu, found = {"base.device": "cuda", "base.launch": TWO, "sft.launch": FSDP2}, CONFIGURATIONS["fsdp2-8gpu"]
+    for shares, changes, named in (
+        (True, {}, "sft.share_computation"), (False, {"fsdp_version": 1}, "fsdp_version"),
+        (False, {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type"),
+    ):  # fmt: skip
+        params = settings(tmp_path, **{**gpu, "sft.share_computation": shares})
+        with pytest.raises(AwaresError, match=f"sft.launch: .*{named}"):
+            distributed._check_fsdp(params, "sft.launch", {**found, "fsdp_config": {**found["fsdp_config"], **changes}})
     distributed._check_fsdp(params, "sft.launch", found)
-    other = {**found, "fsdp_config": {**found["fsdp_config"], key: value}}
-    with pytest.raises(AwaresError, match=f"sft.launch: .*{key}"):
-        distributed._check_fsdp(params, "sft.launch", other)
-    with pytest.raises(AwaresError, match="sft.share_computation"):
-        distributed._check_fsdp(settings(tmp_path, **{**gpu, "sft.share_computation": True}), "sft.launch", found)
 
 
 def test_a_process_loads_the_model_on_its_own_gpu_and_for_fsdp_in_host_memory(tmp_path, monkeypatch):
@@ -191,18 +191,13 @@ def test_a_process_loads_the_model_on_its_own_gpu_and_for_fsdp_in_host_memory(tm
     with pytest.raises(AwaresError, match="8 GPUs.*base.launch"):
         distributed.device(params)
     assert distributed.device(settings(tmp_path)) == "cpu"
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert distributed.device(params) == "cuda:1"
+    with pytest.raises(AwaresError, match="sft.batch_size 101 .* 2 processes"):
+        distributed.layout("sft", 101, 16)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert distributed.device(params) == "cpu"
-
-
-def test_a_batch_is_divided_evenly_among_processes(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "16")
-    assert distributed.layout("sft", 128, 16) == (8, 1) and distributed.layout("grpo", 96, 4) == (3, 2)
-    with pytest.raises(AwaresError, match="sft.batch_size 100 .* 16 processes"):
-        distributed.layout("sft", 100, 16)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

@@ -7,9 +7,8 @@ the left again. Torch's module hooks read and replace tensors, so every attentio
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -41,12 +40,10 @@ class Pruned(Decoder):
         self.left: dict[str, list[int]] = {}
 
     def extend(self, *arguments: Any, **options: Any) -> Output:
-        """Always AwaresValueError."""
         raise AwaresValueError("a system that prunes visual tokens answers in one turn: use Engine.answer, not run")
 
 
-@dataclass(frozen=True)
-class VisionFeatures:
+class VisionFeatures(NamedTuple):
     """One image after the vision tower, N visual tokens in raster order; scores and keys if a pruner reads them."""
 
     features: Tensor  # (N, width), the language model's input
@@ -64,20 +61,23 @@ class VisionPruned(Pruned):
 
     @torch.no_grad()
     def start(self, rows: Any, images: Any, call_bias: Any = None, names: Any = None) -> Output:
-        """`Decoder.start` on the kept visual tokens."""
+        """`Decoder.start` on the kept visual tokens, each at its position in the full sequence."""
         names = names or [str(row) for row in range(len(rows))]
         titles = [f"{name}/{n}" for name, row in zip(names, images, strict=True) for n in range(len(row))]
         views, grids = self._see(images, titles)
         chosen = [self.select(view) for view in views]
         ids, mask, types = self._pad(rows)
         keep = mask.bool()
-        counts = [len(view.features) for view in views]
-        kept = [torch.isin(torch.arange(n), one.kept.cpu()) for n, one in zip(counts, chosen, strict=True)]
+        pairs = zip(views, chosen, strict=True)
+        kept = [torch.isin(torch.arange(len(view.features)), one.kept.cpu()) for view, one in pairs]
         keep[types.bool()] = torch.cat(kept).to(keep)
         for name, flags, visual in zip(names, keep, types.bool(), strict=True):
             self.left[name] = flags[visual].nonzero().flatten().tolist()
-        cache = DynamicCache(config=self.model.config)
-        state = self._shorten(State(ids, mask, types, [list(row) for row in images], grids, cache), keep)
+        positions, _ = self.model.model.get_rope_index(ids, types, torch.cat(grids), attention_mask=mask)
+        index, mask = pruning.pack_left(keep)
+        ids, types = ids.gather(1, index).masked_fill(mask == 0, self.pad), types.gather(1, index) * mask
+        positions, cache = positions.gather(2, index.expand(3, -1, -1)), DynamicCache(config=self.model.config)
+        state = State(ids, mask, types, [list(row) for row in images], grids, cache, positions)
         output = self._generate(state, [one.vectors for one in chosen], call_bias)
         output.kept = [Kept(count, float(count)) for count in state.types.sum(dim=1).tolist()]
         return output
@@ -93,33 +93,18 @@ class VisionPruned(Pruned):
             features, grids = self._encode(images)
         scores = keys = [torch.empty(0)] * len(features)
         if self.attention:
-            scores, keys = _scores_and_keys(visual, tapped, torch.cat(grids), [len(one) for one in features])
+            query, key, _ = tapped["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # (S, heads, head_dim)
+            turned = apply_rotary_pos_emb_vision(query, key, *tapped["position_embeddings"])
+            received = pruning.received(*turned, tapped["cu_seqlens"].diff().tolist(), attention.scaling)
+            sizes = visual.spatial_merge_size, visual.window_size, visual.patch_size
+            order, _ = get_vision_window_index(torch.cat(grids), *sizes)
+            raster, groups = order.to(received.device).argsort(), (-1, visual.spatial_merge_unit)  # windows -> raster
+            pooled = (values.unflatten(0, groups).mean(dim=1) for values in (received, key.float().mean(dim=1)))
+            scores, keys = (values[raster].split([len(one) for one in features]) for values in pooled)
         return [VisionFeatures(*one) for one in zip(features, scores, keys, titles, strict=True)], grids
 
-    def _shorten(self, state: State, keep: Tensor) -> State:
-        """The tokens ``keep`` (B, T) of ``state``, each at its position in the full sequence."""
-        grids = torch.cat(state.grids)
-        positions, _ = self.model.model.get_rope_index(state.ids, state.types, grids, attention_mask=state.mask)
-        index, mask = pruning.pack_left(keep)
-        ids = state.ids.gather(1, index).masked_fill(mask == 0, self.pad)
-        gathered = positions.gather(2, index.expand(3, -1, -1))
-        return State(ids, mask, state.types.gather(1, index) * mask, state.images, state.grids, state.cache, gathered)
 
-
-def _scores_and_keys(visual: Any, tapped: Mapping[str, Any], grids: Tensor, counts: list[int]) -> Any:
-    """Scores and keys of `VisionFeatures` for each image; ``tapped``: the last block's inputs and ``qkv`` (S, 3 w)."""
-    attention, unit = visual.blocks[-1].attn, visual.spatial_merge_unit
-    query, key, _ = tapped["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # (S, heads, head_dim)
-    turned = apply_rotary_pos_emb_vision(query, key, *tapped["position_embeddings"])
-    received = pruning.received(*turned, tapped["cu_seqlens"].diff().tolist(), attention.scaling)
-    order, _ = get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, visual.patch_size)
-    raster = order.to(received.device).argsort()  # the tower's windows -> raster order
-    pooled = (values.unflatten(0, (-1, unit)).mean(dim=1) for values in (received, key.float().mean(dim=1)))
-    return [values[raster].split(counts) for values in pooled]
-
-
-@dataclass(frozen=True)
-class PruningPlan:
+class PruningPlan(NamedTuple):
     """Where and how tokens are dropped.
 
     ``shares``: layer -> fraction of all visual tokens in it and the following layers. ``choose``: attention (Q, N) of
@@ -141,12 +126,6 @@ class LayerPruned(Pruned):
         if self.language_model.has_sliding_layers:
             raise AwaresValueError("dropping tokens between layers needs full attention, not sliding windows")
         self.plan = plan(len(self.language_model.layers))
-        self.names: Sequence[str] = ()  # the rows' ids of a batch
-
-    def start(self, rows: Any, images: Any, call_bias: Any = None, names: Any = None) -> Output:
-        """Generate as `Decoder.start` does, with fewer visual tokens from layer to layer."""
-        self.names = names or [str(b) for b in range(len(rows))]
-        return super().start(rows, images, call_bias, names)
 
     def _generate(self, state: State, *arguments: Any, **options: Any) -> Output:
         dropping = Dropping(self.language_model, self.plan, state)
@@ -155,7 +134,8 @@ class LayerPruned(Pruned):
                 hooks.enter_context(hook)
             output = super()._generate(state, *arguments, **options)
         output.kept = dropping.kept()
-        self.left.update(zip(self.names, dropping.left(), strict=True))
+        for name, number, flags in zip(self.names, dropping.number, dropping.visual, strict=True):
+            self.left[name] = number[flags].tolist()
         return output
 
 
@@ -178,7 +158,6 @@ class Dropping:
         self.causal: Any = None  # the mask of the current stage
 
     def hooks(self) -> Iterator[Any]:
-        """Register the hooks."""
         layers = self.model.layers
         for stage in self.plan.shares:
             projection = layers[stage - 1].self_attn.q_proj
@@ -187,7 +166,6 @@ class Dropping:
             yield layers[index].register_forward_pre_hook(partial(self._before, index), with_kwargs=True)
 
     def kept(self) -> list[Kept]:
-        """The counts of each row, after the generation."""
         ends = [*list(self.counts)[1:], len(self.model.layers)]
         spans = torch.tensor([end - begin for begin, end in zip(self.counts, ends, strict=True)])
         counts = torch.stack(list(self.counts.values())).cpu()  # (stages, B)
@@ -195,12 +173,7 @@ class Dropping:
         nominal = means.round() if self.plan.nominal == "mean" else counts[-1]
         return [Kept(int(n), mean) for n, mean in zip(nominal.tolist(), means.tolist(), strict=True)]
 
-    def left(self) -> list[list[int]]:
-        """The indices of each row's visual tokens that are left at the end, after the generation."""
-        return [number[flags].tolist() for number, flags in zip(self.number, self.visual, strict=True)]
-
     def _before(self, index: int, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """The layer's inputs, of the right length."""
         hidden, cache = inputs[0], options["past_key_values"]
         known = cache.get_seq_length(index)
         if index in self.plan.shares:

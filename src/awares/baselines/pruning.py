@@ -6,7 +6,7 @@ is deterministic, and equal scores go to the lowest index. `pruned_decode` short
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ CLUSTER = 10  # SparseVLM: recycled tokens a cluster
 ROWS = 512  # queries a block in `received`: bounds the memory for attention maps
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """``kept``: ascending indices (K,); ``vectors``: their features from now on, (K, width)."""
 
     kept: Tensor
@@ -53,8 +52,7 @@ def pack_left(keep: Tensor) -> tuple[Tensor, Tensor]:
 def received(query: Tensor, key: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     """Attention that each patch receives: s_j = sum_i mean_h softmax_j(q_hi k_hj scale), i, j within one segment.
 
-    ``query``, ``key``: (S, heads, head_dim) after rotary embedding; ``lengths`` of the segments that attend to
-    themselves, S in all. Returns (S,), float32.
+    ``query``, ``key``: (S, heads, head_dim) after rotary embedding; ``lengths`` of the segments. Returns (S,), float32.
     """
     scores = []
     for q, k in zip(query.split(list(lengths)), key.split(list(lengths)), strict=True):
@@ -216,7 +214,6 @@ def geometric_schedule(ratio: float, layers: Sequence[int], depth: int) -> dict[
 
 
 def _others(count: int, chosen: Tensor) -> Tensor:
-    """The indices 0 ... count - 1 that are not ``chosen``, ascending."""
     free = torch.ones(count, dtype=torch.bool, device=chosen.device)
     free[chosen] = False
     return free.nonzero().flatten()
@@ -230,13 +227,11 @@ def _means(vectors: Tensor, labels: Tensor, count: int) -> Tensor:
 
 def _similarity_variance(features: Tensor) -> Tensor:
     """Mean over tokens of the variance of a token's cosine similarities to the others; 0 for fewer than three."""
-    count = len(features)
+    count, directions = len(features), normalize(features.float(), dim=-1)
     if count < 3:
         return torch.zeros((), device=features.device)
-    directions = normalize(features.float(), dim=-1)
     own = torch.eye(count, dtype=torch.bool, device=features.device)
-    others = (directions @ directions.T)[~own].view(count, count - 1)
-    return others.var(dim=1, unbiased=False).mean()
+    return (directions @ directions.T)[~own].view(count, count - 1).var(dim=1, unbiased=False).mean()
 
 
 def _to_unit_mean(values: Tensor) -> Tensor:

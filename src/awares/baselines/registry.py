@@ -1,15 +1,8 @@
 """The compared systems by name: each takes a `SystemJob` and answers its rows with trajectories (PAPER §6).
 
 A name is that of a function decorated with `awares.registry.system`. If the function takes a retained ratio, the
-percentage of visual tokens follows its name: ``visionzip_50``, ``fastv_36.4``. A new system is one function, in a
-notebook cell or in ``src/awares/baselines/systems/low_contrast.py`` ::
-
-    @system("low_contrast")
-    def low_contrast(job: SystemJob) -> list[Trajectory]:
-        pale = [ImageEnhance.Contrast(image).enhance(0.5) for image in job.rows["image"]]
-        return job.engine.answer(pale, job.rows["question"], row_ids=job.rows["id"])
-
-Score it like the others: ``evaluation.scored(name, rows, answer(name, SystemJob(engine, rows)))``.
+percentage of visual tokens follows its name: ``visionzip_50``, ``fastv_36.4``. src/awares/README.md adds one. Score it
+like the others: ``evaluation.scored(name, rows, answer(name, SystemJob(engine, rows)))``.
 """
 
 import copy
@@ -138,24 +131,22 @@ def random_token(job: SystemJob, ratio: float) -> list[Trajectory]:
 @system("fastv")
 def fastv(job: SystemJob, ratio: float) -> list[Trajectory]:
     """FastV: keep r from layer 2 of 28 (scaled) on, by the last text token's attention; ``layer_rtr`` exceeds r."""
-    return _pruned(job, LayerPruned, plan=partial(fastv_plan, ratio))
+
+    def plan(depth: int) -> PruningPlan:
+        return PruningPlan({pruning.scaled_layers((FASTV_LAYER,), depth)[0]: ratio}, pruning.fastv_tokens, "last")
+
+    return _pruned(job, LayerPruned, plan=plan)
 
 
 @system("sparsevlm")
 def sparsevlm(job: SystemJob, ratio: float) -> list[Trajectory]:
     """SparseVLM: layers 2, 6, 15 of 28 (scaled) by the raters' attention, with recycling; r is the mean over layers."""
-    return _pruned(job, LayerPruned, plan=partial(sparsevlm_plan, ratio))
 
+    def plan(depth: int) -> PruningPlan:
+        shares = pruning.geometric_schedule(ratio, pruning.scaled_layers(SPARSEVLM_LAYERS, depth), depth)
+        return PruningPlan(shares, pruning.sparsevlm_tokens, "mean")
 
-def fastv_plan(ratio: float, depth: int) -> PruningPlan:
-    """Where FastV drops tokens in a language model of ``depth`` layers; AwaresValueError for fewer than two."""
-    return PruningPlan({pruning.scaled_layers((FASTV_LAYER,), depth)[0]: ratio}, pruning.fastv_tokens, "last")
-
-
-def sparsevlm_plan(ratio: float, depth: int) -> PruningPlan:
-    """Where SparseVLM drops tokens; AwaresValueError if ``ratio`` is below the share of the first, full layers."""
-    shares = pruning.geometric_schedule(ratio, pruning.scaled_layers(SPARSEVLM_LAYERS, depth), depth)
-    return PruningPlan(shares, pruning.sparsevlm_tokens, "mean")
+    return _pruned(job, LayerPruned, plan=plan)
 
 
 def _pruned(job: SystemJob, decoder: Callable[..., Pruned], **how: Any) -> list[Trajectory]:

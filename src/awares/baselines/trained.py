@@ -28,8 +28,7 @@ def visionthink_reward(rollouts: Sequence[Rollout], context: RewardContext) -> S
 def escalation_discounts(marks: Sequence[float], called: Sequence[bool], group: int) -> list[float]:
     """VisionThink's accuracy reward from ``marks`` of 0 or 1, in runs of ``group`` completions of one prompt.
 
-    A completion that called keeps 0.9 of its mark. So does a right one without a call, if fewer than one in five of the
-    group's right completions made no call: it was probably lucky.
+    A call leaves 0.9 of the mark. So does luck: fewer than one in five of the group's right completions made no call.
     """
     if group < 2 or len(marks) % group:
         raise AwaresValueError(f"{len(marks)} rewards do not fill groups of {group}: give full groups of 2 or more")

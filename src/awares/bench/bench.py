@@ -77,11 +77,9 @@ class Settings(NamedTuple):
 
     @property
     def precision(self) -> str:
-        """``dtype``, or the device's default."""
         return self.dtype or ("bfloat16" if self.device == "cuda" else "float32")
 
     def build(self) -> tuple[Any, Any]:
-        """Model and processor."""
         return configs.build(self.shape, self.scale, self.precision, self.device, self.seed)
 
     def image_size(self, benchmark: str) -> tuple[int, int]:

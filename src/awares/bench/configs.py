@@ -1,6 +1,6 @@
 """The paper's model and benchmarks as sizes: published architectures with random weights, typical images and answers.
 
-Speed depends on sizes alone: weights are random, images are blank, and outputs are scripted (`scripted.Script`).
+Speed depends on sizes alone: weights are random, images are blank, and outputs are scripted (`latency.Script`).
 """
 
 import math
@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-from awares.bench.latency import TWO_TURN_SYSTEMS, Workload
-from awares.bench.scripted import Script
+from awares.bench.latency import TWO_TURN_SYSTEMS, Script, Workload
 from awares.engine.model import ImageOnlyProcessor, load_config, load_processor, make_processor
 
 

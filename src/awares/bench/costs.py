@@ -1,23 +1,9 @@
 """Counted costs of a Qwen2.5-VL or Qwen3-VL: FLOPs of every part of a forward pass, bytes of the cache.
 
-A multiply-add is 2 FLOPs. Only matrix products count, and attention counts all queries x keys, as in
-`torch.utils.flop_counter`; norms, rotations and activations are of lower order.
-
-Vision tower, for an image of P patches of 14 px, width D, MLP width I, merge groups of m = 4 patches, output width H:
-
-    patch embedding   2 P (3 * 2 * 14 * 14) D
-    each block        2 P D 3D + 2 P D D + 3 * 2 P D I + 4 D sum(s^2)
-                      s: patches of each attention window; blocks with full attention have one window, s = P
-    merger            2 (P / m) (mD) (mD) + 2 (P / m) (mD) H
-
-Qwen3-VL: patches of 16 px, an MLP of 2 matrices instead of 3, full attention in all blocks, one more merger for each
-block whose features go to the language model's first layers.
-
-Language model, n new tokens of a row with c tokens in its cache, width H, query width Q (H in Qwen2.5-VL), key-value
-width K, MLP width J, L layers:
-
-    L (2 n H (2Q + 2K) + 3 * 2 n H J + 4 Q n (c + n))
-    language-model head, for each position whose logits are computed (one per step): 2 H V
+Only matrix products count, a multiply-add as 2 FLOPs: 2 for each weight and token; in attention 4 x width x queries x
+keys, all pairs, as in `torch.utils.flop_counter`. In the vision tower keys are those of the same window, or all patches
+in blocks with full attention: some of Qwen2.5-VL's, all of Qwen3-VL's. The latter has one more merger for each block
+whose features go to the language model's first layers. The head counts where logits are computed, once a step.
 """
 
 from typing import Any

@@ -81,8 +81,7 @@ def run_batch(source: Path, question: str | None, out: Path, engine: Any, settin
 
 def _done(rows: Sequence[Record], out: Path, settings: dict[str, Any]) -> dict[str, Record]:
     """The answers in ``out``, by row; a torn last line and errors are removed from it."""
-    jsonl.refuse_foreign(out, b'{"row_id": ', "results")
-    jsonl.drop_torn_line(out)
+    jsonl.drop_torn_line(out, b'{"row_id": ', "results")
     records, wanted = jsonl.read_records(out), {row["row_id"]: row for row in rows}
     answers = {record["row_id"]: record for record in records if "error" not in record}
     for row_id, record in answers.items():

@@ -44,7 +44,7 @@ def through_lmms_eval(
     runs in the processes that ``base.launch`` has on a machine, keeps the samples next to ``out_dir`` and resumes
     there. AwaresError for a missing environment, a changed protocol, or a failure of lmms-eval.
     """
-    from awares.bench.preflight import launched  # needs more packages than lmms-eval's environment has
+    from awares.bench.plan import launched  # needs more packages than lmms-eval's environment has
 
     python = params.path(params.evaluation.lmms_eval)
     if not python.is_file():
@@ -144,7 +144,7 @@ class AwaresChat(Model):
             heads = [{"id": name, "question": question} for name, question in zip(ids, questions, strict=True)]
             return [head | one for head, one in zip(heads, more, strict=True)]
 
-        jsonl.refuse_foreign(self.log, b'{"id": ', "samples")
+        jsonl.drop_torn_line(self.log, b'{"id": ', "samples")
         found = jsonl.in_chunks(self.log, [*rows], LOG_EVERY, answer, lambda one: one["settings"] != self.settings)
         texts = {record["id"]: record["answer"] for record in found}
         return [_until(texts[name], rows[name][2].get("until") or []) for name in names]

@@ -161,7 +161,7 @@ class Eval(PolicyOptions):
         from awares.engine.model import set_threads
         from awares.method import evaluation
         from awares.method.rollout import limits_of
-        from awares.study.display import TASK_WORDS
+        from awares.study.tables import TASK_WORDS
 
         given = {"rows": self.rows, "seed": self.seed, "call_bias": self.call_bias}
         overrides = {f"evaluation.{key}": value for key, value in given.items() if value is not None}
@@ -235,8 +235,7 @@ def plan_pipeline(
     --check looks for GPUs, disk, servers, keys, model and datasets, and says how to fix what is missing; the exit code
     is then 1.
     """
-    from awares.bench.estimate import forecast, wall_hours
-    from awares.bench.preflight import preflight
+    from awares.bench.plan import forecast, preflight, wall_hours
     from awares.config import load_params
 
     params = load_params(profile, overrides=overrides)

@@ -19,7 +19,7 @@ from pydantic_core import from_json
 from tqdm import tqdm
 
 from awares.clients import launch
-from awares.engine.jsonl import append_records, drop_torn_line, exclusive_lock, read_records, refuse_foreign
+from awares.engine.jsonl import append_records, drop_torn_line, exclusive_lock, read_records
 from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
 
 _Result = TypeVar("_Result")
@@ -176,8 +176,7 @@ class ChatClient:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(self.path):
-            refuse_foreign(self.path, b'{"reply_key": ', "replies")
-            drop_torn_line(self.path)  # else the next record would follow half a record on one line
+            drop_torn_line(self.path, b'{"reply_key": ', "replies")  # the next record would follow it on the same line
             if self._size() != self._read:
                 self.replies = {one["reply_key"]: Reply.model_validate(one) for one in read_records(self.path)}
             yield

@@ -2,8 +2,8 @@
 
 import re
 import unicodedata
-from dataclasses import dataclass
 from decimal import Decimal
+from typing import NamedTuple
 
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 ONES += ["seventeen", "eighteen", "nineteen"]
@@ -49,8 +49,7 @@ _PARTS = re.compile(r"\s*(?:[,;&\n]|\band\b)\s*")
 _NUMBER_AND_UNIT = re.compile(rf"(?<!\S)(-?\d+(?:\.\d+)?)({'|'.join(_UNITS)})(?!\S)")
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One part of an answer: a number with its unit ("" = none), or words."""
 
     number: Decimal | None

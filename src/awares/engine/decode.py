@@ -1,10 +1,10 @@
-"""Batched greedy decoding. The second turn reuses the key-value cache of the first (PAPER §1); `rollout` uses it."""
+"""Batched greedy decoding, and how rows are grouped. The second turn reuses the cache of the first (PAPER §1)."""
 
 import os.path
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -19,6 +19,7 @@ from awares.engine.model import ImageOnlyProcessor, visual_tokens
 VISION_PATCHES = 4096  # of 14 px encoded at a time (more only for a single larger image): bounds memory, fits caches
 _Rows = Sequence[list[int]]
 _Images = Sequence[list[Image]]
+WINDOW, WINDOW_PIXELS = 256, 2**28  # rows open at a time, and pixels of their images: 0.8 GB
 SHARE_FROM = 256  # tokens that a shared prefix must save: below that, its extra forward pass costs more
 
 
@@ -35,8 +36,7 @@ class State:
     positions: Tensor | None = None  # (3, B, T) if visual tokens are left out; None: the model computes them
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """Visual tokens of a row after pruning: the count that the system reports, and the mean over the LM's layers."""
 
     nominal: int
@@ -96,7 +96,6 @@ class Codec:
         return self.tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Generated ids as text, control tokens kept."""
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
@@ -126,10 +125,15 @@ class Decoder(Codec):
         """Generate from B rows of ids (images expanded), left padded, and their images in the order of placeholders.
 
         The common prefix of all rows up to the first image (the system prompt) passes through the language model once.
-        ``call_bias``: a float a row, added to the call's logit. ``names``: the rows' ids, for decoders that use them.
+        ``call_bias``: a float a row, added to the call's logit. ``names``: the rows' ids.
         """
+        self.names = list(names or map(str, range(len(rows))))
         features, grids = self._encode(images)
-        shared = self._shared(rows) if self.shares_prefix else 0
+        common = os.path.commonprefix(list(rows)) if self.shares_prefix else []
+        if self.processor.image_token_id in common:
+            common = common[: common.index(self.processor.image_token_id)]
+        shared = min(len(common), min(map(len, rows)) - 1)
+        shared = shared if shared * (len(rows) - 1) >= SHARE_FROM else 0
         ids, mask, types = self._pad([row[shared:] for row in rows])
         cache = DynamicCache(config=self.model.config)
         if shared:
@@ -189,14 +193,6 @@ class Decoder(Codec):
         assert first.logits is not None
         return Output(tokens, first.logits, gaps.amin(dim=1).tolist(), longer)
 
-    def _shared(self, rows: _Rows) -> int:
-        """Length of the common prefix of ``rows`` without images, shorter than any row; 0 if it saves little."""
-        common = os.path.commonprefix(list(rows))
-        if self.processor.image_token_id in common:
-            common = common[: common.index(self.processor.image_token_id)]
-        shared = min(len(common), min(map(len, rows)) - 1)
-        return shared if shared * (len(rows) - 1) >= SHARE_FROM else 0
-
     def _pad(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and type ids of B rows, left padded, each (B, longest)."""
         longest, device = max(map(len, rows)), self.model.device
@@ -209,11 +205,15 @@ class Decoder(Codec):
         if not any(images):
             return [], [torch.zeros(0, 3, dtype=torch.long, device=self.model.device) for _ in images]
         pixels = self._pixels([image for row in images for image in row])
-        grids, features = pixels["image_grid_thw"], []
-        for patches, part in _portions(pixels["pixel_values"], grids, self.vision_patches):
-            found = self.model.get_image_features(patches, part)
+        grids, features, begin, first = pixels["image_grid_thw"], [], 0, 0
+        counts = grids.prod(dim=1).tolist()
+        for end, last in enumerate(accumulate(counts), start=1):  # whole images, at most ``vision_patches`` at a time
+            if end < len(counts) and last - first + counts[end] <= self.vision_patches:
+                continue
+            found = self.model.get_image_features(pixels["pixel_values"][first:last], grids[begin:end])
             deep = getattr(found, "deepstack_features", None) or []
             features += [torch.cat([one, *more], dim=-1) for one, *more in zip(found.pooler_output, *deep, strict=True)]
+            begin, first = end, last
         return features, list(grids.split([len(row) for row in images]))
 
     def _pixels(self, images: list[Image]) -> Any:
@@ -245,10 +245,24 @@ def vision_output(pooled: Any, deep: Sequence[Any]) -> BaseModelOutputWithPoolin
     return BaseModelOutputWithPooling(pooler_output=pooled)
 
 
-def _portions(patches: Tensor, grids: Tensor, limit: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Patches and grids of whole images, as many at a time as stay within ``limit`` patches."""
-    counts, begin, first = grids.prod(dim=1).tolist(), 0, 0
-    for end, last in enumerate(accumulate(counts), start=1):
-        if end == len(counts) or last - first + counts[end] > limit:
-            yield patches[first:last], grids[begin:end]
-            begin, first = end, last
+def windows(rows: Iterable[Any], pixels: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """``rows`` in parts of at most WINDOW rows that end once their images have WINDOW_PIXELS pixels."""
+    part: list[Any] = []
+    total = 0
+    for row in rows:
+        part.append(row)
+        total += pixels(row)
+        if len(part) >= WINDOW or total >= WINDOW_PIXELS:
+            yield part
+            part, total = [], 0
+    if part:
+        yield part
+
+
+def token_groups(lengths: Sequence[int], room: int, budget: int) -> Iterator[list[int]]:
+    """Consecutive indices of ``lengths`` whose padded size, with ``room`` for answers, is within ``budget`` tokens."""
+    begin = 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or (max(lengths[begin : end + 1]) + room) * (end + 1 - begin) > budget:
+            yield list(range(begin, end))
+            begin = end

@@ -26,6 +26,8 @@ class SentenceEncoder:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(n, d) float32, rows of length 1, in the order of ``texts``."""
+        import torch
+
         groups: dict[int, list[str]] = {}
         for text in sorted(set(texts) - self._cache.keys()):
             tokens = len(self.model.tokenizer(text, truncation=True, max_length=_LENGTHS[-1])["input_ids"])
@@ -33,7 +35,12 @@ class SentenceEncoder:
         for length, members in groups.items():
             for start in range(0, len(members), _ROWS):
                 batch = members[start : start + _ROWS]
-                self._cache.update(zip(batch, self._forward(batch, length), strict=True))
+                padded, shape = [*batch, *[""] * (_ROWS - len(batch))], {"padding": "max_length", "max_length": length}
+                tokens = self.model.tokenizer(padded, truncation=True, return_tensors="pt", **shape)
+                with torch.inference_mode():
+                    found = self.model({key: value.to(self.model.device) for key, value in tokens.items()})
+                unit = torch.nn.functional.normalize(found["sentence_embedding"].float(), dim=-1)
+                self._cache.update(zip(batch, unit.cpu().numpy(), strict=False))
         return np.stack([self._cache[text] for text in texts]) if len(texts) else np.zeros((0, 0), np.float32)
 
     def similarity(self, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
@@ -45,17 +52,6 @@ class SentenceEncoder:
         pairs = zip(predictions, answers, strict=True)
         best = (np.max(self.encode(list(accepted)) @ self.encode([text])[0]) for text, accepted in pairs)
         return [round(float(one), 6) for one in best]
-
-    def _forward(self, batch: list[str], length: int) -> np.ndarray:
-        import torch
-
-        padded, shape = [*batch, *[""] * (_ROWS - len(batch))], {"padding": "max_length", "max_length": length}
-        tokens = self.model.tokenizer(padded, truncation=True, return_tensors="pt", **shape)
-        with torch.inference_mode():
-            features = {key: value.to(self.model.device) for key, value in tokens.items()}
-            embeddings = self.model(features)["sentence_embedding"]
-        unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
-        return unit[: len(batch)].cpu().numpy()
 
 
 @lru_cache(maxsize=2)

@@ -70,17 +70,16 @@ def append_records(path: str | Path, records: Sequence[Record]) -> None:
         os.fsync(file.fileno())
 
 
-def drop_torn_line(path: str | Path) -> None:
-    """Cut off an incomplete last line of a JSONL file, which a kill left. A missing file is no error."""
-    if Path(path).is_file():
-        os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)
+def drop_torn_line(path: str | Path, head: bytes, kind: str) -> None:
+    """Cut off the incomplete last line that a kill left in a JSONL file. A missing file is no error.
 
-
-def refuse_foreign(path: str | Path, head: bytes, kind: str) -> None:
-    """AwaresFileError if a line of the file does not begin with ``head``: it is not ours and must not be changed."""
-    lines = Path(path).read_bytes().split(b"\n") if Path(path).is_file() else [b""]
-    if any(not line.startswith(head) for line in lines[:-1]) or not lines[-1].startswith(head[: len(lines[-1])]):
+    AwaresFileError, and no change, if a line does not begin with ``head``: the file is not ours.
+    """
+    *lines, torn = Path(path).read_bytes().split(b"\n") if Path(path).is_file() else [b""]
+    if any(not line.startswith(head) for line in lines) or not torn.startswith(head[: len(torn)]):
         raise AwaresFileError(f"{path}: contains something other than {kind}: give another file to write to")
+    if torn:
+        os.truncate(path, Path(path).stat().st_size - len(torn))
 
 
 def write_records(path: str | Path, records: Sequence[Record]) -> None:

@@ -16,12 +16,14 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
+from torch import Tensor
+from torch.nn.attention import varlen
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AutoConfig, AutoTokenizer, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import logging as transformers_logging
 
 from awares.engine import chat_format
-from awares.engine.attention import FLASH_WINDOWS
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 
 # By model_type: the class; the stock processor and its video half
@@ -32,6 +34,7 @@ STOCK["qwen3_vl"] = ("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 GPU_FIX = "install torch's CUDA build and the driver that it needs (CUDA 13: 580 or newer; nvidia-smi shows yours)"
 NO_WEIGHTS = f"no {ADAPTER_WEIGHTS} there, and only safetensors are read"
+FLASH_WINDOWS = "flash_windows"  # see `attend_windows`
 Grid = tuple[int, int]  # patches in height and width
 Adapters = str | Path | Sequence[str | Path] | None
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +58,6 @@ class ImageOnlyProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """One placeholder per visual token of image ``image_idx``."""
         patches = int(image_inputs["image_grid_thw"][image_idx].prod())
         return self.image_token * (patches // self.image_processor.merge_size**2)
 
@@ -120,6 +122,34 @@ def load_model(
     for folder in adapters:
         model = _add_adapter(model, folder, trainable and folder is adapters[-1])
     return model.to(device).train(trainable)
+
+
+def attend_windows(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, **options: Any
+) -> tuple[Tensor, None]:
+    """The vision tower's windows in one call: (1, heads, S, head_dim) each -> (1, S, heads, head_dim).
+
+    By default transformers calls sdpa once a window: thousands of small kernels for a page. To an implementation with
+    "flash" in its name it gives all windows together.
+    ``cu_seq_lens_q`` in ``options``: the boundaries of the windows, (windows + 1,) from 0 to S. On CUDA in half
+    precision this is one call of torch's variable-length kernel, else one sdpa call for each length of window.
+    """
+    bounds, longest = options["cu_seq_lens_q"], options["max_length_q"]
+    if query.is_cuda and query.dtype != torch.float32 and query.shape[-1] % 8 == 0:
+        attend: Any = varlen.varlen_attn
+        packed = [one[0].transpose(0, 1) for one in (query, key, value)]
+        return attend(*packed, bounds, bounds, longest, longest)[None], None
+    bounds = bounds.cpu()
+    output = torch.empty_like(query[0].transpose(0, 1))  # (S, heads, head_dim)
+    for length in bounds.diff().unique().tolist():
+        starts = bounds[:-1][bounds.diff() == length]
+        places = (starts[:, None] + torch.arange(length)).to(query.device)  # (windows, length)
+        parts: list[Any] = [one[0][:, places].transpose(0, 1) for one in (query, key, value)]
+        output[places] = scaled_dot_product_attention(*parts).transpose(1, 2)
+    return output[None], None
+
+
+AttentionInterface.register(FLASH_WINDOWS, attend_windows)
 
 
 def set_attention(model: Any, name: str) -> None:

@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from awares.config import Params
 from awares.engine import decode
-from awares.engine.batches import token_groups, windows
 from awares.engine.chat_format import END_OF_TURN, answer_text
-from awares.engine.decode import Codec, Decoder, Output, call_scores
+from awares.engine.decode import Codec, Decoder, Output, call_scores, token_groups, windows
 from awares.engine.images import ImageSource, cap, open_image
 from awares.engine.keys import code_of, model_key
 from awares.engine.model import ImageOnlyProcessor, set_attention, visual_tokens

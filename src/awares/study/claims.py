@@ -69,7 +69,6 @@ def policies_of(expression: str) -> tuple[str, ...]:
 
 
 def _calls(expression: str) -> list[list[str]]:
-    """Name and arguments of every call."""
     calls = [node for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Call)]
     return [[ast.unparse(part) for part in (call.func, *call.args)] for call in calls]
 
@@ -109,7 +108,6 @@ def save_claims(answers: Answers, folder: Path) -> pd.DataFrame:
 
 
 def _agreement(params: Params, judge: str) -> Effect:
-    """Training rows (percent) on which ``judge`` gives the deciding judge's label."""
     found = _line(params, "tables/table2_judges.csv", judge_a=params.curation.judge, judge_b=judge)
     count = found.n + PLUS
     likely = (found.agreement * found.n + 50 * PLUS) / count  # plus four
@@ -117,7 +115,6 @@ def _agreement(params: Params, judge: str) -> Effect:
 
 
 def _time_ratio(params: Params, system: str, over: str) -> Effect:
-    """Time of a system over that of another at batch 1."""
     found = _line(params, "latency/ratios.csv", system=system, over=over, batch="1")
     return Effect(found.ratio, (found.ratio_high - found.ratio_low) / (2 * 1.96))
 

@@ -38,8 +38,7 @@ def all_scores(params: Params) -> pd.DataFrame:
 def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
     """The evaluation rows as every system of ``files`` has answered them, one line per system, seed and row.
 
-    Columns system, seed, benchmark, row_id, score (0 to 1), rtr, layer_rtr, then ANSWER_COLUMNS (``written``: the text
-    of each assistant turn). Raises AwaresFileError for a system that has not been run.
+    Scores are 0 to 1; ``written``: the text of each assistant turn. AwaresFileError for a system that has not been run.
     """
     rows, found = evaluation_rows(params), []
     for system, seed, path in files:
@@ -87,8 +86,7 @@ def trainings(params: Params) -> Trainings:
 def trajectories(params: Params, runs: Mapping[str, Params] | None = None, turns: bool = False) -> list[File]:
     """The files of Table 1's systems, or of the variants ``runs`` (name -> settings), at every seed that was run.
 
-    Answers to the evaluation rows (with an unseen evaluation seed those that it draws), or with ``turns`` to the
-    validation rows, where only trained systems have some.
+    They answer the evaluation rows, or with ``turns`` the validation rows, where only trained systems have some.
     """
     wanted = {name: (params, name, TRAINED.get(name, "")) for name in (TRAINED if turns else MAIN_SYSTEMS)}
     if runs is not None:
@@ -152,9 +150,9 @@ def measures_table(answers: Answers, systems: Mapping[str, str], measures: Seque
 def effects(main: Params, runs: Mapping[str, Params], answers: Answers) -> pd.DataFrame:
     """Effect of each variant's change on mean accuracy (points) and RTR, with intervals over rows and trainings.
 
-    A line against the main line of the same seeds, then one against each variant with a subset of its changes (not for
-    the trained systems of Table 1). variant, system (the policy of Table 1 that is compared), against, change (the
-    parameters that differ), then as `difference_table`; ``significant`` among the lines of one kind.
+    A line against the main line, then one against each variant with a part of its changes (not for Table 1's systems).
+    Columns variant, system (the compared policy), against, change (the parameters that differ), then as
+    `difference_table`; ``significant`` among the lines of one kind.
     """
     system = {name: judged_by(params)[0] for name, params in runs.items()}
     changes = {name: {key: str(new) for key, _, new in differences(main, params)} for name, params in runs.items()}
@@ -175,8 +173,7 @@ def effects(main: Params, runs: Mapping[str, Params], answers: Answers) -> pd.Da
 def difference_table(answers: Answers, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
     """Differences a - b of systems: a, b, seeds, n (rows), accuracy (points) and RTR with intervals.
 
-    On the rows and at the training seeds that both have. ``p``: of the difference in accuracy, which is ``significant``
-    at a false discovery rate of 1 - evaluation.level over the table.
+    ``p``: of the difference in accuracy; it is ``significant`` at a false discovery rate of 1 - evaluation.level.
     """
     level, records = answers.params.evaluation.level, []
     for a, b in pairs:

@@ -100,8 +100,8 @@ def crop_table(rows: datasets.Dataset) -> pd.DataFrame:
 def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
     """One line per curated row: source, label, image width and height, height of the evidence (px of the full image).
 
-    Columns half and full: whether the deciding judge accepts these answers (released rows have none). The evidence is
-    the smallest annotated box, else the oracle's smallest, on its shorter side; without boxes height is nan.
+    The evidence is the smallest box on its shorter side, of the oracle if none is annotated. Columns half and full:
+    whether the deciding judge accepts these answers (released rows have none).
     """
     records, kinds = [], ("answer_boxes", "question_boxes", "oracle_answer_boxes", "oracle_question_boxes")
     for row in rows:

@@ -1,8 +1,7 @@
 """Diagnostics of a policy for tables and figures: intervals, policy flow, kinds of error, the oracle frontier."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -85,8 +84,7 @@ def error_table(scores: pd.DataFrame, labelled: datasets.Dataset, threshold: flo
     return pd.DataFrame(records, columns=["system", "kind", "share", "rows"])
 
 
-@dataclass(frozen=True)
-class Frontier:
+class Frontier(NamedTuple):
     """The best accuracy (0 to 1) of any policy over these options, the RTR it costs, and the curve up to it.
 
     ``choice`` (N,): the cheapest best option of each row. ``rtr_curve``, ``accuracy_curve`` (K + 1,): from the cheapest

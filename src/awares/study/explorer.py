@@ -19,7 +19,7 @@ from awares.method.crops import CROPS, low_resolution
 from awares.method.evaluation import scored
 from awares.method.rollout import Trajectory
 from awares.study.diagnostics import evidence_boxes, shows
-from awares.study.display import SYSTEM_WORDS, TASK_WORDS
+from awares.study.tables import SYSTEM_WORDS, TASK_WORDS
 
 ROWS = 1200  # at most: the file stays below 8 MB
 Sweep = Mapping[float, Sequence[Trajectory]]  # bias -> a trajectory per row

@@ -21,7 +21,7 @@ from awares.method.crops import crop_box, cut, low_resolution
 from awares.method.evaluation import AVERAGE
 from awares.method.rollout import Trajectory
 from awares.study.diagnostics import OUTCOMES, outcome
-from awares.study.display import SYSTEM_WORDS, name_tasks, shown
+from awares.study.tables import SYSTEM_WORDS, name_tasks, shown
 
 PALETTE = sns.color_palette("colorblind")
 SYSTEM_COLOURS = dict(zip(SYSTEM_WORDS.values(), PALETTE, strict=False))
@@ -40,20 +40,17 @@ def style(dpi: int, origin: str = "") -> None:
 
 def show(figure: Figure, alt: str | None = None) -> Picture:
     """``figure`` as a PNG of stable bytes; it is closed. ``alt``: alternative text, by default titles, axes, legend."""
-    alt, buffer = alt or _described(figure), io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    plt.close(figure)
-    return Picture(data=buffer.getvalue(), alt=alt)
-
-
-def _described(figure: Figure) -> str:
     panels: dict[str, None] = {}
     for axes in figure.axes:
         drawn = f"{axes.get_ylabel()} over {axes.get_xlabel()}" if axes.get_xlabel() else axes.get_ylabel()
         panels[": ".join(text for text in (axes.get_title() or axes.get_title("left"), drawn) if text)] = None
     legends = [legend for legend in (*figure.legends, *(axes.get_legend() for axes in figure.axes)) if legend]
     names = dict.fromkeys(text.get_text() for legend in legends for text in legend.get_texts())
-    return ". ".join(filter(None, ["; ".join(filter(None, panels)), ", ".join(names)])).replace("\n", " ")
+    described = ". ".join(filter(None, ["; ".join(filter(None, panels)), ", ".join(names)])).replace("\n", " ")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(figure)
+    return Picture(data=buffer.getvalue(), alt=alt or described)
 
 
 def save_figure(figure: Figure, path: Path, alt: str | None = None) -> Picture:
@@ -89,8 +86,7 @@ def accuracy_figure(table: pd.DataFrame, panel: str = "benchmark", x: str = "rtr
 def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) -> Figure:
     """Operating curves: accuracy against RTR as the call bias grows, with intervals; bias 0 (as trained) is ringed.
 
-    Left the rows "all" of ``dial`` (dial.csv) with full and half of ``main`` (table1_main.csv), right its rows
-    "frontier" with the oracle frontier of the same policies (``frontier``, frontier_curve.csv), dashed.
+    Left the rows "all" of ``dial`` with full and half of ``main``, right its rows "frontier" with ``frontier``, dashed.
     """
     dial, frontier, main = map(shown, (dial, frontier, main))
     look = {"x": "rtr", "y": "accuracy", "hue": "system", "palette": SYSTEM_COLOURS}

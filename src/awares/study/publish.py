@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
-from jinja2 import DictLoader
+from jinja2 import FileSystemLoader
 from nbconvert import HTMLExporter
 
 from awares.config import Params, load_params
@@ -26,15 +26,7 @@ PAGES = {"base_model": "00_base_model", "seeds": "09_seeds", "latency": "07_late
          "ablations": "06_ablations_summary", "comparison": "11_comparison",
          "shift": "12_shift", "plus": "13_plus"}  # fmt: skip
 
-FOLDED = {  # nbconvert's page with the code cells folded
-    "folded.html.j2": """{%- extends 'lab/index.html.j2' -%}
-{%- block input -%}<details class="code"><summary>Code</summary>{{ super() }}</details>{%- endblock input -%}
-{%- block html_head_css -%}{{ super() }}<style>
-details.code summary {cursor: pointer; color: #555; font: 13px sans-serif}
-.jp-RenderedHTMLCommon {overflow-x: auto}
-.jp-OutputArea-output img {max-width: 100%; height: auto}
-</style>{%- endblock html_head_css -%}"""
-}
+HERE = FileSystemLoader(Path(__file__).parent)  # folded.html.j2
 NO_ALT = "No description has been provided for this image"  # nbconvert writes this: its template drops alt texts
 
 
@@ -117,7 +109,7 @@ def stable_copy(notebook: nbformat.NotebookNode, root: Path) -> nbformat.Noteboo
 
 def to_html(notebook: nbformat.NotebookNode, title: str) -> str:
     """One HTML page that opens anywhere: pictures, their alternative texts and styles inside, no script."""
-    exporter = HTMLExporter(embed_images=True, template_file="folded.html.j2", extra_loaders=[DictLoader(FOLDED)])
+    exporter = HTMLExporter(embed_images=True, template_file="folded.html.j2", extra_loaders=[HERE])
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -60,8 +60,7 @@ def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: CropS
 def label_leaks(train: datasets.Dataset, test: datasets.Dataset) -> pd.DataFrame:
     """How well the probe predicts curated rows: columns check, value, bound, n; empty without LR and HR rows.
 
-    ``when``: area under the ROC curve, bound 0.70. ``where``: cross-validated accuracy (percent) for the crops of all
-    HR rows, bound 10 points above the most frequent crops.
+    ``when``: area under the ROC curve, of 0.70 at most. ``where``: accuracy (percent) for the crops of all HR rows.
     """
     records: list[tuple[str, float, float, int]] = []
     if set(train["label"]) == set(test["label"]) == {"LR", "HR"}:

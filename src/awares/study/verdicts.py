@@ -7,7 +7,7 @@ in quadrature, which is never too narrow (Cochran): effect +- sqrt((z * rows)^2 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -59,8 +59,7 @@ class Effect:
         return self.reach((1 - level) / 2, missed)
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(NamedTuple):
     """What the effects of one claim show; ``statements``: (verdict, p value), the preferred first."""
 
     value: float

@@ -10,9 +10,8 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import huggingface_hub.constants
@@ -38,8 +37,7 @@ COMPLETE = (("adapter_model.safetensors", "scheduler.pt", "optimizer.pt"),
             ("adapter_model.safetensors", "scheduler.pt", "optimizer.bin", "pytorch_model_fsdp.bin"))  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TrainedPolicy:
+class TrainedPolicy(NamedTuple):
     """The outputs of a training, the step of the checkpoint that was saved, and its validation accuracy (SFT)."""
 
     adapter: Path
@@ -225,7 +223,6 @@ class Log(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def write(self, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Write a trainer's ``log_history``; returns the entries."""
         entries = [entry for entry in map(self.rename, history) if entry]
         write_records(self.path, entries)  # all of them: a resumed run leaves no gap and no repeat
         return entries

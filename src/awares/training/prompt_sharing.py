@@ -27,7 +27,6 @@ class SharedPromptTrainer(GRPOTrainer):
 
     @property
     def core(self) -> Any:
-        """The plain model with its LoRA layers."""
         return self.accelerator.unwrap_model(self.model).get_base_model()
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
