@@ -155,7 +155,7 @@ def test_scores_are_the_last_blocks_attention_in_raster_order(deep, monkeypatch)
     of, visual = job(deep), deep.model.model.visual
     decoder = pruned_decoder(of, "visionzip_50", monkeypatch)
     views = watch(decoder)
-    monkeypatch.setattr(pruning, "ROWS", 50)  # queries at a time
+    monkeypatch.setattr(pruning, "QUERIES", 50)  # queries at a time
     decoder.start(*prompts(deep, of))
     AttentionInterface.register("noting", noting)
     monkeypatch.setattr(visual.config, "_attn_implementation", "noting")

@@ -20,7 +20,7 @@ CHUNKS = 8  # HoloV: P (assumed)
 DIVERSITY = 0.09  # HoloV: weight of a chunk's diversity next to its attention, as in the released code
 RECYCLED = 0.3  # SparseVLM: share of the pruned tokens that is clustered
 CLUSTER = 10  # SparseVLM: recycled tokens a cluster
-ROWS = 512  # queries a block in `received`: bounds the memory for attention maps
+QUERIES = 512  # queries a block in `received`: bounds the memory for attention maps
 
 
 class Selection(NamedTuple):
@@ -57,7 +57,7 @@ def received(query: Tensor, key: Tensor, lengths: Sequence[int], scale: float) -
     scores = []
     for q, k in zip(query.split(list(lengths)), key.split(list(lengths)), strict=True):
         keys = k.permute(1, 2, 0).float()  # (heads, head_dim, n)
-        blocks = [(rows.transpose(0, 1).float() * scale @ keys).softmax(-1).sum(1).mean(0) for rows in q.split(ROWS)]
+        blocks = [(rows.transpose(0, 1).float() * scale @ keys).softmax(-1).sum(1).mean(0) for rows in q.split(QUERIES)]
         scores.append(torch.stack(blocks).sum(0))
     return torch.cat(scores)
 
