@@ -1,5 +1,7 @@
 """Verdicts keep their error rates on data with a known truth, noise never helps, and policies are compared in pairs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -82,6 +84,22 @@ def test_verdicts(values, side, margin, same, expected):
     found = verdicts.weigh([Effect(value, 0.1) for value in values], side, margin, same, 0.95)
     assert verdicts.decide([found], 0.95) == [expected]
     assert found.value == (max(values) if side == "below" else min(values))
+
+
+@pytest.mark.parametrize("side", ["above", "below", "within"])
+def test_noise_never_makes_a_claim_pass_more_easily(side):
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        effects = [
+            Effect(rng.normal(), rng.uniform(0.01, 1), rng.uniform(0.01, 1), 2, 3) for _ in range(rng.integers(1, 4))
+        ]
+        noisier = [replace(one, rows=one.rows * 1.5, trainings=one.trainings * 2) for one in effects]
+        margin, same = rng.uniform(0.2, 1), rng.uniform(0, 1)
+        quiet, loud = (verdicts.weigh(each, side, margin, same, 0.95) for each in (effects, noisier))
+        assert [name for name, _ in quiet.statements] == [name for name, _ in loud.statements]
+        for (_, before), (_, after) in zip(quiet.statements, loud.statements, strict=True):
+            assert before <= after + 1e-9
+        assert loud.low <= quiet.low <= quiet.value <= quiet.high <= loud.high and quiet.detectable < loud.detectable
 
 
 def test_false_discoveries_are_controlled_over_all_claims():
@@ -236,6 +254,22 @@ def test_an_expression_that_cannot_be_computed_is_named(text):
         claims.evaluate(text, study(answered("awares", marks(1)), answered("sft", marks(1))))
 
 
+def test_every_claim_states_its_quantity_margin_and_source():
+    texts = claims.read_claims()
+    counted = texts[texts.decided_by == ""]
+    assert set(texts.holds) <= {"above", "below", "within"} and set(texts.decided_by) == {"", "generator", "arithmetic"}
+    assert 25 <= len(counted) <= 40 and (texts.headline == "yes").sum() == 10
+    assert not texts.id.duplicated().any() and texts[["section", "claim", "quantity"]].ne("").all(axis=None)
+    tables = pd.read_csv(PARAMS.path("data/paper/tables.csv")).table
+    assert set(" ".join(texts.tables).split()) <= set(tables)
+    listed = {name for names in (*PARAMS.ablations.values(), PARAMS.comparison.systems) for name in names}
+    used = {name for text in texts.expression for name in claims.policies_of(text)}
+    assert used <= listed | {"full", "half", "sft", "awares", ORACLE} and {"fastv_50", "fastv_70"} <= used
+    direction = texts[(texts.same > 0) & (texts.id != "beats_visionthink")]
+    assert direction.same.to_numpy() == pytest.approx(direction.paper.abs() / 2, abs=1e-3)  # half of the paper's effect
+    assert ((texts.same == 0) | (texts.margin == 0)).all()
+
+
 def test_a_trained_system_is_the_mean_over_its_seeds():
     tables = answered("full", marks(0.5)), answered("awares", marks(0.4)), answered("awares", marks(0.8), 2)
     line = comparison.measures_table(study(*tables), {"main": "awares"}, ["accuracy", "rtr", "area"]).squeeze()
@@ -277,3 +311,29 @@ def test_the_gap_is_split_by_need_and_call():
     assert table.rows.tolist() == [10, 10, 10, 10, 20, 60] and table.right.tolist() == [0, 100, 0, 100, 50, 50]
     assert table.points.tolist() == pytest.approx([-100 / 6, 0, -100 / 6, 0, 100 / 6, -100 / 6])
     assert table.points[:-1].sum() == pytest.approx(table.points.iloc[-1]) and (table.low < table.points).all()
+
+
+def test_effects_of_variants_on_the_main_line_and_on_the_variant_that_they_extend():
+    right = {"sft": 0.8, "awares": 0.8, "weight_1": 0.7, "turn": 0.3, "no_tool_cost": 0.8, "no_area_cost": 0.8}
+    runs = {name: load_params("mini", name) for name in [*right, "grpo_only"][2:]}
+    tables = [
+        answered(name, marks(share), rtr=0.75 if name == "no_tool_cost" else 0.5) for name, share in right.items()
+    ]
+    near = marks(0.8) ^ (np.arange(len(ROWS)) < 3)
+    tables += [answered(name, near, seed) for name in ("sft", "awares") for seed in (2, 3)]
+    tables.append(answered("grpo_only", marks(0.7)))
+    found = Answers(PARAMS, pd.concat(tables), pd.DataFrame({"system": [], "seed": []}), comparison.trainings(PARAMS))
+    table = comparison.effects(PARAMS, runs, found).set_index(["variant", "against"])
+    pairs = [*((name, "main") for name in runs), ("turn", "weight_1"), ("no_tool_cost", "no_area_cost")]
+    assert list(table.index) == pairs
+    assert table.system.tolist() == ["sft", "sft", "awares", "awares", "awares", "sft", "awares"]
+    turn, step = table.loc[("turn", "main")], table.loc[("turn", "weight_1")]
+    assert turn.difference == pytest.approx(100 * (marks(0.3).mean() - marks(0.8).mean())) and turn.significant
+    assert step.change == "sft.level turn" and step.difference == pytest.approx(
+        100 * (marks(0.3).mean() - marks(0.7).mean())
+    )
+    assert table.change[("grpo_only", "main")].startswith("grpo.cold_start False, grpo.epochs 3.0, grpo.max_steps 144")
+    assert table.loc[("no_tool_cost", "main")].rtr == 0.25 and (table.seeds == 1).all()
+    kinds = comparison.trainings(PARAMS)
+    assert kinds["no_area_cost"] == ("sft", "grpo:no_area_cost") and kinds["grpo_only"] == ("all:grpo_only",)
+    assert kinds["labels_anls"] == ("sft:labels_anls",) and kinds["visionthink"] == ("all:visionthink",)
