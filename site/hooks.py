@@ -111,8 +111,8 @@ def linked(text: str, address: str, copied: dict[str, bytes]) -> str:
         return f"{words}({posixpath.relpath(page, folder or '.')}{anchor})"
 
     def named(match: re.Match[str]) -> str:
-        page = f"notebooks/{match[1]}.md"
+        page = "explorer.md" if match[1] == "explorer" else f"notebooks/{match[1]}.md"
         there = page in PAGES and page != address
         return f"[{match[0]}]({posixpath.relpath(page, folder or '.')})" if there else match[0]
 
-    return re.sub(r"(?<!\[)`(\d\d_\w+|report)`", named, LINK.sub(replaced, text))
+    return re.sub(r"(?<!\[)`(\d\d_\w+|report|explorer)`", named, LINK.sub(replaced, text))

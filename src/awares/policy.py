@@ -22,6 +22,7 @@ class Checkpoint:
     path: Path | str  # a model folder or hub name
     adapters: tuple[Path, ...] = ()  # to merge into it, in order
     form: Protocol | None = None  # the interaction that it was trained on, if known
+    base: Path | str | None = None  # the model that it was trained from, if known
 
 
 def shipped(root: Path | None = None) -> Checkpoint:
@@ -31,7 +32,7 @@ def shipped(root: Path | None = None) -> Checkpoint:
     if missing := [str(folder.relative_to(root)) for folder in folders if not [*folder.glob("*config.json")]]:
         fix = "give one with --model PATH, or train one with `make repro` and give --run mini"
         raise AwaresFileError(f"no shipped policy here ({', '.join(missing)} missing): {fix}")
-    return Checkpoint("shipped", base, tuple(adapters))
+    return Checkpoint("shipped", base, tuple(adapters), base=base)
 
 
 def of_run(name: str) -> Checkpoint:
@@ -43,8 +44,9 @@ def of_run(name: str) -> Checkpoint:
     if stage not in ("sft", "grpo") or not (folder / "merged" / "config.json").is_file():
         fix = "run `make repro`, or give profile, profile/stage or profile/stage/variant-sN of another"
         raise AwaresFileError(f"{folder / 'merged'}: no policy of run {name!r}: {fix}")
-    form = from_params(load_params(profile, folder.name.rpartition("-s")[0]))
-    return Checkpoint(f"run {profile}/{stage}/{folder.name}", folder / "merged", form=form)
+    params = load_params(profile, folder.name.rpartition("-s")[0])
+    name = f"run {profile}/{stage}/{folder.name}"
+    return Checkpoint(name, folder / "merged", form=from_params(params), base=params.model_path())
 
 
 class AwaRes:

@@ -165,6 +165,7 @@ def test_bias_and_limits_reach_the_engine(model, scans, capsys):
         ("ask page.png q --model {model} --server http://127.0.0.1:9/v1", "127.0.0.1:9"),
         ("eval twice.jsonl --model {model}", "answers"),
         ("serve --model nowhere --port 0", "nowhere"),
+        ("demo", "make demo"),  # gradio lives in the environment of that target
     ],
 )
 def test_wrong_data_is_1_and_one_line(line, reason, model, tiny, tmp_path, capsys, monkeypatch):

@@ -126,8 +126,9 @@ def test_the_explorer_has_the_numbers_of_the_tables(line, shipped):
         own = [one["call" if one["gap"] + point.call_bias > 0 else "direct"] for one in rows[point.system]]
         marks = pd.DataFrame(own).assign(rtr=[one["tokens"] / one["of"] for one in own])
         means = marks[["score", "rtr"]].groupby(rows.task).mean().mean()
-        expected = [point.accuracy, point.rtr, point.call_rate]
-        assert [100 * means.score, means.rtr, 100 * marks.crops.map(bool).mean()] == pytest.approx(expected, abs=1e-4)
+        shares = [means.score, means.rtr, marks.crops.map(bool).mean()]
+        near = 1.1 / len(rows) if shipped else 1e-6  # another processor's rounding may turn a row that lies on an edge
+        assert shares == pytest.approx([point.accuracy / 100, point.rtr, point.call_rate / 100], abs=near + 5e-5)
 
 
 def test_report_publishes_what_the_pipeline_declares(line):

@@ -53,7 +53,14 @@ def results() -> str:
     tasks = [*PARAMS.data.tasks, "average"]
     heads = [*(TASK_WORDS[name] for name in PARAMS.data.tasks), "average", "RTR"]
     rows, seeds = table.n["awares", tasks[0]], table.seeds.max()
-    lines = [f"| {rows} rows per task, {seeds} trainings | {' | '.join(heads)} |", "|---" + "|---:" * len(heads) + "|"]
+    kept, found = table.rtr["awares", "average"], {name: f"{table.accuracy[name, 'average']:.1f} %" for name in SYSTEMS}
+    lines = [f"AwaRes keeps {100 * kept:.0f} % of the visual tokens and answers {found['awares']} right, against "]
+    lines[0] += f"{found['full']} at full and {found['half']} at half resolution."
+    lines += [
+        "",
+        f"| {rows} rows per task, {seeds} trainings | {' | '.join(heads)} |",
+        "|---" + "|---:" * len(heads) + "|",
+    ]
     for system, shown in SYSTEMS.items():
         cells = [f"{table.accuracy[system, task]:.1f}" for task in tasks]
         average = table.loc[(system, "average")]

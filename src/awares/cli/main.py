@@ -215,6 +215,28 @@ class Serve(Limits, PolicyOptions):
         return 0
 
 
+@app.command("demo")
+@dataclass(frozen=True, kw_only=True)
+class Demo(PolicyOptions):
+    """Ask a policy on a web page: drop an image, watch both turns. Needs gradio: run `make demo`."""
+
+    host: Annotated[str, Option(help="address to listen at; the default is this machine only")] = "127.0.0.1"
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one")] = 7860
+
+    def __call__(self) -> int:
+        try:
+            from awares.cli import demo
+        except ModuleNotFoundError as missing:
+            raise AwaresValueError(f"{missing}: `make demo` installs what the demo needs and starts it") from missing
+        from awares.policy import AwaRes
+
+        found, options = self.checkpoint(), {"scores": True} if self.server else {}
+        policy, name = self.load(None, **options)
+        base = AwaRes.from_pretrained(found.base) if found.base and not self.server else None
+        demo.run_demo(policy, base, name, found.name == "shipped" or self.run.startswith("mini"), self.host, self.port)
+        return 0
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> int:
     """Time the interaction against full resolution."""

@@ -21,20 +21,20 @@ from awares.method.rollout import Trajectory
 from awares.study.diagnostics import evidence_boxes, shows
 from awares.study.tables import SYSTEM_WORDS, TASK_WORDS
 
-ROWS = 1200  # at most: the file stays below 8 MB
+MOST_ROWS = 1200  # at most: the file stays below 8 MB
 Sweep = Mapping[float, Sequence[Trajectory]]  # bias -> a trajectory per row
 
 
 def write_explorer(
     params: Params, rows: Dataset, done: Mapping[str, Sequence[Trajectory]], sweeps: Mapping[str, Sweep], folder: Path
 ) -> None:
-    """Write ``folder``/rows.js about the first ROWS of ``rows``, which `evaluation.label_rows` has labelled.
+    """Write ``folder``/rows.js about the first MOST_ROWS of ``rows``, which `evaluation.label_rows` has labelled.
 
     ``done``: the trajectories of Table 1 by system; ``sweeps``: those of `sweep_call_bias` by policy. A row has the
     answers of full and half, and of each policy its call gap with up to two trajectories, ``direct`` and ``call``. Only
     pictures that were generated here are included.
     """
-    rows = rows.select(range(min(ROWS, len(rows))))
+    rows = rows.select(range(min(MOST_ROWS, len(rows))))
     found = [_about(params, row, boxes) for row, boxes in zip(rows, evidence_boxes(rows), strict=True)]
     for system in ("full", "half"):
         for record, answer in zip(found, _answers(params, system, rows, done[system]), strict=True):
