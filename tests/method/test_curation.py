@@ -80,7 +80,7 @@ class FakeEngine:
     def __init__(self, dies_at=None, weights="w1", bad=(), unsure=()):
         self.calls, self.dies_at, self.weights, self.bad, self.unsure, self.seen = 0, dies_at, weights, bad, unsure, []
 
-    def key(self):
+    def key(self, crops=True):
         return self.weights
 
     def answer(self, images, questions, view="full", crops=None, row_ids=None):

@@ -57,10 +57,10 @@ class RemoteEngine(Interaction):
         self._never = [processor.image_token_id, processor.video_token_id]  # tokens that no turn may have
         self._lock = threading.Lock()  # images and tokenizers are not safe in several threads
 
-    def key(self) -> str:
+    def key(self, crops: bool = True) -> str:
         """As in `rollout.Interaction`; the weights by the model's name."""
-        size = dict(self.processor.image_processor.size)
-        return f"remote:{self.client.server.model}:{self.max_new_tokens}:{self.max_side}:{size}:{self.protocol}"
+        size, seen = dict(self.processor.image_processor.size), self.protocol if crops else self.protocol.geometry
+        return f"remote:{self.client.server.model}:{self.max_new_tokens}:{self.max_side}:{size}:{seen}"
 
     def _all(self, names: Sequence[str], prepare: Callable[[int], Conversation]) -> list[Trajectory]:
         def talk(index: int, send: Send) -> Trajectory:

@@ -132,7 +132,7 @@ def _answer(steps: _Steps, engine: Any) -> list[Record]:
     def work(chunk: Dataset) -> list[Record]:
         return list(map(record, base_answers(chunk, engine, "half"), base_answers(chunk, engine, "full")))
 
-    key = {"engine": engine.key(), "code": rollout.code()}
+    key = {"engine": engine.key(crops=False), "code": rollout.code()}
     return steps.step(RAW_FILES[0], steps.models[0], list(steps.place), key, work)
 
 

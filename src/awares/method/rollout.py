@@ -227,8 +227,8 @@ class Interaction(ABC):
         return protocol.parse_call(row.turns[-1].text, self.protocol)
 
     @abstractmethod
-    def key(self) -> str:
-        """Everything that determines the answers, but for `code`: for the key of stored ones."""
+    def key(self, crops: bool = True) -> str:
+        """Everything that determines the answers, but for `code`: for the key of stored ones. ``crops``: with crops."""
 
     @abstractmethod
     def _all(self, names: Sequence[str], prepare: Callable[[int], Conversation]) -> list[Trajectory]:
@@ -272,9 +272,10 @@ class Engine(Interaction):
         set_attention(model, params.base.attn_implementation)
         return cls(model, processor, **{**limits_of(params), "progress": True, **options})
 
-    def key(self) -> str:
+    def key(self, crops: bool = True) -> str:
         limits = self.decoder.max_new_tokens, self.token_budget, self.max_side
-        return f"{model_key(self.decoder.model)}:{limits}:{dict(self.processor.image_processor.size)}:{self.protocol}"
+        seen = self.protocol if crops else self.protocol.geometry
+        return f"{model_key(self.decoder.model)}:{limits}:{dict(self.processor.image_processor.size)}:{seen}"
 
     # Batches
 
