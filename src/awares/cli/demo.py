@@ -22,7 +22,7 @@ from awares.method.rollout import Trajectory
 from awares.mini.drawing import Style
 from awares.policy import AwaRes
 from awares.study import figures
-from awares.study.display import show_table
+from awares.study.tables import show_table
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "data/examples"
 UNSURE = 0.5  # logits between the two best tokens: below it, answers to evaluation rows are wrong five times as often

@@ -227,7 +227,9 @@ class Demo(PolicyOptions):
         try:
             from awares.cli import demo
         except ModuleNotFoundError as missing:
-            raise AwaresValueError(f"{missing}: `make demo` installs what the demo needs and starts it") from missing
+            if missing.name != "gradio":
+                raise
+            raise AwaresValueError("gradio is not here: `make demo` installs it and starts the demo") from missing
         from awares.policy import AwaRes
 
         found, options = self.checkpoint(), {"scores": True} if self.server else {}
