@@ -1,4 +1,4 @@
-"""The rewards of the trained rivals, VisionThink and ERGO, on rollouts whose value is known by hand."""
+"""The rewards of the trained rivals, VisionThink, ERGO and AdaptVision, on rollouts whose value is known by hand."""
 # ruff: noqa: F811 (fixtures of test_grpo)
 
 from types import SimpleNamespace
@@ -49,6 +49,9 @@ def test_ergo_pays_for_a_region_that_is_enough_and_small(tiny):
     assert half == (picture.width // 2, picture.height // 2)
     assert shrunk[0] * shrunk[1] == pytest.approx(0.25 * picture.width * picture.height, rel=0.05)
     assert seen == [(half, "what?"), (half, "what?"), (shrunk, "what?")]
+    other = settings(**{**FREE, "grpo.reward": "adaptvision", "grpo.generations": 4, "grpo.batch_size": 8})
+    answer, cost = terms(other, [read(one, form, **row) for one in completions], reader)
+    assert answer == pytest.approx([0.9 + 1 - 0.125, 0.9 - 0.125, 1 - 0.4, 1.0]) and cost == [-0.5] * 4
 
 
 def test_visionthink_discounts_calls_and_rare_direct_answers():

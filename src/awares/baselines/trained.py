@@ -1,4 +1,4 @@
-"""Compared systems that we train ourselves (PAPER §6): the rewards of VisionThink and ERGO, and ERGO's judge."""
+"""Compared systems that we train (PAPER §6, §8): rewards of VisionThink, ERGO and AdaptVision, and ERGO's judge."""
 
 from collections.abc import Sequence
 
@@ -15,6 +15,7 @@ DISCOUNT = 0.9  # of accuracy, for a call, or for an answer in a group that hard
 RARE = 0.2
 SMALL = 0.5  # ERGO: for a region that covers at most SMALL_AREA of the image
 SMALL_AREA = 0.6
+AREA_PRICE = 0.5  # AdaptVision: of a region that is the whole image; assumed
 
 
 @reward("visionthink")
@@ -49,16 +50,33 @@ def ergo_reward(rollouts: Sequence[Rollout], context: RewardContext) -> Sequence
     The frozen base model judges sufficiency: it sees only the crop and the question. A small region adds 0.5.
     """
     answer = context.answer_reward(rollouts)
+    for index, mark in sufficient(rollouts, context).items():
+        answer[index] += mark + SMALL * (union_area(rollouts[index].crops) <= SMALL_AREA)
+    return weighted_sum(context, answer, [-1.0 if one.crops and _well_formed(one) else 0.0 for one in rollouts])
+
+
+@reward("adaptvision")
+def adaptvision_reward(rollouts: Sequence[Rollout], context: RewardContext) -> Sequence[float]:
+    """VisionThink's outcome and form; a call adds the sufficiency of its region less 0.5 times its area.
+
+    With ``grpo.advantage: turn``, which credits decision and answer separately, as AdaptVision's DTPO does.
+    """
+    marks = context.answer_reward(rollouts)
+    answer = escalation_discounts(marks, [bool(one.crops) for one in rollouts], context.params.grpo.generations)
+    for index, mark in sufficient(rollouts, context).items():
+        answer[index] += mark - AREA_PRICE * union_area(rollouts[index].crops)
+    return weighted_sum(context, answer, [-FORMAT if _well_formed(one) else 0.0 for one in rollouts])
+
+
+def sufficient(rollouts: Sequence[Rollout], context: RewardContext) -> dict[int, float]:
+    """R_ans of the frozen base model from the first region alone, by the index of each rollout that called."""
     places = [index for index, one in enumerate(rollouts) if one.crops]
     callers = [rollouts[index] for index in places]
     section = context.params.crops  # pieces are enlarged as by the image processor
     pieces = [cut(one.full_image, one.crops[0], section.region_budget, section.margin) for one in callers]
     pieces = [resize(piece, max(piece.width, MIN_SIDE), max(piece.height, MIN_SIDE)) for piece in pieces]
     read = context.base.answer(pieces, [one.question for one in callers]) if callers else []
-    enough = context.answer_reward(callers, [one.answer for one in read])
-    for index, one, mark in zip(places, callers, enough, strict=True):
-        answer[index] += mark + SMALL * (union_area(one.crops) <= SMALL_AREA)
-    return weighted_sum(context, answer, [-1.0 if one.crops and _well_formed(one) else 0.0 for one in rollouts])
+    return dict(zip(places, context.answer_reward(callers, [one.answer for one in read]), strict=True))
 
 
 def _well_formed(rollout: Rollout) -> bool:
