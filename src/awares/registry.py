@@ -70,5 +70,6 @@ _SYSTEMS = "full half no_image sft awares visionzip holov random_token fastv spa
 
 crop_rule = Registry("crop rule", dict.fromkeys(("coverage", "iou"), "awares.method.crops"))
 judge = Registry("judge", _LOCAL_JUDGES | {"always": _TRAINED, "llama": SERVED, "deepseek": SERVED})
-reward = Registry("reward", {"awares": "awares.method.rewards", "visionthink": _TRAINED, "ergo": _TRAINED})
+_REWARDS = {"awares": "awares.method.rewards", **dict.fromkeys(("visionthink", "ergo", "adaptvision"), _TRAINED)}
+reward = Registry("reward", _REWARDS)
 system = Registry("system", dict.fromkeys(_SYSTEMS, "awares.baselines.registry"))

@@ -50,6 +50,12 @@ def test_every_value_says_where_it_comes_from():
     assert bare + [line for line in leaves if "#" not in line] == []
 
 
+@pytest.mark.parametrize("profile", ["mini", "paper"])
+def test_every_variant_is_valid(profile):
+    for name in yaml.safe_load(PARAMS.read_text())["variants"]:
+        assert load_params(profile, name, path=PARAMS).variant == name
+
+
 def test_run_folders(monkeypatch):
     monkeypatch.chdir(PARAMS.parent / "tests")  # params.yaml is in the folder above
     assert load_params().root == PARAMS.parent.resolve() and load_params("").profile == "mini"
