@@ -17,7 +17,7 @@ from PIL import Image
 from awares.cli.options import Limits
 from awares.engine.images import open_image, upright_size
 from awares.engine.jsonl import read_records
-from awares.errors import AwaresError, AwaresValueError, faults_of
+from awares.errors import AwaresError, AwaresRequestError, AwaresValueError, faults_of
 from awares.method.rollout import Trajectory
 from awares.mini.drawing import Style
 from awares.policy import AwaRes
@@ -81,7 +81,13 @@ def reply(
     if not source:
         raise AwaresValueError("no image: drop one, or choose an example")
     image = read(Path(source))
-    done = policy.ask(image, question, call_bias=call_bias)
+    try:
+        done = policy.ask(image, question, call_bias=call_bias)
+    except AwaresRequestError:
+        if call_bias or not getattr(policy.engine, "scores", False):
+            raise
+        vars(policy.engine)["scores"] = False  # the server has no log-probabilities: no probability is shown
+        done = policy.ask(image, question)
     drawn = figures.show(figures.interaction_figure({"image": image, "question": question}, done))
     runs = {"AwaRes": done}
     for view in ("full", "half"):
