@@ -15,6 +15,8 @@ A hash of the prompt decides its answers, its calls and the scores of the call.
 
 ``engine``: our own server in chat mode around the tiny model, rigged as in test_rollout.
 
+``node``: ``policy`` for a model in a folder, else ``rigged``.
+
 `fake_vllm` makes an interpreter that starts ``python -m vllm...`` as one of these servers.
 """
 
@@ -26,6 +28,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -85,7 +88,7 @@ def serving(folder: Path, *options: Any, name: str = "tiny", **given: Any) -> It
 
 
 def fake_vllm(folder: Path, mode: str, log: str = "server.jsonl") -> Path:
-    """An "interpreter" with vLLM. Its servers log their flags, too, and end at once if another one still runs.
+    """An "interpreter" with vLLM. Its servers log starts, with flags, and stops; they end at once if another one runs.
 
     In ``folder``, a file ``dies`` has the number of requests after which a server ends, with an error in its output.
     """
@@ -256,9 +259,18 @@ if __name__ == "__main__":
     if flags:
         alone = file.with_name("alone").open("w")
         fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with file.open("a") as log_file:
-            log_file.write(json.dumps({"text": "started", "flags": sys.argv[5:], "pid": os.getpid()}) + "\n")
-    served = make_engine_app() if sys.argv[2] == "engine" else make_app(file, sys.argv[2])
+
+        def note(text: str) -> None:
+            with file.open("a") as log_file:
+                known = {"text": text, "time": time.time(), "flags": sys.argv[5:], "pid": os.getpid()}
+                log_file.write(json.dumps(known) + "\n")
+
+        note("started")
+        signal.signal(signal.SIGTERM, lambda *_: note("stopped"))  # uvicorn raises it again when it has ended
+    mode = sys.argv[2]
+    if mode == "node":
+        mode = "policy" if Path(sys.argv[sys.argv.index("--model") + 1]).is_dir() else "rigged"
+    served = make_engine_app() if mode == "engine" else make_app(file, mode)
     listener = socket.create_server(("127.0.0.1", int(flags.get("--port", 0))))
     print(listener.getsockname()[1], flush=True)
     uvicorn.Server(uvicorn.Config(served, log_level="critical")).run([listener])

@@ -1,16 +1,18 @@
-"""The main line under profile paper: hub ids with local copies in the published schemas, judges, oracle and base model
-behind real local servers, SFT in two processes. CUDA, vLLM and the hub itself are not covered here."""
+"""The main line under profile paper: hub ids with local copies in the published schemas, SFT in two processes, and a
+server process for each judge, oracle, base model and policy, started and stopped by the stages. CUDA, vLLM and the hub
+itself are not covered here."""
 
 import re
 import sys
 from itertools import product
+from pathlib import Path
 
 import nbformat
 import pandas as pd
 import published
 import pytest
 import yaml
-from chat_server import ServerProcess, serving
+from chat_server import fake_vllm
 from conftest import TASKS
 from line import ROOT, SMOKE, Line, records
 
@@ -23,8 +25,8 @@ from awares.study import publish
 KEYS = {"AWARES_API_KEY": "sk-planted-paper-0b7d", "HF_TOKEN": "hf_planted_paper_4e8c"}
 VALUES = {key: value for key, value in SMOKE.items() if not key.startswith("curation.")} | yaml.safe_load("""
 {data.train_rows: 6, data.validation_rows: 2, base.device: cpu, base.dtype: float32, sft.launch: data/launch/2cpu.yaml,
- curation.chunk_rows: 16, curation.max_new_tokens: 12, curation.judges: [llama, deepseek, anls], base.launch: "",
- evaluation.engine: local, protocol.token_budget: 4096, sft.per_device_batch_size: 2, sft.share: 1.0}
+ curation.chunk_rows: 16, curation.max_new_tokens: 12, curation.judges: [llama, anls], base.launch: "",
+ crops.max_pixels: 1605632, protocol.token_budget: 4096, sft.per_device_batch_size: 2, sft.share: 1.0}
 """)
 # lmms-eval lives in another environment, where `make lmms` runs it; this program writes what it would write
 LMMS_EVAL = """
@@ -54,6 +56,7 @@ def folder(tiny, tmp_path_factory):
     published.everything(made / "hub", count=12, tests=2)
     declared = yaml.safe_load((ROOT / "data" / "served.yaml").read_text())
     declared["models"]["base"]["model"] = str(made / "base")
+    declared["python"] = str(fake_vllm(made, "node"))
     (made / "served.yaml").write_text(yaml.safe_dump(declared))
     (made / "lmms_eval").write_text(f"#!{sys.executable}\n{LMMS_EVAL}")
     (made / "lmms_eval").chmod(0o755)
@@ -61,22 +64,12 @@ def folder(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def servers(folder):
-    """The base model behind our own server, and one that plays both judges and the oracle: variable -> address."""
-    base, judging = folder / "base", ServerProcess(folder / "server.jsonl", "rigged")
-    urls = {f"AWARES_{name}_URL": judging.url for name in ("LLAMA", "DEEPSEEK", "QWEN3_VL")}
-    with serving(base, "--mode", "chat", name=str(base)) as (url, _):
-        yield urls | {"AWARES_BASE_URL": url}
-    judging.stop()
-
-
-@pytest.fixture(scope="module")
-def line(folder, servers):
+def line(folder):
     """The whole main line, once for all tests of this file, on this checkout's own code."""
     places = {"data.hub_root": folder / "hub", "curation.served_file": folder / "served.yaml"}
     places |= {"evaluation.lmms_eval": folder / "lmms_eval"}
     values = {**VALUES, **{key: str(path) for key, path in places.items()}}
-    made = Line(folder, values, "paper", **servers, **KEYS)
+    made = Line(folder, values, "paper", PROCESSOR=str(folder / "base"), **KEYS)
     made.run_main_line()
     return made
 
@@ -92,11 +85,26 @@ def test_data(line):
 
 def test_curation(line, folder):
     curated = load_rows(line.params.run_dir("curation") / "train" / "dataset")
-    assert {"verdict_llama", "verdict_deepseek", "verdict_anls"} <= set(curated.column_names)
+    assert {"verdict_llama", "verdict_anls"} <= set(curated.column_names)
     assert {"LR", "HR"} == set(curated["label"])
     assert line.table("curation", "judge_order").empty  # each judge is asked once
-    kept = sorted(path.name for path in (folder / "runs" / "paper" / ".replies").glob("*.jsonl"))
-    assert kept == ["base.jsonl", "deepseek.jsonl", "llama.jsonl", "qwen3_vl.jsonl"]
+    kept = sorted(path.stem for path in (folder / "runs" / "paper" / ".replies").glob("*.jsonl"))
+    assert kept == ["awares", "base", "llama", "qwen3_vl", "sft"]
+
+
+def test_the_stages_start_and_stop_their_servers_never_two_at_once(folder):
+    events = [one for one in records(folder / "server.jsonl") if "flags" in one]
+    starts, stops = events[::2], events[1::2]
+    assert [one["text"] for one in events] == ["started", "stopped"] * len(starts)
+    assert [one["pid"] for one in starts] == [one["pid"] for one in stops]
+    assert [one["time"] for one in events] == sorted(one["time"] for one in events)
+    names = []
+    for flags in (one["flags"] for one in starts):
+        path = Path(flags[flags.index("--model") + 1])
+        names.append(path.parts[-3] if path.name == "merged" else path.name.partition("-")[0])
+        limited = '{"max_pixels":1605632}' in flags
+        assert limited == path.is_dir()  # the base model and both policies
+    assert names == ["base", "Llama", "Qwen3", "base", "grpo", "base", *["sft", "grpo"] * 3]  # stages in their order
 
 
 def test_main_table_and_report(line):
@@ -106,7 +114,7 @@ def test_main_table_and_report(line):
     knobs = pd.read_csv(tables / "table11_hyperparameters.csv", dtype=str).set_index("parameter")
     assert knobs.loc["gradient_checkpointing"].tolist() == ["True", "True"]  # keys of the profile, too
     assert knobs.loc["crop_token_budget", "grpo"] == "10404" and "launch" not in knobs.index
-    assert {file.stem for file in publish.publish(line.params)} == set(publish.STAGES)
+    assert {file.stem for file in publish.publish(line.params)} >= set(publish.STAGES)
 
 
 def test_lmms_eval_scores_both_policies(line):
@@ -115,15 +123,14 @@ def test_lmms_eval_scores_both_policies(line):
     assert set(table.metric) == {"score"} and {*table.value, *table.rtr} == {0.5} and set(table.n) == {2}
 
 
-def test_plan_finds_what_is_there_and_what_is_not(line, servers, monkeypatch):
-    monkeypatch.setitem(line.environment, "AWARES_DEEPSEEK_URL", servers["AWARES_BASE_URL"])  # another model
+def test_plan_finds_what_is_there_and_what_is_not(line):
     missing = {"base.device": "cuda", "base.launch": "data/launch/8gpu.yaml", "sft.launch": ""}
     missing["evaluation.lmms_eval"] = "nowhere/python"
     cells = nbformat.read(line.run("08_plan", "plan", **missing), as_version=4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     text = "\n".join(str(output.get("data", output.get("text", ""))) for output in outputs)
-    assert re.search(r"\*\*3 of \d+ missing\*\*", text)
-    assert "168 requests to servers" in text  # 40 rows: two views, two judges, boxes for about a fifth
+    assert re.search(r"\*\*2 of \d+ missing\*\*", text)
+    assert "309 requests to servers" in text  # 40 rows to label: 138; 12 to evaluate: 67; operating curve: 104
 
 
 def test_no_key_is_left_behind(line, folder):

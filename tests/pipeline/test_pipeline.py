@@ -21,7 +21,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 NOTEBOOKS = [name for name, stage in STAGES.items() if "papermill" in stage["cmd"]]
 # Modules that pass parameters and rows on or start processes. Stages that only show results depend on study/.
-SHOWN = {*"config settings errors registry data/rows training/distributed bench/plan".split()}
+SHOWN = {*"config settings errors registry data/rows training/distributed bench/estimate bench/plan".split()}
 SUMMARIES = ("crop_distribution", "report", "seeds", "ablations", "comparison", "plus")
 
 

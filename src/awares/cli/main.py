@@ -254,12 +254,13 @@ def plan_pipeline(
     check: Annotated[bool, Option("--check", help="check that this machine has what the profile needs")] = False,
     as_json: Json = False,
 ) -> int:
-    """Forecast the pipeline's requests, tokens, GPU hours, memory and disk, stage by stage.
+    """Forecast the pipeline's hours (a range), requests, tokens, memory, network and disk, stage by stage.
 
     --check looks for GPUs, disk, servers, keys, model and datasets, and says how to fix what is missing; the exit code
     is then 1.
     """
-    from awares.bench.plan import forecast, preflight, wall_hours
+    from awares.bench.estimate import forecast
+    from awares.bench.plan import preflight
     from awares.config import load_params
 
     params = load_params(profile, overrides=overrides)
@@ -269,8 +270,8 @@ def plan_pipeline(
         print(json.dumps({"profile": params.profile, "stages": table.to_dict("records"), "checks": checks}))
     else:
         print(table.to_string(index=False, float_format="{:,.1f}".format))
-        hours = wall_hours(table, params)
-        print(f"\n{hours:.1f} h on {params.plan.gpus} x {params.plan.gpu}, servers not counted")
+        low, high = table.hours_low.sum(), table.hours_high.sum()
+        print(f"\n{low:.0f} to {high:.0f} h in all on {params.plan.gpus} x {params.plan.gpu}, servers included")
         for one in findings:
             print(f"there   {one.what} ({one.found})" if one.there else f"MISSING {one.what} ({one.found}): {one.fix}")
     return 0 if all(one.there for one in findings) else 1

@@ -53,6 +53,7 @@ class ServedModel(Server, extra="forbid", frozen=True):
     retries: int = Field(ge=0)
     dollars: tuple[float, float]
     rows_per_hour: float = Field(gt=0)
+    weights_gb: float = Field(0, ge=0)
 
 
 class Served(BaseModel, extra="forbid"):
