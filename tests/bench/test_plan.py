@@ -63,8 +63,7 @@ def test_the_forecast_follows_the_parameters():
     assert sft.hours_low * 8 > 0.8 * sft.pflop * 1e15 / (0.35 * 989e12) / 3600  # and waits
     assert forecast(data__train_rows=20_000).pflop["sft"] == pytest.approx(2 * table.pflop["sft"], rel=1e-3)
     assert forecast(grpo__max_steps=100).rows["grpo"] == 6_400
-    stored = forecast(sft__gradient_checkpointing=False)
-    assert stored.gpu_memory_gb["sft"] == table.gpu_memory_gb["sft"] and stored.pflop["sft"] < table.pflop["sft"]
+    assert forecast(sft__gradient_checkpointing=False).pflop["sft"] < table.pflop["sft"]
     mini = forecast("mini")
     assert list(mini.index) == ["data", "curation", "sft", "grpo", "evaluation", "operating_curve"]
     assert mini.requests.sum() == 0 and mini.pflop.sum() < table.pflop.sum() / 1000
@@ -77,7 +76,6 @@ def test_the_forecast_follows_the_parameters():
         ("grpo", {"grpo__max_completion_length": 1024}, "high"),
         ("grpo", {"plan__utilisation": 0.2}, "both"),
         ("sft", {"sft__per_device_batch_size": 16}, "both"),
-        ("sft", {"plan__gpu": "a100"}, "both"),
         ("evaluation", {"evaluation__engine": "local"}, "both"),
         ("data", {"threads": 1}, "both"),
     ],
@@ -105,8 +103,8 @@ def test_an_update_waits_for_the_gpu_with_the_largest_images(monkeypatch, gpus):
 
 
 def test_measured_rates_take_the_place_of_the_assumed_ones(tmp_path):
-    """Steps of 10 ms in place of 22 to 34, and a vision tower twice as fast."""
-    measured = pd.read_csv("reports/h200/latency.csv")
+    """Steps of 10 ms in place of 22 to 34, or a vision tower twice as fast."""
+    measured = pd.read_csv(PARAMS.parent / "reports" / "h200" / "latency.csv")
     steps = [configs.answer_tokens(configs.BENCHMARKS[name].awares) - 1 for name in measured.benchmark]
     measured.assign(decode=[10.0 * step for step in steps]).to_csv(tmp_path / "latency.csv", index=False)
     table, faster = forecast(), forecast(plan__bench=str(tmp_path))
@@ -114,8 +112,7 @@ def test_measured_rates_take_the_place_of_the_assumed_ones(tmp_path):
     assert table.gpu_memory_gb[["sft", "grpo"]].tolist() == pytest.approx([29.4, 42.7], abs=0.1)
     saved = (table.hours_low - faster.hours_low)["grpo"] * 3600
     assert saved == pytest.approx(6_250 * (estimate.LONGEST + estimate.CALL) * (0.0223 - 0.010), rel=0.01)
-    halved = measured.assign(vision=measured.vision / 2)
-    halved.to_csv(tmp_path / "latency.csv", index=False)
+    measured.assign(vision=measured.vision / 2).to_csv(tmp_path / "latency.csv", index=False)
     tower, counted = forecast(plan__bench=str(tmp_path)), forecast(base__attn_implementation="flash_windows")
     assert counted.hours_low["grpo"] < tower.hours_low["grpo"] < table.hours_low["grpo"]
 

@@ -1,8 +1,8 @@
 """Forecast of the pipeline from params.yaml, stage by stage: ranges of wall-clock hours on the GPUs that a stage uses.
 
-Matrix products are counted (`costs`) and divided by an assumed fraction of the GPU's peak. Measured seconds price
-the rest: the vision tower and the host per patch, and decoding per step (`Rates`, or ``plan.bench``). A batch decodes
-as long as its longest row, and an update of a training waits for its slowest GPU.
+Matrix products are counted (`costs`) and divided by an assumed fraction of the GPU's peak; the vision tower and
+decoding steps have measured times (``plan.bench``). A batch decodes as long as its longest row, and an update of a
+training waits for its slowest GPU.
 """
 
 import math
@@ -36,14 +36,14 @@ GB = 1e9
 CHARACTERS = 4  # of English text per token
 SERVED_VISUAL_TOKENS = 1500  # of a full image, mean over the paper's sources: assumed
 HR_FRACTION = 0.192  # of rows that reach the oracle (Fig. 5: 80.8 % LR)
-CPU_SECONDS = 0.35  # of the data stage per megapixel: decoding three times, and writing once (measured on one core)
+CPU_SECONDS = 0.35  # of the data stage per megapixel: three decodings, one PNG (from measured parts)
 UPDATES = 300  # drawn for the mean of the slowest GPU
 # Low and high ends
 SLACK = np.array([0.8, 1.3])  # of counted and measured time: assumed
 SERVER_SLACK = np.array([0.7, 1.5])  # of a server's hours at its rows_per_hour: assumed
 START_HOURS = np.array([0.1, 0.3])  # until a vLLM server has read its weights: assumed
-REQUESTS = np.array([15.0, 10.0])  # that one client sends a second, images included (measured on one core)
-VLLM_STEP = np.array([1.1, 2.2])  # of the time to read the weights: 5 to 10 ms for 7B on an H100
+REQUESTS = np.array([15.0, 10.0])  # that one client sends a second: from measured encoding and hashing
+VLLM_STEP = np.array([1.1, 2.2])  # of the time to read the weights (assumed): 5 to 10 ms for 7B on an H100
 VLLM_ROWS = 32  # decoded together on a replica: 256 at a time on eight
 NETWORK = np.array([0.4, 0.1])  # GB a second from the hub: assumed
 
@@ -98,9 +98,8 @@ def labelling(rows: int, params: Params) -> pd.DataFrame:
     sizes = {role: len(prompt.system + prompt.user) for role, prompt in served.prompts.items()}
     judge, oracle = sizes["judge_once" if once else "judge"], sizes["oracle"]
     # role, name, rows, requests per row, characters of the prompt, visual tokens, tokens of the reply
-    roles: list[Any] = [
-        ("base", section.engine, rows, 2, 0, SERVED_VISUAL_TOKENS * 5 // 8, 20)
-    ]  # full and half resolution
+    base = "base", section.engine, rows, 2, 0, SERVED_VISUAL_TOKENS * 5 // 8, 20  # full and half resolution
+    roles: list[Any] = [base]
     roles += [("judge", name, rows, 1 if once else 2, judge, 0, 2 if once else 20) for name in section.all_judges]
     roles.append(("oracle", section.oracle, math.ceil(HR_FRACTION * rows), 1, oracle, SERVED_VISUAL_TOKENS, 60))
     records = []
@@ -108,10 +107,8 @@ def labelling(rows: int, params: Params) -> pd.DataFrame:
         model, requests = get_model(name, params), count * each
         tokens = requests * (visual + (characters + 120) // CHARACTERS), requests * reply
         dollars = sum(amount * price / 1e6 for amount, price in zip(tokens, model.dollars, strict=True))
-        hours = count / model.rows_per_hour
-        records.append(
-            (role, model.model, requests, *tokens, dollars, hours, _served_gpus(name, params), model.weights_gb)
-        )
+        hours, gpus = count / model.rows_per_hour, _served_gpus(name, params)
+        records.append((role, model.model, requests, *tokens, dollars, hours, gpus, model.weights_gb))
     columns = "role model requests prompt_tokens completion_tokens dollars hours gpus weights_gb"
     return pd.DataFrame(records, columns=columns.split())
 
@@ -217,14 +214,11 @@ class _Forecast:
             memory = pd.read_csv(path).set_index("step").peak_memory_mb[stage] / 1e3
         pflop = rows * (passes[0] * work.vision + passes[1] * work.language).mean() / 1e15
         tokens, network = round(rows * work.tokens.mean()), self.weights_gb * (stage == "sft" and not self.base_served)
-        disk = 1.1 * KEPT * self.weights_gb
-        return Stage(stage, hours, rows, gpus, 0, tokens, pflop, 0, network, memory, disk, self.basis)
+        kept = 1.1 * KEPT * self.weights_gb
+        return Stage(stage, hours, rows, gpus, 0, tokens, pflop, 0, network, memory, kept, self.basis)
 
     def _slowest(self, section: Any, gpus: int, same: int, vision: float, language: float) -> float:
-        """Seconds per row of an update that waits for its slowest GPU: the mean over drawn sizes, calls and updates.
-
-        A micro-batch is padded to its longest row. SFT's rows (``same`` is 1) are sorted by length in an update.
-        """
+        """Seconds per row, mean over drawn updates; micro-batches are padded, and SFT's (``same`` is 1) sorted."""
         each = max(1, min(section.per_device_batch_size, section.batch_size // gpus))
         shape = UPDATES, max(1, section.batch_size // (gpus * each)), gpus, each
         drawn, count = np.random.default_rng(0), math.prod(shape[1:])
