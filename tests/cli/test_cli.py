@@ -318,7 +318,8 @@ def test_the_shipped_policy_is_base_then_sft_then_grpo(tmp_path, capsys):
     with pytest.raises(AwaresError, match="data/base, data/policy/sft, data/policy/grpo"):
         shipped(tmp_path)
     policy = ROOT / "data" / "policy"
-    assert shipped() == Checkpoint("shipped", ROOT / "data" / "base", (policy / "sft", policy / "grpo"))
+    base = ROOT / "data" / "base"
+    assert shipped() == Checkpoint("shipped", base, (policy / "sft", policy / "grpo"), base=base)
     page = ROOT / "data" / "examples" / "page.jpg"
     assert cli.main(["ask", str(page), "look up ben.", "--json"]) == 0
     named = AwaRes.from_pretrained(policy / "grpo").ask(page, "look up ben.")  # an adapter of an adapter of the base
@@ -356,7 +357,7 @@ def test_a_run_is_found_by_its_name(tmp_path, monkeypatch):
         (runs / name / "merged").mkdir(parents=True)
         (runs / name / "merged" / "config.json").write_text("{}")
     merged = runs / "grpo" / "main-s1" / "merged"
-    assert of_run("mini") == Checkpoint("run mini/grpo/main-s1", merged, form=protocol.OURS)
+    assert of_run("mini") == Checkpoint("run mini/grpo/main-s1", merged, form=protocol.OURS, base="data/base")
     ergo = of_run("mini/grpo/ergo-s1").form
     assert ergo is not None and ergo.offered == ("box",) and ergo.region_budget < 1  # as its variant says
     assert of_run("mini/sft/").path == runs / "sft" / "main-s1" / "merged"
