@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 # OpenMP threads spin while they wait, and slow down every other process. libgomp reads this when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 
 def __getattr__(name: str) -> Any:

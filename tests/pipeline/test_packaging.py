@@ -116,7 +116,7 @@ def test_make_refuses_an_old_python_and_takes_the_first_that_is_new_enough(tmp_p
 
 
 @pytest.mark.parametrize(
-    "own, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "a"}, "None")]
+    "own, expected", [({}, "500"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "a"}, "None")]
 )
 def test_import_is_light_and_sets_how_threads_wait(own: dict[str, str], expected: str) -> None:
     code = "import os, sys, awares; print({'torch', 'transformers'} & set(sys.modules), os.getenv('GOMP_SPINCOUNT'))"
