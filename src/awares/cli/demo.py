@@ -6,6 +6,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("MPLBACKEND", "agg")  # opens no window
@@ -29,6 +30,15 @@ UNSURE = 0.5  # logits between the two best tokens: below it, answers to evaluat
 WAITING = 20  # clicks; more are refused
 
 
+class SentImage(gr.Image):
+    """An image as the path of the file that was sent: gradio's own would decode it first, whatever it is."""
+
+    is_template = True  # of gr.Image: drawn as one
+
+    def preprocess(self, payload: Any) -> str | None:  # noqa: D102
+        return payload and payload.path
+
+
 def run_demo(policy: AwaRes, base: AwaRes | None, name: str, generated: bool, host: str, port: int) -> None:
     """Serve the page until SIGINT. ``base`` answers from the full and the half view; ``generated``: as in `doubts`."""
     figures.style(110)
@@ -40,14 +50,12 @@ def run_demo(policy: AwaRes, base: AwaRes | None, name: str, generated: bool, ho
 
 def build_page(policy: AwaRes, base: AwaRes | None, name: str, generated: bool) -> gr.Blocks:
     """The page of one policy."""
-    # The file as it was sent, also in gradio's copies of the component: gradio would decode it first, whatever it is
-    gr.Image.preprocess = lambda _, sent: sent and sent.path  # type: ignore[method-assign, assignment]
     world = " It reads generated pictures like the examples, not photographs." if generated else ""
     with gr.Blocks(title="AwaRes", analytics_enabled=False) as built:
         gr.Markdown(f"# AwaRes\nPolicy: {name}.{world} It sees the image at half resolution and may request regions.")
         with gr.Row():
             with gr.Column():
-                image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], elem_id="image")
+                image = SentImage(label="Image", type="filepath", sources=["upload", "clipboard"], elem_id="image")
                 question = gr.Textbox(label="Question", elem_id="question")
                 about = "Call bias (logits): above 0 it requests regions more often"
                 bias = gr.Slider(-10, 10, 0, step=0.5, label=about)
@@ -86,7 +94,8 @@ def reply(
     except AwaresRequestError:
         if call_bias or not getattr(policy.engine, "scores", False):
             raise
-        vars(policy.engine)["scores"] = False  # the server has no log-probabilities: no probability is shown
+        served: Any = policy.engine
+        served.scores = False  # the server has no log-probabilities: no probability is shown
         done = policy.ask(image, question)
     drawn = figures.show(figures.interaction_figure({"image": image, "question": question}, done))
     runs = {"AwaRes": done}
