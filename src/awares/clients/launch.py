@@ -4,6 +4,7 @@ Inside `managed`, the first request to a model without an address starts its ser
 """
 
 import os
+import random
 import re
 import signal
 import socket
@@ -91,8 +92,7 @@ class _Running:
             os.killpg(process.pid, signal.SIGKILL)
 
     def _start(self, launch: Launch) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = _free_port()
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         command = [str(launch.python), "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--host", "127.0.0.1", "--port", str(port), *launch.flags]
@@ -130,6 +130,14 @@ def managed() -> Iterator[None]:
     finally:
         running.allowed = False
         running.stop()
+
+
+def _free_port() -> int:
+    """Not one of those that the system gives to connections: another process could get it before the server."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AwaresRequestError("no free port between 20000 and 32000 on this machine: stop servers that are not needed")
 
 
 def as_flags(values: Mapping[str, Any]) -> Iterator[str]:
