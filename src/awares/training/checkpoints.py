@@ -110,7 +110,8 @@ def describe_inputs(
 ) -> dict[str, Any]:
     """Everything that determines the result of a ``stage``, as JSON values; ``sources``: further files of code."""
     values, launch = params.as_dict(), params.launch(stage)
-    packages = [Path(__file__).parents[1] / name for name in ("engine", "training", "method", "plus")]
+    names = ("engine", "training", "method", "plus") if stage == "grpo" else ("engine", "training", "method")
+    packages = [Path(__file__).parents[1] / name for name in names]
     code = sorted(str(file) for package in packages for file in package.rglob("*.py"))
     return {
         "stage": stage,
