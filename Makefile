@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 repro: $(STAMP) ## run the pipeline, curation to report, at seed 1 (again: only what changed)
 	@dvc repro report
 	@echo
-	@echo "Done. Look at reports/ (mini/ unless params.yaml names another profile): the notebooks as HTML pages, tables/*.csv, figures/."
+	@echo "Done. Look at reports/ (mini/ unless params.yaml names another profile): the executed notebooks, tables/*.csv, figures/. \`make site\` makes pages of the notebooks."
 
 # One process per core, one file at a time in each: on two cores that is faster than torch's own threads.
 test: $(STAMP) ## the whole test suite, notebooks included at smoke scale

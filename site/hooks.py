@@ -103,7 +103,7 @@ def linked(text: str, address: str, copied: dict[str, bytes]) -> str:
     def replaced(match: re.Match[str]) -> str:
         words, target, anchor = match[1], match[2], match[3] or ""
         path = posixpath.normpath(posixpath.join(folder, target))
-        page = re.sub(r"^(?:.*/)?(?:html|notebooks)/(\w+)\.(?:html|ipynb)$", r"notebooks/\1.md", path)
+        page = re.sub(r"^(?:.*/)?notebooks/(\w+)\.ipynb$", r"notebooks/\1.md", path)
         if page not in PAGES:
             if not (ROOT / path).is_file():
                 return words[1:-1]

@@ -71,8 +71,8 @@ BUDGETS = {
 
 
 OPEN = {  # not met yet, with the number when this was written: delete each line as it is met
-    "lines of src/awares": 13335,
-    "lines of tests": 10657,
+    "lines of src/awares": 13328,
+    "lines of tests": 10655,
 }
 
 
