@@ -1,6 +1,7 @@
 """Fixtures: a random tiny Qwen2.5-VL with a byte-level tokenizer, built in a second, so no test needs a checkpoint."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -13,11 +14,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 from awares.data.rows import make_dataset
 from awares.engine import chat_format
-from awares.engine.model import make_processor
+from awares.engine.model import load_model, make_processor, save_model
 from awares.method.crops import CROPS
 from awares.method.rollout import Trajectory, Turn
 from awares.settings import Task
 
+ROOT = Path(__file__).resolve().parents[1]
 os.environ.pop("AWARES_API_KEY", None)  # of the user
 os.environ["NO_PROXY"] = "127.0.0.1"
 TASKS = get_args(Task)  # the benchmarks
@@ -100,6 +102,24 @@ def tiny() -> SimpleNamespace:
     torch.set_num_threads(1)
     processor = make_processor(tiny_tokenizer())
     return SimpleNamespace(model=tiny_model(processor), processor=processor, noise=noise, rows=curated_rows)
+
+
+@pytest.fixture(scope="session")
+def saved(tiny, tmp_path_factory):
+    """The folder of ``tiny``, to read only."""
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
+    save_model(tiny.model, tiny.processor, folder)
+    return folder
+
+
+def save_adapter(model, folder, seed):
+    """A random adapter of the model in the folder ``model``."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(load_model(model), lora).save_pretrained(str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -50,10 +50,9 @@ class Commits(Gate):
 
 
 class Archive(Commits):
-    """A hub whose every folder holds one file, `train_images.zip`, sent in ranges; ``sent``: bytes of each range."""
+    """A hub whose every folder holds one file, `train_images.zip`, sent in ranges."""
 
     content: bytes
-    sent: list[int]
 
     def do_GET(self):
         if "/revision/" in self.path:
@@ -61,7 +60,6 @@ class Archive(Commits):
         if "/resolve/" in self.path:
             first, last = map(int, re.findall(r"\d+", self.headers["Range"]))
             part = self.content[first : last + 1]
-            self.sent.append(len(part))
         else:
             folder = self.path.partition("/tree/")[2].partition("?")[0].partition("/")[2]
             file = {"type": "file", "path": f"{folder}/train_images.zip", "size": len(self.content), "oid": "0" * 40}

@@ -9,9 +9,8 @@ import torch
 
 import batches
 import examples
-import network as networks
 import train
-from awares.engine.model import load_model, load_processor, make_processor, save_model
+from awares.engine.model import load_model, load_processor, make_processor
 from awares.errors import AwaresError
 from awares.method import protocol
 from recipe import BASE, load_recipe
@@ -62,51 +61,6 @@ def test_training_format_is_the_chat_template(tokenizer):
     assert np.allclose(pixels, batches.patchify(np.asarray(one.views[0].image)), atol=1e-6)
 
 
-def test_watch_reads_the_attention_of_the_model():
-    network = networks.Network(RECIPE, RECIPE.stages["lookup"])
-    language, length = network.model.eval().model.language_model, 12
-    ids, spots = torch.randint(20, 900, (2, length)), torch.arange(length)
-    expected = {"rows": torch.tensor([0, 1]), "positions": torch.tensor([7, 9])}
-    expected |= {"subject": spots.expand(2, -1) % 3 == 0, "evidence": spots.expand(2, 2, -1) % 4 == 0}
-    network.watch.expect(expected)
-    language(input_ids=ids)
-    loss, found = network.watch.found()
-    language.config._attn_implementation = "eager"
-    maps = language(input_ids=ids, output_attentions=True).attentions
-    shares = []
-    for layer, target in ((1, expected["subject"][:, None]), (3, expected["evidence"])):
-        rows = maps[layer][expected["rows"], :, expected["positions"]]  # (N, H, T)
-        shares.append((rows * target.repeat_interleave(6 // target.shape[1], 1)).sum(-1))
-    nats = -sum(share.unflatten(1, (2, 3)).mean(-1).log().mean() for share in shares)
-    assert loss.item() == pytest.approx(nats.item(), rel=1e-4)
-    assert found["evidence_found"].item() == pytest.approx(shares[1].mean().item(), rel=1e-4)
-
-
-def answers_loss(sure, logits_at):
-    """`doubted` of two answers, tokens 1 2 and 3 4: logit ``sure`` for the right token, others at (place, token)."""
-    target, answers = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 0, 5, 5])
-    logits = torch.zeros(4, 9).scatter_(1, target[:, None], sure)
-    for place, height in logits_at.items():
-        logits[place] = height
-    logits.requires_grad_()
-    loss = networks.doubted(logits, target, answers, unread=7)
-    loss.sum().backward()
-    return loss.detach(), torch.nn.functional.cross_entropy(logits, target, reduction="none").detach(), logits.grad
-
-
-def test_an_answer_that_the_model_would_misread_becomes_unclear():
-    loss, plain, _ = answers_loss(30.0, {})
-    assert torch.allclose(loss, plain, atol=1e-5)  # sure of all: nothing changes
-    loss, plain, slope = answers_loss(30.0, {(3, 6): 60.0})  # wrong at the last token: the first one should admit it
-    assert torch.equal(loss[:2], plain[:2]) and loss[3] < 1e-5 < plain[3] and loss[2] > 25
-    assert slope[2, 7] < -0.9 and slope[3].abs().max() < 1e-5
-    _, _, slope = answers_loss(0.0, {(2, 3): 4.0, (2, 7): 4.0, (3, 4): 30.0})
-    doubt = 7 / (7 + np.exp(4.0))  # if it commits itself: token 3, or one of seven others
-    said = torch.softmax(torch.tensor([0.0, 0, 0, 4, 0, 0, 0, 4, 0]), 0)
-    assert slope[2, 7].item() == pytest.approx(said[7].item() - doubt, abs=1e-5)
-    assert slope[2, 3].item() == pytest.approx(said[3].item() - (1 - doubt), abs=1e-5)
-
-
 def small(tmp_path, begin):
     stages = {name: stage.model_dump() | {"steps": 2, "work": 400} for name, stage in RECIPE.stages.items()}
     path = tmp_path / "recipe.yaml"
@@ -130,18 +84,3 @@ def test_all_stages_are_trained_and_a_stopped_one_continues(tmp_path, capsys):
     (again / "words.pt").write_bytes((tmp_path / "glyphs.pt").read_bytes())
     with pytest.raises(AwaresError, match="words.pt"):
         train.train(recipe, again, recipe.stages["words"])
-
-
-def test_finished_weights_are_trained_further_under_new_heads(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "HEAD_STEPS", 2)
-    recipe = load_recipe(small(tmp_path, "review"))
-    train.restart(recipe, BASE, tmp_path)
-    assert [stage.name for stage in recipe.to_run()] == ["review"]
-    network = networks.Network(recipe, recipe.stages["review"])
-    fresh = network.heads["word"].weight.clone()
-    network.begin(tmp_path)
-    assert all(torch.equal(network.model.state_dict()[k], v) for k, v in load_model(BASE).state_dict().items())
-    assert not torch.equal(network.heads["word"].weight, fresh)
-    save_model(tiny.model, tiny.processor, tmp_path / "other")
-    with pytest.raises(AwaresError, match="other: .*review"):
-        train.restart(recipe, tmp_path / "other", tmp_path / "again")

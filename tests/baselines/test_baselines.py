@@ -70,11 +70,7 @@ def watch(decoder: Any) -> list[tuple[tuple[Any, ...], Selection]]:
     seen: list[tuple[tuple[Any, ...], Selection]] = []
 
     def noting(choose: Callable[..., Selection]) -> Callable[..., Selection]:
-        def run(*given: Any) -> Selection:
-            seen.append((given, choose(*given)))
-            return seen[-1][1]
-
-        return run
+        return lambda *given: seen.append((given, choose(*given))) or seen[-1][1]  # type: ignore[func-returns-value]
 
     if hasattr(decoder, "plan"):
         decoder.plan = decoder.plan._replace(choose=noting(decoder.plan.choose))
@@ -91,22 +87,18 @@ def hooks(model: Any) -> int:
 def blocked(model: Any, drops: dict[int, tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
     """(dropped, kept, vectors) by layer: from there no token sees the dropped ones, the kept ones get their vectors."""
 
-    def before(index: int) -> Callable[..., Any]:
-        def hook(layer: Any, inputs: Any, options: dict[str, Any]) -> Any:
-            hidden = inputs[0]
-            if index in drops:
-                hidden = hidden.index_copy(1, drops[index][1], drops[index][2][None])
-            allowed = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
-            for stage, (dropped, _, _) in drops.items():
-                if stage <= index:
-                    allowed[:, dropped] = False
-            allowed |= torch.eye(len(allowed), dtype=torch.bool)  # a dropped token may see itself: nobody looks at it
-            return (hidden, *inputs[1:]), {**options, "attention_mask": allowed[None, None]}
+    def before(layer: Any, inputs: Any, options: dict[str, Any]) -> Any:
+        hidden, index = inputs[0], layer.self_attn.layer_idx
+        if index in drops:
+            hidden = hidden.index_copy(1, drops[index][1], drops[index][2][None])
+        allowed = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
+        for stage, (dropped, _, _) in drops.items():
+            if stage <= index:
+                allowed[:, dropped] = False
+        allowed |= torch.eye(len(allowed), dtype=torch.bool)  # a dropped token may see itself: nobody looks at it
+        return (hidden, *inputs[1:]), {**options, "attention_mask": allowed[None, None]}
 
-        return hook
-
-    layers = enumerate(model.model.language_model.layers)
-    held = [layer.register_forward_pre_hook(before(index), with_kwargs=True) for index, layer in layers]
+    held = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in model.model.language_model.layers]
     yield
     for hook in held:
         hook.remove()

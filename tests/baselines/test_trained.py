@@ -9,7 +9,7 @@ from test_grpo import FREE, TOOL, WHOLE, called, play, read, said, settings, wor
 from awares import registry
 from awares.baselines.trained import escalation_discounts
 from awares.errors import AwaresError
-from awares.method import crops, grpo, protocol, rewards
+from awares.method import crops, protocol, rewards
 
 
 def terms(params, played, reader=None):  # ``reader``: in the place of the base model
@@ -20,16 +20,12 @@ def terms(params, played, reader=None):  # ``reader``: in the place of the base 
     return context.logged["answer"], context.logged["tool_cost"]
 
 
-def test_visionthink_pays_for_being_right_without_a_call_and_for_form(tiny):
+def test_visionthink_pays_for_being_right_without_a_call_and_for_form():
     form = protocol.from_params(settings(**WHOLE))
     called_all, not_offered = ([said("", [called(name)]), TOOL, said("7")] for name in ("all", "top"))
     completions = [said("7")], called_all, [said("8")], not_offered
     answer, cost = terms(settings(**WHOLE), [read(one, form) for one in completions])
     assert answer == pytest.approx([1.0, 0.9, 0.0, 1.0]) and cost == [-0.5, -0.5, -0.5, 0.0]
-    environment = grpo.CropEnvironment(form)
-    environment.reset(full_image=tiny.noise(224, 168, 0))
-    assert environment.crop(["top"]) == [{"type": "text", "text": protocol.TOOL_ERROR}]
-    assert environment.crop(["all"])[0]["image"].size == (224, 168)
 
 
 def test_ergo_pays_for_a_region_that_is_enough_and_small(tiny):

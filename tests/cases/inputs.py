@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin, features
+from published import file_of as encoded
 
 WIDTH, HEIGHT = 96, 64
 RAMP = np.add.outer(8 * np.arange(HEIGHT), 16 * np.arange(WIDTH)) * 31  # grey levels 0 to 62,744 of 16 bits
@@ -24,12 +25,6 @@ class ImageCase:
     suffix: str
     right: Image.Image | None
     note: str = ""
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def tiff(samples: np.ndarray, bits: int, number: int = 1, photometric: int = 1, order: str = "<") -> bytes:
@@ -180,35 +175,3 @@ def row_cases() -> dict[str, Case]:
 
 
 CASES = row_cases()
-
-# What the policy writes, and the regions that it means
-TOP = '{"name": "crop", "arguments": {"regions": ["top"]}}'
-LEFT = TOP.replace("top", "left")
-SWAPPED = '{"arguments": {"regions": ["top"]}, "name": "crop"}'
-CALLS = {
-    '{"name": "crop", "arguments": "{\\"regions\\": [\\"top\\"]}"}': ("top",),
-    '{"type": "function", "function": {"name": "crop", "arguments": "{\\"regions\\": [\\"top\\"]}"}}': ("top",),
-    '{"name": "crop", "arguments": "{\'regions\': [\'top\']}"}': ("top",),
-    "{“name”: “crop”, “arguments”: {“regions”: [“top”]}}": ("top",),
-    "{‘name’: ‘crop’, ‘arguments’: {‘regions’: [‘top-left’]}}": ("top-left",),
-    TOP.replace('"top"', '"“top”"'): ("top",),
-    '｛"name"： "crop"， "arguments"： ｛"regions"： ［"top"、 "left"］｝｝': ("top", "left"),
-    TOP.replace("crop", "Crop"): ("top",),
-    TOP.replace("crop", "functions.crop"): ("top",),
-    TOP.replace('["top"]', "[«top»; ‹left›]"): ("top", "left"),
-    TOP.replace('"top"', '"top"；"left"'): ("top", "left"),
-    '<function=crop>\n<parameter=regions>\n["top"]\n</parameter>\n</function>': ("top",),
-    '<invoke name="crop"><parameter name="regions">top, left</parameter></invoke>': ("top", "left"),
-    f"{TOP}\n{LEFT}": ("top", "left"),
-    f"[{TOP}, {LEFT}]": ("top", "left"),
-    TOP.replace("crop", "zoom") + LEFT: ("left",),
-    SWAPPED + SWAPPED.replace("top", "left"): ("top", "left"),
-}
-NO_REGIONS = "0, 0, 500, 500|'0.5,0,5,7'|'0,0,500,500,3'|'-1,0,500,5'|5.5"
-CALLS |= dict.fromkeys((TOP.replace('"top"', bad) for bad in NO_REGIONS.split("|")), ())
-BOX = "150,400,600,700"
-BOXES = f"{BOX}|150 400 600 700|150; 400; 600; 700|150.0,400,600,700|150.4, 399.6, 600.2, 700|box {BOX}"
-BOXES += "|１５０，４００，６００，７００"
-NO_BOXES = f"-{BOX}|−{BOX}|- 150, 400, 600, 700|{BOX},800|{BOX},.5|.5,{BOX}|nan,{BOX}|0.15,0.4,0.6,0.7|150,400,600,1700"
-NO_BOXES += "|150,400,600,99999999999|1e2,400,600,700,800|150,400,600,1,000|150-400-600-700|600,400,150,700|150,400,600"
-NO_BOXES += "|0.0,0.0,1.0,1.0|0,0,1,1"

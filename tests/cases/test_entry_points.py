@@ -17,16 +17,19 @@ import pytest
 import torch
 from chat_server import serving
 from conftest import LONG, tiny_model, tiny_tokenizer
-from inputs import BOX_1, CASES, COLOURS, QUESTION, Case
+from inputs import BOX_1, CASES, COLOURS, IMAGES, QUESTION, Case
+from PIL import Image
 
 from awares.cli import batch
 from awares.cli import main as cli
 from awares.cli.options import PolicyOptions
 from awares.config import load_params
 from awares.data import rows as data_rows
+from awares.data.sources import fit_image
+from awares.engine import images
 from awares.engine.jsonl import read_records
 from awares.engine.model import make_processor, save_model
-from awares.engine.rows import picture
+from awares.engine.rows import picture, picture_sizes
 from awares.errors import AwaresError
 from awares.method.protocol import SYSTEM
 from awares.method.rollout import Engine
@@ -250,17 +253,6 @@ def test_the_answers_tell_the_pictures_apart(replies: Any) -> None:
     assert {one.answer for one in replies("evaluate")[1].values()} == {100.0}
 
 
-def test_rows_without_boxes_are_refused_before_any_work_if_the_oracle_needs_them(tmp_path: Path) -> None:
-    COLOURS.save(tmp_path / "page.png")
-    file, row = tmp_path / "bare.jsonl", {"image": "page.png", "question": QUESTION, "answers": ["a"]}
-    file.write_bytes(as_line({**row, "id": "first"}) + b"\n" + as_line({**row, "id": "second", "answer_boxes": BOX_1}))
-    params = load_params(overrides={"data.sources": [str(file)], "data.train_rows": 9})
-    with pytest.raises(AwaresError, match=r"bare.jsonl.*first.*curation.oracle"):
-        data_rows.make_split(params, "train")
-    served = load_params(overrides={"data.sources": [str(file)], "curation.oracle": "qwen3_vl"})
-    assert len(data_rows.make_split(served, "train")) == 2
-
-
 class Fragile:
     """An engine that fails on one row, with an exception that is no AwaresError."""
 
@@ -278,7 +270,24 @@ def test_an_unexpected_error_is_that_rows_error() -> None:
     assert found[1].row_id == "2" and "row 2" in found[1].reason and "a library failed" in found[1].reason
 
 
-@pytest.mark.parametrize("address", ["https://host/a.png", "data:image/png;base64,AAAA", "s3://bucket/a.png"])
-def test_an_address_is_refused_as_it_was_written(address: str) -> None:
-    code, _, messages = run("ask", address, "what?")
-    assert code == 1 and address in messages[0]
+@pytest.mark.parametrize("name", [name for name, case in IMAGES.items() if case.right])
+def test_the_right_picture_from_every_kind_of_source(name: str, tmp_path: Path) -> None:
+    case, file = IMAGES[name], tmp_path / f"{name}{IMAGES[name].suffix}"
+    file.write_bytes(case.content)
+    assert case.right
+    with Image.open(file) as opened:
+        for source in (file, str(file), case.content, opened):
+            found = images.open_image(source)
+            assert (found.mode, found.size, found.tobytes()) == ("RGB", case.right.size, case.right.tobytes())
+            assert found.info.get(images.NOTE, "") == case.note
+    capped = images.cap(found)
+    assert images.open_image(capped).info.get(images.NOTE, "") == case.note  # as the engine does
+    assert images.upright_size(case.content) == found.size
+    stored, (shown,) = fit_image([case.content], 2000)  # a row of the hub, which any reader must show as we do
+    assert images.is_plain(stored) and images.open_image(stored).size == shown.size
+    assert (shown.mode, shown.tobytes()) == ("RGB", capped.tobytes())
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": file.name, "question": "q", "answers": ["a"]}))
+    rows = data_rows.read_jsonl_rows(tmp_path / "rows.jsonl")
+    assert picture_sizes(rows, 2000) == [capped.size] and picture(rows[0], 2000).tobytes() == capped.tobytes()
+    (kept,) = rows.cast_column("image", type(rows.features["image"])(decode=False))
+    assert (kept["image"]["bytes"] == case.content) == images.is_plain(case.content)

@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_server import serving
-from inputs import BOXES, CALLS, CASES, COLOURS, IMAGES, NO_BOXES, QUESTION, encoded
-from test_calls import FREE
+from inputs import CASES, COLOURS, IMAGES, QUESTION, encoded
 from test_entry_points import as_line, run
+from test_protocol import BOXES, CALLS, FREE, NO_BOXES
 from test_serve import connect, health, question
 
 from awares.cli.options import PolicyOptions
 from awares.data.rows import read_jsonl_rows
 from awares.engine import images
 from awares.engine.jsonl import read_records
-from awares.engine.model import save_model
 from awares.errors import AwaresError
 from awares.method.crops import CROPS, allowed
 from awares.method.protocol import OURS, RELEASED, parse_call
@@ -122,9 +121,8 @@ def exchange(url: str, data: bytes) -> bytes:
             return b""
 
 
-def test_mutated_requests_get_an_answer_or_a_refusal(tiny: SimpleNamespace, tmp_path: Path) -> None:
+def test_mutated_requests_get_an_answer_or_a_refusal(saved: Path, tmp_path: Path) -> None:
     rng, sent = random.Random(31), list[bytes]()
-    save_model(tiny.model, tiny.processor, tmp_path / "tiny")
     small = [case.content for case in IMAGES.values() if 100 < len(case.content) < 9_000]
     for _ in range(250):
         image = mutated(rng, rng.choice(small)) if rng.random() < 0.3 else encoded(COLOURS, "PNG")
@@ -134,7 +132,7 @@ def test_mutated_requests_get_an_answer_or_a_refusal(tiny: SimpleNamespace, tmp_
         body = mutated(rng, body)
         sent += [(HEAD % len(body)).encode() + body] + [mutated(rng, sent[-1])] * (rng.random() < 0.3)
     with open(tmp_path / "log", "wb") as log:
-        with serving(tmp_path / "tiny", "--max-new-tokens", 2, "--patience", 1, stderr=log) as (url, _):
+        with serving(saved, "--max-new-tokens", 2, "--patience", 1, stderr=log) as (url, _):
             with ThreadPoolExecutor(16) as pool:
                 replies = [*pool.map(lambda data: exchange(url, data), sent)]
             assert health(url)["status"] == "ready"

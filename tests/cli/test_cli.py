@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from peft import LoraConfig, get_peft_model
+from conftest import ROOT, save_adapter
 from PIL import Image
 
 from awares.cli import batch
@@ -21,14 +21,13 @@ from awares.config import load_params
 from awares.data.rows import make_split
 from awares.engine import chat_format
 from awares.engine.jsonl import exclusive_lock, read_records
-from awares.engine.model import load_model, load_processor, save_model
+from awares.engine.model import load_model, load_processor
 from awares.errors import AwaresError
 from awares.method import evaluation, protocol
 from awares.method.rollout import Engine
 from awares.policy import AwaRes, Checkpoint, of_run, shipped
 from awares.study.tables import TASK_WORDS
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"policy": "p", "call_bias": 0.0}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -37,13 +36,6 @@ def awares(*arguments, **variables):
     """``python -m awares`` in its own process."""
     command = [sys.executable, "-m", "awares", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **variables}, timeout=500)
-
-
-@pytest.fixture(scope="module")
-def model(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy") / "tiny"
-    save_model(tiny.model, tiny.processor, folder)
-    return folder
 
 
 @pytest.fixture
@@ -67,13 +59,6 @@ def write_lines(path, rows):
     return path
 
 
-def save_adapter(model, folder, seed):
-    torch.manual_seed(seed)
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(load_model(model), lora).save_pretrained(str(folder))
-    return folder
-
-
 # Help and usage
 
 
@@ -89,16 +74,12 @@ def test_help_and_usage_need_no_torch():
     ("line", "reason"),
     [
         ("ask page.png", "no question"),
-        ("ask page.png q --question q", "--question"),
         ("ask page.png q --out x.jsonl", "--out"),
-        ("ask page.png q --show seen.jpg", "--show"),
         ("ask page.png q --model a --run mini", "--run"),
         ("ask page.png q --call-bias nan", "--call-bias"),
         ("ask page.png q --device gpu", "--device"),
         ("ask rows.jsonl", "--out"),
-        ("ask . q --out x.jsonl --show seen.png", "--show"),
         ("eval rows.jsonl --rows 3", "--rows"),
-        ("serve --timeout nan", "--timeout"),
         ("serve --mode chat --server http://127.0.0.1:9/v1", "--mode chat"),
         ("push model me/x", "policy"),
     ],
@@ -129,23 +110,21 @@ def test_commands_of_guides_and_help_are_understood():
 # One question
 
 
-def test_ask_prints_what_the_library_says(model, scans, tmp_path, capsys):
-    done = awares("ask", scans / "page0.png", "what?", "--model", model, "--json")
+def test_ask_prints_what_the_library_says(saved, scans, tmp_path, capsys):
+    done = awares("ask", scans / "page0.png", "what?", "--model", saved, "--json")
     assert done.returncode == 0 and done.stderr == ""
     found = json.loads(done.stdout)
-    expected = AwaRes.from_pretrained(model).ask(scans / "page0.png", "what?")
+    expected = AwaRes.from_pretrained(saved).ask(scans / "page0.png", "what?")
     assert (found["answer"], found["rtr"], found["question"]) == (expected.answer, expected.rtr, "what?")
     shown = tmp_path / "pictures" / "seen.png"
-    assert cli.main(["ask", str(scans / "page0.png"), "what?", "--model", str(model), "--show", str(shown)]) == 0
-    crops, tokens, seconds = capsys.readouterr().out.split("\n")[-4:-1]
-    numbers = f"{expected.visual_tokens} of {expected.full_visual_tokens} visual tokens, RTR {expected.rtr:.2f}"
-    assert crops.split()[0] == "crops" and numbers in tokens and re.fullmatch(r"time +\d+\.\d\d s", seconds)
+    assert cli.main(["ask", str(scans / "page0.png"), "what?", "--model", str(saved), "--show", str(shown)]) == 0
+    assert f"{expected.visual_tokens} of {expected.full_visual_tokens} visual tokens" in capsys.readouterr().out
     assert Image.open(shown).size
 
 
-def test_bias_and_limits_reach_the_engine(model, scans, capsys):
+def test_bias_and_limits_reach_the_engine(saved, scans, capsys):
     for more in ([], ["--call-bias", "99"], ["--call-bias", "-99"], ["--max-new-tokens", "2"]):
-        assert cli.main(["ask", str(scans / "page0.png"), "what?", "--model", str(model), "--json", *more]) == 0
+        assert cli.main(["ask", str(scans / "page0.png"), "what?", "--model", str(saved), "--json", *more]) == 0
     own, more, less, short = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert more["turns"][1]["text"].startswith(chat_format.TOOL_CALL) and less["call_status"] == "none"
     assert own["call_gap"] == more["call_gap"] == less["call_gap"] and short["turns"][1]["text_tokens"] == 2
@@ -155,11 +134,8 @@ def test_bias_and_limits_reach_the_engine(model, scans, capsys):
     ("line", "reason"),
     [
         ("ask page.png q --model nowhere", "nowhere"),
-        ("ask page.png q --model . ", ".: "),
         ("ask page.png '' --model {model}", "question"),
-        ("ask rows.jsonl --out out.jsonl --model {model}", "rows.jsonl"),
         ("ask empty q --out out.jsonl --model {model}", "empty"),
-        ("ask empty --out out.jsonl --model {model}", "question"),
         ("ask twice.jsonl --out out.jsonl --model {model}", "id a"),
         ("ask page.png q --model {model} --show file/seen.png", "file"),
         ("ask page.png q --model {model} --server http://127.0.0.1:9/v1", "127.0.0.1:9"),
@@ -168,14 +144,14 @@ def test_bias_and_limits_reach_the_engine(model, scans, capsys):
         ("demo", "make demo"),  # gradio lives in the environment of that target
     ],
 )
-def test_wrong_data_is_1_and_one_line(line, reason, model, tiny, tmp_path, capsys, monkeypatch):
+def test_wrong_data_is_1_and_one_line(line, reason, saved, tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.noise(56, 56, 0).save("page.png")
     Path("empty").mkdir()
     Path("file").write_text("in the way")
     write_lines(Path("twice.jsonl"), 2 * [{"image": "page.png", "question": "q", "id": "a"}])
     Path("params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-    assert cli.main(shlex.split(line.format(model=model))) == 1
+    assert cli.main(shlex.split(line.format(model=saved))) == 1
     captured = capsys.readouterr()
     said = [text for text in captured.err.splitlines() if text.startswith("awares: ")]
     assert len(said) == 1 and reason in said[0] and "Traceback" not in captured.err
@@ -190,8 +166,8 @@ def rows_of(out):
     return {record["row_id"]: record for record in records}
 
 
-def test_a_folder(model, scans, tmp_path, capsys):
-    out, policy = tmp_path / "new" / "answers.jsonl", shutil.copytree(model, tmp_path / "policy")
+def test_a_folder(saved, scans, tmp_path, capsys):
+    out, policy = tmp_path / "new" / "answers.jsonl", shutil.copytree(saved, tmp_path / "policy")
     line = ["ask", str(scans), "what?", "--out", str(out), "--model", str(policy), "--json", "--max-new-tokens", "4"]
     assert cli.main(line) == 0
     counts = {"out": str(out), "rows": 9, "ran": 9, "done_before": 0, "errors": 0}
@@ -210,39 +186,25 @@ def test_a_folder(model, scans, tmp_path, capsys):
 
 
 PAGE = {"image": "scans/page0.png", "question": "what?"}
-ROWS = [  # a line, and what its error names; tests/cases has every fault of a row
-    ({**PAGE, "id": "a"}, ""),
-    ('{"image": "scans/page2.png", "question": "torn', "rows.jsonl, line 2"),
-    ({**PAGE, "image": "scans/none.png", "id": "b"}, "none.png"),
-    ({"image": "scans/page4.png", "id": "g"}, "question"),
-    ({**PAGE, "id": 7}, ""),
-]
+BARE = {"image": "scans/page4.png", "id": "g"}
 
 
-def test_bad_rows_are_recorded_and_the_rest_goes_on(model, scans, tmp_path, capsys, monkeypatch):
+def test_bad_rows_are_recorded_and_they_alone_run_again(saved, scans, tmp_path, capsys, monkeypatch):
+    """tests/cases has every fault of a row."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(batch, "ROWS_PER_WRITE", 2)
-    lines = [line for line, _ in ROWS]
-    command = ["ask", "rows.jsonl", "--out", "out.jsonl", "--model", str(model), "--max-new-tokens", "4", "--json"]
-    write_lines(Path("rows.jsonl"), lines)
-    assert cli.main(command) == 1
-    counts = {"out": "out.jsonl", "rows": 5, "ran": 5, "done_before": 0, "errors": 3}
-    assert json.loads(capsys.readouterr().out) == counts
-    found = rows_of(Path("out.jsonl"))
-    assert list(found) == ["a", "rows-2", "b", "g", "7"]
-    faults = [record.get("error", "") for record in found.values()]
-    assert all(reason in fault and bool(reason) == bool(fault) for fault, (_, reason) in zip(faults, ROWS, strict=True))
-    Image.open("scans/page0.png").save("scans/none.png")
-    lines[3] = {**PAGE, "question": "fixed?", "id": "g"}
-    write_lines(Path("rows.jsonl"), lines)
-    assert cli.main(command) == 1
-    assert json.loads(capsys.readouterr().out) == {**counts, "ran": 3, "done_before": 2, "errors": 1}
-    again = rows_of(Path("out.jsonl"))
-    assert "answer" in again["b"] and "answer" in again["g"] and again["a"] == found["a"]
+    command = ["ask", "rows.jsonl", "--out", "out.jsonl", "--model", str(saved), "--max-new-tokens", "4", "--json"]
+    lines = [{**PAGE, "id": "a"}, '{"image": "scans/page2.png", "question": "torn', BARE, {**PAGE, "id": 7}]
+    for ran, faulty in ((4, {"rows-2", "g"}), (2, {"rows-2"})):
+        write_lines(Path("rows.jsonl"), lines)
+        assert cli.main(command) == 1 and json.loads(capsys.readouterr().out)["ran"] == ran
+        found = rows_of(Path("out.jsonl"))
+        assert {*found} == {"a", "rows-2", "g", "7"} and {name for name in found if "error" in found[name]} == faulty
+        lines[2] = {**BARE, "question": "fixed?"}
 
 
 def test_rows_that_would_be_mixed_up_are_refused(scans, engine, tmp_path):
-    rows = write_lines(tmp_path / "rows.jsonl", [ROWS[0][0], ROWS[3][0]])
+    rows = write_lines(tmp_path / "rows.jsonl", [{**PAGE, "id": "a"}, BARE])
     common = batch.read_batch(rows, "common?")  # for rows without their own
     assert [(row["row_id"], row["question"]) for row in common] == [("a", "what?"), ("g", "common?")]
     out = tmp_path / "out.jsonl"
@@ -290,25 +252,21 @@ def test_a_second_process_is_refused_and_an_interrupt_is_130(scans, engine, tmp_
 # eval
 
 
-def test_eval_gives_the_evaluations_own_numbers(model, scans, tmp_path, capsys, monkeypatch):
+def test_eval_gives_the_evaluations_own_numbers(saved, tmp_path, capsys, monkeypatch):
     text = re.sub(r"(?m)^(  bootstrap:) \d+", r"\1 50", (ROOT / "params.yaml").read_text())
     text = re.sub(r"(?m)^(      max_new_tokens:) 32", r"\1 4", text)
     (tmp_path / "prompt.txt").write_text("Answer in one word.")  # the policy gets what params.yaml says
     (tmp_path / "params.yaml").write_text(text.replace('system_file: ""', "system_file: prompt.txt"))
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["eval", "--rows", "2", "--seed", "7", "--model", str(model), "--json"]) == 0
+    assert cli.main(["eval", "--rows", "2", "--seed", "7", "--model", str(saved), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     params = load_params(overrides={"evaluation.rows": 2, "evaluation.seed": 7})
     rows = make_split(params, "evaluation")
-    engine = Engine.from_params(load_model(model), load_processor(model), params, progress=False)
+    engine = Engine.from_params(load_model(saved), load_processor(saved), params, progress=False)
     done = engine.run(rows["image"], rows["question"], row_ids=rows["id"])
-    expected = evaluation.main_table(evaluation.scored(str(model), rows, done), params.evaluation)
+    expected = evaluation.main_table(evaluation.scored(str(saved), rows, done), params.evaluation)
     expected["benchmark"] = expected.benchmark.replace(TASK_WORDS)
     assert found["table"] == expected.drop(columns="system").to_dict("records")
-    row = {"image": "scans/page0.png", "question": "q", "answers": ["a"], "source": "ocrbench"}
-    write_lines(Path("mine.jsonl"), [row, {**row, "image": "scans/page1.png", "source": "pope"}])
-    assert cli.main(["eval", "mine.jsonl", "--model", str(model)]) == 0
-    assert re.findall(r"(?m)^ *(\S+) +\d+\.", capsys.readouterr().out) == ["ocrbench", "pope", "average"]
 
 
 # Which policy
@@ -326,7 +284,7 @@ def test_the_shipped_policy_is_base_then_sft_then_grpo(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["call_gap"] == named.call_gap
 
 
-def test_adapters_of_the_hub_are_found_by_name(model, scans, tmp_path):
+def test_adapters_of_the_hub_are_found_by_name(saved, scans, tmp_path):
     """In the hub's cache, with the answers of the same adapters in folders; a pickled adapter is not loaded."""
     folders = {}
     for seed, (name, base) in enumerate({"base": "", "sft": "me/base", "grpo": "me/sft", "pickled": "me/base"}.items()):
@@ -335,13 +293,13 @@ def test_adapters_of_the_hub_are_found_by_name(model, scans, tmp_path):
         (cache / "refs").mkdir(parents=True)
         (cache / "refs" / "main").write_text("0" * 40)
         if not base:
-            shutil.copytree(model, folders[name])
+            shutil.copytree(saved, folders[name])
             continue
-        written = save_adapter(model, folders[name], seed) / "adapter_config.json"
+        written = save_adapter(saved, folders[name], seed) / "adapter_config.json"
         written.write_text(json.dumps({**json.loads(written.read_text()), "base_model_name_or_path": base}))
     (folders["pickled"] / "adapter_model.safetensors").unlink()
     torch.save({}, folders["pickled"] / "adapter_model.bin")
-    expected = AwaRes.from_pretrained(model, [folders["sft"], folders["grpo"]]).ask(scans / "page0.png", "q").call_gap
+    expected = AwaRes.from_pretrained(saved, [folders["sft"], folders["grpo"]]).ask(scans / "page0.png", "q").call_gap
     line = ("ask", scans / "page0.png", "q", "--json", "--model")
     done = awares(*line, "me/grpo", HF_HOME=str(tmp_path))
     assert done.returncode == 0 and json.loads(done.stdout)["call_gap"] == expected, done.stderr

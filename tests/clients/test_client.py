@@ -1,9 +1,5 @@
 """The client against a real server process that fails in every way: nothing lost, nothing recorded requested twice."""
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +12,6 @@ from chat_server import ServerProcess
 from awares.clients.chat import ChatClient, Request, Server
 from awares.errors import AwaresError, AwaresRequestError, Failure
 
-SOURCE = Path(__file__).parents[2] / "src"
 KEY = "sk-planted-5f1d"
 
 
@@ -124,42 +119,6 @@ def test_a_server_that_is_gone_or_refuses_row_after_row_ends_the_call(client, fa
     mixed = ["at first", *(f"now and then {i}|400" for i in range(4))]
     for _ in range(2):  # the second time only the refused ones are sent
         assert failed(client("mixed.jsonl", stop_after=3, concurrency=1), mixed) == [False, True, True, True, True]
-
-
-JOB = """
-import json, sys
-from awares.clients.chat import ChatClient, Request, Server
-
-url, cache, out = sys.argv[1:]
-client = ChatClient(Server(url=url, model="m", concurrency=4), cache)
-requests = [Request(f"r{i}", [{"role": "user", "content": f"killed {i}|slow=0.2"}], {}) for i in range(40)]
-replies = client.converse([one.row_id for one in requests], lambda index, send: send(requests[index]))
-open(out, "w").write(json.dumps([reply.text for reply in replies]))
-"""
-
-
-def test_after_kill_9_the_same_command_continues_and_requests_no_recorded_reply(faulty, tmp_path):
-    cache, out = tmp_path / "replies.jsonl", tmp_path / "out.json"
-    command = [sys.executable, "-c", JOB, faulty.url, str(cache), str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    job = subprocess.Popen(command, env=environment)
-    while not cache.is_file() or cache.read_bytes().count(b"\n") < 10:
-        assert job.poll() is None
-        time.sleep(0.02)
-    job.kill()
-    job.wait()
-    whole = [json.loads(line) for line in cache.read_bytes().split(b"\n")[:-1]]
-    recorded = {record["raw"]["choices"][0]["message"]["content"].removeprefix("reply to ") for record in whole}
-    with cache.open("ab") as file:  # a kill within a write leaves this behind
-        file.write(cache.read_bytes().split(b"\n")[0][:-7])
-    time.sleep(0.5)  # the server still logs the requests under way
-    before = faulty.counts()
-    subprocess.run(command, env=environment, check=True)
-    asked, after = [f"killed {i}|slow=0.2" for i in range(40)], faulty.counts()
-    assert json.loads(out.read_text()) == [f"reply to {text}" for text in asked]
-    assert len(recorded) >= 10 and all(after[text] == before[text] + (text not in recorded) for text in asked)
-    keys = [json.loads(line)["reply_key"] for line in cache.read_text().splitlines()]
-    assert len(keys) == len(set(keys)) == 40
 
 
 def test_a_file_with_something_else_or_held_by_another_process_is_refused(client, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """The released artefacts (PAPER §7): the parser's table, the released protocol in both turns, the dataset."""
 
 import re
-from pathlib import Path
 
 import datasets
 import published
 import pytest
+from conftest import ROOT
 
 from awares.config import load_params
 from awares.data import released
@@ -17,14 +17,13 @@ from awares.method.rollout import Engine
 from awares.settings import CROP_NAMES
 from awares.study import curation_tables
 
-ROOT = Path(__file__).parents[2]
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TABLE = re.findall(r"^\| `(.+)` \| (\w+) \| (\w+) \| ([a-z, -]*) \|", (ROOT / "src/awares/README.md").read_text(), re.M)
 RELEASED = {"protocol.name": "released"}
 
 
 def settings(**values):
-    return load_params("mini", overrides=values, path=ROOT / "params.yaml")
+    return load_params("mini", overrides=values)
 
 
 def test_the_readmes_table_of_accepted_and_rejected_strings():

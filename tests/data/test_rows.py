@@ -90,20 +90,9 @@ def test_jsonl_rows_have_defaults_and_only_a_line_break_ends_one(jsonl):
     file.write_bytes(file.read_bytes().replace(b"total?", "caf\u00e9?".encode("latin-1")))
     with pytest.raises(AwaresError, match="line 2: .*utf-8"):
         read_jsonl_rows(file)
-
-
-@pytest.mark.parametrize(
-    ("lines", "place"),
-    [
-        (["{"], "mine.jsonl, line 1"),
-        ([{}, {"image": "torn.png"}], "line 2, image"),
-        ([{"id": "a"}, {"id": "a"}], "mine.jsonl: id a "),
-        ([""], "mine.jsonl"),
-    ],
-)
-def test_bad_jsonl(jsonl, lines, place):
-    with pytest.raises(AwaresError, match=place):
-        read_jsonl_rows(jsonl(*lines))
+    for lines, fault in (([{"id": "a"}, {"id": "a"}], "mine.jsonl: id a "), ([""], "mine.jsonl")):
+        with pytest.raises(AwaresError, match=fault):
+            read_jsonl_rows(jsonl(*lines))
 
 
 def test_jsonl_is_a_source_like_the_others(jsonl, monkeypatch):
@@ -118,6 +107,8 @@ def test_jsonl_is_a_source_like_the_others(jsonl, monkeypatch):
     assert train[:4] == ["chartqa-101-0", "mine-1", "chartqa-101-1", "mine-2"]  # sources take turns
     assert train[4:] == [f"chartqa-101-{number}" for number in (2, 3, 4)]
     assert make_split(params, "validation")["id"][1] == "mine-3"
-    for wrong, place in (({"data.sources": [str(jsonl({}))]}, "mine.jsonl"), ({"data.origin": "disk"}, "data.origin")):
+    bare, served = {"data.sources": [str(jsonl({}))]}, {"curation.oracle": "qwen3_vl"}  # needs no boxes of a row
+    assert len(make_split(load_params("mini", overrides=bare | served), "train")) == 1
+    for wrong, place in ((bare, "mine.jsonl.*curation.oracle"), ({"data.origin": "disk"}, "data.origin")):
         with pytest.raises(AwaresError, match=place):
-            make_split(load_params("mini", overrides=wrong), "validation")
+            make_split(load_params("mini", overrides=wrong), "train")

@@ -1,7 +1,5 @@
 """Surface forms of answers, sentence embeddings, resumable JSONL files."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -64,26 +62,6 @@ def test_encoder_refuses_other_weights_and_names(tmp_path, monkeypatch):
             embedding.load_encoder.__wrapped__(name)
 
 
-def test_torn_chunk_is_done_again_whole(tmp_path):
-    ids, file = [f"é{n}" for n in range(7)], tmp_path / "work.jsonl"
-
-    def work(chunk):
-        asked.extend(chunk)
-        return [{"id": row_id, "with": chunk} for row_id in chunk]
-
-    asked = []
-    expected = in_chunks(file, ids, 3, work)
-    whole = file.read_bytes()
-    assert [json.loads(line) for line in whole.splitlines()] == expected
-    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in sorted({*range(0, len(whole), 23), *ends[:-1], *(end - 1 for end in ends)}):
-        file.write_bytes(whole[:cut])
-        asked = []
-        assert in_chunks(file, ids, 3, work) == expected and file.read_bytes() == whole
-        complete = whole[:cut].count(b"\n")
-        assert asked == ids[complete // 3 * 3 :]
-
-
 def test_raw_file_faults_are_named(tmp_path):
     file = tmp_path / "work.jsonl"
     for text, named in (('{"id": "a"}\nnonsense\n{"id": "b"}\n', "work.jsonl, line 2"), ('{"id": "x"}\n', "work")):
@@ -92,14 +70,3 @@ def test_raw_file_faults_are_named(tmp_path):
             in_chunks(file, ["a", "b"], 1, lambda chunk: [])
     with pytest.raises(AwaresError, match="new.jsonl"):
         in_chunks(tmp_path / "new.jsonl", ["a", "b"], 2, lambda chunk: [{"id": "b"}])
-
-
-def test_a_second_process_is_refused(tmp_path):
-    file = tmp_path / "work.jsonl"
-
-    def work(chunk):
-        with pytest.raises(AwaresError, match="another process"):
-            in_chunks(file, ["a"], 1, work)
-        return [{"id": "a"}]
-
-    assert in_chunks(file, ["a"], 1, work) == [{"id": "a"}]

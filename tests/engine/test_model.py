@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from conftest import save_adapter
 from trl import chat_template_utils as trl_templates
 
 from awares.engine import chat_format
@@ -15,13 +15,6 @@ from awares.engine import model as models
 from awares.engine.model import load_model, load_processor, save_model, set_attention, visual_tokens
 from awares.errors import AwaresError
 from awares.method import protocol
-
-
-@pytest.fixture(scope="module")
-def saved(tiny: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_model(tiny.model, tiny.processor, folder)
-    return folder
 
 
 def test_weights_processor_and_template_come_back_equal(tiny: SimpleNamespace, saved: Path, capfd) -> None:
@@ -60,13 +53,6 @@ def test_visual_tokens_are_the_processors(tiny: SimpleNamespace, size: tuple[int
     assert visual_tokens(size, tiny.processor) == grid.prod().item() // 4
 
 
-def adapter(tiny: SimpleNamespace, saved: Path, folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(load_model(saved), config).save_pretrained(str(folder))
-    return folder
-
-
 def logits(model, tiny: SimpleNamespace) -> torch.Tensor:
     messages = protocol.messages("q", tiny.noise(84, 56, 0))
     batch = tiny.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
@@ -75,7 +61,7 @@ def logits(model, tiny: SimpleNamespace) -> torch.Tensor:
 
 
 def test_adapters_are_merged_in_order_or_trained_on_top(tiny: SimpleNamespace, saved: Path, tmp_path: Path) -> None:
-    one, two = (adapter(tiny, saved, tmp_path / name, seed) for seed, name in enumerate(["one", "two"]))
+    one, two = (save_adapter(saved, tmp_path / name, seed) for seed, name in enumerate(["one", "two"]))
     plain, first = logits(load_model(saved), tiny), logits(load_model(saved, adapter=one), tiny)
     assert (plain - first).abs().max() > 1e-2
     both = load_model(saved, adapter=[one, two])

@@ -72,13 +72,8 @@ def test_lmms_eval_runs_the_policy_on_an_offline_task(rows):
     assert max(one.full_visual_tokens for one in own) <= 60
     log = folder / "samples.jsonl"
     log.write_bytes(log.read_bytes()[:-9])  # as a kill leaves it
-    again = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stdout + again.stderr
+    subprocess.run(command, cwd=folder, env=environment, check=True)
     assert [json.loads(line)["answer"] for line in log.read_text().splitlines()] == [one.answer for one in own]
-    log.write_bytes(b"my notes")
-    refused = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert "contains something other than samples" in refused.stdout + refused.stderr  # it ends with 0 all the same
-    assert log.read_bytes() == b"my notes"
     results = min(folder.glob("out/**/*results.json"), key=lambda file: file.stat().st_mtime)
     scores = [metrics.relaxed_accuracy(one.answer, [row["answer"]]) for one, row in zip(own, records, strict=True)]
     found = json.loads(results.read_text())["results"]["awares_offline"]["relaxed_overall,none"]

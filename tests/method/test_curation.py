@@ -1,14 +1,12 @@
 """Judges, oracle, and a curation that ends with the same bytes after a kill; its raw files and tables."""
 
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from awares import registry
 from awares.config import load_params
 from awares.data.rows import make_dataset
 from awares.engine import jsonl as records
@@ -17,8 +15,6 @@ from awares.method import curation
 from awares.method.judges import AnnotationOracle, Judge, build_judge, label
 from awares.method.rollout import Engine
 from awares.study import curation_tables
-
-PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 fixed = Judge("fixed", lambda questions, predictions, answers: list(map(float, predictions)), 0.5, 0.1)
 
@@ -29,17 +25,6 @@ def test_verdict_rule():
         found = fixed.judge(["q"], [str(low)], [str(high)], [["a"]])[0]
         assert dataclasses.astuple(found) == (value, low, high, low == 0.4)
         assert label(value) == {0: "LR", 1: "LR", 2: "HR"}[value]
-
-
-def verdicts(judge, lows, highs, answers=("41",)):
-    built = build_judge(judge, load_params(path=PARAMS))
-    return built.judge(["q"] * len(lows), lows, highs, [list(answers)] * len(lows))
-
-
-def test_judges_differ_as_the_paper_says():
-    lows, highs = ("forty-one", "47", "zzz", "41"), ("41", "41", "41", "zzz")
-    assert [verdict.value for verdict in verdicts("semantic", lows, highs)] == [0, 2, 2, 1]
-    assert [verdict.value for verdict in verdicts("anls", lows, highs)] == [2, 2, 2, 1]  # punishes another surface form
 
 
 def locate(oracle, question, answer=(), row_ids=("r",)):
@@ -104,7 +89,7 @@ class FakeEngine:
 def changed(**values):
     """Small chunks and two judges, with other ``values`` of `curation`."""
     base = {"judge": "semantic", "judges": ["semantic", "anls"], "oracle_sigma": 5.0, "chunk_rows": 3}
-    return load_params(path=PARAMS, overrides={f"curation.{key}": value for key, value in {**base, **values}.items()})
+    return load_params(overrides={f"curation.{key}": value for key, value in {**base, **values}.items()})
 
 
 params = pytest.fixture(changed)
@@ -132,9 +117,6 @@ def test_curated_rows_and_raw_outputs(params, tmp_path):
     assert (first["low_score_semantic"], first["high_score_anls"]) == (0.0, 1.0)
     # C* covers the question box *and* the answer box
     assert first["target_crops"] == ["top-left"] and second["target_crops"] == ["all"]
-    air = params.curation.oracle_margin
-    grown = [300 - air, max(0, 50 - air), 400 + air, 100 + air]
-    assert abs(np.array(first["oracle_answer_boxes"][0]) - grown).max() < 30
     assert rows[0]["target_crops"] == [] and rows[0]["oracle_question_boxes"] == []
     answers, verdicts, located = (records.read_records(tmp_path / "out" / name) for name in curation.RAW_FILES)
     assert [record["id"] for record in answers] == [record["id"] for record in verdicts] == rows["id"][:]
@@ -156,9 +138,7 @@ def test_crop_rule_and_judge_of_a_notebook_cell(params, tmp_path):
     assert rows["target_crops"][1:3] == [["all"], ["all"]] and rows["target_crops"][0] == []
     rows = run(params, tmp_path / "out", FakeEngine(dies_at=0), judge=first_row_only)  # the answers are reused
     assert rows["verdict_first_row_only"] == [0, 1, *[0] * 9] == rows["verdict"] and set(rows["label"]) == {"LR"}
-    keys = {build_judge(wanted, params).key() for wanted in (first_row_only, "semantic", fixed)}
-    registry.judge("registered")(first_row_only)
-    assert len({build_judge("registered", params).key(), *keys}) == 4
+    assert len({build_judge(wanted, params).key() for wanted in (first_row_only, "semantic", fixed)}) == 3
 
 
 def test_rows_that_half_resolution_gets_right_by_luck_need_a_crop(params, tmp_path):
@@ -190,9 +170,6 @@ def test_rows_that_the_base_models_server_refuses_are_lost_and_no_others(params,
     assert [row["label"] for row in rows] == ["HR" if n % 4 in (1, 2) else "LR" for n in range(11) if n not in (4, 9)]
     lost = records.read_records(tmp_path / "out" / curation.LOST_FILE)
     assert lost == [{"id": row_id, "step": "base", "reason": "status 400"} for row_id, _ in bad]
-    engine.bad = [("row-2", "half+crops")]
-    repaired = curation.base_answers(rows, engine, "half+crops")
-    assert [one.row_id for one in repaired if isinstance(one, Failure)] == ["row-2"] and len(repaired) == len(rows)
     with pytest.raises(AwaresError, match="11 of 11 lost"):
         run(params, tmp_path / "none" / "out", FakeEngine(bad=[(row_id, "half") for row_id in make_rows()["id"]]))
 
@@ -205,6 +182,8 @@ def test_killed_run_resumes_and_repeats_nothing(params, tmp_path):
         first, second = FakeEngine(dies_at), FakeEngine()
         with pytest.raises(KeyboardInterrupt):
             run(params, broken, first)
+        for file in broken.rglob("*.jsonl"):  # a kill within a write
+            file.write_bytes(file.read_bytes() + b'{"id": "row-')
         run(params, broken, second)
         assert content(whole) == content(broken)
         done = [row_id for row_id, view in first.seen if view == "full"]  # a chunk is done when both views are

@@ -1,3 +1,5 @@
+"""Calls are read when their meaning is clear, no box is invented, and conversations render to fixed bytes."""
+
 import json
 from types import SimpleNamespace
 
@@ -7,7 +9,8 @@ from awares.config import load_params
 from awares.errors import AwaresError
 from awares.method import protocol
 from awares.method.crops import CROPS
-from awares.method.protocol import OURS, parse_call
+from awares.method.grpo import read_calls
+from awares.method.protocol import OURS, RELEASED, parse_call
 
 CALL = '<tool_call>\n{"name": "crop", "arguments": {"regions": %s}}\n</tool_call>'
 
@@ -19,15 +22,11 @@ CALL = '<tool_call>\n{"name": "crop", "arguments": {"regions": %s}}\n</tool_call
         ('  <tool_call>{"name":"crop","arguments":{"regions":["left"]}}</tool_call>\n', "valid", "left"),
         (CALL % json.dumps(list(CROPS)), "valid", " ".join(CROPS)),
         ((CALL % '["right", "top').split("}")[0], "recovered", "right top"),
-        (CALL % '["Upper left", "centre", "bottom_right"]', "recovered", "top-left center bottom-right"),
-        (CALL % '["left half", "full image"]', "recovered", "left all"),
+        (CALL % '["left half", "bottom_right"]', "recovered", "left bottom-right"),
         (CALL % '["left"], "zoom": 2', "recovered", "left"), ("top " + CALL % '["left"]', "recovered", "left"),
         (CALL % '["left"]' + CALL % '["top", "left"]', "recovered", "left top"),
-        ('{"name": "crop", "arguments": {"regions": ["left"]}}', "recovered", "left"),
         ("<tool_call>\n</tool_call>", "malformed", ""), (CALL % "null", "malformed", ""),
-        (CALL % '["9"]', "malformed", ""), (CALL % "[0.5]", "malformed", ""),
-        ("<tool_call>" + "[" * 5000, "malformed", ""),
-        *((text, "none", "") for text in ("42", "", "the left one", "regions: north", "{5, 6}")),
+        *((text, "none", "") for text in ("42", "", "the left one", "Regions： north", "{5, 6}", "½ − ¾", "<b>")),
     ],
 )  # fmt: skip
 def test_calls_are_read(text: str, status: str, crops: str) -> None:
@@ -77,28 +76,6 @@ def test_every_prefix_of_a_conversation_is_a_prefix_of_its_text(tiny: SimpleName
     assert whole.startswith(called.rstrip("\n") + reply)
 
 
-BOX = "150,400,600,700"
-OFFER_BOXES = {"crops.offered": ["box"]}
-
-
-@pytest.mark.parametrize(
-    ("text", "status", "crops"),
-    [
-        (OURS.render_call([BOX]), "valid", (BOX,)),
-        (OURS.render_call(["0,0,1000,1000"]), "valid", ("0,0,1000,1000",)),
-        ((CALL % '["150 400 600 700"').split("}")[0], "recovered", (BOX,)),
-        (CALL % '["top"]', "malformed", ()),
-        ((CALL % f'["{BOX}"]').replace('"crop"', '"zoom"'), "malformed", ()),
-        (BOX, "none", ()),
-    ],
-)
-def test_free_boxes_are_read_where_they_are_offered(text, status, crops):
-    found = parse_call(text, protocol.from_params(load_params("mini", overrides=OFFER_BOXES)))
-    assert (found.status, found.crops) == (status, crops)
-    if BOX in crops:
-        assert parse_call(text).crops == ()  # ten names are offered, and no boxes
-
-
 def test_a_tool_may_offer_fewer_regions():
     form = protocol.from_params(load_params("mini", overrides={"crops.offered": ["top", "all"]}))
     assert '"regions": ["top", "all"]' in form.system and "bottom" not in form.system
@@ -124,3 +101,62 @@ def test_the_prompt_may_come_from_a_file_and_the_images_are_the_released_ones(tm
     ):
         with pytest.raises(AwaresError, match=named):
             protocol.from_params(load_params("mini", overrides=wrong))
+
+
+# What the policy writes, and the regions that it means; the table in src/awares/README.md has more
+TOP = '{"name": "crop", "arguments": {"regions": ["top"]}}'
+LEFT = TOP.replace("top", "left")
+SWAPPED = '{"arguments": {"regions": ["top"]}, "name": "crop"}'
+CALLS = {
+    '{"type": "function", "function": {"name": "crop", "arguments": "{\\"regions\\": [\\"top\\"]}"}}': ("top",),
+    '{"name": "crop", "arguments": "{\'regions\': [\'top\']}"}': ("top",),
+    "{‘name’: ‘crop’, ‘arguments’: {‘regions’: [‘top-left’]}}": ("top-left",),
+    TOP.replace('"top"', '"“top”"'): ("top",),
+    '｛"name"： "crop"， "arguments"： ｛"regions"： ［"top"、 "left"］｝｝': ("top", "left"),
+    TOP.replace("crop", "functions.crop"): ("top",),
+    TOP.replace('["top"]', "[«top»; ‹left›]"): ("top", "left"),
+    TOP.replace('"top"', '"top"；"left"'): ("top", "left"),
+    '<invoke name="crop"><parameter name="regions">top, left</parameter></invoke>': ("top", "left"),
+    f"[{TOP}, {LEFT}]": ("top", "left"),
+    TOP.replace("crop", "zoom") + LEFT: ("left",),
+    SWAPPED + SWAPPED.replace("top", "left"): ("top", "left"),
+}
+NO_REGIONS = "0, 0, 500, 500|'0.5,0,5,7'|'0,0,500,500,3'|'-1,0,500,5'|5.5"
+CALLS |= dict.fromkeys((TOP.replace('"top"', bad) for bad in NO_REGIONS.split("|")), ())
+BOX = "150,400,600,700"
+BOXES = f"{BOX}|150 400 600 700|150; 400; 600; 700|150.0,400,600,700|150.4, 399.6, 600.2, 700|box {BOX}"
+BOXES += "|１５０，４００，６００，７００"
+NO_BOXES = f"-{BOX}|−{BOX}|- 150, 400, 600, 700|{BOX},800|{BOX},.5|.5,{BOX}|nan,{BOX}|0.15,0.4,0.6,0.7|150,400,600,1700"
+NO_BOXES += "|150,400,600,99999999999|1e2,400,600,700,800|150,400,600,1,000|150-400-600-700|600,400,150,700|150,400,600"
+NO_BOXES += "|0.0,0.0,1.0,1.0|0,0,1,1"
+FREE = protocol.from_params(load_params("mini", overrides={"crops.offered": ["box"]}))
+BRACKETS = ('["%s"]', "[[%s]]", "[%s]", "['%s']")
+
+
+@pytest.mark.parametrize(("written", "crops"), CALLS.items())
+def test_a_call_whose_meaning_is_clear_is_not_lost(written: str, crops: tuple[str, ...]) -> None:
+    for text in (f"<tool_call>\n{written}\n</tool_call>", f"<tool_call>{written}", written):
+        for form in (OURS, RELEASED):
+            found = parse_call(text, form)
+            assert (found.crops, found.status) == (crops, "recovered" if crops else "malformed")
+
+
+@pytest.mark.parametrize("box", [*BOXES.split("|"), *NO_BOXES.split("|")])
+def test_a_box_is_rounded_or_malformed_but_never_another_box(box: str) -> None:
+    crops = (BOX,) if box in BOXES.split("|") else ()
+    for brackets in BRACKETS:
+        found = parse_call(TOP.replace('["top"]', brackets % box), FREE)
+        assert (found.crops, found.status) == (crops, "recovered" if crops else "malformed")
+    for end in range(1, len(box)):  # a turn that was cut off within a number
+        assert not parse_call(f'<tool_call>{TOP.split("[")[0]}["{box[:end]}', FREE).crops
+
+
+def test_grpo_reads_what_trl_served() -> None:
+    def call(name: str, regions: object) -> dict:
+        return {"name": name, "arguments": {"regions": regions}}
+
+    assert read_calls([call("crop", ["“top”"])], OURS).crops == ("top",)
+    for refused in (call("Crop", ["top"]), {"name": "crop", "arguments": '{"regions": ["top"]}'}):
+        assert read_calls([refused], OURS).status == "malformed"  # TRL has shown an error, not a crop
+    assert read_calls([call("crop", [[150.4, 400, 600, 700]])], FREE).crops == (BOX,)
+    assert read_calls([call("crop", [[-150, 400, 600, 700]])], FREE).status == "malformed"

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,7 @@ from awares.errors import AwaresError
 from awares.method import rewards
 from awares.method.crops import union_area
 
-PARAMS = load_params(path=Path(__file__).parents[2] / "params.yaml")
+PARAMS = load_params()
 WEIGHTS = {"alpha_miss": 2.0, "alpha_use": 0.25, "lambda_area": 0.01}  # the paper's
 
 

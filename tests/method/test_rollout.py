@@ -206,6 +206,13 @@ def test_single_turn_views(tiny: SimpleNamespace, view: str, expected: int) -> N
     assert (done.turns[0].text_tokens + expected, done.answer) == (length, answer)
 
 
+def test_the_model_cannot_write_an_image_placeholder(tiny: SimpleNamespace) -> None:
+    one = engine(tiny, max_new_tokens=3)
+    one.decoder.call_token = tiny.processor.image_token_id
+    (done,) = one.run([tiny.noise(56, 56, 0)], ["q"], call_bias=99.0)
+    assert "<|image_pad|>" not in done.turns[1].text
+
+
 def test_a_training_model_is_handed_back_as_it_was(tiny: SimpleNamespace) -> None:
     tiny.model.train()
     try:

@@ -2,7 +2,6 @@
 
 import shutil
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,12 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from awares.config import load_params
-from awares.engine.model import load_model, load_processor, save_model
+from awares.engine.model import load_model, load_processor
 from awares.errors import AwaresError
 from awares.method import crops, protocol, sft
 from awares.training import checkpoints as training
 
-ROOT = Path(__file__).parents[2]
 SECTION = {"share": 1.0, "epochs": 1.0, "batch_size": 4, "per_device_batch_size": 2, "checkpoints": 3}
 SECTION |= {"selection_rows": 1, "learning_rate": 1.0e-2, "warmup_ratio": 0.0}
 SMALL = {"threads": 1, "protocol.max_new_tokens": 12, **{f"sft.{key}": value for key, value in SECTION.items()}}
@@ -24,17 +22,15 @@ CROPS_OF = {1: ["top-left", "bottom-right"], 4: ["bottom"], 7: ["right", "top-le
 
 
 def settings(**overrides):
-    return load_params(path=ROOT / "params.yaml", overrides={**SMALL, **overrides})
+    return load_params(overrides={**SMALL, **overrides})
 
 
 @pytest.fixture(scope="module")
-def world(tiny, tmp_path_factory) -> SimpleNamespace:
+def world(tiny, saved) -> SimpleNamespace:
     """A base model on disk and twelve curated rows, three of them HR."""
-    base = tmp_path_factory.mktemp("base") / "base"
-    save_model(tiny.model, tiny.processor, base)
     crops_of = [CROPS_OF.get(i, []) for i in range(12)]
     rows = tiny.rows([(224, 168), (168, 224), (280, 224)], crops_of, ["other"])
-    return SimpleNamespace(base=base, rows=rows, processor=load_processor(base))
+    return SimpleNamespace(base=saved, rows=rows, processor=load_processor(saved))
 
 
 def trainer_for(world, params, folder, samples=None):

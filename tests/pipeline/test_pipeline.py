@@ -15,20 +15,14 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 NOTEBOOKS = [name for name, stage in STAGES.items() if "papermill" in stage["cmd"]]
 # Modules that pass parameters and rows on or start processes. Stages that only show results depend on study/.
 SHOWN = {*"config settings errors registry data/rows training/distributed bench/estimate bench/plan".split()}
 SUMMARIES = ("crop_distribution", "report", "seeds", "ablations", "comparison", "plus")
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_stage_names_things_that_exist(stage):
-    deps = [name for name in STAGES[stage]["deps"] if not name.startswith(("runs/", "reports/")) and "${" not in name]
-    assert [name for name in deps if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize("released, notebook", [("", "01_curation"), ("awares", "01_released")])

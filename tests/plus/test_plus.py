@@ -1,46 +1,41 @@
 """GRPO beyond the paper: which rows, turn-wise advantages, the exact gradient of a decision, a chosen bias."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import trajectory
+from test_grpo import trainer_for
 from test_sft import killed_at
 
 from awares.config import load_params
 from awares.engine.jsonl import read_records
-from awares.engine.model import load_model, load_processor, save_model
+from awares.engine.model import load_model, load_processor
 from awares.engine.rows import load_rows, save_rows
 from awares.errors import AwaresError
-from awares.method import grpo
 from awares.method.rollout import Engine
 from awares.plus import estimators, exact
-from awares.study import comparison
 
-ROOT = Path(__file__).parents[2]
 SECTION: dict = {"batch_size": 4, "per_device_batch_size": 2, "generations": 2, "max_steps": 3, "save_steps": 1}
 SECTION |= {"learning_rate": 1.0e-2, "scheduler": "constant", "held_out_rows": 2, "answer_reward": "anls"}
 SMALL = {"threads": 1, **{f"grpo.{key}": value for key, value in SECTION.items()}}
 
 
 def settings(**overrides):
-    return load_params(path=ROOT / "params.yaml", overrides={**SMALL, **overrides})
+    return load_params(overrides={**SMALL, **overrides})
 
 
 @pytest.fixture(scope="module")
-def world(tiny, tmp_path_factory) -> SimpleNamespace:
+def world(tiny, saved) -> SimpleNamespace:
     """A policy on disk, six curated rows (every second one HR), and both plays of each."""
-    policy = tmp_path_factory.mktemp("plus") / "merged"
-    save_model(tiny.model, tiny.processor, policy)
     rows = tiny.rows([(224, 168), (168, 280)], [[], ["top"]] * 3)
-    engine = Engine.from_params(load_model(policy), load_processor(policy), settings(), progress=False)
+    engine = Engine.from_params(load_model(saved), load_processor(saved), settings(), progress=False)
 
     def run(call_bias, row_ids):
         return engine.run(rows["image"], rows["question"], call_bias=call_bias, row_ids=row_ids)
 
-    return SimpleNamespace(policy=policy, rows=rows, plays=exact.play(SimpleNamespace(run=run), rows))
+    return SimpleNamespace(policy=saved, rows=rows, plays=exact.play(SimpleNamespace(run=run), rows))
 
 
 def test_turn_advantages_add_up_to_the_group_advantage():
@@ -74,13 +69,8 @@ def test_training_credits_turns_and_measures_held_out_rows(world, tmp_path, monk
 
 @pytest.mark.parametrize("advantage", ["group_std", "group"])
 def test_advantages_with_and_without_the_standard_deviation(world, tmp_path, advantage):
-    model, processor = load_model(world.policy), load_processor(world.policy)
     params = settings(**{"grpo.advantage": advantage})
-    trainer = grpo.build_grpo_trainer(
-        params, world.rows, model, processor, tmp_path, lambda rollouts, context: [4.0, 0.0]
-    )
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
+    trainer = trainer_for(world, tmp_path, params, lambda rollouts, context: [4.0, 0.0])
     found = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 2)["advantages"]
     scale = 8**0.5 + 1e-4 if advantage == "group_std" else 1.0
     assert found.tolist() == pytest.approx([2 / scale, -2 / scale])
@@ -161,15 +151,6 @@ def test_the_chosen_bias_has_the_highest_reward(world):
     called = [trajectory(f"r{i}", f"word {i}" if i < 2 else "no", crops=("top",)) for i in range(4)]
     params = settings(**{"evaluation.dial_biases": [-4.0, -2.0, -1.0, 0.0, 2.0], "grpo.alpha_miss": 0.0})
     assert exact.best_bias(params, rows, {False: direct, True: called}) == -1.0
-
-
-def test_a_variant_is_evaluated_with_its_own_bias(tmp_path):
-    params = replace(settings(**{"grpo.choose_bias": True}), root=tmp_path, changed=frozenset({"grpo"}))
-    with pytest.raises(AwaresError, match="run the stage grpo"):
-        comparison.call_bias(params)
-    params.run_dir("grpo").mkdir(parents=True)
-    (params.run_dir("grpo") / "metrics.json").write_text('{"call_bias": -0.5}')
-    assert comparison.call_bias(params) == -0.5 and comparison.call_bias(settings()) == 0.0
 
 
 def test_answers_after_a_call_can_be_those_of_the_base_model(tiny, tmp_path):

@@ -18,13 +18,13 @@ from urllib.parse import unquote, urldefrag
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 pytest.importorskip("playwright", reason="lives in its own environment: make browser")
 
 from playwright.sync_api import Page, sync_playwright
 
-ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "reports" / "mini" / "tables"
 NAMES = {"full": "full resolution", "half": "half resolution", "sft": "SFT", "awares": "AwaRes"}
 

@@ -173,16 +173,6 @@ def test_seeds_are_paired_and_only_those_that_both_have_count():
         gain(study(tables[0], tables[-1]), "awares", "sft")
 
 
-def test_rows_of_several_draws_are_pooled_where_both_have_them():
-    new = [f"{name}-unseen" for name in ROWS]
-    more = [answered("awares", marks(1), rows=new), answered("full", marks(0), rows=new)]
-    tables = [answered(name, marks(0.5)) for name in ("awares", "full", "own")]
-    both = study(*tables, *more)
-    assert gain(both).value == pytest.approx(50) and gain(both, "own").value == 0
-    assert both.common(("awares", "full"))[1].size == 2 * len(ROWS) == 2 * both.common(("awares", "own"))[1].size
-    assert gain(study(*tables, *tables, *more)).value == pytest.approx(50)  # a row that is published twice counts once
-
-
 def test_one_training_varies_as_much_as_the_main_line_and_shares_its_cold_start():
     """RTRs of SFT 0.30, 0.40, 0.50 and of AwaRes 0.28, 0.34, 0.40: GRPO takes off 0.02, 0.06, 0.10."""
     tables = [answered("sft", marks(0.5), seed, rtr=0.2 + 0.1 * seed) for seed in (1, 2, 3)]
@@ -256,30 +246,13 @@ def test_an_expression_that_cannot_be_computed_is_named(text):
 
 def test_every_claim_states_its_quantity_margin_and_source():
     texts = claims.read_claims()
-    counted = texts[texts.decided_by == ""]
     assert set(texts.holds) <= {"above", "below", "within"} and set(texts.decided_by) == {"", "generator", "arithmetic"}
-    assert 25 <= len(counted) <= 40 and (texts.headline == "yes").sum() == 10
     assert not texts.id.duplicated().any() and texts[["section", "claim", "quantity"]].ne("").all(axis=None)
     tables = pd.read_csv(PARAMS.path("data/paper/tables.csv")).table
     assert set(" ".join(texts.tables).split()) <= set(tables)
-    listed = {name for names in (*PARAMS.ablations.values(), PARAMS.comparison.systems) for name in names}
-    used = {name for text in texts.expression for name in claims.policies_of(text)}
-    assert used <= listed | {"full", "half", "sft", "awares", ORACLE} and {"fastv_50", "fastv_70"} <= used
     direction = texts[(texts.same > 0) & (texts.id != "beats_visionthink")]
     assert direction.same.to_numpy() == pytest.approx(direction.paper.abs() / 2, abs=1e-3)  # half of the paper's effect
     assert ((texts.same == 0) | (texts.margin == 0)).all()
-
-
-def test_a_trained_system_is_the_mean_over_its_seeds():
-    tables = answered("full", marks(0.5)), answered("awares", marks(0.4)), answered("awares", marks(0.8), 2)
-    line = comparison.measures_table(study(*tables), {"main": "awares"}, ["accuracy", "rtr", "area"]).squeeze()
-    mean = 50 * (marks(0.4).mean() + marks(0.8).mean())
-    assert (line.variant, line.seeds, line.rtr) == ("main", 2, 0.5) and np.isnan(line.area)
-    assert line.accuracy == pytest.approx(mean) and line.accuracy_low < mean < line.accuracy_high
-    table = comparison.systems_table(pd.concat(tables).assign(layer_rtr=0.75), PARAMS.evaluation)
-    average = table[table.benchmark == "average"].set_index("system")
-    assert average.accuracy["awares"] == pytest.approx(mean) and average.n.to_dict() == {"full": 300, "awares": 300}
-    assert average.seeds.to_dict() == {"full": 1, "awares": 2} and average.layer_rtr["full"] == 0.75
 
 
 def test_claims_without_answers_are_not_decidable_and_say_why(tmp_path):

@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 import torch
-from test_sft import ROOT, checkpoints_of, finished, run, settings, trainer_for, weights, world  # noqa: F401
+from conftest import ROOT
+from test_sft import checkpoints_of, finished, run, settings, weights, world  # noqa: F401
 
 from awares.engine import keys as work_keys
 from awares.engine.jsonl import exclusive_lock, read_records
 from awares.engine.model import load_model, save_model
 from awares.engine.rows import FEATURES
 from awares.errors import AwaresError
-from awares.method.sft import Sample
 from awares.training import checkpoints as training
 
 PACKAGES = ("engine", "method", "training")
@@ -42,24 +42,6 @@ def test_a_model_of_the_hub_is_keyed_by_its_commit(monkeypatch):
         monkeypatch.setattr(work_keys, "hf_hub_download", lambda *_, at=commit: f"hub/snapshots/{at}/config.json")
         found.add(work_keys.folder_digest("Owner/Model"))
     assert len(found) == 2
-
-
-def test_a_tracker_that_is_not_installed_is_named_before_any_work(world, tmp_path, monkeypatch):
-    find = training.importlib.util.find_spec
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda one, *more: one != "wandb" and find(one, *more))
-    with pytest.raises(AwaresError, match="base.report_to wandb: .*pip install wandb"):
-        run(world, tmp_path / "out", **{"base.report_to": "wandb"})
-    assert not (tmp_path / ".checkpoints").exists()
-
-
-def test_checkpointing_keeps_gradients_out_of_the_vision_tower(world, tmp_path):
-    params = settings(**{"sft.gradient_checkpointing": True, "sft.share_computation": False})
-    trainer = trainer_for(world, params, tmp_path, [Sample(1, "trajectory", 0)])
-    trainer.train()
-    batch = trainer.data_collator([trainer.train_dataset[0]])
-    base = trainer.model.get_base_model()
-    assert not base.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output.requires_grad
-    assert base.get_input_embeddings()(batch["input_ids"]).requires_grad
 
 
 def test_checkpoints_of_other_inputs_are_never_used(world, finished, tmp_path):

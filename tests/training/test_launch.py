@@ -40,7 +40,7 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
 
 def settings(folder, **overrides):
     named = {"paths.runs": str(folder / "runs"), "sft.selection_rows": 2, **overrides}
-    return load_params(path=ROOT / "params.yaml", overrides={**SMALL, **named})
+    return load_params(overrides={**SMALL, **named})
 
 
 def train(world, folder, **overrides):  # noqa: F811
@@ -206,7 +206,7 @@ def test_the_configurations_are_accelerates_own_and_fit_the_papers_batches(name,
     assert found.num_processes == CONFIGURATIONS[name]["num_processes"]
     assert found.fsdp_config.keys() <= vars(launch_command_parser().parse_args(["script.py"])).keys()
     monkeypatch.setenv("WORLD_SIZE", str(found.num_processes))
-    params = load_params("paper", path=ROOT / "params.yaml")
+    params = load_params("paper")
     for stage in ("sft", "grpo"):
         section = getattr(params, stage)
         size, steps = distributed.layout(stage, section.batch_size, section.per_device_batch_size)

@@ -1,47 +1,59 @@
-"""vLLM itself on CPUs: its server behind `RemoteEngine`, and the rollouts of GRPO. Run by `make vllm`."""
+"""vLLM itself on CPUs: servers that a step starts itself, and the rollouts of GRPO. Run by `make vllm`."""
 
 import os
 import re
-import socket
+import signal
 import statistics
-import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="lives in a separate environment: make vllm")
 
+import openai
 import torch
+import yaml
+from conftest import ROOT
 from test_remote import UNTOLD
 from trl import GRPOTrainer
 from vllm import LLM
 
-from awares.clients.chat import ChatClient, Server
+from awares.clients import launch, served
 from awares.clients.engine import RemoteEngine
 from awares.config import load_params
 from awares.data.rows import make_split
 from awares.engine.jsonl import read_records
 from awares.engine.model import load_model, load_processor, save_model
-from awares.method import evaluation, grpo
+from awares.errors import AwaresRequestError
+from awares.method import curation, evaluation, grpo
+from awares.method.judges import AnnotationOracle
 from awares.method.rollout import Engine
 
-ROOT = Path(__file__).parents[2]
 BASE, SFT, GRPO = (ROOT / "data" / name for name in ("base", "policy/sft", "policy/grpo"))
 UPDATES, COMPLETIONS, BLOCK = 20, 64, 32
-os.environ |= {
-    "NO_PROXY": "127.0.0.1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+FLAGS = {"dtype": "float32", "max-model-len": 4096, "enforce-eager": True, "limit-mm-per-prompt": {"image": 11}}
+FLAGS |= {"chat-template": "src/awares/engine/chat_template.jinja", "chat-template-content-format": "openai"}
+FLAGS |= {"block-size": BLOCK}
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def settings(**overrides):
-    return load_params("mini", overrides={"threads": 1, **overrides}, path=ROOT / "params.yaml")
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Makes parameters under which a step starts its own vLLM server."""
+    folder = tmp_path_factory.mktemp("served")
+    declared = yaml.safe_load((ROOT / "data" / "served.yaml").read_text()) | {"python": sys.executable, "minutes": 8}
+    declared["models"]["base"] |= {"model": "data/base", "vllm": FLAGS, "attempts": 3, "concurrency": 32}
+    (folder / "served.yaml").write_text(yaml.safe_dump(declared))
+    usual = {"threads": 1, "curation.served_file": str(folder / "served.yaml"), "paths.runs": str(folder / "runs")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.delenv("AWARES_BASE_URL", raising=False)
+        patch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+        yield lambda **overrides: load_params("mini", overrides={**usual, **overrides})
 
 
 @pytest.fixture
@@ -60,75 +72,45 @@ def merged(folder, *adapters):
     return folder
 
 
-# The server
-
-
-class VllmServer:
-    """``python -m vllm...api_server`` on a free port; `ready` waits for its health."""
-
-    def __init__(self, model, log):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
-        command += ["--port", self.address.rpartition(":")[2], "--model", str(model), "--served-model-name", "policy"]
-        command += ["--dtype", "float32", "--max-model-len", "4096", "--enforce-eager", "--block-size", str(BLOCK)]
-        command += ["--chat-template", str(model / "chat_template.jinja"), "--limit-mm-per-prompt", '{"image": 11}']
-        command += ["--chat-template-content-format", "openai"]
-        self.log = log
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
-
-    def ready(self):
-        for _ in range(600):
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"{self.address}/health", timeout=5)
-                return self
-            except OSError:
-                time.sleep(0.5)
-        raise TimeoutError(self.log.read_text()[-4000:])
-
-    def metric(self, name):
-        found = urllib.request.urlopen(f"{self.address}/metrics", timeout=5).read().decode()
-        return sum(float(value) for value in re.findall(rf"^vllm:{name}{{.*}} (\S+)$", found, re.MULTILINE))
+# Servers
 
 
 @pytest.fixture(scope="module")
-def starting(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    server = VllmServer(merged(folder / "policy", SFT, GRPO), folder / "log.txt")
-    yield server
-    server.process.terminate()
-    server.process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def rows():
+def rows(settings):
     return make_split(settings(**{"evaluation.rows": 52}), "evaluation")
 
 
 @pytest.fixture(scope="module")
-def own(starting, rows):
-    """The in-process engine's trajectories, computed while the server starts."""
-    folder = starting.log.with_name("policy")
-    engine = Engine.from_params(load_model(folder), load_processor(folder), settings())
+def policy(tmp_path_factory):
+    return merged(tmp_path_factory.mktemp("policy") / "policy", SFT, GRPO)
+
+
+@pytest.fixture(scope="module")
+def engine(settings, policy):
+    return Engine.from_params(load_model(policy), load_processor(policy), settings())
+
+
+@pytest.fixture(scope="module")
+def own(engine, rows):
+    """The in-process engine's trajectories."""
     return engine.run(rows["image"], rows["question"], row_ids=rows["id"])
 
 
 @pytest.fixture(scope="module")
-def remote(starting, own):
-    processor = load_processor(starting.log.with_name("policy"))
-    client = ChatClient(Server(url=f"{starting.ready().address}/v1", model="policy"), None)
-    return RemoteEngine(client, processor, settings().protocol.max_new_tokens)
+def remote(settings, engine, policy):
+    params = settings()
+    limit = params.protocol.max_new_tokens
+    with launch.managed():
+        yield served.make_engine("awares", engine.processor, params, policy, max_new_tokens=limit)
 
 
-def test_evaluation_rows_equal_the_in_process_engines_and_turn_two_reuses_turn_one(starting, rows, own, remote, say):
-    before = starting.metric("prefix_cache_hits_total")
+def prefix_hits():
+    found = urllib.request.urlopen(launch.running.url.replace("/v1", "/metrics"), timeout=5).read().decode()
+    return sum(map(float, re.findall(r"^vllm:prefix_cache_hits_total{.*} (\S+)$", found, re.MULTILINE)))
+
+
+def test_evaluation_rows_equal_the_in_process_engines_and_turn_two_reuses_turn_one(rows, own, remote, say):
     found = remote.run(rows["image"], rows["question"], row_ids=rows["id"])
-    hits = starting.metric("prefix_cache_hits_total") - before
     ties = [one.row_id for one in own if one.margin < 1e-3]
     pairs = [(one, other) for one, other in zip(found, own, strict=True) if other.row_id not in ties]
     callers = [one for one in found if one.crops]
@@ -136,16 +118,15 @@ def test_evaluation_rows_equal_the_in_process_engines_and_turn_two_reuses_turn_o
     different = [one.row_id for one, other in pairs if replace(one, **UNTOLD) != replace(other, **UNTOLD)]
     assert not different and len(pairs) >= 300 and len(callers) >= 50
     prompts = [one.turns[0].text_tokens + one.turns[0].visual_tokens for one in callers]
-    assert hits >= sum(length // BLOCK * BLOCK for length in prompts) > 1000
+    assert prefix_hits() >= sum(length // BLOCK * BLOCK for length in prompts) > 1000
 
 
-def test_the_operating_curve_equals_the_in_process_one(starting, rows, own, remote, say):
+def test_the_operating_curve_equals_the_in_process_one(rows, own, engine, remote, say):
     """The call's log-odds of the first token, and the rows whose first token a bias changes."""
-    part, biases, folder = rows.select(range(120)), [-3.0, 0.0, 6.0], starting.log.with_name("policy")
+    part, biases = rows.select(range(120)), [-3.0, 0.0, 6.0]
     scored = RemoteEngine(remote.client, remote.processor, remote.max_new_tokens, scores=True)
     found = scored.run(part["image"], part["question"], row_ids=part["id"])
     apart = max(abs(one.call_gap - other.call_gap) for one, other in zip(found, own, strict=False))
-    engine = Engine.from_params(load_model(folder), load_processor(folder), settings())
     runs = (scored, part, found), (engine, part, own[:120])
     curves = [evaluation.sweep_call_bias(*run, 0.0, biases) for run in runs]
     calls = {bias: sum(bool(one.crops) for one in done) for bias, done in curves[0].items()}
@@ -156,22 +137,67 @@ def test_the_operating_curve_equals_the_in_process_one(starting, rows, own, remo
         assert len(pairs) > 100 and all(replace(one, **UNTOLD) == replace(other, **UNTOLD) for one, other in pairs)
 
 
+def curate(params, rows, folder):
+    processor = load_processor(BASE)
+    if params.curation.engine == "local":
+        engine = Engine.from_params(load_model(BASE), processor, params, progress=False)
+    else:
+        engine = served.make_engine("base", processor, params)
+    oracle = AnnotationOracle(params.curation.oracle_seed, params.curation.oracle_sigma, params.curation.oracle_margin)
+    with launch.managed():
+        curation.curate({"train": rows}, engine, ["semantic"], oracle, params, folder)
+    return read_records(folder / "train" / "answers.jsonl")
+
+
+def content(records):
+    """What a server can tell, by row."""
+    untold = {"margin": 0, "call_gap": 0, "call_logprob": 0}
+    return {one["id"]: [{**one[side], **untold} for side in ("low", "high")] for one in records}
+
+
+def kill_after(file, replies):
+    """Ends the server from outside once ``file`` has so many replies."""
+    while len(read_records(file)) < replies:
+        time.sleep(0.02)
+    os.killpg(launch.running.process.pid, signal.SIGKILL)
+
+
+def test_curation_through_vllm_equals_the_local_one_also_when_vllm_is_killed_halfway(settings, tmp_path, say):
+    chosen = {"curation.judges": ["semantic"], "curation.lucky_margin": 0.0, "curation.chunk_rows": 50}
+    chosen |= {"data.train_rows": 40, "paths.runs": str(tmp_path)}
+    rows = make_split(settings(**chosen), "train")
+    assert len(rows) == 200
+    expected = curate(settings(**chosen), rows, tmp_path / "a")
+    ties = {one["id"] for one in expected if min(one[side]["margin"] for side in ("low", "high")) < 1e-3}
+    params, replies = settings(**chosen, **{"curation.engine": "base"}), tmp_path / "mini" / ".replies" / "base.jsonl"
+    threading.Thread(target=kill_after, args=(replies, 170), daemon=True).start()
+    with pytest.raises(AwaresRequestError, match="base: its server ended with exit code -9"):
+        curate(params, rows, tmp_path / "b")
+    kept = [one["reply_key"] for one in read_records(replies)]
+    assert 170 <= len(kept) < 400
+    found, wanted = content(curate(params, rows, tmp_path / "b")), content(expected)
+    all_kept = [one["reply_key"] for one in read_records(replies)]
+    assert all_kept[: len(kept)] == kept and len(all_kept) == len(set(all_kept))  # none is requested again
+    assert [row_id for row_id in wanted if found[row_id] != wanted[row_id] and row_id not in ties] == []
+    say(f"{len(rows)} rows, {len(ties)} with a margin below 1e-3, {len(kept)} replies kept at the kill")
+
+
 # GRPO
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(settings, tmp_path_factory):
     """The SFT policy on disk, and training rows labelled by the base model's answers: one epoch of updates."""
     policy = merged(tmp_path_factory.mktemp("sft") / "merged", SFT)
     params = settings(**{"data.train_rows": UPDATES * COMPLETIONS // 8 // 5})
     rows = make_split(params, "train")
     base = Engine.from_params(load_model(BASE), load_processor(BASE), params)
     half, full = (base.answer(rows["image"], rows["question"], view) for view in ("half", "full"))
-    return policy, evaluation.label_rows(rows, half, full, params)
+    return settings, policy, evaluation.label_rows(rows, half, full, params)
 
 
 def trained_with(world, folder, rollouts):
-    policy, rows = world
+    settings, policy, rows = world
     params = settings(**{"grpo.rollouts": rollouts, "grpo.batch_size": COMPLETIONS, "grpo.max_steps": UPDATES})
     trainer = grpo.build_grpo_trainer(params, rows, load_model(policy), load_processor(policy), folder)
     assert torch.initial_seed() == params.seed  # not the one that vLLM sets
@@ -243,7 +269,7 @@ def test_rewards_are_those_of_local_rollouts_within_sampling_noise(world, traine
 
 
 def test_two_processes_hold_whole_groups_and_share_their_prompts(world, tmp_path):
-    policy, rows = world
+    settings, policy, rows = world
     sizes = {"grpo.batch_size": 16, "grpo.per_device_batch_size": 8, "grpo.max_steps": 1, "grpo.rollouts": "vllm"}
     places = {"base.launch": "data/launch/2cpu.yaml", "paths.runs": str(tmp_path)}
     params = settings(**sizes, **places, **{"grpo.share_prompts": True})
