@@ -13,7 +13,8 @@ the first. ``mute`` also never answers the judge's requests about n = 10 and the
 ``policy``: a model with vLLM's log-probabilities and continued messages, for the processor in the variable PROCESSOR.
 A hash of the prompt decides its answers, its calls and the scores of the call.
 
-``engine``: our own server in chat mode around the tiny model, rigged as in test_rollout.
+``engine``: one greedy completion after the other by the model in the folder of the variable MODEL, or without it by the
+tiny model, rigged as in test_rollout.
 
 ``node``: ``policy`` for a model in a folder, else ``rigged``.
 
@@ -169,11 +170,7 @@ async def rigged(text: str, body: dict[str, Any], arrival: int, key: str | None)
 
 async def policy(text: str, body: dict[str, Any], arrival: int, key: str | None) -> Response:
     codec, crops = written_by(os.environ["PROCESSOR"])
-    begun, sizes = body.get("continue_final_message", False), []
-    for part in [part for one in body["messages"] if isinstance(one["content"], list) for part in one["content"]]:
-        if part["type"] == "image_url":
-            sizes.append(Image.open(io.BytesIO(base64.b64decode(part.pop("image_url")["url"].partition(",")[2]))).size)
-            part["type"] = "image"
+    begun, sizes = body.get("continue_final_message", False), [image.size for image in taken_out(body["messages"])]
     shown = codec.processor.apply_chat_template(body["messages"][: -1 if begun else None], add_generation_prompt=True)
     ids = codec.tokenize(shown, sizes) + [codec.call_token] * begun
     draw = int.from_bytes(hashlib.sha256(repr((ids, sizes)).encode()).digest()[:4], "big")
@@ -186,6 +183,16 @@ async def policy(text: str, body: dict[str, Any], arrival: int, key: str | None)
         top = [{"token": f"token_id:{token}", "logprob": value} for token, value in values.items()]
         reply["choices"][0]["logprobs"] = {"content": [{"token": "token_id:5", "logprob": -1.0, "top_logprobs": top}]}
     return JSONResponse(reply | {"prompt_token_ids": ids})
+
+
+def taken_out(messages: list[dict[str, Any]]) -> list[Image.Image]:
+    """The images of a chat, which placeholders replace."""
+    found = list[Image.Image]()
+    for part in [part for one in messages if isinstance(one["content"], list) for part in one["content"]]:
+        if part["type"] == "image_url":
+            found.append(Image.open(io.BytesIO(base64.b64decode(part.pop("image_url")["url"].partition(",")[2]))))
+            part["type"] = "image"
+    return found
 
 
 @cache
@@ -238,19 +245,37 @@ def make_engine_app() -> FastAPI:
     import torch
     from conftest import tiny_model, tiny_tokenizer
     from test_rollout import Rigged
+    from transformers import LogitsProcessorList, SequenceBiasLogitsProcessor
 
-    from awares.cli.options import Limits
-    from awares.cli.serve import make_app
     from awares.engine import decode
-    from awares.engine.model import make_processor
-    from awares.method.rollout import Engine
+    from awares.engine.model import load_model, load_processor, make_processor
 
     torch.set_num_threads(1)
-    processor = make_processor(tiny_tokenizer(), max_pixels=2000 * 2000)
-    Rigged.tokenizer = processor.tokenizer
-    decode.FirstToken = Rigged  # type: ignore[misc]
-    engine = Engine(tiny_model(processor), processor, max_new_tokens=16)
-    return make_app(engine, "tiny", Limits(), mode="chat")
+    if folder := os.environ.get("MODEL"):
+        model, processor = load_model(folder), load_processor(folder)
+    else:
+        processor = make_processor(tiny_tokenizer(), max_pixels=2000 * 2000)
+        model, Rigged.tokenizer = tiny_model(processor), processor.tokenizer
+        decode.FirstToken = Rigged  # type: ignore[misc]
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request) -> Any:  # the next one waits: a model holds state of its row
+        body = await request.json()
+        images, decoder = taken_out(body["messages"]), decode.Decoder(model, processor, body["max_tokens"])
+        rendered = processor.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+        ids = decoder.tokenize(rendered, [image.size for image in images])
+        if len(ids) + body["max_tokens"] > model.config.get_text_config().max_position_embeddings:
+            return refusal(400, "longer than the context")
+        biases: Any = [[[int(token)], bias] for token, bias in body["logit_bias"].items()]
+        decoder.processors = LogitsProcessorList([SequenceBiasLogitsProcessor(biases)])
+        tokens = decoder.start([ids], [images]).tokens[0]
+        ended, usage = tokens[-1] == decoder.end, {"prompt_tokens": len(ids), "completion_tokens": len(tokens)}
+        reply = completion(decoder.text(tokens[:-1] if ended else tokens)) | {"usage": usage, "prompt_token_ids": ids}
+        reply["choices"][0]["finish_reason"] = "stop" if ended else "length"
+        return reply
+
+    return app
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from hub_server import Gate, gate  # noqa: F401  (a fixture)
 from transformers import Qwen3VLConfig
 
 from awares.bench import configs, costs, estimate, plan
+from awares.bench.estimate import assumed
 from awares.cli import main as cli
 from awares.config import load_params
 from awares.engine.model import GPU_FIX
@@ -93,8 +94,8 @@ def test_an_update_waits_for_the_gpu_with_the_largest_images(monkeypatch, gpus):
     for names in (("pope",), ("docvqa",), ("pope", "docvqa")):
         monkeypatch.setattr(configs, "BENCHMARKS", {name: sizes[name] for name in names})
         made = estimate._Forecast(load(plan__bench=""))
-        work = made._work(estimate.HALF)
-        seconds[names] = made._slowest(made.params.grpo, gpus, 8, 4, 5.5)
+        work = made.work(assumed.half)
+        seconds[names] = made.slowest(made.params.grpo, gpus, 8, 4, 5.5)
         if len(names) == 1:  # nobody waits
             (row,) = 4 * work.tower + 5.5 * work.language / made.flops + made.host
             assert seconds[names] == pytest.approx(row / gpus)
@@ -111,7 +112,7 @@ def test_measured_rates_take_the_place_of_the_assumed_ones(tmp_path):
     assert table.basis["grpo"].endswith("measured on NVIDIA H200")  # the committed one
     assert table.gpu_memory_gb[["sft", "grpo"]].tolist() == pytest.approx([29.4, 42.7], abs=0.1)
     saved = (table.hours_low - faster.hours_low)["grpo"] * 3600
-    assert saved == pytest.approx(6_250 * (estimate.LONGEST + estimate.CALL) * (0.0223 - 0.010), rel=0.01)
+    assert saved == pytest.approx(6_250 * (assumed.longest + assumed.call) * (0.0223 - 0.010), rel=0.01)
     measured.assign(vision=measured.vision / 2).to_csv(tmp_path / "latency.csv", index=False)
     tower, counted = forecast(plan__bench=str(tmp_path)), forecast(base__attn_implementation="flash_windows")
     assert counted.hours_low["grpo"] < tower.hours_low["grpo"] < table.hours_low["grpo"]
@@ -123,7 +124,7 @@ def test_a_folder_is_counted_as_what_its_config_says(tmp_path):
     sft, other = forecast(base__model=str(tmp_path)).loc["sft"], forecast().loc["sft"]
     _, language = costs.parameters(estimate.model_config(load(base__model=str(tmp_path))))
     assert sft.pflop == pytest.approx(3 * 2 * language * sft.tokens / 1e15, rel=0.35)
-    written = sft.rows * (estimate.TEXT + estimate.ANSWER + 0.278 * (estimate.CALL + estimate.ANSWER))
+    written = sft.rows * (assumed.text + assumed.answer + 0.278 * (assumed.call + assumed.answer))
     assert (sft.tokens - written) / (other.tokens - written) == pytest.approx((28 / 32) ** 2, rel=0.02)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     with pytest.raises(AwaresError, match="qwen2_vl"):

@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 
 import pytest
 import torch
-from chat_server import serving
+from chat_server import ServerProcess, serving
 from conftest import LONG, tiny_model, tiny_tokenizer
 from inputs import BOX_1, CASES, COLOURS, IMAGES, QUESTION, Case
 from PIL import Image
@@ -129,8 +129,13 @@ def ask_jsonl(world: SimpleNamespace, folder: Path) -> dict[str, Seen]:
 
 
 def ask_server(world: SimpleNamespace, folder: Path) -> dict[str, Seen]:
-    with serving(world.model, "--mode", "chat") as (url, _):
-        return ask_many(world, folder / "rows.jsonl", cases_of("ask_jsonl", folder), "--server", url)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODEL", str(world.model))
+        backend = ServerProcess(folder / "log.jsonl", "engine")
+    try:
+        return ask_many(world, folder / "rows.jsonl", cases_of("ask_jsonl", folder), "--server", backend.url)
+    finally:
+        backend.stop()
 
 
 def ask_folder(world: SimpleNamespace, folder: Path) -> dict[str, Seen]:

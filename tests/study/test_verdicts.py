@@ -195,7 +195,14 @@ def test_one_training_varies_as_much_as_the_main_line_and_shares_its_cold_start(
 
 
 def claim(expression, side="above", margin=0.0, **more):
-    return {"expression": expression, "holds": side, "margin": margin, "same": 0.0, "decided_by": "", "id": "x"} | more
+    return {
+        "expression": expression,
+        "holds": side,
+        "margin": margin,
+        "same": 0.0,
+        "decided_by": "",
+        "reason": "",
+    } | more
 
 
 def test_measures_of_first_turns_are_the_diagnostics():
@@ -259,8 +266,8 @@ def test_claims_without_answers_are_not_decidable_and_say_why(tmp_path):
     params = load_params("mini", overrides={"paths.reports": str(tmp_path), "paths.runs": str(tmp_path)})
     with pytest.raises(AwaresError, match="data"):
         comparison.all_scores(params)
-    table = claims.save_claims(comparison.published(params), tmp_path / "tables")
-    assert list(pd.read_csv(tmp_path / "tables" / "claims.csv").columns) == claims.CLAIM_COLUMNS
+    table = claims.claims_table(comparison.published(params), claims.read_claims())
+    assert {*claims.CLAIM_COLUMNS, *claims.NOTES} <= {*table}
     assert set(table.verdict) == {UNDECIDED} and table.effect.isna().all() and table.note.ne("").all()
 
 

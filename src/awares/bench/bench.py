@@ -2,7 +2,6 @@
 
 - *Interactions.* Blank rows of each benchmark's image size and response length go through the evaluation's engine, with
   scripted outputs, at batch 1 and at the best token budget, all jobs interleaved, from the PIL image to the text.
-- *Pruners* (``--pruners``). The training-free pruners at 100 %, 70 % and 50 % of the visual tokens.
 - *Training steps* (``--train``). The second optimiser step of SFT and of GRPO. A random model never ends a turn, so a
   completion has ``grpo.max_completion_length`` tokens (32, see ``--overrides``).
 """
@@ -10,7 +9,6 @@
 import importlib.metadata
 import json
 import platform
-import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,17 +28,9 @@ from awares.config import Params, load_params, parse_overrides
 from awares.errors import AwaresValueError
 from awares.method import grpo, sft
 
-PRUNERS, PERCENTS = ("visionzip", "holov", "sparsevlm", "fastv", "random_token"), (100, 70, 50)
 SOURCE_ROWS = ("chartqa", "docvqa", "pope", "realworldqa", "ocrbench")  # image sizes of the training rows, in turn
 Tables = Iterator[tuple[str, dict[str, Any], pd.DataFrame]]  # file name, constant columns in front, table
 ShapeName = Literal["qwen2.5-vl-7b", "qwen2.5-vl-3b", "qwen2.5-vl-72b", "mini"]
-
-
-def _size(text: str) -> tuple[int, int]:
-    sides = re.fullmatch("([0-9]+)x([0-9]+)", text)
-    if not sides or min(int(sides[1]), int(sides[2])) < configs.SMALLEST_SIDE:
-        raise typer.BadParameter(f"{text!r}: give WIDTHxHEIGHT in px, each {configs.SMALLEST_SIDE} or more")
-    return int(sides[1]), int(sides[2])
 
 
 class Settings(NamedTuple):
@@ -51,14 +41,12 @@ class Settings(NamedTuple):
     dtype: Annotated[Literal["", "bfloat16", "float32"], Option(help="default: bfloat16 on cuda, else float32")] = ""
     device: Annotated[Literal["cuda", "cpu"], Option()] = "cuda" if torch.cuda.is_available() else "cpu"
     benchmarks: Annotated[list[str], Option(help="may be repeated")] = [*configs.BENCHMARKS]
-    image: Annotated[Any, Option(parser=_size, metavar="WxH", help="size of every image in px")] = None
     rows: Annotated[int, Option(min=1, help="rows of a benchmark")] = 8
     repetitions: Annotated[int, Option(min=1)] = 5
     batch_tokens: Annotated[list[int], Option(min=2, help="token budgets next to batch 1")] = [32768]
     seed: Annotated[int, Option(min=0, help="decides the weights and the order of the jobs")] = 1
     interactions: Annotated[bool, Option(help="time AwaRes and the systems that it replaces")] = True
     train: Annotated[bool, Option("--train", help="also time an SFT and a GRPO step")] = False
-    pruners: Annotated[bool, Option("--pruners", help="also time the pruners of visual tokens")] = False
     overrides: Annotated[str, Option(help="of params.yaml in the training steps")] = ""
     out: Annotated[Path, Option(help="folder of the CSV tables and machine.json")] = Path("bench")
 
@@ -70,8 +58,8 @@ class Settings(NamedTuple):
             raise AwaresValueError(f"--shape {self.shape} needs a CUDA GPU: use --scale 0.001 or --shape mini")
         if unknown := set(self.benchmarks) - set(configs.BENCHMARKS):
             raise AwaresValueError(f"--benchmarks {', '.join(unknown)}: use {', '.join(configs.BENCHMARKS)}")
-        if not (self.interactions or self.pruners or self.train):
-            raise AwaresValueError("--no-interactions leaves nothing to measure: add --pruners or --train")
+        if not (self.interactions or self.train):
+            raise AwaresValueError("--no-interactions leaves nothing to measure: add --train")
         if self.train:
             self.training_params()
 
@@ -83,8 +71,7 @@ class Settings(NamedTuple):
         return configs.build(self.shape, self.scale, self.precision, self.device, self.seed)
 
     def image_size(self, benchmark: str) -> tuple[int, int]:
-        """(width, height) px: ``image``, else the typical size of ``benchmark`` at this shape and scale."""
-        return self.image or configs.image_size(benchmark, self.shape, self.scale)
+        return configs.image_size(benchmark, self.shape, self.scale)
 
     def training_params(self) -> Params:
         """Profile ``paper`` with two steps of each training, then ``overrides``; AwaresError for a wrong value."""
@@ -105,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / "machine.json").write_text(json.dumps(named, indent=2) + "\n")
     print(json.dumps(named, indent=2))
-    wanted = {interactions: settings.interactions, pruners: settings.pruners, training_steps: settings.train}
+    wanted = {interactions: settings.interactions, training_steps: settings.train}
     done = defaultdict(list)
     for file, place, table in (found for measure, on in wanted.items() if on for found in measure(settings)):
         table = pd.DataFrame(place, index=table.index).join(table)
@@ -135,27 +122,11 @@ def interactions(settings: Settings) -> Tables:
     for name in settings.benchmarks:
         rows = configs.workload(name, settings.rows, settings.image_size(name))
         jobs = latency.jobs(dict.fromkeys(latency.TIMED_SYSTEMS, model), processor, rows, budgets)
-        measured = latency.time_jobs(jobs, settings.repetitions, settings.seed, settings.device)
-        yield "times.csv", {"benchmark": name}, measured.times
-        counts = latency.count_table(measured.played, model.config, processor, model.dtype.itemsize)
+        times, played, _ = latency.time_jobs(jobs, settings.repetitions, settings.seed, settings.device)
+        yield "times.csv", {"benchmark": name}, times
+        counts = latency.count_table(played, model.config, processor, model.dtype.itemsize)
         place = {"benchmark": name, "image": "{}x{}".format(*rows.images[0].size)}
-        yield "latency.csv", place, latency.time_table(measured.times).merge(counts, on="system")
-
-
-def pruners(settings: Settings) -> Tables:
-    """Time, FLOPs and peak memory of every pruner against the full image, per benchmark and token budget."""
-    model, processor = settings.build()
-    models = dict.fromkeys(["full", *(f"{name}_{percent}" for name in PRUNERS for percent in PERCENTS)], model)
-    for name in settings.benchmarks:
-        length, size = configs.answer_tokens(configs.BENCHMARKS[name].awares), settings.image_size(name)
-        for budget in (latency.LOOP, settings.batch_tokens[0]):
-            timed, counted = (
-                latency.jobs(models, processor, rows._replace(scripts={}), [budget], max_new_tokens=length)
-                for rows in (configs.workload(name, count, size) for count in (settings.rows, 1))
-            )
-            times = latency.time_jobs(timed, settings.repetitions, settings.seed, settings.device).times
-            place = {"benchmark": name, "image": "{}x{}".format(*size), "token_budget": budget}
-            yield "pruners.csv", place, latency.ratio_table(times, [*models]).merge(latency.flops_table(counted))
+        yield "latency.csv", place, latency.time_table(times).merge(counts, on="system")
 
 
 def training_steps(settings: Settings) -> Tables:

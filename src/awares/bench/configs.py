@@ -4,9 +4,10 @@ Speed depends on sizes alone: weights are random, images are blank, and outputs 
 """
 
 import math
+from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,20 +16,8 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from awares.bench.latency import TWO_TURN_SYSTEMS, Script, Workload
 from awares.engine.model import ImageOnlyProcessor, load_config, load_processor, make_processor
 
-
-class Shape(NamedTuple):
-    """Sizes of a Qwen2.5-VL, from its published config.json; the vision towers differ in their MLP alone."""
-
-    width: int
-    mlp: int
-    layers: int
-    heads: int
-    key_heads: int
-    vocabulary: int
-    tied: bool
-    vision_mlp: int = 3420
-
-
+# Sizes of Qwen2.5-VL, from the published config.json files; the vision towers differ in their MLP alone
+Shape = namedtuple("Shape", "width mlp layers heads key_heads vocabulary tied vision_mlp", defaults=[3420])
 PUBLISHED = {
     "qwen2.5-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),
     "qwen2.5-vl-3b": Shape(2048, 11008, 36, 16, 2, 151936, True),
@@ -42,14 +31,8 @@ SMALLEST_SIDE = 112  # px of an image, so that half of it and its crops still ha
 MINI_IMAGES = 0.4  # of the benchmarks' sides: about the size of the embedded pages
 
 
-class Benchmark(NamedTuple):
-    """``size``: typical width and height of images in px (assumed). Characters of an answer per system: PAPER §5."""
-
-    size: tuple[int, int]
-    awares: float
-    visionthink: float
-
-
+# Typical width and height of images in px (assumed), characters of an answer per system (PAPER §5)
+Benchmark = namedtuple("Benchmark", "size awares visionthink")
 BENCHMARKS = {
     "chartqa": Benchmark((850, 600), 6.54, 89.46),
     "docvqa": Benchmark((1700, 2200), 13.74, 79.95),
@@ -85,25 +68,15 @@ def config_of(shape: str, scale: float, tokenizer: Any) -> Qwen2_5_VLConfig:
     key_heads, vision_heads, depth = scaled(full.key_heads), scaled(VISION_HEADS), scaled(VISION_DEPTH, 2)
     heads = key_heads * max(1, round(full.heads * factor / key_heads))
     hidden, width = HEAD_WIDTH * heads, VISION_HEAD_WIDTH * vision_heads
-    text = {
-        "vocab_size": scaled(full.vocabulary, len(tokenizer)),
-        "hidden_size": hidden,
-        "intermediate_size": round(full.mlp / full.width * hidden),
-        "num_hidden_layers": scaled(full.layers, 2),
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        "tie_word_embeddings": full.tied,
-        **{"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
-    }
-    vision = {
-        "depth": depth,
-        "hidden_size": width,
-        "intermediate_size": round(full.vision_mlp / (VISION_HEADS * VISION_HEAD_WIDTH) * width),
-        "num_heads": vision_heads,
-        "out_hidden_size": hidden,
-        "fullatt_block_indexes": sorted({max(0, part * depth // 4 - 1) for part in (1, 2, 3, 4)}),
-    }
+    text = {"vocab_size": scaled(full.vocabulary, len(tokenizer)), "hidden_size": hidden}
+    text |= {"intermediate_size": round(full.mlp / full.width * hidden), "num_hidden_layers": scaled(full.layers, 2)}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "tie_word_embeddings": full.tied}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    text |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    mlp = round(full.vision_mlp / (VISION_HEADS * VISION_HEAD_WIDTH) * width)
+    vision = {"depth": depth, "hidden_size": width, "intermediate_size": mlp, "num_heads": vision_heads}
+    vision["fullatt_block_indexes"] = sorted({max(0, part * depth // 4 - 1) for part in (1, 2, 3, 4)})
+    vision["out_hidden_size"] = hidden
     tokens = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{word}|>") for name, word in tokens.items()}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=full.tied, **ids)

@@ -16,6 +16,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -26,8 +27,7 @@ from awares.engine.decode import Decoder, Output, State
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresValueError
 from awares.method.evaluation import AVERAGE
-from awares.method.protocol import Call
-from awares.method.rollout import Conversation, Engine, ImageSource, Trajectory
+from awares.method.rollout import Engine, ImageSource, Trajectory
 
 PHASES = ("preprocess", "vision", "prefill", "decode")
 FREE = -1  # in a script of token ids: the model decides
@@ -45,9 +45,8 @@ class ForcedTokens(LogitsProcessor):
     """Makes B rows write ``scripts`` (token ids); ``first_step`` is called at the first step."""
 
     def __init__(self, scripts: Sequence[Sequence[int]], device: Any, first_step: Callable[[], None]) -> None:
-        longest = max(map(len, scripts))
-        padded = [[*script, *[FREE] * (longest - len(script))] for script in scripts]
-        self.tokens = torch.tensor(padded, device=device)  # (B, longest)
+        tokens = [torch.tensor(script, dtype=torch.long, device=device) for script in scripts]
+        self.tokens = pad_sequence(tokens, batch_first=True, padding_value=FREE)  # (B, longest)
         self.first_step, self.step = first_step, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -103,33 +102,27 @@ class ScriptedEngine(Engine):
 
     decoder_type = ScriptedDecoder
     decoder: ScriptedDecoder
-    calls: Mapping[str, tuple[str, ...]] = {}
 
     def run_scripts(
         self, images: Sequence[ImageSource], questions: Sequence[str], scripts: Mapping[str, Script], view: str = ""
     ) -> list[Trajectory]:
-        """`run`, or `answer` from a ``view``, with a script per row id; a scripted call has ``call_status`` forced."""
+        """`run`, or `answer` from a ``view``, with a script per row id."""
         decoder, row_ids = self.decoder, [*scripts]
-        self.calls = {name: script.crops for name, script in scripts.items() if script.crops}
         lengths = {name: script.answer_tokens for name, script in scripts.items() if script.answer_tokens}
         answers = {name: decoder.tokenize("x") * (length - 1) + [decoder.end] for name, length in lengths.items()}
-        texts = {name: self.protocol.render_call(crops) + END_OF_TURN for name, crops in self.calls.items()}
-        first = answers | {name: decoder.tokenize(text) for name, text in texts.items()}
-        longest = max(map(len, [*first.values(), *answers.values()]), default=0)
+        texts = {name: self.protocol.render_call(script.crops) for name, script in scripts.items() if script.crops}
+        calls = {name: decoder.tokenize(text + END_OF_TURN) for name, text in texts.items()}
+        longest = max(map(len, [*calls.values(), *answers.values()]), default=0)
         if longest > decoder.max_new_tokens:
             raise AwaresValueError(f"{longest} tokens scripted, max_new_tokens is {decoder.max_new_tokens}: raise it")
-        decoder.scripts = first, answers
+        decoder.scripts = answers | calls, answers
         try:
             if view:
                 return self.answer(images, questions, view, row_ids=row_ids)
             forced = [None if script.crops else () for script in scripts.values()]
             return self.run(images, questions, forced, float("-inf"), row_ids)
         finally:
-            self.calls, decoder.scripts = {}, ({}, {})
-
-    def _read_call(self, row: Conversation) -> Call:
-        crops = self.calls.get(row.row_id)
-        return Call(crops, "forced", row.turns[-1].text) if crops else super()._read_call(row)
+            decoder.scripts = {}, {}
 
 
 # full, half: one turn of the base model; awares: cache reuse; awares_naive: turn 2 prefills everything again;
@@ -155,14 +148,6 @@ class Workload(NamedTuple):
     row_ids: Sequence[str]
     scripts: Mapping[str, Sequence[Script]] = {}  # by system; one without scripts decodes freely
     call_bias: float = 0.0
-
-
-class Measured(NamedTuple):
-    """Result of `time_jobs`."""
-
-    times: pd.DataFrame  # one line per job and repetition
-    played: dict[str, list[Trajectory]]  # per system, at its first budget
-    alone: dict[str, np.ndarray]  # per system whose rows ran alone: seconds, (repetitions, rows)
 
 
 class Stopwatch:
@@ -228,15 +213,21 @@ def escalations(trajectories: Sequence[Trajectory]) -> list[Script]:
 
 def escalated(engine: ScriptedEngine, rows: Any, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """``trajectories`` of a policy on ``rows``; rows that called run again with the whole image as the crop."""
-    scripts = escalations(trajectories)
-    some = rows.select([index for index, script in enumerate(scripts) if script.crops])
+    some = rows.select([index for index, script in enumerate(escalations(trajectories)) if script.crops])
     again = engine.run_scripts(some["image"], some["question"], dict.fromkeys(some["id"], Script(("all",))))
     found = {one.row_id: one for one in again}
     return [found.get(one.row_id, one) for one in trajectories]
 
 
+Measured = tuple[pd.DataFrame, dict[str, list[Trajectory]], dict[str, np.ndarray]]
+
+
 def time_jobs(work: Sequence[TimedJob], repetitions: int, seed: int, device: str) -> Measured:
-    """Run every job once to warm up, then ``repetitions`` times in shuffled order. Times in seconds, peaks in bytes."""
+    """Run every job once to warm up, then ``repetitions`` times in shuffled order.
+
+    A line per job and repetition (seconds, peaks in bytes); trajectories per system, at its first budget; per system
+    whose rows ran alone their seconds, (repetitions, rows).
+    """
     records, done, alone = [], dict[str, list[Trajectory]](), dict[str, list[list[float]]]()
     for job in work:
         done.setdefault(job.system, job.work(None))
@@ -252,7 +243,7 @@ def time_jobs(work: Sequence[TimedJob], repetitions: int, seed: int, device: str
             record = {"system": job.system, "token_budget": job.token_budget, "repetition": repetition}
             record |= {"rows": len(answered), "seconds": seconds, "peak_memory": watch.peak_memory()}
             records.append({**record, **{f"{phase}_{turn}": spent for (phase, turn), spent in watch.seconds.items()}})
-    return Measured(pd.DataFrame(records), done, {system: np.array(seconds) for system, seconds in alone.items()})
+    return pd.DataFrame(records), done, {system: np.array(seconds) for system, seconds in alone.items()}
 
 
 def ratio_table(times: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

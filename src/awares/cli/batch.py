@@ -9,7 +9,6 @@ from typing import Any
 
 from PIL.Image import Image
 from pydantic import BaseModel
-from tqdm import tqdm
 
 from awares.data.rows import NonBlank, RowId, check_ids, parse_line
 from awares.engine import jsonl
@@ -33,19 +32,19 @@ class Line(BaseModel, strict=True):
 def read_batch(source: Path, question: str | None = None) -> list[Record]:
     """The rows of a folder (every image in it, by name) or of a JSONL file; ``question``: for rows without their own.
 
-    Keys: row_id, image, question, and error of a bad row. AwaresError: no row, no question, a repeated id.
+    Keys: id, image, question, and error of a bad row. AwaresError: no row, no question, a repeated id.
     """
     if source.is_dir():
         if question is None:
             raise AwaresError(f"{source}: a folder of images needs a question")
         files = [path for path in sorted(source.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-        rows = [{"row_id": file.name, "image": file.name, "question": question} for file in files]
+        rows = [{"id": file.name, "image": file.name, "question": question} for file in files]
     else:
         lines = enumerate(source.read_bytes().split(b"\n"), start=1)
         rows = [_read_row(source, number, line, question) for number, line in lines if line.strip()]
     if not rows:
         raise AwaresError(f"{source}: no image or row in it")
-    check_ids([row["row_id"] for row in rows], str(source))
+    check_ids([row["id"] for row in rows], str(source))
     return rows
 
 
@@ -57,45 +56,37 @@ def _read_row(file: Path, number: int, line: bytes, question: str | None) -> Rec
         validated(Line, row, place)
     except AwaresError as fault:
         error = {"error": str(fault)}
-    row_id, image, text = (str(row.get(key) or "") for key in ("id", "image", "question"))
-    return {"row_id": row_id, "image": image, "question": text, **error}
+    return {key: str(row.get(key) or "") for key in ("id", "image", "question")} | error
 
 
 def run_batch(source: Path, question: str | None, out: Path, engine: Any, settings: dict[str, Any]) -> dict[str, int]:
-    """Run every row of ``source`` that has no answer in ``out`` yet, append the results to it, count the rows.
+    """Run the chunks of ``source`` that have a row without an answer in ``out``, keep the results there, count rows.
 
     AwaresError if ``out`` has other content, answers for other ``settings``, or another process that writes it.
     """
-    rows, folder = read_batch(source, question), source if source.is_dir() else source.parent
+    rows, ran = {row["id"]: row for row in read_batch(source, question)}, list[str]()
     out.parent.mkdir(parents=True, exist_ok=True)
     with jsonl.exclusive_lock(out):
-        done = _done(rows, out, settings)
-        todo = [row for row in rows if row["row_id"] not in done]
-        for start in tqdm(range(0, len(todo), ROWS_PER_WRITE), out.stem, unit="chunk", disable=None):  # on a terminal
-            fresh = _answers(engine, todo[start : start + ROWS_PER_WRITE], folder, settings)
-            jsonl.append_records(out, fresh)
-            done |= {record["row_id"]: record for record in fresh}
-    errors = sum("error" in record for record in done.values())
-    return {"rows": len(rows), "ran": len(todo), "done_before": len(rows) - len(todo), "errors": errors}
+        jsonl.drop_torn_line(out, b'{"id": ', "results")
+        for record in jsonl.read_records(out):
+            about = {**rows.get(record["id"], {}), **settings}
+            held = {**record, **record.get("settings", {})}
+            if changed := [key for key in about if held.get(key) != about[key] and "error" not in record]:
+                raise AwaresError(f"{out}: row {record['id']} has another {', '.join(changed)}: give another file")
 
+    def work(ids: list[str]) -> list[Record]:
+        ran.extend(ids)
+        folder = source if source.is_dir() else source.parent
+        return _answers(engine, [rows[row_id] for row_id in ids], folder, settings)
 
-def _done(rows: Sequence[Record], out: Path, settings: dict[str, Any]) -> dict[str, Record]:
-    """The answers in ``out``, by row; a torn last line and errors are removed from it."""
-    jsonl.drop_torn_line(out, b'{"row_id": ', "results")
-    records, wanted = jsonl.read_records(out), {row["row_id"]: row for row in rows}
-    answers = {record["row_id"]: record for record in records if "error" not in record}
-    for row_id, record in answers.items():
-        about, held = {**wanted.get(row_id, {}), **settings}, {**record, **record["settings"]}
-        if changed := [key for key in about if held.get(key) != about[key]]:
-            raise AwaresError(f"{out}: row {row_id} has another {', '.join(changed)}: give another file")
-    if len(answers) < len(records):
-        jsonl.write_records(out, [*answers.values()])
-    return answers
+    found = jsonl.in_chunks(out, [*rows], ROWS_PER_WRITE, work, lambda record: "error" in record)
+    errors = sum("error" in record for record in found)
+    return {"rows": len(rows), "ran": len(ran), "done_before": len(rows) - len(ran), "errors": errors}
 
 
 def _answers(engine: Any, rows: Sequence[Record], folder: Path, settings: dict[str, Any]) -> list[Record]:
     """One record for each row, in order; the fault of a row goes into its record and affects no other row."""
-    images, found = dict[str, Image](), {row["row_id"]: {**row, "settings": settings} for row in rows}
+    images, found = dict[str, Image](), {row["id"]: {**row, "settings": settings} for row in rows}
     for row_id, row in found.items():
         try:
             with faults_of(f"row {row_id}"):

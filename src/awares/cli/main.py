@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -73,40 +73,37 @@ class Ask(PolicyOptions):
 
     In a batch, IMAGE is a folder (every image in it, one question) or a .jsonl file with one row per line: image (a
     path relative to the file), question and optionally id. --out gets one line per row. A row that cannot be run has
-    its reason in "error", and the exit code is then 1. The same call again runs only the rows without an answer.
+    its reason in "error", and the exit code is then 1. The same call again runs the rows without an answer.
     """
 
     image: Annotated[str, Argument(help="an image file, or - for stdin; for a batch a folder or a .jsonl file")]
-    question: Annotated[str | None, Argument(show_default=False)] = None
-    common: Annotated[str | None, Option("--question", help="the same; in a batch for rows without their own")] = None
+    question: Annotated[str | None, Argument(show_default=False, help="in a batch for rows without their own")] = None
     as_json: Json = False
     show: Annotated[Path | None, Option(metavar="FILE.png", help="draw the view and the crops")] = None
     out: Annotated[Path | None, Option(metavar="FILE.jsonl", help="results of a batch")] = None
     call_bias: Bias = None
 
     def __call__(self) -> int:
-        refuse_if(self.question is not None and self.common is not None, "two questions: QUESTION and --question")
-        question = self.common if self.question is None else self.question
         if os.path.isdir(self.image) or self.image.lower().endswith(".jsonl"):
             refuse_if(self.show is not None, "--show draws one image, not a batch")
-            return self._ask_many(question)
+            return self._ask_many()
         refuse_if(self.out is not None, "--out is for a batch: a folder or a .jsonl file")
         refuse_if(self.show is not None and self.show.suffix.lower() != ".png", "--show: the name must end in .png")
-        refuse_if(question is None, "no question: write it after the image")
-        return self._ask_one(question or "")
+        refuse_if(self.question is None, "no question: write it after the image")
+        return self._ask_one(self.question or "")
 
-    def _ask_many(self, question: str | None) -> int:
+    def _ask_many(self) -> int:
         from awares.cli import batch
 
         if self.out is None:
             raise typer.BadParameter("a batch needs --out, the file for its results")
-        rows = batch.read_batch(Path(self.image), question)  # before the model is loaded, which takes seconds
+        rows = batch.read_batch(Path(self.image), self.question)  # before the model is loaded, which takes seconds
         names = {path.name for path in Path(self.image).glob("[!.]*") if path.is_file()}
         if skipped := sorted(names - {row["image"] for row in rows}):
             _say(f"skipped {len(skipped)} files, no images by their names: {', '.join(skipped[:10])}")
         policy, name = self.load(self.out)
         settings = self.settings(policy, name, self.call_bias or 0.0)
-        counts = batch.run_batch(Path(self.image), question, self.out, policy.engine, settings)
+        counts = batch.run_batch(Path(self.image), self.question, self.out, policy.engine, settings)
         if self.as_json:
             print(json.dumps({"out": str(self.out), **counts}))
         _say("{rows} rows, {ran} run now, {done_before} done before, {errors} with an error".format(**counts))
@@ -203,15 +200,13 @@ class Serve(Limits, PolicyOptions):
 
     host: Annotated[str, Option(help="address to listen at; the default is this machine only")] = "127.0.0.1"
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one")] = 8000
-    mode: Annotated[Literal["policy", "chat"], Option(help="chat serves the bare model")] = "policy"
     name: Annotated[str, Option(help="the model's name for clients (default: that of --model's folder)")] = ""
 
     def __call__(self) -> int:
-        refuse_if(bool(self.server and self.mode == "chat"), "--mode chat serves a model of this process, no --server")
         from awares.cli.serve import run_server
 
         shown = self.name or (Path(self.model).resolve().name if self.model else "awares")
-        run_server(lambda: self.load()[0].engine, self.host, self.port, shown, self, self.mode)
+        run_server(lambda: self.load()[0].engine, self.host, self.port, shown, self)
         return 0
 
 
@@ -279,25 +274,22 @@ def plan_pipeline(
 
 @app.command()
 def push(
-    what: Annotated[Literal["policy", "dataset"], Argument()],
     repo: Annotated[str, Argument(metavar="OWNER/NAME", help="repository on the hub; a new one is private")],
     profile: Profile = "",
-    images: Annotated[bool, Option("--images", help="upload the images of a dataset, too")] = False,
     public: Annotated[bool, Option("--public", help="make a new repository public")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="prepare the folder, list it, upload nothing")] = False,
 ) -> int:
-    """Publish the trained policy (merged model, adapters, a card with Table 1) or the curated rows on a model hub.
+    """Publish the trained policy (merged model, adapters, a card with Table 1) on a model hub.
 
     The token comes from the environment variable HF_TOKEN.
     """
-    from awares.cli import hub
     from awares.config import load_params
+    from awares.study import publish
 
-    params = load_params(profile)
-    folder = hub.policy_folder(params) if what == "policy" else hub.dataset_folder(params, images)
+    folder = publish.hub_folder(load_params(profile))
     sizes = {file: file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
     print(*(f"{size:>14,} {file.relative_to(folder)}" for file, size in sizes.items()), sep="\n")
     print(f"{sum(sizes.values()):>14,} bytes in {folder}")
     if not dry_run:
-        print(hub.upload(folder, repo, "model" if what == "policy" else "dataset", private=not public))
+        print(publish.upload(folder, repo, private=not public))
     return 0

@@ -88,16 +88,13 @@ class Limits:
     """Sizes and counts that the server accepts; times in seconds."""
 
     image_bytes: Annotated[int, Option(min=1, help="bytes of one image")] = 20 * 2**20
-    image_pixels: Annotated[int, Option(min=1, help="pixels of all images of one request")] = 50_000_000
-    images: Annotated[int, Option(min=1, help="images of one request")] = 16
+    image_pixels: Annotated[int, Option(min=1, help="pixels of one image")] = 50_000_000
     body_bytes: Annotated[int, Option(min=1, help="bytes of one request")] = 32 * 2**20
     prompt_tokens: Annotated[int, Option(min=1, help="tokens of one prompt, visual ones included")] = 16384
     max_tokens: Annotated[int, Option(min=1, help="tokens of one answer")] = 1024
-    queue: Annotated[int, Option(min=1, help="requests held at a time; more are refused with 429")] = 128
+    queue: Annotated[int, Option(min=1, help="requests held at a time; more are refused with 429")] = 32
     timeout: Annotated[float, Option(min=0.001, help="seconds from a request's head to its answer")] = 120.0
-    patience: Annotated[int, Option(min=1, help="seconds for a request's head, and for each 256 KiB of its body")] = 5
-    connections: Annotated[int, Option(min=16, help="at a time; above that, the oldest idle one is closed")] = 512
-    shutdown: Annotated[float, Option(min=0.001, help="seconds for the requests under way at SIGTERM")] = 30.0
+    connections: Annotated[int, Option(min=16, help="at a time; more are refused with 503")] = 512
 
 
 def refuse_if(wrong: bool, message: str) -> None:

@@ -1,117 +1,151 @@
-"""``awares serve``: the two-turn interaction, or in mode chat the bare model, behind an OpenAI-compatible API.
+"""``awares serve``: the two-turn interaction behind OpenAI's chat completions.
 
-A `rollout.Engine` gets one request of each size at a time; behind a `RemoteEngine` the server (vLLM) does the batching.
-A stream gets its answer in one piece: a turn may be a call until it ends.
+A `rollout.Engine` gets one request at a time; behind a `RemoteEngine` the server (vLLM) does the batching. A stream
+gets its answer in one piece: a turn may be a call until it ends. For strangers, put a reverse proxy before it.
 """
 
 import asyncio
+import base64
 import copy
 import hmac
+import io
+import json
 import os
 import signal
 import socket
 import sys
 import time
-from bisect import bisect
-from collections.abc import Awaitable, Callable
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Request
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
+from openai.types.chat import ChatCompletionContentPartImageParam as ImagePart
+from openai.types.chat import ChatCompletionContentPartTextParam as TextPart
 from PIL import Image
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from transformers import LogitsProcessorList, MaxTimeCriteria, SequenceBiasLogitsProcessor, StoppingCriteriaList
+from transformers import MaxTimeCriteria, StoppingCriteriaList
 
-from awares.cli import connections, openai_api
-from awares.cli.openai_api import ApiError, Completion, PolicyRequest, RawRequest, completion
 from awares.cli.options import Limits
 from awares.clients.chat import ChatClient
-from awares.engine.decode import Decoder
-from awares.engine.images import MIN_SIDE, NOTE
-from awares.errors import AwaresError, AwaresLengthError, AwaresRequestError, AwaresValueError
+from awares.engine.images import NOTE, SHOWN, cap, open_image
+from awares.errors import AwaresError, AwaresLengthError, AwaresRequestError, AwaresValueError, faults_of
 
 API_KEY = "AWARES_API_KEY"
-Images = list[Image.Image]
-LANES = (2**18, 2**21)  # work of the largest small and medium requests: 0.3 and 2 s of one core with the shipped policy
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers are not for bytes from strangers
+# Fields of a request, accepted with any value, and those accepted with the values that change nothing
+IGNORED = {"metadata", "name", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
+           "safety_identifier", "seed", "top_k", "top_p", "user"}  # fmt: skip
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("temperature", "frequency_penalty", "presence_penalty", "top_logprobs"), (0,)),
+    **dict.fromkeys(("tool_choice", "function_call", "reasoning_effort"), ("none", "auto")),
+    **dict.fromkeys(("logprobs", "store"), (False,)),
+    **dict.fromkeys(("stop", "tools", "functions"), ([],)),
+    **{"n": (1,), "repetition_penalty": (1,), "logit_bias": ({},), "modalities": (["text"],)},
+    **{"response_format": ({"type": "text"},), "service_tier": ("auto", "default"), "verbosity": ("medium",)},
+}
 
 
-def make_app(engine: Any, model: str, limits: Limits, mode: str = "policy") -> FastAPI:
+class ApiError(HTTPException):
+    """A refusal; the client gets it as OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(status, message, {"Retry-After": "1"} if status == 429 else None)
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Strict(BaseModel, extra="forbid", strict=True):
+    """An unknown field is refused, not ignored; null means the default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_effect(cls, fields: Any) -> Any:
+        if type(fields) is not dict:
+            return fields
+        kept = {key: value for key, value in fields.items() if key not in IGNORED}
+        return {key: value for key, value in kept.items() if value not in (None, *NEUTRAL.get(key, ()))}
+
+
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+_as_parts = BeforeValidator(lambda given: [{"type": "text", "text": given}] if isinstance(given, str) else given)
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user"]
+    content: Annotated[list[ContentPart], _as_parts]
+
+
+class ChatRequest(Strict):
+    """The body of POST /v1/chat/completions; src/awares/README.md lists what is ignored, bounded or refused."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stream: bool = False
+    stream_options: dict[Literal["include_usage", "include_obfuscation"], bool] = {}
+    call_bias: float = Field(0.0, allow_inf_nan=False)
+
+
+def make_app(engine: Any, model: str, limits: Limits) -> FastAPI:
     """The application, ``model`` to its clients. It limits ``engine``'s prompts. AwaresValueError for an empty key."""
-    check_key = _key_check()
-    engine.longest_prompt = min(engine.longest_prompt or limits.prompt_tokens, limits.prompt_tokens)
-    kind, answer = (RawRequest, answer_chat) if mode == "chat" else (PolicyRequest, answer_policy)
-    min_side, max_side = (1, sys.maxsize) if mode == "chat" else (MIN_SIDE, engine.max_side)
-    limits = limits if mode == "chat" else replace(limits, images=1)
-    threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
-    lanes = [_lane(engine, threads, 5 * size) for size in range(len(LANES) + 1)]  # no small one waits for a large one
-    turns = WeakValueDictionary[tuple[int, str], asyncio.Semaphore]()  # of each client, so that clients alternate
-    opening, one_thread = ThreadPoolExecutor(2), _lane(None, 1, 10)[1]  # few: malloc keeps the memory of each thread
-    held, waiting = dict[asyncio.Timeout, int](), dict[asyncio.Timeout, str]()  # bytes of bodies; clients' addresses
-    handlers: Any = dict.fromkeys((HTTPException, AwaresError, ClientDisconnect, Exception), _refuse)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ready", "model": model, "requests": len(waiting)}
-
-    @app.get("/v1/models", dependencies=[Depends(check_key)])
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [await retrieve(model)]}
-
-    @app.get("/v1/models/{name:path}", dependencies=[Depends(check_key)])
-    async def retrieve(name: str) -> dict[str, Any]:
-        openai_api.check_model(name, model)
-        return {"id": model, "object": "model", "created": 0, "owned_by": "awares"}
-
-    @app.post("/v1/chat/completions", dependencies=[Depends(check_key)])
-    async def complete(request: Request) -> Response:
-        deadline = time.time() + limits.timeout
-        try:
-            async with asyncio.timeout(limits.timeout) as clock:
-                wanted = openai_api.read_request(await connections.body(request, clock, held, limits), kind, model)
-                client = waiting[clock] = request.client.host if request.client else ""
-                connections.make_room(waiting, held, clock, limits.queue)
-                run = asyncio.get_running_loop().run_in_executor
-                files, pixels = await run(opening, wanted.files, limits)
-                size = bisect(LANES, wanted.work(pixels))
-                (own, pool, free), thread = lanes[size], one_thread if size == len(LANES) else None
-                async with turns.setdefault((size, client), asyncio.Semaphore(threads)), free:
-                    if await request.is_disconnected():
-                        raise ClientDisconnect
-                    held[clock] = 0  # no other request can end it now
-                    images = [await run(thread, openai_api.decode, file, min_side, max_side) for file in files]
-                    reply = await run(pool, answer, own, wanted, images, limits, deadline)
-        except TimeoutError:
-            if clock not in held:
-                raise ApiError(*connections.FULL) from None
-            raise ApiError(504, f"no answer within {limits.timeout:g} s", "timeout") from None
-        finally:
-            held.pop(clock, None)
-            waiting.pop(clock, None)
-        if not wanted.stream:
-            return JSONResponse(reply)
-        events = openai_api.as_events(reply, (wanted.stream_options or {}).get("include_usage", False))
-        return StreamingResponse(events, media_type="text/event-stream")
-
-    return app
-
-
-def _key_check() -> Callable[[Request], Awaitable[None]]:
     key = os.environ.get(API_KEY)
     if key is not None and not key.strip():
         raise AwaresValueError(f"{API_KEY} is empty: set a key, or unset the variable to serve without one")
+    engine.longest_prompt = min(engine.longest_prompt or limits.prompt_tokens, limits.prompt_tokens)
+    threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
+    pool, held = ThreadPoolExecutor(threads), set[Request]()
 
-    async def check_key(request: Request) -> None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), (key or "").strip().encode())
-        if key is not None and not right:
+    async def check_key(sent: Annotated[Any, Depends(HTTPBearer(auto_error=False))]) -> None:
+        if key and not (sent and hmac.compare_digest(sent.credentials.encode(), key.strip().encode())):
             raise ApiError(401, "wrong or missing API key: send Authorization: Bearer <key>", "invalid_api_key")
 
-    return check_key
+    handlers: Any = dict.fromkeys((HTTPException, AwaresError, ClientDisconnect, Exception), _refuse)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
+    api = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ready", "model": model, "requests": len(held)}
+
+    @api.get("/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [await retrieve(model)]}
+
+    @api.get("/models/{name:path}")
+    async def retrieve(name: str) -> dict[str, Any]:
+        if name != model:
+            raise ApiError(404, f"no model {name[:SHOWN]!r}: this is {model!r}", "model_not_found", "model")
+        return {"id": model, "object": "model", "created": 0, "owned_by": "awares"}
+
+    @api.post("/chat/completions")
+    async def complete(request: Request) -> Response:
+        deadline = time.time() + limits.timeout
+        if len(held) >= limits.queue:
+            raise ApiError(429, f"the server holds {limits.queue} requests: try again later", "queue_full")
+        held.add(request)
+        try:
+            async with asyncio.timeout(limits.timeout):
+                wanted = await _read(request, limits.body_bytes)
+                await retrieve(wanted.model)
+                reply = await asyncio.wrap_future(pool.submit(_answer, engine, wanted, limits, deadline))
+        except TimeoutError:
+            raise ApiError(504, f"no answer within {limits.timeout:g} s", "timeout") from None
+        finally:
+            held.remove(request)
+        if not wanted.stream:
+            return JSONResponse(reply)
+        return StreamingResponse(_as_events(reply, wanted), media_type="text/event-stream")
+
+    app.include_router(api)
+    return app
 
 
 async def _refuse(request: Request, error: Any) -> Response:
@@ -126,84 +160,91 @@ async def _refuse(request: Request, error: Any) -> Response:
     return JSONResponse(error.body, error.status_code, error.headers)
 
 
-def answer_policy(engine: Any, request: PolicyRequest, images: Images, limits: Limits, deadline: float) -> Completion:
-    """Runs the interaction. ``max_tokens`` bounds only the answer: a call that is cut short cannot be read."""
-    *instructions, user = request.messages
-    if {message.role for message in instructions} - {"system"} or user.role != "user" or len(images) != 1:
+async def _read(request: Request, most: int) -> ChatRequest:
+    """The request; ApiError for more than ``most`` bytes, or for the first wrong field."""
+    content = bytearray()
+    async for piece in request.stream():
+        content += piece
+        if len(content) > most:
+            raise ApiError(413, f"the request has more than {most} bytes", "request_too_large")
+    try:
+        return ChatRequest.model_validate_json(content)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        key, message = ".".join(map(str, fault["loc"]))[:SHOWN], fault["msg"]
+        if key in NEUTRAL:
+            message = f"only {' or '.join(map(repr, NEUTRAL[key]))} is accepted here"
+        raise ApiError(400, f"{key or 'body'}: {message}", param=key or None) from error
+
+
+def _answer(engine: Any, request: ChatRequest, limits: Limits, deadline: float) -> dict[str, Any]:
+    """Runs the interaction until ``deadline`` (seconds since the epoch) at most; a ``chat.completion``.
+
+    ``max_tokens`` bounds only the answer: a call that is cut short cannot be read.
+    """
+    parts: list[Any] = [part for message in request.messages for part in message.content]
+    texts, urls = ([part[kind] for part in parts if part["type"] == kind] for kind in ("text", "image_url"))
+    *instructions, user = [message.role for message in request.messages]
+    if {*instructions} - {"system", "developer"} or user != "user" or len(urls) != 1:
         raise ApiError(400, "send one user message with one image and a question", param="messages")
+    image = _image(urls[0]["url"], limits, engine.max_side)
     longest = getattr(engine, "decoder", engine).max_new_tokens
-    limit = request.limit(longest, min(limits.max_tokens, longest))
     if hasattr(engine, "decoder"):
-        engine.decoder.criteria = _until(deadline)
+        engine.decoder.criteria = StoppingCriteriaList([MaxTimeCriteria(0.0, initial_timestamp=deadline)])
     else:  # with a client for this request's time limit
         left = {"timeout": max(1.0, deadline - time.time()), "attempts": 2}
         engine = copy.copy(engine)
         engine.client = ChatClient(engine.client.server.model_copy(update=left), None)
-    done = engine.run(images, ["\n".join(request.parts("text"))], call_bias=request.call_bias or 0.0)[0]
+    done = engine.run([image], ["\n".join(texts)], call_bias=request.call_bias)[0]
     written = [turn.text_tokens for turn in done.turns if turn.role == "assistant"]
     prompt = sum(turn.visual_tokens + turn.text_tokens for turn in done.turns) - sum(written)
     tokens = engine.codec.tokenize(done.answer)[: written[-1]]
+    limit = min(request.max_completion_tokens or request.max_tokens or longest, limits.max_tokens, longest)
     text = engine.codec.text(tokens[:limit]) if len(tokens) > limit else done.answer
     shown = ("visual_tokens", "full_visual_tokens", "rtr", "crops", "call_status")
-    note = images[0].info.get(NOTE)
-    spent = {name: getattr(done, name) for name in shown} | ({"note": note} if note else {})
+    spent = {name: getattr(done, name) for name in shown} | ({"note": note} if (note := image.info.get(NOTE)) else {})
     spent["visual_tokens_saved"] = done.full_visual_tokens - done.visual_tokens
-    cut = len(tokens) > limit or len(tokens) >= longest
-    return completion(request.model, text, cut, prompt, sum(written), awares=spent)
+    usage = {"prompt_tokens": prompt, "completion_tokens": sum(written), "total_tokens": prompt + sum(written)}
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None}
+    choice["finish_reason"] = "length" if len(tokens) > limit or len(tokens) >= longest else "stop"
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
+    return {**head, "model": request.model, "choices": [choice], "usage": usage | {"awares": spent}}
 
 
-def answer_chat(engine: Any, request: RawRequest, images: Images, limits: Limits, deadline: float) -> Completion:
-    """One greedy completion of the bare model, for any messages with images."""
-    processor, biases = engine.processor, request.logit_bias or {}
-    if any(token >= len(processor.tokenizer) for token in biases):
-        raise ApiError(400, f"logit_bias: the vocabulary has {len(processor.tokenizer)} tokens", param="logit_bias")
-    messages = [message.model_dump(include={"role", "content"}) for message in request.messages]
-    rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if rendered.count(processor.image_token) != len(images) or processor.video_token in rendered:
-        raise ApiError(400, f"a text holds {processor.image_token}: send the image itself", param="messages")
-    model = engine.decoder.model.eval()
-    ids = engine.decoder.tokenize(rendered, [image.size for image in images])
-    engine.check_length(len(ids), "0")
-    left = model.config.get_text_config().max_position_embeddings - len(ids)  # in the context
-    decoder = Decoder(model, processor, request.limit(engine.decoder.max_new_tokens, min(limits.max_tokens, left)))
-    decoder.criteria = _until(deadline)
-    if biases:
-        listed: Any = [[[token], bias] for token, bias in biases.items()]
-        decoder.processors = LogitsProcessorList([SequenceBiasLogitsProcessor(listed)])
-    tokens = decoder.start([ids], [images]).tokens[0]
-    ended = tokens[-1] == decoder.end
-    text = decoder.text(tokens[:-1] if ended else tokens)
-    reply = completion(request.model, text, not ended, len(ids), len(tokens))
-    return {**reply, "prompt_token_ids": ids} if request.return_token_ids else reply
+def _image(url: str, limits: Limits, max_side: int) -> Image.Image:
+    """The image of a base64 data URL, upright, in RGB, shrunk to ``max_side`` px; ApiError for a large one."""
+    with faults_of(f"image_url: not a readable {', '.join(FORMATS)} image in a base64 data URL"):
+        file = base64.b64decode(url.split(";base64,")[1])
+        image = Image.open(io.BytesIO(file), formats=FORMATS)
+    if len(file) > limits.image_bytes or image.width * image.height > limits.image_pixels:
+        raise ApiError(413, f"image: at most {limits.image_bytes} bytes, {limits.image_pixels} px", param="messages")
+    return cap(open_image(image, "image_url"), max_side)
 
 
-def _lane(engine: Any, threads: int, nice: int) -> tuple[Any, ThreadPoolExecutor, asyncio.Semaphore]:
-    """An engine with the same weights that can run at the same time (a model holds state of its row), and its turns."""
-    if hasattr(engine, "decoder"):
-        shared = *engine.decoder.model.parameters(), *engine.decoder.model.buffers()
-        engine = copy.deepcopy(engine, {id(one): one for one in shared})
-    lower: Any = os.nice if sys.platform == "linux" else str  # on Linux a thread has its own priority
-    return engine, ThreadPoolExecutor(threads, initializer=lower, initargs=(nice,)), asyncio.Semaphore(threads)
+def _as_events(reply: dict[str, Any], request: ChatRequest) -> Iterator[str]:
+    """The completion as a stream: the answer, its finish reason, usage if requested, [DONE]."""
+    [choice], usage = reply["choices"], reply.pop("usage")
+    whole = {"index": 0, "delta": choice["message"], "finish_reason": None, "logprobs": None}
+    last = {**whole, "delta": {}, "finish_reason": choice["finish_reason"]}
+    chunks: list[Any] = [{"choices": [whole]}, {"choices": [last]}, {"choices": [], "usage": usage}]
+    for chunk in chunks[: 3 if request.stream_options.get("include_usage") else 2]:
+        yield f"data: {json.dumps({**reply, 'object': 'chat.completion.chunk', **chunk})}\n\n"
+    yield "data: [DONE]\n\n"
 
 
-def _until(deadline: float) -> StoppingCriteriaList:
-    """Ends a turn at ``deadline`` (seconds since the epoch), when the client has its error 504."""
-    return StoppingCriteriaList([MaxTimeCriteria(0.0, initial_timestamp=deadline)])
-
-
-def run_server(load: Callable[[], Any], host: str, port: int, model: str, limits: Limits, mode: str) -> None:
+def run_server(load: Callable[[], Any], host: str, port: int, model: str, limits: Limits) -> None:
     """Serves the engine of ``load`` until SIGTERM or SIGINT; prints the URL. AwaresValueError for a bad address."""
     family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
     try:  # before the model is loaded: a taken port should not cost minutes
-        listener = socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise AwaresValueError(f"cannot listen at {host}:{port} ({error}): choose another host or port") from error
     with listener:
-        engine, most = load(), connections.limit(limits.connections)
-        app = make_app(engine, model, replace(limits, queue=min(limits.queue, most // 2)), mode)
+        app = make_app(load(), model, limits)
         if host not in ("127.0.0.1", "::1", "localhost") and API_KEY not in os.environ:
             print(f"warning: {host} is reachable from outside and {API_KEY} is not set", file=sys.stderr)
         for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn ends what is under way and raises the signal again
             signal.signal(name, lambda *_: None)
         print(f"{model} at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
-        connections.serve(app, listener, most, limits)
+        config = uvicorn.Config(app, log_level="error", access_log=False, limit_concurrency=limits.connections)
+        uvicorn.Server(config).run([listener])

@@ -18,11 +18,11 @@ import pandas as pd
 from awares.config import Params, find_file
 from awares.errors import AwaresValueError
 from awares.study.answers import MEASURES, PLUS, Answers, Estimate, MissingRows
-from awares.study.tables import save_table
 from awares.study.verdicts import FAILS, Effect, Judgement, adjusted, decide, weigh
 
 CLAIMS_FILE = Path("data/paper/claims.csv")
 CLAIM_COLUMNS = "claim section quantity paper effect low high detectable seeds q verdict".split()
+NOTES = "id claim tables holds margin same decided_by reading verdict note".split()
 PRUNERS = tuple(f"{name}_{kept}" for kept in (50, 70) for name in ("visionzip", "holov", "sparsevlm", "fastv"))
 LISTS = {"pruners": PRUNERS, "pruners_at_half": PRUNERS[:4]}
 
@@ -94,17 +94,7 @@ def claims_table(answers: Answers, claims: pd.DataFrame) -> pd.DataFrame:
     counted = table.decided_by == ""
     table.loc[counted, "q"] = adjusted(table.p[counted])
     table.loc[counted, "verdict"] = decide([findings[place] for place in np.flatnonzero(counted)], level)
-    return table
-
-
-def save_claims(answers: Answers, folder: Path) -> pd.DataFrame:
-    """`claims_table` of all claims; ``folder`` gets claims.csv (CLAIM_COLUMNS) and claims_notes.csv (the rest)."""
-    table = claims_table(answers, read_claims())
-    table["note"] = table.note.where((table.verdict != FAILS) | (table.reason == ""), table.reason)
-    rest = ["id", "claim", "tables", "holds", "margin", "same", "decided_by", "reading", "verdict", "note"]
-    save_table(table[rest], folder / "claims_notes.csv")
-    save_table(table[CLAIM_COLUMNS], folder / "claims.csv")
-    return table
+    return table.assign(note=table.note.where((table.verdict != FAILS) | (table.reason == ""), table.reason))
 
 
 def _agreement(params: Params, judge: str) -> Effect:

@@ -63,10 +63,9 @@ def save_figure(figure: Figure, path: Path, alt: str | None = None) -> Picture:
 
 def whiskers(x: str, y: str = "accuracy", *, data: pd.DataFrame, axes: Axes | None = None, **_: Any) -> None:
     """Intervals of points of ``data`` with columns ``_low`` and ``_high``; in a grid by ``grid.map_dataframe``."""
-    ends: dict[str, Any] = {
-        axis: [data[name] - data[f"{name}_low"], data[f"{name}_high"] - data[name]]
-        for axis, name in (("xerr", x), ("yerr", y))
-        if f"{name}_low" in data
+    given = {axis: name for axis, name in (("xerr", x), ("yerr", y)) if f"{name}_low" in data}
+    ends: Any = {
+        axis: [data[name] - data[f"{name}_low"], data[f"{name}_high"] - data[name]] for axis, name in given.items()
     }
     (axes or plt.gca()).errorbar(data[x], data[y], **ends, fmt="none", ecolor="0.6", capsize=2, zorder=0)
 
@@ -107,26 +106,6 @@ def dial_figure(dial: pd.DataFrame, frontier: pd.DataFrame, main: pd.DataFrame) 
     return figure
 
 
-def gap_figure(gap: pd.DataFrame) -> Figure:
-    """Waterfall from full resolution to the policy: the parts of `comparison.gap_table`, in points, with intervals."""
-    figure, axes = plt.subplots(figsize=(9, 0.45 * len(gap) + 0.8))
-    starts = gap.points.cumsum().shift(fill_value=0.0).where(gap.part != "sum", 0.0)
-    look: dict[str, Any] = {"edgecolor": "black", "linewidth": 0.8, "height": 0.6}
-    for place, (one, start) in enumerate(zip(gap.itertuples(), starts, strict=True)):
-        lost = one.points < 0
-        shade = {"color": "0.6" if one.part == "sum" else PALETTE[3 if lost else 2], "hatch": "" if lost else "//"}
-        axes.barh(place, one.points, left=start, **look | shade)
-        ends = [[one.points - one.low], [one.high - one.points]]
-        axes.errorbar(start + one.points, place, xerr=ends, color="black", capsize=3, linewidth=1)
-        axes.text(1.01, place, f"{one.points:+.2f}", transform=axes.get_yaxis_transform(), va="center")
-    names = [f"{one.part}, {one.rows:.0f} rows" for one in gap.itertuples()]
-    axes.set_yticks(range(len(gap)), ["AwaRes less full resolution" if "sum" in name else name for name in names])
-    axes.invert_yaxis()
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("mean accuracy, points, full resolution = 0; intervals are of the parts")
-    return figure
-
-
 def interaction_figure(row: Mapping[str, Any], done: Trajectory) -> Figure:
     """One interaction: the view, the crops, the answer and the visual tokens. ``row``: image, question and answers."""
     pictures = [low_resolution(row["image"]), *(cut(row["image"], name) for name in done.crops)]
@@ -148,9 +127,8 @@ def interaction_figure(row: Mapping[str, Any], done: Trajectory) -> Figure:
     last, most = grid[-1], done.full_visual_tokens
     said = fill(f"{3 if done.crops else 2}. It answers {shorten(done.answer, 60)}{truth}", 34)
     last.set_title(said, loc="left", fontsize=9, parse_math=False)
-    last.bar_label(
-        last.barh(["full image", "AwaRes"], [most, done.visual_tokens], color=["0.75", PALETTE[2]]), padding=2
-    )
+    bars = last.barh(["full image", "AwaRes"], [most, done.visual_tokens], color=["0.75", PALETTE[2]])
+    last.bar_label(bars, padding=2)
     last.set(xlim=(0, 1.25 * most), box_aspect=0.4, anchor="N", xlabel="visual tokens", xticks=[])
     last.grid(False)
     sns.despine(ax=last, left=True, bottom=True)

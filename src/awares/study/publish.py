@@ -1,16 +1,20 @@
-"""Executed notebooks -> byte-stable copies in reports/<profile>/.
+"""Executed notebooks -> byte-stable copies in reports/<profile>/; the trained policy -> a model hub.
 
 An executed notebook differs on every run (ids, timings, progress bars). The published copy keeps the results and drops
 the rest, so that two runs with the same numbers give the same bytes. ``python -m awares.study.publish PROFILE [STAGE]``
 """
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import pandas as pd
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from awares.config import Params, load_params
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
@@ -21,6 +25,8 @@ STAGES = {"00_data": "data", "01_curation": "curation", "02_crop_distribution": 
 PAGES = {"base_model": "00_base_model", "seeds": "09_seeds", "latency": "07_latency",
          "ablations": "06_ablations_summary", "comparison": "11_comparison",
          "shift": "12_shift", "plus": "13_plus"}  # fmt: skip
+
+APACHE = ("data/base", "Qwen/Qwen2.5-VL-7B-Instruct")  # base models under Apache-2.0
 
 
 def publish(params: Params, stage: str = "report") -> list[Path]:
@@ -67,6 +73,32 @@ def copy_adapters(params: Params, into: Path, base: str) -> list[Path]:
         shutil.copy(adapter / "adapter_model.safetensors", folder)
         files += sorted(folder.iterdir())
     return files
+
+
+def hub_folder(params: Params) -> Path:
+    """For the hub: merged model, adapters, a card with Table 1's accuracies; AwaresError if a stage has not run."""
+    config = require(params.run_dir("grpo") / "merged" / "config.json", "grpo")
+    table = require(params.run_dir("evaluation") / "tables" / "table1_main.csv", "evaluation")
+    folder = clear(params.run_dir(".push") / "policy")
+    copy_adapters(params, folder / "adapters", params.base.model)
+    for file in filter(Path.is_file, config.parent.iterdir()):
+        (folder / file.name).symlink_to(file.resolve())  # weights are large
+    scores = [row for row in pd.read_csv(table).itertuples() if row.system == "awares"]
+    about: dict[str, Any] = {"params": params, "apache": APACHE, "of_hub": isinstance(params.model_path(), str)}
+    card = ModelCard.from_template(ModelCardData(), str(Path(__file__).with_name("card.md")), **about, scores=scores)
+    card.save(folder / "README.md")
+    return folder
+
+
+def upload(folder: Path, repo: str, private: bool = True) -> str:
+    """Upload ``folder`` to ``repo`` (OWNER/NAME); the commit's address. AwaresError if it fails."""
+    api = HfApi(token=os.environ.get("HF_TOKEN"))
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=repo, commit_message="From awares"))
+    except Exception as error:  # many types, from the hub or the network
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AwaresError(f"push to {repo} failed: {reason}. Set HF_TOKEN to a write token") from error
 
 
 def require(path: Path, stage: str) -> Path:

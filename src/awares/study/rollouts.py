@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from awares import registry
 from awares.config import Params
+from awares.engine.jsonl import Record
 from awares.engine.model import load_model, load_processor
 from awares.method.grpo import build_grpo_trainer
 from awares.method.rewards import RewardContext, RewardFunction, Rollout
@@ -40,9 +41,7 @@ def sample_rollouts(params: Params, rows: Dataset, model_path: str | Path) -> li
     return kept
 
 
-def score_rollouts(
-    params: Params, rollouts: Sequence[Rollout], reward: RewardFunction | None = None
-) -> list[dict[str, Any]]:
+def score_rollouts(params: Params, rollouts: Sequence[Rollout], reward: RewardFunction | None = None) -> list[Record]:
     """One record per rollout: row_id, label, text, crops, prediction, reward terms, reward, advantage (Eq. 7).
 
     ``rollouts``: ``grpo.generations`` of each row, one row after the other (`sample_rollouts`).
