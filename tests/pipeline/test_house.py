@@ -70,8 +70,8 @@ BUDGETS = {
 
 
 OPEN = {  # not met yet, with the number when this was written: delete each line as it is met
-    "lines of src/awares": 13328,
-    "lines of tests": 9786,
+    "lines of src/awares": 12863,
+    "lines of tests": 9610,
 }
 
 

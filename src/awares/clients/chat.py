@@ -138,11 +138,11 @@ class ChatClient:
         self,
         row_ids: Sequence[str],
         talk: Callable[[int, Send], _Result],
-        lost: Callable[[Failure], _Result] | None = None,
+        on_failure: Callable[[Failure], _Result] | None = None,
     ) -> list[_Result]:
         """The results of ``talk(index, send)`` for all rows, in their order; it runs in threads.
 
-        A failed row does not stop the others: ``lost`` gives its result; without it, an AwaresRequestError lists
+        A failed row does not stop the others: ``on_failure`` gives its result; without it, an AwaresRequestError lists
         all failures at the end. It is raised at once for a refused key, address or model and a server gone silent.
         """
         results: list[Any] = [None] * len(row_ids)
@@ -161,11 +161,11 @@ class ChatClient:
                 for _ in pool.imap_unordered(run_row, range(len(row_ids))):
                     bar.update()
         failures = [result for result in results if isinstance(result, Failure)]
-        if failures and not lost:
+        if failures and not on_failure:
             shown = "".join(f"\n  row {failure.row_id}: {failure.reason}" for failure in failures[:20])
             count = f"{len(failures)} of {len(results)} rows have no reply; run again to retry them"
             raise AwaresRequestError(f"{self.server.url}: {count}. The first:{shown}", failures)
-        return [lost(result) if lost and isinstance(result, Failure) else result for result in results]
+        return [on_failure(result) if on_failure and isinstance(result, Failure) else result for result in results]
 
     @contextmanager
     def opened(self) -> Iterator[None]:

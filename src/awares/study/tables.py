@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from awares.config import Params, find_file, read_yaml
+from awares.config import find_file, read_yaml
 from awares.errors import AwaresValueError
 
 
@@ -60,15 +60,6 @@ def first_rows(rows: datasets.Dataset, n: int, **wanted: Any) -> datasets.Datase
     """The first ``n`` rows whose columns have the ``wanted`` values."""
     columns = rows.select_columns(list(wanted)).to_pandas()
     return rows.select(np.flatnonzero((columns == pd.Series(wanted)).all(axis=1))[:n])
-
-
-def hyperparameters(params: Params) -> pd.DataFrame:
-    """Table 11 for this profile, in the order of params.yaml. Columns parameter, sft, grpo."""
-    values, written = params.as_dict(), read_yaml(params.path("params.yaml"))
-    sections = [part[stage] for stage in ("sft", "grpo") for part in (written, written["profiles"][params.profile])]
-    names = [name for name in dict.fromkeys(name for section in sections for name in section) if name != "launch"]
-    cells = {stage: [str(values[stage].get(name, "")) for name in names] for stage in ("sft", "grpo")}
-    return pd.DataFrame({"parameter": names, **cells})
 
 
 def check_table(checks: Sequence[tuple[str, float | None, str, float]]) -> pd.DataFrame:
