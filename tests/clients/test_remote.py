@@ -90,9 +90,8 @@ def test_turn_two_resends_turn_one_byte_for_byte_and_crops_without_loss(tiny, re
     first, second, third = [arrival["body"] for arrival in faulty.arrivals()]
     assert found.crops == ("right", "top-left") and found.answer == "reply to \n</tool_response>".strip()
     low, both = first.pop("messages"), second.pop("messages")
-    free, *barred = (body.pop("logit_bias") for body in (first, second, third))  # turn 2, and a row that may not call
-    call_token = tiny.processor.tokenizer.convert_tokens_to_ids(chat_format.TOOL_CALL)
-    assert barred == [{**free, str(call_token): -100.0}] * 2 and str(tiny.processor.image_token_id) in free
+    free, *barred = (body.pop("bad_words") for body in (first, second, third))  # turn 2, and a row that may not call
+    assert barred == [[*free, chat_format.TOOL_CALL]] * 2 and tiny.processor.image_token in free
     assert json.dumps(both[:2]) == json.dumps(low) and first == second
     assert [message["role"] for message in both] == ["system", "user", "assistant", "user"]
     assert both[2]["content"] == call

@@ -38,6 +38,8 @@ UPDATES, COMPLETIONS, BLOCK = 20, 64, 32
 FLAGS = {"dtype": "float32", "max-model-len": 4096, "enforce-eager": True, "limit-mm-per-prompt": {"image": 11}}
 FLAGS |= {"chat-template": "src/awares/engine/chat_template.jinja", "chat-template-content-format": "openai"}
 FLAGS |= {"block-size": BLOCK}
+# vLLM drafts the constant text of a call from the prompt, which has it, and keeps what the policy would have written
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 16, "prompt_lookup_min": 1, "prompt_lookup_max": 4}
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -46,7 +48,7 @@ def settings(tmp_path_factory):
     """Makes parameters under which a step starts its own vLLM server."""
     folder = tmp_path_factory.mktemp("served")
     declared = yaml.safe_load((ROOT / "data" / "served.yaml").read_text()) | {"python": sys.executable, "minutes": 8}
-    declared["models"]["base"] |= {"model": "data/base", "vllm": FLAGS, "attempts": 3, "concurrency": 32}
+    declared["models"]["base"] |= {"model": "data/base", "vllm": {**FLAGS, "speculative-config": DRAFTS}, "attempts": 3, "concurrency": 32}
     (folder / "served.yaml").write_text(yaml.safe_dump(declared))
     usual = {"threads": 1, "curation.served_file": str(folder / "served.yaml"), "paths.runs": str(folder / "runs")}
     with pytest.MonkeyPatch.context() as patch:
@@ -104,12 +106,12 @@ def remote(settings, engine, policy):
         yield served.make_engine("awares", engine.processor, params, policy, max_new_tokens=limit)
 
 
-def prefix_hits():
+def metric(name):
     found = urllib.request.urlopen(launch.running.url.replace("/v1", "/metrics"), timeout=5).read().decode()
-    return sum(map(float, re.findall(r"^vllm:prefix_cache_hits_total{.*} (\S+)$", found, re.MULTILINE)))
+    return sum(map(float, re.findall(rf"^vllm:{name}_total{{.*}} (\S+)$", found, re.MULTILINE)))
 
 
-def test_evaluation_rows_equal_the_in_process_engines_and_turn_two_reuses_turn_one(rows, own, remote, say):
+def test_evaluation_rows_equal_the_in_process_engines_with_reuse_of_turn_one_and_drafted_calls(rows, own, remote, say):
     found = remote.run(rows["image"], rows["question"], row_ids=rows["id"])
     ties = [one.row_id for one in own if one.margin < 1e-3]
     pairs = [(one, other) for one, other in zip(found, own, strict=True) if other.row_id not in ties]
@@ -118,7 +120,10 @@ def test_evaluation_rows_equal_the_in_process_engines_and_turn_two_reuses_turn_o
     different = [one.row_id for one, other in pairs if replace(one, **UNTOLD) != replace(other, **UNTOLD)]
     assert not different and len(pairs) >= 300 and len(callers) >= 50
     prompts = [one.turns[0].text_tokens + one.turns[0].visual_tokens for one in callers]
-    assert prefix_hits() >= sum(length // BLOCK * BLOCK for length in prompts) > 1000
+    assert metric("prefix_cache_hits") >= sum(length // BLOCK * BLOCK for length in prompts) > 1000
+    written, accepted = metric("generation_tokens"), metric("spec_decode_num_accepted_tokens")
+    say(f"{accepted:.0f} of {written:.0f} tokens are accepted drafts: so many decoding steps less")
+    assert accepted >= 10 * len(callers)  # a call has about 19 tokens
 
 
 def test_the_operating_curve_equals_the_in_process_one(rows, own, engine, remote, say):

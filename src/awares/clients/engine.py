@@ -55,6 +55,7 @@ class RemoteEngine(Interaction):
         super().__init__(Codec(processor, chosen.opening), max_side, chosen)
         self.client, self.max_new_tokens, self.check, self.scores = client, max_new_tokens, check, scores
         self._never = [processor.image_token_id, processor.video_token_id]  # tokens that no turn may have
+        self._words = {token: self.codec.text([token]) for token in (*self._never, self.codec.call_token)}
         self._lock = threading.Lock()  # images and tokenizers are not safe in several threads
 
     def key(self, crops: bool = True) -> str:
@@ -66,7 +67,7 @@ class RemoteEngine(Interaction):
         def talk(index: int, send: Send) -> Trajectory:
             with self._lock:
                 row = prepare(index)
-            if not self.scores and row.bias not in (0.0, float("-inf")):  # logit_bias applies at every position
+            if not self.scores and row.bias not in (0.0, float("-inf")):
                 raise AwaresValueError(f"call_bias {row.bias}: use 0 with a server, or the in-process engine")
             self._turn(row, send)
             if row.free:
@@ -102,17 +103,17 @@ class RemoteEngine(Interaction):
     def _request(self, row: Conversation, barred: bool, begun: str = "", scored: bool = False) -> Request:
         """For the next turn of ``row``. ``barred``: no call token in it; ``begun``: the call's first token."""
         never = [*self._never, *([self.codec.call_token] if barred else [])]
-        settings: Record = {"temperature": 0.0, "max_tokens": self.max_new_tokens, "extra_body": VLLM_SETTINGS}
-        settings["logit_bias"] = {str(token): -100.0 for token in never}  # the API's lowest: never written
+        extra = VLLM_SETTINGS | {"bad_words": [self._words[token] for token in never]}  # logit_bias bars drafted tokens
+        settings: Record = {"temperature": 0.0, "max_tokens": self.max_new_tokens, "extra_body": extra}
         messages, ids = as_sent(row.messages, row.images), list(row.ids)
         if begun:
             messages.append({"role": "assistant", "content": begun})
-            settings["extra_body"] = VLLM_SETTINGS | {"add_generation_prompt": False, "continue_final_message": True}
+            extra |= {"add_generation_prompt": False, "continue_final_message": True}
             settings["max_tokens"] -= 1
             ids.append(self.codec.call_token)
         if scored:
             settings |= {"logprobs": True, "top_logprobs": TOP}
-            settings["extra_body"] = VLLM_SETTINGS | {"return_tokens_as_token_ids": True}
+            extra |= {"return_tokens_as_token_ids": True}
         limits = str(dict(self.processor.image_processor.size))  # of the server, too; the request does not carry them
         return Request(row.row_id, messages, settings, partial(self._accept, ids), limits)
 
@@ -142,7 +143,7 @@ class RemoteEngine(Interaction):
         if reply.finish not in ("stop", "length"):
             raise RowFailed(f"the reply ended with finish_reason {reply.finish!r}, not stop or length")
         if self.processor.image_token in str(reply.text):
-            raise RowFailed("the model wrote an image placeholder: the server ignores logit_bias")
+            raise RowFailed("the model wrote an image placeholder: the server ignores bad_words")
 
 
 def _first_logprobs(reply: Reply) -> dict[int, float]:
