@@ -245,7 +245,7 @@ def make_engine_app() -> FastAPI:
     import torch
     from conftest import tiny_model, tiny_tokenizer
     from test_rollout import Rigged
-    from transformers import LogitsProcessorList, SequenceBiasLogitsProcessor
+    from transformers import LogitsProcessorList, NoBadWordsLogitsProcessor
 
     from awares.engine import decode
     from awares.engine.model import load_model, load_processor, make_processor
@@ -267,8 +267,8 @@ def make_engine_app() -> FastAPI:
         ids = decoder.tokenize(rendered, [image.size for image in images])
         if len(ids) + body["max_tokens"] > model.config.get_text_config().max_position_embeddings:
             return refusal(400, "longer than the context")
-        biases: Any = [[[int(token)], bias] for token, bias in body["logit_bias"].items()]
-        decoder.processors = LogitsProcessorList([SequenceBiasLogitsProcessor(biases)])
+        barred = [decoder.tokenizer(word, add_special_tokens=False)["input_ids"] for word in body["bad_words"]]
+        decoder.processors = LogitsProcessorList([NoBadWordsLogitsProcessor(barred)])
         tokens = decoder.start([ids], [images]).tokens[0]
         ended, usage = tokens[-1] == decoder.end, {"prompt_tokens": len(ids), "completion_tokens": len(tokens)}
         reply = completion(decoder.text(tokens[:-1] if ended else tokens)) | {"usage": usage, "prompt_token_ids": ids}

@@ -40,6 +40,7 @@ FLAGS |= {"chat-template": "src/awares/engine/chat_template.jinja", "chat-templa
 FLAGS |= {"block-size": BLOCK}
 # vLLM drafts the constant text of a call from the prompt, which has it, and keeps what the policy would have written
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 16, "prompt_lookup_min": 1, "prompt_lookup_max": 4}
+FLAGS |= {"speculative-config": DRAFTS}
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -48,7 +49,12 @@ def settings(tmp_path_factory):
     """Makes parameters under which a step starts its own vLLM server."""
     folder = tmp_path_factory.mktemp("served")
     declared = yaml.safe_load((ROOT / "data" / "served.yaml").read_text()) | {"python": sys.executable, "minutes": 8}
-    declared["models"]["base"] |= {"model": "data/base", "vllm": {**FLAGS, "speculative-config": DRAFTS}, "attempts": 3, "concurrency": 32}
+    declared["models"]["base"] |= {
+        "model": "data/base",
+        "vllm": {**FLAGS, "speculative-config": DRAFTS},
+        "attempts": 3,
+        "concurrency": 32,
+    }
     (folder / "served.yaml").write_text(yaml.safe_dump(declared))
     usual = {"threads": 1, "curation.served_file": str(folder / "served.yaml"), "paths.runs": str(folder / "runs")}
     with pytest.MonkeyPatch.context() as patch:
