@@ -34,9 +34,6 @@ class Gate(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Error-Message", message)
         self.end_headers()
 
-    def log_message(self, *values):
-        pass
-
 
 class Commits(Gate):
     """A hub whose every dataset, but one that has moved, has a commit for each revision."""

@@ -198,16 +198,6 @@ def test_tokens_are_counted_by_row_whatever_the_batch(deep, name) -> None:
     assert set(of.left) == set(of.rows["id"])
 
 
-def test_tokens_keep_their_number_through_every_stage(deep, monkeypatch) -> None:
-    """Each stage keeps the last of those that the one before had left, so the last of all."""
-    last = lambda _, hidden, count: Selection(torch.arange(len(hidden) - count, len(hidden)), hidden[-count:])  # noqa: E731
-    monkeypatch.setattr(pruning, "sparsevlm_tokens", last)
-    of = job(deep)
-    for one in baselines.answer("sparsevlm_50", of):
-        left, total = of.left[one.row_id], one.full_visual_tokens
-        assert 0 < len(left) < total and left == list(range(total - len(left), total))
-
-
 def test_the_evidence_that_is_left_is_counted_in_tokens_that_touch_its_boxes(tiny) -> None:
     """A grid of 2 x 4 tokens; the boxes touch token 0 and, of the second row, tokens 5 and 6."""
     rows: dict[str, list[Any]] = {"id": ["a", "b"], "image": [tiny.noise(112, 56, 0), tiny.noise(56, 56, 1)]}

@@ -16,7 +16,7 @@ from awares.clients.chat import ChatClient, Server
 from awares.clients.engine import RemoteEngine
 from awares.engine import chat_format
 from awares.engine.model import make_processor
-from awares.errors import AwaresRequestError
+from awares.errors import AwaresError, AwaresRequestError
 from awares.method import crops, protocol
 
 NOWHERE = "http://127.0.0.1:9/v1"
@@ -124,3 +124,10 @@ def test_a_server_that_reports_no_tokens_must_be_trusted_and_failed_rows_are_nam
     found, _ = remote(faulty.url, check=False).run([image] * 2, ["a", "d"])
     assert found.answer == "reply to a" and faulty.counts()["a"] == faulty.counts()["d"] == 1
     assert found.turns[1].text_tokens == len(tiny.processor.tokenizer("reply to a<|im_end|>")["input_ids"])
+
+
+def test_what_this_engine_cannot_do_is_named_before_anything_is_sent(tiny, remote):
+    nowhere = remote(NOWHERE, check=False)
+    with pytest.raises(AwaresError, match="call_bias 2.0"):
+        nowhere.run([tiny.noise(56, 56, 0)], ["q"], call_bias=2.0)
+    assert "tiny" in nowhere.key() and nowhere.key() != remote(max_side=160).key()

@@ -182,9 +182,10 @@ def test_killed_run_resumes_and_repeats_nothing(params, tmp_path):
         first, second = FakeEngine(dies_at), FakeEngine()
         with pytest.raises(KeyboardInterrupt):
             run(params, broken, first)
-        for file in broken.rglob("*.jsonl"):  # a kill within a write
+        for file in broken.parent.rglob("*.jsonl"):  # a kill within a write
             file.write_bytes(file.read_bytes() + b'{"id": "row-')
-        run(params, broken, second)
+        for engine in (second, FakeEngine(dies_at=0)):  # the third time all is done, and every file can be read
+            run(params, broken, engine)
         assert content(whole) == content(broken)
         done = [row_id for row_id, view in first.seen if view == "full"]  # a chunk is done when both views are
         assert not set(done) & {row_id for row_id, _ in second.seen}

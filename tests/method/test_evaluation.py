@@ -150,6 +150,8 @@ def test_compare_is_paired():
     both = pd.concat([scores.assign(system="a"), scores.assign(system="b", rtr=1.0)])
     found = evaluation.compare(both, [("a", "b")], EVALUATION).squeeze()
     assert (found.difference, found.low, found.high, found.rtr) == (0, 0, 0, -0.5) and not found.significant
+    apart = both.assign(score=1.0 * (both.system == "a"))
+    assert evaluation.compare(apart, [("a", "b"), ("b", "a")], EVALUATION).significant.all()
 
 
 def test_the_same_answers_are_the_same_bytes_whatever_time_they_took(tmp_path):

@@ -71,7 +71,7 @@ BUDGETS = {
 
 OPEN = {  # not met yet, with the number when this was written: delete each line as it is met
     "lines of src/awares": 12863,
-    "lines of tests": 9610,
+    "lines of tests": 9604,
 }
 
 

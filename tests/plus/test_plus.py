@@ -16,6 +16,7 @@ from awares.engine.rows import load_rows, save_rows
 from awares.errors import AwaresError
 from awares.method.rollout import Engine
 from awares.plus import estimators, exact
+from awares.study import comparison
 
 SECTION: dict = {"batch_size": 4, "per_device_batch_size": 2, "generations": 2, "max_steps": 3, "save_steps": 1}
 SECTION |= {"learning_rate": 1.0e-2, "scheduler": "constant", "held_out_rows": 2, "answer_reward": "anls"}
@@ -151,6 +152,15 @@ def test_the_chosen_bias_has_the_highest_reward(world):
     called = [trajectory(f"r{i}", f"word {i}" if i < 2 else "no", crops=("top",)) for i in range(4)]
     params = settings(**{"evaluation.dial_biases": [-4.0, -2.0, -1.0, 0.0, 2.0], "grpo.alpha_miss": 0.0})
     assert exact.best_bias(params, rows, {False: direct, True: called}) == -1.0
+
+
+def test_a_variant_is_evaluated_with_its_own_bias(tmp_path):
+    params = replace(settings(**{"grpo.choose_bias": True}), root=tmp_path, changed=frozenset({"grpo"}))
+    with pytest.raises(AwaresError, match="run the stage grpo"):
+        comparison.call_bias(params)
+    params.run_dir("grpo").mkdir(parents=True)
+    (params.run_dir("grpo") / "metrics.json").write_text('{"call_bias": -0.5}')
+    assert comparison.call_bias(params) == -0.5 and comparison.call_bias(settings()) == 0.0
 
 
 def test_answers_after_a_call_can_be_those_of_the_base_model(tiny, tmp_path):

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 from conftest import ROOT
 from PIL import Image
 
@@ -36,16 +36,11 @@ def build(folder: Path, config: Path = ROOT / "site" / "mkdocs.yml") -> Path:
     return folder
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder of the built site and its address on a server of this machine."""
     folder = build(tmp_path_factory.mktemp("site"))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield folder, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -84,30 +79,20 @@ def test_every_page_opens_at_both_widths_without_errors_and_without_other_hosts(
         page.close()
 
 
-class Links(HTMLParser):
-    """The targets and the anchors of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.targets, self.anchors = list[str](), {""}
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        self.targets += [values[name] for name in ("href", "src") if values.get(name)]
-        self.anchors.add(values.get("id") or values.get("name") or "")
-
-
 def broken(folder: Path) -> list[tuple[str, str]]:
     """Links to files or anchors that the site does not have."""
-    pages = {file: Links(file.read_text()) for file in folder.rglob("*.html")}
+    pages = {file: BeautifulSoup(file.read_text(), "html.parser") for file in folder.rglob("*.html")}
+    anchors = {
+        file: {"", *(one.get("id", one.get("name")) for one in page.select("[id],[name]"))}
+        for file, page in pages.items()
+    }
     found = []
     for file, page in pages.items():
-        for target in page.targets:
+        for target in [str(one.get("href") or one.get("src") or "") for one in page.select("[href],[src]")]:
             path, anchor = urldefrag(unquote(target))
             there = (folder / path.lstrip("/") if path.startswith("/") else file.parent / (path or file.name)).resolve()
             there = there / "index.html" if there.is_dir() else there
-            wrong = not there.is_file() or (there in pages and anchor not in pages[there].anchors)
+            wrong = not there.is_file() or anchor not in anchors.get(there, {anchor})
             if not re.match(r"https?:|mailto:|data:", target) and wrong and "explorer.html#" not in target:
                 found.append((file.name, target))
     return found

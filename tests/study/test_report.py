@@ -43,6 +43,18 @@ def test_rows_without_an_answer_or_a_score_are_left_out_of_the_repair_and_counte
     assert table["half+crops"].to_dict() == {"HR": 100, "LR": 100, "all": 100}
 
 
+def test_first_turns_have_intervals_around_the_tables_values():
+    labelled = rows(40, ["HR", "HR", "LR", "LR"] * 10, [["top"], ["left"], [], []] * 10)
+    done = [trajectory(crops=names, status="valid" if names else "none") for names in (["top"], [], ["right"], [])] * 10
+    done[0] = trajectory(crops=["top"], status="recovered")
+    found = diagnostics.first_turn_intervals({"sft": done}, labelled, PARAMS.evaluation).set_index("quantity")
+    table = evaluation.cdp_table({"sft": done}, labelled, 0.25).squeeze()
+    assert all(found.value[name] == pytest.approx(table[name]) for name in ("recall", "fpr", "exact", "area"))
+    assert found.value["valid"] == 95 and found.value["recovered"] == 5 and found.value["malformed"] == 0
+    assert (found.low <= found.value).all() and (found.value <= found.high).all()
+    assert found.low["recall"] == pytest.approx(25, abs=10) and found.low["exact"] == found.high["exact"] == 100
+
+
 def test_error_table_tells_when_where_and_reading_apart():
     labelled = rows(6, ["HR", "HR", "HR", "HR", "HR", "LR"], [["top-left"]] * 5 + [[]])
     requests = [[], ["bottom"], ["left"], ["top"], [], []]

@@ -1,4 +1,7 @@
-"""Two processes equal one: real processes under `accelerate launch`, over gloo."""
+"""Two processes equal one: real processes under `accelerate launch`, over gloo.
+
+They run ``python test_launch.py FUNCTION MODEL FOLDER``: `update` or `train_sharded`, on the rows in FOLDER.
+"""
 
 import os
 import re
@@ -8,29 +11,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-import grpo_worker
 import pytest
 import test_grpo
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from safetensors.torch import load_file
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from test_grpo import weights
 from test_grpo import world as grpo_world  # noqa: F401
 from test_sft import SMALL, world  # noqa: F401
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback
 
 from awares.baselines.trained import ergo_reward
 from awares.config import load_params
-from awares.engine.jsonl import read_records
-from awares.engine.rows import save_rows
+from awares.engine.jsonl import read_records, write_records
+from awares.engine.model import load_model, load_processor
+from awares.engine.rows import load_rows, save_rows
 from awares.errors import AwaresError
 from awares.method import grpo, sft
 from awares.training import checkpoints as training
 from awares.training import distributed
 
-HERE = Path(__file__).parents[1]
-ROOT = HERE.parent
+HERE = ROOT / "tests"
 CONFIGURATIONS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "data/launch").glob("*.yaml"))}
 TWO, FSDP2 = "data/launch/2cpu.yaml", "data/launch/fsdp2-8gpu.yaml"
 SEARCH = os.pathsep.join(map(str, (ROOT / "src", HERE, HERE / "method", HERE / "training")))
@@ -68,9 +75,41 @@ def require_same_training(log, other):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
 
 
+class Sharded(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        parts = sum(isinstance(module, FSDPModule) for module in model.modules())
+        whole = sum(weight.numel() for weight in model.parameters())
+        here = sum(weight.to_local().numel() for weight in model.parameters())
+        print(f"{parts} parts, {here} of {whole} weights", flush=True)
+
+
+def train_sharded(base, folder):
+    """SFT in one CPU process, sharded; it prints what each process holds. The libraries shard, train, save and load.
+
+    accelerate shards on GPUs only: on a CPU it reads the configuration and ignores it. Here its plugin is put where
+    accelerate keeps it on a GPU.
+    """
+    plain = training.train
+
+    def shard_and_train(trainer, *given):
+        for state in (PartialState(), trainer.accelerator.state):
+            state.distributed_type = DistributedType.FSDP
+        trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        trainer.is_fsdp_enabled = True
+        trainer.add_callback(Sharded())
+        plain(trainer, *given)
+
+    training.train = shard_and_train
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    changes = {"sft.launch": FSDP2, "sft.share_computation": False, "sft.gradient_checkpointing": True}
+    sft.fit_sft(
+        settings(folder, **changes), load_rows(folder / "rows"), base, folder / "checkpoints", folder / "log.jsonl"
+    )
+
+
 def run_sharded(world, folder):  # noqa: F811
     """SFT in two processes under the FSDP2 configuration that ships, on a CPU; what they print."""
-    given = [*LAUNCH, str(ROOT / FSDP2), "--num_processes", "2", str(HERE / "fsdp_worker.py"), str(world.base)]
+    given = [*LAUNCH, str(ROOT / FSDP2), "--num_processes", "2", __file__, "train_sharded", str(world.base)]
     done = subprocess.run([sys.executable, *given, str(folder)], env=WORKERS, cwd=ROOT, check=True, capture_output=True)
     return done.stdout.decode()
 
@@ -95,11 +134,38 @@ def test_a_sharded_training_has_the_losses_of_one_and_resumes(world, alone, tmp_
     assert (work / "checkpoint-1" / "optimizer.bin").stat() == first  # it resumed and did not begin again
 
 
+class Gradients(TrainerCallback):
+    """Writes the gradients of an update to ``file``."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = {name.removeprefix("module."): weight.grad for name, weight in model.named_parameters()}
+        if state.is_world_process_zero:
+            save_file({name: grad.clone() for name, grad in named.items() if grad is not None}, self.file)
+
+
+def update(policy, folder):
+    """One GRPO update with fixed completions."""
+    params = test_grpo.settings(**{"grpo.max_steps": 1, "grpo.max_grad_norm": 1000.0})
+    model, processor = load_model(policy), load_processor(policy)
+    trainer = grpo.build_grpo_trainer(params, load_rows(folder / "rows"), model, processor, folder / "work")
+    test_grpo.disturb(trainer)
+    processes = trainer.accelerator.num_processes
+    test_grpo.write(trainer, first=8 // processes * trainer.accelerator.process_index)
+    trainer.add_callback(Gradients(folder / f"gradients-{processes}.safetensors"))
+    trainer.args.save_strategy = "no"
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        write_records(folder / f"log-{processes}.jsonl", [one for one in trainer.state.log_history if "reward" in one])
+
+
 def test_grpo_in_two_processes_has_the_gradients_of_one(grpo_world, tmp_path):  # noqa: F811
     save_rows(grpo_world.rows, tmp_path / "rows")
-    given = [str(HERE / "grpo_worker.py"), str(grpo_world.policy), str(tmp_path)]
+    given = [__file__, "update", str(grpo_world.policy), str(tmp_path)]
     subprocess.run([sys.executable, *LAUNCH, str(ROOT / TWO), *given], env=WORKERS, cwd=ROOT, check=True)
-    grpo_worker.update(grpo_world.policy, tmp_path)
+    update(grpo_world.policy, tmp_path)
     one, two = (load_file(tmp_path / f"gradients-{processes}.safetensors") for processes in (1, 2))
     assert set(one) == set(two) and sum(value.abs().sum() for value in one.values()) > 0
     for name, value in one.items():
@@ -211,3 +277,7 @@ def test_the_configurations_are_accelerates_own_and_fit_the_papers_batches(name,
         section = getattr(params, stage)
         size, steps = distributed.layout(stage, section.batch_size, section.per_device_batch_size)
         assert size * steps * found.num_processes == section.batch_size and size <= section.per_device_batch_size
+
+
+if __name__ == "__main__":
+    {"update": update, "train_sharded": train_sharded}[sys.argv[1]](*map(Path, sys.argv[2:]))
