@@ -192,6 +192,7 @@ def test_bench_measures_counts_and_compares_and_a_kill_loses_one_benchmark(tmp_p
 
     monkeypatch.setattr(latency, "time_jobs", killed)
     line = "--device cpu --rows 2 --repetitions 2 --batch-tokens 4096 --shape qwen2.5-vl-7b --scale 0.0001"
+    line += " --attention flash_windows"
     with pytest.raises(KeyboardInterrupt):
         bench.main(f"{line} --benchmarks pope --benchmarks vstar --out {tmp_path}".split())
     table = pd.read_csv(tmp_path / "latency.csv", dtype={"batch": str})
@@ -199,7 +200,7 @@ def test_bench_measures_counts_and_compares_and_a_kill_loses_one_benchmark(tmp_p
     assert (table.image == "112x112").all() and (table[table.system == "full"].visual_tokens == 4 * 4).all()
     assert (table.benchmark == "pope").all() and (table.ms > 0).all() and (table.gflops > 0).all()
     named = json.loads((tmp_path / "machine.json").read_text())
-    assert named["torch"] == torch.__version__ and (table.torch == torch.__version__).all()
+    assert (table.attention == "flash_windows").all() and (table.torch == torch.__version__).all()
     assert {"device", "scale", "dtype", "transformers"} <= set(table) and str(ROOT) not in json.dumps(named)
     assert len(pd.read_csv(tmp_path / "times.csv")) == 2 * 2 * 5
 

@@ -69,15 +69,11 @@ BUDGETS = {
 }
 
 
-OPEN = {  # not met yet, with the number when this was written: delete each line as it is met
-    "lines of src/awares": 12863,
-    "lines of tests": 9604,
-}
+# Not met yet: the number that was reached, which may only fall. Delete a line when its budget is met
+OPEN = {"lines of src/awares": 12_870, "lines of tests": 9_600}
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(name, marks=[pytest.mark.xfail(strict=False)] if name in OPEN else []) for name in BUDGETS]
-)
+@pytest.mark.parametrize("what", BUDGETS)
 def test_budget(what: str) -> None:
     count, most = BUDGETS[what]
-    assert count() <= most
+    assert count() <= OPEN.get(what, most)

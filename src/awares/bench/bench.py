@@ -25,6 +25,7 @@ from typer import Option
 
 from awares.bench import configs, latency
 from awares.config import Params, load_params, parse_overrides
+from awares.engine.model import set_attention
 from awares.errors import AwaresValueError
 from awares.method import grpo, sft
 
@@ -39,6 +40,7 @@ class Settings(NamedTuple):
     shape: Annotated[ShapeName, Option(help="architecture, random weights")] = "qwen2.5-vl-7b"
     scale: Annotated[float, Option(min=1e-6, max=1, help="fraction of the shape's parameters to keep")] = 1.0
     dtype: Annotated[Literal["", "bfloat16", "float32"], Option(help="default: bfloat16 on cuda, else float32")] = ""
+    attention: Annotated[str, Option(help="as base.attn_implementation, such as flash_windows")] = ""
     device: Annotated[Literal["cuda", "cpu"], Option()] = "cuda" if torch.cuda.is_available() else "cpu"
     benchmarks: Annotated[list[str], Option(help="may be repeated")] = [*configs.BENCHMARKS]
     rows: Annotated[int, Option(min=1, help="rows of a benchmark")] = 8
@@ -68,7 +70,9 @@ class Settings(NamedTuple):
         return self.dtype or ("bfloat16" if self.device == "cuda" else "float32")
 
     def build(self) -> tuple[Any, Any]:
-        return configs.build(self.shape, self.scale, self.precision, self.device, self.seed)
+        model, processor = configs.build(self.shape, self.scale, self.precision, self.device, self.seed)
+        set_attention(model, self.attention)
+        return model, processor
 
     def image_size(self, benchmark: str) -> tuple[int, int]:
         return configs.image_size(benchmark, self.shape, self.scale)
@@ -76,6 +80,7 @@ class Settings(NamedTuple):
     def training_params(self) -> Params:
         """Profile ``paper`` with two steps of each training, then ``overrides``; AwaresError for a wrong value."""
         fixed = {"base.device": self.device, "base.dtype": self.precision, "sft.epochs": 2, "sft.checkpoints": 1}
+        fixed["base.attn_implementation"] = self.attention
         fixed |= {"grpo.max_steps": 2, "grpo.answer_reward": "anls", "grpo.max_completion_length": 32}
         return load_params("paper", overrides={**fixed, **parse_overrides(self.overrides)})
 
@@ -111,6 +116,7 @@ def machine(settings: Settings) -> dict[str, str]:
     if settings.device == "cuda":
         found = {"device": torch.cuda.get_device_name()}
     found |= {"shape": settings.shape, "scale": str(settings.scale), "dtype": settings.precision}
+    found |= {"attention": settings.attention or "default"}
     versions = {name: importlib.metadata.version(name) for name in ("awares", "torch", "transformers", "trl", "peft")}
     return {**found, "python": platform.python_version(), **versions}
 
