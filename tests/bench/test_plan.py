@@ -164,7 +164,7 @@ def test_preflight_names_what_is_missing_and_the_fix(server, tmp_path, monkeypat
     (tmp_path / "mine.jsonl").write_text("{}\n")
     rows = [str(tmp_path / "mine.jsonl"), str(tmp_path / "gone.jsonl"), "chartqa"]
     local = {"data__hub_root": str(tmp_path / "hub"), "base__model": "data/base", "data__sources": rows}
-    local["curation__judges"] = ["llama", "deepseek", "anls"]
+    local |= {"curation__judges": ["llama", "deepseek", "anls"], "evaluation__lmms_eval": "nowhere/python"}
     found = check(**local)
     there = ["llama: meta-llama/Llama-3.3-70B-Instruct", "qwen3_vl: Qwen/Qwen3-VL-235B-A22B-Instruct-FP8"]
     assert all(found[name].there for name in (*there, "dataset lmms-lab/POPE", f"rows {rows[0]}"))
