@@ -1,6 +1,7 @@
 """Fixtures: a random tiny Qwen2.5-VL with a byte-level tokenizer, built in a second, so no test needs a checkpoint."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -12,6 +13,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from awares.config import Params, load_params
 from awares.data.rows import make_dataset
 from awares.engine import chat_format
 from awares.engine.model import load_model, make_processor, save_model
@@ -68,6 +70,11 @@ def tiny_model(processor, seed=0, layers=2, kind=QWEN2_5, mrope=(1, 1, 2), visio
     model.generation_config.eos_token_id = token_id("<|im_end|>")
     model.generation_config.pad_token_id = token_id("<|endoftext|>")
     return model
+
+
+def overriding(values: dict[str, Any]) -> Callable[..., Params]:
+    """A function that loads params.yaml with ``values``, and with those that it is given."""
+    return lambda **more: load_params(overrides={**values, **more})
 
 
 def noise(width: int, height: int, seed: int) -> Image.Image:

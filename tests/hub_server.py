@@ -35,26 +35,19 @@ class Gate(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
 
-class Commits(Gate):
-    """A hub whose every dataset, but one that has moved, has a commit for each revision."""
-
-    def do_GET(self):
-        repository, revision = self.path.removeprefix("/api/datasets/").split("/revision/")
-        if repository == "lmms-lab-encoder/POPE":
-            return self.reply(404, "RepoNotFound", "Repository not found")
-        self.reply(200)
-        self.wfile.write(json.dumps({"id": repository, "sha": commit_of(repository, revision)}).encode())
-
-
-class Archive(Commits):
-    """A hub whose every folder holds one file, `train_images.zip`, sent in ranges."""
+class Archive(Gate):
+    """A hub with a commit for each revision of every dataset, but one that has moved, and one file in every folder:
+    `train_images.zip`, sent in ranges."""
 
     content: bytes
 
     def do_GET(self):
-        if "/revision/" in self.path:
-            return super().do_GET()
-        if "/resolve/" in self.path:
+        dataset, _, revision = self.path.removeprefix("/api/datasets/").partition("/revision/")
+        if dataset == "lmms-lab-encoder/POPE":
+            return self.reply(404, "RepoNotFound", "Repository not found")
+        if revision:
+            part = json.dumps({"id": dataset, "sha": commit_of(dataset, revision)}).encode()
+        elif "/resolve/" in self.path:
             first, last = map(int, re.findall(r"\d+", self.headers["Range"]))
             part = self.content[first : last + 1]
         else:

@@ -3,18 +3,15 @@
 import hashlib
 import json
 
-import numpy as np
 import pytest
 import torch
 
 import batches
-import examples
 import train
-from awares.engine.model import load_model, load_processor, make_processor
+from awares.engine.model import load_model, load_processor
 from awares.errors import AwaresError
 from awares.method import protocol
 from recipe import BASE, load_recipe
-from targets import IGNORE
 from tokenizer import build_tokenizer
 
 RECIPE = load_recipe()
@@ -43,22 +40,6 @@ def test_the_shipped_tokenizer_is_that_of_the_training(tokenizer):
     for text in ("$15", "12 and 36%", protocol.SYSTEM):  # a `Qwen2Tokenizer` would read 15 as 1 and 5
         assert shipped(text)["input_ids"] == tokenizer(text)["input_ids"]
         assert shipped.decode(shipped(text)["input_ids"]) == text
-
-
-def test_training_format_is_the_chat_template(tokenizer):
-    processor = make_processor(tokenizer, min_pixels=28 * 28)
-    rng = np.random.default_rng(3)
-    one = next(e for e in iter(lambda: examples.example(rng, RECIPE.stages["joint"]), None) if len(e.views) == 1)
-    messages = protocol.user_messages(one.turns[0][0], [one.views[0].image], one.system)
-    for index, (question, answer) in enumerate(one.turns):
-        messages += [{"role": "user", "content": [{"type": "text", "text": question}]}] if index else []
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    found = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    ids, labels = batches.encode(one, tokenizer)
-    assert list(found["input_ids"][0]) == ids
-    assert [bool(m) for m in found["assistant_masks"][0]] == [label != IGNORE for label in labels]
-    pixels = processor.image_processor(images=[one.views[0].image], return_tensors="np")["pixel_values"]
-    assert np.allclose(pixels, batches.patchify(np.asarray(one.views[0].image)), atol=1e-6)
 
 
 def small(tmp_path, begin):

@@ -30,15 +30,12 @@ def test_quotas_are_proportional_and_overflow_goes_to_the_others() -> None:
         assert sum(found) == total and all(0 <= share <= size for share, size in zip(found, sizes, strict=True))
 
 
-def test_holov_follows_attention_where_the_chunks_are_equally_diverse() -> None:
+def test_holov_follows_attention_and_gives_a_diverse_chunk_more_than_a_flat_one() -> None:
     """Two chunks of 8 with three quarters of the attention in the second: 2 and 6 of 8, the best of each."""
     scores = torch.tensor([1, 1, 1, 1, 2, 2, 0, 0, 3, 3, 3, 3, 3, 6, 3, 0.0])
     features = rand(8, 5).repeat(2, 1)
     found = pruning.holov_tokens(scores, features, 0.5, chunks=2, diversity=0.0)
     assert found.kept.tolist() == [4, 5, 8, 9, 10, 11, 12, 13]
-
-
-def test_holov_gives_a_diverse_chunk_more_than_a_flat_one() -> None:
     scores = torch.ones(40)
     features = torch.cat([torch.ones(20, 6) + 1e-3 * rand(20, 6), rand(20, 6, seed=1)])
     even = pruning.holov_tokens(scores, features, 0.5, chunks=2, diversity=0.0)

@@ -5,9 +5,8 @@ import re
 import datasets
 import published
 import pytest
-from conftest import ROOT
+from conftest import ROOT, overriding
 
-from awares.config import load_params
 from awares.data import released
 from awares.engine.rows import load_rows
 from awares.errors import AwaresError
@@ -22,8 +21,7 @@ TABLE = re.findall(r"^\| `(.+)` \| (\w+) \| (\w+) \| ([a-z, -]*) \|", (ROOT / "s
 RELEASED = {"protocol.name": "released"}
 
 
-def settings(**values):
-    return load_params("mini", overrides=values)
+settings = overriding({})
 
 
 def test_the_readmes_table_of_accepted_and_rejected_strings():

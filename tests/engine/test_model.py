@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 from conftest import save_adapter
-from trl import chat_template_utils as trl_templates
 
 from awares.engine import chat_format
 from awares.engine import model as models
@@ -96,9 +95,6 @@ def test_bad_folders_and_requests_are_named(tiny: SimpleNamespace, saved: Path, 
         load_processor(tmp_path / "nothing")
     with pytest.raises(AwaresError, match="base.attn_implementation 'fastest'"):
         set_attention(tiny.model, "fastest")
-
-
-def test_a_tokenizer_without_the_tool_tokens_is_refused(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved, tmp_path / "old")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [one for one in tokenizer["added_tokens"] if one["content"] != "<tool_call>"]
@@ -106,19 +102,6 @@ def test_a_tokenizer_without_the_tool_tokens_is_refused(saved: Path, tmp_path: P
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(AwaresError, match="lacks <tool_call>"):
         load_processor(folder)
-
-
-def test_plain_conversations_render_as_in_stock_qwen(tiny: SimpleNamespace) -> None:
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
-    plain = [question, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    templates = chat_format.CHAT_TEMPLATE, trl_templates.qwen2_5_vl_chat_template
-    for messages in (plain, [{"role": "system", "content": "s"}, *plain]):
-        for prompt in (False, True):
-            options = {"tokenize": False, "add_generation_prompt": prompt}
-            ours, stock = (
-                tiny.processor.apply_chat_template(messages, chat_template=one, **options) for one in templates
-            )
-            assert ours == stock
 
 
 @pytest.mark.parametrize("sizes", [[(620, 400)], [(400, 330), (112, 112), (140, 512)]])

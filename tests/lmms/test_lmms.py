@@ -24,11 +24,7 @@ from awares.method.rollout import Engine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FEATURES = {
-    "images": datasets.List(datasets.Image()),
-    "question": datasets.Value("string"),
-    "answer": datasets.Value("string"),
-}
+TEXTS = dict.fromkeys(("question", "answer", "type"), datasets.Value("string"))
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +34,9 @@ def rows(tmp_path_factory):
     found = [row for row in make_split(params, "evaluation") if row["source"] == "chartqa"][:5]
     records = [{"images": [row["image"]], "question": row["question"], "answer": row["answers"][0]} for row in found]
     records.append({**records[0], "images": [found[0]["image"], found[1]["image"]]})
-    folder = tmp_path_factory.mktemp("offline")
-    table = datasets.Dataset.from_list(
-        [{**one, "type": "human_test"} for one in records],
-        features=datasets.Features({**FEATURES, "type": datasets.Value("string")}),
-    )
-    table.to_parquet(folder / "offline.parquet")
+    records, folder = [{**one, "type": "human_test"} for one in records], tmp_path_factory.mktemp("offline")
+    features = datasets.Features({"images": datasets.List(datasets.Image()), **TEXTS})
+    datasets.Dataset.from_list(records, features=features).to_parquet(folder / "offline.parquet")
     return folder, records
 
 
@@ -96,9 +89,8 @@ def test_the_evaluation_notebook_scores_a_policy_through_lmms_eval(rows, monkeyp
     assert 0 <= row.value <= 1 and 0 < row.rtr <= 1.1 and row.seconds > 0
     again = benchmarks.through_lmms_eval(*given, {"chartqa": "awares_offline"}, options)
     assert again.equals(table)  # all from the log
-    two = load_params(
-        "mini", overrides={**overrides, "base.launch": "data/launch/2cpu.yaml"}, path=ROOT / "params.yaml"
-    )
+    overrides["base.launch"] = "data/launch/2cpu.yaml"
+    two = load_params("mini", overrides=overrides, path=ROOT / "params.yaml")
     both = benchmarks.through_lmms_eval(*given[:2], two, given[3], {"chartqa": "awares_offline"}, options)
     assert both.drop(columns="seconds").equals(table.drop(columns="seconds"))  # of all samples, by two processes
     assert len(list(folder.glob("evaluation/.checkpoints/*/samples.*.jsonl"))) == 2

@@ -82,23 +82,6 @@ def test_derived_is_what_the_engine_does_at_every_bias(engine: Engine, rows: dat
     assert {one.call_status for one in derived[biases[-1]]} == {"valid", "malformed"}
 
 
-def test_every_row_runs_once_more_with_a_finite_bias(engine: Engine, rows: datasets.Dataset, monkeypatch) -> None:
-    """A bias decides the first token only, however large it is: -inf would ban the call token at every position."""
-    own, ran, engine_run = run(engine, rows), [], Engine.run
-    biases = biases_between(own)
-
-    def watched(self: Engine, images: Any, questions: Any, **options: Any) -> Any:
-        assert math.isfinite(options["call_bias"])
-        ran.extend(options["row_ids"])
-        return engine_run(self, images, questions, **options)
-
-    monkeypatch.setattr(Engine, "run", watched)
-    swept = evaluation.sweep_call_bias(engine, rows, own, 0.0, [0.0, *biases])
-    assert sorted(ran) == sorted(rows["id"]) and swept[0.0] == own
-    ran.clear()
-    assert evaluation.sweep_call_bias(engine, rows, own, 0.0, [0.0]) == {0.0: own} and not ran
-
-
 def test_gap_and_logprob_are_of_the_unbiased_first_token(engine: Engine, rows: datasets.Dataset) -> None:
     for one, other in zip(run(engine, rows), run(engine, rows, 3.0), strict=True):
         assert one.call_gap is not None and one.call_logprob is not None
@@ -132,14 +115,11 @@ def test_main_table_averages_over_benchmarks_not_rows():
     assert table.loc["chartqa", "accuracy_low"] == 100 and table.n.tolist() == [3, 1, 4]
 
 
-def test_scored_refuses_trajectories_of_other_rows(rows):
+def test_trajectories_are_scored_with_their_rows_and_label_them(rows):
     good = evaluation.scored("full", rows.select([0]), [trajectory(tokens=64)])
     assert good.score.tolist() == [1.0] and good.rtr.tolist() == [1.0]
     with pytest.raises(AwaresError, match="row-0.*other"):
         evaluation.scored("full", rows.select([0]), [trajectory("other")])
-
-
-def test_label_rows_come_from_the_two_answers(rows):
     half, full = [trajectory(answer="13"), trajectory()], [trajectory(), trajectory()]
     labelled = evaluation.label_rows(rows.select([0, 1]), half, full, PARAMS)
     assert labelled["label"][:] == ["HR", "LR"] and labelled["target_crops"][:] == [["top-left"], []]

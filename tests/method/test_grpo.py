@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_sft import killed_at
+from conftest import overriding
+from test_sft import killed_at, weights
 from trl import GRPOTrainer
 
-from awares.config import load_params
 from awares.engine.chat_format import END_OF_TURN
 from awares.engine.jsonl import read_records
 from awares.engine.model import load_model, load_processor
@@ -18,17 +17,13 @@ from awares.method.metrics import anls
 from awares.method.rollout import Engine
 from awares.study import rollouts as study_rollouts
 from awares.training import checkpoints as training
-from awares.training.prompt_sharing import expanded_once
 
 SECTION = {"answer_reward": "anls", "batch_size": 8, "per_device_batch_size": 4, "generations": 4, "max_steps": 3}
 SECTION |= {"save_steps": 1, "max_completion_length": 48, "learning_rate": 1.0e-2, "scheduler": "constant"}
 SMALL = {"threads": 1, **{f"grpo.{key}": value for key, value in SECTION.items()}}
 CALL = ("bottom-right", "top-left")
 ANSWERS = ["word 3", "word 4", "none", "word 3", "later", "word 4", "word", "word 3"]
-
-
-def settings(**overrides):
-    return load_params(overrides={**SMALL, **overrides})
+settings = overriding(SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +157,9 @@ def log_probs(trainer, batch, share):
     return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width, compute_entropy=True, **images)
 
 
-def called(*regions, **arguments):
+def called(*regions, name="crop", **arguments):
     """A tool call as TRL parses it; ``arguments``: instead of the right ones."""
-    return {"type": "function", "function": {"name": "crop", "arguments": arguments or {"regions": list(regions)}}}
+    return {"type": "function", "function": {"name": name, "arguments": arguments or {"regions": list(regions)}}}
 
 
 def said(text, calls=None):
@@ -196,6 +191,7 @@ TORN = '<tool_call>\n{"name": "crop", "argu'
         ([said("", [called("top")]), TOOL], "", ("top",), ""),  # nothing left to answer with
         ([said(TORN)], TORN, (), "malformed"),
         ([said("GET_CROPS: ['0']")], "GET_CROPS: ['0']", (), "malformed"),  # readable, but TRL has not run it
+        ([said("", [called("top", name="Crop")]), TOOL, said("7")], "7", (), "malformed"),  # TRL has shown an error
     ],
 )
 def test_a_completion_is_read_as_answer_and_requested_crops(completion, answer, requested, fault):
@@ -204,20 +200,13 @@ def test_a_completion_is_read_as_answer_and_requested_crops(completion, answer, 
     assert (rollout.malformed, rollout.overflow) == (fault == "malformed", fault == "overflow")
 
 
-def test_call_metrics_average_over_the_right_completions():
-    completions = [said("", [called("top")]), TOOL, said("a")], [said("<tool_call>")], [said("a")]
-    labelled = zip(completions, ("HR", "LR", "HR"), strict=True)
-    values = grpo.call_metrics([read(one, label=label) for one, label in labelled])
-    assert (values["call_rate"], values["call_rate_hr"], values["call_rate_lr"]) == ([1, 0, 0], [1, 0], [0])
-    assert values["area"] == [0.5] and values["malformed"] == [0, 1, 0]
-
-
 def test_an_overflowing_call_still_costs_and_is_counted(world, play):
     names = ("all", "top", "bottom", "left", "right")
     trainer, batch = play(settings(**{"grpo.crop_token_budget": 90}), call=names)
     assert batch["num_images"] == [1] * 8
     metrics = trainer._metrics["train"]
-    assert metrics["overflow"] == [0.25] and metrics["call_rate"] == [0.25] and metrics["area"] == [1.0]
+    assert metrics["overflow"] == metrics["call_rate"] == [0.25] and metrics["area"] == [1.0]
+    assert (metrics["call_rate_lr"], metrics["call_rate_hr"], metrics["malformed"]) == ([0.25], [0.25], [0.0])
     assert metrics["terms/tool_cost"] == [pytest.approx((2 * 0.26 + 3 * 2.0) / 8)]
 
 
@@ -233,12 +222,6 @@ def test_scored_rollouts_have_the_reward_and_advantage_of_training(world, play):
     assert [one["advantage"] for one in scored] == pytest.approx(batch["advantages"].tolist(), abs=1e-6)
     assert all(one["miss"] + one["use"] + one["area"] == pytest.approx(one["tool_cost"]) for one in scored)
     assert [one["prediction"] for one in scored] == ANSWERS and scored[1]["crops"] == CALL
-
-
-@pytest.mark.parametrize("values", [[1.0], [0.0] * 7 + [float("nan")], None])
-def test_a_reward_must_be_one_finite_number_for_each_rollout(values):
-    with pytest.raises(AwaresError, match=" 8 rollouts"):
-        rewards.RewardContext(settings()).score(lambda *_: values, [read([said("7")])] * 8)
 
 
 @pytest.mark.parametrize("margin", [0, 28])
@@ -279,14 +262,13 @@ def test_bad_settings_and_inputs_are_refused(world, tmp_path, monkeypatch):
     with pytest.raises(AwaresError, match="crop_token_budget 20 .*row r1"):
         grpo.check_budget(world.rows, world.processor, settings(**{"grpo.crop_token_budget": 20}))
     grpo.check_budget(world.rows, world.processor, settings(**{"grpo.crop_token_budget": 90}))
+    for values in ([1.0], [0.0] * 7 + [float("nan")], None):  # a reward is one finite number for each rollout
+        with pytest.raises(AwaresError, match=" 8 rollouts"):
+            rewards.RewardContext(settings()).score(lambda *_, values=values: values, [read([said("7")])] * 8)
     monkeypatch.setenv("WORLD_SIZE", "4")  # two completions per process, groups of four
     for fault, changes in (("share_prompts", {}), ("reward visionthink", {**WHOLE, "grpo.share_prompts": False})):
         with pytest.raises(AwaresError, match=f"grpo.{fault}.* 2 completions"):
             build(**changes)
-
-
-def weights(result):
-    return load_file(result.adapter / "adapter_model.safetensors")
 
 
 def run(world, out, reward=None, **overrides):
@@ -318,7 +300,7 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(world, tmp_path, monk
         assert len(generated) == 1 and done.step == 2  # the second update is repeated, and only once
         assert done.log.read_text() == whole.log.read_text()
         done.log.unlink()
-    assert all(torch.equal(value, weights(done)[name]) for name, value in weights(whole).items())
+    assert all(torch.equal(value, weights(done.adapter)[name]) for name, value in weights(whole.adapter).items())
     other = train("parts", early_words, steps=1)
     assert len(generated) == 2 and other.step == 1  # another reward is another input: from the start
     (entry,) = read_records(other.log)
@@ -354,16 +336,3 @@ def test_a_resumed_run_goes_on_in_the_order_of_its_own_epoch(world, tmp_path):
         trainer.state.epoch = epoch
         sampler = trainer._get_train_sampler()
         assert list(sampler) == orders[order] and len(sampler) == len(plain)
-
-
-def test_vllm_gets_one_placeholder_for_each_image_and_must_read_our_prompts():
-    ours, given = [[1, 9, 9, 9, 2, 9, 3], [9, 9, 4, 9, 9], [5]], []
-
-    def generate(prompts, images, read):
-        given.append(prompts)
-        return read, "completions", "log-probabilities", None
-
-    assert expanded_once(generate, 9, ours, None, read=ours) == (ours, "completions", "log-probabilities", None)
-    assert given == [[[1, 9, 2, 9, 3], [9, 4, 9], [5]]]
-    with pytest.raises(AwaresError, match="grpo.rollouts vllm: .*7 tokens.* of 5"):
-        expanded_once(generate, 9, ours, None, read=given[0])

@@ -9,7 +9,6 @@ from awares.config import load_params
 from awares.errors import AwaresError
 from awares.method import protocol
 from awares.method.crops import CROPS
-from awares.method.grpo import read_calls
 from awares.method.protocol import OURS, RELEASED, parse_call
 
 CALL = '<tool_call>\n{"name": "crop", "arguments": {"regions": %s}}\n</tool_call>'
@@ -64,16 +63,6 @@ def test_a_conversation_renders_to_these_very_bytes(tiny: SimpleNamespace) -> No
     out = tiny.processor.apply_chat_template(conversation(tiny), **options)
     masked = out["input_ids"][0][out["assistant_masks"][0].bool()]  # the assistant's words and nothing else
     assert tiny.processor.tokenizer.decode(masked) == OURS.render_call(["top", "left"]) + "<|im_end|>7<|im_end|>"
-
-
-def test_every_prefix_of_a_conversation_is_a_prefix_of_its_text(tiny: SimpleNamespace) -> None:
-    messages, render = conversation(tiny), tiny.processor.apply_chat_template
-    whole = render(messages, tokenize=False)
-    assert all(whole.startswith(render(messages[:length], tokenize=False)) for length in range(1, len(messages)))
-    for length in (2, 4):  # where the assistant continues
-        assert whole.startswith(render(messages[:length], tokenize=False, add_generation_prompt=True))
-    called, reply = render(messages[:3], tokenize=False), protocol.tool_suffix(tiny.processor, messages[3])
-    assert whole.startswith(called.rstrip("\n") + reply)
 
 
 def test_a_tool_may_offer_fewer_regions():
@@ -149,14 +138,3 @@ def test_a_box_is_rounded_or_malformed_but_never_another_box(box: str) -> None:
         assert (found.crops, found.status) == (crops, "recovered" if crops else "malformed")
     for end in range(1, len(box)):  # a turn that was cut off within a number
         assert not parse_call(f'<tool_call>{TOP.split("[")[0]}["{box[:end]}', FREE).crops
-
-
-def test_grpo_reads_what_trl_served() -> None:
-    def call(name: str, regions: object) -> dict:
-        return {"name": name, "arguments": {"regions": regions}}
-
-    assert read_calls([call("crop", ["“top”"])], OURS).crops == ("top",)
-    for refused in (call("Crop", ["top"]), {"name": "crop", "arguments": '{"regions": ["top"]}'}):
-        assert read_calls([refused], OURS).status == "malformed"  # TRL has shown an error, not a crop
-    assert read_calls([call("crop", [[150.4, 400, 600, 700]])], FREE).crops == (BOX,)
-    assert read_calls([call("crop", [[-150, 400, 600, 700]])], FREE).status == "malformed"

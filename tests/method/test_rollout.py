@@ -130,7 +130,7 @@ def test_batches_of_one_and_of_many_give_the_same(rigged: SimpleNamespace, reuse
 
 def test_visual_tokens_are_counted_by_turn_after_the_processor(rigged: SimpleNamespace) -> None:
     image = rigged.noise(224, 168, 0)
-    called, plain = engine(rigged).run([image, image], ["do top-left,right", "plain"])
+    called, plain, malformed = engine(rigged).run([image] * 3, ["do top-left,right", "plain", "do malformed"])
     count = rigged.processor.image_processor([image], return_tensors="pt")["image_grid_thw"].prod().item() // 4
     assert called.full_visual_tokens == count == 48
     pieces = [crops.low_resolution(image), crops.cut(image, "top-left"), crops.cut(image, "right")]
@@ -138,14 +138,9 @@ def test_visual_tokens_are_counted_by_turn_after_the_processor(rigged: SimpleNam
     assert [turn.visual_tokens for turn in called.turns] == [low, 0, first + second, 0] == [12, 0, 36, 0]
     assert called.turns[2].images == (pieces[1].size, pieces[2].size) and (called.visual_tokens, called.rtr) == (48, 1)
     assert (plain.visual_tokens, plain.rtr, len(plain.turns)) == (12, 0.25, 2)
-
-
-def test_a_malformed_call_gets_an_error_message_and_no_image(rigged: SimpleNamespace) -> None:
-    image = rigged.noise(112, 112, 0)
-    one, other = engine(rigged).run([image, image], ["do malformed", "do top"])
-    assert (one.call_status, one.crops, one.rtr, other.call_status) == ("malformed", (), 0.25, "valid")
-    assert [turn.role for turn in one.turns] == ["user", "assistant", "tool", "assistant"]
-    assert (one.turns[2].text, one.turns[2].images) == (protocol.TOOL_ERROR, ()) and one.answer == one.turns[3].text
+    assert (malformed.call_status, malformed.crops, malformed.rtr) == ("malformed", (), 0.25)
+    error, last = malformed.turns[2:]  # a message and no image
+    assert (error.role, error.text, error.images) == ("tool", protocol.TOOL_ERROR, ()) and malformed.answer == last.text
 
 
 def test_a_call_that_runs_out_of_tokens_is_closed_before_the_reply(rigged: SimpleNamespace, monkeypatch) -> None:

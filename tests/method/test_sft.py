@@ -7,9 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import overriding
 from safetensors.torch import load_file
 
-from awares.config import load_params
 from awares.engine.model import load_model, load_processor
 from awares.errors import AwaresError
 from awares.method import crops, protocol, sft
@@ -19,10 +19,7 @@ SECTION = {"share": 1.0, "epochs": 1.0, "batch_size": 4, "per_device_batch_size"
 SECTION |= {"selection_rows": 1, "learning_rate": 1.0e-2, "warmup_ratio": 0.0}
 SMALL = {"threads": 1, "protocol.max_new_tokens": 12, **{f"sft.{key}": value for key, value in SECTION.items()}}
 CROPS_OF = {1: ["top-left", "bottom-right"], 4: ["bottom"], 7: ["right", "top-left"]}
-
-
-def settings(**overrides):
-    return load_params(overrides={**SMALL, **overrides})
+settings = overriding(SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -185,14 +182,10 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(world, finished, tmp_
     assert all(torch.equal(value, weights(again.adapter)[name]) for name, value in weights(finished.adapter).items())
 
 
-def test_the_latest_checkpoint_that_is_not_worse_than_the_best_is_chosen():
-    cases = {3: [0.9, 0.92, 0.93], 2: [0.93, 0.92, 0.85], 1: [0.9, 0.7, 0.8]}
-    for step, marks in cases.items():
-        scores = [{"step": at, "validation_accuracy": mark} for at, mark in enumerate(marks, 1)]
-        assert sft.choose(scores, 300)["step"] == step
-
-
-def test_the_chosen_checkpoint_is_the_one_that_is_saved(world, tmp_path, monkeypatch):
+def test_the_latest_checkpoint_that_is_not_worse_than_the_best_is_chosen_and_saved(world, tmp_path, monkeypatch):
+    for best, scores in {3: [0.9, 0.92, 0.93], 2: [0.93, 0.92, 0.85], 1: [0.9, 0.7, 0.8]}.items():
+        candidates = [{"step": at, "validation_accuracy": mark} for at, mark in enumerate(scores, 1)]
+        assert sft.choose(candidates, 300)["step"] == best
     marks = {1: 0.9, 2: 0.9, 3: 0.0}
 
     def score(checkpoint, *others):

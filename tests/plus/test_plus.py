@@ -5,11 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import trajectory
+from conftest import overriding, trajectory
 from test_grpo import trainer_for
 from test_sft import killed_at
 
-from awares.config import load_params
 from awares.engine.jsonl import read_records
 from awares.engine.model import load_model, load_processor
 from awares.engine.rows import load_rows, save_rows
@@ -21,10 +20,7 @@ from awares.study import comparison
 SECTION: dict = {"batch_size": 4, "per_device_batch_size": 2, "generations": 2, "max_steps": 3, "save_steps": 1}
 SECTION |= {"learning_rate": 1.0e-2, "scheduler": "constant", "held_out_rows": 2, "answer_reward": "anls"}
 SMALL = {"threads": 1, **{f"grpo.{key}": value for key, value in SECTION.items()}}
-
-
-def settings(**overrides):
-    return load_params(overrides={**SMALL, **overrides})
+settings = overriding(SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +132,8 @@ def test_exact_training_follows_the_rewards_and_resumes(world, tmp_path):
     name = "adapter_model.safetensors"
     assert (parts.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
     assert [{**one, "seconds": 0} for one in read_records(parts.log)] == [{**one, "seconds": 0} for one in log]
-
-
-def test_exact_training_refuses_a_reward_of_groups(world, tmp_path):
+    params = settings(**{"grpo.reward": "visionthink"})  # a reward of groups
     with pytest.raises(AwaresError, match="grpo.estimator exact.*visionthink.*sampled"):
-        params = settings(**{"grpo.reward": "visionthink"})
         exact.train_exact(params, world.rows, world.plays, world.policy, tmp_path, world.rows)
 
 

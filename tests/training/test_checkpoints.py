@@ -10,7 +10,7 @@ from conftest import ROOT
 from test_sft import checkpoints_of, finished, run, settings, weights, world  # noqa: F401
 
 from awares.engine import keys as work_keys
-from awares.engine.jsonl import exclusive_lock, read_records
+from awares.engine.jsonl import exclusive_lock
 from awares.engine.model import load_model, save_model
 from awares.engine.rows import FEATURES
 from awares.errors import AwaresError
@@ -67,6 +67,3 @@ def test_what_is_saved_is_one_policy_without_paths_of_this_machine(world, finish
     written = [path for folder in (finished.adapter, finished.merged) for path in folder.iterdir()]
     texts = [path.read_text() for path in written if path.suffix != ".safetensors"]
     assert not any(str(finished.adapter.parents[1]) in text for text in texts)
-    updates, candidates = read_records(finished.log)[:3], read_records(finished.log)[3:]
-    assert [one["step"] for one in updates if "loss" in one] == [one["step"] for one in candidates] == [1, 2, 3]
-    assert all({"validation_accuracy", "call_rate"} < set(one) for one in candidates)

@@ -49,12 +49,7 @@ def settings(tmp_path_factory):
     """Makes parameters under which a step starts its own vLLM server."""
     folder = tmp_path_factory.mktemp("served")
     declared = yaml.safe_load((ROOT / "data" / "served.yaml").read_text()) | {"python": sys.executable, "minutes": 8}
-    declared["models"]["base"] |= {
-        "model": "data/base",
-        "vllm": {**FLAGS, "speculative-config": DRAFTS},
-        "attempts": 3,
-        "concurrency": 32,
-    }
+    declared["models"]["base"] |= {"model": "data/base", "vllm": FLAGS, "attempts": 3, "concurrency": 32}
     (folder / "served.yaml").write_text(yaml.safe_dump(declared))
     usual = {"threads": 1, "curation.served_file": str(folder / "served.yaml"), "paths.runs": str(folder / "runs")}
     with pytest.MonkeyPatch.context() as patch:
