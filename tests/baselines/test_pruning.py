@@ -9,8 +9,6 @@ from awares.baselines import pruning
 from awares.baselines.pruning import Selection
 from awares.errors import AwaresError
 
-RATIOS = (0.05, 0.2, 0.364, 0.5, 0.7, 0.99, 1.0)
-
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -91,7 +89,7 @@ def choices(count: int, ratio: float) -> dict[str, Selection]:
     }
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.364, 0.5, 0.7, 0.99, 1.0])
 @pytest.mark.parametrize("count", [1, 2, 9, 25, 144, 601])
 def test_every_choice_meets_its_budget_with_ascending_indices(count: int, ratio: float) -> None:
     for name, found in choices(count, ratio).items():

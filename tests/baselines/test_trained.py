@@ -51,7 +51,6 @@ def test_ergo_pays_for_a_region_that_is_enough_and_small(tiny):
 
 
 def test_visionthink_discounts_calls_and_rare_direct_answers():
-    """By hand: two groups of six."""
     called = [False, True, True, True, True, True] * 2
     lucky, often = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     found = escalation_discounts([*lucky, *often], called, 6)

@@ -61,21 +61,16 @@ def base(request, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def engine(base):
-    return Engine(load_model(base), load_processor(base), max_new_tokens=12)
-
-
 CALLS = [("top-left",), (), ("center", "right"), ("all",)]
 
 
-def test_two_turns_with_a_reused_cache_equal_two_turns_from_nothing(engine, tiny):
+def test_two_turns_with_a_reused_cache_equal_two_turns_from_nothing(base, tiny):
+    engine = Engine(load_model(base), load_processor(base), max_new_tokens=12)
     images = [tiny.noise(256, 192, n) for n in range(4)]
     questions = [f"what is {n}?" for n in range(4)]
     reused = engine.run(images, questions, forced=CALLS)
     engine.reuse = False
     fresh = engine.run(images, questions, forced=CALLS)
-    engine.reuse = True
     assert [one.answer for one in reused] == [one.answer for one in fresh]
     assert [one.crops for one in reused] == CALLS
     assert [one.margin for one in reused] == pytest.approx([one.margin for one in fresh], abs=1e-4)

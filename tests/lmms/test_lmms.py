@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from conftest import ROOT
 
 pytest.importorskip("lmms_eval", reason="lives in its own environment: make lmms")
 
@@ -23,7 +24,6 @@ from awares.method.protocol import PLAIN_SYSTEM, get_protocol
 from awares.method.rollout import Engine
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 TEXTS = dict.fromkeys(("question", "answer", "type"), datasets.Value("string"))
 
 
@@ -117,9 +117,6 @@ PAIRS = [
 ]  # fmt: skip
 
 
-FORMULA = "Please write out the expression of the formula in the image using LaTeX format."
-
-
 def theirs(task, name="utils"):
     return importlib.import_module(f"lmms_eval.tasks.{task}.{name}")
 
@@ -131,7 +128,8 @@ def test_metrics_equal_those_of_lmms_eval(prediction, answer):
     chart = theirs("chartqa").chartqa_process_results({"type": "human_test", "answer": answer}, [prediction])
     assert metrics.relaxed_accuracy(prediction, [answer]) == chart["relaxed_overall"]
     assert metrics.anls(prediction, [answer]) == pytest.approx(anls([answer], [prediction])["anls"])
-    for dataset, question in (("IIIT5K", "what is written in the image?"), ("HME100k", FORMULA)):
+    formula = "Please write out the expression of the formula in the image using LaTeX format."
+    for dataset, question in (("IIIT5K", "what is written in the image?"), ("HME100k", formula)):
         row = {"answer": answer, "dataset": dataset, "question_type": "Regular Text Recognition"}
         ocr = theirs("ocrbench").ocrbench_process_results(row, [prediction])
         assert metrics.ocr_accuracy(prediction, [answer], question) == ocr["ocrbench_accuracy"]["score"]

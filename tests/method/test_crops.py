@@ -103,11 +103,8 @@ def test_a_margin_moves_the_edges_inside_the_image(name: str, margin: int, box: 
     assert shrunk.size == (round((box[2] - box[0]) / 2), round((box[3] - box[1]) / 2))
 
 
-CORNERS = "top-left", "bottom-right", "center", "top", "right"
-
-
 @pytest.mark.parametrize(
-    ("size", "low", "edges"),  # edges: left, top, right, bottom of CORNERS, by hand
+    ("size", "low", "edges"),  # edges: left, top, right, bottom of five crops, by hand
     [
         ((150, 400), (75, 200), [(0, 0, 100, 200), (50, 200, 150, 400), (25, 100, 125, 300), (0, 0, 150, 200),
                                  (50, 0, 150, 400)]),  # half of 150 px is below 100 px
@@ -119,7 +116,8 @@ CORNERS = "top-left", "bottom-right", "center", "top", "right"
 def test_the_released_geometry(size: Any, low: Any, edges: Any) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     image, form = Image.fromarray(pixels), Protocol("released", "", "", geometry="released")
-    for name, (left, top, right, bottom) in zip(CORNERS, edges, strict=True):
+    names = "top-left", "bottom-right", "center", "top", "right"
+    for name, (left, top, right, bottom) in zip(names, edges, strict=True):
         assert np.array_equal(np.asarray(form.cut(image, name)), pixels[top:bottom, left:right])
     assert form.cut(image, "all").size == size
     assert np.array_equal(np.asarray(form.low(image)), np.asarray(image.resize(low, Image.Resampling.LANCZOS)))

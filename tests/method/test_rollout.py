@@ -221,13 +221,11 @@ def test_a_training_model_is_handed_back_as_it_was(tiny: SimpleNamespace) -> Non
     ("sides", "question", "options", "message"),
     [
         ([(56, 56), (20, 56)], "q", {"row_ids": ["a", "b"]}, "row b: 20x56 px"),
-        ([(56, 56)], " ", {}, "row 0: question"),
-        ([(56, 56)], "q", {"row_ids": ["a", "b"]}, "2 row_ids"),
-        ([(56, 56)], "q", {"forced": [("nowhere",)]}, "nowhere"),
-        ([(56, 56)], "q", {"view": "low"}, "view 'low'"),
+        ([(56, 56)], " ", {}, "row 0: question"), ([(56, 56)], "q", {"row_ids": ["a", "b"]}, "2 row_ids"),
+        ([(56, 56)], "q", {"forced": [("nowhere",)]}, "nowhere"), ([(56, 56)], "q", {"view": "low"}, "view 'low'"),
         ([(56, 56)], "q", {"view": "half+crops"}, "crops"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_named_by_row(tiny: SimpleNamespace, sides, question, options, message) -> None:
     run = engine(tiny).answer if "view" in options else engine(tiny).run
     with pytest.raises(AwaresError, match=message):

@@ -72,15 +72,7 @@ def line(folder):
     return made
 
 
-def test_curation(line, folder):
-    curated = load_rows(line.params.run_dir("curation") / "train" / "dataset")
-    assert {"verdict_llama", "verdict_anls"} <= set(curated.column_names)
-    assert {"LR", "HR"} == set(curated["label"])
-    kept = sorted(path.stem for path in (folder / "runs" / "paper" / ".replies").glob("*.jsonl"))
-    assert kept == ["awares", "base", "llama", "qwen3_vl", "sft"]
-
-
-def test_the_stages_start_and_stop_their_servers_never_two_at_once(folder):
+def test_the_stages_start_and_stop_their_servers_never_two_at_once_and_curate(line, folder):
     events = [one for one in read_records(folder / "server.jsonl") if "flags" in one]
     starts, stops = events[::2], events[1::2]
     assert [one["text"] for one in events] == ["started", "stopped"] * len(starts)
@@ -93,6 +85,11 @@ def test_the_stages_start_and_stop_their_servers_never_two_at_once(folder):
         limited = '{"max_pixels":1605632}' in flags
         assert limited == path.is_dir()  # the base model and both policies
     assert names == ["base", "Llama", "Qwen3", "base", "grpo", "base", *["sft", "grpo"] * 3]  # stages in their order
+    curated = load_rows(line.params.run_dir("curation") / "train" / "dataset")
+    assert {"verdict_llama", "verdict_anls"} <= set(curated.column_names)
+    assert {"LR", "HR"} == set(curated["label"])
+    kept = sorted(path.stem for path in (folder / "runs" / "paper" / ".replies").glob("*.jsonl"))
+    assert kept == ["awares", "base", "llama", "qwen3_vl", "sft"]
 
 
 def test_main_table_and_report(line):

@@ -183,9 +183,6 @@ def test_beyond_the_paper(line):
     assert both.n.tolist() == [24, 24] and (folder / "prices.png").is_file()
 
 
-NUMBERS = ["accuracy", "rtr", "n"]
-
-
 @pytest.fixture(scope="module")
 def ablations(line):
     """Two variants, scored with the policy of the *other* stage of the main line, so that their numbers are known."""
@@ -200,11 +197,11 @@ def ablations(line):
 
 
 def test_ablations_are_compared_with_the_main_line_and_the_paper(line, ablations):
-    main = line.table("evaluation", "table1_main").set_index("system")
+    main, numbers = line.table("evaluation", "table1_main").set_index("system"), ["accuracy", "rtr", "n"]
     for name, own, other in (("weight_1", "sft", "awares"), ("no_area_cost", "awares", "sft")):
         result = pd.read_csv(ablations[name] / "tables" / "result.csv").set_index("system")
-        assert result.loc["main", NUMBERS].to_numpy().tolist() == main.loc[own, NUMBERS].to_numpy().tolist()
-        assert result.loc[name, NUMBERS].to_numpy().tolist() == main.loc[other, NUMBERS].to_numpy().tolist()
+        assert result.loc["main", numbers].to_numpy().tolist() == main.loc[own, numbers].to_numpy().tolist()
+        assert result.loc[name, numbers].to_numpy().tolist() == main.loc[other, numbers].to_numpy().tolist()
     line.run("06_ablations_summary", "ablations")
     folder = line.params.report_dir() / "ablations"
     effects = pd.read_csv(folder / "effects.csv").query("against == 'main'").set_index("variant")

@@ -1,7 +1,4 @@
-"""Packaging files agree with what is installed, and guides name what exists.
-
-What is committed has no machine's paths, no registry and no large file.
-"""
+"""Pins agree with what is installed, guides name what exists, and what is committed has no path of a machine."""
 
 import re
 import subprocess
@@ -60,8 +57,6 @@ def test_import_is_light_and_sets_how_threads_wait(own: dict[str, str], expected
     given: Any = {"capture_output": True, "text": True, "env": {"PYTHONPATH": str(ROOT / "src"), **own}}
     assert subprocess.run([sys.executable, "-c", code], **given).stdout.split() == ["set()", expected]
 
-
-# What is committed
 
 GUIDES = (ROOT / "README.md", ROOT / "src" / "awares" / "README.md", ROOT / "data" / "launch" / "README.md")
 # Written with classes and groups so that this file does not match itself.

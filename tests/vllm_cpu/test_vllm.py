@@ -75,9 +75,6 @@ def merged(folder, *adapters):
     return folder
 
 
-# Servers
-
-
 @pytest.fixture(scope="module")
 def rows(settings):
     return make_split(settings(**{"evaluation.rows": 52}), "evaluation")
@@ -186,9 +183,6 @@ def test_curation_through_vllm_equals_the_local_one_also_when_vllm_is_killed_hal
     assert all_kept[: len(kept)] == kept and len(all_kept) == len(set(all_kept))  # none is requested again
     assert [row_id for row_id in wanted if found[row_id] != wanted[row_id] and row_id not in ties] == []
     say(f"{len(rows)} rows, {len(ties)} with a margin below 1e-3, {len(kept)} replies kept at the kill")
-
-
-# GRPO
 
 
 @pytest.fixture(scope="module")
