@@ -70,21 +70,14 @@ def test_the_forecast_follows_the_parameters():
     assert mini.requests.sum() == 0 and mini.pflop.sum() < table.pflop.sum() / 1000
 
 
-@pytest.mark.parametrize(
-    ("stage", "longer", "ends"),
-    [
-        ("grpo", {"plan__gpus": 4}, "both"),
-        ("grpo", {"grpo__max_completion_length": 1024}, "high"),
-        ("grpo", {"plan__utilisation": 0.2}, "both"),
-        ("sft", {"sft__per_device_batch_size": 16}, "both"),
-        ("evaluation", {"evaluation__engine": "local"}, "both"),
-        ("data", {"threads": 1}, "both"),
-    ],
-)
-def test_more_work_or_less_hardware_takes_longer(stage, longer, ends):
-    less, more = forecast().loc[stage], forecast(**longer).loc[stage]
-    assert more.hours_high > less.hours_high
-    assert more.hours_low > less.hours_low if ends == "both" else more.hours_low == less.hours_low
+def test_more_work_or_less_hardware_takes_longer():
+    less, ends = forecast(), ["hours_low", "hours_high"]
+    changes = {"plan__gpus": ("grpo", 4), "plan__utilisation": ("grpo", 0.2), "sft__per_device_batch_size": ("sft", 16)}
+    changes |= {"evaluation__engine": ("evaluation", "local"), "threads": ("data", 1)}
+    for key, (stage, value) in changes.items():
+        assert (forecast(**{key: value}).loc[stage, ends] > less.loc[stage, ends]).all(), key
+    endless = forecast(grpo__max_completion_length=1024).loc["grpo"]
+    assert endless.hours_low == less.hours_low["grpo"] and endless.hours_high > less.hours_high["grpo"]
 
 
 @pytest.mark.parametrize("gpus", [1, 8])
@@ -238,7 +231,4 @@ def test_the_command_prints_the_table_and_its_code_says_whether_all_is_there(mon
     assert cli.main([*line, "--check"]) == 1
     shown = capsys.readouterr().out
     assert f"there   model {MODEL} (readable)" in shown and "MISSING dataset lmms-lab-encoder/POPE" in shown
-    assert cli.main([*line, "--check", "--json"]) == 1
-    printed = json.loads(capsys.readouterr().out)
-    assert {one["there"] for one in printed["checks"]} == {True, False} and printed["profile"] == "paper"
-    assert Gate.ACCEPTED not in shown + str(printed)
+    assert Gate.ACCEPTED not in shown

@@ -1,28 +1,27 @@
 """One table of inputs, every entry point: each sees the right picture, or refuses that row alone and by name."""
 
-import base64
 import io
 import json
 import re
-import urllib.request
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from urllib.error import HTTPError
 
 import pytest
 import torch
-from chat_server import ServerProcess, serving
+from chat_server import ServerProcess
 from conftest import LONG, tiny_model, tiny_tokenizer
 from inputs import BOX_1, CASES, COLOURS, IMAGES, QUESTION, Case
 from PIL import Image
+from starlette.testclient import TestClient
+from test_serve import question
 
 from awares.cli import batch
 from awares.cli import main as cli
 from awares.cli.options import PolicyOptions
+from awares.cli.serve import make_app
 from awares.config import load_params
 from awares.data import rows as data_rows
 from awares.data.sources import fit_image
@@ -37,7 +36,6 @@ from awares.policy import AwaRes
 
 SERVED = (".png", ".jpg", ".jfif", ".webp")
 SHORT = ("--max-new-tokens", "6")
-ANSWERED = {name: case for name, case in CASES.items() if case.right}
 
 
 class Seen(NamedTuple):
@@ -50,7 +48,7 @@ class Seen(NamedTuple):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Model, engine, and two folders with rows.jsonl: the hard inputs, and plain PNG files of their right pictures.
+    """Model, engine, a folder with rows.jsonl and its images, and the answers to the right pictures.
 
     The system prompt is one token of this model, so that pictures decide its answers.
     """
@@ -59,25 +57,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     processor = make_processor(tiny_tokenizer(long=(*LONG, SYSTEM)))
     model = tiny_model(processor, seed=4)
     save_model(model, processor, root / "tiny")
-    engine = Engine(model, processor, max_new_tokens=6)
-    for kind, cases in (("hard", CASES), ("plain", ANSWERED)):
-        (root / kind).mkdir()
-        COLOURS.save(root / kind / "page.png")
-        lines = list[bytes]()
-        for name, case in cases.items():
-            values = dict(case.values) if isinstance(case.values, dict) else {}
-            if kind == "hard" and case.content:
-                (root / kind / values["image"]).write_bytes(case.content)
-            elif kind == "plain" and case.right:
-                values = {"image": f"{len(lines)}.png", "question": values.get("question", QUESTION)}
-                case.right.save(root / kind / values["image"])
-            row = {"image": "page.png", "question": QUESTION, "source": name, "answers": ["a"], "question_boxes": BOX_1}
-            if case.right:
-                asked = values.get("question", QUESTION)
-                row["answers"] = [engine.run([case.right], [asked])[0].answer]
-            lines.append(case.values if isinstance(case.values, bytes) and kind == "hard" else as_line(row | values))
-        (root / kind / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    return SimpleNamespace(root=root, model=root / "tiny", engine=engine)
+    engine, folder, right, lines = Engine(model, processor, max_new_tokens=6), root / "hard", {}, list[bytes]()
+    folder.mkdir()
+    COLOURS.save(folder / "page.png")
+    for name, case in CASES.items():
+        values: Any = {} if isinstance(case.values, bytes) else case.values
+        if case.content:
+            (folder / values["image"]).write_bytes(case.content)
+        if case.right:
+            right[name] = engine.run([case.right], [values.get("question", QUESTION)])[0].answer
+        row = {"image": "page.png", "question": QUESTION, "source": name, "question_boxes": BOX_1}
+        row |= {"answers": [right.get(name, "a")], **values}
+        lines.append(case.values if isinstance(case.values, bytes) else as_line(row))
+    (folder / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return SimpleNamespace(folder=folder, model=root / "tiny", engine=engine, right=right)
 
 
 def as_line(row: dict[str, Any]) -> bytes:
@@ -92,23 +85,21 @@ def run(*arguments: object) -> tuple[int, str, list[str]]:
     return code, out.getvalue(), [line for line in err.getvalue().splitlines() if line.startswith("awares: ")]
 
 
-def given(folder: Path, name: str) -> tuple[Path, str]:
+def given(world: SimpleNamespace, name: str) -> tuple[Path, str]:
     """Image file and question of a case."""
     values: Any = CASES[name].values
-    if folder.name == "hard":
-        return folder / values.get("image", "page.png"), values.get("question", QUESTION)
-    return folder / f"{[*ANSWERED].index(name)}.png", values.get("question", QUESTION)
+    return world.folder / values.get("image", "page.png"), values.get("question", QUESTION)
 
 
-# Entry points: the replies to the cases in a folder
+# Entry points: the replies to their cases, by name
 
 
-def ask_file(world: SimpleNamespace, folder: Path) -> dict[str, Seen]:
+def ask_file(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PolicyOptions, "load", lambda *_, **__: (AwaRes(world.engine), "tiny"))
-        for name in cases_of("ask_file", folder):
-            code, out, messages = run("ask", *given(folder, name), "--json")
+        for name in names:
+            code, out, messages = run("ask", *given(world, name), "--json")
             reply = json.loads(out) if code == 0 else {}
             assert code == (0 if reply else 1) and len(messages) == int(code or "note" in reply), (name, messages)
             found[name] = Seen(reply.get("answer"), reply.get("note", ""), "".join(messages) if code else "")
@@ -124,50 +115,46 @@ def ask_many(world: SimpleNamespace, source: Path, names: list[str], *options: o
     return dict(zip(names, found, strict=True))
 
 
-def ask_jsonl(world: SimpleNamespace, folder: Path) -> dict[str, Seen]:
-    return ask_many(world, folder / "rows.jsonl", cases_of("ask_jsonl", folder))
+def ask_jsonl(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
+    return ask_many(world, world.folder / "rows.jsonl", names)
 
 
-def ask_server(world: SimpleNamespace, folder: Path) -> dict[str, Seen]:
+def ask_server(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODEL", str(world.model))
-        backend = ServerProcess(folder / "log.jsonl", "engine")
+        backend = ServerProcess(world.folder / "log.jsonl", "engine")
     try:
-        return ask_many(world, folder / "rows.jsonl", cases_of("ask_jsonl", folder), "--server", backend.url)
+        return ask_many(world, world.folder / "rows.jsonl", names, "--server", backend.url)
     finally:
         backend.stop()
 
 
-def ask_folder(world: SimpleNamespace, folder: Path) -> dict[str, Seen]:
-    images = {given(folder, name)[0]: name for name in cases_of("ask_folder", folder)}
-    (folder / "images").mkdir()
-    for file in images:
-        (folder / "images" / file.name).write_bytes(file.read_bytes())
-    return ask_many(world, folder / "images", [images[file] for file in sorted(images)])
+def ask_folder(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
+    files = {given(world, name)[0]: name for name in names}
+    (world.folder / "images").mkdir()
+    for file in files:
+        (world.folder / "images" / file.name).write_bytes(file.read_bytes())
+    return ask_many(world, world.folder / "images", [files[file] for file in sorted(files)])
 
 
-def evaluate(world: SimpleNamespace, folder: Path) -> dict[str, Seen]:
+def evaluate(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
     with pytest.MonkeyPatch.context() as patch:
         few = {"evaluation.bootstrap": 50, "threads": 1}
         patch.setattr("awares.config.load_params", lambda *_, **__: load_params(overrides=few))
-        code, out, messages = run("eval", folder / "rows.jsonl", "--json", "--model", world.model, *SHORT)
-    table = {row["benchmark"]: row for row in json.loads(out)["table"]}
-    names = cases_of("ask_jsonl", folder)
-    scores = {name: row["accuracy"] for name, row in table.items()}
-    assert code == int(bool(messages)) and len(messages) + len(scores) - 1 == len(names)
+        code, out, messages = run("eval", world.folder / "rows.jsonl", "--json", "--model", world.model, *SHORT)
+    scores = {row["benchmark"]: row["accuracy"] for row in json.loads(out)["table"]}
+    assert code == 1 and len(messages) + len(scores) - 1 == len(names)
     return {name: one_of(number, messages, scores.get(name)) for number, name in enumerate(names, start=1)}
 
 
-def training(world: SimpleNamespace, folder: Path) -> dict[str, Seen]:
+def training(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
     faults: list[str] = []
-    rows = data_rows.read_jsonl_rows(folder / "rows.jsonl", faults)
-    pixels = {row["source"]: picture(row, 2000).tobytes() for row in rows}
-    names = cases_of("ask_jsonl", folder)
-    assert len(faults) + len(rows) == len(names)
-    if faults:
-        with pytest.raises(AwaresError, match="rows.jsonl, line 5") as error:
-            data_rows.make_split(load_params(overrides={"data.sources": [str(folder / "rows.jsonl")]}), "train")
-        assert str(error.value).count("rows.jsonl, line") == data_rows.MOST_FAULTS and "more" in str(error.value)
+    file = world.folder / "rows.jsonl"
+    pixels = {row["source"]: picture(row, 2000).tobytes() for row in data_rows.read_jsonl_rows(file, faults)}
+    assert len(faults) + len(pixels) == len(names)
+    with pytest.raises(AwaresError, match="rows.jsonl, line 5") as error:
+        data_rows.make_split(load_params(overrides={"data.sources": [str(file)]}), "train")
+    assert str(error.value).count("rows.jsonl, line") == data_rows.MOST_FAULTS and "more" in str(error.value)
     return {name: one_of(number, faults, pixels.get(name)) for number, name in enumerate(names, start=1)}
 
 
@@ -176,27 +163,21 @@ def one_of(number: int, faults: list[str], answer: Any) -> Seen:
     return Seen(answer, error="".join(own))
 
 
-def server(world: SimpleNamespace, folder: Path) -> dict[str, Seen]:
-    found = {}
-    with serving(world.model, *SHORT) as (url, _):
-        for name in cases_of("server", folder):
-            file, question = given(folder, name)
-            data = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-            parts = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": question}]
-            body = as_line({"model": "tiny", "messages": [{"role": "user", "content": parts}]})
-            head = {"Content-Type": "application/json"}
-            try:
-                with urllib.request.urlopen(urllib.request.Request(f"{url}/chat/completions", body, head)) as reply:
-                    content = json.load(reply)
-                note = content["usage"]["awares"].get("note", "")
-                found[name] = Seen(content["choices"][0]["message"]["content"], note)
-            except HTTPError as error:
-                assert error.code in (400, 413)
-                found[name] = Seen(None, error=json.load(error)["error"]["message"])
+def server(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
+    found, http = {}, TestClient(make_app(world.engine, "tiny", cli.Serve()))
+    for name in names:
+        file, words = given(world, name)
+        reply = http.post("/v1/chat/completions", content=as_line(question(file.read_bytes(), words)))
+        assert reply.status_code in (200, 400, 413)
+        said = reply.json()
+        if "error" in said:
+            found[name] = Seen(None, error=said["error"]["message"])
+        else:
+            found[name] = Seen(said["choices"][0]["message"]["content"], said["usage"]["awares"].get("note", ""))
     return found
 
 
-ENTRIES: dict[str, Callable[[SimpleNamespace, Path], dict[str, Seen]]] = {
+ENTRIES: dict[str, Any] = {
     one.__name__: one for one in (ask_file, ask_folder, ask_jsonl, ask_server, evaluate, training, server)
 }
 
@@ -213,9 +194,7 @@ def applies(entry: str, case: Case) -> bool:
     return entry != "ask_file" or bool(changed and case.values.get("image") not in ("", ".", "rows.jsonl"))
 
 
-def cases_of(entry: str, folder: Path) -> list[str]:
-    cases = CASES if folder.name == "hard" else ANSWERED
-    return [name for name, case in cases.items() if applies(entry, case)]
+PAIRS = [(entry, name) for entry in ENTRIES for name, case in CASES.items() if applies(entry, case)]
 
 
 def is_right(entry: str, case: Case) -> bool:
@@ -228,34 +207,26 @@ def is_right(entry: str, case: Case) -> bool:
 
 
 @pytest.fixture(scope="module")
-def replies(world: SimpleNamespace) -> Callable[[str], tuple[dict[str, Seen], dict[str, Seen]]]:
-    """The replies of an entry point to the hard inputs, and to plain files of their right pictures."""
-
-    def ask(entry: str) -> tuple[dict[str, Seen], dict[str, Seen]]:
-        return ENTRIES[entry](world, world.root / "hard"), ENTRIES[entry](world, world.root / "plain")
-
-    return cache(ask)
+def replies(world: SimpleNamespace) -> Any:
+    """The replies of an entry point."""
+    return cache(lambda entry: ENTRIES[entry](world, [name for one, name in PAIRS if one == entry]))
 
 
-@pytest.mark.parametrize(
-    ("entry", "name"), [(entry, name) for entry in ENTRIES for name, case in CASES.items() if applies(entry, case)]
-)
-def test_every_entry_point_sees_the_right_picture_or_refuses_the_row(entry: str, name: str, replies: Any) -> None:
-    case, (hard, plain) = CASES[name], replies(entry)
-    found = hard[name]
+@pytest.mark.parametrize(("entry", "name"), PAIRS)
+def test_every_entry_point_sees_the_right_picture_or_refuses_the_row(
+    entry: str, name: str, world: SimpleNamespace, replies: Any
+) -> None:
+    case, found = CASES[name], replies(entry)[name]
     if is_right(entry, case):
-        right = plain[name].answer if case.right else COLOURS.tobytes()
-        assert right is not None and (found.answer, found.error) == (right, "")
-        assert found.note == ("" if entry in ("evaluate", "training") else case.note)
+        right = {"evaluate": 100, "training": images.cap(case.right or COLOURS).tobytes()}
+        assert (found.answer, found.error) == (right.get(entry, world.right.get(name)), "")
+        assert found.note == ("" if entry in right else case.note)
     else:
         assert found.answer is None and 0 < len(found.error) < 600
 
 
-def test_the_answers_tell_the_pictures_apart(replies: Any) -> None:
-    for entry in ("ask_file", "ask_folder", "ask_jsonl", "ask_server", "server"):
-        plain = replies(entry)[1]
-        assert len({one.answer for one in plain.values()}) > 11  # of 16 pictures, some of which are almost equal
-    assert {one.answer for one in replies("evaluate")[1].values()} == {100.0}
+def test_the_answers_tell_the_pictures_apart(world: SimpleNamespace) -> None:
+    assert len({*world.right.values()}) > 11  # of 16 pictures, some of which are almost equal
 
 
 class Fragile:

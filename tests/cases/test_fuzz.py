@@ -2,6 +2,7 @@
 
 import json
 import random
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from chat_server import serving
 from inputs import CASES, COLOURS, IMAGES, QUESTION, encoded
 from test_entry_points import as_line, run
 from test_protocol import BOXES, CALLS, FREE, NO_BOXES
-from test_serve import connect, health, question
+from test_serve import health, question
 
 from awares.cli.options import PolicyOptions
 from awares.data.rows import read_jsonl_rows
@@ -93,7 +94,6 @@ def test_mutated_rows_are_answered_or_refused_one_by_one(tiny: SimpleNamespace, 
     raw = [as_line(good), *(case.values for case in CASES.values() if isinstance(case.values, bytes))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PolicyOptions, "load", lambda *_, **__: (AwaRes(engine), "tiny"))
-        patch.setattr(PolicyOptions, "settings", lambda *_: {"call_bias": 0.0})
         for number in range(40):
             lines = [as_line(with_odd_values(rng, {**good, "id": f"r{place}"})) for place in range(12)]
             lines += [mutated(rng, rng.choice(raw)[:2000]).replace(b"\n", b"") for _ in range(6)]
@@ -113,7 +113,7 @@ def test_mutated_rows_are_answered_or_refused_one_by_one(tiny: SimpleNamespace, 
 
 def exchange(url: str, data: bytes) -> bytes:
     """What the server sends back to ``data`` until it closes the connection, or for five seconds."""
-    with connect(url) as connection:
+    with socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0])), timeout=60) as connection:
         connection.settimeout(5)
         try:
             connection.sendall(data)

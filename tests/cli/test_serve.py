@@ -2,14 +2,12 @@
 
 import base64
 import copy
-import io
-import json
 import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
+import httpx
 import openai
 import pytest
 from chat_server import ServerProcess, serving
@@ -17,15 +15,15 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from awares.cli import main as cli
-from awares.cli.options import Limits
 from awares.cli.serve import make_app
+from awares.engine.images import as_png
 from awares.engine.model import save_model
 from awares.errors import AwaresError
 from awares.method.rollout import Engine
 
 KEY = "sesame-5c1f"
 END, CALL = "<|im_end|>", "<tool_call>"
-LIMITS = Limits(image_bytes=150_000, image_pixels=300_000, body_bytes=300_000, prompt_tokens=4000)
+LIMITS = cli.Serve(image_pixels=300_000, body_bytes=300_000, prompt_tokens=4000)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +45,8 @@ def client(target, key=KEY):
     return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=300, http_client=http)
 
 
-def encode(image, kind="PNG"):
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
-
 def picture(data):
-    raw = encode(data) if isinstance(data, Image.Image) else data
+    raw = as_png(data) if isinstance(data, Image.Image) else data
     url = raw if isinstance(raw, str) else "data:image/png;base64," + base64.b64encode(raw).decode()
     return {"type": "image_url", "image_url": {"url": url}}
 
@@ -137,7 +129,6 @@ def test_without_the_key_only_health_answers(tiny, policy, engine, monkeypatch):
 
 
 def test_a_bad_image_is_refused(tiny, policy):
-    rng = np.random.default_rng(0)
     for image, status in (
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", 400),  # Pillow would run a program for it
         ("data:image/png;base64,@@@@", 400),
@@ -145,7 +136,6 @@ def test_a_bad_image_is_refused(tiny, policy):
         ("data:text/html;base64,PGI+", 400),
         ("data:image/png;base64", 400),
         (tiny.noise(20, 112, 0), 400),
-        (Image.fromarray(rng.integers(256, size=(240, 300, 3), dtype=np.uint8)), 413),
         (Image.new("RGB", (600, 600)), 413),
     ):
         error = refused(policy, **question(image))
@@ -170,18 +160,13 @@ WITHOUT_EFFECT = [
 ]
 
 
-def test_parameters_without_effect_are_accepted(tiny, policy):
+def test_parameters_without_effect_are_accepted_and_instructions_are_read_before_the_question(tiny, policy):
     request, create = question(tiny.noise(56, 56, 0)), client(policy).chat.completions.create
     plain = create(**request).choices
     assert all(create(**{**request, **change}).choices == plain for change in WITHOUT_EFFECT)
-
-
-def test_system_and_developer_are_read_before_the_question(tiny, policy):
-    request, create = question(tiny.noise(56, 56, 0)), client(policy).chat.completions.create
     roles = [{"role": role, "content": "be brief"} for role in ("system", "developer")]
     found = [create(**{**request, "messages": [first, *request["messages"]]}).choices for first in roles]
-    joined = create(**question(tiny.noise(56, 56, 0), "be brief\nwhat?")).choices
-    assert found[0] == found[1] == joined
+    assert found == 2 * [create(**question(tiny.noise(56, 56, 0), "be brief\nwhat?")).choices]
 
 
 def test_a_request_that_cannot_be_heeded_is_refused_with_the_fields_name(tiny, policy):
@@ -232,14 +217,8 @@ def test_a_body_that_is_no_request_gets_an_answer_and_holds_no_place(policy, bod
 # Processes
 
 
-def connect(url):
-    return socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0])), timeout=60)
-
-
 def health(url):
-    with connect(url) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        return json.loads(connection.makefile("rb").read().split(b"\r\n\r\n")[1])
+    return httpx.get(url.removesuffix("v1") + "health").json()
 
 
 def wait_for(url, requests):

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-from awares.bench.latency import TWO_TURN_SYSTEMS, Script, Workload
-from awares.engine.model import ImageOnlyProcessor, load_config, load_processor, make_processor
+from awares.bench.latency import TWO_TURN_SYSTEMS, Script
+from awares.engine.model import ImageOnlyProcessor, load_config, load_processor, make_processor, set_attention
 
 # Sizes of Qwen2.5-VL, from the published config.json files; the vision towers differ in their MLP alone
 Shape = namedtuple("Shape", "width mlp layers heads key_heads vocabulary tied vision_mlp", defaults=[3420])
@@ -48,13 +48,14 @@ CALLS = (("top-left",), ("center",), ("right",), ("bottom-right",), ("top",))  #
 QUESTION = "What is written on the sign beside the door, and which colour has it?"
 
 
-def build(shape: str, scale: float, dtype: str, device: str, seed: int = 0) -> tuple[Any, ImageOnlyProcessor]:
+def build(shape: str, scale: float, dtype: str, device: str, attention: str = "") -> tuple[Any, ImageOnlyProcessor]:
     """A model of ``shape`` with random weights and ``scale`` times the parameters, and a processor for it."""
     tokenizer = load_processor(EMBEDDED_BASE).tokenizer
     config = load_config(EMBEDDED_BASE) if shape == MINI else config_of(shape, scale, tokenizer)
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+    set_attention(model, attention)
     return model.eval(), make_processor(tokenizer)
 
 
@@ -94,8 +95,8 @@ def answer_tokens(characters: float) -> int:
     return math.ceil(characters / CHARACTERS_PER_TOKEN) + 1
 
 
-def workload(benchmark: str, rows: int, size: tuple[int, int]) -> Workload:
-    """``rows`` blank rows with every system's scripts. Assumed: one-turn systems are as terse as AwaRes."""
+def workload(benchmark: str, rows: int, size: tuple[int, int]) -> tuple[dict[str, list[Any]], dict[str, list[Script]]]:
+    """Columns of blank ``rows``, and every system's scripts. Assumed: one-turn systems are as terse as AwaRes."""
     terse, wordy = answer_tokens(BENCHMARKS[benchmark].awares), answer_tokens(BENCHMARKS[benchmark].visionthink)
     scripts = dict.fromkeys(("full", "half"), [Script((), terse)] * rows)
     for system in TWO_TURN_SYSTEMS:
@@ -103,5 +104,5 @@ def workload(benchmark: str, rows: int, size: tuple[int, int]) -> Workload:
         made = [math.ceil(CALL_RATES[system] * row - 1e-9) for row in range(rows + 1)]  # calls before each row
         called = [calls[before % len(calls)] if after > before else () for before, after in pairwise(made)]
         scripts[system] = [Script(crops, length) for crops in called]
-    ids = [f"{benchmark}-{index}" for index in range(rows)]
-    return Workload([Image.new("RGB", size, "white")] * rows, [QUESTION] * rows, ids, scripts)
+    columns = {"id": [f"{benchmark}-{index}" for index in range(rows)], "question": [QUESTION] * rows}
+    return columns | {"image": [Image.new("RGB", size, "white")] * rows}, scripts

@@ -154,9 +154,13 @@ class _Forecast:
     def stages(self) -> Iterator[Stage]:
         data, sft, grpo = self.params.data, self.params.sft, self.params.grpo
         train_rows, checked = data.train_rows * len(data.sources), data.validation_rows * len(data.sources)
-        yield self.data(train_rows + checked)
+        rows, images = train_rows + checked, train_rows + checked + self.scored
+        cpu, network = images * self.pixels.mean() * assumed.cpu_seconds / 3.6e9, images * self.stored_gb * self.hub
+        hours = assumed.slack * cpu / self.params.threads + network / assumed.network / 3600
+        disk = assumed.copies * rows * self.stored_gb
+        yield Stage("data", hours, rows, cpu_hours=cpu, network_gb=network, disk_gb=disk)
         if not self.params.curation.released:
-            yield from self.curation(train_rows + checked, checked)
+            yield from self.curation(rows, checked)
         passes = 1.0, 2.0 + sft.gradient_checkpointing  # backward through frozen weights costs a forward
         yield self.training("sft", round(sft.share * train_rows * sft.epochs), 1, passes, np.zeros(2))
         most = grpo.max_steps * grpo.batch_size / grpo.generations if grpo.max_steps > 0 else math.inf
@@ -166,13 +170,6 @@ class _Forecast:
         decoding = rows / grpo.batch_size * steps * self.step[grpo.rollouts]
         yield self.training("grpo", rows, grpo.generations, passes, decoding)
         yield from self.evaluation()
-
-    def data(self, rows: int) -> Stage:
-        images = rows + self.scored
-        cpu = images * self.pixels.mean() * assumed.cpu_seconds / 3.6e9
-        network, disk = images * self.stored_gb * self.hub, assumed.copies * rows * self.stored_gb
-        hours = assumed.slack * cpu / self.params.threads + network / assumed.network / 3600
-        return Stage("data", hours, rows, cpu_hours=cpu, network_gb=network, disk_gb=disk)
 
     def curation(self, rows: int, checked: int) -> Iterator[Stage]:
         if not self.base_served:
@@ -194,7 +191,12 @@ class _Forecast:
         section, plan, tokens = getattr(self.params, stage), self.params.plan, self.policy.tokens.mean()
         gpus = plan.gpus if getattr(section, "launch", "") else self.gpus
         hours = (assumed.slack * rows * self.slowest(section, gpus, same, *passes) + seconds) / 3600
-        memory = self.training_gb(section.per_device_batch_size * tokens, section.gradient_checkpointing)
+        # memory: weights, activations of a micro-batch (checkpointed: one value per layer, one complete layer), logits
+        text, together = self.config.text_config, section.per_device_batch_size * tokens
+        layer = together * (10 * text.hidden_size + 3 * text.intermediate_size) * self.itemsize
+        kept = together * text.hidden_size * self.itemsize if section.gradient_checkpointing else layer
+        memory = (text.num_hidden_layers * kept + layer + 2 * 4 * together * text.vocab_size) / GB
+        memory += self.weights_gb + assumed.runtime_gb
         if plan.bench and (path := self.params.path(plan.bench) / "training.csv").is_file():
             memory = pd.read_csv(path).set_index("step").peak_memory_mb[stage] / 1e3
         pflop = rows * (passes[0] * self.policy.vision + passes[1] * self.policy.language).mean() / 1e15
@@ -264,13 +266,6 @@ class _Forecast:
             tower = vision / self.flops
         steps = assumed.longest + assumed.call * (calls > 0)
         return Work(first + calls * more, vision, language, tower, 1 + calls, steps)
-
-    def training_gb(self, tokens: float, checkpointing: bool) -> float:
-        """Weights, activations of a micro-batch (checkpointed: one value per layer, one complete layer), logits."""
-        text = self.config.text_config
-        layer = tokens * (10 * text.hidden_size + 3 * text.intermediate_size) * self.itemsize
-        layers = text.num_hidden_layers * (tokens * text.hidden_size * self.itemsize if checkpointing else layer)
-        return self.weights_gb + (layers + layer + 2 * 4 * tokens * text.vocab_size) / GB + assumed.runtime_gb
 
 
 def _steps(steps: int, most: int, rows: int) -> Any:

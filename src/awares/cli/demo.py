@@ -15,10 +15,10 @@ import gradio as gr
 import pandas as pd
 from PIL import Image
 
-from awares.cli.options import Limits
+from awares.cli.main import Serve
 from awares.engine.images import open_image, upright_size
 from awares.engine.jsonl import read_records
-from awares.errors import AwaresError, AwaresRequestError, AwaresValueError, faults_of
+from awares.errors import AwaresError, AwaresValueError, faults_of
 from awares.method.rollout import Trajectory
 from awares.mini.drawing import Style
 from awares.policy import AwaRes
@@ -42,41 +42,35 @@ class SentImage(gr.Image):
 def run_demo(policy: AwaRes, base: AwaRes | None, name: str, generated: bool, host: str, port: int) -> None:
     """Serve the page until SIGINT. ``base`` answers from the full and the half view; ``generated``: as in `doubts`."""
     figures.style(110)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from other hosts
-    built = build_page(policy, base, name, generated).queue(max_size=WAITING, default_concurrency_limit=1)
-    limits = {"max_file_size": Limits().image_bytes, "footer_links": []}
-    built.launch(server_name=host, server_port=port or None, theme=theme, show_error=True, **limits)
-
-
-def build_page(policy: AwaRes, base: AwaRes | None, name: str, generated: bool) -> gr.Blocks:
-    """The page of one policy."""
     world = " It reads generated pictures like the examples, not photographs." if generated else ""
-    with gr.Blocks(title="AwaRes", analytics_enabled=False) as built:
-        gr.Markdown(f"# AwaRes\nPolicy: {name}.{world} It sees the image at half resolution and may request regions.")
-        with gr.Row():
-            with gr.Column():
-                image = SentImage(label="Image", type="filepath", sources=["upload", "clipboard"], elem_id="image")
-                question = gr.Textbox(label="Question", elem_id="question")
-                about = "Call bias (logits): above 0 it requests regions more often"
-                bias = gr.Slider(-10, 10, 0, step=0.5, label=about)
-                button = gr.Button("Ask", variant="primary", elem_id="ask")
-                if (EXAMPLES / "questions.jsonl").is_file():
-                    rows = read_records(EXAMPLES / "questions.jsonl")
-                    shown = [[str(EXAMPLES / row["image"]), row["question"]] for row in rows]
-                    gr.Examples(shown, [image, question], cache_examples=False, label="Examples that it can read")
-            with gr.Column(scale=2):
-                look = {"show_label": False, "interactive": False, "buttons": ["fullscreen"]}
-                outputs = [gr.HTML(elem_id="said"), gr.Image(elem_id="turns", **look), gr.HTML(elem_id="systems")]
 
-        def ask(source: str | None, text: str, call_bias: float) -> tuple[str, Image.Image | None, str]:
-            try:
-                return reply(policy, base, generated, source, text, call_bias)
-            except AwaresError as error:
-                return f"<p role='alert'><b>{html.escape(str(error))}</b></p>", None, ""
+    def ask(source: str | None, text: str, call_bias: float) -> tuple[str, Image.Image | None, str]:
+        try:
+            return reply(policy, base, generated, source, text, call_bias)
+        except AwaresError as error:
+            return f"<p role='alert'><b>{html.escape(str(error))}</b></p>", None, ""
 
-        for event in (button.click, question.submit):
-            event(ask, [image, question, bias], outputs)
-    return built
+    image = SentImage(label="Image", type="filepath", sources=["upload", "clipboard"], elem_id="image")
+    question = gr.Textbox(label="Question", elem_id="question")
+    bias = gr.Slider(-10, 10, 0, step=0.5, label="Call bias (logits): above 0 it requests regions more often")
+    picture = gr.Image(elem_id="turns", show_label=False, interactive=False, buttons=["fullscreen"])
+    rows = read_records(EXAMPLES / "questions.jsonl")
+    page = gr.Interface(
+        ask,
+        [image, question, bias],
+        [gr.HTML(elem_id="said"), picture, gr.HTML(elem_id="systems")],
+        title="AwaRes",
+        description=f"Policy: {name}.{world} It sees the image at half resolution and may request regions.",
+        examples=[[str(EXAMPLES / row["image"]), row["question"], 0] for row in rows] or None,
+        cache_examples=False,
+        submit_btn=gr.Button("Ask", variant="primary", elem_id="ask"),
+        flagging_mode="never",
+        analytics_enabled=False,
+    )
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from other hosts
+    limits = {"max_file_size": Serve.body_bytes, "footer_links": []}
+    page.queue(max_size=WAITING, default_concurrency_limit=1)
+    page.launch(server_name=host, server_port=port or None, theme=theme, show_error=True, **limits)
 
 
 def reply(
@@ -84,19 +78,17 @@ def reply(
 ) -> tuple[str, Image.Image, str]:
     """What the page shows for one question: text about both turns, their picture, and the systems in a table.
 
-    AwaresError for a missing or broken image, one above the pixels of `Limits`, or an empty question.
+    AwaresError for a missing or broken image, one above the pixels of `Serve`, or an empty question.
     """
     if not source:
         raise AwaresValueError("no image: drop one, or choose an example")
-    image = read(Path(source))
-    try:
-        done = policy.ask(image, question, call_bias=call_bias)
-    except AwaresRequestError:
-        if call_bias or not getattr(policy.engine, "scores", False):
-            raise
-        served: Any = policy.engine
-        served.scores = False  # the server has no log-probabilities: no probability is shown
-        done = policy.ask(image, question)
+    content, most = Path(source).read_bytes(), Serve.image_pixels
+    with faults_of("image: corrupt or not an image, convert it to PNG or JPEG"):
+        width, height = upright_size(content)
+    if width * height > most:  # before it is decoded
+        raise AwaresValueError(f"image: {width} x {height} px, but the demo accepts {most:,} px: shrink it")
+    image = open_image(content)
+    done = policy.ask(image, question, call_bias=call_bias)
     drawn = figures.show(figures.interaction_figure({"image": image, "question": question}, done))
     runs = {"AwaRes": done}
     for view in ("full", "half"):
@@ -104,32 +96,18 @@ def reply(
         runs[which] = (base or policy).engine.answer([image], [question], view=view)[0]
     lines = [(which, one.answer, one.visual_tokens, one.rtr) for which, one in runs.items()]
     table = show_table(pd.DataFrame(lines, columns=["system", "answer", "visual tokens", "rtr"])).data
-    found = doubts(policy, generated, image, question, done)
-    notes = "".join(f"<p role='alert'>⚠ {html.escape(note)}</p>" for note in found)
-    return notes + told(done, call_bias), Image.open(io.BytesIO(drawn.data)), table
-
-
-def read(path: Path) -> Image.Image:
-    """The image; AwaresError for a broken one, and, before it is decoded, for one with too many pixels."""
-    content, most = path.read_bytes(), Limits().image_pixels
-    with faults_of("image: corrupt or not an image, convert it to PNG or JPEG"):
-        width, height = upright_size(content)
-    if width * height > most:
-        raise AwaresValueError(f"image: {width} x {height} px, but the demo accepts {most:,} px: shrink it")
-    return open_image(content)
-
-
-def told(done: Trajectory, call_bias: float) -> str:
-    """Both turns in words. The bias adds to the log-odds of a call."""
-    chance = ""
-    if done.call_logprob is not None:
+    said = "".join(
+        f"<p role='alert'>⚠ {html.escape(one)}</p>" for one in doubts(policy, generated, image, question, done)
+    )
+    if done.call_logprob is not None:  # the bias adds to the log-odds of a call
         odds = done.call_logprob - math.log(-math.expm1(min(done.call_logprob, -1e-9))) + call_bias
-        chance = f"Probability of a call: {1 / (1 + math.exp(-odds)):.3f}. "
+        said += f"<p>Probability of a call: {1 / (1 + math.exp(-odds)):.3f}.</p>"
     choice = f"It requests {', '.join(done.crops)}." if done.crops else "It answers without a crop."
     saved = f"{done.full_visual_tokens - done.visual_tokens} of {done.full_visual_tokens} visual tokens saved"
     turns = "".join(f"<dt>{turn.role}</dt><dd>{html.escape(turn.text)}</dd>" for turn in done.turns)
-    more = f"<details><summary>Text of the turns</summary><dl>{turns}</dl></details>"
-    return f"<p>{chance}{choice} Answer: <b>{html.escape(done.answer)}</b> ({saved})</p>{more}"
+    said += f"<p>{choice} Answer: <b>{html.escape(done.answer)}</b> ({saved})</p>"
+    said += f"<details><summary>Text of the turns</summary><dl>{turns}</dl></details>"
+    return said, Image.open(io.BytesIO(drawn.data)), table
 
 
 def doubts(policy: AwaRes, generated: bool, image: Image.Image, question: str, done: Trajectory) -> list[str]:

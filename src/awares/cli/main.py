@@ -3,20 +3,23 @@
 Results go to stdout, the rest to stderr. Torch and transformers are imported inside the commands: help is fast.
 """
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
 from awares import __version__
-from awares.cli.options import Bias, Json, Limits, PolicyOptions, Profile, refuse_if
+from awares.cli.options import Bias, Json, PolicyOptions, Profile, refuse_if
 from awares.errors import AwaresError, AwaresValueError, Failure
+
+Shape = Literal["qwen2.5-vl-7b", "qwen2.5-vl-3b", "qwen2.5-vl-72b", "mini"]
 
 
 def _run(command: Any, **_: Any) -> None:
@@ -86,44 +89,25 @@ class Ask(PolicyOptions):
     def __call__(self) -> int:
         if os.path.isdir(self.image) or self.image.lower().endswith(".jsonl"):
             refuse_if(self.show is not None, "--show draws one image, not a batch")
-            return self._ask_many()
+            refuse_if(self.out is None, "a batch needs --out, the file for its results")
+            return self._ask_many(self.out or Path())
         refuse_if(self.out is not None, "--out is for a batch: a folder or a .jsonl file")
         refuse_if(self.show is not None and self.show.suffix.lower() != ".png", "--show: the name must end in .png")
         refuse_if(self.question is None, "no question: write it after the image")
-        return self._ask_one(self.question or "")
-
-    def _ask_many(self) -> int:
-        from awares.cli import batch
-
-        if self.out is None:
-            raise typer.BadParameter("a batch needs --out, the file for its results")
-        rows = batch.read_batch(Path(self.image), self.question)  # before the model is loaded, which takes seconds
-        names = {path.name for path in Path(self.image).glob("[!.]*") if path.is_file()}
-        if skipped := sorted(names - {row["image"] for row in rows}):
-            _say(f"skipped {len(skipped)} files, no images by their names: {', '.join(skipped[:10])}")
-        policy, name = self.load(self.out)
-        settings = self.settings(policy, name, self.call_bias or 0.0)
-        counts = batch.run_batch(Path(self.image), self.question, self.out, policy.engine, settings)
-        if self.as_json:
-            print(json.dumps({"out": str(self.out), **counts}))
-        _say("{rows} rows, {ran} run now, {done_before} done before, {errors} with an error".format(**counts))
-        return 1 if counts["errors"] else 0
-
-    def _ask_one(self, question: str) -> int:
         from awares.engine.images import NOTE, open_image
 
         image = open_image(sys.stdin.buffer.read() if self.image == "-" else self.image)
         if note := image.info.get(NOTE):
             _say(f"{self.image}: {note}")
-        done = self.load()[0].ask(image, question, call_bias=self.call_bias or 0.0)
+        done = self.load()[0].ask(image, self.question or "", call_bias=self.call_bias or 0.0)
         if self.show:
             os.environ.setdefault("MPLBACKEND", "agg")  # opens no window
             from awares.study import figures
 
             figures.style(110)
-            figures.save_figure(figures.gallery([{"image": image, "question": question}], [done]), self.show)
+            figures.save_figure(figures.gallery([{"image": image, "question": self.question}], [done]), self.show)
         if self.as_json:
-            about = {"image": self.image, "question": question, **done.to_dict(), "rtr": done.rtr}
+            about = {"image": self.image, "question": self.question, **done.to_dict(), "rtr": done.rtr}
             print(json.dumps(about | ({"note": note} if note else {}), ensure_ascii=False))
             return 0
         malformed = " (malformed call)" if done.call_status == "malformed" else ""
@@ -131,6 +115,28 @@ class Ask(PolicyOptions):
         print(f"tokens  {done.visual_tokens} of {done.full_visual_tokens} visual tokens, RTR {done.rtr:.2f}")
         print(f"time    {done.seconds:.2f} s")
         return 0
+
+    def _ask_many(self, out: Path) -> int:
+        from awares.cli import batch
+        from awares.engine.keys import folder_digest
+
+        rows = batch.read_batch(Path(self.image), self.question)  # before the model is loaded, which takes seconds
+        names = {path.name for path in Path(self.image).glob("[!.]*") if path.is_file()}
+        if skipped := sorted(names - {row["image"] for row in rows}):
+            _say(f"skipped {len(skipped)} files, no images by their names: {', '.join(skipped[:10])}")
+        policy, name = self.load(out)
+        # what determines the answers: a file of results is never continued with other settings
+        engine: Any = policy.engine
+        found, tokens = self.checkpoint(), getattr(engine, "decoder", engine).max_new_tokens
+        parts = () if self.server else (found.path, *found.adapters)  # a new training has the same names
+        settings: dict[str, Any] = {"policy": name, "weights": "-".join(folder_digest(part)[:16] for part in parts)}
+        settings |= {"dtype": self.dtype, "prompt": hashlib.sha256(repr(engine.protocol).encode()).hexdigest()[:8]}
+        settings |= {"max_side": engine.max_side, "call_bias": self.call_bias or 0.0, "max_new_tokens": tokens}
+        counts = batch.run_batch(Path(self.image), self.question, out, policy.engine, settings)
+        if self.as_json:
+            print(json.dumps({"out": str(out), **counts}))
+        _say("{rows} rows, {ran} run now, {done_before} done before, {errors} with an error".format(**counts))
+        return 1 if counts["errors"] else 0
 
 
 @app.command("eval")
@@ -147,7 +153,6 @@ class Eval(PolicyOptions):
     profile: Profile = ""
     variant: Annotated[str, Option(help="of params.yaml, such as released_eval")] = "main"
     rows: Annotated[int | None, Option(min=1, help="rows of each task (default: evaluation.rows)")] = None
-    seed: Annotated[int | None, Option(help="draws the rows (default: evaluation.seed)")] = None
     as_json: Json = False
     call_bias: Bias = None
 
@@ -160,10 +165,9 @@ class Eval(PolicyOptions):
         from awares.method.rollout import limits_of
         from awares.study.tables import TASK_WORDS
 
-        given = {"rows": self.rows, "seed": self.seed, "call_bias": self.call_bias}
+        given = {"rows": self.rows, "call_bias": self.call_bias}
         overrides = {f"evaluation.{key}": value for key, value in given.items() if value is not None}
-        drawn = self.rows is not None or self.seed is not None
-        refuse_if(bool(self.file and drawn), "--rows and --seed draw the tasks' rows, not those of a file")
+        refuse_if(bool(self.file and self.rows), "--rows draws the tasks' rows, not those of a file")
         params = load_params(self.profile, self.variant, overrides)
         faults: list[str] = []
         table = read_jsonl_rows(self.file, faults) if self.file else make_split(params, "evaluation")
@@ -191,7 +195,7 @@ class Eval(PolicyOptions):
 
 @app.command("serve")
 @dataclass(frozen=True, kw_only=True)
-class Serve(Limits, PolicyOptions):
+class Serve(PolicyOptions):
     """Serve a policy behind an OpenAI-compatible API.
 
     POST /v1/chat/completions with one image (a data URL) and one question. The model runs here, or behind --server
@@ -201,12 +205,18 @@ class Serve(Limits, PolicyOptions):
     host: Annotated[str, Option(help="address to listen at; the default is this machine only")] = "127.0.0.1"
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one")] = 8000
     name: Annotated[str, Option(help="the model's name for clients (default: that of --model's folder)")] = ""
+    image_pixels: Annotated[int, Option(min=1, help="pixels of one image")] = 50_000_000
+    body_bytes: Annotated[int, Option(min=1, help="bytes of one request")] = 32 * 2**20
+    prompt_tokens: Annotated[int, Option(min=1, help="tokens of one prompt, visual ones included")] = 16384
+    max_tokens: Annotated[int, Option(min=1, help="tokens of one answer")] = 1024
+    queue: Annotated[int, Option(min=1, help="requests held at a time; more are refused with 429")] = 32
+    timeout: Annotated[float, Option(min=0.001, help="seconds from a request's head to its answer")] = 120.0
+    connections: Annotated[int, Option(min=16, help="at a time; more are refused with 503")] = 512
 
     def __call__(self) -> int:
         from awares.cli.serve import run_server
 
-        shown = self.name or (Path(self.model).resolve().name if self.model else "awares")
-        run_server(lambda: self.load()[0].engine, self.host, self.port, shown, self)
+        run_server(self)
         return 0
 
 
@@ -234,12 +244,34 @@ class Demo(PolicyOptions):
         return 0
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def bench(context: typer.Context) -> int:
-    """Time the interaction against full resolution."""
-    from awares.bench.bench import main as run_bench
+@app.command("bench")
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time the interaction against full resolution, at the paper's sizes, with random weights (no download).
 
-    return run_bench(context.args)
+    Blank rows of each benchmark's image size and response length go through the evaluation's engine, with scripted
+    outputs, at batch 1 and at the best token budget, all jobs interleaved, from the PIL image to the text.
+
+    --train adds the second optimiser step of SFT and of GRPO. A random model never ends a turn, so a completion has
+    grpo.max_completion_length tokens (32, see --overrides).
+    """
+
+    shape: Annotated[Shape, Option(help="architecture, random weights")] = "qwen2.5-vl-7b"
+    scale: Annotated[float, Option(min=1e-6, max=1, help="fraction of the shape's parameters to keep")] = 1.0
+    attention: Annotated[str, Option(help="as base.attn_implementation, such as flash_windows")] = ""
+    benchmarks: Annotated[list[str] | None, Option(help="may be repeated (default: all six)")] = None
+    rows: Annotated[int, Option(min=0, help="rows of a benchmark; 0: training steps alone")] = 8
+    repetitions: Annotated[int, Option(min=1)] = 5
+    batch_tokens: Annotated[int, Option(min=2, help="token budget next to batch 1")] = 32768
+    train: Annotated[bool, Option("--train", help="also time an SFT and a GRPO step")] = False
+    overrides: Annotated[str, Option(help="of params.yaml in the training steps")] = ""
+    out: Annotated[Path, Option(help="folder of the CSV tables")] = Path("bench")
+
+    def __call__(self) -> int:
+        from awares.bench.bench import measure
+
+        measure(self)
+        return 0
 
 
 @app.command("plan")
@@ -247,7 +279,6 @@ def plan_pipeline(
     profile: Profile = "",
     overrides: Annotated[str, Option(help="of params.yaml, e.g. '{plan.gpus: 2}'")] = "",
     check: Annotated[bool, Option("--check", help="check that this machine has what the profile needs")] = False,
-    as_json: Json = False,
 ) -> int:
     """Forecast the pipeline's hours (a range), requests, tokens, memory, network and disk, stage by stage.
 
@@ -260,15 +291,11 @@ def plan_pipeline(
 
     params = load_params(profile, overrides=overrides)
     table, findings = forecast(params), preflight(params) if check else []
-    if as_json:
-        checks = [one._asdict() for one in findings]
-        print(json.dumps({"profile": params.profile, "stages": table.to_dict("records"), "checks": checks}))
-    else:
-        print(table.to_string(index=False, float_format="{:,.1f}".format))
-        low, high = table.hours_low.sum(), table.hours_high.sum()
-        print(f"\n{low:.0f} to {high:.0f} h in all on {params.plan.gpus} x {params.plan.gpu}, servers included")
-        for one in findings:
-            print(f"there   {one.what} ({one.found})" if one.there else f"MISSING {one.what} ({one.found}): {one.fix}")
+    print(table.to_string(index=False, float_format="{:,.1f}".format))
+    low, high = table.hours_low.sum(), table.hours_high.sum()
+    print(f"\n{low:.0f} to {high:.0f} h in all on {params.plan.gpus} x {params.plan.gpu}, servers included")
+    for one in findings:
+        print(f"there   {one.what} ({one.found})" if one.there else f"MISSING {one.what} ({one.found}): {one.fix}")
     return 0 if all(one.there for one in findings) else 1
 
 

@@ -1,6 +1,5 @@
 """Options that several commands share. A command is a dataclass: its fields are its options, calling it runs it."""
 
-import hashlib
 import re
 import sys
 from dataclasses import dataclass
@@ -14,11 +13,6 @@ if TYPE_CHECKING:
     from awares.policy import AwaRes, Checkpoint
 
 
-def _device(text: str) -> str:
-    refuse_if(not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text), f"{text!r}: give cpu, cuda or cuda:N")
-    return text
-
-
 Bias = Annotated[float | None, Option(min=-1000, max=1000, metavar="X", help="> 0 calls for more crops, < 0 for fewer")]
 Profile = Annotated[str, Option(help="of params.yaml (default: its own `profile`)", show_default=False)]
 Json = Annotated[bool, Option("--json", help="print one JSON object")]
@@ -30,7 +24,7 @@ class PolicyOptions:
 
     model: Annotated[str, Option(metavar="PATH", help="a model or an adapter: a folder or a hub name")] = ""
     run: Annotated[str, Option(metavar="NAME", help="a run's policy: mini, mini/sft, mini/grpo/main-s2")] = ""
-    device: Annotated[str, Option(parser=_device, metavar="DEVICE", help="cpu, cuda, cuda:1")] = "cpu"
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1")] = "cpu"
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="of the weights")] = "float32"
     max_new_tokens: Annotated[int | None, Option(min=1, help="of one turn (default 64; eval: params.yaml's)")] = None
     token_budget: Annotated[int | None, Option(min=1, help="tokens of a padded batch: bounds the memory")] = None
@@ -39,6 +33,8 @@ class PolicyOptions:
 
     def __post_init__(self) -> None:
         refuse_if(bool(self.model and self.run), "--model is not allowed with --run")
+        known = re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device)
+        refuse_if(not known, f"--device {self.device!r}: give cpu, cuda or cuda:N")
 
     def checkpoint(self) -> "Checkpoint":
         """The policy that the options name."""
@@ -69,32 +65,6 @@ class PolicyOptions:
         client = ChatClient(server, replies, progress=sys.stderr.isatty() and out is not None)
         engine: Any = RemoteEngine(client, load_processor(found.path, options.pop("pixels", (0, 0))), **options)
         return AwaRes(engine), f"{name} behind a server"
-
-    def settings(self, policy: "AwaRes", name: str, call_bias: float) -> dict[str, Any]:
-        """The settings that determine a batch's answers; a file of results is never continued with other ones."""
-        from awares.engine.keys import folder_digest
-
-        engine, found = policy.engine, self.checkpoint()
-        parts = () if self.server else (found.path, *found.adapters)  # a new training has the same names
-        weights = "-".join(folder_digest(part)[:16] for part in parts)
-        prompt = hashlib.sha256(repr(engine.protocol).encode()).hexdigest()[:8]
-        about = {"policy": name, "weights": weights, "dtype": self.dtype, "prompt": prompt, "max_side": engine.max_side}
-        tokens = getattr(engine, "decoder", engine).max_new_tokens  # type: ignore[union-attr]
-        return {**about, "call_bias": call_bias, "max_new_tokens": tokens}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Sizes and counts that the server accepts; times in seconds."""
-
-    image_bytes: Annotated[int, Option(min=1, help="bytes of one image")] = 20 * 2**20
-    image_pixels: Annotated[int, Option(min=1, help="pixels of one image")] = 50_000_000
-    body_bytes: Annotated[int, Option(min=1, help="bytes of one request")] = 32 * 2**20
-    prompt_tokens: Annotated[int, Option(min=1, help="tokens of one prompt, visual ones included")] = 16384
-    max_tokens: Annotated[int, Option(min=1, help="tokens of one answer")] = 1024
-    queue: Annotated[int, Option(min=1, help="requests held at a time; more are refused with 429")] = 32
-    timeout: Annotated[float, Option(min=0.001, help="seconds from a request's head to its answer")] = 120.0
-    connections: Annotated[int, Option(min=16, help="at a time; more are refused with 503")] = 512
 
 
 def refuse_if(wrong: bool, message: str) -> None:

@@ -16,12 +16,13 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from openai.types.chat import ChatCompletionContentPartImageParam as ImagePart
@@ -32,7 +33,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import MaxTimeCriteria, StoppingCriteriaList
 
-from awares.cli.options import Limits
+from awares.cli.main import Serve
 from awares.clients.chat import ChatClient
 from awares.engine.images import NOTE, SHOWN, cap, open_image
 from awares.errors import AwaresError, AwaresLengthError, AwaresRequestError, AwaresValueError, faults_of
@@ -94,7 +95,7 @@ class ChatRequest(Strict):
     call_bias: float = Field(0.0, allow_inf_nan=False)
 
 
-def make_app(engine: Any, model: str, limits: Limits) -> FastAPI:
+def make_app(engine: Any, model: str, limits: Serve) -> FastAPI:
     """The application, ``model`` to its clients. It limits ``engine``'s prompts. AwaresValueError for an empty key."""
     key = os.environ.get(API_KEY)
     if key is not None and not key.strip():
@@ -103,29 +104,30 @@ def make_app(engine: Any, model: str, limits: Limits) -> FastAPI:
     threads = 1 if hasattr(engine, "decoder") else engine.client.server.concurrency
     pool, held = ThreadPoolExecutor(threads), set[Request]()
 
-    async def check_key(sent: Annotated[Any, Depends(HTTPBearer(auto_error=False))]) -> None:
-        if key and not (sent and hmac.compare_digest(sent.credentials.encode(), key.strip().encode())):
+    async def check_key(request: Request, sent: Annotated[Any, Depends(HTTPBearer(auto_error=False))]) -> None:
+        free = request.url.path == "/health" or not key
+        if not free and not (sent and hmac.compare_digest(sent.credentials.encode(), str(key).strip().encode())):
             raise ApiError(401, "wrong or missing API key: send Authorization: Bearer <key>", "invalid_api_key")
 
     handlers: Any = dict.fromkeys((HTTPException, AwaresError, ClientDisconnect, Exception), _refuse)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
-    api = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
+    options: Any = {"docs_url": None, "redoc_url": None, "openapi_url": None, "dependencies": [Depends(check_key)]}
+    app = FastAPI(**options, exception_handlers=handlers)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
         return {"status": "ready", "model": model, "requests": len(held)}
 
-    @api.get("/models")
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [await retrieve(model)]}
 
-    @api.get("/models/{name:path}")
+    @app.get("/v1/models/{name:path}")
     async def retrieve(name: str) -> dict[str, Any]:
         if name != model:
             raise ApiError(404, f"no model {name[:SHOWN]!r}: this is {model!r}", "model_not_found", "model")
         return {"id": model, "object": "model", "created": 0, "owned_by": "awares"}
 
-    @api.post("/chat/completions")
+    @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
         deadline = time.time() + limits.timeout
         if len(held) >= limits.queue:
@@ -144,7 +146,6 @@ def make_app(engine: Any, model: str, limits: Limits) -> FastAPI:
             return JSONResponse(reply)
         return StreamingResponse(_as_events(reply, wanted), media_type="text/event-stream")
 
-    app.include_router(api)
     return app
 
 
@@ -177,7 +178,7 @@ async def _read(request: Request, most: int) -> ChatRequest:
         raise ApiError(400, f"{key or 'body'}: {message}", param=key or None) from error
 
 
-def _answer(engine: Any, request: ChatRequest, limits: Limits, deadline: float) -> dict[str, Any]:
+def _answer(engine: Any, request: ChatRequest, limits: Serve, deadline: float) -> dict[str, Any]:
     """Runs the interaction until ``deadline`` (seconds since the epoch) at most; a ``chat.completion``.
 
     ``max_tokens`` bounds only the answer: a call that is cut short cannot be read.
@@ -187,7 +188,11 @@ def _answer(engine: Any, request: ChatRequest, limits: Limits, deadline: float) 
     *instructions, user = [message.role for message in request.messages]
     if {*instructions} - {"system", "developer"} or user != "user" or len(urls) != 1:
         raise ApiError(400, "send one user message with one image and a question", param="messages")
-    image = _image(urls[0]["url"], limits, engine.max_side)
+    with faults_of(f"image_url: not a readable {', '.join(FORMATS)} image in a base64 data URL"):
+        sent = Image.open(io.BytesIO(base64.b64decode(urls[0]["url"].split(";base64,")[1])), formats=FORMATS)
+    if sent.width * sent.height > limits.image_pixels:
+        raise ApiError(413, f"image: at most {limits.image_pixels} px", param="messages")
+    image = cap(open_image(sent, "image_url"), engine.max_side)
     longest = getattr(engine, "decoder", engine).max_new_tokens
     if hasattr(engine, "decoder"):
         engine.decoder.criteria = StoppingCriteriaList([MaxTimeCriteria(0.0, initial_timestamp=deadline)])
@@ -211,16 +216,6 @@ def _answer(engine: Any, request: ChatRequest, limits: Limits, deadline: float) 
     return {**head, "model": request.model, "choices": [choice], "usage": usage | {"awares": spent}}
 
 
-def _image(url: str, limits: Limits, max_side: int) -> Image.Image:
-    """The image of a base64 data URL, upright, in RGB, shrunk to ``max_side`` px; ApiError for a large one."""
-    with faults_of(f"image_url: not a readable {', '.join(FORMATS)} image in a base64 data URL"):
-        file = base64.b64decode(url.split(";base64,")[1])
-        image = Image.open(io.BytesIO(file), formats=FORMATS)
-    if len(file) > limits.image_bytes or image.width * image.height > limits.image_pixels:
-        raise ApiError(413, f"image: at most {limits.image_bytes} bytes, {limits.image_pixels} px", param="messages")
-    return cap(open_image(image, "image_url"), max_side)
-
-
 def _as_events(reply: dict[str, Any], request: ChatRequest) -> Iterator[str]:
     """The completion as a stream: the answer, its finish reason, usage if requested, [DONE]."""
     [choice], usage = reply["choices"], reply.pop("usage")
@@ -232,19 +227,21 @@ def _as_events(reply: dict[str, Any], request: ChatRequest) -> Iterator[str]:
     yield "data: [DONE]\n\n"
 
 
-def run_server(load: Callable[[], Any], host: str, port: int, model: str, limits: Limits) -> None:
-    """Serves the engine of ``load`` until SIGTERM or SIGINT; prints the URL. AwaresValueError for a bad address."""
+def run_server(settings: Serve) -> None:
+    """Serves the policy until SIGTERM or SIGINT; prints the URL. AwaresValueError for a bad address."""
+    host, port = settings.host, settings.port
     family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
+    name = settings.name or (Path(settings.model).resolve().name if settings.model else "awares")
     try:  # before the model is loaded: a taken port should not cost minutes
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise AwaresValueError(f"cannot listen at {host}:{port} ({error}): choose another host or port") from error
     with listener:
-        app = make_app(load(), model, limits)
+        app = make_app(settings.load()[0].engine, name, settings)
         if host not in ("127.0.0.1", "::1", "localhost") and API_KEY not in os.environ:
             print(f"warning: {host} is reachable from outside and {API_KEY} is not set", file=sys.stderr)
-        for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn ends what is under way and raises the signal again
-            signal.signal(name, lambda *_: None)
-        print(f"{model} at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
-        config = uvicorn.Config(app, log_level="error", access_log=False, limit_concurrency=limits.connections)
+        for one in (signal.SIGTERM, signal.SIGINT):  # uvicorn ends what is under way and raises the signal again
+            signal.signal(one, lambda *_: None)
+        print(f"{name} at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
+        config = uvicorn.Config(app, log_level="error", access_log=False, limit_concurrency=settings.connections)
         uvicorn.Server(config).run([listener])
