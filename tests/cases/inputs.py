@@ -18,12 +18,16 @@ COLOURS = Image.merge("RGB", (GREY.getchannel(0), TURNED, Image.new("L", GREY.si
 
 
 @dataclass(frozen=True)
-class ImageCase:
-    """``right``: the picture to see; None: a clear refusal."""
+class Case:
+    """A row: an image file of its own or `COLOURS` in page.png, and ``values`` in the place of good ones.
 
-    content: bytes
-    suffix: str
+    ``right``: the picture to see; None: the row is refused, by name. ``trained``: whether it is a training row.
+    """
+
     right: Image.Image | None
+    trained: bool
+    values: dict[str, Any] | bytes
+    content: bytes = b""
     note: str = ""
 
 
@@ -47,12 +51,13 @@ def broken_exif(orientation: int, kind: int = 3) -> bytes:
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
 
 
-def image_cases() -> dict[str, ImageCase]:
-    found = {"colour": ImageCase(encoded(COLOURS, "PNG"), ".png", COLOURS)}
+def image_cases() -> dict[str, Case]:
+    found = dict[str, Case]()
 
-    def add(name: str, content: bytes, suffix: str, right: Image.Image | None = None, **more) -> None:
-        found[name] = ImageCase(content, suffix, right, **more)
+    def add(name: str, content: bytes, suffix: str, right: Image.Image | None = None, note: str = "") -> None:
+        found[name] = Case(right, bool(right), {"image": f"{name}{suffix}"}, content, note)
 
+    add("colour", encoded(COLOURS, "PNG"), ".png", COLOURS)
     jpeg, exif = encoded(COLOURS, "JPEG", quality=100, subsampling=0), Image.Exif()
     plain = Image.open(io.BytesIO(jpeg)).convert("RGB")
     for number, turn in enumerate([None, 0, 3, 1, 5, 4, 6, 2], start=1):
@@ -121,25 +126,8 @@ IMAGES = image_cases()
 QUESTION, BOX_1 = "what is it?", [[0, 0, 500, 500]]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A row: an image file of its own or `COLOURS` in page.png, and ``values`` in the place of good ones.
-
-    ``right``: the picture to see; None: the row is refused, by name. ``trained``: whether it is a training row.
-    """
-
-    right: Image.Image | None
-    trained: bool
-    values: dict[str, Any] | bytes
-    content: bytes = b""
-    note: str = ""
-
-
 def row_cases() -> dict[str, Case]:
-    found = {
-        name: Case(case.right, bool(case.right), {"image": f"{name}{case.suffix}"}, case.content, case.note)
-        for name, case in IMAGES.items()
-    }
+    found = {**IMAGES}
 
     def add(name: str, answered: bool, trained: bool, raw: bytes = b"", **values: Any) -> None:
         found[name] = Case(COLOURS if answered else None, trained, raw or values)

@@ -114,7 +114,7 @@ def test_commands_of_guides_and_help_are_understood():
     texts, seen = [commands.help], set()
     for guide in (ROOT / "README.md", ROOT / "src" / "awares" / "README.md", ROOT / "data" / "launch" / "README.md"):
         texts += re.findall(r"^```bash\n(.*?)^```", guide.read_text(), re.MULTILINE | re.DOTALL)
-    for row in [row.strip() for text in texts for row in text.splitlines()]:
+    for row in [row.strip() for text in texts for row in text.replace("\\\n", "").splitlines()]:
         if row.startswith("awares "):
             name, *words = shlex.split(re.split(r"  +#| {3,}", row)[0])[1:]
             seen.add(name)
