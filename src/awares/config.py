@@ -34,7 +34,7 @@ def load_params(
     stored = method | sizes
     own, chosen = f"profiles.{profile}.", _entry("variant", variant, variants)
     changes = {key.removeprefix(own): chosen[key] for key in chosen if key.startswith(own) or key[:9] != "profiles."}
-    final = stored | changes | parse_overrides(overrides)
+    final = stored | changes | as_mapping("overrides", overrides or {})
     about = {"root": file.parent, "profile": profile, "variant": variant, "changed": {*map(_section_of, changes)}}
     about["unseen"] = final.get("evaluation.seed") != stored.get("evaluation.seed")
     place = f"{file.name} (profile {profile}, variant {variant}{', overrides' if overrides else ''})"
@@ -49,18 +49,9 @@ def load_params(
 
 
 def differences(before: Params, after: Params) -> list[tuple[str, Any, Any]]:
-    """The parameters in which two settings differ: (dotted key, before, after), a section in params.yaml's order."""
-    written = read_yaml(before.path("params.yaml"))
-    places = [*_flat(written), *_flat(written["profiles"][before.profile])]
-    sections, old, new = [*before.as_dict()], _flat(before.as_dict()), _flat(after.as_dict())
-    changed = [key for key in old if old[key] != new[key] and key != "variant"]
-    changed.sort(key=lambda key: (sections.index(_section_of(key)), [*places, key].index(key)))
-    return [(key, old[key], new[key]) for key in changed]
-
-
-def parse_overrides(overrides: _Overrides) -> dict[str, Any]:
-    """Dotted key -> value, from a mapping or its YAML text; no text means no override."""
-    return _mapping("overrides", overrides or {})
+    """The parameters in which two settings differ: (dotted key, before, after), in the order of `Params`."""
+    old, new = _flat(before.as_dict()), _flat(after.as_dict())
+    return [(key, old[key], new[key]) for key in old if old[key] != new[key] and key != "variant"]
 
 
 def find_file(path: Path) -> Path:
@@ -75,7 +66,7 @@ def read_yaml(file: Path, named_by: str = "") -> dict[str, Any]:
     """The mapping in a YAML file, or AwaresError. ``named_by``: the parameter that names the file, for the message."""
     if not file.is_file():
         raise AwaresFileError(f"{file}: no such file{f'; {named_by} names it' if named_by else ''}")
-    return _mapping(str(file), file.read_bytes())
+    return as_mapping(str(file), file.read_bytes())
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -88,8 +79,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
-    """A mapping, or the one that a YAML text holds."""
+def as_mapping(name: str, value: Any) -> dict[str, Any]:
+    """``value``, a mapping or its YAML text; AwaresValueError with ``name`` for anything else."""
     try:
         value = (yaml.load(value, Loader=_UniqueKeys) or {}) if isinstance(value, str | bytes) else value
     except (yaml.YAMLError, RecursionError) as error:
@@ -100,10 +91,10 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _entry(kind: str, name: Any, table: Any) -> dict[str, Any]:
-    known = _mapping(f"{kind}s", table)
+    known = as_mapping(f"{kind}s", table)
     if not isinstance(name, str) or name not in known:
         raise AwaresValueError(f"unknown {kind} {name!r}: known are {', '.join(known)}")
-    return _mapping(f"{kind}s.{name}", known[name] or {})
+    return as_mapping(f"{kind}s.{name}", known[name] or {})
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -71,21 +71,14 @@ def with_failures(row_ids: Sequence[str], ask: Callable[[list[int]], Sequence[_R
     return [found[place] for place in range(len(row_ids))]
 
 
-def first_fault(error: ValidationError) -> str:
-    """The first fault of a pydantic validation: ``key.path: message, not value``."""
-    unknown = ("extra_forbidden", "unexpected_keyword_argument")
-    fault = min(error.errors(), key=lambda one: one["type"] not in unknown)  # a misspelt key is missing, too
-    key = ".".join(map(str, fault["loc"]))
-    if fault["type"] in unknown:
-        return f"unknown key {key}"
-    if fault["type"] == "missing":
-        return f"{key} is missing"
-    return f"{key}: {fault['msg'].removeprefix('Value error, ')}, not {str(fault['input'])[:100]!r}"
-
-
 def validated(model: type[_Model], values: Any, place: str) -> _Model:
     """``values`` as ``model``; AwaresValueError with ``place`` and the first fault."""
     try:
         return TypeAdapter(model).validate_python(values)
     except ValidationError as error:
-        raise AwaresValueError(f"{place}: {first_fault(error)}") from error
+        unknown = ("extra_forbidden", "unexpected_keyword_argument")
+        fault = min(error.errors(), key=lambda one: one["type"] not in unknown)  # a misspelt key is missing, too
+        key = ".".join(map(str, fault["loc"]))
+        wrong = f"{key}: {fault['msg'].removeprefix('Value error, ')}, not {str(fault['input'])[:100]!r}"
+        wrong = f"{key} is missing" if fault["type"] == "missing" else wrong
+        raise AwaresValueError(f"{place}: {f'unknown key {key}' if fault['type'] in unknown else wrong}") from error

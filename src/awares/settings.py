@@ -281,8 +281,7 @@ class Params(Section):
         if stage not in DECIDES and stage not in _SEEDED:
             return folder
         name = "main" if stage in DECIDES and not self.changed & DECIDES[stage] else self.variant
-        if stage in _SEEDED:
-            name = f"{name}-s{self.seed}"
+        name += f"-s{self.seed}" if stage in _SEEDED else ""
         if stage in ("evaluation", "operating_curve") and self.unseen:
             name = f"{name}-e{self.evaluation.seed}"
             folder = folder.with_name("unseen") if stage == "evaluation" else folder

@@ -13,17 +13,12 @@ from awares.registry import reward
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 
-@pytest.fixture
-def edited(tmp_path):
-    """Write params.yaml with one edit and return its path."""
-
-    def edit(change):
-        raw = yaml.safe_load(PARAMS.read_text())
-        change(raw)
-        (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-        return tmp_path / "params.yaml"
-
-    return edit
+def edited(folder, change):
+    """The path of params.yaml with one edit."""
+    raw = yaml.safe_load(PARAMS.read_text())
+    change(raw)
+    (folder / "params.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "params.yaml"
 
 
 def test_paper_values():
@@ -55,9 +50,9 @@ def test_run_folders(monkeypatch):
     assert unseen.run_dir("grpo").name == "main-s1"
 
 
-def test_variant_then_overrides(edited):
+def test_variant_then_overrides(tmp_path):
     values = {"grpo.lambda_area": 0.0, "grpo.beta": 0.1, "profiles.paper.grpo.epochs": 7, "profiles.mini.threads": 3}
-    path = edited(lambda raw: raw["variants"].update(no_area=values, bad={"grpo.x": 1}))  # which breaks no other
+    path = edited(tmp_path, lambda raw: raw["variants"].update(no_area=values, bad={"grpo.x": 1}))  # breaks no other
     params = load_params(variant="no_area", overrides={"grpo.beta": 0.2, "comparison.own": ["mine"]}, path=path)
     assert (params.grpo.lambda_area, params.grpo.beta, params.grpo.epochs, params.threads) == (0.0, 0.2, 1, 3)
     assert params.comparison.own == ("mine",)
@@ -112,9 +107,9 @@ def test_bad_argument(arguments, named):
         (lambda raw: raw["ablations"]["grpo"].append("main"), "ablations.grpo: .*main .*nothing"),
     ],
 )
-def test_bad_file(edited, change, named):
+def test_bad_file(tmp_path, change, named):
     with pytest.raises(AwaresError, match=named):
-        load_params(path=edited(change))
+        load_params(path=edited(tmp_path, change))
 
 
 def test_a_registered_function_is_a_name_and_its_source_enters_the_key(monkeypatch):

@@ -149,7 +149,7 @@ def test_the_chosen_bias_has_the_highest_reward(world):
 
 def test_a_variant_is_evaluated_with_its_own_bias(tmp_path):
     params = replace(settings(**{"grpo.choose_bias": True}), root=tmp_path, changed=frozenset({"grpo"}))
-    with pytest.raises(AwaresError, match="run the stage grpo"):
+    with pytest.raises(AwaresError, match="dvc repro grpo"):
         comparison.call_bias(params)
     params.run_dir("grpo").mkdir(parents=True)
     (params.run_dir("grpo") / "metrics.json").write_text('{"call_bias": -0.5}')

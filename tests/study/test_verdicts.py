@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 from conftest import TASKS
 
-from awares.config import load_params
+from awares.config import differences, load_params
 from awares.errors import AwaresError
 from awares.method import evaluation
 from awares.study import answers, claims, comparison, verdicts
@@ -24,9 +24,7 @@ def simulated(rng, trainings, spreads, truth=0.0, rows=300):
     """An effect of ``truth`` from simulated differences; spreads of trainings, of rows, and of each cell."""
     shapes = (trainings, 1), (1, rows), (trainings, rows)
     of_training, of_row, of_cell = (rng.normal(0, *one) for one in zip(spreads, shapes, strict=True))
-    found = Estimate(truth + of_training + of_row + of_cell, np.repeat(np.arange(6), rows // 6), 0.0, {})
-    by_rows, by_trainings = found.errors()
-    return Effect(found.value, by_rows**0.5, by_trainings**0.5, trainings - 1, trainings)
+    return Estimate(truth + of_training + of_row + of_cell, np.repeat(np.arange(6), rows // 6), 0.0, {}).effect()
 
 
 @pytest.mark.parametrize(
@@ -55,9 +53,7 @@ def test_a_false_verdict_is_as_rare_and_a_true_one_as_frequent_as_stated(trainin
 
 def test_the_interval_is_students_for_trainings_and_normal_for_rows():
     gains = np.array([0.5, -0.5, 1.0])
-    found = Estimate(np.tile(gains[:, None], 12), np.repeat([0, 1], 6), 0.0, {})
-    rows, trainings = found.errors()
-    effect = Effect(found.value, rows**0.5, trainings**0.5, 2, 3)
+    effect = Estimate(np.tile(gains[:, None], 12), np.repeat([0, 1], 6), 0.0, {}).effect()
     expected = scipy.stats.t.interval(0.95, 2, loc=gains.mean(), scale=gains.std(ddof=1) / 3**0.5)
     assert effect.interval(0.95) == pytest.approx(expected)
     assert effect.p(0.0) == pytest.approx(scipy.stats.ttest_1samp(gains, 0).pvalue)
@@ -205,14 +201,8 @@ def test_one_training_varies_as_much_as_the_main_line_and_shares_its_cold_start(
 
 
 def claim(expression, side="above", margin=0.0, **more):
-    return {
-        "expression": expression,
-        "holds": side,
-        "margin": margin,
-        "same": 0.0,
-        "decided_by": "",
-        "reason": "",
-    } | more
+    usual = {"margin": margin, "same": 0.0, "decided_by": "", "reason": ""}
+    return {"expression": expression, "holds": side, **usual, **more}
 
 
 def test_measures_of_first_turns_are_the_diagnostics():
@@ -263,9 +253,7 @@ def test_every_claim_states_its_quantity_margin_and_source():
 
 
 def test_claims_without_answers_are_not_decidable_and_say_why(tmp_path):
-    params = load_params("mini", overrides={"paths.reports": str(tmp_path), "paths.runs": str(tmp_path)})
-    with pytest.raises(AwaresError, match="data"):
-        comparison.all_scores(params)
+    params = load_params("mini", overrides={"paths.reports": str(tmp_path)})
     table = claims.claims_table(comparison.published(params), claims.read_claims())
     assert {*claims.CLAIM_COLUMNS, *claims.NOTES} <= {*table}
     assert set(table.verdict) == {UNDECIDED} and table.effect.isna().all() and table.note.ne("").all()
@@ -293,23 +281,21 @@ def test_the_gap_is_split_by_need_and_call():
     assert table.points[:-1].sum() == pytest.approx(table.points.iloc[-1]) and (table.low < table.points).all()
 
 
-def test_effects_of_variants_on_the_main_line_and_on_the_variant_that_they_extend():
-    right = {"sft": 0.8, "awares": 0.8, "weight_1": 0.7, "turn": 0.3, "no_tool_cost": 0.8, "no_area_cost": 0.8}
-    runs = {name: load_params("mini", name) for name in [*right, "grpo_only"][2:]}
+def test_effects_of_variants_on_the_main_line():
+    right = {"sft": 0.8, "awares": 0.8, "turn": 0.3, "no_tool_cost": 0.8, "grpo_only": 0.7}
+    runs = {name: load_params("mini", name) for name in [*right][2:]}
     tables = [answered(name, marks(share), rtr=0.5 + 0.25 * (name == "no_tool_cost")) for name, share in right.items()]
     near = marks(0.8) ^ (np.arange(len(ROWS)) < 3)
     tables += [answered(name, near, seed) for name in ("sft", "awares") for seed in (2, 3)]
-    tables.append(answered("grpo_only", marks(0.7)))
-    found = Answers(PARAMS, pd.concat(tables), pd.DataFrame({"system": [], "seed": []}), comparison.trainings(PARAMS))
-    table = comparison.effects(PARAMS, runs, found).set_index(["variant", "against"])
-    pairs = [*((name, "main") for name in runs), ("turn", "weight_1"), ("no_tool_cost", "no_area_cost")]
-    assert list(table.index) == pairs
-    assert table.system.tolist() == ["sft", "sft", "awares", "awares", "awares", "sft", "awares"]
-    turn, step = table.loc[("turn", "main")], table.loc[("turn", "weight_1")]
-    assert turn.difference == pytest.approx(100 * (marks(0.3).mean() - marks(0.8).mean())) and turn.significant
-    assert step.difference == pytest.approx(100 * (marks(0.3).mean() - marks(0.7).mean()))
-    assert step.change == "sft.level turn"
-    assert table.loc[("no_tool_cost", "main")].rtr == 0.25 and (table.seeds == 1).all()
     kinds = comparison.trainings(PARAMS)
+    found = Answers(PARAMS, pd.concat(tables), pd.DataFrame({"system": [], "seed": []}), kinds)
+    table = comparison.difference_table(found, [(name, comparison.judged_by(one)[0]) for name, one in runs.items()])
+    table = table.set_index("a")
+    assert table.b.to_dict() == {"turn": "sft", "no_tool_cost": "awares", "grpo_only": "awares"}
+    assert table.difference["turn"] == pytest.approx(100 * (marks(0.3).mean() - marks(0.8).mean()))
+    assert table.significant.tolist() == [True, False, True] and (table.seeds == 1).all()
+    assert table.rtr["no_tool_cost"] == 0.25
+    changes = [(key, new) for key, _, new in differences(PARAMS, runs["turn"])]
+    assert changes == [("sft.level", "turn"), ("sft.tool_turn_weight", 1.0)]
     assert kinds["no_area_cost"] == ("sft", "grpo:no_area_cost") and kinds["grpo_only"] == ("all:grpo_only",)
     assert kinds["labels_anls"] == ("sft:labels_anls",) and kinds["visionthink"] == ("all:visionthink",)

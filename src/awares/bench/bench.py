@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from awares.bench import configs, latency
-from awares.config import Params, load_params, parse_overrides
+from awares.config import Params, as_mapping, load_params
 from awares.errors import AwaresValueError
 from awares.method import grpo, sft
 
@@ -36,7 +36,7 @@ def measure(settings: Any) -> None:
     if settings.train:  # two steps of each training
         fixed = {"base.device": DEVICE, "base.dtype": DTYPE, "base.attn_implementation": settings.attention}
         fixed |= {"sft.epochs": 2, "sft.checkpoints": 1, "grpo.max_steps": 2, "grpo.answer_reward": "anls"}
-        fixed |= {"grpo.max_completion_length": 32, **parse_overrides(settings.overrides)}
+        fixed |= {"grpo.max_completion_length": 32, **as_mapping("overrides", settings.overrides or {})}
         tables.append(training_steps(settings, load_params("paper", overrides=fixed)))
     settings.out.mkdir(parents=True, exist_ok=True)
     cpu = {"device": f"{platform.processor() or platform.machine()} CPU", "threads": str(torch.get_num_threads())}

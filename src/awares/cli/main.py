@@ -105,7 +105,7 @@ class Ask(PolicyOptions):
             from awares.study import figures
 
             figures.style(110)
-            figures.save_figure(figures.gallery([{"image": image, "question": self.question}], [done]), self.show)
+            figures.show(figures.gallery([{"image": image, "question": self.question}], [done]), path=self.show)
         if self.as_json:
             about = {"image": self.image, "question": self.question, **done.to_dict(), "rtr": done.rtr}
             print(json.dumps(about | ({"note": note} if note else {}), ensure_ascii=False))

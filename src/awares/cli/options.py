@@ -57,10 +57,12 @@ class PolicyOptions:
         from awares.clients.chat import ChatClient, Server
         from awares.clients.engine import RemoteEngine
         from awares.engine.model import load_processor
+        from awares.errors import validated
 
         options.pop("token_budget", None)
         name = self.server_model or Path(found.path).resolve().name
-        server = Server(url=self.server, model=name, attempts=12 if out else 3)  # somebody waits for a single answer
+        attempts = 12 if out else 3  # somebody waits for a single answer
+        server = validated(Server, {"url": self.server, "model": name, "attempts": attempts}, "--server")
         replies = out.with_name(f"{out.name}.replies") if out else None
         client = ChatClient(server, replies, progress=sys.stderr.isatty() and out is not None)
         engine: Any = RemoteEngine(client, load_processor(found.path, options.pop("pixels", (0, 0))), **options)

@@ -5,22 +5,22 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
 import openai
-from pydantic import AliasPath, BaseModel, Field, ValidationError
+from pydantic import AliasPath, BaseModel, Field
 from pydantic_core import from_json
 from tqdm import tqdm
 
 from awares.clients import launch
 from awares.engine.jsonl import append_records, drop_torn_line, exclusive_lock, read_records
-from awares.errors import AwaresRequestError, AwaresValueError, Failure, first_fault
+from awares.errors import AwaresRequestError, Failure
 
 _Result = TypeVar("_Result")
 
@@ -34,7 +34,7 @@ class RowFailed(Exception):
 
 
 class Server(BaseModel, extra="forbid", frozen=True):
-    """An OpenAI-compatible endpoint and its limits; AwaresValueError names a wrong one.
+    """An OpenAI-compatible endpoint and its limits.
 
     ``url`` ends in /v1. ``key_variable``: name in the environment, unset = no key. ``concurrency`` rows run at once. A
     request is tried ``attempts`` times, each time for ``timeout`` seconds.
@@ -49,16 +49,10 @@ class Server(BaseModel, extra="forbid", frozen=True):
     stop_after: int = Field(16, gt=0)  # consecutive rows without a reply that end the call
     started_by: launch.Launch | None = None  # how our server is started, in place of ``url``
 
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise AwaresValueError(f"server: {first_fault(error)}") from error
-
-    def connect(self, **options: Any) -> openai.OpenAI:
+    def connect(self) -> openai.OpenAI:
         """The library's client: it waits between attempts and follows Retry-After headers of up to two minutes."""
         key = os.environ.get(self.key_variable) or "none"  # the library requires a key
-        options = {"max_retries": self.attempts - 1, "timeout": self.timeout, "base_url": self.url, **options}
+        options: Any = {"max_retries": self.attempts - 1, "timeout": self.timeout, "base_url": self.url}
         if self.started_by:  # waits for it, and passes by proxies
             options["base_url"] = launch.running.address(self.started_by)
             options["http_client"] = openai.DefaultHttpxClient(trust_env=False)
@@ -104,35 +98,14 @@ class Request:
 Send = Callable[[Request], Reply]
 
 
-class _Connection:
-    """The client of ``server``, made when the first request needs it: a server may have to start for it."""
-
-    def __init__(self, server: Server) -> None:
-        self.server, self.closed, self._tried, self._lock = server, False, False, Lock()
-        self._api: openai.OpenAI | None = None
-
-    def api(self) -> openai.OpenAI:
-        with self._lock:
-            if self.closed or (self._tried and not self._api):
-                raise RowFailed("the call has ended")
-            self._tried = True
-            self._api = self._api or self.server.connect()
-            return self._api
-
-    def close(self) -> None:
-        self.closed = True
-        if self._api:
-            self._api.close()
-
-
 class ChatClient:
     """Sends requests to ``server``. ``path``: the JSONL file of replies; None keeps them during one call only."""
 
     def __init__(self, server: Server, path: str | Path | None, progress: bool = False) -> None:
         self.server, self.path, self.progress = server, None if path is None else Path(path), progress
         self.replies: dict[str, Reply] = {}  # by the key of the request
-        self._lock, self._silent = Lock(), 0  # failed rows since the last reply
-        self._read = -1  # bytes of the file that `replies` holds
+        self._lock, self._connecting = Lock(), Lock()
+        self._silent = 0  # failed rows since the last reply
 
     def converse(
         self,
@@ -148,11 +121,13 @@ class ChatClient:
         results: list[Any] = [None] * len(row_ids)
         self._silent = 0
         bar = tqdm(total=len(row_ids), desc=self.server.model, unit="row", disable=not self.progress)
-        with self.opened(), closing(_Connection(self.server)) as connection, bar:
+        with self.opened(), ExitStack() as ending, bar:
+            # By the first request that is sent: a server may have to start for it
+            connect = cache(lambda: ending.enter_context(self.server.connect()))
 
             def run_row(index: int) -> None:
                 try:
-                    results[index] = talk(index, partial(self._send, connection))
+                    results[index] = talk(index, partial(self._send, connect))
                 except RowFailed as error:
                     results[index] = self._failure(row_ids[index], error)
 
@@ -169,7 +144,7 @@ class ChatClient:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Lock and read the file; AwaresError if another process holds it or if it contains something else."""
+        """Lock the file, read it once; AwaresError if another process holds it or if it contains something else."""
         if self.path is None:
             self.replies = {}
             yield
@@ -177,23 +152,21 @@ class ChatClient:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(self.path):
             drop_torn_line(self.path, b'{"reply_key": ', "replies")  # the next record would follow it on the same line
-            if self._size() != self._read:
+            if not self.replies:
                 self.replies = {one["reply_key"]: Reply.model_validate(one) for one in read_records(self.path)}
             yield
-            self._read = self._size()
 
-    def _size(self) -> int:
-        return self.path.stat().st_size if self.path and self.path.is_file() else 0
-
-    def _send(self, connection: _Connection, request: Request) -> Reply:
+    def _send(self, connect: Callable[[], openai.OpenAI], request: Request) -> Reply:
         key = request.key(self.server.model)
         if key in self.replies:
             return self.replies[key]
-        reply = self._fetch(connection.api(), request)
+        with self._connecting:
+            api = connect()
+        reply = self._fetch(api, request)
         request.check(reply)
         with self._lock:
             self._silent = 0
-            if connection.closed:  # after an abort the file is no longer ours
+            if api.is_closed():  # after an abort the file is no longer ours
                 return reply
             if self.path and key not in self.replies:  # another row may have made the same request
                 about = {"reply_key": key, "id": request.row_id, "model": self.server.model}

@@ -21,7 +21,7 @@ from awares.engine.jsonl import Record
 from awares.engine.model import ImageOnlyProcessor
 from awares.errors import AwaresRequestError, AwaresValueError
 from awares.method import protocol
-from awares.method.protocol import OURS, Protocol, get_protocol
+from awares.method.protocol import OURS, Protocol
 from awares.method.rollout import MAX_NEW_TOKENS, Conversation, Interaction, Trajectory
 
 # Special tokens stay, such as our <tool_call>; no repetition penalty of the checkpoint; the ids are compared with ours
@@ -49,10 +49,9 @@ class RemoteEngine(Interaction):
         max_side: int = 2000,
         check: bool = True,
         scores: bool = False,
-        protocol: str | Protocol = OURS,
+        protocol: Protocol = OURS,
     ) -> None:
-        chosen = get_protocol(protocol) if isinstance(protocol, str) else protocol
-        super().__init__(Codec(processor, chosen.opening), max_side, chosen)
+        super().__init__(Codec(processor, protocol.opening), max_side, protocol)
         self.client, self.max_new_tokens, self.check, self.scores = client, max_new_tokens, check, scores
         self._never = [processor.image_token_id, processor.video_token_id]  # tokens that no turn may have
         self._words = {token: self.codec.text([token]) for token in (*self._never, self.codec.call_token)}
@@ -103,7 +102,8 @@ class RemoteEngine(Interaction):
     def _request(self, row: Conversation, barred: bool, begun: str = "", scored: bool = False) -> Request:
         """For the next turn of ``row``. ``barred``: no call token in it; ``begun``: the call's first token."""
         never = [*self._never, *([self.codec.call_token] if barred else [])]
-        extra = VLLM_SETTINGS | {"bad_words": [self._words[token] for token in never]}  # logit_bias bars drafted tokens
+        # Not logit_bias, which vLLM refuses where it drafts tokens
+        extra = VLLM_SETTINGS | {"bad_words": [self._words[token] for token in never]}
         settings: Record = {"temperature": 0.0, "max_tokens": self.max_new_tokens, "extra_body": extra}
         messages, ids = as_sent(row.messages, row.images), list(row.ids)
         if begun:

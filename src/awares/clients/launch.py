@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from awares.errors import AwaresRequestError
 
-DIRECT = build_opener(ProxyHandler({}))  # a proxy of the environment does not reach this machine's own servers
-TAIL = 12  # lines of the log that an error shows
+_direct = build_opener(ProxyHandler({}))  # a proxy of the environment does not reach this machine's own servers
 # A watcher in the server's group ends the group once the pipe of the process that started it closes, by any death
 WATCHED = """exec 3<&0
 ( trap "" TERM; cat <&3; kill -TERM 0; sleep 20; kill -KILL 0 ) >/dev/null 2>&1 &
@@ -67,7 +66,6 @@ class _Running:
                     raise AwaresRequestError(f"{launch.name}: this model has no server: {fix}")
                 self.stop()
                 self._start(launch)
-                self._wait(launch)
             if fault := self.fault(launch):
                 raise AwaresRequestError(fault)
             return self.url
@@ -92,7 +90,8 @@ class _Running:
             os.killpg(process.pid, signal.SIGKILL)
 
     def _start(self, launch: Launch) -> None:
-        port = _free_port()
+        """Until the server is healthy, or has ended; shows the last line of its log."""
+        port, until = _free_port(), time.monotonic() + 60 * launch.minutes
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         command = [str(launch.python), "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--host", "127.0.0.1", "--port", str(port), *launch.flags]
@@ -100,22 +99,16 @@ class _Running:
             self.launch, self.url = launch, f"http://127.0.0.1:{port}/v1"
             given: Any = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT, "cwd": launch.folder}
             self.process = subprocess.Popen(["sh", "-c", WATCHED, "sh", *command], start_new_session=True, **given)
-
-    def _wait(self, launch: Launch) -> None:
-        """Until the server is healthy; shows the last line of its log."""
-        until, health = time.monotonic() + 60 * launch.minutes, self.url.replace("/v1", "/health")
         with tqdm(desc=f"starting {launch.name}", bar_format="{desc}: {elapsed}{postfix}", leave=False) as bar:
-            while self.allowed and time.monotonic() < until:
-                if fault := self.fault(launch):
-                    raise AwaresRequestError(fault)
-                with suppress(OSError), DIRECT.open(health, timeout=5):
+            while not self.fault(launch):
+                with suppress(OSError), _direct.open(self.url.replace("/v1", "/health"), timeout=5):
                     return
-                bar.set_postfix_str("".join(_lines(launch.log)[-1:])[-80:])
+                if not self.allowed or time.monotonic() > until:
+                    late = f"{launch.name}: its server is not healthy after {launch.minutes:g} minutes"
+                    fix = f"raise minutes in data/served.yaml if it was still loading. From {launch.log}:"
+                    raise AwaresRequestError(f"{late}; {fix}\n{_errors(launch.log)}")
+                bar.set_postfix_str(_errors(launch.log, most=1)[-80:])
                 time.sleep(0.2)
-        self.stop()
-        fault = f"{launch.name}: its server is not healthy after {launch.minutes:g} minutes"
-        fix = f"raise minutes in data/served.yaml if it was still loading. From {launch.log}:\n{_errors(launch.log)}"
-        raise AwaresRequestError(f"{fault}; {fix}")
 
 
 running = _Running()
@@ -148,13 +141,8 @@ def as_flags(values: Mapping[str, Any]) -> Iterator[str]:
             yield value if isinstance(value, str) else to_json(value).decode()
 
 
-def _lines(log: Path) -> list[str]:
-    return [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-
-
-def _errors(log: Path) -> str:
-    """The last lines of ``log`` that name an error, each with the line after it; vLLM prints the cause early."""
-    lines = [line for line in _lines(log) if not re.search(r"\b(INFO|WARNING)\b", line)]
-    named = [place for place, line in enumerate(lines) if re.search(r"(Error|Exception|error): ", line)]
-    shown = [line for place in named for line in lines[place : place + 2]]
-    return "\n".join(dict.fromkeys((shown or _lines(log))[-TAIL:]))
+def _errors(log: Path, most: int = 12) -> str:
+    """The last lines of ``log``, of those that name an error if any does: vLLM prints the cause early."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"^(?!.*\b(INFO|WARNING)\b).*(Error|Exception|error): ", line)]
+    return "\n".join(dict.fromkeys((named or lines)[-most:]))

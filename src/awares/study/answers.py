@@ -22,6 +22,7 @@ from awares.study.verdicts import Effect
 EVALUATION, VALIDATION = "evaluation", "validation"
 ORACLE = "oracle"  # the "policy" that requests the target crops, in first_turns.parquet
 WEIGHTED = ("accuracy", "rtr", "characters")  # the mean over benchmarks
+COLUMNS = {"accuracy": "score", "rtr": "rtr"}
 PLUS = 4  # "plus four" (Agresti and Coull): the variance over rows as if four more rows differed by the whole range
 _Names = tuple[str, ...]
 Trainings = Mapping[str, _Names]
@@ -79,6 +80,11 @@ class Estimate:
         rest = (self - other * ratio) * (1 / other.value)
         return replace(rest, rows=ratio + rest.rows)
 
+    def effect(self) -> Effect:
+        """Value and standard errors."""
+        (rows, trainings), count = self.errors(), len(self.rows)
+        return Effect(self.value, math.sqrt(rows), math.sqrt(trainings), count - 1, count)
+
     def errors(self) -> tuple[float, float]:
         """Variance over rows and over trainings (0 for one); their interaction counts once, with the trainings."""
         count, names, over_rows, shared = len(self.rows), np.unique(self.groups), 0.0, 0.0
@@ -128,9 +134,8 @@ class Answers:
         if not shared:
             raise MissingRows(f"{', '.join(policies)} have no training seed in common")
         used = [(policy, seed) for policy in seeds for seed in (shared if policy in trained else seeds[policy])]
-        rows = self.tables[kind, *used[0]].index
-        for other in (self.tables[kind, *place].index for place in used[1:]):
-            rows = rows if rows.equals(other) else rows.intersection(other, sort=False)
+        first, *others = (self.tables[kind, *place].index for place in used)
+        rows = first[np.all([first.isin(other) for other in others], axis=0)] if others else first
         if not len(rows):
             raise MissingRows(f"{', '.join(policies)} have no {kind} rows in common")
         return tuple(shared), rows
@@ -159,13 +164,12 @@ class Answers:
 
     def effect(self, found: Estimate, measure: str, benchmarks: _Names = ()) -> Effect:
         """``found`` with its errors. One training per arm varies as much as the main line's ``measure`` over seeds."""
-        (rows, trainings), count = found.errors(), len(found.rows)
-        free, noise = count - 1, {name: weight for name, weight in found.noise.items() if weight}
-        if count == 1 and noise and not self.alone:
-            spreads = {name: self._spread(name.partition(":")[0], measure, benchmarks) for name in noise}
-            trainings = sum(weight**2 * spreads[name][0] for name, weight in noise.items())
-            free = min(degrees for _, degrees in spreads.values())
-        return Effect(found.value, math.sqrt(rows), math.sqrt(trainings), free, count)
+        effect, noise = found.effect(), {name: weight for name, weight in found.noise.items() if weight}
+        if effect.seeds > 1 or not noise or self.alone:
+            return effect
+        spreads = {name: self._spread(name.partition(":")[0], measure, benchmarks) for name in noise}
+        trainings = math.sqrt(sum(weight**2 * spreads[name][0] for name, weight in noise.items()))
+        return replace(effect, trainings=trainings, free=min(degrees for _, degrees in spreads.values()))
 
     def _spread(self, training: str, measure: str, benchmarks: _Names) -> tuple[float, int]:
         """Variance of ``measure`` from one training of the main line to the next; (1, 0) while there is only one."""
@@ -185,11 +189,10 @@ class Answers:
         elif measure == "valid":
             value, whole = table.call_status == "valid", table.call_status.isin(CALL_STATUSES)
         else:
-            column = table.answer.map(len) if measure == "characters" else table["rtr" if measure == "rtr" else "score"]
-            value, whole = column, np.ones(len(table))
-        group = table.benchmark if measure in WEIGHTED else "all"
+            whole = np.ones(len(table))
+            value = table.answer.map(len) if measure == "characters" else table[COLUMNS[measure]]
         parts = pd.DataFrame({"value": value, "whole": whole}, table.index).astype(float)
-        return parts.assign(group=group)
+        return parts.assign(group=table.benchmark if measure in WEIGHTED else "all")
 
     def _turns_of(self, policy: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Terms of every ratio over validation rows: `decision_parts` against the labels and target crops."""

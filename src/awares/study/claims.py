@@ -6,9 +6,10 @@ and minus it), ``same`` (a smaller difference does not matter: half of the paper
 we read it, who decides it here if not the runs (``decided_by``: generator, arithmetic) and why it fails.
 """
 
-import ast
 import math
+import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,36 +42,30 @@ def evaluate(expression: str, answers: Answers) -> list[Effect]:
     - / and ``agreement(judge)``, ``time_ratio(system, over)``. A list is of several quantities.
     Raises MissingRows without the answers, AwaresValueError if it cannot be read.
     """
+    policies, params, used = policies_of(expression), answers.params, list[tuple[str, tuple[str, ...]]]()
+
+    def measured(measure: str, policy: str, *tasks: str) -> Estimate:
+        used.append((measure, tasks))
+        return answers.estimate(measure, policy, policies, tasks)
+
+    names: dict[str, Any] = {word: word for word in re.findall(r"[a-z]\w*", expression)} | LISTS
+    names |= {"agreement": partial(_agreement, params), "time_ratio": partial(_time_ratio, params)}
+    names |= {name: partial(measured, name) for name in MEASURES}
     try:
-        calls = _calls(expression)
-        of = [(name, args) for name, *args in calls if name in MEASURES]
-        measure, tasks = (of[0][0], tuple(of[0][1][1:])) if of else ("", ())
-        policies = policies_of(expression)
-        names: dict[str, Any] = {word: word for _, *args in calls for word in args} | LISTS
-        names["agreement"] = lambda judge: _agreement(answers.params, judge)
-        names["time_ratio"] = lambda system, over: _time_ratio(answers.params, system, over)
-        for name in MEASURES:
-            names[name] = lambda policy, *only, of=name: answers.estimate(of, policy, policies, only)
         found = eval(expression, {"__builtins__": {}, **names})  # text of a file of this repository
-        several = found if isinstance(found, list) else [found]
-        effects = [answers.effect(one, measure, tasks) if isinstance(one, Estimate) else one for one in several]
-        if len(of) == 1 and not isinstance(found, list):
-            effects = [replace(effects[0], ends=(0.0, 100.0 if MEASURES[measure][1] == 100 else math.inf))]
-        return effects
     except (SyntaxError, NameError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise AwaresValueError(f"{CLAIMS_FILE}: {expression!r} cannot be computed ({error})") from error
+    several = found if isinstance(found, list) else [found]
+    effects = [answers.effect(one, *used[0]) if isinstance(one, Estimate) else one for one in several]
+    if len(used) == 1:
+        effects = [replace(effects[0], ends=(0.0, 100.0 if MEASURES[used[0][0]][1] == 100 else math.inf))]
+    return effects
 
 
 def policies_of(expression: str) -> tuple[str, ...]:
     """The policies whose answers an expression of claims.csv compares."""
-    listed = [name for name in LISTS if expression.endswith(f" {name}]")]
-    found = [args[0] for name, *args in _calls(expression) if name in MEASURES]
-    return tuple(dict.fromkeys(one for name in found for one in (LISTS[listed[0]] if name == "name" else (name,))))
-
-
-def _calls(expression: str) -> list[list[str]]:
-    calls = [node for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Call)]
-    return [[ast.unparse(part) for part in (call.func, *call.args)] for call in calls]
+    found, listed = re.findall(rf"(?:{'|'.join(MEASURES)})\((\w+)", expression), expression.rpartition(" in ")[2][:-1]
+    return tuple(dict.fromkeys(one for name in found for one in (LISTS[listed] if name == "name" else (name,))))
 
 
 def claims_table(answers: Answers, claims: pd.DataFrame) -> pd.DataFrame:

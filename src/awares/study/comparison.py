@@ -11,28 +11,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from awares.config import differences, load_params
+from awares.config import load_params
 from awares.data.rows import evaluation_rows
 from awares.engine.rows import load_rows
-from awares.errors import AwaresFileError, AwaresValueError
+from awares.errors import AwaresValueError
 from awares.method import evaluation
 from awares.settings import DECIDES, MAIN_SYSTEMS, Evaluation, Params
 from awares.study.answers import ORACLE, Answers, MissingRows, Trainings
-from awares.study.verdicts import Effect, adjusted
+from awares.study.publish import require
+from awares.study.verdicts import adjusted
 
-MAIN = "main"  # the main line's name in the tables of a variant
 TRAINED = {"sft": "sft", "awares": "grpo"}  # system -> the stage that trains it
-ANSWER_COLUMNS = ["answer", "written", "crops", "call_status", "call_gap", "visual_tokens", "full_visual_tokens"]
 
 File = tuple[str, int, Path]  # system or variant, training seed, its trajectories
-
-
-def all_scores(params: Params) -> pd.DataFrame:
-    """`answered` of the systems of Table 1, ``comparison`` and ``ablations.systems``, at every seed that was run."""
-    folder, trained = params.run_dir("systems"), [*params.variants("systems"), *params.variants("plus")[:1]]
-    own = [(name, params.seed, folder / name / "trajectories.jsonl") for name in params.comparison.all]
-    variants = {name: replace(params, variant=name, changed=frozenset({"grpo"})) for name in trained}
-    return answered(params, [*trajectories(params), *own, *trajectories(params, variants)])
 
 
 def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
@@ -48,8 +39,8 @@ def answered(params: Params, files: Iterable[File]) -> pd.DataFrame:
         for name in ("layer_rtr", "call_gap", "visual_tokens", "full_visual_tokens"):
             table[name] = [getattr(one, name) for one in done]
         found.append(table)
-    first = ["system", "seed", "benchmark", "row_id", "score", "rtr", "layer_rtr"]
-    return pd.concat(found, ignore_index=True)[[*first, *ANSWER_COLUMNS]]
+    columns = "system seed benchmark row_id score rtr layer_rtr answer written crops call_status call_gap".split()
+    return pd.concat(found, ignore_index=True)[[*columns, "visual_tokens", "full_visual_tokens"]]
 
 
 def first_turns(params: Params, files: Iterable[File]) -> pd.DataFrame:
@@ -91,15 +82,12 @@ def trajectories(params: Params, runs: Mapping[str, Params] | None = None, turns
     wanted = {name: (params, name, TRAINED.get(name, "")) for name in (TRAINED if turns else MAIN_SYSTEMS)}
     if runs is not None:
         wanted = {name: (one, *judged_by(one)) for name, one in runs.items()}
+    folder = "unseen" if runs and params.unseen else "trajectories"  # a variant's notebook answers both sets of rows
     found = []
     for name, (one, system, stage) in wanted.items():
-        place = (stage, "validation.jsonl") if turns else ("evaluation", f"trajectories/{system}.jsonl")
+        place = (stage, "validation.jsonl") if turns else ("evaluation", f"{folder}/{system}.jsonl")
         seeds = (params.seed, *(params.seeds if system in TRAINED else ()))
         files = [(name, seed, replace(one, seed=seed).run_dir(place[0]) / place[1]) for seed in seeds]
-        if runs is not None and params.unseen and not turns:  # the notebook of a variant answers both sets of rows
-            known = replace(one, unseen=False, evaluation=replace(one.evaluation, seed=params.evaluation.seed))
-            places = [replace(known, seed=seed).run_dir("evaluation") / "unseen" for seed in seeds]
-            files = [(name, seed, place / f"{system}.jsonl") for seed, place in zip(seeds, places, strict=True)]
         found += files[:1] + [file for file in files[1:] if file[2].is_file()]
     return found
 
@@ -125,10 +113,7 @@ def call_bias(params: Params) -> float:
     """The bias to evaluate a trained policy with: ``evaluation.call_bias``, or with ``grpo.choose_bias`` its own."""
     if not params.grpo.choose_bias or "grpo" not in params.changed:
         return params.evaluation.call_bias
-    file = params.run_dir("grpo") / "metrics.json"
-    if not file.is_file():
-        raise AwaresFileError(f"{file}: no such file: run the stage grpo of this variant (`dvc repro`)")
-    return float(json.loads(file.read_text())["call_bias"])
+    return float(json.loads(require(params.run_dir("grpo") / "metrics.json", "grpo").read_text())["call_bias"])
 
 
 def measures_table(answers: Answers, systems: Mapping[str, str], measures: Sequence[str]) -> pd.DataFrame:
@@ -141,33 +126,10 @@ def measures_table(answers: Answers, systems: Mapping[str, str], measures: Seque
                 found = answers.estimate(measure, system)
                 one[measure] = found.value
                 if measure == "accuracy":
-                    rows = Effect(found.value, found.errors()[0] ** 0.5)
+                    rows = replace(found.effect(), trainings=0.0)
                     one["accuracy_low"], one["accuracy_high"] = rows.interval(answers.params.evaluation.level)
         records.append(one)
     return pd.DataFrame(records)
-
-
-def effects(main: Params, runs: Mapping[str, Params], answers: Answers) -> pd.DataFrame:
-    """Effect of each variant's change on mean accuracy (points) and RTR, with intervals over rows and trainings.
-
-    A line against the main line, then one against each variant with a part of its changes (not for Table 1's systems).
-    Columns variant, system (the compared policy), against, change (the parameters that differ), then as
-    `difference_table`; ``significant`` among the lines of one kind.
-    """
-    system = {name: judged_by(params)[0] for name, params in runs.items()}
-    changes = {name: {key: str(new) for key, _, new in differences(main, params)} for name, params in runs.items()}
-    whole = main.variants("systems", "plus")
-    steps = {name: change for name, change in changes.items() if name not in whole}
-    pairs = [(name, MAIN) for name in runs]
-    pairs += [(name, part) for name in steps for part in _parts_of(steps[name], steps) if system[part] == system[name]]
-    compared = difference_table(answers, [(name, system[name] if start == MAIN else start) for name, start in pairs])
-    found = compared.rename(columns={"a": "variant"}).drop(columns=["b", "significant"])
-    found.insert(1, "system", found.variant.map(system))
-    found.insert(2, "against", [start for _, start in pairs])
-    new = [{key: value for key, value in changes[a].items() if key not in changes.get(b, ())} for a, b in pairs]
-    found.insert(3, "change", [", ".join(f"{key} {value}" for key, value in one.items()) for one in new])
-    rates = found.groupby(found.against == MAIN).p.transform(adjusted)
-    return found.assign(significant=rates <= 1 - main.evaluation.level)
 
 
 def difference_table(answers: Answers, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
@@ -216,9 +178,3 @@ def gap_table(answers: Answers, policy: str) -> pd.DataFrame:
         correct = 100 * float(score[mask].mean()) if mask.any() else float("nan")
         records.append((name, mask.sum() / len(seeds), correct, one.value, *one.interval(level)))
     return pd.DataFrame(records, columns=["part", "rows", "right", "points", "low", "high"])
-
-
-def _parts_of(whole: Mapping[str, str], changes: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The variants whose changes are the largest parts of ``whole``."""
-    parts = [name for name, change in changes.items() if change and change.items() < whole.items()]
-    return [name for name in parts if not any(changes[name].items() < changes[other].items() for other in parts)]

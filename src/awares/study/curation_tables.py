@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 
-from awares import registry
 from awares.config import Params
 from awares.engine.jsonl import Record
 from awares.errors import Failure
@@ -67,8 +66,7 @@ def label_shares(curated: datasets.Dataset) -> pd.DataFrame:
 def answers_correct(curated: datasets.Dataset, params: Params) -> pd.DataFrame:
     """Whether the deciding judge accepts the base model's answers (served judges: a score of 1). Columns half, full."""
     judge, sides = params.curation.judge, {"half": "low", "full": "high"}
-    local = judge in registry.judge and registry.judge.builtin.get(judge) != registry.SERVED
-    threshold = build_judge(judge, params).correct_threshold if local else Judge.correct_threshold
+    threshold = build_judge(judge, params).correct_threshold
     scores = {view: np.array(curated[f"{side}_score_{judge}"][:], float) for view, side in sides.items()}
     return pd.DataFrame(scores) >= threshold
 

@@ -21,7 +21,7 @@ from awares.method.crops import crop_box, cut, low_resolution
 from awares.method.evaluation import AVERAGE
 from awares.method.rollout import Trajectory
 from awares.study.diagnostics import OUTCOMES, outcome
-from awares.study.tables import SYSTEM_WORDS, name_tasks, shown
+from awares.study.tables import SHOWN_NAMES, SYSTEM_WORDS, TASK_WORDS, shown
 
 PALETTE = sns.color_palette("colorblind")
 SYSTEM_COLOURS = dict(zip(SYSTEM_WORDS.values(), PALETTE, strict=False))
@@ -31,42 +31,37 @@ OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frame
 
 
 def style(dpi: int, origin: str = "") -> None:
-    """One look for all figures of a notebook. ``origin`` of the rows: see `name_tasks`."""
-    name_tasks(origin)
+    """One look for all figures of a notebook. ``origin`` of the rows: generated tasks and sources have own names."""
+    SHOWN_NAMES.clear()
+    SHOWN_NAMES.update(SYSTEM_WORDS | (TASK_WORDS if origin == "suite" else {}))
     rc = {"figure.dpi": dpi, "savefig.dpi": dpi, "savefig.bbox": "tight", "figure.constrained_layout.use": True}
     warnings.filterwarnings("ignore", "The figure layout has changed")  # seaborn's grids lay themselves out
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.85, rc=rc)
 
 
-def show(figure: Figure, alt: str | None = None) -> Picture:
-    """``figure`` as a PNG of stable bytes; it is closed. ``alt``: alternative text, by default titles, axes, legend."""
-    panels: dict[str, None] = {}
+def show(figure: Figure, alt: str | None = None, path: Path | None = None) -> Picture:
+    """``figure`` as a PNG of stable bytes, also in the file ``path``. ``alt``: by default its titles, axes, legend."""
+    seen = list[str]()
     for axes in figure.axes:
-        drawn = f"{axes.get_ylabel()} over {axes.get_xlabel()}" if axes.get_xlabel() else axes.get_ylabel()
-        panels[": ".join(text for text in (axes.get_title() or axes.get_title("left"), drawn) if text)] = None
-    legends = [legend for legend in (*figure.legends, *(axes.get_legend() for axes in figure.axes)) if legend]
-    names = dict.fromkeys(text.get_text() for legend in legends for text in legend.get_texts())
-    described = ". ".join(filter(None, ["; ".join(filter(None, panels)), ", ".join(names)])).replace("\n", " ")
+        seen += [axes.get_title() or axes.get_title("left"), axes.get_ylabel(), axes.get_xlabel()]
+    for legend in filter(None, (*figure.legends, *(axes.get_legend() for axes in figure.axes))):
+        seen += [text.get_text() for text in legend.get_texts()]
+    described = ", ".join(dict.fromkeys(filter(None, seen))).replace("\n", " ")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     plt.close(figure)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
     return Picture(data=buffer.getvalue(), alt=alt or described)
-
-
-def save_figure(figure: Figure, path: Path, alt: str | None = None) -> Picture:
-    """Write ``figure`` as PNG to ``path`` and `show` it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = show(figure, alt)
-    path.write_bytes(picture.data)
-    return picture
 
 
 def whiskers(x: str, y: str = "accuracy", *, data: pd.DataFrame, axes: Axes | None = None, **_: Any) -> None:
     """Intervals of points of ``data`` with columns ``_low`` and ``_high``; in a grid by ``grid.map_dataframe``."""
-    given = {axis: name for axis, name in (("xerr", x), ("yerr", y)) if f"{name}_low" in data}
-    ends: Any = {
-        axis: [data[name] - data[f"{name}_low"], data[f"{name}_high"] - data[name]] for axis, name in given.items()
-    }
+    ends: Any = {}
+    for axis, name in (("xerr", x), ("yerr", y)):
+        if f"{name}_low" in data:
+            ends[axis] = data[name] - data[f"{name}_low"], data[f"{name}_high"] - data[name]
     (axes or plt.gca()).errorbar(data[x], data[y], **ends, fmt="none", ecolor="0.6", capsize=2, zorder=0)
 
 
@@ -116,11 +111,10 @@ def interaction_figure(row: Mapping[str, Any], done: Trajectory) -> Figure:
     figure, grid = plt.subplots(1, len(widths) + 1, figsize=(scale * sum(widths) + 2.9, height), gridspec_kw=sizes)
     heads = ["1. It sees half resolution", *(f"2. Crop {name} at full resolution" for name in done.crops)]
     for axes, picture, head in zip(grid, pictures, heads, strict=False):
-        _picture(axes, picture, f"{head}\n{picture.width} x {picture.height} px")
+        crops = done.crops if picture is pictures[0] else ()
+        _picture(axes, picture, f"{head}\n{picture.width} x {picture.height} px", crops)
         axes.set(xticks=[], yticks=[], anchor="N")
         axes.grid(False)
-    for name in done.crops:
-        _outline(grid[0], pictures[0], crop_box(name), edgecolor=PALETTE[2], facecolor=(*PALETTE[2], 0.15))
     grid[0].set_xlabel(f"and requests {', '.join(done.crops)}" if done.crops else "and answers at once", loc="left")
     figure.suptitle(shorten(row["question"], 90), x=0.01, ha="left", fontweight="bold", parse_math=False)
     truth = f" (truth: {row['answers'][0]})" if row.get("answers") else ""
@@ -181,9 +175,7 @@ def gallery(rows: Iterable[Mapping[str, Any]], done: Sequence[Trajectory] = (), 
         truth = f"truth: {row['answers'][0]}" if row.get("answers") else "truth unknown"
         lines = [row["question"], f"answer: {done[number].answer} ({truth})" if done else truth]
         low = low_resolution(row["image"])
-        _picture(view, low, "\n".join(filter(None, [*lines, notes[number] if notes else ""])))
-        for name in names:
-            _outline(view, low, crop_box(name), edgecolor=PALETTE[2], facecolor=(*PALETTE[2], 0.15))
+        _picture(view, low, "\n".join(filter(None, [*lines, notes[number] if notes else ""])), names)
         for boxes, colour, line in (("question_boxes", PALETTE[0], "--"), ("answer_boxes", PALETTE[3], "-")):
             for box in row.get(boxes) or ():
                 _outline(view, low, box, edgecolor=colour, linestyle=line, fill=False)
@@ -202,8 +194,11 @@ def _panels(count: int, width: float, height: float, columns: int = 3) -> tuple[
     return figure, list(grid.flat)
 
 
-def _picture(axes: Axes, image: Image.Image, title: str) -> None:
+def _picture(axes: Axes, image: Image.Image, title: str, crops: Sequence[str] = ()) -> None:
+    """``image`` with the places of ``crops`` in it."""
     axes.imshow(image.convert("RGB"), interpolation="nearest")
+    for name in crops:
+        _outline(axes, image, crop_box(name), edgecolor=PALETTE[2], facecolor=(*PALETTE[2], 0.15))
     # A policy may write anything: dollars are no formulas, and control characters have no glyph
     printable = "".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in title)
     lines = [fill(shorten(line, 120, placeholder=" ..."), 48) for line in printable.split("\n")]

@@ -19,14 +19,11 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from awares.config import Params, load_params
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError
 
-STAGES = {"00_data": "data", "01_curation": "curation", "02_crop_distribution": "crop_distribution", "03_sft": "sft",
-          "04_grpo": "grpo", "05_evaluation": "evaluation", "05_operating_curve": "operating_curve",
-          "report": "report"}  # fmt: skip
+_MAIN_LINE = "00_data 01_curation 02_crop_distribution 03_sft 04_grpo 05_evaluation 05_operating_curve".split()
+STAGES = {name: name[3:] for name in _MAIN_LINE} | {"report": "report"}  # notebook -> stage
 PAGES = {"base_model": "00_base_model", "seeds": "09_seeds", "latency": "07_latency",
          "ablations": "06_ablations_summary", "comparison": "11_comparison",
          "shift": "12_shift", "plus": "13_plus"}  # fmt: skip
-
-APACHE = ("data/base", "Qwen/Qwen2.5-VL-7B-Instruct")  # base models under Apache-2.0
 
 
 def publish(params: Params, stage: str = "report") -> list[Path]:
@@ -64,15 +61,14 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
 
 def copy_adapters(params: Params, into: Path, base: str) -> list[Path]:
     """Copy the adapters of SFT and GRPO; each names what it was trained on: ``base``, or the other one (``../sft``)."""
-    files, adapters = [], {stage: params.run_dir(stage) / "adapter" for stage in ("sft", "grpo")}
-    configs = [require(adapter / "adapter_config.json", stage) for stage, adapter in adapters.items()]
-    for (stage, adapter), file, trained_on in zip(adapters.items(), configs, (base, "../sft"), strict=True):
+    names = {"sft": base, "grpo": "../sft"}
+    files = [require(params.run_dir(stage) / "adapter" / "adapter_config.json", stage) for stage in names]
+    for file, (stage, trained_on) in zip(files, names.items(), strict=True):
         folder = clear(into / stage)
         config = json.loads(file.read_text()) | {"base_model_name_or_path": trained_on}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        shutil.copy(adapter / "adapter_model.safetensors", folder)
-        files += sorted(folder.iterdir())
-    return files
+        shutil.copy(file.with_name("adapter_model.safetensors"), folder)
+    return sorted(into.glob("*/*"))
 
 
 def hub_folder(params: Params) -> Path:
@@ -84,7 +80,7 @@ def hub_folder(params: Params) -> Path:
     for file in filter(Path.is_file, config.parent.iterdir()):
         (folder / file.name).symlink_to(file.resolve())  # weights are large
     scores = [row for row in pd.read_csv(table).itertuples() if row.system == "awares"]
-    about: dict[str, Any] = {"params": params, "apache": APACHE, "of_hub": isinstance(params.model_path(), str)}
+    about: dict[str, Any] = {"params": params, "of_hub": isinstance(params.model_path(), str)}
     card = ModelCard.from_template(ModelCardData(), str(Path(__file__).with_name("card.md")), **about, scores=scores)
     card.save(folder / "README.md")
     return folder

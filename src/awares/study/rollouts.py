@@ -18,12 +18,7 @@ from awares.training import distributed
 
 
 def sample_rollouts(params: Params, rows: Dataset, model_path: str | Path) -> list[Rollout]:
-    """``grpo.generations`` rollouts of every row by the policy at ``model_path``, sampled as in training, row by row.
-
-    >>> rollouts = sample_rollouts(params, train.select([3]), start)
-    >>> pd.DataFrame(score_rollouts(params, rollouts))            # under grpo.reward, term by term
-    >>> pd.DataFrame(score_rollouts(params, rollouts, frugal))    # the same rollouts under another reward
-    """
+    """``grpo.generations`` rollouts of every row by the policy at ``model_path``, sampled as in training."""
     kept: list[Rollout] = []
 
     def keep(rollouts: Sequence[Rollout], context: RewardContext) -> list[float]:
@@ -42,7 +37,7 @@ def sample_rollouts(params: Params, rows: Dataset, model_path: str | Path) -> li
 
 
 def score_rollouts(params: Params, rollouts: Sequence[Rollout], reward: RewardFunction | None = None) -> list[Record]:
-    """One record per rollout: row_id, label, text, crops, prediction, reward terms, reward, advantage (Eq. 7).
+    """One record per rollout: row_id, label, text, crops, prediction, terms of ``reward``, reward, advantage (Eq. 7).
 
     ``rollouts``: ``grpo.generations`` of each row, one row after the other (`sample_rollouts`).
     """

@@ -8,7 +8,7 @@ contradict other cells or the text, as "column: reason", separated by " | ".
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import pandas as pd
 from IPython.display import HTML
 
 from awares.config import find_file, read_yaml
-from awares.errors import AwaresValueError
 
 
 def save_table(table: pd.DataFrame, path: Path, digits: int = 4) -> pd.DataFrame:
@@ -44,11 +43,6 @@ def _plain(value: Any, nothing: float | None) -> Any:
     return int(value) if isinstance(value, int | np.integer) else round(float(value), 6)
 
 
-def load_metrics(folder: Path) -> dict[str, Any]:
-    """The numbers that :func:`save_metrics` wrote to ``folder``/metrics.json; nan comes back as None."""
-    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-
-
 def wide(long: pd.DataFrame, value: str) -> pd.DataFrame:
     """A long table (its first two columns are names) with one line per second name and one column per first name."""
     columns, index = long.columns[:2]
@@ -62,20 +56,8 @@ def first_rows(rows: datasets.Dataset, n: int, **wanted: Any) -> datasets.Datase
     return rows.select(np.flatnonzero((columns == pd.Series(wanted)).all(axis=1))[:n])
 
 
-def check_table(checks: Sequence[tuple[str, float | None, str, float]]) -> pd.DataFrame:
-    """Acceptance checks (name, value, sense ">=" or "<=", bound), with a column holds (False for nan)."""
-    table = pd.DataFrame(checks, columns=["check", "value", "sense", "bound"]).astype({"value": float})
-    return table.assign(holds=np.where(table.sense == ">=", table.value >= table.bound, table.value <= table.bound))
-
-
 SYSTEM_WORDS, TASK_WORDS, HEADS = read_yaml(Path(__file__).with_name("words.yaml")).values()
-SHOWN_NAMES = dict(SYSTEM_WORDS)  # what pages show for a name; `name_tasks` adds the tasks
-
-
-def name_tasks(origin: str) -> None:
-    """From now on pages show the tasks and sources of rows of this ``origin``; generated ones have their own names."""
-    SHOWN_NAMES.clear()
-    SHOWN_NAMES.update(SYSTEM_WORDS | (TASK_WORDS if origin == "suite" else {}))
+SHOWN_NAMES = dict(SYSTEM_WORDS)  # what pages show for a name; `figures.style` adds the tasks
 
 
 def shown(frame: pd.DataFrame) -> pd.DataFrame:
@@ -89,68 +71,44 @@ def show_table(frame: pd.DataFrame, digits: int = 2) -> HTML:
     Three columns ``x``, ``x_low``, ``x_high`` (or ``x``, ``low``, ``high``) become one, ``x [95 % interval]``. Numbers
     have ``digits`` decimals, RTR and p values three.
     """
-    shown: dict[str, list[str]] = {}
     names = list(frame.columns)
     ends = {name: (f"{name}_low", f"{name}_high") for name in names if {f"{name}_low", f"{name}_high"} <= {*names}}
     ends |= {name: ("low", "high") for at, name in enumerate(names) if names[at + 1 : at + 3] == ["low", "high"]}
-    for column in [name for name in names if name not in {end for pair in ends.values() for end in pair}]:
-        head = HEADS.get(column) or SHOWN_NAMES.get(column) or str(column).replace("_", " ")
-        texts = _texts(frame[column], column, digits)
-        if column in ends:
-            head += " [95 % interval]"
-            cells = zip(texts, *(_texts(frame[name], column, digits) for name in ends[column]), strict=True)
-            texts = [one if low == "-" else f"{one} [{low}, {high}]" for one, low, high in cells]
-        shown[head] = texts
-    return HTML(pd.DataFrame(shown).to_html(index=False, border=0))
+    texts = pd.DataFrame({name: [_text(cell, name, digits) for cell in frame[name]] for name in names}, dtype=str)
+    heads = {name: HEADS.get(name) or SHOWN_NAMES.get(name) or str(name).replace("_", " ") for name in names}
+    for name, (low, high) in ends.items():
+        heads[name] += " [95 % interval]"
+        known = texts[low] != "-"
+        texts.loc[known, name] += " [" + texts[low] + ", " + texts[high] + "]"
+    texts = texts.drop(columns=[end for pair in ends.values() for end in pair])
+    return HTML(texts.rename(columns=heads).to_html(index=False, border=0))
 
 
-def _texts(cells: pd.Series, column: str, digits: int) -> list[str]:
+def _text(cell: object, column: str, digits: int) -> str:
+    if isinstance(cell, str | list | tuple | dict):
+        return SHOWN_NAMES.get(cell, cell) if isinstance(cell, str) else str(cell)
+    if pd.isna(cell):
+        return "-"
+    if pd.api.types.is_bool(cell):
+        yes, no = ("holds", "does not hold") if column == "holds" else ("yes", "no")
+        return yes if cell else no
     decimals = max(digits, 3) if "rtr" in column or column == "p" else digits
-    yes, no = ("holds", "does not hold") if column == "holds" else ("yes", "no")
-
-    def text(cell: object) -> str:
-        if isinstance(cell, str | list | tuple | dict):
-            return SHOWN_NAMES.get(cell, cell) if isinstance(cell, str) else str(cell)
-        if pd.isna(cell):
-            return "-"
-        if pd.api.types.is_bool(cell):
-            return yes if cell else no
-        return f"{cell:.{decimals}f}" if pd.api.types.is_float(cell) else str(cell)
-
-    return [text(cell) for cell in cells]
-
-
-PAPER = Path("data/paper")
-
-
-def printed(table: str) -> tuple[pd.DataFrame, list[str]]:
-    """A published table as text, [n] behind a cell with the nth note, and the notes."""
-    cells = pd.read_csv(find_file(PAPER / f"{_about(table).name}.csv"), dtype=str, keep_default_na=False)
-    reasons: list[str] = []
-    for row, notes in cells.pop("note").items():
-        for note in filter(None, notes.split(" | ")):
-            column, reason = note.split(": ", 1)
-            reasons.append(f"[{len(reasons) + 1}] {reason}")
-            cells.loc[row, column] += f" [{len(reasons)}]"
-    return cells, reasons
+    return f"{cell:.{decimals}f}" if pd.api.types.is_float(cell) else str(cell)
 
 
 def side_by_side(measured: pd.DataFrame, table: str, profile: str = "mini", digits: int = 2) -> HTML:
-    """``measured``, below it the published ``table`` with source and notes; AwaresValueError for an unknown one."""
-    about, (text, reasons) = _about(table), printed(table)
+    """``measured``, below it the published ``table`` with its source and notes."""
+    text, known = (
+        pd.read_csv(find_file(Path(f"data/paper/{name}.csv")), dtype=str, keep_default_na=False)
+        for name in (table, "tables")
+    )
+    about = known.set_index("table").loc[table]
+    notes = zip(text.iloc[:, 0], text.pop("note").str.split(" | ", regex=False), strict=True)
+    remarks = [f"{about.caption} arXiv 2603.16932, {about.source}, section {about.section}.", *about.notes.split(" | ")]
+    remarks += [f"{name}, {note}" for name, each in notes for note in each if note]
     if "average accuracy" in text:
         text = text.set_index(text.columns[0]).T.rename_axis(columns=None).reset_index(names="")
-    source = f"{about.caption} arXiv 2603.16932, {about.source}, section {about.section}."
-    remarks = [source, *filter(None, about.notes.split(" | ")), *reasons]
-    below = "".join(f"<p><small>{html.escape(remark)}</small></p>\n" for remark in remarks)
+    below = "".join(f"<p><small>{html.escape(remark)}</small></p>\n" for remark in filter(None, remarks))
     ours = f"<section>\n<h4>measured here (profile {profile})</h4>\n{show_table(measured, digits).data}\n</section>"
     theirs = f"<section>\n<h4>published (7B)</h4>\n{text.to_html(index=False, border=0)}\n{below}</section>"
     return HTML(f"{ours}\n{theirs}")
-
-
-def _about(table: str) -> pd.Series:
-    """Source, section, caption and notes of a published table."""
-    known = pd.read_csv(find_file(PAPER / "tables.csv"), dtype=str, keep_default_na=False).set_index("table")
-    if table not in known.index:
-        raise AwaresValueError(f"the paper has no {table!r}: known are {', '.join(known.index)}")
-    return known.loc[table]

@@ -21,17 +21,6 @@ def text_probe() -> Pipeline:
     return make_pipeline(words, LogisticRegression(max_iter=2000, C=1.0))
 
 
-def question_accuracy(
-    train: Sequence[str], train_labels: Sequence[str], test: Sequence[str], labels: Sequence[str]
-) -> tuple[float, float]:
-    """Accuracy (0 to 1) on ``test`` of the probe and of the most frequent label of ``train``."""
-    common = Counter(train_labels).most_common(1)[0][0]
-    majority = float(np.mean(np.array(labels) == common))
-    if len(set(train_labels)) == 1:
-        return majority, majority
-    return float(text_probe().fit(train, train_labels).score(test, labels)), majority
-
-
 def crossed_accuracy(questions: Sequence[str], labels: Sequence[str], folds: int = 10) -> tuple[float, float]:
     """Cross-validated accuracy (0 to 1) of the probe over ``folds`` parts, and of the most frequent label."""
     majority = Counter(labels).most_common(1)[0][1] / len(labels)
@@ -52,7 +41,8 @@ def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: CropS
         labels |= {"crop": crops} if all(any(names) for names in crops) else {}
         known, asked = (rows["question"][:] for rows in parts)
         for guessed, (given, wanted) in labels.items() if asked else ():
-            words, majority = question_accuracy(known, given, asked, wanted)
+            majority = float(np.mean(np.array(wanted) == Counter(given).most_common(1)[0][0]))
+            words = float(text_probe().fit(known, given).score(asked, wanted)) if len({*given}) > 1 else majority
             records.append((source, guessed, 100 * words, 100 * majority, 100 * (words - majority), len(wanted)))
     return pd.DataFrame(records, columns=["source", "guessed", "words", "majority", "gain", "n"])
 
