@@ -19,7 +19,7 @@ from awares import __version__
 from awares.cli.options import Bias, Json, PolicyOptions, Profile, refuse_if
 from awares.errors import AwaresError, AwaresValueError, Failure
 
-Shape = Literal["qwen2.5-vl-7b", "qwen2.5-vl-3b", "qwen2.5-vl-72b", "mini"]
+ShapeName = Literal["qwen2.5-vl-7b", "qwen2.5-vl-3b", "qwen2.5-vl-72b", "mini"]
 
 
 def _run(command: Any, **_: Any) -> None:
@@ -256,7 +256,7 @@ class Bench:
     grpo.max_completion_length tokens (32, see --overrides).
     """
 
-    shape: Annotated[Shape, Option(help="architecture, random weights")] = "qwen2.5-vl-7b"
+    shape: Annotated[ShapeName, Option(help="architecture, random weights")] = "qwen2.5-vl-7b"
     scale: Annotated[float, Option(min=1e-6, max=1, help="fraction of the shape's parameters to keep")] = 1.0
     attention: Annotated[str, Option(help="as base.attn_implementation, such as flash_windows")] = ""
     benchmarks: Annotated[list[str] | None, Option(help="may be repeated (default: all six)")] = None
