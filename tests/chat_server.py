@@ -4,9 +4,9 @@
 the last step from then on; without it, ok.
 
 ``judge``: judge and oracle for the prompts of data/served.yaml and the rows of `test_curation.make_rows`, whose
-questions carry a number n. It fails by n: garbage for n % 20 == 3, silence at first for n % 20 == 7, status 429 at
-first for n % 5 == 1. Every third reply has words around its JSON. Of two answers to a ``biased`` question it prefers
-the first. ``mute`` also never answers the judge's requests about n = 10 and the oracle's about n = 9.
+questions carry a number n: garbage for n % 20 == 3, and every third reply has words around its JSON. Of two answers to
+a ``biased`` question it prefers the first. ``mute`` never answers the judge's requests about n = 10 and the oracle's
+about n = 9.
 
 ``rigged``: a judge and an oracle without faults, for any rows: of two answers the later one in the alphabet is right.
 
@@ -137,10 +137,8 @@ async def judge(text: str, body: dict[str, Any], arrival: int, key: str | None) 
     known = wanted and (wanted["strict"], compares and wanted["schema"]["properties"]["better"]["enum"])
     if known and known != (True, compares and [0, 1, 2]):
         return refusal(400, "a verdict must be constrained to 0, 1 and 2")
-    if (sys.argv[2] == "mute" and number == (10 if compares else 9)) or (arrival == 1 and number % 20 == 7):
+    if sys.argv[2] == "mute" and number == (10 if compares else 9):
         await asyncio.sleep(SILENCE)
-    if arrival == 1 and number % 5 == 1:
-        return refusal(429, "busy", {"retry-after-ms": "20"})
     lines = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
     said: dict[str, Any]
     if compares:
