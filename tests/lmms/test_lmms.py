@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
@@ -23,7 +22,7 @@ from awares.method import metrics
 from awares.method.protocol import PLAIN_SYSTEM, get_protocol
 from awares.method.rollout import Engine
 
-HERE = Path(__file__).parent
+TASKS = str(ROOT / "tests" / "lmms" / "tasks")
 TEXTS = dict.fromkeys(("question", "answer", "type"), datasets.Value("string"))
 
 
@@ -47,7 +46,7 @@ def test_lmms_eval_runs_the_policy_on_an_offline_task(rows):
     arguments += ",token_budget=8192,system=prompt.txt,geometry=released,min_pixels=784,max_pixels=47040"
     command = [sys.executable, "-m", "lmms_eval", "--model", "awares", "--tasks", "awares_offline"]
     command += ["--model_args", arguments]
-    command += ["--include_path", str(HERE / "tasks"), "--batch_size", "4", "--output_path", "out", "--log_samples"]
+    command += ["--include_path", TASKS, "--batch_size", "4", "--output_path", "out", "--log_samples"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,7 +80,7 @@ def test_the_evaluation_notebook_scores_a_policy_through_lmms_eval(rows, monkeyp
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(folder)
     given = "awares", ROOT / "data" / "base", params, folder / "evaluation" / "main"
-    options = ["--include_path", str(HERE / "tasks")]
+    options = ["--include_path", TASKS]
     table = benchmarks.through_lmms_eval(*given, {"chartqa": "awares_offline"}, options)
     assert list(table.columns) == benchmarks.LMMS_COLUMNS
     row = table.set_index("metric").loc["relaxed_overall"]

@@ -73,6 +73,7 @@ def content(one: Trajectory) -> tuple[Any, ...]:
 def test_derived_is_what_the_engine_does_at_every_bias(engine: Engine, rows: datasets.Dataset) -> None:
     biases = biases_between(run(engine, rows))
     assert len(biases) > 5 and biases[0] < 0 < biases[-1]
+    assert math.isfinite(evaluation.FORCING_BIAS)  # -inf would ban the call token at every position
     ran = {bias: [content(one) for one in run(engine, rows, bias)] for bias in biases}
     for start in (biases[0], biases[3], biases[-1]):  # whatever bias the policy itself has
         derived = evaluation.sweep_call_bias(engine, rows, run(engine, rows, start), start, biases)
