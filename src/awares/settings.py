@@ -205,11 +205,6 @@ class ComparedSystems(Section):
     systems: Listed[str]
     own: Distinct[str]
 
-    @property
-    def all(self) -> tuple[str, ...]:
-        """The names of all compared systems, ours first."""
-        return (*self.systems, *self.own)
-
 
 class Latency(Section):
     seed: Whole

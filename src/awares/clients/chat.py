@@ -104,8 +104,7 @@ class ChatClient:
     def __init__(self, server: Server, path: str | Path | None, progress: bool = False) -> None:
         self.server, self.path, self.progress = server, None if path is None else Path(path), progress
         self.replies: dict[str, Reply] = {}  # by the key of the request
-        self._lock, self._connecting = Lock(), Lock()
-        self._silent = 0  # failed rows since the last reply
+        self._lock, self._connecting, self._silent = Lock(), Lock(), 0  # failed rows since the last reply
 
     def converse(
         self,

@@ -22,7 +22,6 @@ from awares.study.verdicts import Effect
 EVALUATION, VALIDATION = "evaluation", "validation"
 ORACLE = "oracle"  # the "policy" that requests the target crops, in first_turns.parquet
 WEIGHTED = ("accuracy", "rtr", "characters")  # the mean over benchmarks
-COLUMNS = {"accuracy": "score", "rtr": "rtr"}
 PLUS = 4  # "plus four" (Agresti and Coull): the variance over rows as if four more rows differed by the whole range
 _Names = tuple[str, ...]
 Trainings = Mapping[str, _Names]
@@ -189,8 +188,8 @@ class Answers:
         elif measure == "valid":
             value, whole = table.call_status == "valid", table.call_status.isin(CALL_STATUSES)
         else:
-            whole = np.ones(len(table))
-            value = table.answer.map(len) if measure == "characters" else table[COLUMNS[measure]]
+            columns = {"accuracy": table.score, "rtr": table.rtr, "characters": table.answer.map(len)}
+            value, whole = columns[measure], np.ones(len(table))
         parts = pd.DataFrame({"value": value, "whole": whole}, table.index).astype(float)
         return parts.assign(group=table.benchmark if measure in WEIGHTED else "all")
 

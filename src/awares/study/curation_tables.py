@@ -66,9 +66,8 @@ def label_shares(curated: datasets.Dataset) -> pd.DataFrame:
 def answers_correct(curated: datasets.Dataset, params: Params) -> pd.DataFrame:
     """Whether the deciding judge accepts the base model's answers (served judges: a score of 1). Columns half, full."""
     judge, sides = params.curation.judge, {"half": "low", "full": "high"}
-    threshold = build_judge(judge, params).correct_threshold
     scores = {view: np.array(curated[f"{side}_score_{judge}"][:], float) for view, side in sides.items()}
-    return pd.DataFrame(scores) >= threshold
+    return pd.DataFrame(scores) >= build_judge(judge, params).correct_threshold
 
 
 def label_metrics(rows: datasets.Dataset) -> dict[str, float]:

@@ -46,7 +46,8 @@ def publish(params: Params, stage: str = "report") -> list[Path]:
         variants = params.variants(*groups[stage])
         runs |= {f"06_{name}": replace(params, variant=name).run_dir("evaluation") for name in variants}
     elif stage == "comparison":
-        runs |= {f"10_{name}": params.run_dir("systems") / name for name in params.comparison.all}
+        names = *params.comparison.systems, *params.comparison.own
+        runs |= {f"10_{name}": params.run_dir("systems") / name for name in names}
     sources = {name: require(run / "notebook.ipynb", stage) for name, run in runs.items()}
     folder, files = params.report_dir() / ("" if stage == "report" else stage), list[Path]()
     if stage == "report":

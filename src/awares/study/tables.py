@@ -78,8 +78,7 @@ def show_table(frame: pd.DataFrame, digits: int = 2) -> HTML:
     heads = {name: HEADS.get(name) or SHOWN_NAMES.get(name) or str(name).replace("_", " ") for name in names}
     for name, (low, high) in ends.items():
         heads[name] += " [95 % interval]"
-        known = texts[low] != "-"
-        texts.loc[known, name] += " [" + texts[low] + ", " + texts[high] + "]"
+        texts.loc[texts[low] != "-", name] += " [" + texts[low] + ", " + texts[high] + "]"
     texts = texts.drop(columns=[end for pair in ends.values() for end in pair])
     return HTML(texts.rename(columns=heads).to_html(index=False, border=0))
 

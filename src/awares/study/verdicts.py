@@ -60,7 +60,7 @@ class Effect:
 
 
 class Judgement(NamedTuple):
-    """What the effects of one claim show; ``statements``: (verdict, p value), the preferred first."""
+    """What the effects of one claim show; ``statements``: (verdict, p value), the preferred first; ``p``: the least."""
 
     value: float
     low: float
@@ -68,10 +68,7 @@ class Judgement(NamedTuple):
     seeds: int
     detectable: float
     statements: tuple[tuple[str, float], ...]
-
-    @property
-    def p(self) -> float:
-        return min(p for _, p in self.statements)
+    p: float
 
 
 def weigh(effects: Sequence[Effect], side: str, margin: float, same: float, level: float) -> Judgement:
@@ -97,7 +94,7 @@ def weigh(effects: Sequence[Effect], side: str, margin: float, same: float, leve
         if same and abs(hardest.value - margin) < same:
             found.append((SAME, max(hardest.p(margin - same), hardest.p(margin + same))))
     detectable = hardest.detectable(level, side == "within")
-    return Judgement(hardest.value, *ends, hardest.seeds, detectable, tuple(found))
+    return Judgement(hardest.value, *ends, hardest.seeds, detectable, tuple(found), min(p for _, p in found))
 
 
 def adjusted(p: Any) -> np.ndarray:
