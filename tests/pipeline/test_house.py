@@ -70,7 +70,7 @@ BUDGETS = {
 
 
 # Not met yet: the number that was reached, which may only fall. Delete a line when its budget is met
-OPEN = {"lines of src/awares": 12_500, "lines of tests": 9_108}
+OPEN = {"lines of src/awares": 12_457, "lines of tests": 9_108}
 
 
 @pytest.mark.parametrize("what", BUDGETS)

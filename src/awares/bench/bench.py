@@ -37,7 +37,8 @@ def measure(settings: Any) -> None:
         fixed = {"base.device": DEVICE, "base.dtype": DTYPE, "base.attn_implementation": settings.attention}
         fixed |= {"sft.epochs": 2, "sft.checkpoints": 1, "grpo.max_steps": 2, "grpo.answer_reward": "anls"}
         fixed |= {"grpo.max_completion_length": 32, **as_mapping("overrides", settings.overrides or {})}
-        tables.append(training_steps(settings, load_params("paper", overrides=fixed)))
+        params = load_params("paper", overrides=fixed)
+        tables.append(("training.csv", _time_step(step, settings, params)) for step in ("sft", "grpo"))
     settings.out.mkdir(parents=True, exist_ok=True)
     cpu = {"device": f"{platform.processor() or platform.machine()} CPU", "threads": str(torch.get_num_threads())}
     about = cpu if DEVICE == "cpu" else {"device": torch.cuda.get_device_name()}
@@ -84,26 +85,13 @@ def training_rows(count: int, image_size: Callable[[str], tuple[int, int]]) -> d
     return datasets.Dataset.from_list(records)  # the first row has target_crops, so their type is known
 
 
-class StepClock(TrainerCallback, latency.Stopwatch):
-    """Records the time at the end of every optimiser step."""
-
-    ends: tuple[float, ...] = ()
-
-    def on_step_end(self, *event: Any, **context: Any) -> None:
-        self.ends = *self.ends, self.now()
-
-
-def training_steps(settings: Any, params: Params) -> Tables:
-    """One SFT and one GRPO step: batch layout, tokens, seconds, tokens/s, peak memory (MB)."""
-    yield "training.csv", pd.DataFrame([_time_step(step, settings, params) for step in ("sft", "grpo")])
-
-
-def _time_step(step: str, settings: Any, params: Params) -> dict[str, Any]:
-    """Train two steps; layout, tokens and seconds of the second one."""
+def _time_step(step: str, settings: Any, params: Params) -> pd.DataFrame:
+    """Train two steps; batch layout, tokens, seconds, tokens/s of the second one, and peak memory (MB)."""
     model, processor = configs.build(settings.shape, settings.scale, DTYPE, DEVICE, settings.attention)
     section: Any = getattr(params, step)
     size = section.batch_size
     trainer: Any
+    callback: Any = TrainerCallback()
     count = size if step == "sft" else 2 * size // section.generations
     rows = training_rows(count, lambda name: configs.image_size(name, settings.shape, settings.scale))
     with tempfile.TemporaryDirectory() as folder:
@@ -112,17 +100,19 @@ def _time_step(step: str, settings: Any, params: Params) -> dict[str, Any]:
             trainer = sft.build_sft_trainer(params, rows, samples, model, processor, Path(folder))
         else:
             trainer = grpo.build_grpo_trainer(params, rows, model, processor, Path(folder))
-        clock = StepClock(DEVICE)
-        trainer.add_callback(clock)
+        ends, clock = list[float](), latency.Stopwatch(DEVICE)
+        callback.on_step_end = lambda *_, **__: ends.append(clock.now())
+        trainer.add_callback(callback)
         trainer.args.save_strategy = "no"
         trainer.train()
-    if len(clock.ends) != 2:
-        raise AwaresValueError(f"training ran {len(clock.ends)} steps instead of 2: check --overrides")
+    if len(ends) != 2:
+        raise AwaresValueError(f"training ran {len(ends)} steps instead of 2: check --overrides")
     if step == "sft":
         layout, tokens = f"{size} samples", sum(sample.length for sample in samples[size:])
     else:
         seen = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
         layout, tokens = f"{size} completions, G {section.generations}", seen[1] - seen[0]
-    seconds, layout = clock.ends[1] - clock.ends[0], f"{layout}, {section.per_device_batch_size} at a time"
+    seconds, layout = ends[1] - ends[0], f"{layout}, {section.per_device_batch_size} at a time"
     record = {"step": step, "layout": layout, "tokens": tokens, "seconds": seconds}
-    return {**record, "tokens_per_second": tokens / seconds, "peak_memory_mb": clock.peak_memory() / 1e6}
+    record |= {"tokens_per_second": tokens / seconds, "peak_memory_mb": clock.peak_memory() / 1e6}
+    return pd.DataFrame([record])

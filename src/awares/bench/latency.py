@@ -16,9 +16,7 @@ import scipy.stats
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessorList
 
 from awares.baselines import registry as baselines
@@ -171,14 +169,6 @@ class Stopwatch:
         return float(torch.cuda.max_memory_allocated()) if self.gpu else float("nan")
 
 
-def escalated(engine: ScriptedEngine, rows: Any, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """``trajectories`` of a policy on ``rows``; rows that called run again with the whole image as the crop."""
-    some = rows.select([index for index, one in enumerate(trajectories) if one.call_status != "none"])
-    again = engine.run_scripts(some["image"], some["question"], dict.fromkeys(some["id"], Script(("all",))))
-    found = {one.row_id: one for one in again}
-    return [found.get(one.row_id, one) for one in trajectories]
-
-
 def time_jobs(
     play: Callable[..., list[Trajectory]],
     systems: Sequence[str],
@@ -211,12 +201,15 @@ def time_jobs(
     return pd.DataFrame(records), done, {system: np.array(seconds) for system, seconds in alone.items()}
 
 
-def ratio_table(times: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Milliseconds per row of the systems ``names``, at one budget each, their ratio to the first, and peak memory.
+def ratio_table(times: pd.DataFrame, over: str) -> pd.DataFrame:
+    """Milliseconds per row by ``batch``, a column of ``times``, and system, their ratio to ``over``'s, and peak memory.
 
     Medians over repetitions with quartiles (``_low``, ``_high``); ``ratio`` is taken within a repetition.
     """
-    return _ratios(times.assign(batch=""), names[0]).loc[""].loc[[*names]].reset_index()
+    seconds, rows = _seconds(times), times.groupby("system").rows.first()
+    memory = times.groupby(["batch", "system"]).peak_memory.max() / 1e6
+    table = _quartiles("ms", 1000 * seconds / rows).join(_quartiles("ratio", seconds.div(seconds[over], axis=0)))
+    return table.assign(peak_memory_mb=memory)
 
 
 def time_table(times: pd.DataFrame) -> pd.DataFrame:
@@ -226,7 +219,7 @@ def time_table(times: pd.DataFrame) -> pd.DataFrame:
     """
     lines = _batches(times.assign(**{phase: times[f"{phase}_1"] + times[f"{phase}_2"] for phase in PHASES}))
     groups, seconds = lines.groupby(["batch", "system"]), _seconds(lines)
-    table = groups[["token_budget", "rows"]].first().join(_ratios(lines, "full"))
+    table = groups[["token_budget", "rows"]].first().join(ratio_table(lines, "full"))
     table = table.join(_quartiles("speedup", seconds.rdiv(seconds.loc["1"], level="repetition")))
     table = table.join(1000 * groups[[*PHASES, "prefill_2"]].median().div(groups.rows.first(), axis=0))
     order = [pair for pair in itertools.product(("1", "best"), TIMED_SYSTEMS) if pair in table.index]
@@ -258,17 +251,6 @@ def benchmark_table(alone: Mapping[str, np.ndarray], benchmarks: Sequence[str]) 
     return table.assign(n=table.benchmark.map({**Counter(benchmarks), AVERAGE: len(benchmarks)}))
 
 
-def flops_table(play: Callable[..., list[Trajectory]], systems: Sequence[str], budget: int) -> pd.DataFrame:
-    """GFLOPs per row of each system by torch's counter, padding included; ``gflops_ratio`` to full's."""
-    records = []
-    for system in systems:  # torch does not count a CPU's fused attention kernel
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            rows = len(play(system, budget))
-        records.append({"system": system, "gflops": counter.get_total_flops() / rows / 1e9})
-    table = pd.DataFrame(records).set_index("system")
-    return table.assign(gflops_ratio=table.gflops / table.gflops["full"]).reset_index()
-
-
 def _batches(times: pd.DataFrame) -> pd.DataFrame:
     """The lines of batch 1, and of the best batch: each system's fastest budget, except rows alone."""
     batched = times[times.token_budget != LOOP]
@@ -280,13 +262,6 @@ def _batches(times: pd.DataFrame) -> pd.DataFrame:
 def _seconds(lines: pd.DataFrame) -> pd.DataFrame:
     """By batch and repetition (index) and system (columns)."""
     return lines.pivot(index=["batch", "repetition"], columns="system", values="seconds")
-
-
-def _ratios(lines: pd.DataFrame, over: str) -> pd.DataFrame:
-    seconds, rows = _seconds(lines), lines.groupby("system").rows.first()
-    memory = lines.groupby(["batch", "system"]).peak_memory.max() / 1e6
-    table = _quartiles("ms", 1000 * seconds / rows).join(_quartiles("ratio", seconds.div(seconds[over], axis=0)))
-    return table.assign(peak_memory_mb=memory)
 
 
 def _quartiles(name: str, values: pd.DataFrame) -> pd.DataFrame:

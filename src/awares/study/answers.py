@@ -80,12 +80,7 @@ class Estimate:
         return replace(rest, rows=ratio + rest.rows)
 
     def effect(self) -> Effect:
-        """Value and standard errors."""
-        (rows, trainings), count = self.errors(), len(self.rows)
-        return Effect(self.value, math.sqrt(rows), math.sqrt(trainings), count - 1, count)
-
-    def errors(self) -> tuple[float, float]:
-        """Variance over rows and over trainings (0 for one); their interaction counts once, with the trainings."""
+        """Value and errors over rows and over trainings (0 for one); their interaction counts once, with the latter."""
         count, names, over_rows, shared = len(self.rows), np.unique(self.groups), 0.0, 0.0
         for name in names:
             part = self.rows[:, self.groups == name]
@@ -93,8 +88,9 @@ class Estimate:
             size = part.shape[1] * max(part.shape[1] - 1, 1) * len(names) ** 2
             over_rows += ((part.mean(axis=0) - part.mean()) ** 2).sum() / size
             shared += (rest**2).sum() / (count * max(count - 1, 1)) / size
-        trainings = self.by_training.var(ddof=1) / count if count > 1 else 0.0
-        return max(over_rows - shared, 0.0) + PLUS * self.row**2, float(trainings)
+        trainings = float(self.by_training.var(ddof=1)) / count if count > 1 else 0.0
+        variance = max(over_rows - shared, 0.0) + PLUS * self.row**2
+        return Effect(self.value, math.sqrt(variance), math.sqrt(trainings), count - 1, count)
 
 
 class Answers:

@@ -117,10 +117,6 @@ def stable_copy(notebook: nbformat.NotebookNode, root: Path) -> nbformat.Noteboo
         if cell.cell_type == "code":
             kept = [output for output in cell.outputs if "<progress" not in output.get("data", {}).get("text/html", "")]
             cell.outputs = [output for output in kept if output.get("name") != "stderr"]
-            for output in cell.outputs:
-                if "data" in output:  # only the alternative texts of pictures remain
-                    alt = output.metadata.get("image/png", {}).get("alt")
-                    output.metadata = {"image/png": {"alt": alt}} if alt else {}
     return clean
 
 
