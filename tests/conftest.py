@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
+import openai
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +25,7 @@ from awares.settings import Task
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.pop("AWARES_API_KEY", None)  # of the user
 os.environ["NO_PROXY"] = "127.0.0.1"
+openai._base_client.INITIAL_RETRY_DELAY = 0.01  # seconds
 TASKS = get_args(Task)  # the benchmarks
 # As Qwen3 has them; test_bases has Qwen2.5's
 TOOL_TOKENS = (*chat_format.TOOL_TOKENS, "<tool_response>", "</tool_response>")

@@ -60,31 +60,6 @@ def chat(*texts: str) -> list[dict[str, str]]:
 CHAT = List({"role": TEXT, "content": TEXT})
 
 
-def chartqa(root: Path, count: int, seed: int) -> None:
-    rows = [{"image": picture(seed + i), "query": f"What is bar {i}?", "label": [str(i)]} for i in range(count)]
-    publish(root, "HuggingFaceM4/ChartQA", table(rows, label=TEXTS))
-
-
-def docvqa(root: Path, count: int, seed: int) -> None:
-    """Every page twice, as DocVQA asks several questions of a page. The card gives the number of rows."""
-    rows = [
-        {"question": f"What is field {i}?", "image": picture(seed + i // 2), "answers": [f"Value {i}", f"value {i}"]}
-        for i in range(count)
-    ]
-    card = f"dataset_info:\n  splits:\n  - name: train\n    num_bytes: 1\n    num_examples: {count}\n"
-    publish(root, "HuggingFaceM4/DocumentVQA", table(rows, answers=TEXTS), card=card)
-
-
-def textvqa(root: Path, count: int, seed: int) -> None:
-    rows = [
-        {"question": f"what does sign {i} say?"}
-        | {"answers": ["stop", f"exit {i}", "", f"exit {i}", "stop it", f"exit {i}", "a", "b", "c", "d"]}
-        | {"image": picture(seed + i, kind="JPEG")}
-        for i in range(count)
-    ]
-    publish(root, "lmms-lab-encoder/textvqa", table(rows, answers=TEXTS))
-
-
 def llava_multi(root: Path, count: int, seed: int) -> None:
     """Row i % 4: 0 one picture; 1 two, named in the questions; 2 two, each before its own question; 3 three."""
     rows: list[dict] = []
@@ -107,14 +82,34 @@ def llava_multi(root: Path, count: int, seed: int) -> None:
             archive.writestr(zipfile.ZipInfo(name), content)
 
 
-def visionthink_smart(root: Path, count: int, seed: int) -> None:
-    """Published as what save_to_disk wrote: `load_dataset` refuses that on disk and passes over it on the hub."""
-    rows = [
-        {"images": picture(seed + i), "problem": f"<image>Who wrote book {i}?", "solution": f"It is Author {i}."}
-        | {"original_answer": f"Author {i}"}
-        for i in range(count)
+def training(root: Path, count: int) -> None:
+    """The five training sources, ``count`` rows each.
+
+    DocVQA asks twice about every page, and its card gives the number of rows. VisionThink's is what save_to_disk wrote:
+    `load_dataset` refuses that on disk and passes over it on the hub.
+    """
+    numbers = range(count)
+    bars = [{"image": picture(10_000 + i), "query": f"What is bar {i}?", "label": [str(i)]} for i in numbers]
+    publish(root, "HuggingFaceM4/ChartQA", table(bars, label=TEXTS))
+    pages = [
+        {"question": f"What is field {i}?", "image": picture(20_000 + i // 2), "answers": [f"Value {i}", f"value {i}"]}
+        for i in numbers
     ]
-    table(rows, images=Image()).save_to_disk(root / "Senqiao/VisionThink-Smart-Train", num_shards=2)
+    card = f"dataset_info:\n  splits:\n  - name: train\n    num_bytes: 1\n    num_examples: {count}\n"
+    publish(root, "HuggingFaceM4/DocumentVQA", table(pages, answers=TEXTS), card=card)
+    signs = [
+        {"question": f"what does sign {i} say?", "image": picture(30_000 + i, kind="JPEG")}
+        | {"answers": ["stop", f"exit {i}", "", f"exit {i}", "stop it", f"exit {i}", "a", "b", "c", "d"]}
+        for i in numbers
+    ]
+    publish(root, "lmms-lab-encoder/textvqa", table(signs, answers=TEXTS))
+    llava_multi(root, count, 40_000)
+    books = [
+        {"images": picture(50_000 + i), "problem": f"<image>Who wrote book {i}?", "solution": f"It is Author {i}."}
+        | {"original_answer": f"Author {i}"}
+        for i in numbers
+    ]
+    table(books, images=Image()).save_to_disk(root / "Senqiao/VisionThink-Smart-Train", num_shards=2)
 
 
 def benchmarks(root: Path, count: int, seed: int) -> None:
@@ -143,8 +138,7 @@ def benchmarks(root: Path, count: int, seed: int) -> None:
 
 def everything(root: Path, count: int = 16, tests: int = 4) -> Path:
     """Each dataset of data/sources.yaml but the released one: ``count`` training rows, ``tests`` rows per benchmark."""
-    for number, make in enumerate((chartqa, docvqa, textvqa, llava_multi, visionthink_smart), start=1):
-        make(root, count, 10_000 * number)
+    training(root, count)
     benchmarks(root, tests, 90_000)
     return root
 

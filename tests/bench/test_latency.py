@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import TASKS
+from conftest import ROOT, TASKS
 from transformers import AutoModelForImageTextToText
 
 from awares.bench import configs, costs, latency
@@ -23,8 +23,6 @@ from awares.engine.model import load_processor
 from awares.errors import AwaresError
 from awares.method.protocol import OURS
 from awares.mini import synthetic_rows
-
-ROOT = Path(__file__).parents[2]
 
 
 class Sleeper:

@@ -135,7 +135,6 @@ def test_a_bad_image_is_refused(tiny, policy):
         ("file:///etc/hostname", 400),
         ("data:text/html;base64,PGI+", 400),
         ("data:image/png;base64", 400),
-        (tiny.noise(20, 112, 0), 400),
         (Image.new("RGB", (600, 600)), 413),
     ):
         error = refused(policy, **question(image))
@@ -201,7 +200,6 @@ def test_a_request_that_cannot_be_heeded_is_refused_with_the_fields_name(tiny, p
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        (b'{"model": "tiny", "messages": [{"ro', 400),
         (b"[" * 100_000, 400),
         (b"{" + b" " * 300_000, 413),
         (iter([b" " * 200_000] * 2), 413),  # its length is not declared
@@ -239,14 +237,13 @@ def endless(tiny, tmp_path_factory):
     return folder
 
 
-def test_many_clients_at_once_get_what_they_get_alone_from_a_front_of_a_server(tiny, engine, tmp_path, monkeypatch):
+def test_many_clients_of_a_front_get_what_they_get_alone(tiny, saved, engine, tmp_path, monkeypatch):
     """`awares serve` in front of a server that has the place of vLLM."""
     monkeypatch.delenv("AWARES_API_KEY", raising=False)
-    save_model(tiny.model, tiny.processor, tmp_path / "tiny")
-    monkeypatch.setenv("MODEL", str(tmp_path / "tiny"))
+    monkeypatch.setenv("MODEL", str(saved))
     backend = ServerProcess(tmp_path / "log.jsonl", "engine")
     images = [tiny.noise(56 + 14 * seed, 84, seed) for seed in range(10)]
-    with serving(tmp_path / "tiny", "--max-new-tokens", 12, "--server", backend.url) as (url, _):
+    with serving(saved, "--max-new-tokens", 12, "--server", backend.url) as (url, _):
         create = client(url).chat.completions.create
         with ThreadPoolExecutor(10) as pool:
             asks = [pool.submit(create, **question(image)) for image in images]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from chat_server import ServerProcess
 
@@ -19,9 +18,7 @@ KEY = "sk-planted-5f1d"
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The module's server; the requests of one test have texts that no other test's have."""
     running = ServerProcess(tmp_path_factory.mktemp("faulty") / "log.jsonl", "faulty")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
-        yield running
+    yield running
     running.stop()
 
 

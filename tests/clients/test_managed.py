@@ -9,7 +9,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import openai
 import pytest
 from chat_server import MODELS, fake_vllm
 from test_curation import FakeEngine, content
@@ -27,7 +26,6 @@ def params(tmp_path, monkeypatch):
     """A judge and an oracle without addresses."""
     for name in ("LLAMA", "QWEN3_VL"):
         monkeypatch.delenv(f"AWARES_{name}_URL", raising=False)
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # not for loopback
     monkeypatch.delenv("NO_PROXY")
 

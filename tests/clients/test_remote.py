@@ -1,16 +1,17 @@
 """The remote engine against a real server process: its trajectories equal the in-process engine's, token for token."""
+# ruff: noqa: F811 (fixtures of test_client and test_rollout)
 
 import base64
 import io
 import json
 from dataclasses import replace
 
-import openai
 import pytest
 from chat_server import ServerProcess
 from conftest import tiny_tokenizer
 from PIL import Image
-from test_rollout import ORDERS, TIE, engine, rigged, rows_of  # noqa: F401  (rigged is a fixture)
+from test_client import faulty  # noqa: F401
+from test_rollout import ORDERS, TIE, engine, rigged, rows_of  # noqa: F401
 
 from awares.clients.chat import ChatClient, Server
 from awares.clients.engine import RemoteEngine
@@ -32,16 +33,7 @@ def url(tmp_path_factory):
 
 
 @pytest.fixture
-def faulty(tmp_path):
-    server = ServerProcess(tmp_path / "log.jsonl", "faulty")
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def remote(url, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
-
+def remote(url, tiny, tmp_path):
     def make(url=url, processor=tiny.processor, **options):
         client = ChatClient(Server(url=url, model="tiny", attempts=2), tmp_path / "replies.jsonl")
         return RemoteEngine(client, processor, **{"max_new_tokens": 16, **options})
@@ -56,7 +48,7 @@ def assert_same(found, expected):
     assert sum(other.margin < TIE for other in expected) <= len(expected) // 4
 
 
-def test_trajectories_equal_the_in_process_engines_and_a_second_run_needs_no_server(rigged, remote):  # noqa: F811
+def test_trajectories_equal_the_in_process_engines_and_a_second_run_needs_no_server(rigged, remote):
     images = rows_of(rigged, ORDERS)
     found = remote().run(images, ORDERS)
     assert_same(found, engine(rigged).run(images, ORDERS))
@@ -87,7 +79,7 @@ def test_turn_two_resends_turn_one_byte_for_byte_and_crops_without_loss(tiny, re
     image, call = tiny.noise(224, 168, 3), protocol.OURS.render_call(["right", "top-left"])
     (found,) = remote(faulty.url, check=False).run([image], [f"where?|{say(call)}"])
     remote(faulty.url, check=False).run([image], ["where?"], forced=[()])
-    first, second, third = [arrival["body"] for arrival in faulty.arrivals()]
+    first, second, third = [arrival["body"] for arrival in faulty.arrivals()][-3:]
     assert found.crops == ("right", "top-left") and found.answer == "reply to \n</tool_response>".strip()
     low, both = first.pop("messages"), second.pop("messages")
     free, *barred = (body.pop("bad_words") for body in (first, second, third))  # turn 2, and a row that may not call

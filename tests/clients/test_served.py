@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from functools import partial
 
-import openai
 import pytest
 import yaml
 from chat_server import ServerProcess
@@ -29,7 +28,6 @@ NOWHERE = "http://127.0.0.1:9/v1"
 def start(tmp_path, monkeypatch):
     """Starts a server in the place of the last one; its log is a new one."""
     started = []
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.05)
 
     def start(mode="judge"):
         started.append(ServerProcess(tmp_path / f"server-{len(started)}.jsonl", mode))

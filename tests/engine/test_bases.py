@@ -133,9 +133,8 @@ def test_grpo_shares_computation_without_changing_the_update(base, rows, tmp_pat
 
 
 def test_both_trainings_run_and_the_policy_answers(base, rows, tmp_path):
-    cold = test_sft.run(
-        SimpleNamespace(base=base, rows=rows), tmp_path / "sft" / "main-s1", **{"protocol.max_new_tokens": 48}
-    )
+    world = SimpleNamespace(base=base, rows=rows)
+    cold = test_sft.run(world, tmp_path / "sft" / "main-s1", **{"protocol.max_new_tokens": 48})
     done = test_grpo.run(SimpleNamespace(policy=cold.merged, rows=rows), tmp_path / "grpo" / "main-s1")
     assert done.step == 3 and load_file(done.adapter / "adapter_model.safetensors")
     engine = Engine(load_model(done.merged), load_processor(done.merged), max_new_tokens=4)

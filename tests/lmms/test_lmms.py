@@ -23,6 +23,7 @@ from awares.method.protocol import PLAIN_SYSTEM, get_protocol
 from awares.method.rollout import Engine
 
 TASKS = str(ROOT / "tests" / "lmms" / "tasks")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 TEXTS = dict.fromkeys(("question", "answer", "type"), datasets.Value("string"))
 
 
@@ -47,7 +48,7 @@ def test_lmms_eval_runs_the_policy_on_an_offline_task(rows):
     command = [sys.executable, "-m", "lmms_eval", "--model", "awares", "--tasks", "awares_offline"]
     command += ["--model_args", arguments]
     command += ["--include_path", TASKS, "--batch_size", "4", "--output_path", "out", "--log_samples"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
+    environment = {**os.environ, **OFFLINE, "HF_HOME": str(folder / "hub")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     logged = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -76,7 +77,7 @@ def test_the_evaluation_notebook_scores_a_policy_through_lmms_eval(rows, monkeyp
     folder, records = rows
     overrides = {"evaluation.lmms_eval": sys.executable}
     params = load_params("mini", overrides=overrides, path=ROOT / "params.yaml")
-    for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}.items():
+    for name, value in {**OFFLINE, "HF_HOME": str(folder / "hub")}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(folder)
     given = "awares", ROOT / "data" / "base", params, folder / "evaluation" / "main"

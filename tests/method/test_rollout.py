@@ -143,19 +143,6 @@ def test_visual_tokens_are_counted_by_turn_after_the_processor(rigged: SimpleNam
     assert (error.role, error.text, error.images) == ("tool", protocol.TOOL_ERROR, ()) and malformed.answer == last.text
 
 
-def test_a_call_that_runs_out_of_tokens_is_closed_before_the_reply(rigged: SimpleNamespace, monkeypatch) -> None:
-    seen, extend = list[str](), Decoder.extend
-
-    def watched(self: Decoder, state: Any, picked: Any, suffixes: Any, *rest: Any) -> Any:
-        seen.extend(self.text(suffix) for suffix in suffixes)
-        return extend(self, state, picked, suffixes, *rest)
-
-    monkeypatch.setattr(Decoder, "extend", watched)
-    (trajectory,) = engine(rigged, max_new_tokens=5).run([rigged.noise(112, 112, 0)], ["do top-left,right"])
-    assert (trajectory.call_status, trajectory.crops[:1]) == ("recovered", ("top-left",))
-    assert seen[0].startswith("<|im_end|>\n<|im_start|>user\n<tool_response>")
-
-
 def test_batches_stay_within_the_token_budget_and_share_rows_of_both_kinds(rigged, monkeypatch) -> None:
     shapes: list[tuple[int, int]] = []  # rows, tokens with the answer
     generate = Decoder._generate

@@ -14,15 +14,15 @@ LEVELS = {"errors": 0, "registry": 1, "settings": 2, "config": 3, "engine": 4, "
           "cli": 10, "__main__": 11}  # fmt: skip
 
 
-def imported_packages(tree: ast.AST) -> set[str]:
+def imported(tree: ast.AST) -> set[str]:
+    """What ``tree`` imports of awares, as paths below src/awares."""
     found: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "awares":
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+        elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom | ast.Import):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            found |= {name.split(".")[1] for name in names if name.startswith("awares.")}
-    return found & {*LEVELS}
+    return {name.removeprefix("awares.").replace(".", "/") for name in found if name.startswith("awares.")}
 
 
 def test_packages_import_downwards_only() -> None:
@@ -30,7 +30,8 @@ def test_packages_import_downwards_only() -> None:
     for module, tree in TREES.items():
         own = module.partition("/")[0].removesuffix(".py")
         if own != "__init__":  # the front imports AwaRes when it is first used
-            wrong += [(module, name) for name in imported_packages(tree) if LEVELS[own] <= LEVELS[name] and name != own]
+            names = {name.partition("/")[0] for name in imported(tree)} & {*LEVELS} - {own}
+            wrong += [(module, name) for name in names if LEVELS[own] <= LEVELS[name]]
     assert wrong == []
 
 

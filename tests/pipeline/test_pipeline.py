@@ -16,6 +16,7 @@ import nbformat
 import pytest
 import yaml
 from conftest import ROOT
+from test_house import TREES, imported
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -32,28 +33,18 @@ def test_released_rows_have_their_own_notebook(released, notebook):
     assert subprocess.run(["sh", "-c", command], capture_output=True, text=True).stdout.strip() == notebook
 
 
-def imported(code):
-    """The modules of awares that ``code`` imports anywhere, as paths below src/awares without suffix."""
-    found = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "awares":
-            folder = "/".join(node.module.split(".")[1:])
-            found |= {folder, *(f"{folder}/{alias.name}".strip("/") for alias in node.names)}
-    return {name for name in found if name and (ROOT / "src" / "awares" / f"{name}.py").is_file()}
-
-
 @pytest.mark.parametrize("stage", [name for name in NOTEBOOKS if name != "report"])
 def test_stage_depends_on_all_code_that_makes_its_results(stage):
     """The imports of the notebook, and theirs in turn."""
     notebooks = [ROOT / name for name in STAGES[stage]["deps"] if name.startswith("notebooks/")]
     assert all(notebook.stem in STAGES[stage]["cmd"] for notebook in notebooks)
     cells = [cell for notebook in notebooks for cell in nbformat.read(notebook, as_version=4).cells]
-    todo, used = imported("\n".join(cell.source for cell in cells if cell.cell_type == "code")), set()
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    todo, used = imported(ast.parse(code)), set()
     while todo:
-        name = todo.pop()
-        used.add(name)
+        used.add(name := todo.pop())
         if name not in SHOWN and not name.startswith("study/") or (name == "data/rows" and stage == "data"):
-            todo |= imported((ROOT / "src" / "awares" / f"{name}.py").read_text()) - used
+            todo |= {one for one in imported(TREES[f"{name}.py"]) if f"{one}.py" in TREES} - used
     deps = [name.removeprefix("src/awares/") for name in STAGES[stage]["deps"]]
     made_by = {f"{name}.py" for name in used - SHOWN if not name.startswith("study/")}
     assert {name for name in made_by if not any(name == dep or name.startswith(f"{dep}/") for dep in deps)} == set()

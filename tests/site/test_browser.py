@@ -25,6 +25,8 @@ pytest.importorskip("playwright", reason="lives in its own environment: make bro
 
 from playwright.sync_api import Page, sync_playwright
 
+from awares.clients import launch
+
 TABLES = ROOT / "reports" / "mini" / "tables"
 NAMES = {"full": "full resolution", "half": "half resolution", "sft": "SFT", "awares": "AwaRes"}
 
@@ -167,9 +169,7 @@ def test_the_explorer_filters_and_shows_the_turns(site, browser):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The address of `awares demo` with the shipped policy."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = launch._free_port()
     command = [sys.executable, "-m", "awares", "demo", "--port", str(port)]
     log = (tmp_path_factory.mktemp("demo") / "log.txt").open("w+")
     process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)

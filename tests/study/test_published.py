@@ -55,11 +55,8 @@ def results() -> str:
     kept, found = table.rtr["awares", "average"], {name: f"{table.accuracy[name, 'average']:.1f} %" for name in SYSTEMS}
     lines = [f"AwaRes keeps {100 * kept:.0f} % of the visual tokens and answers {found['awares']} right, against "]
     lines[0] += f"{found['full']} at full and {found['half']} at half resolution."
-    lines += [
-        "",
-        f"| {rows} rows per task, {seeds} trainings | {' | '.join(heads)} |",
-        "|---" + "|---:" * len(heads) + "|",
-    ]
+    lines += ["", f"| {rows} rows per task, {seeds} trainings | {' | '.join(heads)} |"]
+    lines += ["|---" + "|---:" * len(heads) + "|"]
     for system, shown in SYSTEMS.items():
         cells = [f"{table.accuracy[system, task]:.1f}" for task in tasks]
         average = table.loc[(system, "average")]

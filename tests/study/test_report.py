@@ -145,11 +145,8 @@ def test_figures_draw_and_repeat(tmp_path):
     ends = [(low[0], low[1], high[1]) for low, high in bars.get_segments()]
     assert ends == [(1, 40, 51), (0.3, 40, 60), (0.4, 40, 70)]
     done = [trajectory("row-0", "$12$ \x00 \t", ["top", "right"]), trajectory("row-1", "")]
-    for figure in (
-        figures.gallery(rows(2), done),
-        figures.gallery([]),
-        figures.interaction_figure(rows(1)[0], done[0]),
-    ):
+    drawn = figures.gallery(rows(2), done), figures.gallery([]), figures.interaction_figure(rows(1)[0], done[0])
+    for figure in drawn:
         assert figures.show(figure).data[:4] == b"\x89PNG"
 
 

@@ -28,8 +28,7 @@ def simulated(rng, trainings, spreads, truth=0.0, rows=300):
 
 
 @pytest.mark.parametrize(
-    ("trainings", "spreads"),
-    [(1, (0, 0.5, 0.5)), (3, (0.05, 1, 0.3)), (3, (0, 0, 1)), (6, (0.03, 0.7, 0.7))],
+    ("trainings", "spreads"), [(1, (0, 0.5, 0.5)), (3, (0.05, 1, 0.3)), (3, (0, 0, 1)), (6, (0.03, 0.7, 0.7))]
 )
 def test_a_false_verdict_is_as_rare_and_a_true_one_as_frequent_as_stated(trainings, spreads):
     rng, n, rows = np.random.default_rng(0), 500, 300
@@ -86,9 +85,8 @@ def test_verdicts(values, side, margin, same, expected):
 def test_noise_never_makes_a_claim_pass_more_easily(side):
     rng = np.random.default_rng(1)
     for _ in range(60):
-        effects = [
-            Effect(rng.normal(), rng.uniform(0.01, 1), rng.uniform(0.01, 1), 2, 3) for _ in range(rng.integers(1, 4))
-        ]
+        draws = range(rng.integers(1, 4))
+        effects = [Effect(rng.normal(), rng.uniform(0.01, 1), rng.uniform(0.01, 1), 2, 3) for _ in draws]
         noisier = [replace(one, rows=one.rows * 1.5, trainings=one.trainings * 2) for one in effects]
         margin, same = rng.uniform(0.2, 1), rng.uniform(0, 1)
         quiet, loud = (verdicts.weigh(each, side, margin, same, 0.95) for each in (effects, noisier))

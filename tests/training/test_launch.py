@@ -6,7 +6,6 @@ They run ``python test_launch.py FUNCTION MODEL FOLDER``: `update` or `train_sha
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from test_sft import SMALL, weights, world  # noqa: F401
 from torch.distributed.fsdp import FSDPModule
 
 from awares.baselines.trained import ergo_reward
+from awares.clients import launch
 from awares.config import load_params
 from awares.engine.jsonl import read_records, write_records
 from awares.engine.model import load_model, load_processor
@@ -180,9 +180,7 @@ def test_two_machines_of_one_process_train_as_one_does(world, alone, tmp_path, m
     folder = settings(tmp_path).run_dir("sft")
     join = f"while [ ! -f {folder}/launch.job ]; do sleep 0.1; done; "
     join += f"{sys.executable} -m awares.training.distributed {folder}/launch.job"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch._free_port()), "OMP_NUM_THREADS": "1"}
     second = subprocess.Popen(["sh", "-c", join], env={**WORKERS, **shared, "NODE_RANK": "1"}, cwd=ROOT)
     try:
         for name, value in {**shared, "NODE_RANK": "0"}.items():

@@ -14,7 +14,6 @@ import pytest
 
 pytest.importorskip("vllm", reason="lives in a separate environment: make vllm")
 
-import openai
 import torch
 import yaml
 from conftest import ROOT
@@ -55,7 +54,6 @@ def settings(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("AWARES_BASE_URL", raising=False)
-        patch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
         yield lambda **overrides: load_params("mini", overrides={**usual, **overrides})
 
 
