@@ -62,7 +62,7 @@ class ServerProcess:
         assert self.process.stdout
         self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self.process.kill()
         self.process.wait()
 
@@ -132,11 +132,8 @@ async def judge(text: str, body: dict[str, Any], arrival: int, key: str | None) 
     if number % 20 == 3:
         return JSONResponse(completion("the second one, I think"))
     wanted = body.get("response_format", {}).get("json_schema")  # none: a number alone, curation.judge_order once
-    if not wanted and not compares:
-        return refusal(400, "boxes must be constrained")
-    known = wanted and (wanted["strict"], compares and wanted["schema"]["properties"]["better"]["enum"])
-    if known and known != (True, compares and [0, 1, 2]):
-        return refusal(400, "a verdict must be constrained to 0, 1 and 2")
+    if not (wanted or compares) or (wanted and not wanted["strict"]):
+        return refusal(400, "a reply must be constrained")
     if sys.argv[2] == "mute" and number == (10 if compares else 9):
         await asyncio.sleep(SILENCE)
     lines = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)

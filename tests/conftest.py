@@ -30,6 +30,7 @@ TASKS = get_args(Task)  # the benchmarks
 # As Qwen3 has them; test_bases has Qwen2.5's
 TOOL_TOKENS = (*chat_format.TOOL_TOKENS, "<tool_response>", "</tool_response>")
 LONG = ('{"name": "crop", "arguments": {"regions": ["', '", "', '"]}}', *CROPS)  # a call is ten tokens
+QWEN2_5 = (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
 
 
 def tiny_tokenizer(tools=TOOL_TOKENS, long=LONG, core: Tokenizer | None = None) -> PreTrainedTokenizerFast:
@@ -42,9 +43,6 @@ def tiny_tokenizer(tools=TOOL_TOKENS, long=LONG, core: Tokenizer | None = None) 
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in chat_format.SPECIAL_TOKENS])
     core.add_tokens([AddedToken(token, normalized=False, special=False) for token in (*tools, *long)])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-
-
-QWEN2_5 = (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
 
 
 def tiny_model(processor, seed=0, layers=2, kind=QWEN2_5, mrope=(1, 1, 2), vision=None, tied=False, **text) -> Any:

@@ -12,6 +12,7 @@ from PIL import Image as Pictures
 
 TEXT = Value("string")
 TEXTS = List(TEXT)
+CHAT = List({"role": TEXT, "content": TEXT})
 WAY = "Which way?\n\nA. Left\nB. Right\n"
 WAY += "Please answer directly with only the letter of the correct option and nothing else."
 
@@ -55,9 +56,6 @@ def publish(
 
 def chat(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
-
-
-CHAT = List({"role": TEXT, "content": TEXT})
 
 
 def llava_multi(root: Path, count: int, seed: int) -> None:

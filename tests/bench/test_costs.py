@@ -21,21 +21,15 @@ def counted(work: Any) -> float:
     return counter.get_total_flops()
 
 
-@pytest.fixture(scope="module", params=["qwen2.5-vl", "qwen3-vl"])
-def family(request: pytest.FixtureRequest, tiny: SimpleNamespace) -> SimpleNamespace:
-    """A tiny model of either family."""
-    if request.param == "qwen2.5-vl":
-        return tiny
-    model, processor = build("qwen3-vl", tiny.processor.tokenizer)
-    return SimpleNamespace(model=model, processor=processor, noise=tiny.noise)
-
-
-@pytest.fixture
-def eager(family: SimpleNamespace):
-    """The model with attention in plain matrix products: torch's counter does not know the CPU's fused kernel."""
-    family.model.set_attn_implementation("eager")
-    yield family
-    family.model.set_attn_implementation("sdpa")
+@pytest.fixture(params=["qwen2.5-vl", "qwen3-vl"])
+def eager(request: pytest.FixtureRequest, tiny: SimpleNamespace):
+    """A tiny model of either family, attention in matrix products: torch's counter does not know the fused kernel."""
+    model, processor = tiny.model, tiny.processor
+    if request.param == "qwen3-vl":
+        model, processor = build("qwen3-vl", processor.tokenizer)
+    model.set_attn_implementation("eager")
+    yield SimpleNamespace(model=model, processor=processor, noise=tiny.noise)
+    model.set_attn_implementation("sdpa")
 
 
 @pytest.mark.parametrize("size", [(28 * 5, 28 * 9), (112, 112), (300, 100), (28 * 11, 28 * 4)])

@@ -18,6 +18,10 @@ from awares.engine.model import GPU_FIX
 from awares.errors import AwaresError
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
+MODEL = "me/Gated-Qwen2.5-VL-3B"
+LOCAL = {"curation.engine": "local", "curation.judge": "anls", "curation.judges": ["anls"]}
+SMALL = {"base.model": MODEL, "base.device": "cpu", "evaluation.lmms_eval": "", "data.sources": ["chartqa"], **LOCAL}
+SMALL["curation.oracle"] = "annotation"
 
 
 def load(profile="paper", **changes):
@@ -147,7 +151,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("AWARES_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.delenv("AWARES_API_KEY", raising=False)
     yield running
-    running.stop()
+    running.close()
 
 
 def test_preflight_names_what_is_missing_and_the_fix(server, tmp_path, monkeypatch):
@@ -191,12 +195,6 @@ def test_gpus_of_this_machine_and_of_all(monkeypatch, launch, seen, planned, mis
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(total_memory=1e12, name="H"))
     found = list(plan._gpus(load(base__launch=launch and f"data/launch/{launch}.yaml", plan__gpus=planned), 80.0))
     assert len(found) == 2 + seen and [one.fix for one in found if not one.there] == missing
-
-
-MODEL = "me/Gated-Qwen2.5-VL-3B"
-LOCAL = {"curation.engine": "local", "curation.judge": "anls", "curation.judges": ["anls"]}
-SMALL = {"base.model": MODEL, "base.device": "cpu", "evaluation.lmms_eval": "", "data.sources": ["chartqa"], **LOCAL}
-SMALL["curation.oracle"] = "annotation"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,9 +92,6 @@ def given(world: SimpleNamespace, name: str) -> tuple[Path, str]:
     return world.folder / values.get("image", "page.png"), values.get("question", QUESTION)
 
 
-# Entry points: the replies to their cases, by name
-
-
 def ask_file(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -107,7 +104,8 @@ def ask_file(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
     return found
 
 
-def ask_many(world: SimpleNamespace, source: Path, names: list[str], *options: object) -> dict[str, Seen]:
+def ask_many(world: SimpleNamespace, names: list[str], *options: object, file: str = "rows.jsonl") -> dict[str, Seen]:
+    source = world.folder / file
     out = source.with_name(f"{source.stem}-{len(options)}-out.jsonl")
     code, *_ = run("ask", source, QUESTION, "--out", out, "--model", world.model, *SHORT, *options)
     records = read_records(out)
@@ -116,18 +114,11 @@ def ask_many(world: SimpleNamespace, source: Path, names: list[str], *options: o
     return dict(zip(names, found, strict=True))
 
 
-def ask_jsonl(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
-    return ask_many(world, world.folder / "rows.jsonl", names)
-
-
 def ask_server(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODEL", str(world.model))
-        backend = ServerProcess(world.folder / "log.jsonl", "engine")
-    try:
-        return ask_many(world, world.folder / "rows.jsonl", names, "--server", backend.url)
-    finally:
-        backend.stop()
+        with closing(ServerProcess(world.folder / "log.jsonl", "engine")) as backend:
+            return ask_many(world, names, "--server", backend.url)
 
 
 def ask_folder(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
@@ -135,7 +126,7 @@ def ask_folder(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
     (world.folder / "images").mkdir()
     for file in files:
         (world.folder / "images" / file.name).write_bytes(file.read_bytes())
-    return ask_many(world, world.folder / "images", [files[file] for file in sorted(files)])
+    return ask_many(world, [files[file] for file in sorted(files)], file="images")
 
 
 def evaluate(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
@@ -179,7 +170,7 @@ def server(world: SimpleNamespace, names: list[str]) -> dict[str, Seen]:
 
 
 ENTRIES: dict[str, Any] = {
-    one.__name__: one for one in (ask_file, ask_folder, ask_jsonl, ask_server, evaluate, training, server)
+    one.__name__: one for one in (ask_file, ask_folder, ask_many, ask_server, evaluate, training, server)
 }
 
 

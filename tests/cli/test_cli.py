@@ -29,6 +29,8 @@ from awares.policy import AwaRes, Checkpoint, of_run, shipped
 from awares.study.tables import TASK_WORDS
 
 SETTINGS = {"policy": "p", "call_bias": 0.0}
+PAGE = {"image": "scans/page0.png", "question": "what?"}
+BARE = {"image": "scans/page4.png", "id": "g"}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -57,9 +59,6 @@ def engine(tiny):
 def write_lines(path, rows):
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
-
-
-# Help and usage
 
 
 def test_help_and_usage_need_no_torch():
@@ -123,9 +122,6 @@ def test_commands_of_guides_and_help_are_understood():
     assert seen == {"ask", "bench", "eval", "serve", "plan", "push"}
 
 
-# One question
-
-
 def test_ask_prints_what_the_library_says(saved, scans, tmp_path, capsys):
     done = awares("ask", scans / "page0.png", "what?", "--model", saved, "--json")
     assert done.returncode == 0 and done.stderr == ""
@@ -144,9 +140,6 @@ def test_bias_and_limits_reach_the_engine(saved, scans, capsys):
     own, more, less, short = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert more["turns"][1]["text"].startswith(chat_format.TOOL_CALL) and less["call_status"] == "none"
     assert own["call_gap"] == more["call_gap"] == less["call_gap"] and short["turns"][1]["text_tokens"] == 2
-
-
-# Many questions
 
 
 def rows_of(out):
@@ -172,10 +165,6 @@ def test_a_folder(saved, scans, tmp_path, capsys):
     (policy / "generation_config.json").write_text(json.dumps({**config, "trained": "anew"}))
     assert cli.main(line) == 1 and "weights" in capsys.readouterr().err  # the same name, other weights
     assert out.read_bytes() == before
-
-
-PAGE = {"image": "scans/page0.png", "question": "what?"}
-BARE = {"image": "scans/page4.png", "id": "g"}
 
 
 def test_bad_rows_are_recorded_and_their_chunks_run_again(saved, scans, tmp_path, capsys, monkeypatch):
@@ -234,9 +223,6 @@ def test_a_second_process_is_refused(scans, engine, tmp_path):
         batch.run_batch(scans, "what?", out, engine, SETTINGS)
 
 
-# eval
-
-
 def test_eval_gives_the_evaluations_own_numbers(saved, tmp_path, capsys, monkeypatch):
     text = re.sub(r"(?m)^(  bootstrap:) \d+", r"\1 50", (ROOT / "params.yaml").read_text())
     text = re.sub(r"(?m)^(      max_new_tokens:) 32", r"\1 4", text)
@@ -252,9 +238,6 @@ def test_eval_gives_the_evaluations_own_numbers(saved, tmp_path, capsys, monkeyp
     expected = evaluation.main_table(evaluation.scored(str(saved), rows, done), params.evaluation)
     expected["benchmark"] = expected.benchmark.replace(TASK_WORDS)
     assert found["table"] == expected.drop(columns="system").to_dict("records")
-
-
-# Which policy
 
 
 def test_the_shipped_policy_is_base_then_sft_then_grpo(tmp_path, capsys):

@@ -69,9 +69,6 @@ def refused(target, key=KEY, **request):
     return caught.value
 
 
-# The policy
-
-
 def test_the_answer_and_its_usage_are_the_engines(tiny, policy, engine):
     image = tiny.noise(230, 150, 1)
     for bias in (0.0, 99.0):
@@ -123,9 +120,6 @@ def test_without_the_key_only_health_answers(tiny, policy, engine, monkeypatch):
     monkeypatch.setenv("AWARES_API_KEY", " ")
     with pytest.raises(AwaresError, match="AWARES_API_KEY"):
         make_app(engine, "tiny", LIMITS)
-
-
-# What a stranger may send
 
 
 def test_a_bad_image_is_refused(tiny, policy):
@@ -212,9 +206,6 @@ def test_a_body_that_is_no_request_gets_an_answer_and_holds_no_place(policy, bod
     assert http.get("/health").json()["requests"] == 0
 
 
-# Processes
-
-
 def health(url):
     return httpx.get(url.removesuffix("v1") + "health").json()
 
@@ -255,7 +246,7 @@ def test_many_clients_of_a_front_get_what_they_get_alone(tiny, saved, engine, tm
                 assert reply.choices[0].message.content == own.answer
                 assert reply.usage.awares["rtr"] == pytest.approx(own.rtr)
         assert refused(url, **question(images[0]), extra_body={"call_bias": 2}).status_code == 400
-        backend.stop()
+        backend.close()
         assert refused(url, **question(images[0], "new?")).status_code == 502
 
 

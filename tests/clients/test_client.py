@@ -19,7 +19,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The module's server; the requests of one test have texts that no other test's have."""
     running = ServerProcess(tmp_path_factory.mktemp("faulty") / "log.jsonl", "faulty")
     yield running
-    running.stop()
+    running.close()
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def server(tiny, tmp_path, monkeypatch):
     for name in SYSTEMS:
         monkeypatch.setenv(f"AWARES_{name.upper()}_URL", running.url)
     yield running
-    running.stop()
+    running.close()
 
 
 @pytest.fixture

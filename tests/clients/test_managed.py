@@ -50,13 +50,6 @@ def running(pid):
     return False
 
 
-def gone(pid, seconds=20):
-    until = time.monotonic() + seconds
-    while running(pid) and time.monotonic() < until:
-        time.sleep(0.05)
-    return not running(pid)
-
-
 def test_each_step_starts_its_own_server_and_a_kill_halfway_changes_nothing(params, tmp_path):
     whole, broken = tmp_path / "whole" / "out", tmp_path / "broken" / "out"
     with launch.managed():
@@ -106,7 +99,10 @@ with launch.managed(), served.get_model("llama", params).connect() as api:
     assert running(started["pid"])
     process.send_signal(how)
     process.wait()
-    assert gone(started["pid"])
+    until = time.monotonic() + 20
+    while running(started["pid"]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not running(started["pid"])
 
 
 def test_a_missing_environment_and_a_server_that_does_not_start_are_named_with_the_fix(params, tmp_path):

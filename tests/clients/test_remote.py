@@ -29,7 +29,7 @@ def url(tmp_path_factory):
     """Address of a server process with the very model of the fixture ``tiny``."""
     server = ServerProcess(tmp_path_factory.mktemp("engine") / "log.jsonl", "engine")
     yield server.url
-    server.stop()
+    server.close()
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def start(tmp_path, monkeypatch):
 
     yield start
     for running in started:
-        running.stop()
+        running.close()
 
 
 def settings(folder, change=lambda raw: None, attempts=3, **values):
@@ -177,7 +177,7 @@ def test_a_step_requires_the_server_of_its_own_model_only(start, tmp_path, monke
         curate(settings(tmp_path, other, **chosen), tmp_path / "new", rows=11, engine=FakeEngine(dies_at=0))
     everything = settings(tmp_path, **chosen)
     found = curate(everything, tmp_path / "out", rows=12, engine=engine)
-    server.stop()
+    server.close()
     assert curate(everything, tmp_path / "out", rows=12)["label"] == found["label"] and engine.calls == 2
 
 

@@ -19,8 +19,6 @@ from awares.study import curation_tables
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TABLE = re.findall(r"^\| `(.+)` \| (\w+) \| (\w+) \| ([a-z, -]*) \|", (ROOT / "src/awares/README.md").read_text(), re.M)
 RELEASED = {"protocol.name": "released"}
-
-
 settings = overriding({})
 
 

@@ -66,7 +66,6 @@ def test_share_is_taken_from_every_source():
 @pytest.fixture
 def jsonl(tmp_path):
     (tmp_path / "page.png").write_bytes(encoded())
-    (tmp_path / "torn.png").write_bytes(encoded()[:200])
     good = {"image": "page.png", "question": "what is the total?", "answers": ["12"]}
 
     def write(*lines):

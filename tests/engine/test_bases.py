@@ -19,6 +19,7 @@ from awares.method import protocol, sft
 from awares.method.rollout import Engine
 from awares.training import prompt_sharing as sharing
 
+CALLS = [("top-left",), (), ("center", "right"), ("all",)]
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -59,9 +60,6 @@ def base(request, tmp_path_factory):
     tools = TOOL_TOKENS if request.param == "qwen3-vl" else chat_format.TOOL_TOKENS
     save_model(*build(request.param, published(tools)), folder)
     return folder
-
-
-CALLS = [("top-left",), (), ("center", "right"), ("all",)]
 
 
 def test_two_turns_with_a_reused_cache_equal_two_turns_from_nothing(base, tiny):

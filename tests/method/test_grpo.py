@@ -23,6 +23,11 @@ SECTION |= {"save_steps": 1, "max_completion_length": 48, "learning_rate": 1.0e-
 SMALL = {"threads": 1, **{f"grpo.{key}": value for key, value in SECTION.items()}}
 CALL = ("bottom-right", "top-left")
 ANSWERS = ["word 3", "word 4", "none", "word 3", "later", "word 4", "word", "word 3"]
+WHOLE = {"crops.offered": ["all"], "grpo.reward": "visionthink", "grpo.answer_reward": "judge", "grpo.alpha_ans": 1.0}
+FREE = {"crops.offered": ["box"], "crops.region_budget": 0.25, "grpo.reward": "ergo"}
+FREE |= {"grpo.answer_reward": "judge", "grpo.alpha_ans": 1.0}
+TORN = '<tool_call>\n{"name": "crop", "argu'
+TOOL = {"role": "tool", "name": "crop", "content": [{"type": "image", "image": None}]}
 settings = overriding(SMALL)
 
 
@@ -166,14 +171,8 @@ def said(text, calls=None):
     return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
 
 
-TOOL = {"role": "tool", "name": "crop", "content": [{"type": "image", "image": None}]}
-
-
 def read(completion, form=protocol.OURS, **row):
     return grpo.read_rollout(completion, form, **{**dict.fromkeys(grpo.ROW), "label": "HR", "answers": ["7"], **row})
-
-
-TORN = '<tool_call>\n{"name": "crop", "argu'
 
 
 @pytest.mark.parametrize(
@@ -240,11 +239,6 @@ def test_the_tool_returns_the_crops_in_order_or_an_error_message(world, margin):
         assert [part["image"].tobytes() for part in environment.crop(regions)] == two
     for bad in (["nowhere"], [], "", [[0, 0, 5, 5]], ["0,0,500,500"], None, {}, [True], 3.0):
         assert environment.crop(bad) == [{"type": "text", "text": protocol.TOOL_ERROR}]
-
-
-WHOLE = {"crops.offered": ["all"], "grpo.reward": "visionthink", "grpo.answer_reward": "judge", "grpo.alpha_ans": 1.0}
-FREE = {"crops.offered": ["box"], "crops.region_budget": 0.25, "grpo.reward": "ergo"}
-FREE |= {"grpo.answer_reward": "judge", "grpo.alpha_ans": 1.0}
 
 
 def test_bad_settings_and_inputs_are_refused(world, tmp_path, monkeypatch):

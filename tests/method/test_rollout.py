@@ -18,6 +18,7 @@ from awares.method.rollout import Engine
 
 NAMES = list(crops.CROPS)
 TIE = 1e-4  # if the two best logits are nearer than this, rounding may decide
+ORDERS = ["do top-left", "plain", "do center,bottom", "do malformed", "plainer", "do all", "do left,top-right,top"]
 
 
 class Rigged(decode.FirstToken):
@@ -80,9 +81,6 @@ def test_the_second_turn_cannot_call(tiny: SimpleNamespace, monkeypatch: pytest.
     assert free.call_status == "malformed" and "<tool_call>" in free.turns[1].text
     assert [one.turns[-1].role for one in (free, forced, silent)] == ["assistant"] * 3
     assert not any("<tool_call>" in one.turns[-1].text for one in (free, forced, silent))
-
-
-ORDERS = ["do top-left", "plain", "do center,bottom", "do malformed", "plainer", "do all", "do left,top-right,top"]
 
 
 def rows_of(tiny: SimpleNamespace, orders: list[str]) -> list[Image.Image]:

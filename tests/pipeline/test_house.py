@@ -68,10 +68,8 @@ BUDGETS = {
     "lines of data/base/training": (lambda: lines("data/base/training/*.py"), 1_300),
     "lines of README.md": (lambda: lines("README.md"), 120),
 }
-
-
 # Not met yet: the number that was reached, which may only fall. Delete a line when its budget is met
-OPEN = {"lines of src/awares": 12_457, "lines of tests": 9_108}
+OPEN = {"lines of src/awares": 12_457, "lines of tests": 8_925}
 
 
 @pytest.mark.parametrize("what", BUDGETS)

@@ -47,23 +47,17 @@ pytestmark = pytest.mark.notebooks
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
-    """The base model, copies of all datasets, the declarations of the servers, and lmms-eval."""
-    made = tmp_path_factory.mktemp("paper")
-    save_model(tiny.model, tiny.processor, made / "base")
-    published.everything(made / "hub", count=12, tests=2)
+def line(tiny, tmp_path_factory):
+    """The whole main line, once for all tests of this file, on this checkout's code and copies of all datasets."""
+    folder = tmp_path_factory.mktemp("paper")
+    save_model(tiny.model, tiny.processor, folder / "base")
+    published.everything(folder / "hub", count=12, tests=2)
     declared = yaml.safe_load((ROOT / "data" / "served.yaml").read_text())
-    declared["models"]["base"]["model"] = str(made / "base")
-    declared["python"] = str(fake_vllm(made, "node"))
-    (made / "served.yaml").write_text(yaml.safe_dump(declared))
-    (made / "lmms_eval").write_text(f"#!{sys.executable}\n{LMMS_EVAL}")
-    (made / "lmms_eval").chmod(0o755)
-    return made
-
-
-@pytest.fixture(scope="module")
-def line(folder):
-    """The whole main line, once for all tests of this file, on this checkout's own code."""
+    declared["models"]["base"]["model"] = str(folder / "base")
+    declared["python"] = str(fake_vllm(folder, "node"))
+    (folder / "served.yaml").write_text(yaml.safe_dump(declared))
+    (folder / "lmms_eval").write_text(f"#!{sys.executable}\n{LMMS_EVAL}")
+    (folder / "lmms_eval").chmod(0o755)
     places = {"data.hub_root": folder / "hub", "curation.served_file": folder / "served.yaml"}
     places |= {"evaluation.lmms_eval": folder / "lmms_eval"}
     values = {**VALUES, **{key: str(path) for key, path in places.items()}}
@@ -72,8 +66,8 @@ def line(folder):
     return made
 
 
-def test_the_stages_start_and_stop_their_servers_never_two_at_once_and_curate(line, folder):
-    events = [one for one in read_records(folder / "server.jsonl") if "flags" in one]
+def test_the_stages_start_and_stop_their_servers_never_two_at_once_and_curate(line):
+    events = [one for one in read_records(line.folder / "server.jsonl") if "flags" in one]
     starts, stops = events[::2], events[1::2]
     assert [one["text"] for one in events] == ["started", "stopped"] * len(starts)
     assert [one["pid"] for one in starts] == [one["pid"] for one in stops]
@@ -88,7 +82,7 @@ def test_the_stages_start_and_stop_their_servers_never_two_at_once_and_curate(li
     curated = load_rows(line.params.run_dir("curation") / "train" / "dataset")
     assert {"verdict_llama", "verdict_anls"} <= set(curated.column_names)
     assert {"LR", "HR"} == set(curated["label"])
-    kept = sorted(path.stem for path in (folder / "runs" / "paper" / ".replies").glob("*.jsonl"))
+    kept = sorted(path.stem for path in (line.folder / "runs" / "paper" / ".replies").glob("*.jsonl"))
     assert kept == ["awares", "base", "llama", "qwen3_vl", "sft"]
 
 
@@ -114,9 +108,9 @@ def test_plan_finds_what_is_there_and_what_is_not(line):
     assert "309 requests to servers" in text  # 40 rows to label: 138; 12 to evaluate: 67; operating curve: 104
 
 
-def test_no_key_is_left_behind(line, folder):
+def test_no_key_is_left_behind(line):
     """Last: it looks at all that the others wrote."""
-    files = [path for part in ("runs", "reports") for path in (folder / part).rglob("*") if path.is_file()]
+    files = [path for part in ("runs", "reports") for path in (line.folder / part).rglob("*") if path.is_file()]
     assert len(files) > 50 and line.printed.stat().st_size > 0
     for key in KEYS.values():
         assert not [path for path in (*files, line.printed) if key.encode() in path.read_bytes()]

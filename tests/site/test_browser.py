@@ -29,6 +29,7 @@ from awares.clients import launch
 
 TABLES = ROOT / "reports" / "mini" / "tables"
 NAMES = {"full": "full resolution", "half": "half resolution", "sft": "SFT", "awares": "AwaRes"}
+WIDER = "document.documentElement.scrollWidth - innerWidth"
 
 
 def build(folder: Path, config: Path = ROOT / "site" / "mkdocs.yml") -> Path:
@@ -66,9 +67,6 @@ def opened(browser, address: str, width: int = 1280) -> tuple[Page, list[str]]:
     page.on("request", lambda one: None if one.url.split("/", 3)[2] in own else faults.append(one.url))
     page.goto(address)
     return page, faults
-
-
-WIDER = "document.documentElement.scrollWidth - innerWidth"
 
 
 def test_every_page_opens_at_both_widths_without_errors_and_other_hosts_and_every_link_resolves(site, browser):

@@ -24,6 +24,7 @@ REPORTS = ROOT / "reports" / "mini"
 TABLES = REPORTS / "tables"
 PARAMS = load_params("mini", path=ROOT / "params.yaml")
 SYSTEMS = {"full": "full resolution", "half": "half resolution", "sft": "SFT", "awares": "AwaRes (SFT, then GRPO)"}
+PAGES = "comparison/table1_systems comparison/claims comparison/against_awares ablations/effects seeds/table1_seeds"
 MARKS = "<!-- Results: test_published.py writes this part -->\n", "<!-- End of the results -->\n"
 
 
@@ -95,9 +96,6 @@ def same(file: Path, made: pd.DataFrame) -> None:
     if not {*made} <= {*table}:
         pytest.skip(f"{file.name} was published before it had these columns")
     pd.testing.assert_frame_equal(table[[*made]], made, check_dtype=False, rtol=0, atol=6e-5)
-
-
-PAGES = "comparison/table1_systems comparison/claims comparison/against_awares ablations/effects seeds/table1_seeds"
 
 
 @pytest.mark.parametrize("name", [*PAGES.split(), "comparison/response_length"])

@@ -18,6 +18,7 @@ from awares.study.verdicts import FAILS, HOLDS, SAME, UNDECIDED, Effect
 PARAMS = load_params("mini")
 PER_TASK = 50
 ROWS = [f"{task}-{n}" for n in range(PER_TASK) for task in TASKS]
+UNREADABLE = "accuracy(awares | nonsense(awares) | 1 / 0 | open('x') | accuracy(awares) - rtr(sft, pope)"
 
 
 def simulated(rng, trainings, spreads, truth=0.0, rows=300):
@@ -228,9 +229,6 @@ def test_measures_of_first_turns_are_the_diagnostics():
     never = study(turns=[turned("awares", [[]] * 60), oracle], alone=True)
     with pytest.raises(answers.MissingRows, match="precision of awares is undefined"):
         claims.evaluate("precision(awares)", never)
-
-
-UNREADABLE = "accuracy(awares | nonsense(awares) | 1 / 0 | open('x') | accuracy(awares) - rtr(sft, pope)"
 
 
 @pytest.mark.parametrize("text", UNREADABLE.split(" | "))
