@@ -1,4 +1,4 @@
-"""Every notebook is a tidy source, and runs end to end at smoke scale, on what the last one wrote.
+"""Every notebook has the pipeline's parameters, and runs end to end at smoke scale, on what the last one wrote.
 
 The base model is random: the numbers mean nothing, but they must exist, add up, and agree with what the stages kept.
 """
