@@ -37,7 +37,7 @@ def test_a_false_verdict_is_as_rare_and_a_true_one_as_frequent_as_stated(trainin
     by_rows = (of_row**2 / rows + (trainings == 1) * of_cell**2 / rows) ** 0.5
     by_trainings = ((spread**2 + of_cell**2 / rows) / trainings) ** 0.5 if trainings > 1 else 0.0
     true = Effect(0.0, by_rows, by_trainings, trainings - 1)
-    least, within = true.detectable(0.95), true.detectable(0.95, within=True)
+    least, within = (verdicts.weigh([true], side, 0, 0, 0.95).detectable for side in ("above", "within"))
 
     def share(wanted, truth, side="above", margin=0.0, same=0.0):
         made = ([simulated(rng, trainings, spreads, truth)] for _ in range(n))
@@ -105,7 +105,7 @@ def test_false_discoveries_are_controlled_over_all_claims():
     for _ in range(150):
         truth = np.repeat([0.0, 3.5], [20, 10])
         found = [verdicts.weigh([Effect(value, 1.0)], "above", 0, 0, 0.95) for value in rng.normal(truth, 1)]
-        verdict = np.array(verdicts.decide([*found, None], 0.95))
+        verdict = np.array(verdicts.decide([*found, verdicts.Judgement()], 0.95))
         assert verdict[-1] == UNDECIDED
         decided = verdict[:-1] != UNDECIDED
         false.append(decided[truth == 0].sum() / max(1, decided.sum()))

@@ -22,7 +22,6 @@ from awares.method import grpo, sft
 
 SOURCE_ROWS = ("chartqa", "docvqa", "pope", "realworldqa", "ocrbench")  # image sizes of the training rows, in turn
 DEVICE, DTYPE = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
-Tables = Iterator[tuple[str, pd.DataFrame]]  # file name, table
 
 
 def measure(settings: Any) -> None:
@@ -56,8 +55,8 @@ def measure(settings: Any) -> None:
             print(f"\n{shown.to_string(index=False, float_format='{:.3g}'.format)}", flush=True)
 
 
-def interactions(settings: Any, benchmarks: list[str]) -> Tables:
-    """The single times per benchmark, and the table (time, ratios, phases, counts)."""
+def interactions(settings: Any, benchmarks: list[str]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """File names and tables: of every benchmark its single times, and times, ratios, phases and counts."""
     model, processor = configs.build(settings.shape, settings.scale, DTYPE, DEVICE, settings.attention)
     models, budgets = dict.fromkeys(latency.TIMED_SYSTEMS, model), (latency.LOOP, settings.batch_tokens)
     for name in benchmarks:

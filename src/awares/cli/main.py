@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ ShapeName = Literal["qwen2.5-vl-7b", "qwen2.5-vl-3b", "qwen2.5-vl-72b", "mini"]
 def _run(command: Any, **_: Any) -> None:
     code = command() if callable(command) else command
     sys.stdout.flush()  # here, because typer handles a closed pipe
-    raise typer.Exit(code)
+    raise typer.Exit(code or 0)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, result_callback=_run, rich_markup_mode=None)
@@ -109,11 +110,11 @@ class Ask(PolicyOptions):
         if self.as_json:
             about = {"image": self.image, "question": self.question, **done.to_dict(), "rtr": done.rtr}
             print(json.dumps(about | ({"note": note} if note else {}), ensure_ascii=False))
-            return 0
-        malformed = " (malformed call)" if done.call_status == "malformed" else ""
-        print(f"{done.answer}\ncrops   {', '.join(done.crops) or 'none'}{malformed}")
-        print(f"tokens  {done.visual_tokens} of {done.full_visual_tokens} visual tokens, RTR {done.rtr:.2f}")
-        print(f"time    {done.seconds:.2f} s")
+        else:
+            malformed = " (malformed call)" if done.call_status == "malformed" else ""
+            print(f"{done.answer}\ncrops   {', '.join(done.crops) or 'none'}{malformed}")
+            print(f"tokens  {done.visual_tokens} of {done.full_visual_tokens} visual tokens, RTR {done.rtr:.2f}")
+            print(f"time    {done.seconds:.2f} s")
         return 0
 
     def _ask_many(self, out: Path) -> int:
@@ -213,11 +214,10 @@ class Serve(PolicyOptions):
     timeout: Annotated[float, Option(min=0.001, help="seconds from a request's head to its answer")] = 120.0
     connections: Annotated[int, Option(min=16, help="at a time; more are refused with 503")] = 512
 
-    def __call__(self) -> int:
+    def __call__(self) -> None:
         from awares.cli.serve import run_server
 
         run_server(self)
-        return 0
 
 
 @app.command("demo")
@@ -228,20 +228,16 @@ class Demo(PolicyOptions):
     host: Annotated[str, Option(help="address to listen at; the default is this machine only")] = "127.0.0.1"
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one")] = 7860
 
-    def __call__(self) -> int:
-        try:
-            from awares.cli import demo
-        except ModuleNotFoundError as missing:
-            if missing.name != "gradio":
-                raise
-            raise AwaresValueError("gradio is not here: `make demo` installs it and starts the demo") from missing
+    def __call__(self) -> None:
+        if not find_spec("gradio"):
+            raise AwaresValueError("gradio is not here: `make demo` installs it and starts the demo")
+        from awares.cli import demo
         from awares.policy import AwaRes
 
         found, options = self.checkpoint(), {"scores": True} if self.server else {}
         policy, name = self.load(None, **options)
         base = AwaRes.from_pretrained(found.base) if found.base and not self.server else None
         demo.run_demo(policy, base, name, found.name == "shipped" or self.run.startswith("mini"), self.host, self.port)
-        return 0
 
 
 @app.command("bench")
@@ -267,11 +263,10 @@ class Bench:
     overrides: Annotated[str, Option(help="of params.yaml in the training steps")] = ""
     out: Annotated[Path, Option(help="folder of the CSV tables")] = Path("bench")
 
-    def __call__(self) -> int:
+    def __call__(self) -> None:
         from awares.bench.bench import measure
 
         measure(self)
-        return 0
 
 
 @app.command("plan")
@@ -305,7 +300,7 @@ def push(
     profile: Profile = "",
     public: Annotated[bool, Option("--public", help="make a new repository public")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="prepare the folder, list it, upload nothing")] = False,
-) -> int:
+) -> None:
     """Publish the trained policy (merged model, adapters, a card with Table 1) on a model hub.
 
     The token comes from the environment variable HF_TOKEN.
@@ -319,4 +314,3 @@ def push(
     print(f"{sum(sizes.values()):>14,} bytes in {folder}")
     if not dry_run:
         print(publish.upload(folder, repo, private=not public))
-    return 0

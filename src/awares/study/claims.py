@@ -71,8 +71,7 @@ def policies_of(expression: str) -> tuple[str, ...]:
 def claims_table(answers: Answers, claims: pd.DataFrame) -> pd.DataFrame:
     """``claims`` with effect, low, high, detectable, seeds, p, q (one false discovery rate), verdict and note."""
     level = answers.params.evaluation.level
-    findings: list[Judgement | None] = []
-    notes = []
+    findings, notes = list[Judgement](), list[str]()
     for one in claims.itertuples():
         try:
             effects = evaluate(one.expression, answers)
@@ -80,12 +79,11 @@ def claims_table(answers: Answers, claims: pd.DataFrame) -> pd.DataFrame:
             borrowed = effects[0].seeds == 1 and effects[0].trainings
             notes.append("one training of each arm: its spread is that of the main line" if borrowed else "")
         except MissingRows as missing:
-            findings.append(None)
+            findings.append(Judgement())
             notes.append(str(missing))
-    names = ["value", "low", "high", "detectable", "seeds", "p"]
-    numbers = [[getattr(one, name) if one else np.nan for name in names] for one in findings]
-    table = claims.join(pd.DataFrame(numbers, columns=["effect", *names[1:]], index=claims.index))
-    table = table.assign(q=table.p, verdict=[decide([one], level)[0] for one in findings], note=notes)
+    numbers = pd.DataFrame(findings, claims.index, ["effect", *Judgement._fields[1:]]).drop(columns="statements")
+    verdicts = [decide([one], level)[0] for one in findings]
+    table = claims.join(numbers).assign(q=numbers.p, verdict=verdicts, note=notes)
     counted = table.decided_by == ""
     table.loc[counted, "q"] = adjusted(table.p[counted])
     table.loc[counted, "verdict"] = decide([findings[place] for place in np.flatnonzero(counted)], level)

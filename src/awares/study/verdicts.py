@@ -53,22 +53,17 @@ class Effect:
             return tiny
         return float(optimize.brentq(lambda p: self.reach(p / 2) - distance, tiny, 1.0, xtol=1e-14))
 
-    def detectable(self, level: float, within: bool = False) -> float:
-        """The least distance from a margin (``within``: the least margin around 0) that is shown with POWER."""
-        missed = (1 - POWER) / 2 if within else 1 - POWER
-        return self.reach((1 - level) / 2, missed)
-
 
 class Judgement(NamedTuple):
-    """What the effects of one claim show; ``statements``: (verdict, p value), the preferred first; ``p``: the least."""
+    """What a claim's effects show, or nothing; ``statements``: (verdict, p), the preferred first; ``p``: the least."""
 
-    value: float
-    low: float
-    high: float
-    seeds: int
-    detectable: float
-    statements: tuple[tuple[str, float], ...]
-    p: float
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    seeds: float = math.nan
+    detectable: float = math.nan
+    statements: tuple[tuple[str, float], ...] = ()
+    p: float = math.nan
 
 
 def weigh(effects: Sequence[Effect], side: str, margin: float, same: float, level: float) -> Judgement:
@@ -76,7 +71,8 @@ def weigh(effects: Sequence[Effect], side: str, margin: float, same: float, leve
 
     ``same`` > 0: the claim of a direction is equivalent if the difference is smaller. Of several effects all must be on
     the claimed side (the largest p decides), and one on the other side refutes it (the smallest p, times their number).
-    The interval is that of the hardest effect, its far end as strict (Bonferroni).
+    The interval is that of the hardest effect, its far end as strict (Bonferroni). ``detectable``: the least distance
+    from a margin (within: the least margin around 0) that is shown with POWER.
     """
     sign = -1 if side == "below" else 1
     hardest = min(effects, key=lambda one: sign * one.value)
@@ -93,7 +89,7 @@ def weigh(effects: Sequence[Effect], side: str, margin: float, same: float, leve
         found = [(FAILS if against else HOLDS, p)]
         if same and abs(hardest.value - margin) < same:
             found.append((SAME, max(hardest.p(margin - same), hardest.p(margin + same))))
-    detectable = hardest.detectable(level, side == "within")
+    detectable = hardest.reach((1 - level) / 2, (1 - POWER) / (2 if side == "within" else 1))
     return Judgement(hardest.value, *ends, hardest.seeds, detectable, tuple(found), min(p for _, p in found))
 
 
@@ -105,10 +101,9 @@ def adjusted(p: Any) -> np.ndarray:
     return rates
 
 
-def decide(findings: Sequence[Judgement | None], level: float) -> list[str]:
-    """The verdict on each finding, at a false discovery rate of 1 - ``level`` over all of them; None is undecided."""
-    p = [math.nan if one is None else one.p for one in findings]
-    rate = 1 - level
+def decide(findings: Sequence[Judgement], level: float) -> list[str]:
+    """The verdict on each finding, at a false discovery rate of 1 - ``level`` over all of them."""
+    p, rate = [one.p for one in findings], 1 - level
     most = rate * (adjusted(p) <= rate).sum() / max(1, np.isfinite(p).sum())  # Benjamini-Hochberg's threshold
-    named = [[name for name, at in (one.statements if one else ()) if at <= most] for one in findings]
+    named = [[name for name, at in one.statements if at <= most] for one in findings]
     return [names[0] if names else UNDECIDED for names in named]
