@@ -159,7 +159,7 @@ def executed(root, seconds):
         v4.new_output("stream", name="stderr", text=f"warning after {seconds} s"),
         v4.new_output("stream", name="stdout", text=f"wrote {root}/runs/x\n"),
         v4.new_output("display_data", {"text/html": bar, "text/plain": "<IPython.core.display.HTML object>"}),
-        v4.new_output("display_data", {"image/png": "AAAA"}, metadata={"image/png": {"alt": "a sign", "width": 9}}),
+        v4.new_output("display_data", {"image/png": "AAAA"}, metadata={"image/png": {"alt": "a sign"}}),
         v4.new_output("execute_result", {"text/plain": "2"}, execution_count=2),
     ]
     notebook = v4.new_notebook(cells=[v4.new_markdown_cell("# Title <b>"), code])
