@@ -58,7 +58,7 @@ def longest_function() -> int:
 
 
 BUDGETS = {
-    "lines of src/awares": (lambda: lines("src/awares/**/*.py"), 12_500),  # 11,500, and 1,000 for what came later
+    "lines of src/awares": (lambda: lines("src/awares/**/*.py"), 11_500),
     "lines of method/": (lambda: lines("src/awares/method/*.py"), 2_600),
     "files of method/": (lambda: len(list(SOURCE.glob("method/*.py"))), 10),
     "lines of the largest file": (lambda: max(lines(f"src/awares/{module}") for module in TREES), 400),
@@ -68,9 +68,11 @@ BUDGETS = {
     "lines of data/base/training": (lambda: lines("data/base/training/*.py"), 1_300),
     "lines of README.md": (lambda: lines("README.md"), 120),
 }
+# Not met yet: the number that was reached, which may only fall. Delete a line when its budget is met
+OPEN = {"lines of src/awares": 12_443}
 
 
 @pytest.mark.parametrize("what", BUDGETS)
 def test_budget(what: str) -> None:
     count, most = BUDGETS[what]
-    assert count() <= most
+    assert count() <= OPEN.get(what, most)
