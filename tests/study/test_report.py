@@ -68,8 +68,8 @@ def test_curated_tables():
     labelled = rows(4, ["HR", "HR", "LR", "LR"], [["top"], ["top", "left"], [], []])
     assert curation_tables.label_metrics(labelled) == {"rows": 4, "hr": 50.0, "area": (0.5 + 0.75) / 2}
     assert curation_tables.label_table(labelled).set_index("source").hr.to_dict() == {"chartqa": 50, "all sources": 50}
-    crops = curation_tables.crop_table(labelled).query("source == 'chartqa'").set_index("crop").share
-    assert crops["top"] == crops["several"] == 50 and crops.sum() == 100
+    crops = diagnostics.outcome_shares({"chartqa": labelled["target_crops"][:]}).set_index("outcome").share
+    assert crops["top"] == crops["several"] == 25 and crops.sum() == 100
     assert curation_tables.missed_evidence(labelled, 0.95) == 0
     assert curation_tables.missed_evidence(rows(1, ["HR"], [["bottom"]]), 0.95) == 100
     assert tables.first_rows(labelled, 1, label="LR")["id"][:] == ["row-2"]

@@ -12,10 +12,10 @@ from sklearn.metrics import cohen_kappa_score
 from awares.config import Params
 from awares.engine.jsonl import Record
 from awares.errors import Failure
-from awares.method.crops import Box, union_area
+from awares.method.crops import union_area
 from awares.method.judges import HIGH_BETTER, HR, LOW_BETTER, LR, Judge, build_judge, label
 from awares.method.rollout import Trajectory
-from awares.study.diagnostics import NO_CALL, evidence_boxes, outcome_shares, shows
+from awares.study.diagnostics import evidence_boxes, shows
 
 LEGIBLE_AT_HALF = 24.0  # px of the full image: the suite's large evidence is higher, its small evidence lower
 
@@ -83,31 +83,6 @@ def label_table(rows: datasets.Dataset) -> pd.DataFrame:
     table = groups.agg(hr="mean", n="size").reset_index()
     table.insert(1, "lr", 100 - table.hr)
     return table
-
-
-def crop_table(rows: datasets.Dataset) -> pd.DataFrame:
-    """How often the HR rows of a source, and of all, request each crop (percent). Columns source, crop, share, n."""
-    target = pd.DataFrame({"source": rows["source"][:], "crops": rows["target_crops"][:]})
-    target = target[target.crops.map(len) > 0]
-    groups = {source: part.crops.tolist() for source, part in target.groupby("source", sort=False)}
-    shares = outcome_shares({**groups, "all sources": target.crops.tolist()}, "source")
-    return shares[shares.outcome != NO_CALL].rename(columns={"outcome": "crop"}).reset_index(drop=True)
-
-
-def evidence_table(rows: datasets.Dataset, params: Params) -> pd.DataFrame:
-    """One line per curated row: source, label, image width and height, height of the evidence (px of the full image).
-
-    The evidence is the smallest box on its shorter side, of the oracle if none is annotated. Columns half and full:
-    whether the deciding judge accepts these answers (released rows have none).
-    """
-    records, kinds = [], ("answer_boxes", "question_boxes", "oracle_answer_boxes", "oracle_question_boxes")
-    for row in rows:
-        boxes: list[Box] = next((row[kind] for kind in kinds if row.get(kind)), [])
-        width, height = row["image"].size
-        spans = [min((box[2] - box[0]) * width, (box[3] - box[1]) * height) / 1000 for box in boxes]
-        records.append((row["source"], row["label"], width, height, min(spans, default=math.nan)))
-    table = pd.DataFrame(records, columns=["source", "label", "image width", "image height", "height"])
-    return table if params.curation.released else table.join(answers_correct(rows, params))
 
 
 def repair_table(rows: datasets.Dataset, repaired: Sequence[Trajectory | Failure], judge: Judge) -> pd.DataFrame:
