@@ -68,6 +68,7 @@ class Data(Section):
     sources: Listed[str]
     train_rows: Count
     validation_rows: Count
+    graded: Fraction
 
 
 class CropSettings(Section):
@@ -286,6 +287,10 @@ class Params(Section):
         """The same run on the rows of stage `unseen`: ``evaluation.study_rows`` per task, new to every stage."""
         drawn = replace(self.evaluation, seed=self.evaluation.unseen_seed, rows=self.evaluation.study_rows)
         return replace(self, evaluation=drawn, unseen=True)
+
+    def row_sets(self) -> "tuple[Params, Params]":
+        """The settings of the evaluation rows and of the rows that no stage has seen."""
+        return self, self.on_unseen_rows()
 
     def report_dir(self) -> Path:
         """reports/<profile>: the published results."""

@@ -8,7 +8,7 @@ import published
 import pytest
 
 from awares.config import load_params
-from awares.data.rows import make_dataset, make_split, read_jsonl_rows, validate_rows
+from awares.data.rows import evaluation_rows, make_dataset, make_split, read_jsonl_rows, validate_rows
 from awares.engine.rows import FEATURES, load_rows, save_rows, share_of
 from awares.errors import AwaresError
 from awares.mini import synthetic_rows
@@ -56,6 +56,25 @@ def test_a_bad_row_is_named(changes, key):
     for wrong, fault in ((make_dataset([]), "no rows"), (rows.remove_columns("answers"), "column answers")):
         with pytest.raises(AwaresError, match=f"some rows: {fault}"):
             validate_rows(wrong, "some rows")
+
+
+def test_rows_that_no_stage_has_seen_are_drawn_once_and_kept(tmp_path, monkeypatch):
+    def made(name, n, seed, split, *others):
+        drawn.append((seed, n))
+        return [row(id=f"{name}-{seed}-{number}", split=split) for number in range(n)]
+
+    def unseen(**more):
+        places = {"paths.runs": str(tmp_path), "data.tasks": ["chartqa"], "evaluation.study_rows": 2}
+        return load_params("mini", overrides={**places, **more}).on_unseen_rows()
+
+    drawn = []
+    monkeypatch.setattr(synthetic_rows, "make_source", made)
+    first, again = evaluation_rows(unseen()), evaluation_rows(unseen())
+    assert first["id"][:] == ["chartqa-204-0", "chartqa-204-1"] and again[:] == first[:] and drawn == [(204, 2)]
+    for more in ({"evaluation.study_rows": 3}, {"evaluation.unseen_seed": 205}):
+        evaluation_rows(unseen(**more))
+    assert drawn == [(204, 2), (204, 3), (205, 2)]
+    assert not unseen().run_dir("data").exists()  # which is an output of DVC
 
 
 def test_share_is_taken_from_every_source():

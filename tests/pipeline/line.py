@@ -36,7 +36,7 @@ SMOKE = yaml.safe_load("""
  evaluation.frontier_rows: 2, evaluation.study_rows: 2, evaluation.graded_rows: 3, evaluation.shifted_rows: 1,
  evaluation.bootstrap: 50, evaluation.call_bias: 30.0, evaluation.dial_biases: [-30.0, 0.0], evaluation.dial_rows: 8,
  ablations.curation: [], ablations.sft: [weight_1], ablations.grpo: [no_area_cost], ablations.systems: [],
- latency.rows: 6, latency.repetitions: 2, latency.batch_tokens: [4096], report.gallery: 2}
+ latency.rows: 6, latency.repetitions: 2, latency.batch_tokens: [4096], report.gallery: 2, seeds: [2, 3]}
 """)
 
 

@@ -69,7 +69,7 @@ BUDGETS = {
     "lines of README.md": (lambda: lines("README.md"), 120),
 }
 # Not met yet: the number that was reached, which may only fall. Delete a line when its budget is met
-OPEN = {"lines of src/awares": 12_443}
+OPEN = {"lines of src/awares": 12_418}
 
 
 @pytest.mark.parametrize("what", BUDGETS)

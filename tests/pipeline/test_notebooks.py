@@ -109,10 +109,14 @@ def test_latency(line):
     assert publish.publish(line.params, "latency")[0].is_file()
 
 
-def test_means_over_seeds_on_the_pipelines_rows_and_on_unseen_ones(line):
-    elsewhere = {"evaluation.seed": line.params.evaluation.unseen_seed}
-    line.run("05_evaluation", "evaluation", **elsewhere)
-    folders = [line.with_values(**other).run_dir("evaluation") for other in ({}, elsewhere)]
+@pytest.fixture(scope="module")
+def unseen(line):
+    """The main line's answers to rows that no stage has seen."""
+    return line.run("05_evaluation", "evaluation", **{"evaluation.seed": line.params.evaluation.unseen_seed}).parent
+
+
+def test_means_over_seeds_on_the_pipelines_rows_and_on_unseen_ones(line, unseen):
+    folders = [line.params.run_dir("evaluation"), unseen]
     drawn = {one["row_id"] for one in read_records(folders[1] / "trajectories" / "awares.jsonl")}
     assert len(drawn) == 12 and not drawn & set(load_rows(line.params.run_dir("data") / "evaluation")["id"])
     for folder, (seed, gain) in itertools.product(folders, ((2, 1.0), (3, 5.0))):  # the same run, AwaRes better
@@ -149,9 +153,9 @@ def test_evidence_of_every_size_and_shifted_rows(line):
     assert {file.name for file in publish.publish(line.params, "shift")} == {"12_shift.ipynb"}
 
 
-def test_beyond_the_paper(line):
-    """One variant is trained by the exact estimator; AwaRes+ is a copy of it. After the test of unseen rows."""
-    more = {"ablations.beyond": ["exact"], "ablations.plus": ["plus"], "sft.share": 0.5, "plus_seeds": [1]}
+def test_beyond_the_paper(line, unseen):
+    """One variant is trained by the exact estimator; AwaRes+ is a copy of it."""
+    more = {"ablations.beyond": ["exact", "plus"], "ablations.plus": [], "sft.share": 0.5, "plus_seeds": [1]}
     line.run("04_grpo", "grpo", "exact", **more)
     own, out = (line.with_values("exact", **more).run_dir(stage) for stage in ("grpo", "evaluation"))
     held_out = pd.read_csv(own / "held_out.csv")
@@ -168,10 +172,16 @@ def test_beyond_the_paper(line):
     assert bound["perfect decisions"] >= bound.drop("perfect decisions").max() - 1e-4
     both = pd.read_csv(folder / "differences.csv").set_index(["a", "b"])
     assert both.n.tolist() == [24, 24] and (folder / "prices.png").is_file()
+    curve = pd.read_csv(folder / "curve.csv").set_index("variant")
+    assert curve.gain["sft"] == 0 and (curve.n == 24).all()  # the SFT policy lies on its own curve
+    for name in ("gap", "gap_by_size"):
+        parts = pd.read_csv(folder / f"{name}.csv").iloc[:, [0, -3]].set_axis(["part", "points"], axis=1)
+        total = parts.points[parts.part != "sum"].sum()
+        assert total == pytest.approx(both.difference["plus", "full"], abs=1e-3)
 
 
 @pytest.fixture(scope="module")
-def ablations(line):
+def ablations(line, unseen):
     """Two variants, scored with the policy of the *other* stage of the main line, so that their numbers are known."""
     policies = {"weight_1": ("sft", "grpo"), "no_area_cost": ("grpo", "sft")}
     folders = {}
@@ -183,9 +193,12 @@ def ablations(line):
     return folders
 
 
-def test_ablations_are_compared_with_the_main_line_and_the_paper(line, ablations):
+def test_ablations_are_compared_with_the_main_line_and_the_paper(line, unseen, ablations):
     main, numbers = line.table("evaluation", "table1_main").set_index("system"), ["accuracy", "rtr", "n"]
     for name, own, other in (("weight_1", "sft", "awares"), ("no_area_cost", "awares", "sft")):
+        both = [unseen / "trajectories" / f"{other}.jsonl", ablations[name] / "unseen" / f"{own}.jsonl"]
+        first, again = ([[one["row_id"], one["answer"]] for one in read_records(file)] for file in both)
+        assert first == again and len(first) == 12
         result = pd.read_csv(ablations[name] / "tables" / "result.csv").set_index("system")
         assert result.loc["main", numbers].to_numpy().tolist() == main.loc[own, numbers].to_numpy().tolist()
         assert result.loc[name, numbers].to_numpy().tolist() == main.loc[other, numbers].to_numpy().tolist()
@@ -194,7 +207,13 @@ def test_ablations_are_compared_with_the_main_line_and_the_paper(line, ablations
     effects = pd.read_csv(folder / "effects.csv").set_index("variant")
     assert effects.change["no_area_cost"] == "grpo.lambda_area 0.0"
     written = [pd.read_csv(path / "tables" / "difference.csv").difference[0] for path in ablations.values()]
-    assert effects.difference[[*ablations]].tolist() == pytest.approx(written, abs=1e-3)
+    files = [folder / "tables" / "table1_main.csv" for folder in (line.params.run_dir("evaluation"), unseen)]
+    means = [pd.read_csv(file).query("benchmark == @AVERAGE").set_index("system").accuracy for file in files]
+    gaps = [one["awares"] - one["sft"] for one in means]  # of each set, whose tasks have two rows each
+    assert written == pytest.approx([gaps[0], -gaps[0]], abs=1e-3)
+    both = sum(gaps) / 2
+    assert effects.difference[[*ablations]].tolist() == pytest.approx([both, -both], abs=1e-3)
+    assert (effects.n[[*ablations]] == 24).all()
     files = {str(file.relative_to(folder)) for file in publish.publish(line.params, "ablations")}
     assert {"notebooks/06_weight_1.ipynb", "notebooks/06_ablations_summary.ipynb"} <= files
 

@@ -92,6 +92,8 @@ FEW = {  # a few variants and systems represent all
     r"  sft: \[[^]]*\]": "  sft: [weight_1]",
     r"  grpo: \[[^]]*\]": "  grpo: [beta_0, miss_cost_4]",
     r"  systems: \[visionthink[^]]*\]": "  systems: [visionthink]",
+    r"  beyond: \[[^]]*\]": "  beyond: [exact]",
+    r"  plus: \[[^]]*\]": "  plus: [plus_margin]",
     r"  systems: \[visionzip_50[^]]*\]": "  systems: [visionzip_50, oracle_crop]",
 }
 
@@ -179,8 +181,8 @@ def test_profiles_do_not_disturb_each_other(repository):
 
 def test_seeds_share_everything_before_training_and_latency_runs_alone(repository):
     ran = reproduce(repository, "seeds")
-    trained = [f"mini/{stage}/main-s{seed}" for stage in ("sft", "grpo", "evaluation") for seed in (2, 3)]
-    assert sorted(ran) == sorted([*trained, *(f"mini/unseen/main-s{seed}-e204" for seed in (1, 2, 3)), "mini/seeds"])
+    trained = [f"mini/{stage}/main-s{seed}" for stage in ("sft", "grpo", "evaluation") for seed in range(2, 7)]
+    assert sorted(ran) == sorted([*trained, *(f"mini/unseen/main-s{seed}-e204" for seed in range(1, 7)), "mini/seeds"])
     assert reproduce(repository, "latency") == ["mini/latency/main-s1"]
     assert (repository / "reports/mini/latency").is_dir()
     assert reproduce(repository, "seeds", "latency", "report") == []
@@ -188,12 +190,14 @@ def test_seeds_share_everything_before_training_and_latency_runs_alone(repositor
 
 def test_an_ablation_repeats_only_what_it_changes(repository):
     lists = yaml.safe_load((repository / "params.yaml").read_text())["ablations"]
-    labels, sft, grpo, systems = (lists[name] for name in ("curation", "sft", "grpo", "systems"))
-    wanted = {f"mini/curation/{name}" for name in (*labels, *systems)}
-    wanted |= {f"mini/sft/{name}-s1" for name in (*labels, *sft, *systems)}
-    wanted |= {f"mini/grpo/{name}-s1" for name in (*grpo, *systems)}
-    wanted |= {f"mini/evaluation/{name}-s1" for name in (*labels, *sft, *grpo, *systems)}
+    labels, sft, grpo, systems, plus = (lists[name] for name in ("curation", "sft", "grpo", "systems", "plus"))
+    wanted = {f"mini/curation/{name}" for name in (*labels, *systems, *plus)}
+    wanted |= {f"mini/sft/{name}-s1" for name in (*labels, *sft, *systems, *plus)}
+    wanted |= {f"mini/grpo/{name}-s1" for name in (*grpo, *systems, *plus)}
+    wanted |= {f"mini/evaluation/{name}-s1" for name in (*labels, *sft, *grpo, *systems, *plus)}
+    wanted |= {f"mini/{stage}/exact-s{seed}" for stage in ("grpo", "evaluation") for seed in (1, 2, 3)}  # `beyond`
     assert set(reproduce(repository, "ablations")) == wanted | {"mini/ablations"}
+    assert reproduce(repository, "plus") == ["mini/plus"]
     for stage in ("data", "curation", "sft", "grpo", "evaluation"):  # work in progress is no output
         (repository / f"runs/mini/{stage}/.checkpoints/key").mkdir(parents=True)
         (repository / f"runs/mini/{stage}/.checkpoints/key/inputs.json").write_text("{}")

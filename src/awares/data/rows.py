@@ -6,22 +6,20 @@ the answer's evidence in 1/1000 of the image sides, its source and its split. `e
 
 import hashlib
 import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import datasets
-import numpy as np
-import pandas as pd
+from filelock import FileLock
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints
 
-from awares.engine.images import MIN_SIDE, as_png, is_plain, open_image
-from awares.engine.rows import FEATURES, GRADED_FEATURES, SHIFTED_FEATURES, load_rows, picture_sizes, stored_images
+from awares.engine.images import as_png, is_plain, open_image
+from awares.engine.keys import checkpoint_folder, code_of
+from awares.engine.rows import FEATURES, GRADED_FEATURES, SHIFTED_FEATURES, load_rows, save_rows, stored_images
 from awares.errors import AwaresError, AwaresFileError, AwaresValueError, faults_of, validated
-from awares.method.crops import boxes_to_crops
-from awares.settings import CropSettings, Params
+from awares.settings import Params
 
 
 def _check_box(box: list[int]) -> list[int]:
@@ -89,7 +87,8 @@ def _load_source(params: Params, name: str, n: int, seed: int, split: str) -> da
     if origin == "suite":
         from awares.mini import synthetic_rows
 
-        drawn = synthetic_rows.make_source(name, n, seed, split, params.evaluation.evidence_px)
+        graded = params.data.graded if split in ("train", "validation") else 0.0
+        drawn = synthetic_rows.make_source(name, n, seed, split, params.evaluation.evidence_px, graded)
         rows = make_dataset(drawn, {"graded": GRADED_FEATURES, "shifted": SHIFTED_FEATURES}.get(split, FEATURES))
     elif origin == "hub" and split in ("train", "validation", "evaluation"):
         from awares.data import sampling
@@ -101,8 +100,19 @@ def _load_source(params: Params, name: str, n: int, seed: int, split: str) -> da
 
 
 def evaluation_rows(params: Params) -> datasets.Dataset:
-    """The evaluation rows that stage `data` stored; with another ``evaluation.seed``, rows drawn here."""
-    return make_split(params, "evaluation") if params.unseen else load_rows(params.run_dir("data") / "evaluation")
+    """The evaluation rows that stage `data` stored; with another ``evaluation.seed`` rows drawn once and kept."""
+    folder = params.run_dir("data")
+    if params.unseen:
+        from awares.mini import synthetic_rows
+
+        files = [*Path(__file__).parent.glob("*.py"), *Path(synthetic_rows.__file__).parent.glob("*.*")]
+        code = code_of(str(params.path(params.data.sources_file)), *map(str, sorted(files)))
+        drawn = params.data, params.crops.max_side, params.evaluation.seed, params.evaluation.rows
+        folder = checkpoint_folder(folder, {"stage": "data", "rows": repr(drawn), "code": code})
+        with FileLock(folder / ".lock"):
+            if not (folder / "evaluation").is_dir():
+                save_rows(make_split(params, "evaluation"), folder / "evaluation")
+    return load_rows(folder / "evaluation")
 
 
 def make_dataset(rows: Iterable[dict[str, Any]], features: datasets.Features = FEATURES) -> datasets.Dataset:
@@ -200,25 +210,3 @@ def first_of_each(dataset: datasets.Dataset, column: str = "source") -> datasets
 def image_digests(dataset: datasets.Dataset) -> list[str]:
     """The sha256 of every row's image file."""
     return [hashlib.sha256(content).hexdigest() for content in stored_images(dataset)]
-
-
-def evidence_crops(dataset: datasets.Dataset, section: CropSettings) -> list[str]:
-    """Names of the crops that show each row's boxes by the rule of ``section``, joined by "+"; "" without boxes."""
-    boxes = zip(dataset["question_boxes"], dataset["answer_boxes"], strict=True)
-    return ["+".join(boxes_to_crops([*question, *answer], section)) for question, answer in boxes]
-
-
-def describe_splits(splits: Mapping[str, datasets.Dataset], section: CropSettings) -> pd.DataFrame:
-    """Per split and source: rows, distinct questions and answers, sides (px), visual tokens at full resolution."""
-    most = section.max_pixels // MIN_SIDE**2 or math.inf  # tokens of an image
-    records = []
-    for split, dataset in splits.items():
-        for source in dict.fromkeys(dataset["source"]):
-            rows = rows_of_source(dataset, source)
-            sides = np.array(picture_sizes(rows, section.max_side))
-            tokens = float(np.minimum((sides // MIN_SIDE).prod(axis=1), most).mean())
-            questions, answers = set(rows["question"]), {frozenset(answers) for answers in rows["answers"]}
-            counts = len(rows), len(questions), len(answers), int(sides.min()), int(sides.max()), tokens
-            records.append((split, source, *counts))
-    columns = ["split", "source", "rows", "questions", "answers", "side min", "side max", "tokens mean"]
-    return pd.DataFrame(records, columns=columns)

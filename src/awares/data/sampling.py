@@ -258,8 +258,3 @@ def row_manifest(params: Params, splits: Mapping[str, datasets.Dataset]) -> list
             text = _sha256(json.dumps([question, answers]))
             records.append({"id": row_id, "split": split, "source": source, **hub, "image": image, "text": text})
     return records
-
-
-def provenance(params: Params) -> pd.DataFrame:
-    """Per training source: rows published, drawn, dropped and taken; hub id and licence. Empty for other origins."""
-    return select_rows(params)[1] if params.data.origin == "hub" else pd.DataFrame(columns=["source", "hub", "licence"])

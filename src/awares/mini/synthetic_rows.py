@@ -35,28 +35,32 @@ TRIES = 200  # scenes per row until one has a fitting question
 PARALLEL_ROWS = 100  # number of rows from which worker processes pay off
 
 
-def make_source(name: str, n: int, seed: int, split: str, evidence_px: tuple[int, int] = (8, 48)) -> list[Record]:
+def make_source(
+    name: str, n: int, seed: int, split: str, evidence_px: tuple[int, int] = (8, 48), graded: float = 0.0
+) -> list[Record]:
     """``n`` rows of source or task ``name`` as dicts of `engine.rows.FEATURES`, images as JPEG files.
 
-    Evidence of the split ``GRADED`` has a size drawn from ``evidence_px`` (both ends included), which the rows name, as
-    those of ``SHIFTED`` name what is unlike all other rows.
+    Evidence of the split ``GRADED``, and of a fraction ``graded`` of the rows of other splits, has a size drawn from
+    ``evidence_px`` (both ends included). Rows of ``GRADED`` name it, as those of ``SHIFTED`` name what is unlike all
+    other rows.
     """
     if name not in PLANS:
         raise AwaresValueError(f"data.sources: unknown synthetic source {name!r}, choose from {', '.join(PLANS)}")
     workers = joblib.cpu_count() if n >= PARALLEL_ROWS else 1
-    draws = (joblib.delayed(_row)(name, seed, split, index, evidence_px) for index in range(n))
+    draws = (joblib.delayed(_row)(name, seed, split, index, evidence_px, graded) for index in range(n))
     rows = joblib.Parallel(n_jobs=workers, return_as="generator")(draws)
     return list(tqdm(rows, total=n, desc=f"{name} {split}", unit="row", leave=False))
 
 
-def _row(name: str, seed: int, split: str, index: int, evidence_px: tuple[int, int]) -> Record:
+def _row(name: str, seed: int, split: str, index: int, evidence_px: tuple[int, int], graded: float) -> Record:
     rng = np.random.default_rng([seed, zlib.crc32(f"{name}/{split}".encode()), index])
     plan = PLANS[name]
     weights = np.array(list(plan.values()))
     painter, kind = list(plan)[int(rng.choice(len(plan), p=weights / weights.sum()))]
-    share = {"evaluation": SMALL_SHARE_EVALUATION, SHIFTED: SMALL_SHARE_EVALUATION, GRADED: 1.0}.get(split, SMALL_SHARE)
-    small = bool(rng.random() < share)  # drawn before the question, so that no phrasing depends on it
-    px = int(rng.integers(evidence_px[0], evidence_px[1] + 1)) if split == GRADED else None
+    share = SMALL_SHARE_EVALUATION if split in ("evaluation", SHIFTED) else SMALL_SHARE
+    of_any_size = split == GRADED or bool(graded and rng.random() < graded)
+    small = of_any_size or bool(rng.random() < share)  # drawn before the question: no phrasing depends on it
+    px = int(rng.integers(evidence_px[0], evidence_px[1] + 1)) if of_any_size else None
     shift = list(drawing.SHIFTS)[index % len(drawing.SHIFTS)] if split == SHIFTED else None
     style = Style.graded(px) if px else drawing.SHIFTS[shift] if shift else drawing.SUITE
     for _ in range(TRIES):
@@ -76,7 +80,7 @@ def _row(name: str, seed: int, split: str, index: int, evidence_px: tuple[int, i
         "question_boxes": [_thousandths(b, scene.image.size) for b in qa.question_boxes],
         "answer_boxes": [_thousandths(b, scene.image.size) for b in qa.answer_boxes],
         "split": split,
-        **({"evidence_px": px} if px else {"shift": shift} if shift else {}),
+        **({"evidence_px": px} if split == GRADED else {"shift": shift} if shift else {}),
     }
 
 

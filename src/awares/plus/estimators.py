@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import gather
-from datasets import Dataset
+from datasets import Dataset, Image
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -160,6 +160,6 @@ def held_out(params: Params, rows: Dataset, done: Sequence[Trajectory]) -> dict[
 
 def rewards_of(params: Params, rows: Dataset, done: Sequence[Trajectory]) -> tuple[list[float], list[float]]:
     """Eq. 5 and R_ans of each trajectory of curated ``rows``, at the prices of ``params``."""
-    context = RewardContext(params)
-    rewards = context.score(awares_reward, played(rows, done))
+    context, undecoded = RewardContext(params), rows.cast_column("image", Image(decode=False))  # it looks at no image
+    rewards = context.score(awares_reward, played(undecoded, done))
     return rewards, context.logged["answer"]

@@ -11,6 +11,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from awares.config import Params
 from awares.engine.jsonl import Record
+from awares.engine.rows import picture_sizes
 from awares.errors import Failure
 from awares.method.crops import union_area
 from awares.method.judges import HIGH_BETTER, HR, LOW_BETTER, LR, Judge, build_judge, label
@@ -108,14 +109,18 @@ def missed_evidence(rows: datasets.Dataset, threshold: float) -> float:
 
 
 def reading_table(scores: pd.DataFrame, rows: datasets.Dataset) -> pd.DataFrame:
-    """Percent correct: view, evidence (small: a box up to LEGIBLE_AT_HALF px; large, all), accuracy, n."""
-    sizes, records = {}, []
-    for row, boxes in zip(rows, evidence_boxes(rows), strict=True):
-        lowest = min(((box[3] - box[1]) * row["image"].height / 1000 for box in boxes), default=math.inf)
-        sizes[row["id"]] = "large" if lowest > LEGIBLE_AT_HALF else "small"
+    """Percent correct: view, evidence (of `evidence_sizes`, or all), accuracy, n."""
+    sizes, records = evidence_sizes(rows), []
     for view, part in scores.groupby("system", sort=False):
         evidence = part.row_id.map(sizes)
         for name in ("small", "large", "all"):
             group = part.score if name == "all" else part.score[evidence == name]
             records.append((view, name, 100 * group.mean(), len(group)))
     return pd.DataFrame(records, columns=["view", "evidence", "accuracy", "n"])
+
+
+def evidence_sizes(rows: datasets.Dataset) -> pd.Series:
+    """Row id -> "small" (a box of at most LEGIBLE_AT_HALF px) or "large"."""
+    pairs = zip(picture_sizes(rows, max_side=10**6), evidence_boxes(rows), strict=True)
+    lowest = [min(((box[3] - box[1]) * side / 1000 for box in boxes), default=math.inf) for (_, side), boxes in pairs]
+    return pd.Series(np.where(np.array(lowest) > LEGIBLE_AT_HALF, "large", "small"), rows["id"][:])

@@ -65,21 +65,21 @@ def shown(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.replace({column: SHOWN_NAMES for column in ("system", "benchmark", "source") if column in frame})
 
 
-def show_table(frame: pd.DataFrame, digits: int = 2) -> HTML:
+def show_table(frame: pd.DataFrame, digits: int = 2, ends: str = "95 % interval") -> HTML:
     """``frame`` as HTML, for reading: words as column heads, names of systems, and no index.
 
-    Three columns ``x``, ``x_low``, ``x_high`` (or ``x``, ``low``, ``high``) become one, ``x [95 % interval]``. Numbers
-    have ``digits`` decimals, RTR and p values three.
+    Three columns ``x``, ``x_low``, ``x_high`` (or ``x``, ``low``, ``high``) become one, ``x [95 % interval]``, or as
+    ``ends`` names them. Numbers have ``digits`` decimals, RTR and p values three.
     """
     names = list(frame.columns)
-    ends = {name: (f"{name}_low", f"{name}_high") for name in names if {f"{name}_low", f"{name}_high"} <= {*names}}
-    ends |= {name: ("low", "high") for at, name in enumerate(names) if names[at + 1 : at + 3] == ["low", "high"]}
+    pairs = {name: (f"{name}_low", f"{name}_high") for name in names if {f"{name}_low", f"{name}_high"} <= {*names}}
+    pairs |= {name: ("low", "high") for at, name in enumerate(names) if names[at + 1 : at + 3] == ["low", "high"]}
     texts = pd.DataFrame({name: [_text(cell, name, digits) for cell in frame[name]] for name in names}, dtype=str)
     heads = {name: HEADS.get(name) or SHOWN_NAMES.get(name) or str(name).replace("_", " ") for name in names}
-    for name, (low, high) in ends.items():
-        heads[name] += " [95 % interval]"
+    for name, (low, high) in pairs.items():
+        heads[name] += f" [{ends}]"
         texts.loc[texts[low] != "-", name] += " [" + texts[low] + ", " + texts[high] + "]"
-    texts = texts.drop(columns=[end for pair in ends.values() for end in pair])
+    texts = texts.drop(columns=[end for pair in pairs.values() for end in pair])
     return HTML(texts.rename(columns=heads).to_html(index=False, border=0))
 
 
@@ -95,8 +95,8 @@ def _text(cell: object, column: str, digits: int) -> str:
     return f"{cell:.{decimals}f}" if pd.api.types.is_float(cell) else str(cell)
 
 
-def side_by_side(measured: pd.DataFrame, table: str, profile: str = "mini", digits: int = 2) -> HTML:
-    """``measured``, below it the published ``table`` with its source and notes."""
+def side_by_side(measured: pd.DataFrame, table: str, profile: str = "mini", **look: Any) -> HTML:
+    """``measured`` as `show_table` with ``look`` has it, below it the published ``table`` with its source and notes."""
     text, known = (
         pd.read_csv(find_file(Path(f"data/paper/{name}.csv")), dtype=str, keep_default_na=False)
         for name in (table, "tables")
@@ -108,6 +108,6 @@ def side_by_side(measured: pd.DataFrame, table: str, profile: str = "mini", digi
     if "average accuracy" in text:
         text = text.set_index(text.columns[0]).T.rename_axis(columns=None).reset_index(names="")
     below = "".join(f"<p><small>{html.escape(remark)}</small></p>\n" for remark in filter(None, remarks))
-    ours = f"<section>\n<h4>measured here (profile {profile})</h4>\n{show_table(measured, digits).data}\n</section>"
+    ours = f"<section>\n<h4>measured here (profile {profile})</h4>\n{show_table(measured, **look).data}\n</section>"
     theirs = f"<section>\n<h4>published (7B)</h4>\n{text.to_html(index=False, border=0)}\n{below}</section>"
     return HTML(f"{ours}\n{theirs}")

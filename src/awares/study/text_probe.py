@@ -12,7 +12,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from awares.data.rows import evidence_crops, rows_of_source
+from awares.data.rows import rows_of_source
+from awares.method.crops import boxes_to_crops
 from awares.settings import CropSettings
 
 
@@ -37,7 +38,8 @@ def word_guesses(train: datasets.Dataset, test: datasets.Dataset, section: CropS
     for source in dict.fromkeys(train["source"]):
         parts = rows_of_source(train, source), rows_of_source(test, source)
         labels = {"answer": [[answers[0] for answers in rows["answers"]] for rows in parts]}
-        crops = [evidence_crops(rows, section) for rows in parts]
+        boxes = [zip(rows["question_boxes"], rows["answer_boxes"], strict=True) for rows in parts]
+        crops = [["+".join(boxes_to_crops([*these, *those], section)) for these, those in pairs] for pairs in boxes]
         labels |= {"crop": crops} if all(any(names) for names in crops) else {}
         known, asked = (rows["question"][:] for rows in parts)
         for guessed, (given, wanted) in labels.items() if asked else ():
