@@ -43,7 +43,7 @@ class Archive(Gate):
 
     def do_GET(self):
         dataset, _, revision = self.path.removeprefix("/api/datasets/").partition("/revision/")
-        if dataset == "lmms-lab-encoder/POPE":
+        if dataset in ("lmms-lab-encoder/POPE", "/api/agent-harnesses"):  # the client asks for a list of agents first
             return self.reply(404, "RepoNotFound", "Repository not found")
         if revision:
             part = json.dumps({"id": dataset, "sha": commit_of(dataset, revision)}).encode()
