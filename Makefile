@@ -45,20 +45,23 @@ repro: $(STAMP) ## run the pipeline, curation to report, at seed 1 (again: only 
 	@echo "Done. Look at reports/ (mini/ unless params.yaml names another profile): the executed notebooks, tables/*.csv, figures/. \`make site\` makes pages of the notebooks."
 
 # Kinds in the order in which they depend on each other; the stages of a kind are independent. One log a stage. DVC locks the
-# repository before and after a stage's command, and its paths throughout: a stage that meets such a lock tries again.
+# repository before and after a stage's command, and its paths throughout: a stage that meets such a lock tries again. Each job
+# has cores of its own, as OpenMP's threads wait for each other: on two cores two jobs do a quarter more than one.
 JOBS ?= 2
 study: $(STAMP) ## everything: further seeds, ablations, compared systems, two stages at a time; hours (on one GPU: JOBS=1)
 	@dvc repro report
 	@mkdir -p build/study; stages="$$(dvc stage list --name-only)"; \
+	export OMP_WAIT_POLICY=passive CORES=$$(( $$(nproc) / $(JOBS) )); \
 	stage() { \
 	  for try in 1 2 3 4 5; do \
-	    if dvc --wait-for-lock repro -s "$$1" > "build/study/$$1.log" 2>&1; then echo "  done: $$1"; return; fi; \
+	    if taskset -c $$((SLOT * CORES))-$$(((SLOT + 1) * CORES - 1)) dvc --wait-for-lock repro -s "$$1" \
+	      > "build/study/$$1.log" 2>&1; then echo "  done: $$1"; return; fi; \
 	    grep -qE 'Unable to acquire lock|is busy, it is being blocked' "build/study/$$1.log" || break; sleep 20; \
 	  done; \
 	  tail -n 30 "build/study/$$1.log" >&2; echo "  FAILED: $$1 (all of it: build/study/$$1.log)" >&2; return 1; \
 	}; export -f stage; \
-	for kind in curation_ sft_ grpo_ evaluation_seeds '(evaluation_|unseen|systems|own_systems)' latency; do \
-	  awk "/^$$kind/" <<< "$$stages" | xargs -r -n 1 -P $(JOBS) bash -c 'stage "$$1"' stage; \
+	for kind in curation_ sft_ grpo_ evaluation_seeds '(evaluation_|unseen|systems|own_systems)'; do \
+	  awk "/^$$kind/" <<< "$$stages" | xargs -r -n 1 -P $(JOBS) --process-slot-var=SLOT bash -c 'stage "$$1"' stage; \
 	done
 	@dvc repro
 
