@@ -56,11 +56,11 @@ study: $(STAMP) ## everything: further seeds, ablations, compared systems, two s
 	  for try in 1 2 3 4 5; do \
 	    if taskset -c $$((SLOT * CORES))-$$(((SLOT + 1) * CORES - 1)) dvc --wait-for-lock repro -s "$$1" \
 	      > "build/study/$$1.log" 2>&1; then echo "  done: $$1"; return; fi; \
-	    grep -qE 'Unable to acquire lock|is busy, it is being blocked' "build/study/$$1.log" || break; sleep 20; \
+	    grep -qE 'Unable to acquire lock|is busy, it is being blocked|another process' "build/study/$$1.log" || break; sleep 20; \
 	  done; \
 	  tail -n 30 "build/study/$$1.log" >&2; echo "  FAILED: $$1 (all of it: build/study/$$1.log)" >&2; return 1; \
 	}; export -f stage; \
-	for kind in curation_ sft_ grpo_ evaluation_seeds '(evaluation_|unseen|systems|own_systems)'; do \
+	for kind in curation_ sft_ grpo_ evaluation_seeds unseen@ '(evaluation_|unseen_|systems|own_systems)'; do \
 	  awk "/^$$kind/" <<< "$$stages" | xargs -r -n 1 -P $(JOBS) --process-slot-var=SLOT bash -c 'stage "$$1"' stage; \
 	done
 	@dvc repro
