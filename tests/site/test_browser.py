@@ -23,7 +23,7 @@ from PIL import Image
 
 pytest.importorskip("playwright", reason="lives in its own environment: make browser")
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from awares.clients import launch
 
@@ -114,7 +114,8 @@ def test_a_newcomer_finds_by_clicks(site, browser, wanted):
     clicks, text = PATHS[wanted]
     for words in clicks:
         page.locator("article a", has_text=words).first.click()
-    assert text in page.locator("article").text_content() and not faults
+    expect(page.locator("article")).to_contain_text(text, timeout=60_000)  # waits: a long page arrives in parts
+    assert not faults
 
 
 def numbers(page: Page, table: str) -> dict[str, dict[str, float]]:
