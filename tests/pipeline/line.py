@@ -63,8 +63,13 @@ class Line:
         options = {"kernel_name": "python3", "progress_bar": False, "cwd": NOTEBOOKS}
         options["engine_name"] = "nbclient" if kernel else "in_process"
         cache = mock.patch.object(datasets.config, "HF_DATASETS_CACHE", self.folder / "cache")
+        stale = self.params.report_dir() / {"report": "tables"}.get(stage, stage) / "of_an_earlier_run.csv"
+        if stage in ("report", *publish.PAGES) and stage != "base_model":  # which publishes its notebook alone
+            stale.parent.mkdir(parents=True, exist_ok=True)
+            stale.touch()
         with self.printed.open("a") as log, mock.patch.dict(os.environ, self.environment), cache:
             papermill.execute_notebook(source, executed, parameters, **options, stdout_file=log, stderr_file=log)
+        assert not stale.exists(), f"{name} leaves tables of an earlier run in {stale.parent}"
         return executed
 
     def run_main_line(self):
